@@ -13,3 +13,6 @@
 //! | `daemon`     | configuration, wiring, systemd                                      | all            |
 //! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
 
+pub mod image;
+pub mod mirror;
+mod sync;

@@ -1,0 +1,206 @@
+//! Raw files and block devices as images. Never format-probed: every byte of the file is the guest's.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, lock};
+
+/// Whether transfers go around the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Direct {
+    /// `O_DIRECT`.
+    #[default]
+    On,
+    /// Through the page cache.
+    Off,
+}
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug)]
+pub struct ImageOptions {
+    /// Page cache or not.
+    pub direct: Direct,
+    /// Open for reading only.
+    pub read_only: bool,
+}
+
+/// A raw file or a block device.
+#[derive(Debug)]
+pub struct FileImage {
+    file: File,
+    path: PathBuf,
+    size_bytes: u64,
+    alignment: Alignment,
+    poisoned: AtomicBool,
+}
+
+/// Guest sectors; a disk's size is a multiple of this (virtio 1.2, 5.2.4).
+const SECTOR_BYTES: u64 = 512;
+
+impl FileImage {
+    /// Opens and locks an existing raw file or block device.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is in use, is neither file nor block device, has a size that is not a
+    /// multiple of a sector, or lies on a file system without `O_DIRECT` (the message says `direct=off`).
+    pub fn open(path: &Path, options: ImageOptions) -> Result<FileImage, ImageError> {
+        let meta = std::fs::metadata(path).map_err(|e| open_error(path, &e))?;
+        let is_block = meta.file_type().is_block_device();
+        if !is_block && !meta.is_file() {
+            let message = "it is neither a regular file nor a block device";
+            return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
+        }
+        let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY;
+        if is_block && !options.read_only {
+            flags |= libc::O_EXCL; // Refused when the device is mounted or claimed.
+        }
+        let file = open_with(path, options, flags)?;
+        let mode = if options.read_only { LockMode::Read } else { LockMode::Write };
+        Self::finish_open(file, path, options, is_block, mode)
+    }
+
+    /// Creates a sparse file of `size_bytes`, mode 0600, open for writing and locked. Fails if the name is taken,
+    /// also by a dangling symbolic link.
+    ///
+    /// # Errors
+    /// When the file cannot be created, sized or locked. What was created is removed again.
+    pub fn create(path: &Path, size_bytes: u64, direct: Direct) -> Result<FileImage, ImageError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|e| open_error(path, &e))?;
+        let made = file
+            .set_len(size_bytes)
+            .map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))
+            .and_then(|()| FileImage::open(path, ImageOptions { direct, read_only: false }));
+        if made.is_err()
+            && let Err(e) = std::fs::remove_file(path)
+        {
+            log::warn!("{}: left behind after a failed creation: {e}", path.display());
+        }
+        made
+    }
+
+    fn finish_open(
+        file: File,
+        path: &Path,
+        options: ImageOptions,
+        is_block: bool,
+        mode: LockMode,
+    ) -> Result<FileImage, ImageError> {
+        lock::lock(&file, mode).map_err(|e| match e.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => ImageError::new(
+                ImageErrorKind::InUse,
+                ImageOp::Open,
+                path,
+                "it is in use by another process (QEMU, qemu-img or another halfsilver); stop that first",
+            ),
+            _ => open_error(path, &e),
+        })?;
+        let size_bytes = size_of_container(&file, is_block).map_err(|e| open_error(path, &e))?;
+        let alignment = match options.direct {
+            Direct::On => direct_alignment(&file).map_err(|e| open_error(path, &e))?,
+            Direct::Off => Alignment { offset_bytes: 1, memory_bytes: 1 },
+        };
+        let unit = SECTOR_BYTES.max(u64::from(alignment.offset_bytes));
+        if size_bytes == 0 || !size_bytes.is_multiple_of(unit) {
+            let message = if size_bytes == 0 {
+                "it is empty; give it the size of the disk, for example with truncate -s 10G".to_owned()
+            } else {
+                format!("its size of {size_bytes} bytes is not a multiple of {unit}; grow it with truncate -s %{unit}")
+            };
+            return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
+        }
+        Ok(FileImage { file, path: path.to_owned(), size_bytes, alignment, poisoned: AtomicBool::new(false) })
+    }
+}
+
+impl Image for FileImage {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    fn start(&self, queue: &IoQueue, ticket: OpTicket) {
+        queue.submit_on_file(self.file.as_raw_fd(), ticket);
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    fn poison(&self) {
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            log::error!("{}: a sync failed; no write to it is accepted any more", self.path.display());
+        }
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.file.metadata().ok().filter(|m| m.is_file()).map(|m| m.blocks() * 512)
+    }
+}
+
+fn open_with(path: &Path, options: ImageOptions, flags: i32) -> Result<File, ImageError> {
+    let open = |flags| OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
+    let direct = if options.direct == Direct::On { libc::O_DIRECT } else { 0 };
+    open(flags | direct).map_err(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) if options.direct == Direct::On && open(flags).is_ok() => ImageError::new(
+            ImageErrorKind::Unsuitable,
+            ImageOp::Open,
+            path,
+            "its file system has no O_DIRECT; add direct=off to use the page cache",
+        ),
+        Some(libc::EBUSY) => ImageError::new(
+            ImageErrorKind::InUse,
+            ImageOp::Open,
+            path,
+            "the block device is mounted or claimed by another driver; unmount it first",
+        ),
+        _ => open_error(path, &e),
+    })
+}
+
+fn open_error(path: &Path, e: &io::Error) -> ImageError {
+    ImageError::from_io(ImageOp::Open, path, None, e)
+}
+
+fn size_of_container(file: &File, is_block: bool) -> io::Result<u64> {
+    if !is_block {
+        return Ok(file.metadata()?.len());
+    }
+    use std::io::{Seek, SeekFrom};
+    (&*file).seek(SeekFrom::End(0))
+}
+
+/// What `O_DIRECT` asks for, from statx (Linux 6.1), else the safe answer.
+fn direct_alignment(file: &File) -> io::Result<Alignment> {
+    // SAFETY: struct statx is plain integers; all zeros is a valid value.
+    let mut stx: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a NUL-terminated empty string and `stx` is one struct statx, both alive across the call.
+    let rc =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut stx) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if stx.stx_mask & libc::STATX_DIOALIGN != 0 && stx.stx_dio_offset_align > 0 {
+        return Ok(Alignment {
+            offset_bytes: stx.stx_dio_offset_align.max(512),
+            memory_bytes: stx.stx_dio_mem_align.max(1),
+        });
+    }
+    Ok(Alignment { offset_bytes: 4096, memory_bytes: 4096 })
+}

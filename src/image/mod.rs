@@ -1,0 +1,94 @@
+//! Images: containers of bytes at positions, and the ring that moves those bytes.
+//!
+//! What always holds:
+//! - A buffer given to an operation stays with [`IoQueue`] until the kernel has finished with it,
+//!   even when the future that waits for it is dropped.
+//! - A transfer that moved fewer bytes than asked for is continued or reported, never called done.
+//! - A failed sync poisons the image: later syncs and writes fail too (the kernel may have dropped
+//!   the dirty pages, so a second `fsync` that says yes would be a lie).
+//!
+//! What this room does not know: blocks, versions, guests. Positions are byte offsets.
+
+mod buffer;
+mod error;
+mod executor;
+mod file;
+mod lock;
+mod queue;
+mod transfer;
+
+pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
+pub use error::{ImageError, ImageErrorKind, ImageOp};
+pub use executor::{Executor, RemoteWaker};
+pub use file::{Direct, FileImage, ImageOptions};
+pub use lock::LockMode;
+pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
+pub use transfer::{read_exact_at, sync, write_all_at, zero_range};
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A position in an image, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub struct ByteOffset(pub u64);
+
+impl ByteOffset {
+    /// This position moved forward by `bytes`.
+    ///
+    /// # Panics
+    /// When the result does not fit; callers hold positions that were checked against a capacity.
+    #[must_use]
+    #[allow(clippy::should_implement_trait)]
+    pub fn add(self, bytes: u64) -> ByteOffset {
+        ByteOffset(self.0.checked_add(bytes).expect("offset was checked against the capacity"))
+    }
+}
+
+impl fmt::Display for ByteOffset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// What an image asks of the transfers on it, in bytes. All are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alignment {
+    /// Offsets and lengths must be multiples of this (512 or 4096 with `O_DIRECT`, 1 without).
+    pub offset_bytes: u32,
+    /// Buffer addresses must be multiples of this.
+    pub memory_bytes: u32,
+}
+
+/// Bytes at positions. Implemented by files and block devices here, and by simulated images in the tests.
+///
+/// An operation is started with [`Image::start`] on the calling worker's [`IoQueue`] and is finished by
+/// that queue. An implementation may start it on the queue's ring, or keep the [`OpTicket`] and finish it
+/// itself later; nothing else differs between a real and a simulated image.
+pub trait Image: Send + Sync + 'static {
+    /// The size in bytes.
+    fn size_bytes(&self) -> u64;
+
+    /// What transfers must be aligned to.
+    fn alignment(&self) -> Alignment;
+
+    /// Starts one operation; the answer arrives through the ticket's queue.
+    fn start(&self, queue: &IoQueue, ticket: OpTicket);
+
+    /// Where the bytes are, for messages.
+    fn path(&self) -> &Path;
+
+    /// Whether an earlier failed sync has poisoned this image.
+    fn is_poisoned(&self) -> bool;
+
+    /// Marks the image as failed: every later write and sync fails.
+    fn poison(&self);
+
+    /// Bytes of storage in use (not the size), if the container can tell.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// A shared image.
+pub type SharedImage = Arc<dyn Image>;

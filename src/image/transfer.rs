@@ -1,0 +1,182 @@
+//! Whole transfers on an image: continued when short, bounced when misaligned, checked at the end.
+
+use std::io;
+
+use super::{AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind};
+
+/// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
+const ZERO_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Reads until `buf` is full. Gives the buffer back.
+///
+/// # Errors
+/// The system's error, or `Truncated` when the image ends before the buffer does.
+pub async fn read_exact_at(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    buf: IoBuf,
+) -> Result<IoBuf, ImageError> {
+    let alignment = image.alignment();
+    let IoBuf::Guest(guest) = &buf else {
+        return transfer(image, queue, OpKind::Read, at, buf).await;
+    };
+    let offset_bytes = u64::from(alignment.offset_bytes);
+    if at.0.is_multiple_of(offset_bytes) && guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes) {
+        return transfer(image, queue, OpKind::Read, at, buf).await;
+    }
+    // The guest's buffer or position does not fit the device: read the covering range and copy.
+    let from = at.0 / offset_bytes * offset_bytes;
+    let to = (at.0 + guest.len() as u64).next_multiple_of(offset_bytes);
+    let len = usize::try_from(to - from).expect("transfers are bounded far below 4 GiB");
+    let cover = IoBuf::Owned(AlignedBuf::zeroed(len));
+    let IoBuf::Owned(cover) = transfer(image, queue, OpKind::Read, ByteOffset(from), cover).await? else {
+        unreachable!("a transfer gives back the buffer it was given")
+    };
+    let skip = usize::try_from(at.0 - from).expect("less than one alignment unit");
+    guest.copy_in(&cover[skip..skip + guest.len()]);
+    Ok(buf)
+}
+
+/// Writes all of `buf`; with `durable`, completes only when it is on stable storage.
+///
+/// `at` and the length must be multiples of the image's offset alignment; guest memory may lie anywhere.
+///
+/// # Errors
+/// The system's error, or `Poisoned` after an earlier failed sync.
+pub async fn write_all_at(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    buf: IoBuf,
+    durable: bool,
+) -> Result<(), ImageError> {
+    if image.is_poisoned() {
+        return Err(poisoned(image, ImageOp::Write));
+    }
+    let alignment = image.alignment();
+    let buf = match buf {
+        IoBuf::Guest(guest) if !guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes) => {
+            IoBuf::Owned(guest.copy_out())
+        }
+        other => other,
+    };
+    let result = transfer(image, queue, OpKind::Write { durable }, at, buf).await;
+    if durable && result.is_err() {
+        // The same doubt as after a failed sync: nobody can say what is on the medium.
+        image.poison();
+    }
+    result.map(drop)
+}
+
+/// Makes `len` bytes at `at` read as zeros; `unmap` gives the storage back where the container can.
+///
+/// # Errors
+/// As for writing.
+pub async fn zero_range(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    len: u64,
+    unmap: bool,
+) -> Result<(), ImageError> {
+    if image.is_poisoned() {
+        return Err(poisoned(image, ImageOp::Zero));
+    }
+    let done = loop {
+        match queue.begin(image, OpKind::Zero { len, unmap }, at, IoBuf::None, 0).await.result {
+            Err(e) if is_transient(&e) => {}
+            done => break done,
+        }
+    };
+    match done {
+        Ok(_) => Ok(()),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL)) => {
+            write_zeros(image, queue, at, len).await
+        }
+        Err(e) => Err(ImageError::from_io(ImageOp::Zero, image.path(), Some(at), &e)),
+    }
+}
+
+/// Makes everything that completed before durable.
+///
+/// # Errors
+/// The system's error, which poisons the image; or `Poisoned` if it was before.
+pub async fn sync(image: &dyn Image, queue: &IoQueue) -> Result<(), ImageError> {
+    if image.is_poisoned() {
+        return Err(poisoned(image, ImageOp::Sync));
+    }
+    let done = loop {
+        match queue.begin(image, OpKind::Sync, ByteOffset(0), IoBuf::None, 0).await.result {
+            Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+            done => break done,
+        }
+    };
+    match done {
+        // Another worker's sync may have failed while ours ran and swallowed the error state.
+        Ok(_) if !image.is_poisoned() => Ok(()),
+        Ok(_) => Err(poisoned(image, ImageOp::Sync)),
+        Err(e) => {
+            image.poison();
+            Err(ImageError::from_io(ImageOp::Sync, image.path(), None, &e))
+        }
+    }
+}
+
+async fn transfer(
+    image: &dyn Image,
+    queue: &IoQueue,
+    kind: OpKind,
+    at: ByteOffset,
+    mut buf: IoBuf,
+) -> Result<IoBuf, ImageError> {
+    let (len, mut moved) = (buf.len(), 0);
+    let op = if kind == OpKind::Read { ImageOp::Read } else { ImageOp::Write };
+    while moved < len {
+        let here = at.add(moved as u64);
+        let done = queue.begin(image, kind, here, buf, moved).await;
+        buf = done.buf;
+        match done.result {
+            Ok(0) => {
+                let message = format!("only {moved} of {len} bytes could be moved; was the image cut short?");
+                let mut error = ImageError::new(ImageErrorKind::Truncated, op, image.path(), message);
+                error.at = Some(here);
+                return Err(error);
+            }
+            Ok(n) => moved += n,
+            Err(e) if is_transient(&e) => {}
+            Err(e) => return Err(ImageError::from_io(op, image.path(), Some(here), &e)),
+        }
+    }
+    Ok(buf)
+}
+
+async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+    let zeros = std::sync::Arc::new(AlignedBuf::zeroed(
+        usize::try_from(len.min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory"),
+    ));
+    let mut done = 0;
+    while done < len {
+        let n = usize::try_from((len - done).min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory");
+        let buf = IoBuf::Shared(zeros.clone(), 0..n);
+        transfer(image, queue, OpKind::Write { durable: false }, at.add(done), buf).await?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+fn is_transient(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}
+
+fn poisoned(image: &dyn Image, op: ImageOp) -> ImageError {
+    let message = "an earlier sync failed, so what is on the medium is unknown; check the storage, then restart";
+    ImageError::new(ImageErrorKind::Poisoned, op, image.path(), message)
+}
+
+/// The bytes of `guest` as one operation's buffer.
+impl From<GuestBuf> for IoBuf {
+    fn from(guest: GuestBuf) -> IoBuf {
+        IoBuf::Guest(guest)
+    }
+}

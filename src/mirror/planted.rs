@@ -1,0 +1,77 @@
+//! Deliberate defects, compiled in only with the feature `planted`, switched on one at a time by the tests that
+//! must notice them. Without the feature every check here is the constant `false`.
+
+/// A defect: one rule of the design left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Defect {
+    /// Rule 1: the epoch is entered before the avail index is loaded.
+    EpochBeforeAvail = 1,
+    /// Rule 2: entering does not read the counter again.
+    NoEpochRecheck,
+    /// Rule 3: each disk of a group is cut at an epoch of its own.
+    CutPerDisk,
+    /// Rule 4: each part of a request takes the epoch of its moment.
+    EpochPerPart,
+    /// Rule 4: a request leaves its epoch when its first part is done.
+    LeaveEarly,
+    /// Rule 5: a preserve does not exclude writes in flight on its block.
+    NoBlockLock,
+    /// Rule 6: a write is acknowledged when the first version has it.
+    AckFirst,
+    /// A read through a table is not resolved again after it was read.
+    NoReadRecheck,
+    /// The plan made before the block lock was held is used.
+    NoPlanRecheck,
+    /// The owned bit is set after the overwrite instead of before it.
+    BitAfterOverwrite,
+    /// A draining write does not reach the older version's own copy of the block.
+    DrainNotMirrored,
+    /// Discards are carried out at once, whoever still reads through the block.
+    DiscardAtOnce,
+    /// Deleting a version hands nothing to its neighbour.
+    DeleteWithoutHandover,
+}
+
+impl Defect {
+    /// All of them, for tests that count.
+    pub const ALL: [Defect; 13] = [
+        Defect::EpochBeforeAvail,
+        Defect::NoEpochRecheck,
+        Defect::CutPerDisk,
+        Defect::EpochPerPart,
+        Defect::LeaveEarly,
+        Defect::NoBlockLock,
+        Defect::AckFirst,
+        Defect::NoReadRecheck,
+        Defect::NoPlanRecheck,
+        Defect::BitAfterOverwrite,
+        Defect::DrainNotMirrored,
+        Defect::DiscardAtOnce,
+        Defect::DeleteWithoutHandover,
+    ];
+}
+
+#[cfg(feature = "planted")]
+static ACTIVE: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+
+/// Switches one defect on, or all off. Process-wide: tests that use it run one at a time.
+#[cfg(feature = "planted")]
+pub fn plant(defect: Option<Defect>) {
+    ACTIVE.store(defect.map_or(0, |d| d as u8), std::sync::atomic::Ordering::SeqCst);
+}
+
+/// Whether this rule is left out on purpose.
+#[cfg(feature = "planted")]
+#[must_use]
+pub fn is(defect: Defect) -> bool {
+    ACTIVE.load(std::sync::atomic::Ordering::Relaxed) == defect as u8
+}
+
+/// Whether this rule is left out on purpose: never.
+#[cfg(not(feature = "planted"))]
+#[must_use]
+#[inline(always)]
+pub const fn is(_defect: Defect) -> bool {
+    false
+}
