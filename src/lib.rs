@@ -15,4 +15,5 @@
 
 pub mod image;
 pub mod mirror;
+pub mod store;
 mod sync;

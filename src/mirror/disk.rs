@@ -1,7 +1,22 @@
-//! placeholder: replaced by the version chain
+//! A disk: its chain, its block locks, and the requests on it.
+//!
+//! What always holds:
+//! - A write takes its block locks first and looks at the chain second, so that it sees every version that a
+//!   holder of those locks before it saw.
+//! - A read of the live pivot takes no lock and looks at no table.
+//! - Trouble with a frozen version's image breaks that version and never fails the guest's request.
+//!
+//! Changes of the chain itself (cut, retire) are in [`super::snapshot`].
+
+use std::sync::{Arc, OnceLock};
+
+use arc_swap::ArcSwap;
+
+use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+use super::lock::BlockLocks;
 use super::{EpochClock, EpochLane, Request, RequestError, Ticket};
-use crate::image::{IoBuf, IoQueue, SharedImage, read_exact_at, sync, write_all_at, zero_range};
-use std::sync::Arc;
+use crate::image::{ByteOffset, IoQueue, SharedImage};
+use crate::store::{BlockRange, Table, TableError};
 
 /// What frontends see of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,15 +25,57 @@ pub struct Geometry {
     pub size_bytes: u64,
     /// Logical block size to announce (512 or 4096).
     pub logical_block_bytes: u32,
-    /// The block size of the tables: what discards and zeroes are best aligned to.
+    /// The block size of tables and locks: what discards and zeroes are best aligned to.
     pub block_bytes: u32,
 }
 
-/// A disk.
+impl Geometry {
+    /// How many blocks the tables have.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.size_bytes.div_ceil(u64::from(self.block_bytes))
+    }
+
+    /// The blocks that some bytes touch.
+    #[must_use]
+    pub fn covering(&self, at: ByteOffset, len: u64) -> BlockRange {
+        BlockRange::covering(at, len, self.block_bytes)
+    }
+
+    /// The bytes of some blocks; the disk's last block may be short.
+    #[must_use]
+    pub fn bytes(&self, blocks: BlockRange) -> (ByteOffset, u64) {
+        blocks.bytes(self.block_bytes, self.size_bytes)
+    }
+}
+
+/// Who is told what happens to a disk's versions. Called on data-path threads: be quick.
+pub trait DiskObserver: Send + Sync {
+    /// A frozen version was broken, and why.
+    fn version_broken(&self, version: VersionId, reason: &str);
+}
+
+/// How to make a disk.
+pub struct DiskOptions {
+    /// The raw image with everything, the pivot.
+    pub image: SharedImage,
+    /// The block size of tables and locks, in bytes; a power of two.
+    pub block_bytes: u32,
+    /// Whether all changes are refused.
+    pub read_only: bool,
+    /// Where the table of discards to be carried out later is kept.
+    pub discards: Table,
+}
+
+/// A disk and all its versions.
 pub struct Disk {
-    clock: EpochClock,
-    geometry: Geometry,
-    image: SharedImage,
+    pub(super) clock: EpochClock,
+    pub(super) geometry: Geometry,
+    pub(super) chain: ArcSwap<Chain>,
+    pub(super) locks: BlockLocks,
+    /// Blocks that a guest discarded while some version still read them.
+    pub(super) discards: Arc<Table>,
+    pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
     read_only: bool,
 }
 
@@ -26,50 +83,189 @@ pub struct Disk {
 #[derive(Clone)]
 pub struct Attachment {
     disk: Arc<Disk>,
+    target: Target,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    Live,
+    Frozen(VersionId),
 }
 
 impl Disk {
-    /// A disk on one raw image.
-    pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Arc<Disk> {
-        let geometry = Geometry {
-            size_bytes: image.size_bytes(),
-            logical_block_bytes: image.alignment().offset_bytes.max(512),
-            block_bytes: 4096,
-        };
-        Arc::new(Disk { clock, geometry, image, read_only })
+    /// A disk whose only version began at `began`.
+    #[must_use]
+    pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
+        let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
+        let layer = Layer { image: options.image.clone(), owned: Owned::All };
+        Disk::with_chain(clock, options, vec![Link { version, layer }])
     }
-    /// The live version.
+
+    /// A disk with the versions that it had before, oldest first.
+    #[must_use]
+    pub fn with_chain(clock: EpochClock, options: DiskOptions, links: Vec<Link>) -> Arc<Disk> {
+        let geometry = Geometry {
+            size_bytes: options.image.size_bytes(),
+            logical_block_bytes: options.image.alignment().offset_bytes.max(512),
+            block_bytes: options.block_bytes,
+        };
+        Arc::new(Disk {
+            clock,
+            geometry,
+            chain: ArcSwap::from_pointee(Chain::new(links)),
+            locks: BlockLocks::new(),
+            discards: Arc::new(options.discards),
+            observer: OnceLock::new(),
+            read_only: options.read_only,
+        })
+    }
+
+    /// An empty table that fits a disk of this geometry, in memory only.
+    ///
+    /// # Errors
+    /// When address space runs out.
+    pub fn table_in_memory(size_bytes: u64, block_bytes: u32) -> Result<Table, TableError> {
+        Table::in_memory(size_bytes.div_ceil(u64::from(block_bytes)))
+    }
+
+    /// Names who is told about broken versions. The first call counts.
+    pub fn observe(&self, observer: Arc<dyn DiskObserver>) {
+        if self.observer.set(observer).is_err() {
+            log::debug!("a disk's observer is named once");
+        }
+    }
+
+    /// The clock that this disk's requests go by.
+    #[must_use]
+    pub fn clock(&self) -> &EpochClock {
+        &self.clock
+    }
+
+    /// Size and block sizes.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether all changes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The versions of this moment.
+    #[must_use]
+    pub fn chain(&self) -> Arc<Chain> {
+        self.chain.load_full()
+    }
+
+    /// The table of discards that wait for a version to go.
+    #[must_use]
+    pub fn discards(&self) -> &Table {
+        &self.discards
+    }
+
+    /// The live version (VLUN B), to be served.
+    #[must_use]
     pub fn attach_live(self: &Arc<Disk>) -> Attachment {
-        Attachment { disk: self.clone() }
+        Attachment { disk: self.clone(), target: Target::Live }
+    }
+
+    /// A frozen version (VLUN A), to be served read-only. It should be quiesced.
+    #[must_use]
+    pub fn attach_frozen(self: &Arc<Disk>, version: VersionId) -> Attachment {
+        Attachment { disk: self.clone(), target: Target::Frozen(version) }
+    }
+
+    /// Breaks a frozen version and says so once.
+    pub fn break_version(&self, version: &Version, reason: &str) {
+        if version.set_broken(reason) {
+            log::error!("a snapshot is broken: {reason}");
+            if let Some(observer) = self.observer.get() {
+                observer.version_broken(version.id, reason);
+            }
+        }
     }
 }
 
 impl Attachment {
+    /// The disk behind it.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
     /// Size and block sizes.
+    #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.disk.geometry
     }
+
     /// Whether writes are refused.
+    #[must_use]
     pub fn is_read_only(&self) -> bool {
-        self.disk.read_only
+        self.disk.read_only || self.target != Target::Live
     }
+
     /// A way into the epochs, one for each worker.
+    #[must_use]
     pub fn lane(&self) -> EpochLane {
         self.disk.clock.lane()
     }
-    /// Executes one request. The ticket must be held (by the caller) until this has finished.
+
+    /// Executes one request. The caller keeps the ticket until this has finished and is recorded.
     ///
     /// # Errors
-    /// When the request cannot be carried out; the guest gets an I/O error.
-    pub async fn execute(&self, queue: &IoQueue, _ticket: &Ticket, request: Request) -> Result<(), RequestError> {
-        let image = &*self.disk.image;
+    /// When the request does not fit the disk or cannot be carried out; the guest gets an I/O error.
+    pub async fn execute(&self, queue: &IoQueue, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
+        let disk = &*self.disk;
         match request {
-            Request::Read { at, into } => drop(read_exact_at(image, queue, at, IoBuf::Guest(into)).await?),
-            Request::Write { at, from, durable } => write_all_at(image, queue, at, IoBuf::Guest(from), durable).await?,
-            Request::Flush => sync(image, queue).await?,
-            Request::Discard { at, len } => zero_range(image, queue, at, len, true).await?,
-            Request::WriteZeroes { at, len, unmap, .. } => zero_range(image, queue, at, len, unmap).await?,
+            Request::Read { at, into } => {
+                self.check(at, into.len() as u64)?;
+                disk.read(queue, self.target, ticket.epoch(), at, into).await
+            }
+            Request::Write { at, from, durable } => {
+                self.check_change(at, from.len() as u64)?;
+                disk.write(queue, ticket, at, super::write::Data::Guest(from), durable).await
+            }
+            Request::WriteZeroes { at, len, unmap, durable } => {
+                self.check_change(at, len)?;
+                disk.write(queue, ticket, at, super::write::Data::Zeros { len, unmap }, durable).await
+            }
+            Request::Discard { at, len } => {
+                self.check_change(at, len)?;
+                disk.discard(queue, ticket.epoch(), at, len).await
+            }
+            Request::Flush if self.target == Target::Live => disk.flush(queue).await,
+            Request::Flush => Ok(()),
         }
-        Ok(())
+    }
+
+    fn check(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {
+        let size = self.disk.geometry.size_bytes;
+        let fits = at.0.checked_add(len).is_some_and(|end| end <= size);
+        if fits && at.0.is_multiple_of(512) && len.is_multiple_of(512) {
+            Ok(())
+        } else {
+            Err(RequestError::OutOfRange { at, len, size })
+        }
+    }
+
+    fn check_change(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {
+        if self.is_read_only() { Err(RequestError::ReadOnly) } else { self.check(at, len) }
+    }
+}
+
+/// The version that a request on `target` in `epoch` is about.
+pub(super) fn index_of(chain: &Chain, target: Target, epoch: super::Epoch) -> Result<VersionIndex, RequestError> {
+    match target {
+        Target::Live => Ok(chain.at_epoch(epoch)),
+        Target::Frozen(id) => {
+            let index = chain.position(id).ok_or_else(|| RequestError::Broken("it was deleted".to_owned()))?;
+            match chain.version(index).broken() {
+                Some(reason) => Err(RequestError::Broken(reason.to_owned())),
+                None => Ok(index),
+            }
+        }
     }
 }

@@ -9,7 +9,9 @@
 //!
 //! Nobody ever waits to enter. Only [`EpochClock::wait_drained`] waits, and guests do not call it.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::planted::{self, Defect};
@@ -24,6 +26,15 @@ impl Epoch {
     #[must_use]
     pub fn next(self) -> Epoch {
         Epoch(self.0 + 1)
+    }
+
+    /// The epoch before this one.
+    ///
+    /// # Panics
+    /// Before the first.
+    #[must_use]
+    pub fn previous(self) -> Epoch {
+        Epoch(self.0.checked_sub(1).expect("an epoch that followed another"))
     }
 }
 
@@ -52,7 +63,7 @@ struct Shared {
     current: AtomicU64,
     lanes: RwLock<Vec<Arc<Lane>>>,
     // Who waits for an epoch to drain sleeps here; leavers of old epochs knock.
-    drained: (Mutex<()>, Condvar),
+    drained: (Mutex<Vec<Waker>>, Condvar),
 }
 
 /// The daemon's one epoch counter.
@@ -73,6 +84,8 @@ pub struct Ticket {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
     epoch: Epoch,
+    #[cfg(feature = "planted")]
+    has_left: std::cell::Cell<bool>,
 }
 
 impl EpochClock {
@@ -83,7 +96,7 @@ impl EpochClock {
             shared: Arc::new(Shared {
                 current: AtomicU64::new(start.0),
                 lanes: RwLock::new(Vec::new()),
-                drained: (Mutex::new(()), Condvar::new()),
+                drained: (Mutex::new(Vec::new()), Condvar::new()),
             }),
         }
     }
@@ -108,13 +121,19 @@ impl EpochClock {
     /// # Errors
     /// When [`EPOCHS_DRAINING_MAX`] epochs are still draining.
     pub fn advance(&self) -> Result<Epoch, TooManyDraining> {
-        let now = self.current();
-        if now.0 >= EPOCHS_DRAINING_MAX && !self.is_drained(Epoch(now.0 - EPOCHS_DRAINING_MAX)) {
+        if !self.can_advance() {
             return Err(TooManyDraining);
         }
-        let next = now.next();
+        let next = self.current().next();
         self.shared.current.store(next.0, Ordering::SeqCst);
         Ok(next)
+    }
+
+    /// Whether the counter may move: the slot of the coming epoch is not in use by an old one.
+    #[must_use]
+    pub fn can_advance(&self) -> bool {
+        let now = self.current();
+        now.0 < EPOCHS_DRAINING_MAX || self.is_drained(Epoch(now.0 - EPOCHS_DRAINING_MAX))
     }
 
     /// Whether nobody is inside `epoch` or an older one, and nobody can enter any more. False for the current epoch.
@@ -129,7 +148,20 @@ impl EpochClock {
         lanes.iter().all(|lane| (oldest..=epoch.0).all(|e| lane.inside[slot(Epoch(e))].load(Ordering::SeqCst) == 0))
     }
 
-    /// Waits until `epoch` and all older ones have drained, at most for `timeout`. Returns whether they have.
+    /// Waits until `epoch` and all older ones have drained.
+    pub async fn drained(&self, epoch: Epoch) {
+        poll_fn(|cx| {
+            let mut wakers = lock(&self.shared.drained.0);
+            if self.is_drained(epoch) {
+                return Poll::Ready(());
+            }
+            wakers.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Blocks the thread until `epoch` and all older ones have drained, at most for `timeout`. Returns whether they have.
     #[must_use]
     pub fn wait_drained(&self, epoch: Epoch, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
@@ -159,7 +191,7 @@ impl EpochLane {
             count.fetch_add(1, Ordering::SeqCst);
             // Orders the count before the second look: either the cut's drain sees the count, or we see the cut.
             fence(Ordering::SeqCst);
-            let ticket = Ticket { shared: self.shared.clone(), lane: self.lane.clone(), epoch };
+            let ticket = Ticket::inside(&self.shared, &self.lane, epoch);
             if planted::is(Defect::NoEpochRecheck) || self.shared.current.load(Ordering::SeqCst) == epoch.0 {
                 return ticket;
             }
@@ -177,6 +209,26 @@ impl Drop for EpochLane {
 }
 
 impl Ticket {
+    /// For a lane that has just been counted into `epoch`.
+    fn inside(shared: &Arc<Shared>, lane: &Arc<Lane>, epoch: Epoch) -> Ticket {
+        Ticket {
+            shared: shared.clone(),
+            lane: lane.clone(),
+            epoch,
+            #[cfg(feature = "planted")]
+            has_left: std::cell::Cell::new(false),
+        }
+    }
+
+    fn leave(&self) {
+        let left = self.lane.inside[slot(self.epoch)].fetch_sub(1, Ordering::SeqCst) - 1;
+        if left == 0 && self.shared.current.load(Ordering::SeqCst) != self.epoch.0 {
+            let wakers = std::mem::take(&mut *lock(&self.shared.drained.0));
+            self.shared.drained.1.notify_all();
+            wakers.into_iter().for_each(Waker::wake);
+        }
+    }
+
     /// The epoch this ticket is inside of.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
@@ -187,7 +239,7 @@ impl Ticket {
     pub fn again(&self) -> Ticket {
         // This ticket keeps the epoch from draining, so no second look is needed.
         self.lane.inside[slot(self.epoch)].fetch_add(1, Ordering::SeqCst);
-        Ticket { shared: self.shared.clone(), lane: self.lane.clone(), epoch: self.epoch }
+        Ticket::inside(&self.shared, &self.lane, self.epoch)
     }
 
     /// The epoch that a request would enter now: what rule 4 forbids to use for the parts of one request.
@@ -199,16 +251,18 @@ impl Ticket {
     /// Leaves although the request is still running: what rule 4 forbids.
     #[cfg(feature = "planted")]
     pub(super) fn leave_early(&self) {
-        self.lane.inside[slot(self.epoch)].fetch_sub(1, Ordering::SeqCst);
+        if !self.has_left.replace(true) {
+            self.leave();
+        }
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let left = self.lane.inside[slot(self.epoch)].fetch_sub(1, Ordering::SeqCst) - 1;
-        if left == 0 && self.shared.current.load(Ordering::SeqCst) != self.epoch.0 {
-            drop(lock(&self.shared.drained.0));
-            self.shared.drained.1.notify_all();
+        #[cfg(feature = "planted")]
+        if self.has_left.get() {
+            return;
         }
+        self.leave();
     }
 }

@@ -1,10 +1,27 @@
-//! The one-way mirror: epochs, versions, tables, locks and the strategies (sources 002 [0045]-[0108]).
+//! The one-way mirror: epochs, versions, tables, locks and the strategies (source 002 [0045]-[0108]).
+//!
+//! Every version of a disk is, seen from outside, an array of bytes. A write that belongs to epoch e, while epoch n is
+//! live, changes the versions e to n and no other. Everything here serves that sentence.
+//!
+//! What this room does not know: sockets, rings, names that users gave, files' places.
 
+mod chain;
+mod discard;
 mod disk;
 mod epoch;
+mod join;
+mod lock;
+mod plan;
 pub mod planted;
+mod read;
 mod request;
+mod snapshot;
+mod write;
 
-pub use disk::{Attachment, Disk, Geometry};
+pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
+pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
+pub use plan::{BlockPlan, Copy, Run, Targets, WritePlan};
 pub use request::{Request, RequestError};
+pub use snapshot::{ChainEditor, Cut, PreparedSnapshot};

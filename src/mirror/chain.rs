@@ -1,0 +1,237 @@
+//! The version chain: which versions a disk has, who owns which block, and where a version's bytes are.
+//!
+//! A chain is immutable; a change publishes a new one ([`super::Disk`]). Bits of owned tables and the flags
+//! of versions change in place.
+//!
+//! What always holds:
+//! - Versions are ordered by the epoch in which they began; the last one is live.
+//! - Exactly one version, the pivot, owns every block. Walking from a version towards the pivot, the first one that
+//!   owns a block has its bytes (sources 002 [0092]-[0097]; figure 21).
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use uuid::Uuid;
+
+use super::Epoch;
+use crate::image::SharedImage;
+use crate::store::{BlockIndex, Table};
+
+/// The stable name of a version.
+pub type VersionId = Uuid;
+
+/// A version's place in its chain; 0 is the oldest.
+pub type VersionIndex = usize;
+
+/// Which blocks a layer holds.
+#[derive(Clone, Debug)]
+pub enum Owned {
+    /// All of them: the pivot.
+    All,
+    /// Those whose bit is set.
+    Table(Arc<Table>),
+}
+
+/// An image and which blocks of it count.
+#[derive(Clone)]
+pub struct Layer {
+    /// Where the bytes are, at the disk's own positions.
+    pub image: SharedImage,
+    /// Which blocks are there.
+    pub owned: Owned,
+}
+
+impl Layer {
+    /// Whether the layer holds the block.
+    #[must_use]
+    pub fn owns(&self, block: BlockIndex) -> bool {
+        match &self.owned {
+            Owned::All => true,
+            Owned::Table(table) => table.get(block),
+        }
+    }
+}
+
+/// What stays the same of a version while chains around it change.
+#[derive(Debug)]
+pub struct Version {
+    /// Its stable name.
+    pub id: VersionId,
+    /// The epoch in which it began.
+    pub began: Epoch,
+    quiesced: AtomicBool,
+    retiring: AtomicBool,
+    broken: OnceLock<String>,
+    /// Blocks copied into this version before they were overwritten.
+    pub preserved_blocks: AtomicU64,
+    /// The bytes of those copies that were not holes.
+    pub preserved_bytes: AtomicU64,
+}
+
+impl Version {
+    /// A version that begins at `began`.
+    #[must_use]
+    pub fn new(id: VersionId, began: Epoch) -> Arc<Version> {
+        Arc::new(Version {
+            id,
+            began,
+            quiesced: AtomicBool::new(false),
+            retiring: AtomicBool::new(false),
+            broken: OnceLock::new(),
+            preserved_blocks: AtomicU64::new(0),
+            preserved_bytes: AtomicU64::new(0),
+        })
+    }
+
+    /// Whether it never changes again.
+    #[must_use]
+    pub fn is_quiesced(&self) -> bool {
+        self.quiesced.load(Ordering::SeqCst)
+    }
+
+    /// Says that it never changes again.
+    pub fn set_quiesced(&self) {
+        self.quiesced.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it is being deleted.
+    #[must_use]
+    pub fn is_retiring(&self) -> bool {
+        self.retiring.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_retiring(&self) {
+        self.retiring.store(true, Ordering::SeqCst);
+    }
+
+    /// Why its content cannot be vouched for, if so.
+    #[must_use]
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.get().map(String::as_str)
+    }
+
+    /// Breaks the version. Returns whether it was whole before.
+    pub fn set_broken(&self, reason: impl Into<String>) -> bool {
+        self.broken.set(reason.into()).is_ok()
+    }
+
+    /// Whether old bytes are still to be kept for it: not for one that goes, nor for one that is lost.
+    #[must_use]
+    pub fn keeps_blocks(&self) -> bool {
+        !self.is_retiring() && self.broken().is_none()
+    }
+}
+
+/// A version and its layer.
+#[derive(Clone)]
+pub struct Link {
+    /// Who.
+    pub version: Arc<Version>,
+    /// With what.
+    pub layer: Layer,
+}
+
+/// All versions of a disk at one moment.
+#[derive(Clone)]
+pub struct Chain {
+    links: Vec<Link>,
+    pivot: VersionIndex,
+}
+
+impl Chain {
+    /// A chain of `links`, oldest first.
+    ///
+    /// # Panics
+    /// When not exactly one of them owns everything, or they are not in order.
+    #[must_use]
+    pub fn new(links: Vec<Link>) -> Chain {
+        let mut pivots = links.iter().enumerate().filter(|(_, l)| matches!(l.layer.owned, Owned::All));
+        let (Some((pivot, _)), None) = (pivots.next(), pivots.next()) else {
+            panic!("a chain has exactly one pivot");
+        };
+        assert!(links.is_sorted_by(|a, b| a.version.began < b.version.began), "versions are in order of their epochs");
+        Chain { links, pivot }
+    }
+
+    /// The versions, oldest first.
+    #[must_use]
+    pub fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// The newest version.
+    #[must_use]
+    pub fn live(&self) -> VersionIndex {
+        self.links.len() - 1
+    }
+
+    /// The version that owns everything.
+    #[must_use]
+    pub fn pivot(&self) -> VersionIndex {
+        self.pivot
+    }
+
+    /// A version's layer.
+    #[must_use]
+    pub fn layer(&self, index: VersionIndex) -> &Layer {
+        &self.links[index].layer
+    }
+
+    /// A version.
+    #[must_use]
+    pub fn version(&self, index: VersionIndex) -> &Arc<Version> {
+        &self.links[index].version
+    }
+
+    /// Where the version with this name is.
+    #[must_use]
+    pub fn position(&self, id: VersionId) -> Option<VersionIndex> {
+        self.links.iter().position(|l| l.version.id == id)
+    }
+
+    /// The version that a request of `epoch` reads and writes: the newest that began then or before.
+    #[must_use]
+    pub fn at_epoch(&self, epoch: Epoch) -> VersionIndex {
+        self.links.iter().rposition(|l| l.version.began <= epoch).unwrap_or(0)
+    }
+
+    /// The version whose layer has the bytes of `block` as `index` shows it.
+    #[must_use]
+    pub fn resolve(&self, index: VersionIndex, block: BlockIndex) -> VersionIndex {
+        let mut at = index;
+        while at != self.pivot && !self.links[at].layer.owns(block) {
+            if at < self.pivot {
+                at += 1;
+            } else {
+                at -= 1;
+            }
+        }
+        at
+    }
+
+    /// The nearest version older than `index` that reads `block` through `index` or a newer one and still keeps its
+    /// blocks: the one whose bytes a change of `index` would change. Only it is ever copied to; those
+    /// before it read through it (sources 002 [0097]).
+    #[must_use]
+    pub fn nearest_reader(&self, index: VersionIndex, block: BlockIndex) -> Option<VersionIndex> {
+        if index > self.pivot {
+            return None; // Older versions walk towards the pivot, away from here.
+        }
+        for at in (0..index).rev() {
+            if self.links[at].layer.owns(block) {
+                return None;
+            }
+            if self.links[at].version.keeps_blocks() {
+                return Some(at);
+            }
+        }
+        None
+    }
+
+    /// As [`Chain::nearest_reader`], but for a discard: also a version that is going or lost still reads, so long as
+    /// nothing older than `index` owns the block.
+    #[must_use]
+    pub fn is_read_through(&self, index: VersionIndex, block: BlockIndex) -> bool {
+        index <= self.pivot && index > 0 && !self.links[index - 1].layer.owns(block)
+    }
+}

@@ -1,0 +1,127 @@
+//! Reads of a version (source 002 [0096], [0102]; figures 24 and 26).
+//!
+//! Figure 26 takes a lock for each read. A backup would then hold up the guest's writes, so here a read that went
+//! through a table is resolved again after it was read: a bit is set before the overwrite that it announces is
+//! submitted, so "still the same owner" means that what was read had not been overwritten.
+
+use super::chain::{Chain, VersionIndex};
+use super::disk::{Target, index_of};
+use super::join::join_all;
+use super::lock::BLOCKS_PER_GUARD_MAX;
+use super::planted::{self, Defect};
+use super::{Disk, Epoch, RequestError};
+use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue, SharedImage, read_exact_at, sync};
+use crate::store::{BlockIndex, BlockRange};
+use std::sync::Arc;
+
+/// Neighbouring blocks whose bytes are in the same image.
+struct Extent {
+    blocks: BlockRange,
+    image: SharedImage,
+}
+
+impl Disk {
+    pub(super) async fn read(
+        &self,
+        queue: &IoQueue,
+        target: Target,
+        epoch: Epoch,
+        at: ByteOffset,
+        into: GuestBuf,
+    ) -> Result<(), RequestError> {
+        if into.is_empty() {
+            return Ok(());
+        }
+        {
+            let chain = self.chain();
+            let index = index_of(&chain, target, epoch)?;
+            if index == chain.pivot() {
+                read_exact_at(&*chain.layer(index).image, queue, at, IoBuf::Guest(into)).await?;
+                return Ok(());
+            }
+        }
+        let part_bytes = BLOCKS_PER_GUARD_MAX * u64::from(self.geometry.block_bytes);
+        let (mut done, len) = (0, into.len() as u64);
+        while done < len {
+            let here = at.add(done);
+            // Parts end at block boundaries, so that no block is resolved twice.
+            let part = (part_bytes - here.0 % u64::from(self.geometry.block_bytes)).min(len - done);
+            let range = usize_of(done)..usize_of(done + part);
+            self.read_part(queue, target, epoch, here, &into.slice(range)).await?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    async fn read_part(
+        &self,
+        queue: &IoQueue,
+        target: Target,
+        epoch: Epoch,
+        at: ByteOffset,
+        into: &GuestBuf,
+    ) -> Result<(), RequestError> {
+        let blocks = self.geometry.covering(at, into.len() as u64);
+        let mut extents = self.extents(target, epoch, blocks)?;
+        loop {
+            let reads = extents.iter().map(|extent| {
+                let (from, len) = self.geometry.bytes(extent.blocks);
+                let (from, to) = (from.max(at), (from.0 + len).min(at.0 + into.len() as u64));
+                let piece = into.slice(usize_of(from.0 - at.0)..usize_of(to - at.0));
+                read_exact_at(&*extent.image, queue, from, IoBuf::Guest(piece))
+            });
+            let done = join_all(reads.collect()).await;
+            let now = self.extents(target, epoch, blocks)?;
+            let same = now.len() == extents.len()
+                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && Arc::ptr_eq(&a.image, &b.image));
+            if same || planted::is(Defect::NoReadRecheck) {
+                for read in done {
+                    read?;
+                }
+                return Ok(());
+            }
+            extents = now;
+        }
+    }
+
+    fn extents(&self, target: Target, epoch: Epoch, blocks: BlockRange) -> Result<Vec<Extent>, RequestError> {
+        let chain = self.chain();
+        let index = index_of(&chain, target, epoch)?;
+        let owners = owners(&chain, index, blocks);
+        Ok(owners.map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() }).collect())
+    }
+
+    pub(super) async fn flush(&self, queue: &IoQueue) -> Result<(), RequestError> {
+        let chain = self.chain();
+        // The layers that the live version reads: its own, and those on its way to the pivot.
+        let images = (chain.pivot()..=chain.live()).map(|i| sync(&*chain.layer(i).image, queue));
+        for done in join_all(images.collect()).await {
+            done?;
+        }
+        Ok(())
+    }
+}
+
+/// The runs of `blocks` by the version whose layer has their bytes.
+pub(super) fn owners(
+    chain: &Chain,
+    index: VersionIndex,
+    blocks: BlockRange,
+) -> impl Iterator<Item = (BlockRange, VersionIndex)> {
+    let mut next = blocks.start;
+    std::iter::from_fn(move || {
+        if next >= blocks.end {
+            return None;
+        }
+        let (start, owner) = (next, chain.resolve(index, next));
+        next = BlockIndex(next.0 + 1);
+        while next < blocks.end && chain.resolve(index, next) == owner {
+            next = BlockIndex(next.0 + 1);
+        }
+        Some((BlockRange { start, end: next }, owner))
+    })
+}
+
+pub(super) fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a request's bytes fit the address space")
+}

@@ -1,0 +1,410 @@
+//! Writes and write-zeroes (source 002 [0095], [0097], [00107], [00108]; figures 23, 25 and 27).
+//!
+//! A write is carried out in parts of bounded size. For each part: take the block locks (2702), look at the chain and
+//! its tables (2703), save what an older version reads (2707, 2708), write to every version that must
+//! see it (2705, 2709), release (2710). Data that goes to two places is copied once, so that a guest that
+//! changes its buffer meanwhile cannot make the places differ.
+
+use std::sync::Arc;
+
+use super::chain::{Chain, Owned, VersionIndex};
+use super::join::join_all;
+use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::plan::{Copy, Run, WritePlan};
+use super::planted::{self, Defect};
+use super::read::usize_of;
+use super::{Disk, Epoch, RequestError, Ticket};
+use crate::image::{
+    AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, IoBuf, IoQueue, read_exact_at, write_all_at, zero_range,
+};
+use crate::store::BlockRange;
+
+/// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
+/// rewrite the neighbours in it.
+const ZERO_UNIT_BYTES: u64 = 4096;
+
+/// What to write.
+#[derive(Debug)]
+pub(super) enum Data {
+    /// The guest's memory.
+    Guest(GuestBuf),
+    /// Zeros.
+    Zeros { len: u64, unmap: bool },
+}
+
+impl Data {
+    fn len(&self) -> u64 {
+        match self {
+            Data::Guest(guest) => guest.len() as u64,
+            Data::Zeros { len, .. } => *len,
+        }
+    }
+
+    fn part(&self, from: u64, len: u64) -> Data {
+        match self {
+            Data::Guest(guest) => Data::Guest(guest.slice(usize_of(from)..usize_of(from + len))),
+            Data::Zeros { unmap, .. } => Data::Zeros { len, unmap: *unmap },
+        }
+    }
+}
+
+/// One part of a write: what, where, and which blocks it touches.
+struct Part {
+    at: ByteOffset,
+    len: u64,
+    data: Data,
+    blocks: BlockRange,
+    durable: bool,
+}
+
+/// The data of a part that goes to several places, or to a place where the edges must be filled.
+enum Stable {
+    Bytes(Arc<AlignedBuf>),
+    Zeros { unmap: bool },
+}
+
+impl Disk {
+    pub(super) async fn write(
+        &self,
+        queue: &IoQueue,
+        ticket: &Ticket,
+        at: ByteOffset,
+        data: Data,
+        durable: bool,
+    ) -> Result<(), RequestError> {
+        let part_bytes = BLOCKS_PER_GUARD_MAX * u64::from(self.geometry.block_bytes);
+        let (mut done, len) = (0, data.len());
+        while done < len {
+            let here = at.add(done);
+            let part_len = (part_bytes - here.0 % u64::from(self.geometry.block_bytes)).min(len - done);
+            let whole = done == 0 && part_len == len;
+            let part = Part {
+                at: here,
+                len: part_len,
+                data: if whole { data.part(0, len) } else { data.part(done, part_len) },
+                blocks: self.geometry.covering(here, part_len),
+                durable,
+            };
+            self.write_part(queue, epoch_of_part(ticket, done), part).await?;
+            #[cfg(feature = "planted")]
+            if planted::is(Defect::LeaveEarly) {
+                ticket.leave_early();
+            }
+            done += part_len;
+        }
+        Ok(())
+    }
+
+    async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
+        let decide = |chain: &Chain| {
+            let plan = WritePlan::decide(chain, chain.at_epoch(epoch), part.blocks);
+            let excludes = plan.excludes() || is_misaligned(chain, &part);
+            (plan, excludes)
+        };
+        let early = self.chain();
+        let (early_plan, excludes) = decide(&early);
+        let mut mode = if excludes { Mode::Exclusive } else { Mode::Shared };
+        loop {
+            let guard = self.locks.acquire(part.blocks, mode).await;
+            // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
+            let chain = if planted::is(Defect::NoPlanRecheck) { early.clone() } else { self.chain() };
+            let (mut plan, excludes) = decide(&chain);
+            if planted::is(Defect::NoPlanRecheck) {
+                plan = early_plan.clone();
+            }
+            if excludes
+                && guard.mode() == Mode::Shared
+                && !planted::is(Defect::NoBlockLock)
+                && !planted::is(Defect::NoPlanRecheck)
+            {
+                mode = Mode::Exclusive;
+                drop(guard);
+                continue;
+            }
+            while let Err((lost, reason)) = self.preserve(queue, &chain, &plan).await {
+                self.break_version(chain.version(lost), &reason);
+                plan = decide(&chain).0;
+            }
+            if self.discards.count() > 0 {
+                self.discards.clear(part.blocks); // What is written now is wanted.
+            }
+            let result = self.carry_out(queue, &chain, &plan, &part).await;
+            if planted::is(Defect::BitAfterOverwrite) {
+                set_preserved(&chain, &plan);
+            }
+            return result;
+        }
+    }
+
+    /// Saves the old bytes that older versions read. On failure says which version cannot be kept, and why.
+    async fn preserve(&self, queue: &IoQueue, chain: &Chain, plan: &WritePlan) -> Result<(), (VersionIndex, String)> {
+        let copies = plan.runs.iter().filter_map(|run| {
+            let copy = run.plan.preserve?;
+            Some(async move { self.copy_blocks(queue, chain, run.blocks, copy).await.map_err(|e| (copy.to, e)) })
+        });
+        let copies: Vec<_> = copies.collect();
+        if !copies.is_empty() {
+            for done in join_all(copies).await {
+                done?;
+            }
+            if !planted::is(Defect::BitAfterOverwrite) {
+                set_preserved(chain, plan);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies blocks from one layer into another, except zeros: where nothing was written yet, a sparse image has them
+    /// already. Does not set bits. The caller holds the blocks' locks exclusively.
+    pub(super) async fn copy_blocks(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        blocks: BlockRange,
+        copy: Copy,
+    ) -> Result<(), String> {
+        let (at, len) = self.geometry.bytes(blocks);
+        let (from, to) = (&*chain.layer(copy.from).image, &*chain.layer(copy.to).image);
+        let Owned::Table(table) = &chain.layer(copy.to).owned else {
+            unreachable!("the pivot owns every block and is never copied to")
+        };
+        table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
+        let old = AlignedBuf::zeroed(usize_of(len));
+        let old = read_exact_at(from, queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
+        let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
+        let old = Arc::new(old);
+        let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
+        let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
+        let writes = pieces.into_iter().map(|piece| {
+            let here = at.add(piece.start as u64);
+            write_all_at(to, queue, here, IoBuf::Shared(old.clone(), piece), false)
+        });
+        for done in join_all(writes.collect()).await {
+            done.map_err(|e| e.to_string())?;
+        }
+        let version = chain.version(copy.to);
+        version.preserved_blocks.fetch_add(blocks.count(), std::sync::atomic::Ordering::Relaxed);
+        version.preserved_bytes.fetch_add(copied as u64, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn carry_out(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        plan: &WritePlan,
+        part: &Part,
+    ) -> Result<(), RequestError> {
+        if let Some(target) = plan.single_target()
+            && !is_misaligned(chain, part)
+        {
+            let image = &*chain.layer(target).image;
+            match &part.data {
+                Data::Guest(guest) => {
+                    write_all_at(image, queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
+                }
+                Data::Zeros { unmap, .. } => {
+                    write_zeros(image, queue, part.at, part.len, *unmap).await?;
+                    if part.durable {
+                        crate::image::sync(image, queue).await?;
+                    }
+                }
+            }
+            return Ok(());
+        }
+        let stable = match &part.data {
+            Data::Guest(guest) => Stable::Bytes(Arc::new(guest.copy_out())),
+            Data::Zeros { unmap, .. } => Stable::Zeros { unmap: *unmap },
+        };
+        let mut writes = Vec::new();
+        for run in &plan.runs {
+            for &target in run.plan.targets.as_slice() {
+                let stable = &stable;
+                writes.push(async move {
+                    let done = self.write_run(queue, chain, plan.writer, run, target, part, stable).await;
+                    (run, target, done)
+                });
+            }
+        }
+        if planted::is(Defect::AckFirst) {
+            writes.truncate(1);
+        }
+        for (run, target, done) in join_all(writes).await {
+            if let Err(e) = done {
+                self.absorb(chain, plan.writer, run, target, e)?;
+            }
+        }
+        for run in plan.runs.iter().filter(|run| run.plan.adopt_from.is_some()) {
+            if let Owned::Table(table) = &chain.layer(plan.writer).owned {
+                table.set(run.blocks);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the part's bytes of one run to one target; a block that the writer takes over is written whole.
+    #[allow(clippy::too_many_arguments)] // All of them are the run's context; a struct of them would have one user.
+    async fn write_run(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        writer: VersionIndex,
+        run: &Run,
+        target: VersionIndex,
+        part: &Part,
+        stable: &Stable,
+    ) -> Result<(), ImageError> {
+        let image = &*chain.layer(target).image;
+        let (run_at, run_len) = self.geometry.bytes(run.blocks);
+        let from = run_at.max(part.at);
+        let to = (run_at.0 + run_len).min(part.at.0 + part.len);
+        let adopts = (target == writer).then_some(run.plan.adopt_from).flatten();
+        if let (Some(_), Owned::Table(table)) = (adopts, &chain.layer(target).owned) {
+            let full =
+                |e: std::io::Error| ImageError::from_io(crate::image::ImageOp::Write, image.path(), Some(run_at), &e);
+            table.prepare(run.blocks).map_err(full)?;
+        }
+        let partial = from > run_at || to < run_at.0 + run_len;
+        if let (Some(source), true) = (adopts, partial) {
+            let source = &*chain.layer(source).image;
+            return overlay(source, image, queue, (run_at, run_len), (from, to), part, stable).await;
+        }
+        let unit = u64::from(image.alignment().offset_bytes);
+        if !from.0.is_multiple_of(unit) || !to.is_multiple_of(unit) {
+            let (cover_at, cover_to) = (from.0 / unit * unit, to.next_multiple_of(unit));
+            let cover = (ByteOffset(cover_at), cover_to - cover_at);
+            return overlay(image, image, queue, cover, (from, to), part, stable).await;
+        }
+        match stable {
+            Stable::Bytes(bytes) => {
+                let range = usize_of(from.0 - part.at.0)..usize_of(to - part.at.0);
+                write_all_at(image, queue, from, IoBuf::Shared(bytes.clone(), range), part.durable).await
+            }
+            Stable::Zeros { unmap } => {
+                write_zeros(image, queue, from, to - from.0, *unmap).await?;
+                if part.durable { crate::image::sync(image, queue).await } else { Ok(()) }
+            }
+        }
+    }
+
+    /// A write to one target failed. If the live version reads there, the guest must know. If only frozen versions do,
+    /// they are broken and the guest notices nothing.
+    fn absorb(
+        &self,
+        chain: &Chain,
+        writer: VersionIndex,
+        run: &Run,
+        target: VersionIndex,
+        error: ImageError,
+    ) -> Result<(), RequestError> {
+        let shows = |version, block| chain.resolve(version, block) == target;
+        if run.blocks.iter().any(|block| shows(chain.live(), block) || run.plan.adopt_from.is_some()) {
+            return Err(error.into());
+        }
+        for version in writer..chain.live() {
+            if run.blocks.iter().any(|block| shows(version, block)) {
+                self.break_version(chain.version(version), &error.to_string());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the image can take the part only together with bytes around it.
+fn is_misaligned(chain: &Chain, part: &Part) -> bool {
+    let unit = u64::from(chain.layer(chain.pivot()).image.alignment().offset_bytes);
+    !part.at.0.is_multiple_of(unit) || !part.len.is_multiple_of(unit)
+}
+
+/// Reads `cover` from `source`, puts the part's bytes of `range` over it, and writes it to `image`.
+async fn overlay(
+    source: &dyn Image,
+    image: &dyn Image,
+    queue: &IoQueue,
+    cover: (ByteOffset, u64),
+    range: (ByteOffset, u64),
+    part: &Part,
+    stable: &Stable,
+) -> Result<(), ImageError> {
+    let whole = IoBuf::Owned(AlignedBuf::zeroed(usize_of(cover.1)));
+    let IoBuf::Owned(mut whole) = read_exact_at(source, queue, cover.0, whole).await? else {
+        unreachable!("a transfer gives back the buffer it was given")
+    };
+    let place = usize_of(range.0.0 - cover.0.0)..usize_of(range.1 - cover.0.0);
+    match stable {
+        Stable::Bytes(bytes) => {
+            let from = usize_of(range.0.0 - part.at.0);
+            whole[place.clone()].copy_from_slice(&bytes[from..from + place.len()]);
+        }
+        Stable::Zeros { .. } => whole[place].fill(0),
+    }
+    write_all_at(image, queue, cover.0, IoBuf::Owned(whole), part.durable).await
+}
+
+/// Zeroes a range: whole units by the container, the edges by writing.
+async fn write_zeros(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    len: u64,
+    unmap: bool,
+) -> Result<(), ImageError> {
+    let end = at.0 + len;
+    let (first, last) = (at.0.next_multiple_of(ZERO_UNIT_BYTES), end / ZERO_UNIT_BYTES * ZERO_UNIT_BYTES);
+    let edge = |from: u64, to: u64| {
+        let zeros = AlignedBuf::zeroed(usize_of(to - from));
+        write_all_at(image, queue, ByteOffset(from), IoBuf::Owned(zeros), false)
+    };
+    if first >= last {
+        return edge(at.0, end).await;
+    }
+    if at.0 < first {
+        edge(at.0, first).await?;
+    }
+    zero_range(image, queue, ByteOffset(first), last - first, unmap).await?;
+    if last < end {
+        edge(last, end).await?;
+    }
+    Ok(())
+}
+
+fn set_preserved(chain: &Chain, plan: &WritePlan) {
+    for run in &plan.runs {
+        if let Some(copy) = run.plan.preserve
+            && let Owned::Table(table) = &chain.layer(copy.to).owned
+        {
+            table.set(run.blocks);
+        }
+    }
+}
+
+fn epoch_of_part(ticket: &Ticket, done: u64) -> Epoch {
+    #[cfg(feature = "planted")]
+    if planted::is(Defect::EpochPerPart) && done > 0 {
+        return ticket.epoch_of_now();
+    }
+    let _ = done;
+    ticket.epoch()
+}
+
+/// The pieces of `bytes` that are not zero, in whole blocks, neighbours joined.
+fn nonzero_pieces(bytes: &[u8], block_bytes: usize) -> Vec<std::ops::Range<usize>> {
+    let mut pieces: Vec<std::ops::Range<usize>> = Vec::new();
+    for start in (0..bytes.len()).step_by(block_bytes) {
+        let end = (start + block_bytes).min(bytes.len());
+        if is_zero(&bytes[start..end]) {
+            continue;
+        }
+        match pieces.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => pieces.push(start..end),
+        }
+    }
+    pieces
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // SAFETY: every bit pattern is a valid u128.
+    let (head, body, tail) = unsafe { bytes.align_to::<u128>() };
+    head.iter().chain(tail).all(|&b| b == 0) && body.iter().all(|&w| w == 0)
+}
