@@ -103,7 +103,12 @@ fn fate(chain: &Chain, writer: usize, block: BlockIndex) -> Fate {
         return Fate::Now;
     }
     if chain.pivot() >= writer {
-        return if chain.is_read_through(writer, block) { Fate::Later } else { Fate::Now };
+        let newer = (writer..chain.pivot()).any(|i| chain.layer(i).owns(block));
+        return match chain.is_read_through(writer, block) {
+            true => Fate::Later,
+            false if newer => Fate::Never, // A newer epoch has written the block already.
+            false => Fate::Now,
+        };
     }
     // A log above the pivot: a hole in an owned block reads as zeros; a block it does not own is the pivot's.
     match &chain.layer(writer).owned {

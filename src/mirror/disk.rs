@@ -262,8 +262,11 @@ pub(super) fn index_of(chain: &Chain, target: Target, epoch: super::Epoch) -> Re
         Target::Live => Ok(chain.at_epoch(epoch)),
         Target::Frozen(id) => {
             let index = chain.position(id).ok_or_else(|| RequestError::Broken("it was deleted".to_owned()))?;
-            match chain.version(index).broken() {
+            let version = chain.version(index);
+            match version.broken() {
                 Some(reason) => Err(RequestError::Broken(reason.to_owned())),
+                // Nothing is kept for it any more, so what it shows may be newer than it should be.
+                None if version.is_retiring() => Err(RequestError::Broken("it is being deleted".to_owned())),
                 None => Ok(index),
             }
         }

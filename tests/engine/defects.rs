@@ -1,0 +1,46 @@
+//! Does the oracle notice when a rule is left out? Each defect is switched on in turn and must be noticed.
+
+use halfsilver::mirror::planted::{Defect, plant};
+
+use crate::oracle;
+
+/// Seeds to try before a defect counts as unnoticed.
+const SEEDS: u64 = 3000;
+
+/// Those that a schedule on one thread can show; the others are about the orders of atomic operations and
+/// are noticed by the model tests.
+const ON_ONE_THREAD: [Defect; 10] = [
+    Defect::EpochPerPart,
+    Defect::LeaveEarly,
+    Defect::NoBlockLock,
+    Defect::AckFirst,
+    Defect::NoReadRecheck,
+    Defect::NoPlanRecheck,
+    Defect::BitAfterOverwrite,
+    Defect::DrainNotMirrored,
+    Defect::DiscardAtOnce,
+    Defect::DeleteWithoutHandover,
+];
+
+#[test]
+fn every_rule_left_out_is_noticed() {
+    let _alone = crate::ALONE.write().unwrap();
+    let mut unnoticed = Vec::new();
+    for defect in ON_ONE_THREAD {
+        plant(Some(defect));
+        let noticed = (0..SEEDS).find_map(|seed| {
+            let run = std::panic::catch_unwind(|| oracle::run(seed, 250));
+            match run {
+                Ok(Ok(_)) => None,
+                Ok(Err(e)) => Some((seed, e)),
+                Err(_) => Some((seed, "panic".to_owned())),
+            }
+        });
+        plant(None);
+        match noticed {
+            Some((seed, how)) => println!("{defect:?}: noticed at seed {seed}: {how}"),
+            None => unnoticed.push(defect),
+        }
+    }
+    assert!(unnoticed.is_empty(), "unnoticed after {SEEDS} seeds each: {unnoticed:?}");
+}

@@ -1,0 +1,592 @@
+//! Random runs against one array a version (design: "The oracle").
+//!
+//! A sector is a tag, repeated; the array holds for each sector the set of tags it may show. A set has more than one
+//! member only where the guest left the order open (overlapping requests in flight) or gave the bytes away (discards).
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::mirror::{
+    Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
+    Version,
+};
+use halfsilver::store::{BlockIndex, Table};
+
+use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
+
+const BLOCK: usize = 4096;
+const VERSIONS_MAX: usize = 7;
+
+type Tags = BTreeSet<u64>;
+
+/// What one version may show.
+#[derive(Clone)]
+struct Array {
+    key: u64,
+    /// The last epoch that belongs to it; None for the live one.
+    ended: Option<Epoch>,
+    version: Option<Arc<Version>>,
+    image: Option<SimImage>,
+    sectors: Vec<Tags>,
+}
+
+impl Array {
+    /// Whether a change of `epoch` changes this version: every version from the change's own to the live one.
+    fn sees(&self, epoch: Epoch) -> bool {
+        self.ended.is_none_or(|ended| epoch <= ended)
+    }
+}
+
+/// A change in flight.
+struct Change {
+    id: u64,
+    epoch: Epoch,
+    sectors: Range<usize>,
+    tag: u64,
+    is_discard: bool,
+    /// Sectors on which another change was in flight at some time during this one.
+    contested: BTreeSet<usize>,
+}
+
+/// A read in flight and what each of its sectors may have shown so far.
+struct Watch {
+    id: u64,
+    keys: Vec<u64>,
+    first: usize,
+    allowed: Vec<Tags>,
+}
+
+/// What a run got to do: the rare states are counted, so that a test can insist on them.
+#[derive(Default, Debug, Clone)]
+pub struct Counts {
+    pub operations: u64,
+    pub cuts: u64,
+    pub deletes: u64,
+    pub deletes_in_the_middle: u64,
+    pub draining_changes: u64,
+    pub broken: u64,
+    pub refused_reads: u64,
+    pub discards: u64,
+    pub deferred: u64,
+    pub frozen_reads: u64,
+    pub preserved_blocks: u64,
+    pub holes_kept: u64,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: &Counts) {
+        self.operations += other.operations;
+        self.cuts += other.cuts;
+        self.deletes += other.deletes;
+        self.deletes_in_the_middle += other.deletes_in_the_middle;
+        self.draining_changes += other.draining_changes;
+        self.broken += other.broken;
+        self.refused_reads += other.refused_reads;
+        self.discards += other.discards;
+        self.deferred += other.deferred;
+        self.frozen_reads += other.frozen_reads;
+        self.preserved_blocks += other.preserved_blocks;
+        self.holes_kept += other.holes_kept;
+    }
+}
+
+#[derive(Default)]
+struct World {
+    arrays: Vec<Array>,
+    changes: Vec<Change>,
+    watches: Vec<Watch>,
+    counts: Counts,
+    failure: Option<String>,
+    next: u64,
+    /// Whether some image, perhaps of a version that is gone, was made to fail: older versions read through it.
+    any_fault: bool,
+}
+
+impl World {
+    fn fail(&mut self, what: String) {
+        self.failure.get_or_insert(what);
+    }
+
+    fn begin_change(&mut self, epoch: Epoch, sectors: Range<usize>, tag: u64, is_discard: bool) -> u64 {
+        self.next += 1;
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            println!("{}: change begins: epoch {epoch} sectors {sectors:?} tag {tag} discard {is_discard}", self.next);
+        }
+        let mut contested = BTreeSet::new();
+        for other in &mut self.changes {
+            for s in other.sectors.clone().filter(|s| sectors.contains(s)) {
+                other.contested.insert(s);
+                contested.insert(s);
+            }
+        }
+        for array in self.arrays.iter_mut().filter(|a| a.sees(epoch)) {
+            for s in sectors.clone() {
+                array.sectors[s].insert(tag);
+            }
+            for watch in self.watches.iter_mut().filter(|w| w.keys.contains(&array.key)) {
+                for s in sectors.clone() {
+                    if let Some(allowed) = s.checked_sub(watch.first).and_then(|i| watch.allowed.get_mut(i)) {
+                        allowed.insert(tag);
+                    }
+                }
+            }
+        }
+        self.changes.push(Change { id: self.next, epoch, sectors, tag, is_discard, contested });
+        self.next
+    }
+
+    fn end_change(&mut self, id: u64) {
+        let i = self.changes.iter().position(|c| c.id == id).unwrap();
+        let change = self.changes.swap_remove(i);
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            println!("{id}: change ends, contested {:?}", change.contested);
+        }
+        if change.is_discard {
+            return;
+        }
+        for array in self.arrays.iter_mut().filter(|a| a.sees(change.epoch)) {
+            for s in change.sectors.clone().filter(|s| !change.contested.contains(s)) {
+                array.sectors[s] = Tags::from([change.tag]);
+            }
+        }
+    }
+
+    fn begin_read(&mut self, keys: Vec<u64>, sectors: Range<usize>) -> u64 {
+        self.next += 1;
+        let mut allowed = vec![Tags::new(); sectors.len()];
+        for array in self.arrays.iter().filter(|a| keys.contains(&a.key)) {
+            for (set, s) in allowed.iter_mut().zip(sectors.clone()) {
+                set.extend(&array.sectors[s]);
+            }
+        }
+        self.watches.push(Watch { id: self.next, keys, first: sectors.start, allowed });
+        self.next
+    }
+
+    fn end_read(&mut self, id: u64, got: &[u8], what: &str) {
+        let i = self.watches.iter().position(|w| w.id == id).unwrap();
+        let watch = self.watches.swap_remove(i);
+        for (i, (sector, allowed)) in got.chunks(SECTOR).zip(&watch.allowed).enumerate() {
+            let s = watch.first + i;
+            match tag_of(sector) {
+                Some(tag) if allowed.contains(&tag) => {
+                    // A frozen version never changes again: what it has shown once, it shows for ever.
+                    if let [key] = watch.keys[..]
+                        && let Some(array) = self.arrays.iter_mut().find(|a| a.key == key)
+                        && array.version.as_ref().is_some_and(|v| v.is_quiesced())
+                    {
+                        array.sectors[s] = Tags::from([tag]);
+                    }
+                }
+                Some(tag) => self.fail(format!("{what}: sector {s} shows {tag}, allowed {allowed:?}")),
+                None => self.fail(format!("{what}: sector {s} is torn")),
+            }
+        }
+    }
+}
+
+fn tag_of(sector: &[u8]) -> Option<u64> {
+    let mut words = sector.chunks(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
+    let first = words.next()?;
+    words.all(|w| w == first).then_some(first)
+}
+
+fn filled(sectors: usize, tag: u64) -> GuestBuf {
+    let mut memory = AlignedBuf::zeroed(sectors * SECTOR);
+    memory.chunks_mut(8).for_each(|w| w.copy_from_slice(&tag.to_le_bytes()));
+    GuestBuf::from_owned(memory).0
+}
+
+/// One random run.
+struct Run {
+    rng: Rng,
+    world: Rc<RefCell<World>>,
+    scheduler: Scheduler,
+    queue: IoQueue,
+    clock: EpochClock,
+    editor: Arc<ChainEditor>,
+    disk: Arc<Disk>,
+    live: Attachment,
+    lanes: Vec<EpochLane>,
+    live_image: SimImage,
+    sectors: usize,
+    cuts: Vec<(Epoch, Arc<Version>)>,
+    deleting: Rc<RefCell<Vec<Arc<Version>>>>,
+    alignment: u32,
+    faults: bool,
+}
+
+impl Run {
+    fn new(seed: u64, alignment: u32, faults: bool) -> Run {
+        sim::reset();
+        let mut rng = Rng::new(seed);
+        let blocks = 3 + rng.below(8);
+        // The last block is short now and then.
+        let tail = if alignment == 512 { rng.below(8) } else { 0 };
+        let sectors = blocks * BLOCK / SECTOR + tail;
+        let live_image = SimImage::new("live", sectors * SECTOR, alignment);
+        let clock = EpochClock::new(Epoch(1));
+        let options = DiskOptions {
+            image: Arc::new(live_image.clone()),
+            block_bytes: 4096,
+            read_only: false,
+            discards: Disk::table_in_memory((sectors * SECTOR) as u64, 4096).unwrap(),
+        };
+        let disk = Disk::new(clock.clone(), options);
+        let first = Array { key: 0, ended: None, version: None, image: None, sectors: vec![Tags::from([0]); sectors] };
+        let world = World { arrays: vec![first], next: 1, ..World::default() };
+        Run {
+            rng,
+            world: Rc::new(RefCell::new(world)),
+            scheduler: Scheduler::default(),
+            queue: IoQueue::simulated(),
+            lanes: (0..3).map(|_| clock.lane()).collect(),
+            editor: Arc::new(ChainEditor::new(clock.clone())),
+            clock,
+            live: disk.attach_live(),
+            disk,
+            live_image,
+            sectors,
+            cuts: Vec::new(),
+            deleting: Rc::default(),
+            alignment,
+            faults,
+        }
+    }
+
+    fn range(&mut self) -> Range<usize> {
+        let first = self.rng.below(self.sectors);
+        let room = self.sectors - first;
+        let longest = if self.rng.chance(70) { 10 } else { 40 };
+        let mut range = first..first + 1 + self.rng.below(room.min(longest));
+        if self.rng.chance(35) {
+            range.start = range.start / 8 * 8; // Whole blocks.
+            range.end = range.end.next_multiple_of(8).min(self.sectors);
+        }
+        range
+    }
+
+    fn submit(&mut self) {
+        let range = self.range();
+        let ticket = self.lanes[self.rng.below(self.lanes.len())].enter();
+        let epoch = ticket.epoch();
+        let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
+        let at = ByteOffset((range.start * SECTOR) as u64);
+        let len = (range.len() * SECTOR) as u64;
+        world.borrow_mut().counts.operations += 1;
+        let kind = self.rng.below(100);
+        if kind < 25 {
+            let keys = world.borrow().arrays.iter().filter(|a| a.sees(epoch)).map(|a| a.key).collect();
+            let id = world.borrow_mut().begin_read(keys, range.clone());
+            let clock = self.clock.clone();
+            self.scheduler.spawn(async move {
+                let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(usize::try_from(len).unwrap()));
+                let done = live.execute(&queue, &ticket, Request::Read { at, into }).await;
+                let mut world = world.borrow_mut();
+                // A cut while it ran: the guest could not tell whether it came before or after.
+                let live_key = world.arrays.last().unwrap().key;
+                if clock.current() != epoch
+                    && let Some(w) = world.watches.iter().position(|w| w.id == id)
+                {
+                    let live = world.arrays.iter().find(|a| a.key == live_key).unwrap().sectors.clone();
+                    let watch = &mut world.watches[w];
+                    let first = watch.first;
+                    watch.allowed.iter_mut().enumerate().for_each(|(i, a)| a.extend(&live[first + i]));
+                }
+                match done {
+                    Ok(()) => world.end_read(id, &memory.to_vec(), "live read"),
+                    Err(e) => world.fail(format!("live read failed: {e}")),
+                }
+                drop(ticket);
+            });
+            return;
+        }
+        let (request, tag, discard) = match kind {
+            25..80 => {
+                let tag = world.borrow().next + 1;
+                (Request::Write { at, from: filled(range.len(), tag), durable: self.rng.chance(10) }, tag, false)
+            }
+            80..88 => {
+                let (unmap, durable) = (self.rng.chance(50), self.rng.chance(10));
+                (Request::WriteZeroes { at, len, unmap, durable }, 0, false)
+            }
+            88..96 => (Request::Discard { at, len }, 0, true),
+            _ => (Request::Flush, 0, true),
+        };
+        let is_flush = matches!(request, Request::Flush);
+        let id = (!is_flush).then(|| world.borrow_mut().begin_change(epoch, range, tag, discard));
+        world.borrow_mut().counts.discards += u64::from(discard && !is_flush);
+        let clock = self.clock.clone();
+        let disk = self.disk.clone();
+        self.scheduler.spawn(async move {
+            let draining = clock.current() != epoch;
+            let deferred = disk.discards().count();
+            let done = live.execute(&queue, &ticket, request).await;
+            let mut world = world.borrow_mut();
+            world.counts.draining_changes += u64::from(draining);
+            world.counts.deferred += disk.discards().count().saturating_sub(deferred);
+            if let Err(e) = done {
+                world.fail(format!("a guest's request failed: {e}"));
+            }
+            if let Some(id) = id {
+                world.end_change(id);
+            }
+            drop(ticket);
+        });
+    }
+
+    fn cut(&mut self) {
+        if self.world.borrow().arrays.len() >= VERSIONS_MAX {
+            return;
+        }
+        let size = self.sectors * SECTOR;
+        let image = SimImage::new("frozen", size, self.alignment);
+        let faulty = self.faults && self.rng.chance(25);
+        if faulty {
+            let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
+            image.fail_writes(errno, self.rng.below(6));
+        }
+        let prepared = PreparedSnapshot {
+            disk: self.disk.clone(),
+            image: Arc::new(image.clone()),
+            table: Disk::table_in_memory(size as u64, 4096).unwrap(),
+            new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
+        };
+        let cut = self.editor.cut(vec![prepared]).unwrap();
+        let mut world = self.world.borrow_mut();
+        world.counts.cuts += 1;
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            println!("cut ends epoch {}", cut.ended);
+        }
+        world.next += 1;
+        let key = world.next;
+        let mut live = world.arrays.last().unwrap().clone();
+        world.any_fault |= faulty;
+        let frozen = world.arrays.last_mut().unwrap();
+        frozen.ended = Some(cut.ended);
+        frozen.version = Some(cut.frozen[0].clone());
+        frozen.image = Some(image);
+        live.key = key;
+        world.arrays.push(live);
+        self.cuts.push((cut.ended, cut.frozen[0].clone()));
+    }
+
+    /// What the daemon does in the background: declares drained versions quiesced.
+    fn quiesce(&mut self) {
+        let clock = self.clock.clone();
+        self.cuts.retain(|(ended, version)| {
+            let drained = clock.is_drained(*ended);
+            if drained {
+                version.set_quiesced();
+            }
+            !drained
+        });
+    }
+
+    fn read_frozen(&mut self) {
+        let quiesced: Vec<(u64, Arc<Version>)> = self
+            .world
+            .borrow()
+            .arrays
+            .iter()
+            .filter_map(|a| Some((a.key, a.version.clone()?)))
+            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
+            .collect();
+        if quiesced.is_empty() {
+            return;
+        }
+        let (key, version) = quiesced[self.rng.below(quiesced.len())].clone();
+        let range = if self.rng.chance(20) { 0..self.sectors } else { self.range() };
+        self.spawn_frozen_read(key, version, range);
+    }
+
+    fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
+        let ticket = self.lanes[0].enter();
+        let (world, queue) = (self.world.clone(), self.queue.clone());
+        let attachment = self.disk.attach_frozen(version.id);
+        let id = world.borrow_mut().begin_read(vec![key], range.clone());
+        self.scheduler.spawn(async move {
+            let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(range.len() * SECTOR));
+            let at = ByteOffset((range.start * SECTOR) as u64);
+            let done = attachment.execute(&queue, &ticket, Request::Read { at, into }).await;
+            let mut world = world.borrow_mut();
+            world.counts.frozen_reads += 1;
+            match done {
+                Ok(()) => world.end_read(id, &memory.to_vec(), &format!("read of version {key}")),
+                Err(RequestError::Broken(_)) if version.broken().is_some() || version.is_retiring() => {
+                    world.watches.retain(|w| w.id != id);
+                    world.counts.refused_reads += 1;
+                }
+                Err(e) => world.fail(format!("read of version {key} failed: {e}")),
+            }
+            drop(ticket);
+        });
+    }
+
+    /// Lets a quiesced version go, as the daemon's job does.
+    fn delete(&mut self) {
+        let candidates: Vec<(usize, Arc<Version>)> = self
+            .world
+            .borrow()
+            .arrays
+            .iter()
+            .enumerate()
+            .filter_map(|(i, a)| Some((i, a.version.clone()?)))
+            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
+            .collect();
+        if candidates.is_empty() {
+            return;
+        }
+        let (index, version) = candidates[self.rng.below(candidates.len())].clone();
+        self.world.borrow_mut().counts.deletes_in_the_middle += u64::from(index > 0);
+        let ended = self.editor.begin_retire(&version).unwrap();
+        let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
+        let (disk, editor) = (self.disk.clone(), self.editor.clone());
+        let lane = self.clock.lane();
+        self.scheduler.spawn(async move {
+            clock.drained(ended).await;
+            let mut at = BlockIndex(0);
+            loop {
+                let ticket = lane.enter();
+                let Some(next) = disk.hand_over(&queue, &ticket, version.id, at).await else { break };
+                at = next;
+            }
+            editor.finish_retire(&disk, version.id);
+            {
+                let mut world = world.borrow_mut();
+                world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
+                world.counts.deletes += 1;
+                let p = version.preserved_blocks.load(std::sync::atomic::Ordering::Relaxed);
+                let b = version.preserved_bytes.load(std::sync::atomic::Ordering::Relaxed);
+                world.counts.preserved_blocks += p;
+                world.counts.holes_kept += u64::from(b < p * BLOCK as u64);
+            }
+            let mut at = BlockIndex(0);
+            loop {
+                let ticket = lane.enter();
+                match disk.carry_out_discard(&queue, &ticket, at).await {
+                    Ok(Some(next)) => at = next,
+                    Ok(None) => break,
+                    Err(e) => return world.borrow_mut().fail(format!("carrying out discards: {e}")),
+                }
+            }
+        });
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.world.borrow().failure.clone()
+    }
+
+    fn check_broken_only_where_faulty(&mut self) {
+        let world = &mut *self.world.borrow_mut();
+        let any_fault = world.any_fault;
+        let mut wrong = Vec::new();
+        for array in &world.arrays {
+            if let Some(reason) = array.version.as_ref().and_then(|v| v.broken()) {
+                world.counts.broken += 1;
+                if !any_fault {
+                    wrong.push(format!("version {} broke without a fault: {reason}", array.key));
+                }
+            }
+        }
+        wrong.into_iter().for_each(|w| world.fail(w));
+    }
+
+    fn run(mut self, steps: usize) -> Result<Counts, String> {
+        for _ in 0..steps {
+            match self.rng.below(100) {
+                0..45 => self.submit(),
+                45..50 => self.cut(),
+                50..60 => self.read_frozen(),
+                60..62 => self.delete(),
+                _ => {}
+            }
+            for _ in 0..self.rng.below(9) {
+                self.scheduler.step(&mut self.rng);
+            }
+            self.quiesce();
+            if let Some(failure) = self.failure() {
+                return Err(failure);
+            }
+        }
+        self.finish()
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        if !self.scheduler.settle(&mut self.rng) {
+            return Err(format!("{} tasks hang", self.scheduler.tasks()));
+        }
+        self.quiesce();
+        self.failure().map_or(Ok(()), Err)
+    }
+
+    /// Everything ends; every version is read whole; then all snapshots go, and one raw image is left.
+    fn finish(mut self) -> Result<Counts, String> {
+        self.settle()?;
+        if !self.cuts.is_empty() {
+            return Err("a version does not drain".to_owned());
+        }
+        self.check_broken_only_where_faulty();
+        let frozen: Vec<(u64, Arc<Version>)> =
+            self.world.borrow().arrays.iter().filter_map(|a| Some((a.key, a.version.clone()?))).collect();
+        for (key, version) in frozen {
+            self.spawn_frozen_read(key, version, 0..self.sectors);
+        }
+        self.settle()?;
+        while self.world.borrow().arrays.len() > 1 {
+            self.delete();
+            self.settle()?;
+        }
+        let discards = self.disk.discards().count();
+        let mut world = self.world.borrow_mut();
+        if discards > 0 {
+            return Err(format!("{discards} discards were never carried out"));
+        }
+        let key = world.arrays[0].key;
+        let id = world.begin_read(vec![key], 0..self.sectors);
+        world.end_read(id, &self.live_image.bytes(), "the raw image in the end");
+        match world.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(world.counts.clone()),
+        }
+    }
+}
+
+/// One run of the oracle from a seed.
+pub fn run(seed: u64, steps: usize) -> Result<Counts, String> {
+    let alignment = if seed % 5 == 4 { 4096 } else { 512 };
+    Run::new(seed, alignment, seed % 3 == 2).run(steps)
+}
+
+#[test]
+fn random_runs_match_one_array_a_version() {
+    let _others = crate::ALONE.read().unwrap();
+    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3000u64);
+    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
+    let mut total = Counts::default();
+    for seed in first..first + seeds {
+        match run(seed, 250) {
+            Ok(counts) => total.add(&counts),
+            Err(e) => panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}"),
+        }
+    }
+    println!("{seeds} seeds: {total:?}");
+    for (what, count) in [
+        ("cuts", total.cuts),
+        ("deletes", total.deletes),
+        ("deletes in the middle", total.deletes_in_the_middle),
+        ("changes that began in an epoch that had ended", total.draining_changes),
+        ("broken versions", total.broken),
+        ("reads that a broken version refused", total.refused_reads),
+        ("discards put off", total.deferred),
+        ("reads of frozen versions", total.frozen_reads),
+        ("blocks saved", total.preserved_blocks),
+        ("holes kept as holes", total.holes_kept),
+    ] {
+        assert!(count > 0 || seeds < 100, "no run reached: {what}");
+    }
+}

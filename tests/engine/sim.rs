@@ -1,0 +1,252 @@
+//! Simulated images and a scheduler that decides every order from a seed.
+//!
+//! Checked by it: orders of polls and of I/O completions, transfers that are visible sector by sector before they
+//! complete, errors and lack of space on chosen images. Not checked: memory ordering between threads (see the
+//! model tests), power cuts.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+
+use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
+
+pub const SECTOR: usize = 512;
+
+/// xorshift64*: small, and the same everywhere.
+#[derive(Clone)]
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    pub fn below(&mut self, n: usize) -> usize {
+        usize::try_from((self.next() >> 33) % n as u64).unwrap()
+    }
+    pub fn chance(&mut self, percent: usize) -> bool {
+        self.below(100) < percent
+    }
+}
+
+struct Pending {
+    image: Arc<State>,
+    ticket: OpTicket,
+    /// Sectors that have not moved yet.
+    left: Vec<usize>,
+    data: Vec<u8>,
+    len: usize,
+}
+
+thread_local! {
+    static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
+}
+
+struct State {
+    bytes: Mutex<Vec<u8>>,
+    fail: Mutex<Option<i32>>,
+    fail_after: AtomicUsize,
+    poisoned: AtomicBool,
+    path: PathBuf,
+    alignment: u32,
+    holes: Mutex<HashMap<usize, ()>>,
+}
+
+/// An image in memory whose operations finish when the scheduler says so.
+#[derive(Clone)]
+pub struct SimImage {
+    state: Arc<State>,
+}
+
+impl SimImage {
+    pub fn new(name: &str, size: usize, alignment: u32) -> SimImage {
+        SimImage {
+            state: Arc::new(State {
+                bytes: Mutex::new(vec![0; size]),
+                fail: Mutex::new(None),
+                fail_after: AtomicUsize::new(0),
+                poisoned: AtomicBool::new(false),
+                path: PathBuf::from(name),
+                alignment,
+                holes: Mutex::new((0..size / SECTOR).map(|s| (s, ())).collect()),
+            }),
+        }
+    }
+
+    /// Makes writes and zeroing fail with `errno` after `count` more of them.
+    pub fn fail_writes(&self, errno: i32, count: usize) {
+        *self.state.fail.lock().unwrap() = Some(errno);
+        self.state.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state.bytes.lock().unwrap().clone()
+    }
+
+    /// How many sectors were written at least once and not given back since.
+    pub fn sectors_in_use(&self) -> usize {
+        self.state.bytes.lock().unwrap().len() / SECTOR - self.state.holes.lock().unwrap().len()
+    }
+}
+
+impl Image for SimImage {
+    fn size_bytes(&self) -> u64 {
+        self.state.bytes.lock().unwrap().len() as u64
+    }
+    fn alignment(&self) -> Alignment {
+        Alignment { offset_bytes: self.state.alignment, memory_bytes: 1 }
+    }
+    fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
+        let (data, len) = match ticket.kind() {
+            OpKind::Write { .. } => (ticket.copy_out(), ticket.len()),
+            OpKind::Read => (vec![0; ticket.len()], ticket.len()),
+            OpKind::Zero { len, .. } => (vec![0; usize::try_from(len).unwrap()], usize::try_from(len).unwrap()),
+            _ => (Vec::new(), 0),
+        };
+        let at = usize::try_from(ticket.at().0).unwrap();
+        let unit = self.state.alignment as usize;
+        assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
+        assert!(len.is_multiple_of(SECTOR) && at + len <= self.state.bytes.lock().unwrap().len(), "outside the image");
+        let left = (0..len / SECTOR).collect();
+        PENDING.with_borrow_mut(|p| p.push(Pending { image: self.state.clone(), ticket, left, data, len }));
+    }
+    fn path(&self) -> &Path {
+        &self.state.path
+    }
+    fn is_poisoned(&self) -> bool {
+        self.state.poisoned.load(Ordering::SeqCst)
+    }
+    fn poison(&self) {
+        self.state.poisoned.store(true, Ordering::SeqCst);
+    }
+}
+
+/// How many operations wait for [`step_io`].
+pub fn pending_io() -> usize {
+    PENDING.with_borrow(Vec::len)
+}
+
+/// Moves some sectors of one operation in flight, and finishes it when all have moved.
+pub fn step_io(rng: &mut Rng) {
+    let mut op = PENDING.with_borrow_mut(|p| {
+        let i = rng.below(p.len());
+        p.swap_remove(i)
+    });
+    let kind = op.ticket.kind();
+    let changes = matches!(kind, OpKind::Write { .. } | OpKind::Zero { .. });
+    if changes && op.left.len() == op.len / SECTOR {
+        let fail = *op.image.fail.lock().unwrap();
+        if let Some(errno) = fail {
+            let left = op.image.fail_after.load(Ordering::SeqCst);
+            if left == 0 {
+                op.ticket.finish(Err(io::Error::from_raw_os_error(errno)));
+                return;
+            }
+            op.image.fail_after.store(left - 1, Ordering::SeqCst);
+        }
+    }
+    let moves = if rng.chance(50) { op.left.len() } else { rng.below(op.left.len() + 1) };
+    let at = usize::try_from(op.ticket.at().0).unwrap();
+    for _ in 0..moves {
+        let sector = op.left.swap_remove(rng.below(op.left.len()));
+        let (disk, buf) = (at + sector * SECTOR..at + (sector + 1) * SECTOR, sector * SECTOR..(sector + 1) * SECTOR);
+        let mut bytes = op.image.bytes.lock().unwrap();
+        let mut holes = op.image.holes.lock().unwrap();
+        match kind {
+            OpKind::Read => op.data[buf].copy_from_slice(&bytes[disk]),
+            OpKind::Write { .. } => {
+                holes.remove(&(disk.start / SECTOR));
+                bytes[disk].copy_from_slice(&op.data[buf]);
+            }
+            OpKind::Zero { unmap, .. } => {
+                if unmap {
+                    holes.insert(disk.start / SECTOR, ());
+                }
+                bytes[disk].fill(0);
+            }
+            _ => unreachable!(),
+        }
+    }
+    if op.left.is_empty() {
+        if kind == OpKind::Read {
+            op.ticket.copy_in(&op.data);
+        }
+        op.ticket.finish(Ok(op.len));
+    } else {
+        PENDING.with_borrow_mut(|p| p.push(op));
+    }
+}
+
+struct Flag(AtomicBool);
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+struct Task {
+    future: Pin<Box<dyn Future<Output = ()>>>,
+    ready: Arc<Flag>,
+}
+
+/// Polls tasks in an order that the seed decides.
+#[derive(Default)]
+pub struct Scheduler {
+    tasks: Vec<Task>,
+}
+
+impl Scheduler {
+    pub fn spawn(&mut self, future: impl Future<Output = ()> + 'static) {
+        self.tasks.push(Task { future: Box::pin(future), ready: Arc::new(Flag(AtomicBool::new(true))) });
+    }
+
+    pub fn tasks(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Polls one ready task or moves one operation. False when nothing can move.
+    pub fn step(&mut self, rng: &mut Rng) -> bool {
+        let ready: Vec<usize> =
+            (0..self.tasks.len()).filter(|&i| self.tasks[i].ready.0.load(Ordering::SeqCst)).collect();
+        let io = pending_io();
+        if ready.is_empty() && io == 0 {
+            return false;
+        }
+        if !ready.is_empty() && (io == 0 || rng.chance(60)) {
+            let i = ready[rng.below(ready.len())];
+            let task = &mut self.tasks[i];
+            task.ready.0.store(false, Ordering::SeqCst);
+            let waker = Waker::from(task.ready.clone());
+            if let Poll::Ready(()) = task.future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                drop(self.tasks.swap_remove(i));
+            }
+        } else {
+            step_io(rng);
+        }
+        true
+    }
+
+    /// Runs everything to its end. False when tasks are left that nothing will wake.
+    pub fn settle(&mut self, rng: &mut Rng) -> bool {
+        while self.step(rng) {}
+        self.tasks.is_empty()
+    }
+}
+
+/// Forgets what an aborted run left behind.
+pub fn reset() {
+    let left = PENDING.with_borrow_mut(std::mem::take);
+    drop(left);
+}
