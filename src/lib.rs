@@ -13,3 +13,4 @@
 //! | `daemon`     | configuration, wiring, systemd                                      | all            |
 //! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
 
+pub mod control;
