@@ -14,3 +14,4 @@
 //! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
 
 pub mod control;
+pub mod daemon;
