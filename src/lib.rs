@@ -13,5 +13,6 @@
 //! | `daemon`     | configuration, wiring, systemd                                      | all            |
 //! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
 
+pub mod cli;
 pub mod control;
 pub mod daemon;

@@ -23,6 +23,7 @@ pub enum PutOutcome {
 
 /// How far the deletion of a snapshot is when the service answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, on its way to JSON")]
 pub enum Deletion {
     /// It is gone.
     Done,

@@ -252,7 +252,11 @@ impl RawDisk {
         Ok(DiskSpec { name, config })
     }
 
-    fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+    /// Sets one key from its text.
+    ///
+    /// # Errors
+    /// A message that starts with the key, also if it was set before.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), String> {
             if slot.replace(value).is_some() { Err("is given twice".to_owned()) } else { Ok(()) }
         }
