@@ -13,6 +13,9 @@
 //! | `daemon`     | configuration, wiring, systemd                                      | all            |
 //! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
 
+pub mod cli;
+pub mod control;
+pub mod daemon;
 pub mod image;
 pub mod mirror;
 pub mod store;

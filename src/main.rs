@@ -1,1 +1,5 @@
-fn main() {}
+//! The one binary, `halfsilver`; see the `cli` room.
+
+fn main() -> std::process::ExitCode {
+    halfsilver::cli::run()
+}

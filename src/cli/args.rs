@@ -1,0 +1,202 @@
+//! The grammar of the command line. Help, completions and man pages all come from here.
+//!
+//! It knows words and forms only: names, choices, and which options exclude each other.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::control::api::{JOB_DELAY_MS_MAX, Strategy, Writers};
+use crate::control::{Name, SnapshotRef};
+use crate::daemon::config::RawDisk;
+
+/// Serves disks to virtual machines over vhost-user and freezes them into snapshots without a pause.
+#[derive(Debug, Parser)]
+#[command(name = "halfsilver", version, arg_required_else_help = true, disable_help_subcommand = true)]
+#[command(after_help = "Exit status: 0 done, 1 refused or failed (one line on stderr), 2 usage.")]
+pub(super) struct Cli {
+    /// The daemon's control socket [default: /run/halfsilver/control.sock, or $XDG_RUNTIME_DIR/halfsilver/control.sock]
+    #[arg(long, global = true, value_name = "PATH", env = "HALFSILVER_CONTROL", hide_env_values = true)]
+    pub(super) control: Option<PathBuf>,
+    /// Print JSON: an array for a list, an object otherwise, one object a line for what goes on
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the daemon
+    Serve(ServeArgs),
+    #[command(flatten)]
+    Client(ClientCommand),
+    /// Print a shell's completion script
+    Completions { shell: Shell },
+    /// Print the manual page, or write those of all commands to a directory
+    Man {
+        /// Write one page a command here
+        #[arg(long)]
+        dir: Option<PathBuf>,
+    },
+}
+
+/// What is asked of a running daemon.
+#[derive(Debug, Subcommand)]
+pub(super) enum ClientCommand {
+    /// List, add and remove disks
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Take, list and delete snapshots
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// List, pace and stop background copying
+    #[command(subcommand)]
+    Job(JobCommand),
+    /// Show everything at a glance
+    Status {
+        /// Show it again every second
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Follow what happens from now on
+    Events,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// A TOML file with the keys control, state-dir, run-dir and [[disk]] tables; the command line beats it
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Where records and tables are [default: /var/lib/halfsilver, or $XDG_STATE_HOME/halfsilver]
+    #[arg(long, value_name = "DIR")]
+    pub(super) state_dir: Option<PathBuf>,
+    /// Where sockets are [default: /run/halfsilver, or $XDG_RUNTIME_DIR/halfsilver]
+    #[arg(long, value_name = "DIR")]
+    pub(super) run_dir: Option<PathBuf>,
+    /// A disk to serve: name=vm1,path=vm1.raw, and if wanted socket=vm1.sock, queues=2, direct=off, readonly=on,
+    /// serial=S and block-size=4K, all joined by commas; a comma inside a value is written twice
+    #[arg(long = "disk", value_name = "KEY=VALUE,...")]
+    pub(super) disks: Vec<RawDisk>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskCommand {
+    /// List all disks
+    List,
+    /// Show one disk
+    Show { disk: Name },
+    /// Serve a disk; doing so twice with the same configuration is no error
+    Add(DiskAddArgs),
+    /// Stop serving a disk; its image stays
+    Remove {
+        disk: Name,
+        /// Even if a frontend is connected or snapshots exist
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DiskAddArgs {
+    /// The disk's name, or all of it as serve --disk takes it: name=vm1,path=vm1.raw,...
+    #[arg(value_name = "NAME|KEY=VALUE,...")]
+    pub(super) disk: String,
+    /// The image: a raw file or block device
+    #[arg(long)]
+    pub(super) path: Option<PathBuf>,
+    /// The vhost-user socket [default: <run-dir>/<disk>.sock]
+    #[arg(long)]
+    pub(super) socket: Option<PathBuf>,
+    /// The most virtqueues a frontend may use, 1 to 16
+    #[arg(long)]
+    pub(super) queues: Option<String>,
+    /// Open the image with O_DIRECT
+    #[arg(long, value_name = "on|off")]
+    pub(super) direct: Option<String>,
+    /// Let guests only read
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true)]
+    pub(super) readonly: Option<String>,
+    /// What the guest sees as the serial
+    #[arg(long)]
+    pub(super) serial: Option<String>,
+    /// The size of the blocks that tables count in, 4K to 1M
+    #[arg(long, value_name = "SIZE")]
+    pub(super) block_size: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SnapshotCommand {
+    /// Freeze one or more disks at one instant
+    Create(SnapshotCreateArgs),
+    /// List all snapshots
+    List,
+    /// Show one snapshot
+    Show {
+        #[arg(value_name = "DISK@NAME")]
+        snapshot: SnapshotRef,
+    },
+    /// Delete a snapshot
+    Delete {
+        #[arg(value_name = "DISK@NAME")]
+        snapshot: SnapshotRef,
+        /// Even if a reader is connected
+        #[arg(long)]
+        force: bool,
+        /// Return only when it is gone; without it, folding or merging may go on
+        #[arg(long)]
+        wait: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SnapshotCreateArgs {
+    /// The name of the snapshot of each disk
+    pub(super) name: Name,
+    /// A disk to freeze; give it again for more disks
+    #[arg(long = "disk", required = true, value_name = "DISK")]
+    pub(super) disks: Vec<Name>,
+    /// How it is stored [default: the daemon's choice]
+    #[arg(long, value_parser = one_of(Strategy::ALL, Strategy::as_str))]
+    pub(super) strategy: Option<Strategy>,
+    /// Which writes belong to it: those of requests, or of connections, from before [default: request]
+    #[arg(long, value_parser = one_of(Writers::ALL, Writers::as_str))]
+    pub(super) writers: Option<Writers>,
+    /// Its vhost-user socket; with one disk only [default: <run-dir>/<disk>@<name>.sock]
+    #[arg(long, value_name = "PATH")]
+    pub(super) socket: Option<PathBuf>,
+    /// The image for its own blocks; with one disk only
+    #[arg(long, value_name = "PATH")]
+    pub(super) image: Option<PathBuf>,
+    /// Return only when it is quiesced and its socket is open
+    #[arg(long)]
+    pub(super) wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum JobCommand {
+    /// List all jobs
+    List,
+    /// Show one job
+    Show { id: u64 },
+    /// Change the pace of a job
+    Set {
+        id: u64,
+        /// The pause between two steps, in milliseconds
+        #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
+        delay_ms: u32,
+    },
+    /// Stop a job; what it has done stays done
+    Stop { id: u64 },
+}
+
+/// Takes one of some words, which help and completions show.
+fn one_of<T>(all: &'static [T], word: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err = String> + Copy + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(all.iter().map(|value| word(*value))).try_map(|text| text.parse::<T>())
+}

@@ -1,0 +1,481 @@
+//! The types that cross the control socket, as JSON.
+//!
+//! What a client sends ([`DiskConfig`], [`CreateSnapshots`], [`JobPatch`]) is unchecked until its `check` or `validate`
+//! has passed; unknown fields are refused so that a misspelt option is never silently ignored. What the daemon sends is
+//! complete: every field is always present, `null` when there is nothing to say. Fields are added, never renamed;
+//! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::error::{ApiError, ErrorCode};
+use super::name::{Name, SnapshotRef};
+use super::socket::SOCKET_PATH_LEN_MAX;
+use super::timestamp::Timestamp;
+use super::words::words;
+
+/// The version of the API, the `v1` of its paths.
+pub const API_VERSION: &str = "v1";
+/// The most virtqueues of a disk.
+pub const QUEUES_MAX: u16 = 16;
+/// The smallest block that tables count in, and the default.
+pub const BLOCK_SIZE_MIN: u32 = 4096;
+/// The largest block that tables count in.
+pub const BLOCK_SIZE_MAX: u32 = 1 << 20;
+/// The longest serial: virtio-blk's GET_ID answers 20 bytes.
+pub const SERIAL_LEN_MAX: usize = 20;
+/// The longest pause between two steps of a job, in milliseconds: one hour.
+pub const JOB_DELAY_MS_MAX: u32 = 3_600_000;
+
+words! {
+    /// Where the full image goes when a snapshot is taken. No guest can tell which one runs.
+    Strategy {
+        /// The live version keeps the full image; overwritten blocks are preserved first (figures 21 to 27).
+        CopyOnWrite = "copy-on-write",
+        /// The frozen version keeps the full image; new writes go to a log (figures 14 to 20).
+        WriteLogging = "write-logging",
+        /// Both versions have a full image, kept equal before the split (figures 9 to 13).
+        WriteMirroring = "write-mirroring",
+    }
+}
+
+words! {
+    /// Which writes belong to the snapshot.
+    Writers {
+        /// Those whose requests were taken from the ring before the cut.
+        Request = "request",
+        /// All those of a frontend connection that was there before the cut.
+        Connection = "connection",
+    }
+}
+
+words! {
+    /// Whether a disk can be used.
+    DiskState {
+        /// It answers on its socket.
+        Serving = "serving",
+        /// It stopped; its reason says why.
+        Failed = "failed",
+    }
+}
+
+words! {
+    /// Where a snapshot is in its life.
+    SnapshotState {
+        /// Requests from before the cut still run; the content may still change and there is no socket yet.
+        Draining = "draining",
+        /// The content never changes again and its socket is open.
+        Quiesced = "quiesced",
+        /// Its log is being folded back under the running guest.
+        Folding = "folding",
+        /// It is being removed.
+        Deleting = "deleting",
+        /// Its content can no longer be trusted; its reason says why.
+        Broken = "broken",
+    }
+}
+
+words! {
+    /// What a job does.
+    JobKind {
+        /// Folds a write log back into the full image.
+        Fold = "fold",
+        /// Hands the blocks of a version that is being deleted to its neighbour.
+        Merge = "merge",
+        /// Copies the blocks that a volume does not own yet.
+        Migrate = "migrate",
+        /// Makes two images equal.
+        Mirror = "mirror",
+    }
+}
+
+words! {
+    /// How far a job is.
+    JobState {
+        /// It is copying, or waiting for its next step.
+        Running = "running",
+        /// It was stopped and can be resumed.
+        Stopped = "stopped",
+        /// It has finished.
+        Done = "done",
+        /// It gave up; its reason says why.
+        Failed = "failed",
+    }
+}
+
+/// What is running.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VersionInfo {
+    /// The version of the daemon.
+    pub version: String,
+    /// The version of this API.
+    pub api_version: String,
+    /// The strategies that this daemon supports.
+    pub strategies: Vec<Strategy>,
+    /// The choices of `writers` that this daemon supports.
+    pub writers: Vec<Writers>,
+}
+
+impl VersionInfo {
+    /// This build, with what the service supports.
+    pub fn of_this_build(strategies: Vec<Strategy>, writers: Vec<Writers>) -> Self {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Self { version, api_version: API_VERSION.to_owned(), strategies, writers }
+    }
+}
+
+/// Everything at a glance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// Always `serving`: a daemon that does not serve does not answer.
+    pub state: String,
+    /// What is running.
+    pub version: VersionInfo,
+    /// The daemon's process id.
+    pub pid: u32,
+    /// Since when the control socket answers.
+    pub started_at: Timestamp,
+    /// All disks.
+    pub disks: Vec<Disk>,
+    /// All snapshots.
+    pub snapshots: Vec<Snapshot>,
+    /// All jobs.
+    pub jobs: Vec<Job>,
+}
+
+/// How a disk is served: what `--disk` and `PUT /v1/disks/{disk}` say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image: an absolute path of a raw file or block device.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// The vhost-user socket, an absolute path; `<run-dir>/<disk>.sock` when absent.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub socket: Option<PathBuf>,
+    /// The most virtqueues a frontend may use, 1 to 16.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub queues: u16,
+    /// Whether the image is opened with O_DIRECT.
+    #[serde(default = "yes")]
+    pub direct: bool,
+    /// Whether guests may only read.
+    #[serde(default)]
+    pub readonly: bool,
+    /// What the guest sees as the serial, up to 20 printable ASCII characters; the disk's name when absent.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// The size of the blocks that tables count in: a power of two from 4096 to 1048576.
+    #[serde(default = "block_size_min")]
+    pub block_size: u32,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn block_size_min() -> u32 {
+    BLOCK_SIZE_MIN
+}
+
+impl DiskConfig {
+    /// The configuration with nothing but the image given.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            socket: None,
+            queues: one(),
+            direct: yes(),
+            readonly: false,
+            serial: None,
+            block_size: block_size_min(),
+        }
+    }
+
+    /// Whether every value is one that could be served.
+    ///
+    /// # Errors
+    /// `invalid-request`, with a message that starts with the key.
+    pub fn check(&self) -> Result<(), ApiError> {
+        check_absolute("path", &self.path)?;
+        if let Some(socket) = &self.socket {
+            check_socket("socket", socket)?;
+        }
+        if !(1..=QUEUES_MAX).contains(&self.queues) {
+            return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
+        }
+        if !self.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&self.block_size) {
+            return Err(invalid(format!("block-size: {} is not a power of two from 4K to 1M", self.block_size)));
+        }
+        match &self.serial {
+            Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
+                Err(invalid(format!("serial: {serial:?} is not 1 to {SERIAL_LEN_MAX} characters long")))
+            }
+            Some(serial) if !serial.bytes().all(|byte| matches!(byte, 0x20..=0x7e)) => {
+                Err(invalid(format!("serial: {serial:?} has characters other than printable ASCII")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the disk's vhost-user socket goes.
+    pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
+    }
+}
+
+fn invalid(message: String) -> ApiError {
+    ApiError::new(ErrorCode::InvalidRequest, message)
+}
+
+fn check_absolute(key: &str, path: &Path) -> Result<(), ApiError> {
+    if path.is_absolute() && !path.to_string_lossy().contains('\0') {
+        return Ok(());
+    }
+    Err(invalid(format!("{key}: {path:?} is not an absolute path")))
+}
+
+fn check_socket(key: &str, path: &Path) -> Result<(), ApiError> {
+    check_absolute(key, path)?;
+    if path.as_os_str().len() > SOCKET_PATH_LEN_MAX {
+        let len = path.as_os_str().len();
+        return Err(invalid(format!("{key}: a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}")));
+    }
+    Ok(())
+}
+
+/// A disk that is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// Stays the same as long as the disk exists, across restarts.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: Uuid,
+    /// Its name.
+    pub name: Name,
+    /// The image.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// The vhost-user socket.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// The size that guests see.
+    pub size_bytes: u64,
+    /// The size of the blocks that tables count in.
+    pub block_size: u32,
+    /// The most virtqueues a frontend may use.
+    pub queues: u16,
+    /// Whether the image is opened with O_DIRECT.
+    pub direct: bool,
+    /// Whether guests may only read.
+    pub readonly: bool,
+    /// What the guest sees as the serial.
+    pub serial: String,
+    /// Whether it can be used.
+    pub state: DiskState,
+    /// Why it failed.
+    pub reason: Option<String>,
+    /// Whether any frontend is connected.
+    pub connected: bool,
+    /// How many frontends are connected.
+    pub frontends: u32,
+    /// The epoch in which its live version began.
+    pub epoch: u64,
+    /// How many snapshots it has.
+    pub snapshots: u32,
+    /// The storage that its image takes.
+    pub allocated_bytes: u64,
+}
+
+/// A frozen version of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Stays the same as long as the snapshot exists, across restarts.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: Uuid,
+    /// Shared by the snapshots that one request took in the same epoch.
+    #[schema(value_type = String, format = "uuid")]
+    pub group: Uuid,
+    /// The disk it was taken of.
+    pub disk: Name,
+    /// Its name, unique among the snapshots of that disk.
+    pub name: Name,
+    /// How it is stored.
+    pub strategy: Strategy,
+    /// Which writes belong to it.
+    pub writers: Writers,
+    /// Where it is in its life.
+    pub state: SnapshotState,
+    /// Why it is broken, or what it waits for.
+    pub reason: Option<String>,
+    /// The last epoch whose writes it shows.
+    pub epoch: u64,
+    /// Its vhost-user socket, which exists once it is quiesced.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// The image that holds its own blocks.
+    #[schema(value_type = Option<String>)]
+    pub image: Option<PathBuf>,
+    /// The size of the blocks that its table counts in.
+    pub block_size: u32,
+    /// How much of its content is in its own image.
+    pub owned_bytes: u64,
+    /// The size that readers see.
+    pub size_bytes: u64,
+    /// When the cut was.
+    pub created_at: Timestamp,
+    /// When the last request of its epoch was done.
+    pub quiesced_at: Option<Timestamp>,
+}
+
+impl Snapshot {
+    /// `disk@name`.
+    pub fn reference(&self) -> SnapshotRef {
+        SnapshotRef { disk: self.disk.clone(), name: self.name.clone() }
+    }
+}
+
+/// The body of `POST /v1/snapshots`: one cut through any number of disks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateSnapshots {
+    /// The name that each of the snapshots gets.
+    pub name: String,
+    /// The disks, at least one and each once.
+    #[schema(min_items = 1)]
+    pub disks: Vec<String>,
+    /// How to store them; the daemon's choice when absent.
+    #[serde(default)]
+    pub strategy: Option<Strategy>,
+    /// Which writes belong to them; `request` when absent.
+    #[serde(default)]
+    pub writers: Option<Writers>,
+    /// The vhost-user socket, an absolute path; only with one disk.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub socket: Option<PathBuf>,
+    /// The image for the snapshot's own blocks, an absolute path; only with one disk.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub image: Option<PathBuf>,
+    /// Whether to answer only when all are quiesced or broken, rather than at the cut.
+    #[serde(default)]
+    pub wait: bool,
+}
+
+/// A [`CreateSnapshots`] that makes sense by itself. Whether the disks exist is for the service to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotRequest {
+    /// The name that each of the snapshots gets.
+    pub name: Name,
+    /// The disks: at least one, no two the same.
+    pub disks: Vec<Name>,
+    /// How to store them; the daemon's choice when absent.
+    pub strategy: Option<Strategy>,
+    /// Which writes belong to them.
+    pub writers: Writers,
+    /// The vhost-user socket; present only with one disk, absolute.
+    pub socket: Option<PathBuf>,
+    /// The image for its own blocks; present only with one disk, absolute.
+    pub image: Option<PathBuf>,
+}
+
+impl CreateSnapshots {
+    /// The request, if it makes sense.
+    ///
+    /// # Errors
+    /// `invalid-name` or `invalid-request`.
+    pub fn validate(&self) -> Result<SnapshotRequest, ApiError> {
+        let name = self.name.parse()?;
+        let disks = self.disks.iter().map(|disk| disk.parse()).collect::<Result<Vec<Name>, _>>()?;
+        if disks.is_empty() {
+            return Err(invalid("disks: name at least one disk".to_owned()));
+        }
+        if let Some(twice) = disks.iter().enumerate().find_map(|(at, disk)| disks[..at].contains(disk).then_some(disk))
+        {
+            return Err(invalid(format!("disks: {twice} is named twice")));
+        }
+        for (key, path) in [("socket", &self.socket), ("image", &self.image)] {
+            let Some(path) = path else { continue };
+            if disks.len() > 1 {
+                let message = format!("{key}: one path cannot serve {} disks", disks.len());
+                return Err(invalid(message).with_action("leave it to the default, or snapshot one disk"));
+            }
+            if key == "socket" { check_socket(key, path)? } else { check_absolute(key, path)? }
+        }
+        Ok(SnapshotRequest {
+            name,
+            disks,
+            strategy: self.strategy,
+            writers: self.writers.unwrap_or(Writers::Request),
+            socket: self.socket.clone(),
+            image: self.image.clone(),
+        })
+    }
+}
+
+/// Background copying.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Job {
+    /// Its number, never used twice.
+    pub id: u64,
+    /// What it does.
+    pub kind: JobKind,
+    /// The disk it works on.
+    pub disk: Name,
+    /// The snapshot it works for.
+    pub snapshot: Option<Name>,
+    /// How far it is.
+    pub state: JobState,
+    /// Why it failed or was stopped.
+    pub reason: Option<String>,
+    /// How much is done.
+    pub done_bytes: u64,
+    /// How much there is to do.
+    pub total_bytes: u64,
+    /// The pause between two steps, in milliseconds.
+    pub delay_ms: u32,
+    /// When it began.
+    pub started_at: Timestamp,
+}
+
+/// The body of `PATCH /v1/jobs/{id}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JobPatch {
+    /// The pause between two steps, in milliseconds, at most an hour.
+    #[schema(maximum = 3_600_000)]
+    pub delay_ms: u32,
+}
+
+impl JobPatch {
+    /// Whether the values are in range.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check(self) -> Result<(), ApiError> {
+        if self.delay_ms > JOB_DELAY_MS_MAX {
+            return Err(invalid(format!("delay_ms: {} is more than {JOB_DELAY_MS_MAX}", self.delay_ms)));
+        }
+        Ok(())
+    }
+}
+
+/// The query of the DELETE methods of disks and snapshots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct DeleteQuery {
+    /// Remove it even if a frontend is connected; for a disk, also with its snapshots.
+    #[serde(default)]
+    #[param(required = false)]
+    pub force: bool,
+}

@@ -1,0 +1,354 @@
+//! The routes: each checks its input, calls the service on a thread that may block, and answers.
+//!
+//! No state is kept between requests and no policy is made here. Whatever `router` serves, the OpenAPI document at the
+//! end of this file describes; a test holds the two against each other.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use utoipa::{IntoResponses, OpenApi};
+
+use super::api::{
+    CreateSnapshots, DeleteQuery, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotState, Status, VersionInfo,
+};
+use super::error::{ApiError, ErrorCode, Problem};
+use super::event::{Event, Subscription};
+use super::extract::JsonBody;
+use super::metrics::OPENMETRICS_TEXT;
+use super::name::{Name, SnapshotRef};
+use super::service::{Deletion, PutOutcome, Service};
+use super::stop::Stop;
+use super::timestamp::Timestamp;
+
+/// How often a silent event stream shows that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How often a waiting request looks again even if no event tells it to.
+const RECHECK: Duration = Duration::from_millis(500);
+
+/// What every handler may use.
+#[derive(Clone)]
+pub(super) struct Context {
+    pub(super) service: Arc<dyn Service>,
+    pub(super) started_at: Timestamp,
+    pub(super) stop: Stop,
+}
+
+impl Context {
+    /// Calls the service where blocking is allowed.
+    async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Service) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let service = Arc::clone(&self.service);
+        let panicked = |_| ApiError::new(ErrorCode::Internal, "the request stopped halfway");
+        tokio::task::spawn_blocking(move || work(&*service)).await.map_err(panicked)?
+    }
+}
+
+type Reply<T> = Result<Json<T>, ApiError>;
+type PathText = Result<Path<String>, PathRejection>;
+type DeleteOptions = Result<Query<DeleteQuery>, QueryRejection>;
+
+/// Everything that the control socket answers.
+pub(super) fn router(context: Context) -> Router {
+    Router::new()
+        .route("/v1/version", get(version))
+        .route("/v1/status", get(status))
+        .route("/v1/disks", get(list_disks))
+        .route("/v1/disks/{disk}", get(get_disk).put(put_disk).delete(delete_disk))
+        .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
+        .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
+        .route("/v1/jobs", get(list_jobs))
+        .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
+        .route("/v1/events", get(events))
+        .route("/v1/openapi.json", get(openapi))
+        .route("/metrics", get(metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .with_state(context)
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is nothing at {}", uri.path()))
+}
+
+async fn no_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::new(ErrorCode::MethodNotAllowed, format!("{method} is not a method of {}", uri.path()))
+}
+
+/// The answer to everything that is refused or fails.
+#[derive(IntoResponses)]
+#[response(status = "default", description = "Refused or failed", content_type = "application/problem+json")]
+struct Refused(#[allow(dead_code, reason = "only its schema is used")] Problem);
+
+#[utoipa::path(get, path = "/v1/version", tag = "daemon",
+    responses((status = 200, description = "What is running", body = VersionInfo), Refused))]
+async fn version(State(context): State<Context>) -> Reply<VersionInfo> {
+    context.call(|service| Ok(service.version())).await.map(Json)
+}
+
+#[utoipa::path(get, path = "/v1/status", tag = "daemon",
+    responses((status = 200, description = "Everything at a glance", body = Status), Refused))]
+async fn status(State(context): State<Context>) -> Reply<Status> {
+    let started_at = context.started_at;
+    let work = move |service: &dyn Service| {
+        Ok(Status {
+            state: "serving".to_owned(),
+            version: service.version(),
+            pid: std::process::id(),
+            started_at,
+            disks: service.list_disks()?,
+            snapshots: service.list_snapshots()?,
+            jobs: service.list_jobs()?,
+        })
+    };
+    context.call(work).await.map(Json)
+}
+
+#[utoipa::path(get, path = "/v1/disks", tag = "disks",
+    responses((status = 200, description = "All disks", body = [Disk]), Refused))]
+async fn list_disks(State(context): State<Context>) -> Reply<Vec<Disk>> {
+    context.call(|service| service.list_disks()).await.map(Json)
+}
+
+#[utoipa::path(get, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path)),
+    responses((status = 200, description = "The disk", body = Disk), Refused))]
+async fn get_disk(State(context): State<Context>, path: PathText) -> Reply<Disk> {
+    let disk: Name = path?.parse()?;
+    context.call(move |service| service.get_disk(&disk)).await.map(Json)
+}
+
+/// Serves a disk; the same configuration twice is no error.
+#[utoipa::path(put, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path)), request_body = DiskConfig,
+    responses((status = 200, description = "It was served already, configured the same", body = Disk),
+        (status = 201, description = "It is served now", body = Disk), Refused))]
+async fn put_disk(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(config): JsonBody<DiskConfig>,
+) -> Result<(StatusCode, Json<Disk>), ApiError> {
+    let disk: Name = path?.parse()?;
+    config.check()?;
+    match context.call(move |service| service.put_disk(&disk, &config)).await? {
+        PutOutcome::Created(disk) => Ok((StatusCode::CREATED, Json(disk))),
+        PutOutcome::Unchanged(disk) => Ok((StatusCode::OK, Json(disk))),
+    }
+}
+
+/// Stops serving a disk; its image stays.
+#[utoipa::path(delete, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path), DeleteQuery),
+    responses((status = 204, description = "It is no longer served"), Refused))]
+async fn delete_disk(
+    State(context): State<Context>,
+    path: PathText,
+    options: DeleteOptions,
+) -> Result<StatusCode, ApiError> {
+    let (disk, force): (Name, bool) = (path?.parse()?, options?.force);
+    context.call(move |service| service.delete_disk(&disk, force)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[utoipa::path(get, path = "/v1/snapshots", tag = "snapshots",
+    responses((status = 200, description = "All snapshots", body = [Snapshot]), Refused))]
+async fn list_snapshots(State(context): State<Context>) -> Reply<Vec<Snapshot>> {
+    context.call(|service| service.list_snapshots()).await.map(Json)
+}
+
+/// Takes one cut through any number of disks.
+#[utoipa::path(post, path = "/v1/snapshots", tag = "snapshots", request_body = CreateSnapshots,
+    responses((status = 201, description = "One snapshot a disk, in the order of the request", body = [Snapshot]),
+        Refused))]
+async fn create_snapshots(
+    State(context): State<Context>,
+    JsonBody(body): JsonBody<CreateSnapshots>,
+) -> Result<(StatusCode, Json<Vec<Snapshot>>), ApiError> {
+    let request = body.validate()?;
+    // Listening begins before the cut, so that no event falls between the two.
+    let events = context.service.events().subscribe();
+    let mut snapshots = context.call(move |service| service.create_snapshots(&request)).await?;
+    if body.wait {
+        snapshots = drained(&context, snapshots, events).await?;
+    }
+    Ok((StatusCode::CREATED, Json(snapshots)))
+}
+
+/// Waits until none of the snapshots is draining.
+async fn drained(
+    context: &Context,
+    mut snapshots: Vec<Snapshot>,
+    mut events: Subscription,
+) -> Result<Vec<Snapshot>, ApiError> {
+    let mut stop = context.stop.clone();
+    while snapshots.iter().any(|snapshot| snapshot.state == SnapshotState::Draining) {
+        tokio::select! {
+            Some(_) = events.next() => {}
+            () = tokio::time::sleep(RECHECK) => {}
+            () = stop.wait() => {
+                return Err(ApiError::new(ErrorCode::Unavailable, "the daemon stops; the snapshot may still drain"));
+            }
+        }
+        let refresh = move |service: &dyn Service| {
+            for snapshot in snapshots.iter_mut().filter(|snapshot| snapshot.state == SnapshotState::Draining) {
+                let reference = snapshot.reference();
+                let latest = service.get_snapshot(&reference)?;
+                if latest.id != snapshot.id {
+                    return Err(ApiError::snapshot_not_found(reference));
+                }
+                *snapshot = latest;
+            }
+            Ok(snapshots)
+        };
+        snapshots = context.call(refresh).await?;
+    }
+    Ok(snapshots)
+}
+
+#[utoipa::path(get, path = "/v1/snapshots/{snapshot}", tag = "snapshots",
+    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily")),
+    responses((status = 200, description = "The snapshot", body = Snapshot), Refused))]
+async fn get_snapshot(State(context): State<Context>, path: PathText) -> Reply<Snapshot> {
+    let snapshot: SnapshotRef = path?.parse()?;
+    context.call(move |service| service.get_snapshot(&snapshot)).await.map(Json)
+}
+
+/// Removes a snapshot, or starts to.
+#[utoipa::path(delete, path = "/v1/snapshots/{snapshot}", tag = "snapshots",
+    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily"), DeleteQuery),
+    responses((status = 202, description = "It is being removed, and gone when GET answers 404", body = Snapshot),
+        (status = 204, description = "It is gone"), Refused))]
+async fn delete_snapshot(
+    State(context): State<Context>,
+    path: PathText,
+    options: DeleteOptions,
+) -> Result<Response, ApiError> {
+    let (snapshot, force): (SnapshotRef, bool) = (path?.parse()?, options?.force);
+    Ok(match context.call(move |service| service.delete_snapshot(&snapshot, force)).await? {
+        Deletion::Done => StatusCode::NO_CONTENT.into_response(),
+        Deletion::Started(snapshot) => (StatusCode::ACCEPTED, Json(snapshot)).into_response(),
+    })
+}
+
+#[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
+    responses((status = 200, description = "All jobs", body = [Job]), Refused))]
+async fn list_jobs(State(context): State<Context>) -> Reply<Vec<Job>> {
+    context.call(|service| service.list_jobs()).await.map(Json)
+}
+
+#[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path)),
+    responses((status = 200, description = "The job", body = Job), Refused))]
+async fn get_job(State(context): State<Context>, path: PathText) -> Reply<Job> {
+    let id = job_id(path)?;
+    context.call(move |service| service.get_job(id)).await.map(Json)
+}
+
+/// Changes the pace of a job.
+#[utoipa::path(patch, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path)), request_body = JobPatch,
+    responses((status = 200, description = "The job as it is now", body = Job), Refused))]
+async fn patch_job(State(context): State<Context>, path: PathText, JsonBody(patch): JsonBody<JobPatch>) -> Reply<Job> {
+    let id = job_id(path)?;
+    patch.check()?;
+    context.call(move |service| service.patch_job(id, patch)).await.map(Json)
+}
+
+/// Stops a job. What it has done stays done.
+#[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path)),
+    responses((status = 204, description = "It is stopped"), Refused))]
+async fn delete_job(State(context): State<Context>, path: PathText) -> Result<StatusCode, ApiError> {
+    let id = job_id(path)?;
+    context.call(move |service| service.delete_job(id)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn job_id(path: PathText) -> Result<u64, ApiError> {
+    let Path(text) = path?;
+    text.parse().map_err(|_| ApiError::job_not_found(text))
+}
+
+/// Follows what happens from now on, as server-sent events.
+#[utoipa::path(get, path = "/v1/events", tag = "daemon",
+    responses((status = 200, description = "A stream: the `event` of each is the kind, the `id` its number, the `data` \
+        this JSON", body = Event, content_type = "text/event-stream"), Refused))]
+async fn events(State(context): State<Context>) -> impl IntoResponse {
+    let subscription = context.service.events().subscribe();
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(forward(subscription, sender, context.stop));
+    Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
+}
+
+/// Carries events to one client until it leaves or the server stops.
+async fn forward(mut subscription: Subscription, client: mpsc::Sender<Result<SseEvent, Infallible>>, mut stop: Stop) {
+    // A first line at once, so that the client knows that it is listening.
+    let mut message = SseEvent::default().comment("listening");
+    let stopped = stop.wait();
+    tokio::pin!(stopped);
+    loop {
+        tokio::select! {
+            sent = client.send(Ok(message)) => if sent.is_err() { return },
+            () = &mut stopped => return,
+        }
+        let event = tokio::select! {
+            event = subscription.next() => event,
+            () = client.closed() => return,
+            () = &mut stopped => return,
+        };
+        let Some(event) = event else { return };
+        let named = SseEvent::default().id(event.seq.to_string()).event(event.event.as_str());
+        message = match named.json_data(&event) {
+            Ok(message) => message,
+            Err(error) => return log::error!("event {} has no JSON: {error}", event.seq),
+        };
+    }
+}
+
+/// All counters, as OpenMetrics text.
+#[utoipa::path(get, path = "/metrics", tag = "daemon",
+    responses((status = 200, description = "OpenMetrics text for Prometheus", body = String,
+        content_type = "application/openmetrics-text"), Refused))]
+async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, ApiError> {
+    let unencodable = |error| ApiError::new(ErrorCode::Internal, format!("the counters cannot be encoded: {error}"));
+    let text = context.call(move |service| service.metrics().encode().map_err(unencodable)).await?;
+    Ok(([(header::CONTENT_TYPE, OPENMETRICS_TEXT)], text))
+}
+
+/// This document.
+#[utoipa::path(get, path = "/v1/openapi.json", tag = "daemon",
+    responses((status = 200, description = "This document", body = Object), Refused))]
+async fn openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(Document::openapi())
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "halfsilver control API", description = "HTTP/1.1 on a Unix socket. Errors are RFC 9457 problems."),
+    paths(
+        version,
+        status,
+        list_disks,
+        get_disk,
+        put_disk,
+        delete_disk,
+        list_snapshots,
+        create_snapshots,
+        get_snapshot,
+        delete_snapshot,
+        list_jobs,
+        get_job,
+        patch_job,
+        delete_job,
+        events,
+        openapi,
+        metrics
+    ),
+    components(schemas(Problem))
+)]
+struct Document;

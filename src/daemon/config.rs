@@ -1,0 +1,420 @@
+//! What `serve` is told: `--disk`, the other options, and the configuration file, into one [`ServeConfig`].
+//!
+//! Invariants: unknown and repeated keys are refused, so that a misspelt option is never silently ignored; every error
+//! is one line that names the key, and for a file the line; the command line beats the file and the file the defaults;
+//! all paths of a [`ServeConfig`] are absolute. It opens no image and makes no directory.
+
+use std::env;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::control::Name;
+use crate::control::api::DiskConfig;
+use crate::control::socket::SOCKET_PATH_LEN_MAX;
+
+const KEYS: &str = "name, path, socket, queues, direct, readonly, serial, block-size";
+
+/// Everything the daemon needs to know to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeConfig {
+    /// The control socket.
+    pub control: PathBuf,
+    /// Where the durable records and tables are.
+    pub state_dir: PathBuf,
+    /// Where sockets and mapped tables are, which need not survive a reboot.
+    pub run_dir: PathBuf,
+    /// The disks, those of the file first; no two share a name or a socket. Their `socket` is always set.
+    pub disks: Vec<DiskSpec>,
+}
+
+/// A named disk, as `--disk` and a `[[disk]]` table describe it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its name.
+    pub name: Name,
+    /// How it is served.
+    pub config: DiskConfig,
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A `--disk` or another option is wrong.
+    #[error("{0}")]
+    Option(String),
+    /// The file cannot be read.
+    #[error("cannot read {}: {source}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is wrong.
+    #[error("{}:{line}: {message}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+    /// No default could be made.
+    #[error("{0}")]
+    NoDefault(&'static str),
+}
+
+/// What the process was started with, apart from its arguments.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    /// Whether it runs as root.
+    pub root: bool,
+    /// Relative paths of the command line start here.
+    pub directory: PathBuf,
+    /// HOME.
+    pub home: Option<PathBuf>,
+    /// XDG_STATE_HOME.
+    pub state_home: Option<PathBuf>,
+    /// XDG_RUNTIME_DIR.
+    pub runtime_dir: Option<PathBuf>,
+}
+
+impl Environment {
+    /// That of this process. Variables that are empty or not absolute count as absent, as XDG asks.
+    ///
+    /// # Errors
+    /// If there is no current directory.
+    pub fn current() -> Result<Self, ConfigError> {
+        let read = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let directory = env::current_dir().map_err(|source| ConfigError::Read { path: PathBuf::from("."), source })?;
+        let root = rustix::process::geteuid().is_root();
+        let (home, state_home, runtime_dir) = (read("HOME"), read("XDG_STATE_HOME"), read("XDG_RUNTIME_DIR"));
+        Ok(Self { root, directory, home, state_home, runtime_dir })
+    }
+
+    /// Where the control socket is when nothing else is said.
+    ///
+    /// # Errors
+    /// If there is no run directory to put it in.
+    pub fn default_control(&self) -> Result<PathBuf, ConfigError> {
+        Ok(control_in(&self.default_run_dir()?))
+    }
+
+    fn default_run_dir(&self) -> Result<PathBuf, ConfigError> {
+        if self.root {
+            return Ok(PathBuf::from("/run/halfsilver"));
+        }
+        let none = "XDG_RUNTIME_DIR is not set; name the places with --run-dir and --control";
+        Ok(self.runtime_dir.as_ref().ok_or(ConfigError::NoDefault(none))?.join("halfsilver"))
+    }
+
+    fn default_state_dir(&self) -> Result<PathBuf, ConfigError> {
+        if self.root {
+            return Ok(PathBuf::from("/var/lib/halfsilver"));
+        }
+        let in_home = || self.home.as_ref().map(|home| home.join(".local/state"));
+        let none = "neither XDG_STATE_HOME nor HOME is set; name the place with --state-dir";
+        Ok(self.state_home.clone().or_else(in_home).ok_or(ConfigError::NoDefault(none))?.join("halfsilver"))
+    }
+
+    fn absolute(&self, path: &Path) -> PathBuf {
+        self.directory.join(path)
+    }
+}
+
+fn control_in(run_dir: &Path) -> PathBuf {
+    run_dir.join("control.sock")
+}
+
+/// The options of `serve`.
+#[derive(Clone, Debug, Default)]
+pub struct ServeOptions {
+    /// `--config`
+    pub config: Option<PathBuf>,
+    /// `--control`
+    pub control: Option<PathBuf>,
+    /// `--state-dir`
+    pub state_dir: Option<PathBuf>,
+    /// `--run-dir`
+    pub run_dir: Option<PathBuf>,
+    /// `--disk`, as often as it was given.
+    pub disks: Vec<RawDisk>,
+}
+
+impl ServeOptions {
+    /// Options, file and defaults together.
+    ///
+    /// # Errors
+    /// If any of them is wrong, or two disks share a name or a socket.
+    pub fn resolve(self, environment: &Environment) -> Result<ServeConfig, ConfigError> {
+        let mut file = FileConfig::default();
+        if let Some(path) = &self.config {
+            file = FileConfig::read(&environment.absolute(path))?;
+        }
+        let place =
+            |option: Option<PathBuf>, file: Option<PathBuf>| option.map(|path| environment.absolute(&path)).or(file);
+        let run_dir = place(self.run_dir, file.run_dir).map_or_else(|| environment.default_run_dir(), Ok)?;
+        let state_dir = place(self.state_dir, file.state_dir).map_or_else(|| environment.default_state_dir(), Ok)?;
+        let control = place(self.control, file.control).unwrap_or_else(|| control_in(&run_dir));
+
+        let mut given = Vec::new();
+        for raw in self.disks {
+            let disk = raw.check(&environment.directory).map_err(|message| ConfigError::Option(in_disk(&message)))?;
+            add(&mut given, disk).map_err(|message| ConfigError::Option(in_disk(&message)))?;
+        }
+        let mut disks = file.disks;
+        disks.retain(|disk| given.iter().all(|other| other.name != disk.name));
+        disks.extend(given);
+        for disk in &mut disks {
+            disk.config.socket = Some(disk.config.socket_or_default(&run_dir, &disk.name));
+        }
+        check_sockets(&control, &disks)?;
+        Ok(ServeConfig { control, state_dir, run_dir, disks })
+    }
+}
+
+fn in_disk(message: &str) -> String {
+    format!("--disk: {message}")
+}
+
+fn add(disks: &mut Vec<DiskSpec>, disk: DiskSpec) -> Result<(), String> {
+    if disks.iter().any(|other| other.name == disk.name) {
+        return Err(format!("name: two disks are named {}", disk.name));
+    }
+    disks.push(disk);
+    Ok(())
+}
+
+fn check_sockets(control: &Path, disks: &[DiskSpec]) -> Result<(), ConfigError> {
+    let sockets = disks.iter().filter_map(|disk| Some((Some(&disk.name), disk.config.socket.as_deref()?)));
+    let mut seen: Vec<(Option<&Name>, &Path)> = Vec::new();
+    for (name, socket) in [(None, control)].into_iter().chain(sockets) {
+        let owner = |name: Option<&Name>| name.map_or("the control socket".to_owned(), |name| format!("disk {name}"));
+        let len = socket.as_os_str().len();
+        if len > SOCKET_PATH_LEN_MAX {
+            let message = format!(
+                "socket: {} of {} has {len} bytes, a socket's path at most {SOCKET_PATH_LEN_MAX}; choose a shorter one",
+                socket.display(),
+                owner(name)
+            );
+            return Err(ConfigError::Option(message));
+        }
+        if let Some((other, _)) = seen.iter().find(|(_, path)| *path == socket) {
+            let message = format!("socket: {} and {} share {}", owner(*other), owner(name), socket.display());
+            return Err(ConfigError::Option(message));
+        }
+        seen.push((name, socket));
+    }
+    Ok(())
+}
+
+/// A disk as it was written down: keys are known and given once, values have their type, nothing more is checked.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct RawDisk {
+    name: Option<String>,
+    path: Option<PathBuf>,
+    socket: Option<PathBuf>,
+    queues: Option<u16>,
+    direct: Option<Switch>,
+    readonly: Option<Switch>,
+    serial: Option<String>,
+    block_size: Option<Size>,
+}
+
+impl RawDisk {
+    /// The disk, with relative paths starting at `directory` (absolute).
+    ///
+    /// # Errors
+    /// A message that starts with the key.
+    pub fn check(self, directory: &Path) -> Result<DiskSpec, String> {
+        let name = self.name.ok_or("name: is missing")?;
+        let name = name.parse::<Name>().map_err(|error| format!("name: {error}"))?;
+        let absolute = |key: &str, path: PathBuf| {
+            if path.as_os_str().is_empty() { Err(format!("{key}: is empty")) } else { Ok(directory.join(path)) }
+        };
+        let mut config = DiskConfig::new(absolute("path", self.path.ok_or("path: is missing")?)?);
+        config.socket = self.socket.map(|socket| absolute("socket", socket)).transpose()?;
+        config.queues = self.queues.unwrap_or(config.queues);
+        config.direct = self.direct.map_or(config.direct, |Switch(on)| on);
+        config.readonly = self.readonly.map_or(config.readonly, |Switch(on)| on);
+        config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
+        config.serial = self.serial;
+        config.check().map_err(|error| error.message)?;
+        Ok(DiskSpec { name, config })
+    }
+
+    /// Sets one key from its text.
+    ///
+    /// # Errors
+    /// A message that starts with the key, also if it was set before.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), String> {
+            if slot.replace(value).is_some() { Err("is given twice".to_owned()) } else { Ok(()) }
+        }
+        let set = match key {
+            "name" => once(&mut self.name, value.to_owned()),
+            "path" => once(&mut self.path, value.into()),
+            "socket" => once(&mut self.socket, value.into()),
+            "queues" => match value.parse() {
+                Ok(queues) => once(&mut self.queues, queues),
+                Err(_) => Err(format!("{value:?} is not a number from 1 to 16")),
+            },
+            "direct" => value.parse().and_then(|switch| once(&mut self.direct, switch)),
+            "readonly" => value.parse().and_then(|switch| once(&mut self.readonly, switch)),
+            "serial" => once(&mut self.serial, value.to_owned()),
+            "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
+            _ => Err(format!("is not a key; the keys are {KEYS}")),
+        };
+        set.map_err(|message| format!("{key}: {message}"))
+    }
+}
+
+impl FromStr for RawDisk {
+    type Err = String;
+
+    /// Reads `key=value,…`; a comma that belongs to a value is written twice, as for QEMU.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut raw = Self::default();
+        for item in split_commas(text) {
+            let (key, value) = item
+                .split_once('=')
+                .ok_or_else(|| format!("{item:?} is not of the form key=value; the keys are {KEYS}"))?;
+            raw.set(key, value)?;
+        }
+        Ok(raw)
+    }
+}
+
+/// Splits at single commas and turns double ones into one.
+fn split_commas(text: &str) -> Vec<String> {
+    let mut items = vec![String::new()];
+    let mut chars = text.chars().peekable();
+    while let Some(char) = chars.next() {
+        let separates = char == ',' && chars.next_if_eq(&',').is_none();
+        match items.last_mut() {
+            Some(item) if !separates => item.push(char),
+            _ => items.push(String::new()),
+        }
+    }
+    items
+}
+
+/// on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "toml::Value")]
+struct Switch(bool);
+
+impl FromStr for Switch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "on" | "true" | "yes" => Ok(Self(true)),
+            "off" | "false" | "no" => Ok(Self(false)),
+            _ => Err(format!("{text:?} is neither on nor off")),
+        }
+    }
+}
+
+impl TryFrom<toml::Value> for Switch {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match value {
+            toml::Value::Boolean(on) => Ok(Self(on)),
+            toml::Value::String(text) => text.parse(),
+            other => Err(format!("{other} is neither on nor off")),
+        }
+    }
+}
+
+/// A number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "toml::Value")]
+struct Size(u32);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (digits, factor) = match text.as_bytes().last() {
+            Some(b'K' | b'k') => (&text[..text.len() - 1], 1 << 10),
+            Some(b'M' | b'm') => (&text[..text.len() - 1], 1 << 20),
+            _ => (text, 1),
+        };
+        let digits = Some(digits).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+        let bytes = digits.and_then(|digits| digits.parse::<u32>().ok()).and_then(|number| number.checked_mul(factor));
+        bytes.map(Self).ok_or_else(|| format!("{text:?} is not a size such as 4096, 64K or 1M"))
+    }
+}
+
+impl TryFrom<toml::Value> for Size {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match value {
+            toml::Value::String(text) => text.parse(),
+            other => other.to_string().parse(),
+        }
+    }
+}
+
+/// What the file says, with absolute paths.
+#[derive(Debug, Default)]
+struct FileConfig {
+    control: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    disks: Vec<DiskSpec>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct RawFile {
+    control: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    #[serde(default)]
+    disk: Vec<Spanned<RawDisk>>,
+}
+
+impl FileConfig {
+    fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text, path)
+    }
+
+    /// Relative paths start at the directory of the file.
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let wrong = |span: Option<Range<usize>>, message: &dyn fmt::Display| {
+            let before = span.and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            let message = message.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+            ConfigError::File { path: path.to_owned(), line, message }
+        };
+        let raw: RawFile = toml::from_str(text).map_err(|error| wrong(error.span(), &error.message()))?;
+        let directory = path.parent().unwrap_or(Path::new("/"));
+        let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
+        let mut disks = Vec::new();
+        for disk in raw.disk {
+            let span = disk.span();
+            let added = disk.into_inner().check(directory).and_then(|disk| add(&mut disks, disk));
+            added.map_err(|message| wrong(Some(span), &message))?;
+        }
+        let (control, state_dir, run_dir) = (absolute(raw.control), absolute(raw.state_dir), absolute(raw.run_dir));
+        Ok(Self { control, state_dir, run_dir, disks })
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

@@ -1,0 +1,196 @@
+use super::*;
+
+fn user() -> Environment {
+    Environment {
+        root: false,
+        directory: "/home/u".into(),
+        home: Some("/home/u".into()),
+        state_home: None,
+        runtime_dir: Some("/run/user/7".into()),
+    }
+}
+
+fn disk(text: &str) -> Result<DiskSpec, String> {
+    text.parse::<RawDisk>()?.check(Path::new("/images"))
+}
+
+fn options(disks: &[&str]) -> ServeOptions {
+    ServeOptions { disks: disks.iter().map(|text| text.parse().unwrap()).collect(), ..ServeOptions::default() }
+}
+
+fn file(text: &str) -> Result<FileConfig, String> {
+    FileConfig::parse(text, Path::new("/etc/halfsilver/halfsilver.toml")).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_disk_with_every_key() {
+    let text = "name=vm1,path=vm1.raw,socket=/s/vm1.sock,queues=2,direct=off,readonly=on,serial=S 1,block-size=64K";
+    let spec = disk(text).unwrap();
+    assert_eq!(spec.name.as_str(), "vm1");
+    let mut want = DiskConfig::new("/images/vm1.raw");
+    want.socket = Some("/s/vm1.sock".into());
+    (want.queues, want.direct, want.readonly, want.block_size) = (2, false, true, 65_536);
+    want.serial = Some("S 1".to_owned());
+    assert_eq!(spec.config, want);
+    assert_eq!(disk("name=vm1,path=vm1.raw").unwrap().config, DiskConfig::new("/images/vm1.raw"));
+}
+
+#[test]
+fn values_of_each_kind() {
+    for (text, on) in [("on", true), ("true", true), ("yes", true), ("off", false), ("false", false), ("no", false)] {
+        assert_eq!(disk(&format!("name=a,path=p,readonly={text}")).unwrap().config.readonly, on);
+    }
+    for (text, bytes) in [("4096", 4096), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("1024K", 1 << 20)] {
+        assert_eq!(disk(&format!("name=a,path=p,block-size={text}")).unwrap().config.block_size, bytes);
+    }
+    assert_eq!(disk("name=a,path=x,,y,,,,z").unwrap().config.path, Path::new("/images/x,y,,z"));
+    assert_eq!(disk("path=a=b,name=a").unwrap().config.path, Path::new("/images/a=b"));
+}
+
+#[test]
+fn each_refusal_names_the_key() {
+    for (text, message) in [
+        ("", "\"\" is not of the form key=value"),
+        ("vm1", "\"vm1\" is not of the form key=value"),
+        ("name=a,path=p,", "\"\" is not of the form key=value"),
+        ("path=p", "name: is missing"),
+        ("name=a", "path: is missing"),
+        ("name=a,path=", "path: is empty"),
+        ("name=a,path=p,socket=", "socket: is empty"),
+        ("name=A,path=p", "name: \"A\" is not a name"),
+        ("name=,path=p", "name: a name cannot be empty"),
+        ("name=a,name=a,path=p", "name: is given twice"),
+        ("name=a,path=p,direct=on,direct=on", "direct: is given twice"),
+        ("name=a,path=p,size=1", "size: is not a key; the keys are name, path"),
+        ("name=a,path=p,block_size=4K", "block_size: is not a key"),
+        ("name=a,path=p,queues=0", "queues: 0 is not from 1 to 16"),
+        ("name=a,path=p,queues=17", "queues: 17 is not from 1 to 16"),
+        ("name=a,path=p,queues=two", "queues: \"two\" is not a number"),
+        ("name=a,path=p,direct=maybe", "direct: \"maybe\" is neither on nor off"),
+        ("name=a,path=p,block-size=512", "block-size: 512 is not a power of two"),
+        ("name=a,path=p,block-size=5K", "block-size: 5120 is not a power of two"),
+        ("name=a,path=p,block-size=2M", "block-size: 2097152 is not a power of two"),
+        ("name=a,path=p,block-size=K", "block-size: \"K\" is not a size"),
+        ("name=a,path=p,block-size=+4K", "block-size: \"+4K\" is not a size"),
+        ("name=a,path=p,block-size=4294967295M", "block-size: \"4294967295M\" is not a size"),
+        ("name=a,path=p,serial=", "serial: \"\" is not 1 to 20"),
+        ("name=a,path=p,serial=123456789012345678901", "serial: \"123456789012345678901\" is not 1 to 20"),
+        ("name=a,path=p,serial=é", "serial: \"é\" has characters other than"),
+    ] {
+        let error = disk(text).unwrap_err();
+        assert!(error.starts_with(message), "{text:?}: {error:?}");
+        assert!(!error.contains('\n'));
+    }
+}
+
+#[test]
+fn defaults_of_root_and_of_others() {
+    let root = Environment { root: true, ..user() };
+    let config = options(&[]).resolve(&root).unwrap();
+    assert_eq!(config.state_dir, Path::new("/var/lib/halfsilver"));
+    assert_eq!(config.run_dir, Path::new("/run/halfsilver"));
+    assert_eq!(config.control, Path::new("/run/halfsilver/control.sock"));
+
+    let config = options(&["name=vm1,path=a/vm1.raw"]).resolve(&user()).unwrap();
+    assert_eq!(config.state_dir, Path::new("/home/u/.local/state/halfsilver"));
+    assert_eq!(config.control, Path::new("/run/user/7/halfsilver/control.sock"));
+    assert_eq!(config.disks[0].config.path, Path::new("/home/u/a/vm1.raw"));
+    assert_eq!(config.disks[0].config.socket.as_deref(), Some(Path::new("/run/user/7/halfsilver/vm1.sock")));
+
+    let with_state_home = Environment { state_home: Some("/s".into()), ..user() };
+    assert_eq!(options(&[]).resolve(&with_state_home).unwrap().state_dir, Path::new("/s/halfsilver"));
+    let nowhere = Environment { runtime_dir: None, ..user() };
+    assert!(options(&[]).resolve(&nowhere).unwrap_err().to_string().contains("--run-dir"));
+    let with_run_dir = ServeOptions { run_dir: Some("r".into()), ..options(&[]) };
+    assert_eq!(with_run_dir.resolve(&nowhere).unwrap().control, Path::new("/home/u/r/control.sock"));
+}
+
+#[test]
+fn a_file_with_every_key() {
+    let config = file(
+        r#"
+control = "/c.sock"
+state-dir = "state"
+run-dir = "/run"
+[[disk]]
+name = "vm1"
+path = "vm1.raw"
+queues = 4
+direct = "off"
+readonly = true
+block-size = "8K"
+[[disk]]
+name = "vm2"
+path = "/vm2.raw"
+block-size = 4096
+"#,
+    )
+    .unwrap();
+    assert_eq!(config.control.as_deref(), Some(Path::new("/c.sock")));
+    assert_eq!(config.state_dir.as_deref(), Some(Path::new("/etc/halfsilver/state")));
+    let [vm1, vm2] = &config.disks[..] else { panic!("{config:?}") };
+    assert_eq!(vm1.config.path, Path::new("/etc/halfsilver/vm1.raw"));
+    assert_eq!((vm1.config.queues, vm1.config.direct, vm1.config.readonly), (4, false, true));
+    assert_eq!((vm1.config.block_size, vm2.config.block_size), (8192, 4096));
+}
+
+#[test]
+fn a_wrong_file_is_refused_with_its_line() {
+    for (text, line, message) in [
+        ("control = 1", 1, "invalid type"),
+        ("\nstate_dir = \"/s\"", 2, "unknown field `state_dir`"),
+        ("\n\n[[disk]]\nname = \"a\"\npath = \"p\"\nsize = 4", 6, "unknown field `size`"),
+        ("[[disk]]\nname = \"a\"\nname = \"b\"", 3, "duplicate key"),
+        ("\n[[disk]]\nname = \"a\"", 2, "path: is missing"),
+        ("\n[[disk]]\nname = \"a\"\npath = \"p\"\nqueues = 99", 2, "queues: 99"),
+        (
+            "[[disk]]\nname = \"a\"\npath = \"p\"\n[[disk]]\nname = \"a\"\npath = \"q\"",
+            4,
+            "name: two disks are named a",
+        ),
+        ("control = ", 1, ""),
+    ] {
+        let error = file(text).unwrap_err();
+        let place = format!("/etc/halfsilver/halfsilver.toml:{line}: ");
+        assert!(error.starts_with(&place) && error.contains(message), "{text:?}: {error:?}");
+        assert!(!error.contains('\n'), "{error:?}");
+    }
+    assert!(file("[[disk]]\nname=\"a\"\npath=\"p\"\ndirect=\"maybe\"").unwrap_err().contains("neither on nor off"));
+}
+
+#[test]
+fn the_command_line_beats_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("halfsilver.toml");
+    let text = "control = \"/file.sock\"\nrun-dir = \"/file\"\n[[disk]]\nname = \"vm1\"\npath = \"/file.raw\"\n\
+        [[disk]]\nname = \"vm2\"\npath = \"/vm2.raw\"\n";
+    fs::write(&path, text).unwrap();
+    let given = ServeOptions {
+        config: Some(path),
+        control: Some("/given.sock".into()),
+        ..options(&["name=vm1,path=/given.raw"])
+    };
+    let config = given.resolve(&user()).unwrap();
+    assert_eq!(config.control, Path::new("/given.sock"));
+    assert_eq!(config.run_dir, Path::new("/file"));
+    let paths: Vec<_> = config.disks.iter().map(|disk| disk.config.path.to_str().unwrap()).collect();
+    assert_eq!(paths, ["/vm2.raw", "/given.raw"]);
+    let missing = ServeOptions { config: Some("/no/such".into()), ..options(&[]) };
+    assert!(missing.resolve(&user()).unwrap_err().to_string().starts_with("cannot read /no/such: "));
+}
+
+#[test]
+fn names_and_sockets_are_not_shared() {
+    for (disks, message) in [
+        (&["name=a,path=p", "name=a,path=q"], "--disk: name: two disks are named a"),
+        (&["name=a,path=p,socket=/s", "name=b,path=q,socket=/s"], "socket: disk a and disk b share /s"),
+        (
+            &["name=a,path=p", "name=control,path=q"],
+            "socket: the control socket and disk control share /run/user/7/halfsilver/control.sock",
+        ),
+    ] {
+        assert_eq!(options(disks).resolve(&user()).unwrap_err().to_string(), message);
+    }
+    let long = ServeOptions { control: Some(format!("/{}", "x".repeat(107)).into()), ..options(&[]) };
+    assert!(long.resolve(&user()).unwrap_err().to_string().contains("at most 107"));
+}
