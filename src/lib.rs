@@ -16,3 +16,4 @@
 pub mod image;
 pub mod mirror;
 mod sync;
+pub mod vhost_user;
