@@ -20,3 +20,4 @@ pub mod image;
 pub mod mirror;
 pub mod store;
 mod sync;
+pub mod vhost_user;

@@ -1,0 +1,193 @@
+//! What is offered to frontends: virtio features, vhost-user protocol features, limits and the config space.
+//!
+//! What always holds: nothing is accepted that was not offered, and the limits in the config space are the ones that
+//! [`super::request`] enforces. The config space is the kernel's own struct, so offsets cannot drift.
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtio_bindings::{virtio_blk as blk, virtio_config, virtio_ring};
+
+use crate::mirror::Geometry;
+
+/// Bytes of a virtio-blk sector, the unit of all positions (virtio 1.2, 5.2.4), whatever the block size.
+pub(super) const SECTOR_BYTES: u64 = 512;
+/// Data segments of one request. With header and status a chain has at most two descriptors more.
+pub(super) const SEGMENTS_MAX: u32 = 126;
+/// Bytes of one data segment.
+pub(super) const SEGMENT_BYTES_MAX: u32 = 256 << 10;
+/// Bytes of the data of one request.
+pub(super) const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
+/// Sectors of one discard or write-zeroes segment: 1 GiB.
+pub(super) const RANGE_SECTORS_MAX: u32 = (1 << 30) / 512;
+/// Segments of one discard or write-zeroes request.
+pub(super) const RANGE_SEGMENTS_MAX: u32 = 32;
+/// Entries of a ring. QEMU's own limit too.
+pub(super) const RING_ENTRIES_MAX: u16 = 1024;
+/// Queues of a disk.
+pub const QUEUES_MAX: u16 = 16;
+/// Memory regions of a frontend; what the kernel's own vhost allows.
+pub(super) const MEMORY_SLOTS_MAX: usize = 509;
+
+const _: () = assert!(REQUEST_BYTES_MAX <= 32 << 20);
+
+const fn bit(number: u32) -> u64 {
+    1 << number
+}
+
+/// A device that has read requests only (virtio 1.2, 5.2.3).
+pub(super) const READ_ONLY: u64 = bit(blk::VIRTIO_BLK_F_RO);
+/// The driver knows that FLUSH exists, so a write need not be durable when it completes.
+pub(super) const FLUSH: u64 = bit(blk::VIRTIO_BLK_F_FLUSH);
+/// The driver may switch between writeback and writethrough.
+pub(super) const CONFIG_WCE: u64 = bit(blk::VIRTIO_BLK_F_CONFIG_WCE);
+/// The driver knows how long a segment may be.
+pub(super) const SIZE_MAX: u64 = bit(blk::VIRTIO_BLK_F_SIZE_MAX);
+/// Discard requests.
+pub(super) const DISCARD: u64 = bit(blk::VIRTIO_BLK_F_DISCARD);
+/// Write-zeroes requests.
+pub(super) const WRITE_ZEROES: u64 = bit(blk::VIRTIO_BLK_F_WRITE_ZEROES);
+/// Indirect descriptor tables.
+pub(super) const INDIRECT_DESC: u64 = bit(virtio_ring::VIRTIO_RING_F_INDIRECT_DESC);
+/// Notifications by index.
+pub(super) const EVENT_IDX: u64 = bit(virtio_ring::VIRTIO_RING_F_EVENT_IDX);
+/// vhost-user's own: protocol features exist, and rings start disabled.
+pub(super) const PROTOCOL_FEATURES: u64 = bit(30);
+
+/// The virtio features of a disk.
+pub(super) fn offered(read_only: bool) -> u64 {
+    let common = bit(virtio_config::VIRTIO_F_VERSION_1)
+        | PROTOCOL_FEATURES
+        | EVENT_IDX
+        | INDIRECT_DESC
+        | FLUSH
+        | CONFIG_WCE
+        | SIZE_MAX
+        | bit(blk::VIRTIO_BLK_F_SEG_MAX)
+        | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
+        | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
+        | bit(blk::VIRTIO_BLK_F_MQ);
+    common | if read_only { READ_ONLY } else { DISCARD | WRITE_ZEROES }
+}
+
+/// The vhost-user protocol features. INFLIGHT_SHMFD joins them when the session can resubmit.
+pub(super) fn protocol_offered() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+}
+
+/// The config space of one session.
+#[derive(Clone)]
+pub(super) struct ConfigSpace {
+    config: blk::virtio_blk_config,
+}
+
+/// The size of the config space in bytes; what lies behind the fields of the offered features reads as zeros.
+pub(super) const CONFIG_BYTES: usize = size_of::<blk::virtio_blk_config>();
+/// Where the one writable byte lies.
+pub(super) const WRITEBACK_OFFSET: usize = std::mem::offset_of!(blk::virtio_blk_config, wce);
+
+const _: () = assert!(CONFIG_BYTES == 96 && align_of::<blk::virtio_blk_config>() == 1);
+const _: () = assert!(WRITEBACK_OFFSET == 32);
+const _: () = assert!(std::mem::offset_of!(blk::virtio_blk_config, max_discard_sectors) == 36);
+const _: () = assert!(std::mem::offset_of!(blk::virtio_blk_config, write_zeroes_may_unmap) == 56);
+
+impl ConfigSpace {
+    /// The config space of a disk of this geometry with `queues` queues, writeback on.
+    pub(super) fn new(geometry: &Geometry, read_only: bool, queues: u16) -> ConfigSpace {
+        let logical = geometry.logical_block_bytes.max(512);
+        let per_block = (geometry.block_bytes / logical).max(1);
+        let alignment_sectors = (geometry.block_bytes / 512).max(1);
+        let mut config = blk::virtio_blk_config {
+            capacity: (geometry.size_bytes / SECTOR_BYTES).to_le(),
+            size_max: SEGMENT_BYTES_MAX.to_le(),
+            seg_max: SEGMENTS_MAX.to_le(),
+            blk_size: logical.to_le(),
+            physical_block_exp: u8::try_from(per_block.ilog2()).unwrap_or(0),
+            min_io_size: u16::try_from(per_block).unwrap_or(1).to_le(),
+            wce: 1,
+            num_queues: queues.to_le(),
+            ..blk::virtio_blk_config::default()
+        };
+        if !read_only {
+            config.max_discard_sectors = RANGE_SECTORS_MAX.to_le();
+            config.max_discard_seg = RANGE_SEGMENTS_MAX.to_le();
+            config.discard_sector_alignment = alignment_sectors.to_le();
+            config.max_write_zeroes_sectors = RANGE_SECTORS_MAX.to_le();
+            config.max_write_zeroes_seg = RANGE_SEGMENTS_MAX.to_le();
+            config.write_zeroes_may_unmap = 1;
+        }
+        ConfigSpace { config }
+    }
+
+    /// `size` bytes from `offset` on, or nothing when they leave the config space.
+    pub(super) fn read(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
+        let from = usize::try_from(offset).ok()?;
+        let to = from.checked_add(usize::try_from(size).ok()?)?;
+        self.as_bytes().get(from..to).map(<[u8]>::to_vec)
+    }
+
+    /// Writes the writeback byte. False for any other place or value.
+    pub(super) fn write(&mut self, offset: u32, bytes: &[u8]) -> bool {
+        match bytes {
+            [value @ 0..=1] if usize::try_from(offset) == Ok(WRITEBACK_OFFSET) => {
+                self.config.wce = *value;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the writeback byte says that a write may complete before it is durable.
+    pub(super) fn is_writeback(&self) -> bool {
+        self.config.wce == 1
+    }
+
+    /// Back to writeback, as at the start.
+    pub(super) fn reset(&mut self) {
+        self.config.wce = 1;
+    }
+
+    fn as_bytes(&self) -> &[u8; CONFIG_BYTES] {
+        // SAFETY: a packed struct of integers without padding, borrowed for as long as the bytes are.
+        unsafe { &*(&raw const self.config).cast::<[u8; CONFIG_BYTES]>() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space(read_only: bool) -> ConfigSpace {
+        let geometry = Geometry { size_bytes: 1 << 20, logical_block_bytes: 512, block_bytes: 4096 };
+        ConfigSpace::new(&geometry, read_only, 3)
+    }
+
+    #[test]
+    fn fields_are_where_the_specification_has_them() {
+        let c = space(false).read(0, 60).unwrap();
+        assert_eq!(c[0..8], 2048u64.to_le_bytes());
+        assert_eq!(c[8..12], SEGMENT_BYTES_MAX.to_le_bytes());
+        assert_eq!(c[12..16], SEGMENTS_MAX.to_le_bytes());
+        assert_eq!(c[20..24], 512u32.to_le_bytes());
+        assert_eq!((c[24], c[32]), (3, 1));
+        assert_eq!(c[34..36], 3u16.to_le_bytes());
+        assert_eq!(c[44..48], 8u32.to_le_bytes());
+        assert_eq!(space(true).read(36, 21).unwrap(), vec![0; 21]);
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let mut s = space(false);
+        for (offset, size, ok) in [(0, 96, true), (95, 1, true), (96, 1, false), (0, 97, false), (u32::MAX, 2, false)] {
+            assert_eq!(s.read(offset, size).is_some(), ok, "{offset}+{size}");
+        }
+        for (offset, bytes, ok) in
+            [(32, &[0u8][..], true), (32, &[2], false), (32, &[0, 0], false), (31, &[0], false), (32, &[], false)]
+        {
+            assert_eq!(s.write(offset, bytes), ok, "{offset} {bytes:?}");
+        }
+        assert!(!s.is_writeback());
+    }
+}

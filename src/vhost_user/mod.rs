@@ -1,0 +1,69 @@
+//! vhost-user-blk: untrusted bytes from guests and frontends into typed requests.
+//!
+//! What always holds:
+//! - No field of a frontend or guest is used before it was copied and checked. What is wrong gets an error status, a
+//!   stopped ring or a closed connection with one log line; the daemon and other connections never notice.
+//! - Requests enter their epoch by [`intake`], which keeps rule 1 of the cut, and are drained before a ring's base is
+//!   told, a device is reset or a connection ends.
+//!
+//! What this room does not know: versions, strategies, where bytes are. It hands [`crate::mirror::Request`]s on.
+
+mod chain;
+mod eventfd;
+mod features;
+mod intake;
+mod memory;
+mod request;
+mod ring;
+mod server;
+mod session;
+mod sigbus;
+mod socket;
+mod stats;
+mod worker;
+
+pub use features::QUEUES_MAX;
+pub use intake::{AvailSource, intake};
+pub use server::{ServeOptions, ServerHandle, SocketSource, serve};
+pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+/// Who wants to know what happens on a socket. Called on the server's own threads: return quickly.
+pub trait Observer: Send + Sync + 'static {
+    /// A frontend has connected.
+    fn connected(&self) {}
+
+    /// The frontend is gone, and all its requests are done.
+    fn disconnected(&self) {}
+
+    /// A request's answer was put on the ring of `queue`.
+    fn request_done(&self, queue: usize, direction: Direction, bytes: u64, ok: bool, latency: Duration) {
+        // Most observers read ServerHandle::stats() instead.
+        let _: (usize, Direction, u64, bool, Duration) = (queue, direction, bytes, ok, latency);
+    }
+}
+
+/// An observer that does not look.
+#[derive(Debug, Default)]
+pub struct NoObserver;
+
+impl Observer for NoObserver {}
+
+/// Lets one log line a second through: what a guest can cause must not fill the log.
+#[derive(Default)]
+struct RateLimit {
+    last: Cell<Option<Instant>>,
+}
+
+impl RateLimit {
+    fn allows(&self) -> bool {
+        let now = Instant::now();
+        let allowed = self.last.get().is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1));
+        if allowed {
+            self.last.set(Some(now));
+        }
+        allowed
+    }
+}

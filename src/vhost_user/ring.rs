@@ -1,0 +1,280 @@
+//! One split virtqueue in guest memory (virtio 1.2, 2.7).
+//!
+//! What always holds:
+//! - Nothing in the ring is trusted: indices are bounded before use, each word is read once, and a ring that breaks the
+//!   rules is *broken*: it hands out nothing more, and the daemon goes on.
+//! - A head is in flight at most once; its bit goes when its used entry is written.
+//! - The ring's memory is mapped for as long as the ring holds its [`MemoryMap`].
+//!
+//! It does not look into descriptors; that is [`super::chain`].
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+
+use super::features::RING_ENTRIES_MAX;
+use super::intake::AvailSource;
+use super::memory::{FrontendAddress, MemoryMap};
+
+/// Where a ring is and how it was negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RingSetup {
+    pub(super) entries: u16,
+    pub(super) addresses: RingAddresses,
+    pub(super) event_idx: bool,
+    pub(super) indirect: bool,
+}
+
+/// The three parts, in the frontend's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RingAddresses {
+    pub(super) descriptors: FrontendAddress,
+    pub(super) avail: FrontendAddress,
+    pub(super) used: FrontendAddress,
+}
+
+/// Why a ring cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RingFault {
+    #[error("a ring of {0} entries was asked for; sizes are powers of two up to {RING_ENTRIES_MAX}")]
+    Size(u32),
+    #[error("the {0} does not lie in the guest's memory")]
+    Outside(&'static str),
+    #[error("the {0} is not aligned")]
+    Misaligned(&'static str),
+    #[error("the avail index jumped from {from} to {to} in a ring of {entries} entries")]
+    AvailJump { from: u16, to: u16, entries: u16 },
+    #[error("the driver announced descriptor {0}, which the ring does not have")]
+    HeadOutOfRange(u16),
+    #[error("the driver announced descriptor {0} again while it is in flight")]
+    HeadInFlight(u16),
+}
+
+/// A descriptor as it lies in guest memory, little-endian.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct RawDescriptor {
+    pub(super) address: u64,
+    pub(super) len: u32,
+    pub(super) flags: u16,
+    pub(super) next: u16,
+}
+
+const _: () = assert!(size_of::<RawDescriptor>() == 16 && align_of::<RawDescriptor>() == 8);
+
+/// The ring's places in our address space.
+#[derive(Clone, Copy)]
+struct Places {
+    descriptors: *const RawDescriptor,
+    avail: *mut u16,
+    used: *mut u16,
+}
+
+/// A ring that is being served.
+pub(super) struct Ring {
+    setup: RingSetup,
+    memory: Arc<MemoryMap>,
+    // None when the frontend took the ring's memory away.
+    places: Option<Places>,
+    next_avail: u16,
+    loaded_avail: u16,
+    next_used: u16,
+    signalled_used: u16,
+    // One bit a head.
+    heads: Vec<u64>,
+    fault: Option<RingFault>,
+}
+
+// The rings' layout in 16-bit words: flags, index, then the entries (a used entry is four words), then the event index.
+const FLAGS: usize = 0;
+const INDEX: usize = 1;
+const ENTRIES: usize = 2;
+
+impl Ring {
+    /// Checks a ring's size.
+    ///
+    /// # Errors
+    /// When it is zero, not a power of two or more than is offered.
+    pub(super) fn check_entries(entries: u32) -> Result<u16, RingFault> {
+        u16::try_from(entries)
+            .ok()
+            .filter(|n| n.is_power_of_two() && *n <= RING_ENTRIES_MAX)
+            .ok_or(RingFault::Size(entries))
+    }
+
+    /// A ring that goes on at avail index `base`.
+    ///
+    /// # Errors
+    /// When a part of it is not in the guest's memory, or not aligned.
+    pub(super) fn new(setup: RingSetup, memory: Arc<MemoryMap>, base: u16) -> Result<Ring, RingFault> {
+        let places = locate(&setup, &memory)?;
+        let mut ring = Ring {
+            setup,
+            memory,
+            places: Some(places),
+            next_avail: base,
+            loaded_avail: base,
+            next_used: 0,
+            signalled_used: 0,
+            heads: vec![0; usize::from(setup.entries).div_ceil(64)],
+            fault: None,
+        };
+        // The driver's view of what was used counts; after a drain it equals the base.
+        ring.next_used = ring.load(places.used, INDEX, Ordering::Relaxed);
+        ring.signalled_used = ring.next_used;
+        Ok(ring)
+    }
+
+    /// Goes on in other memory; requests in flight keep the old one.
+    ///
+    /// # Errors
+    /// When the ring is not in it. The ring then hands out nothing and takes no answers.
+    pub(super) fn remap(&mut self, memory: Arc<MemoryMap>) -> Result<(), RingFault> {
+        let located = locate(&self.setup, &memory);
+        self.places = located.ok();
+        self.memory = memory;
+        located.map(drop)
+    }
+
+    /// The memory that chains of this ring lie in.
+    pub(super) fn memory(&self) -> &Arc<MemoryMap> {
+        &self.memory
+    }
+
+    /// Size and features.
+    pub(super) fn setup(&self) -> &RingSetup {
+        &self.setup
+    }
+
+    /// The avail index up to which requests were taken.
+    pub(super) fn base(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// What broke the ring, if anything did since the last call.
+    pub(super) fn take_fault(&mut self) -> Option<RingFault> {
+        self.fault.take()
+    }
+
+    /// A descriptor of the table, read once. None when there is no such.
+    pub(super) fn descriptor(&self, index: u16) -> Option<RawDescriptor> {
+        let places = self.places.filter(|_| index < self.setup.entries)?;
+        // SAFETY: inside the table that locate() found in memory that `self.memory` keeps mapped, and aligned. Volatile,
+        // because the guest may write it at any time; every bit pattern is a valid RawDescriptor.
+        let raw = unsafe { places.descriptors.add(usize::from(index)).read_volatile() };
+        Some(raw.to_native())
+    }
+
+    /// Gives a chain back to the driver, with the number of bytes that were written into it. Seen by the driver after
+    /// [`Ring::publish`].
+    pub(super) fn push_used(&mut self, head: u16, written: u32) {
+        self.heads[usize::from(head / 64)] &= !(1 << (head % 64));
+        let Some(places) = self.places else { return };
+        let entry = ENTRIES + usize::from(self.next_used % self.setup.entries) * 4;
+        // SAFETY: inside the used ring that locate() found, whose entries are 4-aligned; mapped while `self.memory` is.
+        unsafe {
+            let at = places.used.add(entry).cast::<u32>();
+            at.write_volatile(u32::from(head).to_le());
+            at.add(1).write_volatile(written.to_le());
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Makes the used entries visible, and says whether the driver wants to be told.
+    pub(super) fn publish(&mut self) -> bool {
+        let Some(places) = self.places.filter(|_| self.signalled_used != self.next_used) else { return false };
+        self.store(places.used, INDEX, self.next_used);
+        // The index must be visible before we look whether the driver sleeps (virtio 1.2, 2.7.7.2).
+        fence(Ordering::SeqCst);
+        let old = std::mem::replace(&mut self.signalled_used, self.next_used);
+        if self.setup.event_idx {
+            let event = self.load(places.avail, ENTRIES + usize::from(self.setup.entries), Ordering::Relaxed);
+            // Whether the event index is among the entries just published.
+            self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(old)
+        } else {
+            u32::from(self.load(places.avail, FLAGS, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks to be kicked for the next request. Returns whether there already is one.
+    pub(super) fn arm(&mut self) -> bool {
+        let Some(places) = self.places else { return false };
+        if self.setup.event_idx {
+            self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
+        }
+        // The wish must be visible before we look for requests that came without a kick.
+        fence(Ordering::SeqCst);
+        self.load(places.avail, INDEX, Ordering::Relaxed) != self.next_avail
+    }
+
+    fn load(&self, base: *mut u16, word: usize, order: Ordering) -> u16 {
+        // SAFETY: callers name words inside the parts that locate() found, 2-aligned and mapped while `self.memory` is;
+        // the guest's own accesses are outside this program's memory model, and atomic is the closest there is.
+        u16::from_le(unsafe { AtomicU16::from_ptr(base.add(word)) }.load(order))
+    }
+
+    fn store(&self, base: *mut u16, word: usize, value: u16) {
+        // SAFETY: as in load.
+        unsafe { AtomicU16::from_ptr(base.add(word)) }.store(value.to_le(), Ordering::Release);
+    }
+}
+
+impl AvailSource for Ring {
+    type Item = u16;
+
+    fn load_avail(&mut self) -> bool {
+        let Some(places) = self.places.filter(|_| self.fault.is_none()) else { return false };
+        let to = self.load(places.avail, INDEX, Ordering::Acquire);
+        let from = self.next_avail;
+        if to.wrapping_sub(from) > self.setup.entries {
+            self.fault = Some(RingFault::AvailJump { from, to, entries: self.setup.entries });
+            return false;
+        }
+        self.loaded_avail = to;
+        to != from
+    }
+
+    fn pop(&mut self) -> Option<u16> {
+        let places = self.places.filter(|_| self.fault.is_none() && self.next_avail != self.loaded_avail)?;
+        let entry = ENTRIES + usize::from(self.next_avail % self.setup.entries);
+        let head = self.load(places.avail, entry, Ordering::Relaxed);
+        if head >= self.setup.entries {
+            self.fault = Some(RingFault::HeadOutOfRange(head));
+            return None;
+        }
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        if self.heads[word] & bit != 0 {
+            self.fault = Some(RingFault::HeadInFlight(head));
+            return None;
+        }
+        self.heads[word] |= bit;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Some(head)
+    }
+}
+
+impl RawDescriptor {
+    /// From the ring's byte order.
+    pub(super) fn to_native(self) -> RawDescriptor {
+        RawDescriptor {
+            address: u64::from_le(self.address),
+            len: u32::from_le(self.len),
+            flags: u16::from_le(self.flags),
+            next: u16::from_le(self.next),
+        }
+    }
+}
+
+fn locate(setup: &RingSetup, memory: &MemoryMap) -> Result<Places, RingFault> {
+    let entries = u64::from(setup.entries);
+    let part = |name, at, len, align: usize| {
+        let place = memory.frontend_range(at, len).ok_or(RingFault::Outside(name))?;
+        if (place as usize).is_multiple_of(align) { Ok(place) } else { Err(RingFault::Misaligned(name)) }
+    };
+    Ok(Places {
+        descriptors: part("descriptor table", setup.addresses.descriptors, entries * 16, 16)?.cast(),
+        avail: part("avail ring", setup.addresses.avail, entries * 2 + 6, 2)?.cast(),
+        used: part("used ring", setup.addresses.used, entries * 8 + 6, 4)?.cast(),
+    })
+}

@@ -1,0 +1,420 @@
+//! A socket and the frontends that connect to it.
+//!
+//! What always holds:
+//! - At most [`FRONTENDS_MAX`] sessions run; each has its own thread and state. A frontend that comes while one is alive is
+//!   refused with a log line; one that comes while the old one is hanging up gets its turn.
+//! - After [`ServerHandle::stop`] every request is done, no thread is left, and the socket is gone.
+//! - Counters outlive connections.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::features::QUEUES_MAX;
+use super::request::SERIAL_BYTES;
+use super::session::{self, SessionContext};
+use super::socket::BoundSocket;
+use super::stats::{QueueCounters, QueueStats};
+use super::{Observer, RateLimit};
+use crate::mirror::Attachment;
+
+/// Frontends at once. The session has no state outside itself, so this is policy: two guests on one disk would not
+/// know of each other.
+const FRONTENDS_MAX: usize = 1;
+/// Frontends that may wait for one that is hanging up.
+const WAITING_MAX: usize = 16;
+/// How long a message that is being handled may take to end by itself when the server stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+/// How long to leave the socket alone when the system has no descriptors left.
+const ACCEPT_PAUSE_MS: i32 = 100;
+
+/// Where frontends come from.
+#[derive(Debug)]
+pub enum SocketSource {
+    /// A socket to be made at this path, mode 0600, and removed at the end.
+    Path(PathBuf),
+    /// A socket that somebody else made: listening, or connected to its only frontend.
+    Fd(OwnedFd),
+}
+
+/// What to serve, and where.
+pub struct ServeOptions {
+    /// The disk's name, for the log.
+    pub name: String,
+    /// Where frontends connect.
+    pub socket: SocketSource,
+    /// What they get.
+    pub attachment: Attachment,
+    /// How many queues they may use: 1 to [`QUEUES_MAX`].
+    pub queues: u16,
+    /// The serial number that the guest can ask for; up to 20 bytes, longer ones are cut.
+    pub serial: String,
+    /// Who is told.
+    pub observer: Arc<dyn Observer>,
+    /// Whether to end when the first frontend has left.
+    pub once: bool,
+}
+
+struct Shared {
+    stop: AtomicBool,
+    connected: AtomicBool,
+    wake: OwnedFd,
+    counters: Vec<Arc<QueueCounters>>,
+    ended: (Mutex<bool>, Condvar),
+}
+
+/// A socket that is being served. Dropping it stops the server.
+pub struct ServerHandle {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for ServerHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerHandle").field("connected", &self.is_connected()).finish_non_exhaustive()
+    }
+}
+
+/// Serves a socket on threads of its own.
+///
+/// # Errors
+/// When the options make no sense, or the socket cannot be had: something else is at its path, or a live process
+/// listens there.
+pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
+    let ServeOptions { name, socket, attachment, queues, serial, observer, once } = options;
+    if queues == 0 || queues > QUEUES_MAX {
+        let what = format!("{queues} queues were asked for; a disk has 1 to {QUEUES_MAX}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let (bound, first) = open(socket)?;
+    let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
+    let counters: Vec<_> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
+    let mut serial_bytes = [0; SERIAL_BYTES];
+    let len = serial.len().min(SERIAL_BYTES);
+    serial_bytes[..len].copy_from_slice(&serial.as_bytes()[..len]);
+    let context =
+        SessionContext { name: name.clone(), attachment, serial: serial_bytes, counters: counters.clone(), observer };
+    let shared = Arc::new(Shared {
+        stop: AtomicBool::new(false),
+        connected: AtomicBool::new(first.is_some()),
+        wake,
+        counters,
+        ended: (Mutex::new(false), Condvar::new()),
+    });
+    let once = once || bound.is_none();
+    let mut server = Server::new(shared.clone(), context, bound, once)?;
+    let ended = Ended(shared.clone());
+    let thread = std::thread::Builder::new().name(format!("serve-{name}")).spawn(move || {
+        // Moved in, so that waiters are told even if the thread panics.
+        let _ended = ended;
+        if let Some(stream) = first {
+            server.start(stream);
+        }
+        if let Err(e) = server.run() {
+            log::error!("{}: the socket cannot be served any more: {e}", server.context.name);
+        }
+        server.finish();
+    })?;
+    Ok(ServerHandle { shared, thread: Mutex::new(Some(thread)) })
+}
+
+fn open(source: SocketSource) -> io::Result<(Option<BoundSocket>, Option<UnixStream>)> {
+    match source {
+        SocketSource::Path(path) => Ok((Some(BoundSocket::bind(&path)?), None)),
+        SocketSource::Fd(fd) => {
+            if rustix::net::sockopt::socket_acceptconn(&fd)? {
+                return Ok((Some(BoundSocket::adopt(fd)?), None));
+            }
+            let stream = UnixStream::from(fd);
+            stream.peer_addr()?;
+            stream.set_nonblocking(false)?;
+            Ok((None, Some(stream)))
+        }
+    }
+}
+
+impl ServerHandle {
+    /// Finishes all requests, closes the connection and removes the socket. Waits for requests however long they take.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match thread.map(JoinHandle::join) {
+            Some(Err(_)) => log::error!("a server's thread panicked"),
+            Some(Ok(())) => {}
+            // Somebody else is stopping it.
+            None => self.wait(),
+        }
+    }
+
+    /// Waits until the server has ended: by [`ServerHandle::stop`], or because its only frontend has left.
+    pub fn wait(&self) {
+        let (mutex, condvar) = &self.shared.ended;
+        let mut ended = mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*ended {
+            ended = condvar.wait(ended).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether the server has ended.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        *self.shared.ended.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a frontend is connected.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.shared.connected.load(Ordering::Acquire)
+    }
+
+    /// What was done since the server began, all queues and connections together.
+    #[must_use]
+    pub fn stats(&self) -> QueueStats {
+        let mut total = QueueStats::default();
+        self.shared.counters.iter().for_each(|c| c.add_to(&mut total));
+        total
+    }
+
+    /// The same for each queue.
+    #[must_use]
+    pub fn queue_stats(&self) -> Vec<QueueStats> {
+        let one = |c: &Arc<QueueCounters>| {
+            let mut stats = QueueStats::default();
+            c.add_to(&mut stats);
+            stats
+        };
+        self.shared.counters.iter().map(one).collect()
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        if let Err(e) = rustix::io::write(&self.wake, &1u64.to_ne_bytes())
+            && e != rustix::io::Errno::AGAIN
+        {
+            log::error!("cannot wake a server: {e}");
+        }
+    }
+}
+
+/// Tells waiters that the server has ended.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        *self.0.ended.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.ended.1.notify_all();
+    }
+}
+
+/// One frontend's session.
+struct Connection {
+    stream: UnixStream,
+    thread: JoinHandle<()>,
+    done: Arc<AtomicBool>,
+}
+
+impl Connection {
+    /// Whether the frontend has hung up or its session is over.
+    fn is_leaving(&self) -> bool {
+        let mut poll = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::RDHUP)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        self.done.load(Ordering::Acquire) || !matches!(rustix::event::poll(&mut poll, Some(&now)), Ok(0))
+    }
+
+    fn shut(&self, how: std::net::Shutdown) {
+        if let Err(e) = self.stream.shutdown(how) {
+            log::debug!("the connection was closed already: {e}");
+        }
+    }
+}
+
+struct Server {
+    shared: Arc<Shared>,
+    context: SessionContext,
+    socket: Option<BoundSocket>,
+    once: bool,
+    epoll: OwnedFd,
+    active: Vec<Connection>,
+    waiting: VecDeque<UnixStream>,
+    complaints: RateLimit,
+    served: usize,
+}
+
+impl Server {
+    fn new(
+        shared: Arc<Shared>,
+        context: SessionContext,
+        socket: Option<BoundSocket>,
+        once: bool,
+    ) -> io::Result<Server> {
+        let raw = epoll::create(true)?;
+        // SAFETY: epoll::create gave a new descriptor that nobody else owns.
+        let epoll: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) };
+        let server = Server {
+            shared,
+            context,
+            socket,
+            once,
+            epoll,
+            active: Vec::new(),
+            waiting: VecDeque::new(),
+            complaints: RateLimit::default(),
+            served: 0,
+        };
+        server.watch(server.shared.wake.as_raw_fd())?;
+        if let Some(socket) = &server.socket {
+            server.watch(socket.listener.as_raw_fd())?;
+        }
+        Ok(server)
+    }
+
+    fn watch(&self, fd: RawFd) -> io::Result<()> {
+        let event = epoll::Event::new(epoll::Events::EPOLLIN, u64::from(fd.unsigned_abs()));
+        epoll::ctl(self.epoll.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        loop {
+            self.sleep(-1)?;
+            self.reap();
+            if self.shared.stop.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            if self.once && self.served > 0 && self.active.is_empty() {
+                return Ok(());
+            }
+            while self.active.len() < FRONTENDS_MAX
+                && let Some(stream) = self.waiting.pop_front()
+            {
+                self.start(stream);
+            }
+            self.accept_all()?;
+        }
+    }
+
+    fn sleep(&self, timeout_ms: i32) -> io::Result<()> {
+        let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 4];
+        match epoll::wait(self.epoll.as_raw_fd(), timeout_ms, &mut events) {
+            Err(e) if e.kind() != io::ErrorKind::Interrupted => return Err(e),
+            _ => {}
+        }
+        let mut count = [0u8; 8];
+        match rustix::io::read(&self.shared.wake, &mut count) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn accept_all(&mut self) -> io::Result<()> {
+        loop {
+            let Some(socket) = &self.socket else { return Ok(()) };
+            match socket.listener.accept() {
+                Ok((stream, _)) => self.admit(stream),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
+                Err(e) => {
+                    if self.complaints.allows() {
+                        log::warn!("{}: cannot accept a connection: {e}", self.context.name);
+                    }
+                    // The connection stays in the backlog; without a pause this would spin.
+                    std::thread::sleep(Duration::from_millis(u64::from(ACCEPT_PAUSE_MS.unsigned_abs())));
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, stream: UnixStream) {
+        self.reap();
+        if self.active.len() < FRONTENDS_MAX && self.waiting.is_empty() {
+            return self.start(stream);
+        }
+        // Waits behind one that is hanging up, or behind others that do.
+        let has_hope = !self.waiting.is_empty() || self.active.iter().any(Connection::is_leaving);
+        if has_hope && self.waiting.len() < WAITING_MAX {
+            return self.waiting.push_back(stream);
+        }
+        if self.complaints.allows() {
+            log::warn!("{}: refused a frontend: another one is connected", self.context.name);
+        }
+    }
+
+    fn start(&mut self, stream: UnixStream) {
+        self.served += 1;
+        let started = stream.set_nonblocking(false).and_then(|()| stream.try_clone()).and_then(|clone| {
+            let done = Arc::new(AtomicBool::new(false));
+            let guard = SessionGuard { shared: self.shared.clone(), context: self.context.clone(), done: done.clone() };
+            self.shared.connected.store(true, Ordering::Release);
+            let thread = std::thread::Builder::new().name(format!("vu-{}", self.context.name)).spawn(move || {
+                guard.context.observer.connected();
+                session::run(guard.context.clone(), clone, &guard.shared.stop);
+            })?;
+            Ok(Connection { stream, thread, done })
+        });
+        match started {
+            Ok(connection) => self.active.push(connection),
+            Err(e) => log::warn!("{}: cannot serve a connection: {e}", self.context.name),
+        }
+    }
+
+    fn reap(&mut self) {
+        let over = |c: &mut Connection| c.done.load(Ordering::Acquire);
+        for connection in self.active.extract_if(.., over) {
+            if connection.thread.join().is_err() {
+                log::error!("{}: a session panicked", self.context.name);
+            }
+        }
+    }
+
+    /// Ends all sessions, as gently as they let us.
+    fn finish(&mut self) {
+        self.socket = None;
+        self.waiting.clear();
+        // No further message is read, but the answer to one that is being handled still goes out.
+        self.active.iter().for_each(|c| c.shut(std::net::Shutdown::Read));
+        let patience = Instant::now() + STOP_PATIENCE;
+        let mut forced = false;
+        while !self.active.is_empty() {
+            if !forced && Instant::now() >= patience {
+                forced = true;
+                self.active.iter().for_each(|c| c.shut(std::net::Shutdown::Both));
+            }
+            if let Err(e) = self.sleep(ACCEPT_PAUSE_MS) {
+                log::error!("{}: cannot wait for the end of a session: {e}", self.context.name);
+                std::thread::sleep(STOP_PATIENCE);
+            }
+            self.reap();
+        }
+    }
+}
+
+/// Says that a session is over, however it ended.
+struct SessionGuard {
+    shared: Arc<Shared>,
+    context: SessionContext,
+    done: Arc<AtomicBool>,
+}
+
+impl Drop for SessionGuard {
+    fn drop(&mut self) {
+        self.shared.connected.store(false, Ordering::Release);
+        self.context.observer.disconnected();
+        self.done.store(true, Ordering::Release);
+        self.shared.wake();
+    }
+}

@@ -1,0 +1,90 @@
+//! The listening socket in the file system.
+//!
+//! What always holds: the socket is never accessible to other users, not even for a moment; nothing but the stale socket
+//! of a dead process is ever replaced; on removal only the socket that was made here goes.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A listening socket that was made here. Dropping it removes the name.
+#[derive(Debug)]
+pub(super) struct BoundSocket {
+    pub(super) listener: UnixListener,
+    // None for a socket that somebody else made.
+    name: Option<(PathBuf, u64, u64)>,
+}
+
+impl BoundSocket {
+    /// Makes a socket with mode 0600 at `path`.
+    ///
+    /// # Errors
+    /// When something else is at `path`, or a live process listens there, or the system refuses.
+    pub(super) fn bind(path: &Path) -> io::Result<BoundSocket> {
+        clear_stale(path)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // On Linux the name gets the mode of the socket, so it is never accessible to others (unlike chmod after bind).
+        rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+        let address = SocketAddrUnix::new(path).map_err(|_| with_path(path, "the path is too long for a socket"))?;
+        rustix::net::bind(&socket, &address).map_err(|e| with_path(path, &format!("cannot make the socket: {e}")))?;
+        let meta = fs::symlink_metadata(path)?;
+        let name = Some((path.to_owned(), meta.dev(), meta.ino()));
+        let bound = BoundSocket { listener: UnixListener::from(socket), name };
+        rustix::net::listen(&bound.listener, BACKLOG)?;
+        Ok(bound)
+    }
+
+    /// Takes over a socket that already listens.
+    ///
+    /// # Errors
+    /// When it is not a socket.
+    pub(super) fn adopt(fd: OwnedFd) -> io::Result<BoundSocket> {
+        let listener = UnixListener::from(fd);
+        listener.local_addr()?;
+        listener.set_nonblocking(true)?;
+        Ok(BoundSocket { listener, name: None })
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        let Some((path, dev, ino)) = &self.name else { return };
+        let is_ours = fs::symlink_metadata(path).is_ok_and(|m| m.dev() == *dev && m.ino() == *ino);
+        if is_ours && let Err(e) = fs::remove_file(path) {
+            log::warn!("cannot remove the socket {}: {e}", path.display());
+        }
+    }
+}
+
+/// Removes the socket that a dead process left behind.
+fn clear_stale(path: &Path) -> io::Result<()> {
+    let meta = match fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(with_path(path, &e.to_string())),
+    };
+    if !meta.file_type().is_socket() {
+        return Err(with_path(
+            path,
+            "something that is not a socket is already there; remove it or choose another path",
+        ));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Ok(_) => Err(with_path(path, "another process is listening on this socket")),
+        Err(e) => Err(with_path(path, &format!("cannot tell whether this socket is in use: {e}"))),
+    }
+}
+
+fn with_path(path: &Path, what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::AddrInUse, format!("{}: {what}", path.display()))
+}

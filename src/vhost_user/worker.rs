@@ -1,0 +1,464 @@
+//! The thread that serves one virtqueue of one connection.
+//!
+//! What always holds:
+//! - Only this thread touches the ring. The session sends [`Command`]s and waits for each to be carried out, so when a
+//!   message is answered the ring already obeys it.
+//! - A stop is answered when no request is in flight and nothing waits for a kick any more: the base is then final.
+//! - A request's ticket lives until its used entry is visible to the driver, and goes exactly once.
+//! - The thread sleeps in the kernel when there is nothing to do (a ring without a kick is looked at every millisecond).
+//!
+//! It knows no messages; that is [`super::session`].
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::chain::RawChain;
+use super::eventfd::EventFd;
+use super::intake::intake;
+use super::memory::{GuestAddress, MemoryMap};
+use super::request::{Job, Parsed, Refusal, Rules, Status, parse};
+use super::ring::{Ring, RingFault, RingSetup};
+use super::stats::{Direction, QueueCounters};
+use super::{Observer, RateLimit};
+use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
+use crate::mirror::{Attachment, EpochLane, Ticket};
+
+/// How often a ring without a kick is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
+/// Passes over the ring before completions get their turn.
+const PASSES_MAX: usize = 4;
+
+/// How the driver says that there is something in the ring.
+#[derive(Clone, Debug)]
+pub(super) enum Kick {
+    /// By an eventfd.
+    Event(Arc<EventFd>),
+    /// Not at all: look.
+    Poll,
+}
+
+/// What a session tells a worker to do.
+pub(super) enum Command {
+    /// Serve this ring from `base` on.
+    Start { setup: RingSetup, memory: Arc<MemoryMap>, base: u16, kick: Kick, rules: Box<Rules> },
+    /// Finish what is in flight, and answer with the base.
+    Stop,
+    /// Take requests, or leave them in the ring.
+    Enable(bool),
+    /// The frontend's memory changed.
+    Memory(Arc<MemoryMap>),
+    /// Another way to be kicked.
+    Kick(Kick),
+    /// Where to tell the driver of answers.
+    Call(Option<Arc<EventFd>>),
+    /// Where to tell the frontend that the ring broke.
+    Err(Option<Arc<EventFd>>),
+    /// End the thread. Only after a stop.
+    Exit,
+}
+
+/// What the worker is for.
+pub(super) struct WorkerContext {
+    /// For the log: disk and queue.
+    pub(super) name: String,
+    pub(super) queue: usize,
+    pub(super) attachment: Attachment,
+    pub(super) counters: Arc<QueueCounters>,
+    pub(super) observer: Arc<dyn Observer>,
+    /// Whether writes must be durable now; the session changes it when the guest does.
+    pub(super) durable: Arc<AtomicBool>,
+    /// Closes the connection, giving the reason.
+    pub(super) close: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+/// A running worker.
+pub(super) struct Worker {
+    commands: mpsc::Sender<(Command, mpsc::SyncSender<Answer>)>,
+    waker: RemoteWaker,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+type Answer = Result<u16, RingFault>;
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the system refuses a thread or an io_uring.
+    pub(super) fn spawn(context: WorkerContext) -> io::Result<Worker> {
+        let (commands, inbox) = mpsc::channel();
+        let (ready, started) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name(format!("q{}", context.queue)).spawn(move || {
+            let executor = match Executor::new(RingOptions::default()) {
+                Ok(executor) => executor,
+                Err(e) => return drop(ready.send(Err(e))),
+            };
+            drop(ready.send(Ok(executor.remote_waker())));
+            let close = context.close.clone();
+            if let Err(e) = Loop::new(context, executor, inbox).run() {
+                close(&format!("io_uring failed: {e}"));
+            }
+        })?;
+        let waker = started.recv().map_err(|_| io::Error::other("a queue's thread ended at once"))??;
+        Ok(Worker { commands, waker, thread: Some(thread) })
+    }
+
+    /// Has the worker carry out a command. The answer of a stop is the base.
+    ///
+    /// # Errors
+    /// When the ring cannot be served as it is, or the worker has died.
+    pub(super) fn call(&self, command: Command) -> io::Result<u16> {
+        let gone = || io::Error::other("a queue's thread has ended");
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.commands.send((command, reply)).map_err(|_| gone())?;
+        self.waker.wake();
+        let answer = answer.recv().map_err(|_| gone())?;
+        answer.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // Errors mean that the thread has ended already, which is what is wanted.
+        drop(self.call(Command::Stop));
+        drop(self.call(Command::Exit));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("a queue's thread panicked");
+        }
+    }
+}
+
+/// A request whose answer is known, on its way to the used ring.
+struct Done {
+    head: u16,
+    status_at: Option<GuestAddress>,
+    memory: Arc<MemoryMap>,
+    status: Status,
+    written: u32,
+    direction: Option<Direction>,
+    bytes: u64,
+    started: Instant,
+    // Held until the entry is published: rule 4 of the cut.
+    ticket: Ticket,
+}
+
+/// What the requests of a worker share.
+struct Shared {
+    name: String,
+    attachment: Attachment,
+    queue: IoQueue,
+    done: RefCell<Vec<Done>>,
+    in_flight: Cell<usize>,
+    complaints: RateLimit,
+}
+
+struct Loop {
+    // First: its completion must be gone before the executor's queue waits for what is in flight.
+    waiting: Option<Completion>,
+    ring: Option<Ring>,
+    rules: Rules,
+    kick: Option<Kick>,
+    call: Option<Arc<EventFd>>,
+    err: Option<Arc<EventFd>>,
+    enabled: bool,
+    stopping: Option<mpsc::SyncSender<Answer>>,
+    chain: RawChain,
+    lane: Rc<EpochLane>,
+    shared: Rc<Shared>,
+    context: WorkerContext,
+    inbox: mpsc::Receiver<(Command, mpsc::SyncSender<Answer>)>,
+    executor: Executor,
+}
+
+impl Loop {
+    fn new(
+        context: WorkerContext,
+        executor: Executor,
+        inbox: mpsc::Receiver<(Command, mpsc::SyncSender<Answer>)>,
+    ) -> Loop {
+        let shared = Rc::new(Shared {
+            name: context.name.clone(),
+            attachment: context.attachment.clone(),
+            queue: executor.queue().clone(),
+            done: RefCell::new(Vec::new()),
+            in_flight: Cell::new(0),
+            complaints: RateLimit::default(),
+        });
+        let rules = Rules { capacity_bytes: 0, features: 0, durable: true, read_only: true, serial: [0; 20] };
+        Loop {
+            waiting: None,
+            ring: None,
+            rules,
+            kick: None,
+            call: None,
+            err: None,
+            enabled: false,
+            stopping: None,
+            chain: RawChain::default(),
+            lane: Rc::new(context.attachment.lane()),
+            shared,
+            context,
+            inbox,
+            executor,
+        }
+    }
+
+    fn run(mut self) -> io::Result<()> {
+        let mut more = false;
+        loop {
+            self.executor.turn(!more)?;
+            while let Ok((command, reply)) = self.inbox.try_recv() {
+                if matches!(command, Command::Exit) {
+                    answer_to(&reply, Ok(0));
+                    return Ok(());
+                }
+                self.obey(command, reply);
+            }
+            self.watch_kick();
+            more = self.serve();
+            self.finish_stop();
+        }
+    }
+
+    fn obey(&mut self, command: Command, reply: mpsc::SyncSender<Answer>) {
+        let answer = match command {
+            Command::Start { setup, memory, base, kick, rules } => match Ring::new(setup, memory, base) {
+                Ok(ring) => {
+                    self.ring = Some(ring);
+                    self.rules = *rules;
+                    self.enabled = true;
+                    self.set_kick(Some(kick));
+                    Ok(0)
+                }
+                Err(fault) => Err(fault),
+            },
+            Command::Stop => {
+                self.set_kick(None);
+                self.stopping = Some(reply);
+                return;
+            }
+            Command::Enable(enabled) => {
+                self.enabled = enabled;
+                Ok(0)
+            }
+            Command::Memory(memory) => {
+                if let Some(Err(fault)) = self.ring.as_mut().map(|r| r.remap(memory)) {
+                    self.broken(&fault);
+                }
+                Ok(0)
+            }
+            Command::Kick(kick) => {
+                self.set_kick(Some(kick));
+                Ok(0)
+            }
+            Command::Call(call) => {
+                self.call = call;
+                // An answer may have gone out when there was nobody to tell.
+                if let Some(call) = self.call.as_ref().filter(|_| self.ring.is_some()) {
+                    call.signal();
+                }
+                Ok(0)
+            }
+            Command::Err(err) => {
+                self.err = err;
+                Ok(0)
+            }
+            Command::Exit => Ok(0),
+        };
+        answer_to(&reply, answer);
+    }
+
+    fn set_kick(&mut self, kick: Option<Kick>) {
+        if let Some(waiting) = &self.waiting {
+            self.shared.queue.cancel(waiting);
+        }
+        // A wait that is being cancelled stays until it has ended: it must not eat a kick that is meant for somebody
+        // else. watch_kick() begins the next one then.
+        self.kick = kick;
+    }
+
+    /// Sees whether the driver kicked, and waits for the next kick.
+    fn watch_kick(&mut self) {
+        if let Some(waiting) = self.waiting.as_mut() {
+            let Poll::Ready(done) = Pin::new(waiting).poll(&mut Context::from_waker(Waker::noop())) else { return };
+            self.waiting = None;
+            match done.result {
+                Ok(8) => {}
+                // A kernel that does not wait for an eventfd with O_NONBLOCK: look at the ring from time to time.
+                Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => self.kick = self.kick.take().map(|_| Kick::Poll),
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ECANCELED | libc::ETIME | libc::EINTR)) => {}
+                // A timer's own answer has no bytes.
+                Ok(0) if matches!(self.kick, Some(Kick::Poll)) => {}
+                other => {
+                    log::warn!("{}: cannot wait for kicks ({other:?}); the queue is polled", self.context.name);
+                    self.kick = self.kick.take().map(|_| Kick::Poll);
+                }
+            }
+        }
+        self.waiting = match &self.kick {
+            Some(Kick::Event(fd)) => Some(self.shared.queue.event(fd.as_raw_fd())),
+            Some(Kick::Poll) => Some(self.shared.queue.sleep(POLL_INTERVAL)),
+            None => None,
+        };
+    }
+
+    /// Gives answers back and takes requests. Returns whether more is known to be in the ring.
+    fn serve(&mut self) -> bool {
+        let mut flushed = self.flush();
+        for _ in 0..PASSES_MAX {
+            if !self.enabled || self.stopping.is_some() || self.kick.is_none() {
+                return false;
+            }
+            let Some(mut ring) = self.ring.take() else { return false };
+            self.rules.durable = self.context.durable.load(Ordering::Acquire);
+            let started = Instant::now();
+            let lane = self.lane.clone();
+            let taken = intake(&lane, &mut ring, |ring, head, ticket| self.begin(ring, head, ticket, started));
+            let fault = ring.take_fault();
+            self.ring = Some(ring);
+            flushed |= self.flush();
+            if (taken > 0 || flushed || fault.is_some()) && self.is_poisoned() {
+                self.kick = None;
+                (self.context.close)("the frontend's memory file was made smaller than its regions");
+                return false;
+            }
+            if let Some(fault) = fault {
+                self.broken(&fault);
+                return false;
+            }
+            if !self.ring.as_mut().is_some_and(Ring::arm) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Reads and validates one request, and starts it.
+    fn begin(&mut self, ring: &Ring, head: u16, ticket: Ticket, started: Instant) {
+        let memory = ring.memory().clone();
+        let walked = self.chain.read(ring, head);
+        let parsed = parse(&self.chain, walked, &memory, &self.rules);
+        let (status, written, job) = match parsed {
+            Ok(Parsed::Execute(job)) => (Status::Ok, job.written, Some(job)),
+            Ok(Parsed::Answer(status, written)) => (status, written, None),
+            Err(refusal) => {
+                self.refused(head, &refusal);
+                (refusal.status(), 1, None)
+            }
+        };
+        let mut done = Done {
+            head,
+            status_at: self.chain.status(),
+            memory,
+            status,
+            written,
+            direction: job.as_ref().map(|j| j.direction),
+            bytes: job.as_ref().map_or(0, |j| j.bytes),
+            started,
+            ticket,
+        };
+        let Some(job) = job else {
+            self.shared.done.borrow_mut().push(done);
+            return;
+        };
+        let shared = self.shared.clone();
+        shared.in_flight.set(shared.in_flight.get() + 1);
+        self.executor.spawn(async move {
+            if !execute(&shared, &done.ticket, job).await {
+                (done.status, done.written) = (Status::IoError, 1);
+            }
+            shared.in_flight.set(shared.in_flight.get() - 1);
+            shared.done.borrow_mut().push(done);
+        });
+    }
+
+    fn refused(&self, head: u16, refusal: &Refusal) {
+        if self.shared.complaints.allows() {
+            log::warn!("{}: refused the request at descriptor {head}: {refusal}", self.context.name);
+        }
+    }
+
+    fn is_poisoned(&self) -> bool {
+        self.ring.as_ref().is_some_and(|r| r.memory().is_poisoned())
+    }
+
+    /// Puts the known answers on the used ring: one index update, and at most one call. Returns whether there were any.
+    fn flush(&mut self) -> bool {
+        let mut done = self.shared.done.borrow_mut();
+        if done.is_empty() {
+            return false;
+        }
+        let now = Instant::now();
+        for d in done.iter() {
+            let told = d.status_at.is_some_and(|at| d.memory.copy_in(at, &[d.status as u8]));
+            if let Some(ring) = self.ring.as_mut() {
+                ring.push_used(d.head, if told { d.written } else { 0 });
+            }
+            if let Some(direction) = d.direction {
+                let (ok, latency) = (d.status == Status::Ok, now.duration_since(d.started));
+                self.context.counters.record(direction, d.bytes, ok, latency);
+                self.context.observer.request_done(self.context.queue, direction, d.bytes, ok, latency);
+            }
+        }
+        if self.ring.as_mut().is_some_and(Ring::publish)
+            && let Some(call) = &self.call
+        {
+            call.signal();
+        }
+        // The tickets go here.
+        done.clear();
+        true
+    }
+
+    fn broken(&mut self, fault: &RingFault) {
+        log::warn!("{}: the ring is broken and stops: {fault}", self.context.name);
+        self.set_kick(None);
+        if let Some(err) = &self.err {
+            err.signal();
+        }
+    }
+
+    fn finish_stop(&mut self) {
+        if self.shared.in_flight.get() > 0 || self.waiting.is_some() || self.stopping.is_none() {
+            return;
+        }
+        self.flush();
+        let base = self.ring.take().map_or(0, |r| r.base());
+        if let Some(reply) = self.stopping.take() {
+            answer_to(&reply, Ok(base));
+        }
+    }
+}
+
+fn answer_to(reply: &mpsc::SyncSender<Answer>, answer: Answer) {
+    if reply.send(answer).is_err() {
+        log::debug!("a session ended before its queue had answered");
+    }
+}
+
+/// Executes all parts of a request, in order. Returns whether all succeeded.
+async fn execute(shared: &Shared, ticket: &Ticket, job: Job) -> bool {
+    let mut failed = shared.attachment.execute(&shared.queue, ticket, job.first).await.err();
+    for part in job.rest {
+        if failed.is_some() {
+            break;
+        }
+        failed = shared.attachment.execute(&shared.queue, ticket, part).await.err();
+    }
+    if let Some(e) = &failed
+        && shared.complaints.allows()
+    {
+        log::warn!("{}: a {} request failed: {e}", shared.name, job.direction.name());
+    }
+    failed.is_none()
+}
