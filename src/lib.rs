@@ -17,6 +17,7 @@ pub mod cli;
 pub mod control;
 pub mod daemon;
 pub mod image;
+pub mod job;
 pub mod mirror;
 pub mod store;
 mod sync;

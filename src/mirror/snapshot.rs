@@ -29,7 +29,7 @@ pub struct PreparedSnapshot {
     /// An empty image of the disk's size for the blocks that are saved.
     pub image: SharedImage,
     /// An empty table for it.
-    pub table: Table,
+    pub table: Arc<Table>,
     /// The name that the new live version gets.
     pub new_live: VersionId,
 }
@@ -107,7 +107,7 @@ impl Disk {
         let mut links = chain.links().to_vec();
         let last = links.last_mut().expect("a chain is never empty");
         let frozen = last.version.clone();
-        let layer = Layer { image: prepared.image, owned: Owned::Table(Arc::new(prepared.table)) };
+        let layer = Layer { image: prepared.image, owned: Owned::Table(prepared.table) };
         let pivot = std::mem::replace(&mut last.layer, layer);
         links.push(Link { version: Version::new(prepared.new_live, began), layer: pivot });
         self.chain.store(Arc::new(Chain::new(links)));

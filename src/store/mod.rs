@@ -1,14 +1,16 @@
+//! What must outlive a process: tables of blocks, and records of disks and versions.
 //!
 //! What always holds:
-//! - A table's run copy is a shared mapping: a set bit is in the page cache at once and survives the death of
-//!   the daemon, without a system call.
+//! - A table's run copy is a shared mapping: a set bit is in the page cache at once, without a system call.
 //! - A durable copy is complete and checksummed or it is not there: it is written beside its place, synced, renamed.
 //! - Records change in transactions of redb; what a start finds is some committed state.
 //!
 //! What this room does not know: what a bit or a record means to a guest.
 
 mod block;
+mod records;
 mod table;
 
 pub use block::{BlockIndex, BlockRange};
+pub use records::{DiskRecord, Fingerprint, RecordError, Records, SnapshotRecord};
 pub use table::{Table, TableError};

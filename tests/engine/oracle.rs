@@ -353,7 +353,7 @@ impl Run {
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
             image: Arc::new(image.clone()),
-            table: Disk::table_in_memory(size as u64, 4096).unwrap(),
+            table: Arc::new(Disk::table_in_memory(size as u64, 4096).unwrap()),
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         let cut = self.editor.cut(vec![prepared]).unwrap();

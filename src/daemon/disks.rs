@@ -1,0 +1,291 @@
+//! Serving disks: adding them, taking up what is remembered of them, and letting them go.
+//!
+//! A snapshot is taken up only if everything it needs is as a clean stop left it: the live image, its own image, its
+//! table, and those of every newer snapshot, through which it reads. Anything else breaks it, and says why.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use super::manager::{BrokenVersions, Manager, image_error, record_error, table_error};
+use super::snapshots::remove_file;
+use crate::control::api::DiskConfig;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
+use crate::image::{Direct, FileImage, ImageOptions, SharedImage};
+use crate::mirror::{Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
+use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table};
+use crate::vhost_user::{ServeOptions, SocketSource, serve};
+
+const UNCLEAN: &str = "the daemon did not stop cleanly (it was killed, or the host went down), \
+     so nobody can vouch for this snapshot; delete it and take another";
+const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
+     delete this snapshot and take another";
+
+/// What a start makes of a remembered snapshot.
+struct Taken {
+    record: SnapshotRecord,
+    link: Option<(Link, SharedImage, Arc<Table>)>,
+}
+
+impl Manager {
+    /// Serves all disks that are remembered.
+    pub(super) fn take_up_recorded(&self) -> Result<(), ApiError> {
+        for record in self.records.disks().map_err(record_error)? {
+            let config: DiskConfig = serde_json::from_value(record.config.clone())
+                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {}: {e}", record.name)))?;
+            let name: Name = record.name.parse()?;
+            self.add_disk(&name, &config, Some(record))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let config = self.completed(name, config);
+        if let Ok(old) = self.disk(name) {
+            if old.config == config {
+                return Ok(PutOutcome::Unchanged(old.to_api()));
+            }
+            let message = format!("disk {name} exists and is configured differently");
+            return Err(ApiError::new(ErrorCode::DiskExists, message));
+        }
+        let entry = self.add_disk(name, &config, None)?;
+        self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
+        Ok(PutOutcome::Created(entry.to_api()))
+    }
+
+    /// The configuration with everything said that has a default.
+    pub(super) fn completed(&self, name: &Name, config: &DiskConfig) -> DiskConfig {
+        let mut config = config.clone();
+        config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
+        config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
+        config
+    }
+
+    fn add_disk(
+        &self,
+        name: &Name,
+        config: &DiskConfig,
+        record: Option<DiskRecord>,
+    ) -> Result<Arc<DiskEntry>, ApiError> {
+        let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
+        let direct = if config.direct { Direct::On } else { Direct::Off };
+        let options = ImageOptions { direct, read_only: config.readonly };
+        // Looked at before it is opened, because opening may count as a change.
+        let looks = Fingerprint::of(&config.path).ok();
+        let image: SharedImage = Arc::new(FileImage::open(&config.path, options).map_err(|e| in_disk(image_error(e)))?);
+        let blocks = image.size_bytes().div_ceil(u64::from(config.block_size));
+        let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
+        let discards = Table::create(&self.places.run_table(id), blocks).map_err(table_error)?;
+        let live = record.as_ref().map_or_else(|| (Uuid::new_v4(), 0), |r| (r.live, r.live_began));
+
+        let mut taken = Vec::new();
+        if let Some(record) = record {
+            let clean = record.saved.is_some() && record.saved == looks;
+            let why = if record.saved.is_none() { UNCLEAN } else { CHANGED };
+            taken = self.take_up_snapshots(record.snapshots, config, blocks, (!clean).then_some(why));
+            let saved = self.places.durable_table(id);
+            if clean && let Err(e) = discards.load(&saved) {
+                log::warn!("disk {name}: discards that were put off are forgotten: {e}");
+            }
+        }
+        let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
+        let layer = Layer { image: image.clone(), owned: Owned::All };
+        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer });
+        let options =
+            DiskOptions { image: image.clone(), block_bytes: config.block_size, read_only: config.readonly, discards };
+        let disk = Disk::with_chain(self.clock.clone(), options, links);
+        disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
+        let snapshots: Vec<_> = taken.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
+
+        // From here on the disk may change: the record must not say "saved" any more.
+        let mut unsaved = DiskRecord {
+            id,
+            name: name.to_string(),
+            config: serde_json::to_value(config).expect("a configuration is plain data"),
+            live: live.0,
+            live_began: live.1,
+            snapshots: snapshots.iter().map(|s| s.to_record()).collect(),
+            saved: None,
+        };
+        unsaved.snapshots.iter_mut().for_each(|s| s.saved = None);
+        self.records.put([&unsaved]).map_err(record_error)?;
+
+        let frontends = Frontends::new(name, None, &self.bus);
+        let socket = config.socket.clone().unwrap_or_default();
+        let server = serve(ServeOptions {
+            name: name.to_string(),
+            socket: SocketSource::Path(socket.clone()),
+            attachment: disk.attach_live(),
+            queues: config.queues,
+            serial: config.serial.clone().unwrap_or_default(),
+            observer: frontends.clone(),
+            once: false,
+        })
+        .map_err(|e| {
+            if unsaved.snapshots.is_empty()
+                && let Err(e) = self.records.remove(name.as_str())
+            {
+                log::error!("cannot forget disk {name}: {e}");
+            }
+            let message = format!("disk {name}: cannot serve {}: {e}", socket.display());
+            ApiError::new(ErrorCode::Conflict, message)
+        })?;
+        let entry = Arc::new(DiskEntry {
+            name: name.clone(),
+            id,
+            config: config.clone(),
+            disk,
+            image,
+            server,
+            frontends,
+            live: Mutex::new(live),
+            snapshots: Mutex::new(snapshots),
+            failure_told: AtomicBool::new(false),
+        });
+        locked(&self.disks).insert(name.clone(), entry.clone());
+        log::info!(
+            "disk {name}: serving {} ({} bytes) at {}",
+            config.path.display(),
+            entry.disk.geometry().size_bytes,
+            socket.display()
+        );
+        for snapshot in entry.snapshots() {
+            self.resume_snapshot(&entry, &snapshot);
+        }
+        Ok(entry)
+    }
+
+    /// From the newest to the oldest: each needs those before it in this order.
+    fn take_up_snapshots(
+        &self,
+        records: Vec<SnapshotRecord>,
+        config: &DiskConfig,
+        blocks: u64,
+        mut lost: Option<&str>,
+    ) -> Vec<Taken> {
+        let mut taken = Vec::new();
+        for mut record in records.into_iter().rev() {
+            let link = match lost {
+                Some(_) => None,
+                None => match self.take_up(&record, config, blocks) {
+                    Ok(link) => Some(link),
+                    Err(what) => {
+                        record.broken.get_or_insert(what);
+                        lost = Some("a newer snapshot through which it reads is lost; delete it and take another");
+                        None
+                    }
+                },
+            };
+            if let (None, Some(why)) = (&link, lost) {
+                record.broken.get_or_insert_with(|| why.to_owned());
+            }
+            taken.push(Taken { record, link });
+        }
+        taken.reverse();
+        taken
+    }
+
+    fn take_up(
+        &self,
+        record: &SnapshotRecord,
+        config: &DiskConfig,
+        blocks: u64,
+    ) -> Result<(Link, SharedImage, Arc<Table>), String> {
+        let is_file = std::fs::symlink_metadata(&record.image).map(|m| m.is_file()).unwrap_or(false);
+        if !is_file {
+            return Err(format!("its image {} is missing or is not a file", record.image.display()));
+        }
+        if record.saved.is_none() || record.saved != Fingerprint::of(&record.image).ok() {
+            return Err(format!("its image {} was changed while the daemon was not running", record.image.display()));
+        }
+        let table = Table::create(&self.places.run_table(record.id), blocks).map_err(|e| e.to_string())?;
+        table.load(&self.places.durable_table(record.id)).map_err(|e| e.to_string())?;
+        let image = open_snapshot_image(&record.image, config).map_err(|e| e.to_string())?;
+        let version = Version::new(record.id, Epoch(record.began));
+        version.set_quiesced();
+        if let Some(reason) = &record.broken {
+            version.set_broken(reason.clone());
+        }
+        let table = Arc::new(table);
+        let layer = Layer { image: image.clone(), owned: Owned::Table(table.clone()) };
+        Ok((Link { version, layer }, image, table))
+    }
+
+    fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {
+        let Taken { record, link } = taken;
+        let reference = SnapshotRef { disk: disk.clone(), name: record.name.parse().ok()? };
+        if link.is_none() && (record.ended == 0 || record.deleting) {
+            // Never announced, or on its way out: nobody misses it.
+            log::info!("snapshot {reference}: removing what an unfinished operation left");
+            self.remove_files(&record);
+            return None;
+        }
+        if let Some(reason) = &record.broken {
+            log::error!("snapshot {reference} is broken: {reason}");
+        }
+        let (version, image, table) = match link {
+            Some((link, image, table)) => (Some(link.version), Some(image), Some(table)),
+            None => (None, None, None),
+        };
+        Some(Arc::new(SnapshotEntry {
+            id: record.id,
+            frontends: Frontends::new(disk, Some(&reference), &self.bus),
+            reference,
+            record: Mutex::new(record),
+            version,
+            image,
+            table,
+            server: Mutex::new(None),
+            socket_error: Mutex::new(None),
+            drain: Mutex::new(None),
+        }))
+    }
+
+    pub(super) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let entry = self.disk(name)?;
+        let snapshots = entry.snapshots();
+        let busy = |message: String| Err(ApiError::new(ErrorCode::DiskBusy, message));
+        if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
+            return busy(format!("disk {name}: job {} is still working on it", job.id));
+        }
+        if !force && entry.frontends.count() > 0 {
+            return busy(format!("disk {name} has a frontend connected"));
+        }
+        if !force && !snapshots.is_empty() {
+            return busy(format!("disk {name} has {} snapshots", snapshots.len()));
+        }
+        locked(&self.disks).remove(name);
+        entry.server.stop();
+        for snapshot in &snapshots {
+            drop(locked(&snapshot.server).take());
+        }
+        self.records.remove(name.as_str()).map_err(record_error)?;
+        for snapshot in &snapshots {
+            self.remove_files(&locked(&snapshot.record));
+        }
+        remove_file(&self.places.durable_table(entry.id));
+        remove_file(&self.places.run_table(entry.id));
+        self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
+        log::info!("disk {name}: no longer served");
+        Ok(())
+    }
+}
+
+/// Opens a snapshot's image as its disk is opened, through the page cache where that is all there is.
+pub(super) fn open_snapshot_image(
+    path: &std::path::Path,
+    config: &DiskConfig,
+) -> Result<SharedImage, crate::image::ImageError> {
+    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false });
+    let image = match open(if config.direct { Direct::On } else { Direct::Off }) {
+        Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => open(Direct::Off),
+        other => other,
+    };
+    image.map(|image| Arc::new(image) as SharedImage)
+}

@@ -1,0 +1,111 @@
+//! Jobs that run, as the manager holds them.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::entry::locked;
+use super::manager::Manager;
+use crate::control::api::{self, JobKind, JobState};
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, EventKind, Name, Notice};
+use crate::job::Pace;
+
+/// How many ended jobs are still listed.
+const ENDED_JOBS_MAX: usize = 32;
+
+/// A job and how far it is.
+pub(super) struct JobEntry {
+    pub(super) id: u64,
+    pub(super) kind: JobKind,
+    pub(super) disk: Name,
+    pub(super) snapshot: Option<Name>,
+    pub(super) pace: Arc<Pace>,
+    started_at: Timestamp,
+    state: Mutex<(JobState, Option<String>)>,
+    ended: Condvar,
+}
+
+impl JobEntry {
+    pub(super) fn to_api(&self) -> api::Job {
+        let (state, reason) = locked(&self.state).clone();
+        let done = self.pace.done_bytes.load(Ordering::Relaxed);
+        api::Job {
+            id: self.id,
+            kind: self.kind,
+            disk: self.disk.clone(),
+            snapshot: self.snapshot.clone(),
+            state,
+            reason,
+            done_bytes: done,
+            total_bytes: self.pace.total_bytes.load(Ordering::Relaxed).max(done),
+            delay_ms: self.pace.delay_ms.load(Ordering::Relaxed),
+            started_at: self.started_at,
+        }
+    }
+
+    pub(super) fn state(&self) -> JobState {
+        locked(&self.state).0
+    }
+
+    /// Waits until the job has ended, at most for `timeout`. Returns whether it has.
+    pub(super) fn wait(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut state = locked(&self.state);
+        while state.0 == JobState::Running {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
+            state = self.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl Manager {
+    /// Enters a new job in the list.
+    pub(super) fn new_job(&self, kind: JobKind, disk: &Name, snapshot: Option<&Name>) -> Arc<JobEntry> {
+        let id = self.next_job.fetch_add(1, Ordering::SeqCst);
+        let job = Arc::new(JobEntry {
+            id,
+            kind,
+            disk: disk.clone(),
+            snapshot: snapshot.cloned(),
+            pace: Arc::new(Pace::default()),
+            started_at: Timestamp::now(),
+            state: Mutex::new((JobState::Running, None)),
+            ended: Condvar::new(),
+        });
+        let mut jobs = locked(&self.jobs);
+        let ended: Vec<u64> = jobs.values().filter(|j| j.state() != JobState::Running).map(|j| j.id).collect();
+        for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
+            jobs.remove(old);
+        }
+        jobs.insert(id, job.clone());
+        drop(jobs);
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, disk).with_job(id));
+        job
+    }
+
+    /// Says how a job ended.
+    pub(super) fn end_job(&self, job: &JobEntry, state: JobState, reason: Option<String>) {
+        let kind = match state {
+            JobState::Done => EventKind::JobDone,
+            JobState::Failed => EventKind::JobFailed,
+            JobState::Stopped | JobState::Running => EventKind::JobStopped,
+        };
+        let notice = Notice::of_disk(kind, &job.disk).with_job(job.id);
+        *locked(&job.state) = (state, reason.clone());
+        job.ended.notify_all();
+        self.bus.publish(match reason {
+            Some(reason) => notice.because(reason),
+            None => notice,
+        });
+    }
+
+    pub(super) fn job(&self, id: u64) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&self.jobs).get(&id).cloned().ok_or_else(|| ApiError::job_not_found(id))
+    }
+
+    pub(super) fn running_jobs(&self) -> Vec<Arc<JobEntry>> {
+        locked(&self.jobs).values().filter(|j| j.state() == JobState::Running).cloned().collect()
+    }
+}

@@ -1,0 +1,183 @@
+//! The manager: which disks are served, their snapshots, and what is remembered of them.
+//!
+//! What always holds:
+//! - One operation at a time changes what there is (`structure`); reading never waits for it.
+//! - A record is durable before what it announces can be seen, and files go before their record goes.
+//! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
+//!   vouch for its snapshots.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, locked};
+use super::jobs::JobEntry;
+use super::places::Places;
+use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
+use crate::image::{ImageError, ImageErrorKind};
+use crate::mirror::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::store::{DiskRecord, RecordError, Records, TableError};
+
+/// Runs the disks.
+pub struct Manager {
+    pub(super) places: Places,
+    pub(super) records: Records,
+    pub(super) clock: EpochClock,
+    pub(super) editor: Arc<ChainEditor>,
+    pub(super) bus: Arc<EventBus>,
+    pub(super) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
+    pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
+    pub(super) next_job: AtomicU64,
+    /// Held by whoever adds or removes disks or snapshots.
+    pub(super) structure: Mutex<()>,
+    pub(super) stopping: AtomicBool,
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(super) broken: Sender<VersionId>,
+    /// For the threads that the manager starts itself.
+    pub(super) me: Weak<Manager>,
+}
+
+/// Passes broken versions on from data-path threads to the housekeeper.
+pub(super) struct BrokenVersions(pub(super) Sender<VersionId>);
+
+impl DiskObserver for BrokenVersions {
+    fn version_broken(&self, version: VersionId, _reason: &str) {
+        if self.0.send(version).is_err() {
+            log::debug!("a version broke while the daemon ends");
+        }
+    }
+}
+
+impl Manager {
+    /// A manager without disks.
+    ///
+    /// # Errors
+    /// When the records cannot be opened.
+    pub fn open(places: Places) -> Result<Arc<Manager>, RecordError> {
+        let records = Records::open(&places.records())?;
+        let clock = EpochClock::new(first_epoch(&records.disks()?));
+        let (broken, inbox) = channel();
+        let manager = Arc::new_cyclic(|me| Manager {
+            places,
+            records,
+            editor: Arc::new(ChainEditor::new(clock.clone())),
+            clock,
+            bus: Arc::new(EventBus::default()),
+            disks: Mutex::default(),
+            jobs: Mutex::default(),
+            next_job: AtomicU64::new(1),
+            structure: Mutex::new(()),
+            stopping: AtomicBool::new(false),
+            threads: Mutex::default(),
+            broken,
+            me: me.clone(),
+        });
+        let keeper = manager.me.clone();
+        manager.start_thread("housekeeper", move || keep_house(&keeper, &inbox));
+        Ok(manager)
+    }
+
+    /// Whether the daemon is going down.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn refuse_when_stopping(&self) -> Result<(), ApiError> {
+        if self.is_stopping() {
+            return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is going down"));
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that the daemon's end waits for.
+    pub(super) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) {
+        match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
+            Ok(thread) => locked(&self.threads).push(thread),
+            Err(e) => log::error!("cannot start the thread {name}: {e}"),
+        }
+    }
+
+    pub(super) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        locked(&self.disks).get(name).cloned().ok_or_else(|| ApiError::disk_not_found(name))
+    }
+
+    pub(super) fn all_disks(&self) -> Vec<Arc<DiskEntry>> {
+        locked(&self.disks).values().cloned().collect()
+    }
+
+    /// Makes the records of these disks durable.
+    pub(super) fn persist(&self, disks: &[Arc<DiskEntry>]) -> Result<(), ApiError> {
+        let records: Vec<DiskRecord> = disks.iter().map(|d| d.to_record()).collect();
+        self.records.put(&records).map_err(record_error)
+    }
+
+    fn tell_broken(&self, id: Uuid) {
+        for disk in self.all_disks() {
+            let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };
+            let reason = snapshot.broken().unwrap_or_default();
+            log::error!("snapshot {} is broken: {reason}", snapshot.reference);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
+            if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
+                log::error!("cannot record that snapshot {} is broken: {e}", snapshot.reference);
+            }
+        }
+    }
+
+    fn tell_failures(&self) {
+        for disk in self.all_disks() {
+            if let Some(reason) = disk.failure()
+                && !disk.failure_told.swap(true, Ordering::SeqCst)
+            {
+                log::error!("disk {} has failed: {reason}", disk.name);
+                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name).because(reason));
+            }
+        }
+    }
+}
+
+/// What data-path threads must not do themselves: recording and telling.
+fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<VersionId>) {
+    loop {
+        let news = inbox.recv_timeout(Duration::from_millis(500));
+        let Some(manager) = manager.upgrade() else { return };
+        match news {
+            Ok(version) => manager.tell_broken(version),
+            Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
+            Err(RecvTimeoutError::Timeout) => manager.tell_failures(),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// Epochs go on where they were, so that versions stay in order.
+fn first_epoch(disks: &[DiskRecord]) -> Epoch {
+    let used = disks.iter().flat_map(|d| d.snapshots.iter().map(|s| s.ended).chain([d.live_began]));
+    Epoch(used.max().unwrap_or(0) + 1)
+}
+
+pub(super) fn record_error(e: RecordError) -> ApiError {
+    ApiError::new(ErrorCode::Io, e.to_string())
+}
+
+pub(super) fn table_error(e: TableError) -> ApiError {
+    ApiError::new(ErrorCode::Io, e.to_string())
+}
+
+pub(super) fn image_error(e: ImageError) -> ApiError {
+    let code = match e.kind {
+        ImageErrorKind::NoSpace => ErrorCode::NoSpace,
+        ImageErrorKind::InUse => ErrorCode::Conflict,
+        ImageErrorKind::Unsuitable => ErrorCode::InvalidConfig,
+        _ if e.errno == Some(libc::EEXIST) => ErrorCode::Conflict,
+        _ if matches!(e.errno, Some(libc::ENOENT | libc::EACCES | libc::EPERM | libc::EISDIR)) => {
+            ErrorCode::InvalidConfig
+        }
+        _ => ErrorCode::Io,
+    };
+    ApiError::new(code, e.to_string())
+}

@@ -1,0 +1,147 @@
+//! Where the daemon keeps things: the state directory, which survives, and the run directory, which need not.
+//!
+//! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use uuid::Uuid;
+
+/// The directories, checked and locked.
+#[derive(Debug)]
+pub struct Places {
+    state_dir: PathBuf,
+    run_dir: PathBuf,
+    _lock: File,
+}
+
+/// A directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// The system refused.
+    #[error("cannot use {}: {source}", path.display())]
+    Io {
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Others could change what is in it.
+    #[error("cannot use {}: {what}", path.display())]
+    Unsafe {
+        /// Which one.
+        path: PathBuf,
+        /// Why, and what to do.
+        what: String,
+    },
+    /// Another daemon has the state directory.
+    #[error("{} is in use by another halfsilver{holder}; stop it first, or use another --state-dir", path.display())]
+    InUse {
+        /// The state directory.
+        path: PathBuf,
+        /// The holder, as far as it is known.
+        holder: String,
+    },
+}
+
+impl Places {
+    /// Makes, checks and locks the directories.
+    ///
+    /// # Errors
+    /// When one cannot be made or is not safe, or another daemon has the state directory.
+    pub fn open(state_dir: &Path, run_dir: &Path) -> Result<Places, PlaceError> {
+        for dir in [state_dir, run_dir] {
+            make(dir, true)?;
+        }
+        for dir in [state_dir.join("tables"), state_dir.join("images"), run_dir.join("tables")] {
+            make(&dir, false)?;
+        }
+        let lock = lock(state_dir)?;
+        Ok(Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _lock: lock })
+    }
+
+    /// The run directory.
+    #[must_use]
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// The store of records.
+    #[must_use]
+    pub fn records(&self) -> PathBuf {
+        self.state_dir.join("records.redb")
+    }
+
+    /// The durable copy of a table.
+    #[must_use]
+    pub fn durable_table(&self, id: Uuid) -> PathBuf {
+        self.state_dir.join("tables").join(format!("{id}.table"))
+    }
+
+    /// The mapped copy of a table.
+    #[must_use]
+    pub fn run_table(&self, id: Uuid) -> PathBuf {
+        self.run_dir.join("tables").join(format!("{id}.bits"))
+    }
+
+    /// Where a snapshot's image goes when nothing else is said.
+    #[must_use]
+    pub fn snapshot_image(&self, reference: &impl std::fmt::Display) -> PathBuf {
+        self.state_dir.join("images").join(format!("{reference}.img"))
+    }
+
+    /// Where a snapshot's socket goes when nothing else is said.
+    #[must_use]
+    pub fn snapshot_socket(&self, reference: &impl std::fmt::Display) -> PathBuf {
+        self.run_dir.join(format!("{reference}.sock"))
+    }
+}
+
+/// Makes a directory of mode 0700. A user may give us a symbolic link for the top ones, but not for what we keep below.
+fn make(dir: &Path, top: bool) -> Result<(), PlaceError> {
+    let error = |source| PlaceError::Io { path: dir.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
+    let meta = if top { std::fs::metadata(dir) } else { std::fs::symlink_metadata(dir) }.map_err(error)?;
+    let bad = |what: &str| Err(PlaceError::Unsafe { path: dir.to_owned(), what: what.to_owned() });
+    let me = rustix::process::geteuid().as_raw();
+    if !meta.is_dir() {
+        return bad("it is not a directory");
+    }
+    if meta.uid() != me && meta.uid() != 0 {
+        return bad("it belongs to another user");
+    }
+    if meta.mode() & 0o022 != 0 {
+        return bad("other users may write to it; take that right away (chmod go-w) or use another directory");
+    }
+    Ok(())
+}
+
+fn lock(state_dir: &Path) -> Result<File, PlaceError> {
+    let path = state_dir.join("lock");
+    let error = |source: io::Error| PlaceError::Io { path: path.clone(), source };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(error)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut holder = String::new();
+            file.read_to_string(&mut holder).map_err(error)?;
+            let holder = holder.trim().parse::<u32>().map(|pid| format!(" (process {pid})")).unwrap_or_default();
+            return Err(PlaceError::InUse { path: state_dir.to_owned(), holder });
+        }
+        Err(e) => return Err(error(e.into())),
+    }
+    file.set_len(0).map_err(error)?;
+    writeln!(file, "{}", std::process::id()).map_err(error)?;
+    Ok(file)
+}

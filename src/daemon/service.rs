@@ -1,0 +1,120 @@
+//! What the control room asks of the manager.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::entry::locked;
+use super::manager::Manager;
+use crate::control::api::{self, DiskConfig, Job, JobPatch, JobState, SnapshotRequest, Strategy, VersionInfo, Writers};
+use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
+use crate::control::{ApiError, Deletion, ErrorCode, EventBus, Name, PutOutcome, Service, SnapshotRef};
+use crate::vhost_user::DirectionStats;
+
+impl Service for Manager {
+    fn version(&self) -> VersionInfo {
+        VersionInfo::of_this_build(vec![Strategy::CopyOnWrite], vec![Writers::Request])
+    }
+
+    fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
+        Ok(self.all_disks().iter().map(|d| d.to_api()).collect())
+    }
+
+    fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
+        Ok(self.disk(disk)?.to_api())
+    }
+
+    fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        self.put(disk, config)
+    }
+
+    fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
+        self.remove_disk(disk, force)
+    }
+
+    fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
+        self.create(request)
+    }
+
+    fn list_snapshots(&self) -> Result<Vec<api::Snapshot>, ApiError> {
+        let of = |d: &Arc<super::entry::DiskEntry>| d.snapshots().iter().map(|s| s.to_api(d)).collect::<Vec<_>>();
+        Ok(self.all_disks().iter().flat_map(of).collect())
+    }
+
+    fn get_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
+        let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+        let snapshot = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+        Ok(snapshot.to_api(&disk))
+    }
+
+    fn delete_snapshot(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+        self.delete(reference, force)
+    }
+
+    fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
+        Ok(locked(&self.jobs).values().map(|j| j.to_api()).collect())
+    }
+
+    fn get_job(&self, id: u64) -> Result<Job, ApiError> {
+        Ok(self.job(id)?.to_api())
+    }
+
+    fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {
+        let job = self.job(id)?;
+        job.pace.delay_ms.store(patch.delay_ms, Ordering::Relaxed);
+        Ok(job.to_api())
+    }
+
+    fn delete_job(&self, id: u64) -> Result<(), ApiError> {
+        let job = self.job(id)?;
+        if job.state() != JobState::Running {
+            locked(&self.jobs).remove(&id);
+            return Ok(());
+        }
+        let message = format!("job {id} deletes a snapshot, and a deletion that has begun cannot be taken back");
+        Err(ApiError::new(ErrorCode::Unsupported, message).with_action("slow it down with delay_ms instead"))
+    }
+
+    fn metrics(&self) -> MetricsSnapshot {
+        let mut all = MetricsSnapshot::default();
+        for disk in self.all_disks() {
+            let stats = disk.stats();
+            all.disks.push(DiskMetrics {
+                disk: disk.name.clone(),
+                frontends_connected: u64::from(disk.frontends.count()),
+                directions: std::array::from_fn(|i| direction(&stats.directions[i])),
+            });
+            for snapshot in disk.snapshots() {
+                let count = |c: fn(&crate::mirror::Version) -> &std::sync::atomic::AtomicU64| {
+                    snapshot.version.as_ref().map_or(0, |v| c(v).load(Ordering::Relaxed))
+                };
+                all.snapshots.push(SnapshotMetrics {
+                    disk: disk.name.clone(),
+                    snapshot: snapshot.reference.name.clone(),
+                    preserved_blocks: count(|v| &v.preserved_blocks),
+                    preserved_bytes: count(|v| &v.preserved_bytes),
+                    drain_seconds: locked(&snapshot.drain).map(|d| d.as_secs_f64()),
+                });
+            }
+        }
+        all
+    }
+
+    fn events(&self) -> Arc<EventBus> {
+        self.bus.clone()
+    }
+}
+
+// Both rooms count in the same order and the same buckets.
+const _: () = assert!(metrics::LATENCY_BUCKETS + 1 == crate::vhost_user::LATENCY_BUCKETS);
+
+fn direction(stats: &DirectionStats) -> metrics::DirectionMetrics {
+    metrics::DirectionMetrics {
+        requests: stats.requests,
+        bytes: stats.bytes,
+        errors: stats.errors,
+        latency: metrics::LatencyHistogram {
+            counts: stats.latency,
+            sum_us: u64::try_from(stats.latency_sum.as_micros()).unwrap_or(u64::MAX),
+        },
+    }
+}

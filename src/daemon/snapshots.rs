@@ -1,0 +1,422 @@
+//! Snapshots: taking them, opening them when they are quiesced, and deleting them.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use super::jobs::JobEntry;
+use super::manager::{Manager, image_error, table_error};
+use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotState, Strategy, Writers};
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::image::{Direct, Executor, FileImage, ImageErrorKind, RingOptions};
+use crate::job::{self, Outcome};
+use crate::mirror::{Epoch, Owned, PreparedSnapshot};
+use crate::store::{SnapshotRecord, Table};
+use crate::vhost_user::{ServeOptions, SocketSource, serve};
+
+/// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
+const DELETION_WAIT: Duration = Duration::from_secs(60);
+/// How often a thread that waits looks whether the daemon is going down.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A snapshot that is ready for its cut.
+struct Ready {
+    disk: Arc<DiskEntry>,
+    entry: Arc<SnapshotEntry>,
+    prepared: PreparedSnapshot,
+    new_live: Uuid,
+}
+
+impl Manager {
+    pub(super) fn create(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        check_supported(request)?;
+        let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
+        for disk in &disks {
+            if let Some(reason) = disk.failure() {
+                return Err(ApiError::new(ErrorCode::DiskFailed, format!("disk {}: {reason}", disk.name)));
+            }
+            if disk.snapshot(&request.name).is_some() {
+                let message = format!("disk {} has a snapshot {} already", disk.name, request.name);
+                return Err(ApiError::new(ErrorCode::SnapshotExists, message));
+            }
+        }
+        let group = Uuid::new_v4();
+        let mut ready = Vec::new();
+        for disk in &disks {
+            match self.prepare(disk, request, group) {
+                Ok(one) => ready.push(one),
+                Err(e) => return Err(self.undo(&ready, e)),
+            }
+        }
+        for one in &ready {
+            locked(&one.disk.snapshots).push(one.entry.clone());
+        }
+        if let Err(e) = self.persist(&disks) {
+            return Err(self.undo(&ready, e));
+        }
+        self.cut(ready, &disks)
+    }
+
+    /// The cut itself. Everything it needs is durable.
+    fn cut(&self, mut ready: Vec<Ready>, disks: &[Arc<DiskEntry>]) -> Result<Vec<api::Snapshot>, ApiError> {
+        let new_lives: Vec<Uuid> = ready.iter().map(|r| r.new_live).collect();
+        let mut prepared = Vec::new();
+        let mut entries = Vec::new();
+        for one in ready.drain(..) {
+            prepared.push(one.prepared);
+            entries.push((one.disk, one.entry));
+        }
+        // A cut is refused before it changes anything; the entries then go as in undo().
+        let cut = self.editor.cut(prepared).map_err(|e| {
+            self.forget(&entries);
+            ApiError::new(ErrorCode::Unavailable, e.to_string())
+        })?;
+        let at = Instant::now();
+        for ((disk, entry), live) in entries.iter().zip(new_lives) {
+            locked(&entry.record).ended = cut.ended.0;
+            *locked(&disk.live) = (live, cut.ended.next().0);
+        }
+        if let Err(e) = self.persist(disks) {
+            for ((disk, _), version) in entries.iter().zip(&cut.frozen) {
+                disk.disk.break_version(version, "the cut could not be recorded");
+            }
+            return Err(e);
+        }
+        for (_, entry) in &entries {
+            log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
+        }
+        let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
+        let (me, ended) = (self.me.clone(), cut.ended);
+        self.start_thread("drain", move || {
+            loop {
+                let Some(manager) = me.upgrade() else { return };
+                if manager.clock.wait_drained(ended, LOOK) {
+                    return manager.quiesced(&entries, at.elapsed());
+                }
+                if manager.is_stopping() {
+                    return; // The end of the daemon drains everything itself.
+                }
+            }
+        });
+        Ok(answer)
+    }
+
+    /// Makes the image, the table and the entry of a snapshot.
+    fn prepare(&self, disk: &Arc<DiskEntry>, request: &SnapshotRequest, group: Uuid) -> Result<Ready, ApiError> {
+        let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
+        let geometry = disk.disk.geometry();
+        let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
+        let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
+        let chain = disk.disk.chain();
+        let live = chain.version(chain.live()).clone();
+        let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
+
+        let direct = if disk.config.direct { Direct::On } else { Direct::Off };
+        let created = match FileImage::create(&path, geometry.size_bytes, direct) {
+            Err(e) if disk.config.direct && e.kind == ImageErrorKind::Unsuitable => {
+                log::info!("snapshot {reference}: {} is used through the page cache: {e}", path.display());
+                FileImage::create(&path, geometry.size_bytes, Direct::Off)
+            }
+            other => other,
+        };
+        let image: crate::image::SharedImage = Arc::new(created.map_err(|e| in_snapshot(image_error(e)))?);
+        let table = Table::create(&self.places.run_table(live.id), geometry.blocks()).map_err(|e| {
+            remove_file(&path);
+            in_snapshot(table_error(e))
+        })?;
+        let table = Arc::new(table);
+        let new_live = Uuid::new_v4();
+        let record = SnapshotRecord {
+            id: live.id,
+            group,
+            name: request.name.to_string(),
+            strategy: Strategy::CopyOnWrite.to_string(),
+            writers: request.writers.to_string(),
+            began: live.began.0,
+            ended: 0,
+            image: path,
+            socket,
+            created_ms: Timestamp::now().unix_ms(),
+            quiesced_ms: None,
+            broken: None,
+            deleting: false,
+            saved: None,
+        };
+        let entry = Arc::new(SnapshotEntry {
+            id: live.id,
+            frontends: Frontends::new(&disk.name, Some(&reference), &self.bus),
+            reference,
+            record: Mutex::new(record),
+            version: Some(live),
+            image: Some(image.clone()),
+            table: Some(table.clone()),
+            server: Mutex::new(None),
+            socket_error: Mutex::new(None),
+            drain: Mutex::new(None),
+        });
+        let prepared = PreparedSnapshot { disk: disk.disk.clone(), image, table, new_live };
+        Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
+    }
+
+    fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
+        let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
+        self.forget(&entries);
+        error
+    }
+
+    /// Takes snapshots that never came to be out of everything.
+    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)]) {
+        for (disk, entry) in entries {
+            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+            self.remove_files(&locked(&entry.record));
+        }
+        let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
+        if let Err(e) = self.persist(&disks) {
+            log::error!("cannot forget an unfinished snapshot: {e}");
+        }
+    }
+
+    /// All requests of their epoch are done: these snapshots never change again.
+    pub(super) fn quiesced(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], drain: Duration) {
+        let _structure = locked(&self.structure);
+        for (disk, entry) in entries {
+            if let Some(version) = &entry.version {
+                version.set_quiesced();
+            }
+            locked(&entry.drain).get_or_insert(drain);
+            if entry.broken().is_none() && !self.is_stopping() {
+                self.open_socket(disk, entry);
+            }
+            locked(&entry.record).quiesced_ms = Some(Timestamp::now().unix_ms());
+            if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+                log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
+            }
+            if entry.broken().is_none() {
+                log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
+                self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));
+            }
+        }
+    }
+
+    fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) {
+        let socket = locked(&entry.record).socket.clone();
+        let server = serve(ServeOptions {
+            name: entry.reference.to_string(),
+            socket: SocketSource::Path(socket.clone()),
+            attachment: disk.disk.attach_frozen(entry.id),
+            queues: disk.config.queues,
+            serial: entry.reference.name.as_str().chars().take(20).collect(),
+            observer: entry.frontends.clone(),
+            once: false,
+        });
+        match server {
+            Ok(server) => *locked(&entry.server) = Some(server),
+            Err(e) => {
+                let what = format!("its socket {} cannot be opened: {e}", socket.display());
+                log::error!("snapshot {}: {what}", entry.reference);
+                *locked(&entry.socket_error) = Some(what);
+            }
+        }
+    }
+
+    /// Goes on with a snapshot after a restart.
+    pub(super) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        if entry.version.is_none() {
+            return;
+        }
+        if locked(&entry.record).deleting {
+            if let Err(e) = self.start_retire(disk, entry) {
+                log::error!("snapshot {}: its deletion cannot go on: {e}", entry.reference);
+            }
+        } else if entry.broken().is_none() {
+            self.open_socket(disk, entry);
+        }
+    }
+
+    pub(super) fn delete(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+        let deadline = Instant::now() + DELETION_WAIT;
+        let job = loop {
+            self.refuse_when_stopping()?;
+            let structure = locked(&self.structure);
+            let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+            let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+            if entry.version.is_none() {
+                self.gone(&disk, &entry)?;
+                return Ok(Deletion::Done);
+            }
+            let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
+            match entry.state() {
+                SnapshotState::Deleting => break self.running_deletion(reference)?,
+                // Its requests are still on their way; they must arrive first.
+                _ if !drained => {
+                    if Instant::now() >= deadline {
+                        let message = format!("snapshot {reference} is still draining");
+                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+                            .with_action("try again when the requests that were in flight at the cut are done"));
+                    }
+                }
+                _ if !force && entry.frontends.count() > 0 => {
+                    let message = format!("snapshot {reference} is being read");
+                    return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
+                }
+                _ => break self.begin_deletion(&disk, &entry)?,
+            }
+            drop(structure);
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        if !job.wait(deadline.saturating_duration_since(Instant::now())) {
+            let disk = self.disk(&reference.disk)?;
+            if let Some(entry) = disk.snapshot(&reference.name) {
+                return Ok(Deletion::Started(entry.to_api(&disk)));
+            }
+        }
+        let ended = job.to_api();
+        match ended.state {
+            JobState::Failed | JobState::Stopped => {
+                let why = ended.reason.unwrap_or_else(|| "it was stopped".to_owned());
+                Err(ApiError::new(ErrorCode::Io, format!("snapshot {reference} is not deleted yet: {why}")))
+            }
+            JobState::Done | JobState::Running => Ok(Deletion::Done),
+        }
+    }
+
+    fn running_deletion(&self, reference: &SnapshotRef) -> Result<Arc<JobEntry>, ApiError> {
+        let works = |j: &Arc<JobEntry>| j.disk == reference.disk && j.snapshot.as_ref() == Some(&reference.name);
+        self.running_jobs().into_iter().find(works).ok_or_else(|| {
+            ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {reference} is being deleted"))
+                .with_action("its deletion goes on when the daemon is started again")
+        })
+    }
+
+    fn begin_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&entry.record).deleting = true;
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            locked(&entry.record).deleting = false;
+            return Err(e);
+        }
+        drop(locked(&entry.server).take());
+        self.start_retire(disk, entry)
+    }
+
+    fn start_retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
+        let version = entry.version.clone().expect("only versions in a chain are retired");
+        let grace =
+            self.editor.begin_retire(&version).map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
+        let job = self.new_job(JobKind::Merge, &disk.name, Some(&entry.reference.name));
+        let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
+        self.start_thread("delete", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let (state, reason) = match manager.retire(&disk, &entry, grace, &ours) {
+                Ok(Outcome::Done) => (JobState::Done, None),
+                Ok(Outcome::Stopped) => (JobState::Stopped, Some("the daemon is going down".to_owned())),
+                Err(reason) => (JobState::Failed, Some(reason)),
+            };
+            manager.end_job(&ours, state, reason);
+        });
+        Ok(job)
+    }
+
+    /// The job of a deletion, on a thread and ring of its own.
+    fn retire(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        grace: Epoch,
+        job: &JobEntry,
+    ) -> Result<Outcome, String> {
+        let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| format!("no ring for the job: {e}"))?;
+        let version = entry.version.clone().expect("only versions in a chain are retired");
+        let queue = executor.queue().clone();
+        let work = job::retire(queue.clone(), self.editor.clone(), disk.disk.clone(), version, grace, job.pace.clone());
+        if executor.block_on(work).map_err(|e| e.to_string())? == Outcome::Stopped {
+            return Ok(Outcome::Stopped);
+        }
+        {
+            let _structure = locked(&self.structure);
+            self.gone(disk, entry).map_err(|e| e.to_string())?;
+        }
+        if disk.disk.discards().count() > 0 {
+            let work = job::carry_out_discards(queue, disk.disk.clone(), job.pace.clone());
+            match executor.block_on(work).map_err(|e| e.to_string())? {
+                Ok(_) => {}
+                // The snapshot is gone all the same; the storage comes back with a later discard.
+                Err(e) => log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name),
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Forgets a snapshot that nobody reads any more, and removes what it had.
+    fn gone(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<(), ApiError> {
+        locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        let persisted = self.persist(std::slice::from_ref(disk));
+        if persisted.is_ok() {
+            self.remove_files(&locked(&entry.record));
+        }
+        log::info!("snapshot {}: deleted", entry.reference);
+        self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
+        persisted
+    }
+
+    pub(super) fn remove_files(&self, record: &SnapshotRecord) {
+        remove_file(&record.image);
+        remove_file(&self.places.run_table(record.id));
+        remove_file(&self.places.durable_table(record.id));
+    }
+
+    /// Saves what a clean stop leaves: the snapshots' bytes and tables first, and only then the word that they are there.
+    pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
+        let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| e.to_string())?;
+        let mut images = vec![disk.image.clone()];
+        images.extend(disk.snapshots().iter().filter_map(|s| s.image.clone()));
+        if disk.config.readonly {
+            images.remove(0);
+        }
+        for image in images {
+            let queue = executor.queue().clone();
+            let done = executor.block_on(async move { crate::image::sync(&*image, &queue).await });
+            done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        }
+        let chain = disk.disk.chain();
+        for link in chain.links() {
+            if let Owned::Table(table) = &link.layer.owned {
+                table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string())?;
+            }
+        }
+        disk.disk.discards().save(&self.places.durable_table(disk.id)).map_err(|e| e.to_string())?;
+        let mut record = disk.to_record();
+        let looks = |path: &Path| crate::store::Fingerprint::of(path).map_err(|e| format!("{}: {e}", path.display()));
+        for snapshot in &mut record.snapshots {
+            snapshot.saved = looks(&snapshot.image).ok();
+        }
+        record.saved = Some(looks(&disk.config.path)?);
+        self.records.put([&record]).map_err(|e| e.to_string())
+    }
+}
+
+fn check_supported(request: &SnapshotRequest) -> Result<(), ApiError> {
+    if let Some(strategy) = request.strategy.filter(|s| *s != Strategy::CopyOnWrite) {
+        let message = format!("this version has no {strategy} snapshots");
+        return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("use copy-on-write"));
+    }
+    if request.writers != Writers::Request {
+        let message = format!("this version has no snapshots by {}", request.writers);
+        return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("use writers=request"));
+    }
+    Ok(())
+}
+
+/// Removes a file that is ours. That it is gone already is fine.
+pub(super) fn remove_file(path: &Path) {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::error!("cannot remove {}: {e}", path.display()),
+        _ => {}
+    }
+}
