@@ -44,7 +44,10 @@ impl From<io::Error> for CliError {
 
 impl From<ConfigError> for CliError {
     fn from(error: ConfigError) -> Self {
-        Self::Failed(error.to_string())
+        match error {
+            ConfigError::Option(_) => Self::Usage(error.to_string()),
+            _ => Self::Failed(error.to_string()),
+        }
     }
 }
 
@@ -59,7 +62,7 @@ pub fn run() -> ExitCode {
         Err(CliError::Usage(message)) => usage(&Cli::command().error(ErrorKind::ArgumentConflict, message)),
         Err(CliError::Failed(message)) => {
             let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-            writeln!(io::stderr(), "halfsilver: {line}").ok();
+            writeln!(io::stderr(), "halfsilver: {}", output::text(Some(line))).ok();
             ExitCode::FAILURE
         }
     }

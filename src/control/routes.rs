@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -75,7 +76,17 @@ pub(super) fn router(context: Context) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(log_request))
         .with_state(context)
+}
+
+/// Leaves a line in the log for whatever may have changed something.
+async fn log_request(request: Request, next: Next) -> Response {
+    let (method, uri) = (request.method().clone(), request.uri().clone());
+    let level = if method.is_safe() { log::Level::Debug } else { log::Level::Info };
+    let response = next.run(request).await;
+    log::log!(level, "control: {method} {uri} answered {}", response.status().as_u16());
+    response
 }
 
 async fn no_route(uri: Uri) -> ApiError {

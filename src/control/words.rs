@@ -4,8 +4,9 @@
 //! down once. Words are part of the API: they are added, never changed.
 
 /// An enum whose JSON, display and command line texts are the same words.
+// `tt`, since a derive that sees a `literal` wrapped by the macro does not recognise it.
 macro_rules! words {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:literal,)* }) => {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $word:tt,)* }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
         pub enum $name {

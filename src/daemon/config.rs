@@ -46,9 +46,12 @@ pub struct DiskSpec {
 /// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// A `--disk` or another option is wrong.
-    #[error("{0}")]
+    /// A `--disk` is wrong.
+    #[error("--disk: {0}")]
     Option(String),
+    /// Two things would be in one place, or a place has no room.
+    #[error("{0}")]
+    Place(String),
     /// The file cannot be read.
     #[error("cannot read {}: {source}", .path.display())]
     Read {
@@ -167,8 +170,8 @@ impl ServeOptions {
 
         let mut given = Vec::new();
         for raw in self.disks {
-            let disk = raw.check(&environment.directory).map_err(|message| ConfigError::Option(in_disk(&message)))?;
-            add(&mut given, disk).map_err(|message| ConfigError::Option(in_disk(&message)))?;
+            let disk = raw.check(&environment.directory).map_err(ConfigError::Option)?;
+            add(&mut given, disk).map_err(ConfigError::Option)?;
         }
         let mut disks = file.disks;
         disks.retain(|disk| given.iter().all(|other| other.name != disk.name));
@@ -179,10 +182,6 @@ impl ServeOptions {
         check_sockets(&control, &disks)?;
         Ok(ServeConfig { control, state_dir, run_dir, disks })
     }
-}
-
-fn in_disk(message: &str) -> String {
-    format!("--disk: {message}")
 }
 
 fn add(disks: &mut Vec<DiskSpec>, disk: DiskSpec) -> Result<(), String> {
@@ -205,11 +204,11 @@ fn check_sockets(control: &Path, disks: &[DiskSpec]) -> Result<(), ConfigError> 
                 socket.display(),
                 owner(name)
             );
-            return Err(ConfigError::Option(message));
+            return Err(ConfigError::Place(message));
         }
         if let Some((other, _)) = seen.iter().find(|(_, path)| *path == socket) {
             let message = format!("socket: {} and {} share {}", owner(*other), owner(name), socket.display());
-            return Err(ConfigError::Option(message));
+            return Err(ConfigError::Place(message));
         }
         seen.push((name, socket));
     }
@@ -272,7 +271,7 @@ impl RawDisk {
             "readonly" => value.parse().and_then(|switch| once(&mut self.readonly, switch)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
-            _ => Err(format!("is not a key; the keys are {KEYS}")),
+            _ => return Err(format!("{key:?} is not a key; the keys are {KEYS}")),
         };
         set.map_err(|message| format!("{key}: {message}"))
     }

@@ -61,8 +61,8 @@ fn each_refusal_names_the_key() {
         ("name=,path=p", "name: a name cannot be empty"),
         ("name=a,name=a,path=p", "name: is given twice"),
         ("name=a,path=p,direct=on,direct=on", "direct: is given twice"),
-        ("name=a,path=p,size=1", "size: is not a key; the keys are name, path"),
-        ("name=a,path=p,block_size=4K", "block_size: is not a key"),
+        ("name=a,path=p,size=1", "\"size\" is not a key; the keys are name, path"),
+        ("name=a,path=p,block_size=4K", "\"block_size\" is not a key"),
         ("name=a,path=p,queues=0", "queues: 0 is not from 1 to 16"),
         ("name=a,path=p,queues=17", "queues: 17 is not from 1 to 16"),
         ("name=a,path=p,queues=two", "queues: \"two\" is not a number"),
@@ -193,4 +193,14 @@ fn names_and_sockets_are_not_shared() {
     }
     let long = ServeOptions { control: Some(format!("/{}", "x".repeat(107)).into()), ..options(&[]) };
     assert!(long.resolve(&user()).unwrap_err().to_string().contains("at most 107"));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_taken_or_refused_in_one_line(text in "(name|path|queues|block-size|serial|direct|[a-z\\PC\n,=K]){0,8}") {
+        match disk(&text) {
+            Ok(spec) => proptest::prop_assert!(spec.config.check().is_ok()),
+            Err(message) => proptest::prop_assert!(!message.contains('\n')),
+        }
+    }
 }

@@ -1,0 +1,322 @@
+//! The command line, through the binary: shapes of the output, exit statuses, one line an error.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use halfsilver::control::api::SnapshotState;
+use halfsilver::control::{EventKind, Service};
+use serde_json::{Value, json};
+
+use crate::fake::{Rig, name};
+
+fn halfsilver() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
+    command.env_remove("HALFSILVER_CONTROL").env_remove("XDG_RUNTIME_DIR").stdin(Stdio::null());
+    command
+}
+
+impl Rig {
+    fn command(&self, line: &str) -> Command {
+        let mut command = halfsilver();
+        command.env("HALFSILVER_CONTROL", &self.path).current_dir(self.directory.path()).args(line.split_whitespace());
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    /// Runs a command that must work, and returns what it printed.
+    #[track_caller]
+    fn done(&self, line: &str) -> String {
+        let output = self.run(line);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*stderr), (Some(0), ""), "{line}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[track_caller]
+    fn json(&self, line: &str) -> Value {
+        serde_json::from_str(&self.done(line)).unwrap()
+    }
+
+    /// Runs a command that must be refused, and returns its one line.
+    #[track_caller]
+    fn fails(&self, line: &str) -> String {
+        one_line(&self.run(line))
+    }
+}
+
+#[track_caller]
+fn one_line(output: &Output) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("halfsilver: ") && stderr.ends_with('\n') && stderr.lines().count() == 1, "{stderr:?}");
+    stderr
+}
+
+#[test]
+fn lists_are_arrays_and_the_rest_are_objects() {
+    let rig = Rig::new();
+    for line in ["--json disk list", "snapshot --json list", "job list --json"] {
+        assert_eq!(rig.done(line), "[]\n");
+    }
+    let disk = rig.json("disk add name=vm1,path=vm1.raw,queues=2 --json");
+    assert_eq!(disk["path"], rig.directory.path().join("vm1.raw").to_str().unwrap());
+    assert_eq!(rig.json("disk add vm1 --path vm1.raw --queues 2 --json"), disk);
+    assert_eq!(rig.json("disk show vm1 --json"), disk);
+    assert_eq!(rig.json("disk list --json"), json!([disk]));
+    let other = rig.json("disk add vm2 --path /vm2.raw --readonly --direct off --block-size 64K --serial S --json");
+    assert_eq!((&other["readonly"], &other["direct"], &other["serial"]), (&json!(true), &json!(false), &json!("S")));
+    assert_eq!(other["block_size"], 65_536);
+
+    let one = rig.json("--json snapshot create daily --disk vm1 --image own.img --strategy copy-on-write");
+    assert_eq!((&one["disk"], &one["state"]), (&json!("vm1"), &json!("draining")));
+    assert_eq!(one["image"], rig.directory.path().join("own.img").to_str().unwrap());
+    let both = rig.json("snapshot create weekly --disk vm1 --disk vm2 --writers request --json");
+    assert_eq!((&both[0]["disk"], &both[1]["disk"]), (&json!("vm1"), &json!("vm2")));
+    assert_eq!(rig.json("snapshot list --json").as_array().unwrap().len(), 3);
+    assert_eq!(rig.json("snapshot show vm1@daily --json"), one);
+    let gone = rig.json("snapshot delete vm1@daily --force --json");
+    assert_eq!(gone, json!({ "disk": "vm1", "name": "daily", "state": "deleted" }));
+    assert_eq!(rig.json("disk remove vm1 --force --json"), json!({ "name": "vm1", "state": "removed" }));
+
+    rig.fake.add_job(7);
+    assert_eq!(rig.json("job list --json")[0]["id"], 7);
+    assert_eq!(rig.json("job set 7 --delay-ms 20 --json")["delay_ms"], 20);
+    assert_eq!(rig.json("job show 7 --json")["delay_ms"], 20);
+    assert_eq!(rig.json("job stop 7 --json"), json!({ "id": 7, "state": "stopped" }));
+    let status = rig.json("status --json");
+    assert_eq!((&status["state"], &status["disks"][0]["name"]), (&json!("serving"), &json!("vm2")));
+}
+
+#[test]
+fn people_see_aligned_tables() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    rig.fake.add_job(1);
+    let disks = rig.done("disk list");
+    let mut lines = disks.lines();
+    assert_eq!(lines.next(), Some("DISK  STATE    SIZE     FRONTENDS  SNAPSHOTS  SOCKET"));
+    assert_eq!(lines.next(), Some("vm1   serving  1.0 GiB  0          0          /run/fake/vm1.sock"));
+    assert!(rig.done("job list").contains("1.0 MiB  12.3 MiB  5 ms"));
+    assert!(rig.done("snapshot list").contains("vm1@daily  draining  copy-on-write"));
+    assert!(rig.done("snapshot show vm1@daily").contains("quiesced    -\n"));
+    assert!(rig.done("disk show vm1").contains("block size  4.0 KiB\n"));
+    let status = rig.done("status");
+    assert!(status.starts_with("halfsilver ") && status.contains("vm1@daily") && status.contains("fold"), "{status}");
+}
+
+#[test]
+fn control_before_or_after() {
+    let rig = Rig::with_disks();
+    for arguments in [
+        ["--control", "@", "disk", "list"],
+        ["disk", "--control", "@", "list"],
+        ["disk", "list", "--control", "@"],
+        ["disk", "list", "--json", "--control=@"],
+    ] {
+        let arguments = arguments.map(|argument| argument.replace('@', rig.path.to_str().unwrap()));
+        // The option beats the environment.
+        let output = halfsilver().args(&arguments).env("HALFSILVER_CONTROL", "/no/such").output().unwrap();
+        assert!(output.status.success(), "{arguments:?}");
+    }
+    let relative = rig.command("status --control control.sock").env_remove("HALFSILVER_CONTROL").output().unwrap();
+    assert!(relative.status.success());
+}
+
+#[test]
+fn refusals_are_one_line_and_status_1() {
+    let rig = Rig::with_snapshot("write-logging");
+    for (line, text) in [
+        ("disk show vm9", "there is no disk vm9; "),
+        ("disk remove vm1", "disk vm1 has snapshots; "),
+        ("disk add vm1 --path /other", "configured differently; "),
+        ("snapshot show vm1@x", "there is no snapshot vm1@x; "),
+        ("snapshot delete vm1@daily", "is draining; "),
+        ("snapshot create daily --disk vm1", "snapshot vm1@daily exists; "),
+        ("snapshot create daily --disk vm1 --disk vm9", "; "),
+        ("snapshot create a --disk vm1 --strategy write-mirroring", "not supported; "),
+        ("job show 1", "there is no job 1; "),
+        ("job set 1 --delay-ms 1", "there is no job 1; "),
+        ("serve --config no/such.toml", "cannot read "),
+        ("serve --disk name=a,path=b,socket=s --disk name=c,path=d,socket=s", "disk a and disk c share "),
+        ("status --control /no/such.sock", "no daemon answers at /no/such.sock "),
+    ] {
+        let stderr = rig.fails(line);
+        assert!(stderr.contains(text), "{line}: {stderr}");
+    }
+}
+
+#[test]
+fn usage_is_status_2() {
+    let rig = Rig::with_disks();
+    for line in [
+        "",
+        "nonsense",
+        "disk",
+        "disk show",
+        "disk show ..",
+        "disk show VM1",
+        "disk add vm3",
+        "disk add path=x",
+        "disk add name=vm3,path=x,size=1",
+        "disk add name=vm3,path=x --path y",
+        "disk add vm3 --path x --queues 17",
+        "snapshot create daily",
+        "snapshot create ../x --disk vm1",
+        "snapshot create daily --disk vm1 --disk vm1",
+        "snapshot create daily --disk vm1 --strategy cow",
+        "snapshot create daily --disk vm1 --disk vm2 --socket s",
+        "snapshot create daily --disk vm1 --disk vm2 --image i",
+        "snapshot show vm1",
+        "snapshot delete vm1@..",
+        "job set 1",
+        "job set 1 --delay-ms 3600001",
+        "job show x",
+        "serve --disk name=a",
+        "serve --disk path=a,nmae=b",
+        "serve --disk name=a,path=b --disk name=a,path=c",
+        "serve --frobnicate",
+        "completions tcl",
+    ] {
+        let output = rig.run(line);
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{line}");
+    }
+    assert_eq!(rig.json("snapshot list --json"), json!([]));
+}
+
+#[test]
+fn without_a_daemon_status_says_where_it_looked() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.sock");
+    let status = |path: &Path| one_line(&halfsilver().args(["status", "--control"]).arg(path).output().unwrap());
+    for stderr in [status(&path), {
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        status(&path)
+    }] {
+        assert!(stderr.contains(path.to_str().unwrap()) && stderr.contains("halfsilver serve"), "{stderr}");
+    }
+    // Something that is no halfsilver.
+    let path = directory.path().join("other.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let other = std::thread::spawn(move || drop(listener.accept().unwrap()));
+    assert!(status(&path).contains("broke off"));
+    other.join().unwrap();
+}
+
+#[test]
+fn waiting_for_quiescence() {
+    let rig = Rig::with_disks();
+    let wait = |line: &str, state: SnapshotState, kind: EventKind| {
+        let child = rig.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        while !rig.fake.has("vm1@daily") {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        rig.fake.move_to("vm1@daily", state, kind);
+        child.wait_with_output().unwrap()
+    };
+    let line = "snapshot create daily --disk vm1 --wait --json";
+    let output = wait(line, SnapshotState::Quiesced, EventKind::SnapshotQuiesced);
+    assert!(output.status.success() && output.stderr.is_empty());
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["state"], "quiesced");
+
+    rig.fake.forget("vm1@daily");
+    let output = wait(line, SnapshotState::Broken, EventKind::SnapshotBroken);
+    assert!(one_line(&output).contains("vm1@daily is broken: no space\\nleft; "));
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["state"], "broken");
+}
+
+#[test]
+fn waiting_for_a_deletion() {
+    let rig = Rig::with_snapshot("write-logging");
+    rig.fake.quiesce("vm1@daily");
+    assert_eq!(rig.json("snapshot delete vm1@daily --json")["state"], "folding");
+    assert_eq!(rig.done("snapshot delete vm1@daily"), "vm1@daily folding\n");
+    rig.fake.quiesce("vm1@daily");
+    let child = rig.command("snapshot delete vm1@daily --wait").stdout(Stdio::piped()).spawn().unwrap();
+    while rig.fake.get_snapshot(&"vm1@daily".parse().unwrap()).unwrap().state != SnapshotState::Folding {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    rig.fake.forget("vm1@daily");
+    assert_eq!(String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap(), "vm1@daily deleted\n");
+}
+
+#[test]
+fn events_are_one_object_a_line() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    let mut child = rig.command("events --json").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Nothing tells from outside when the stream is open, so the event is repeated until it is seen.
+    let fake = std::sync::Arc::clone(&rig.fake);
+    let (seen, wait) = std::sync::mpsc::channel::<()>();
+    let publisher = std::thread::spawn(move || {
+        while wait.recv_timeout(Duration::from_millis(20)).is_err() {
+            fake.quiesce("vm1@daily");
+        }
+    });
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    seen.send(()).unwrap();
+    publisher.join().unwrap();
+    let event: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&event["event"], &event["snapshot"]), (&json!("SNAPSHOT_QUIESCED"), &json!("daily")));
+    // With its reader gone it ends quietly at the next event.
+    rig.fake.quiesce("vm1@daily");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
+}
+
+#[test]
+fn events_end_with_the_daemon() {
+    let rig = Rig::new();
+    let path = rig.path.display().to_string();
+    let child = rig.command("events").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    rig.server.shutdown();
+    let stderr = one_line(&child.wait_with_output().unwrap());
+    // Usually "stopped"; "no daemon answers" if this machine was too slow to start it in time.
+    assert!(stderr.contains(&path), "{stderr}");
+}
+
+#[test]
+fn status_is_watched_until_the_reader_leaves() {
+    let rig = Rig::with_disks();
+    let mut child = rig.command("status --watch --json").stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let status: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(status["state"], "serving");
+    }
+    drop(lines);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn completions_and_manual_pages() {
+    let rig = Rig::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let text = rig.done(&format!("completions {shell}"));
+        assert!(text.contains("snapshot") && text.contains("write-mirroring"), "{shell}");
+    }
+    assert!(rig.done("man").contains(".TH halfsilver 1"));
+    assert_eq!(rig.done("man --dir pages/man1"), "");
+    for page in ["halfsilver.1", "halfsilver-serve.1", "halfsilver-snapshot-create.1", "halfsilver-job-set.1"] {
+        assert!(rig.directory.path().join("pages/man1").join(page).exists(), "{page}");
+    }
+    assert!(rig.done("--version").contains(env!("CARGO_PKG_VERSION")));
+    assert!(rig.done("serve --help").contains("--state-dir"));
+}
+
+#[test]
+fn a_closed_stdout_is_no_error() {
+    let rig = Rig::with_disks();
+    for line in ["disk list", "status --json", "completions bash", "man"] {
+        let mut child = rig.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{line}");
+    }
+    assert!(rig.fake.get_disk(&name("vm1")).is_ok());
+}

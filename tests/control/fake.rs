@@ -1,0 +1,359 @@
+//! A service in memory, and the smallest HTTP client that shows exactly what was answered.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use halfsilver::control::api::{
+    Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Snapshot, SnapshotRequest, SnapshotState, Strategy,
+    VersionInfo, Writers,
+};
+use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
+use halfsilver::control::timestamp::Timestamp;
+use halfsilver::control::{
+    ApiError, Deletion, ErrorCode, EventBus, EventKind, Name, Notice, PutOutcome, Server, Service, SnapshotRef,
+};
+use serde_json::Value;
+use uuid::Uuid;
+
+/// Long enough for a loaded machine, short enough for a hang to be seen.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Default)]
+struct State {
+    disks: Vec<(DiskConfig, Disk)>,
+    snapshots: Vec<Snapshot>,
+    jobs: Vec<Job>,
+}
+
+/// Supports copy-on-write and write-logging; deleting a log only starts to fold it.
+#[derive(Default)]
+pub(crate) struct Fake {
+    state: Mutex<State>,
+    bus: Arc<EventBus>,
+}
+
+pub(crate) fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+impl Fake {
+    /// Ends the life phase of a snapshot, as the engine would, and says so.
+    pub(crate) fn move_to(&self, snapshot: &str, state: SnapshotState, kind: EventKind) {
+        let reference: SnapshotRef = snapshot.parse().unwrap();
+        for snapshot in self.state.lock().unwrap().snapshots.iter_mut().filter(|s| s.reference() == reference) {
+            snapshot.state = state;
+            snapshot.reason = (state == SnapshotState::Broken).then(|| "no space\nleft".to_owned());
+        }
+        assert!(self.bus.publish(Notice::of_snapshot(kind, &reference)) > 0);
+    }
+
+    pub(crate) fn quiesce(&self, snapshot: &str) {
+        self.move_to(snapshot, SnapshotState::Quiesced, EventKind::SnapshotQuiesced);
+    }
+
+    pub(crate) fn forget(&self, snapshot: &str) {
+        self.state.lock().unwrap().snapshots.retain(|s| s.reference().to_string() != snapshot);
+    }
+
+    pub(crate) fn has(&self, snapshot: &str) -> bool {
+        self.state.lock().unwrap().snapshots.iter().any(|s| s.reference().to_string() == snapshot)
+    }
+
+    pub(crate) fn add_job(&self, id: u64) {
+        let (kind, state, started_at) = (JobKind::Fold, JobState::Running, Timestamp::now());
+        let (disk, snapshot, reason) = (name("vm1"), Some(name("daily")), None);
+        let (done_bytes, total_bytes, delay_ms) = (1 << 20, 12_897_485, 5);
+        let job = Job { id, kind, disk, snapshot, state, reason, done_bytes, total_bytes, delay_ms, started_at };
+        self.state.lock().unwrap().jobs.push(job);
+    }
+}
+
+impl Service for Fake {
+    fn version(&self) -> VersionInfo {
+        VersionInfo::of_this_build(vec![Strategy::CopyOnWrite, Strategy::WriteLogging], vec![Writers::Request])
+    }
+
+    fn list_disks(&self) -> Result<Vec<Disk>, ApiError> {
+        Ok(self.state.lock().unwrap().disks.iter().map(|(_, disk)| disk.clone()).collect())
+    }
+
+    fn get_disk(&self, disk: &Name) -> Result<Disk, ApiError> {
+        let disks = self.list_disks()?;
+        disks.into_iter().find(|other| other.name == *disk).ok_or_else(|| ApiError::disk_not_found(disk))
+    }
+
+    fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        let mut state = self.state.lock().unwrap();
+        if let Some((existing, served)) = state.disks.iter().find(|(_, other)| other.name == *disk) {
+            let different = ApiError::new(ErrorCode::DiskExists, format!("disk {disk} is configured differently"));
+            return if existing == config { Ok(PutOutcome::Unchanged(served.clone())) } else { Err(different) };
+        }
+        let served = Disk {
+            id: Uuid::new_v4(),
+            name: disk.clone(),
+            path: config.path.clone(),
+            socket: config.socket_or_default(Path::new("/run/fake"), disk),
+            size_bytes: 1 << 30,
+            block_size: config.block_size,
+            queues: config.queues,
+            direct: config.direct,
+            readonly: config.readonly,
+            serial: config.serial.clone().unwrap_or_else(|| disk.to_string()),
+            state: DiskState::Serving,
+            reason: None,
+            connected: false,
+            frontends: 0,
+            epoch: 1,
+            snapshots: 0,
+            allocated_bytes: 0,
+        };
+        state.disks.push((config.clone(), served.clone()));
+        self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));
+        Ok(PutOutcome::Created(served))
+    }
+
+    fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
+        self.get_disk(disk)?;
+        let mut state = self.state.lock().unwrap();
+        if !force && state.snapshots.iter().any(|snapshot| snapshot.disk == *disk) {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} has snapshots")));
+        }
+        state.disks.retain(|(_, other)| other.name != *disk);
+        Ok(())
+    }
+
+    fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<Snapshot>, ApiError> {
+        let strategy = request.strategy.unwrap_or(Strategy::CopyOnWrite);
+        if !self.version().strategies.contains(&strategy) {
+            return Err(ApiError::new(ErrorCode::Unsupported, format!("{strategy} is not supported")));
+        }
+        let (group, created_at) = (Uuid::new_v4(), Timestamp::now());
+        let mut created = Vec::new();
+        for disk in &request.disks {
+            let size_bytes = self.get_disk(disk)?.size_bytes;
+            let reference = SnapshotRef { disk: disk.clone(), name: request.name.clone() };
+            if self.get_snapshot(&reference).is_ok() {
+                return Err(ApiError::new(ErrorCode::SnapshotExists, format!("snapshot {reference} exists")));
+            }
+            created.push(Snapshot {
+                id: Uuid::new_v4(),
+                group,
+                disk: disk.clone(),
+                name: request.name.clone(),
+                strategy,
+                writers: request.writers,
+                state: SnapshotState::Draining,
+                reason: None,
+                epoch: 1,
+                socket: request.socket.clone().unwrap_or_else(|| format!("/run/fake/{reference}.sock").into()),
+                image: request.image.clone(),
+                block_size: 4096,
+                owned_bytes: 0,
+                size_bytes,
+                created_at,
+                quiesced_at: None,
+            });
+        }
+        self.state.lock().unwrap().snapshots.extend(created.clone());
+        Ok(created)
+    }
+
+    fn list_snapshots(&self) -> Result<Vec<Snapshot>, ApiError> {
+        Ok(self.state.lock().unwrap().snapshots.clone())
+    }
+
+    fn get_snapshot(&self, snapshot: &SnapshotRef) -> Result<Snapshot, ApiError> {
+        let snapshots = self.list_snapshots()?;
+        let found = snapshots.into_iter().find(|other| other.reference() == *snapshot);
+        found.ok_or_else(|| ApiError::snapshot_not_found(snapshot))
+    }
+
+    fn delete_snapshot(&self, snapshot: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+        let found = self.get_snapshot(snapshot)?;
+        if !force && found.state == SnapshotState::Draining {
+            return Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {snapshot} is draining")));
+        }
+        if found.strategy == Strategy::WriteLogging {
+            self.move_to(&snapshot.to_string(), SnapshotState::Folding, EventKind::SnapshotFolding);
+            return self.get_snapshot(snapshot).map(Deletion::Started);
+        }
+        self.forget(&snapshot.to_string());
+        Ok(Deletion::Done)
+    }
+
+    fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
+        Ok(self.state.lock().unwrap().jobs.clone())
+    }
+
+    fn get_job(&self, id: u64) -> Result<Job, ApiError> {
+        self.list_jobs()?.into_iter().find(|job| job.id == id).ok_or_else(|| ApiError::job_not_found(id))
+    }
+
+    fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {
+        for job in self.state.lock().unwrap().jobs.iter_mut().filter(|job| job.id == id) {
+            job.delay_ms = patch.delay_ms;
+        }
+        self.get_job(id)
+    }
+
+    fn delete_job(&self, id: u64) -> Result<(), ApiError> {
+        self.get_job(id)?;
+        self.state.lock().unwrap().jobs.retain(|job| job.id != id);
+        Ok(())
+    }
+
+    fn metrics(&self) -> MetricsSnapshot {
+        let mut disk = DiskMetrics { disk: name("vm1"), frontends_connected: 2, directions: Default::default() };
+        let reads = &mut disk.directions[0];
+        (reads.requests, reads.bytes, reads.errors) = (3, 12_288, 1);
+        [1, 100, 20_000_000].into_iter().for_each(|latency_us| reads.latency.record(latency_us));
+        let snapshot = |snapshot: &str, drain_seconds| SnapshotMetrics {
+            disk: name("vm1"),
+            snapshot: name(snapshot),
+            preserved_blocks: 7,
+            preserved_bytes: 28_672,
+            drain_seconds,
+        };
+        MetricsSnapshot { disks: vec![disk], snapshots: vec![snapshot("daily", Some(0.5)), snapshot("new", None)] }
+    }
+
+    fn events(&self) -> Arc<EventBus> {
+        Arc::clone(&self.bus)
+    }
+}
+
+/// A server with a fake behind it, in a directory of its own.
+pub(crate) struct Rig {
+    pub(crate) fake: Arc<Fake>,
+    pub(crate) server: Server,
+    pub(crate) path: PathBuf,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Rig {
+    pub(crate) fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control.sock");
+        let fake = Arc::new(Fake::default());
+        let service: Arc<dyn Service> = fake.clone();
+        let server = Server::start(&path, service).unwrap();
+        Self { fake, server, path, directory }
+    }
+
+    /// With the disks vm1 and vm2.
+    pub(crate) fn with_disks() -> Self {
+        let rig = Self::new();
+        for disk in ["vm1", "vm2"] {
+            rig.fake.put_disk(&name(disk), &DiskConfig::new(format!("/images/{disk}.raw"))).unwrap();
+        }
+        rig
+    }
+
+    /// With vm1@daily too, still draining.
+    pub(crate) fn with_snapshot(strategy: &str) -> Self {
+        let rig = Self::with_disks();
+        let body = format!(r#"{{"name":"daily","disks":["vm1"],"strategy":"{strategy}"}}"#);
+        assert_eq!(rig.post("/v1/snapshots", &body).status, 201);
+        rig
+    }
+
+    pub(crate) fn get(&self, target: &str) -> Answer {
+        self.send("GET", target, "")
+    }
+
+    pub(crate) fn post(&self, target: &str, body: &str) -> Answer {
+        self.send("POST", target, body)
+    }
+
+    pub(crate) fn send(&self, method: &str, target: &str, body: &str) -> Answer {
+        exchange(&self.path, method, target, body.as_bytes())
+    }
+
+    /// Sends a request that must be refused, and returns the problem.
+    pub(crate) fn refused(&self, method: &str, target: &str, body: &str) -> Value {
+        let answer = self.send(method, target, body);
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"), "{method} {target}: {answer:?}");
+        let problem = answer.json();
+        assert_eq!(problem["status"], answer.status);
+        for key in ["type", "title", "detail", "code", "action"] {
+            assert!(problem[key].as_str().is_some_and(|text| !text.is_empty()), "{key} in {problem}");
+        }
+        problem
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+/// One request on one connection.
+pub(crate) fn exchange(path: &Path, method: &str, target: &str, body: &[u8]) -> Answer {
+    let mut stream = request(path, method, target, body);
+    let (status, headers) = read_head(&mut stream);
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    Answer { status, headers, body: text }
+}
+
+/// Sends a request and leaves the answer to be read.
+pub(crate) fn request(path: &Path, method: &str, target: &str, body: &[u8]) -> BufReader<UnixStream> {
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let length = body.len();
+    let head =
+        format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body).unwrap();
+    BufReader::new(stream)
+}
+
+pub(crate) fn read_head(stream: &mut impl BufRead) -> (u16, Vec<(String, String)>) {
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    let status = line.split(' ').nth(1).unwrap_or_else(|| panic!("no status in {line:?}")).parse().unwrap();
+    let mut headers = Vec::new();
+    loop {
+        line.clear();
+        stream.read_line(&mut line).unwrap();
+        let Some((key, value)) = line.trim_end().split_once(": ") else { break };
+        headers.push((key.to_lowercase(), value.to_owned()));
+    }
+    (status, headers)
+}
+
+/// An event stream that is known to listen.
+pub(crate) fn listen(path: &Path) -> BufReader<UnixStream> {
+    let mut stream = request(path, "GET", "/v1/events", b"");
+    let (status, headers) = read_head(&mut stream);
+    assert_eq!(status, 200);
+    assert!(headers.contains(&("content-type".to_owned(), "text/event-stream".to_owned())));
+    assert!(read_until(&mut stream, ":").contains("listening"));
+    stream
+}
+
+/// The next line that starts so.
+pub(crate) fn read_until(stream: &mut impl BufRead, start: &str) -> String {
+    let mut line = String::new();
+    while !line.starts_with(start) {
+        line.clear();
+        assert!(stream.read_line(&mut line).unwrap() > 0, "the stream ended before {start:?}");
+    }
+    line.trim_end().to_owned()
+}

@@ -1,0 +1,9 @@
+//! The control socket and the command line, from outside: a real socket, the real binary, and a fake service behind.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
+
+mod cli;
+mod fake;
+mod http;
+mod openapi;
+mod socket;
