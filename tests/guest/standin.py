@@ -1,0 +1,104 @@
+"""QEMU's own vhost-user-blk backend behind the face of kit.Daemon: the control group of the guest tests.
+
+`HS_BACKEND=stand-in scripts/test --only guest` runs the same tests on it. A test that fails there too is wrong about
+the guest, QEMU or the machine; one that fails only on halfsilver has found a defect of halfsilver.
+Its frozen version is a copy-before-write filter: the guest waits for the copy, and stopping the daemon loses it.
+"""
+
+import json
+import signal
+import socket
+
+from kit import Snapshot, eventually, require
+
+
+class StandIn:
+    name = "qemu-storage-daemon"
+    keeps_snapshots = False
+
+    def __init__(self, workspace, disks):
+        self.workspace, self.disks = workspace, disks
+        self.run_dir = workspace.path / "run"
+        self.child = None
+        self.frozen = {}
+
+    def socket(self, disk):
+        return self.run_dir / f"{disk.name}.sock"
+
+    def start(self):
+        self.run_dir.mkdir(exist_ok=True)
+        self.monitor_path = self.run_dir / "qmp.sock"
+        self.monitor_path.unlink(missing_ok=True)
+        command = ["qemu-storage-daemon",
+                   "--chardev", f"socket,id=qmp,path={self.monitor_path},server=on,wait=off",
+                   "--monitor", "chardev=qmp"]
+        for disk in self.disks:
+            command += [
+                "--blockdev", f"driver=file,node-name={disk.name}-file,filename={disk.path},cache.direct=on,discard=unmap",
+                "--blockdev", f"driver=raw,node-name={disk.name},file={disk.name}-file",
+                "--export", f"type=vhost-user-blk,id={disk.name},node-name={disk.name},writable=on,"
+                            f"addr.type=unix,addr.path={self.socket(disk)},num-queues={disk.queues}"]
+        self.child = self.workspace.start("daemon", command)
+        eventually("the stand-in listens", lambda: self.child.require_alive() and
+                   all(self.socket(disk).exists() for disk in self.disks), 20)
+        self.monitor = socket.socket(socket.AF_UNIX)
+        self.monitor.settimeout(30)
+        self.monitor.connect(str(self.monitor_path))
+        self.answers = self.monitor.makefile("rb")
+        self.answers.readline()
+        self._do("qmp_capabilities")
+        return self
+
+    def stop(self):
+        self.child.signal(signal.SIGTERM)
+        self.child.wait(30)
+
+    def kill(self):
+        self.child.kill()
+
+    def _do(self, command, **arguments):
+        self.monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        while True:
+            answer = json.loads(self.answers.readline())
+            if "event" not in answer:
+                require("return" in answer, f"{command}: {answer}")
+                return answer["return"]
+
+    def snapshot_create(self, disk, name):
+        image = self.workspace.path / f"{disk.name}@{name}.image"
+        with open(image, "wb") as file:
+            file.truncate(disk.path.stat().st_size)
+        d = disk.name
+        self._do("blockdev-add", driver="file", **{"node-name": f"{d}-kept-file"}, filename=str(image))
+        self._do("blockdev-add", driver="raw", **{"node-name": f"{d}-kept"}, file=f"{d}-kept-file")
+        self._do("blockdev-add", driver="copy-before-write", **{"node-name": f"{d}-filter"},
+                 file=f"{d}-file", target=f"{d}-kept")
+        self._do("blockdev-reopen", options=[{"driver": "raw", "node-name": d, "file": f"{d}-filter"}])
+        self._do("blockdev-add", driver="snapshot-access", **{"node-name": f"{d}-frozen"}, file=f"{d}-filter")
+        path = self.run_dir / f"{d}@{name}.sock"
+        self._do("block-export-add", type="vhost-user-blk", id=f"{d}-frozen", **{"node-name": f"{d}-frozen"},
+                 writable=False, addr={"type": "unix", "path": str(path)})
+        self.frozen[f"{d}@{name}"] = (path, image)
+        return self.snapshot_show(disk, name)
+
+    def snapshot_show(self, disk, name):
+        path, image = self.frozen[f"{disk.name}@{name}"]
+        return Snapshot(f"{disk.name}@{name}", path, "quiesced", str(image), image.stat().st_blocks * 512)
+
+    def snapshot_delete(self, disk, name):
+        d = disk.name
+        path, image = self.frozen.pop(f"{d}@{name}")
+        self._do("block-export-del", id=f"{d}-frozen", mode="hard")
+        eventually("the export is gone", lambda: not any(e["id"] == f"{d}-frozen" for e in self._do("query-block-exports")))
+        path.unlink(missing_ok=True)
+        self._do("blockdev-del", **{"node-name": f"{d}-frozen"})
+        self._do("blockdev-reopen", options=[{"driver": "raw", "node-name": d, "file": f"{d}-file"}])
+        for node in ("filter", "kept", "kept-file"):
+            self._do("blockdev-del", **{"node-name": f"{d}-{node}"})
+        image.unlink()
+
+    def snapshots(self):
+        return list(self.frozen)
+
+    def metrics(self):
+        return {}
