@@ -2,19 +2,21 @@
 
 `HS_BACKEND=stand-in scripts/test --only guest` runs the same tests on it. A test that fails there too is wrong about
 the guest, QEMU or the machine; one that fails only on halfsilver has found a defect of halfsilver.
-Its frozen version is a copy-before-write filter: the guest waits for the copy, and stopping the daemon loses it.
+Its frozen version is a plain copy made while the whole daemon is stopped: the pause that halfsilver does without.
+It does not outlive the daemon.
 """
 
 import json
 import signal
 import socket
 
-from kit import Snapshot, eventually, require
+from kit import Snapshot, eventually, require, run
 
 
 class StandIn:
     name = "qemu-storage-daemon"
     keeps_snapshots = False
+    locks_images = False  # QEMU's exports share their image with other writers
 
     def __init__(self, workspace, disks):
         self.workspace, self.disks = workspace, disks
@@ -57,6 +59,7 @@ class StandIn:
         self.child.kill()
 
     def _do(self, command, **arguments):
+        arguments = {key.replace("_", "-"): value for key, value in arguments.items()}
         self.monitor.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while True:
             answer = json.loads(self.answers.readline())
@@ -65,20 +68,20 @@ class StandIn:
                 return answer["return"]
 
     def snapshot_create(self, disk, name):
+        # While the daemon stands still, the file holds every acknowledged write: a consistent cut.
         image = self.workspace.path / f"{disk.name}@{name}.image"
-        with open(image, "wb") as file:
-            file.truncate(disk.path.stat().st_size)
-        d = disk.name
-        self._do("blockdev-add", driver="file", **{"node-name": f"{d}-kept-file"}, filename=str(image))
-        self._do("blockdev-add", driver="raw", **{"node-name": f"{d}-kept"}, file=f"{d}-kept-file")
-        self._do("blockdev-add", driver="copy-before-write", **{"node-name": f"{d}-filter"},
-                 file=f"{d}-file", target=f"{d}-kept")
-        self._do("blockdev-reopen", options=[{"driver": "raw", "node-name": d, "file": f"{d}-filter"}])
-        self._do("blockdev-add", driver="snapshot-access", **{"node-name": f"{d}-frozen"}, file=f"{d}-filter")
-        path = self.run_dir / f"{d}@{name}.sock"
-        self._do("block-export-add", type="vhost-user-blk", id=f"{d}-frozen", **{"node-name": f"{d}-frozen"},
-                 writable=False, addr={"type": "unix", "path": str(path)})
-        self.frozen[f"{d}@{name}"] = (path, image)
+        self.child.signal(signal.SIGSTOP)
+        try:
+            run("cp", "--sparse=always", disk.path, image)
+        finally:
+            self.child.signal(signal.SIGCONT)
+        frozen = f"{disk.name}-frozen"
+        path = self.run_dir / f"{disk.name}@{name}.sock"
+        self._do("blockdev-add", driver="raw", read_only=True, node_name=frozen,
+                 file={"driver": "file", "filename": str(image)})
+        self._do("block-export-add", type="vhost-user-blk", id=frozen, node_name=frozen, writable=False,
+                 addr={"type": "unix", "path": str(path)})
+        self.frozen[f"{disk.name}@{name}"] = (path, image)
         return self.snapshot_show(disk, name)
 
     def snapshot_show(self, disk, name):
@@ -86,15 +89,13 @@ class StandIn:
         return Snapshot(f"{disk.name}@{name}", path, "quiesced", str(image), image.stat().st_blocks * 512)
 
     def snapshot_delete(self, disk, name):
-        d = disk.name
-        path, image = self.frozen.pop(f"{d}@{name}")
-        self._do("block-export-del", id=f"{d}-frozen", mode="hard")
-        eventually("the export is gone", lambda: not any(e["id"] == f"{d}-frozen" for e in self._do("query-block-exports")))
+        frozen = f"{disk.name}-frozen"
+        path, image = self.frozen.pop(f"{disk.name}@{name}")
+        self._do("block-export-del", id=frozen, mode="hard")
+        eventually("the export is gone",
+                   lambda: all(export["id"] != frozen for export in self._do("query-block-exports")))
+        self._do("blockdev-del", node_name=frozen)
         path.unlink(missing_ok=True)
-        self._do("blockdev-del", **{"node-name": f"{d}-frozen"})
-        self._do("blockdev-reopen", options=[{"driver": "raw", "node-name": d, "file": f"{d}-file"}])
-        for node in ("filter", "kept", "kept-file"):
-            self._do("blockdev-del", **{"node-name": f"{d}-{node}"})
         image.unlink()
 
     def snapshots(self):
