@@ -92,7 +92,7 @@ static int failed(const char *what, uint64_t thread, uint64_t number)
 
 static struct {
 	char name[32];
-	uint64_t files, requests, bytes, longest_us, began_us;
+	uint64_t files, blocks, bytes, longest_file_us, longest_block_us, began_us;
 } phase = { .name = "start" };
 static pthread_mutex_t phase_lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -103,14 +103,15 @@ static uint64_t now_us(void)
 	return (uint64_t)t.tv_sec * 1000000u + (uint64_t)t.tv_nsec / 1000u;
 }
 
-static void count(uint64_t files, uint64_t bytes, uint64_t took_us)
+/* A file is many requests and several flushes; a block is one request, from submission to completion. */
+static void count(int is_file, uint64_t bytes, uint64_t took_us)
 {
 	pthread_mutex_lock(&phase_lock);
-	phase.files += files;
-	phase.requests += 1;
+	uint64_t *longest_us = is_file ? &phase.longest_file_us : &phase.longest_block_us;
+	*(is_file ? &phase.files : &phase.blocks) += 1;
 	phase.bytes += bytes;
-	if (took_us > phase.longest_us)
-		phase.longest_us = took_us;
+	if (took_us > *longest_us)
+		*longest_us = took_us;
 	pthread_mutex_unlock(&phase_lock);
 }
 
@@ -118,9 +119,10 @@ static void count(uint64_t files, uint64_t bytes, uint64_t took_us)
 static void next_phase(const char *name)
 {
 	pthread_mutex_lock(&phase_lock);
-	say("phase name=%s files=%llu requests=%llu bytes=%llu longest_us=%llu took_us=%llu\n", phase.name,
-	    (unsigned long long)phase.files, (unsigned long long)phase.requests, (unsigned long long)phase.bytes,
-	    (unsigned long long)phase.longest_us, (unsigned long long)(now_us() - phase.began_us));
+	say("phase name=%s files=%llu blocks=%llu bytes=%llu longest_file_us=%llu longest_block_us=%llu took_us=%llu\n",
+	    phase.name, (unsigned long long)phase.files, (unsigned long long)phase.blocks,
+	    (unsigned long long)phase.bytes, (unsigned long long)phase.longest_file_us,
+	    (unsigned long long)phase.longest_block_us, (unsigned long long)(now_us() - phase.began_us));
 	memset(&phase, 0, sizeof phase);
 	snprintf(phase.name, sizeof phase.name, "%s", name);
 	phase.began_us = now_us();

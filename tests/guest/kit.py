@@ -99,7 +99,8 @@ class Workspace:
     def __exit__(self, kind, error, trace):
         for child in reversed(self.children):
             child.kill()
-        if kind is None and not self.keep:
+        failed = kind is not None and issubclass(kind, Exception)  # Ctrl-C and SIGTERM are none
+        if not failed and not self.keep:
             shutil.rmtree(self.path, ignore_errors=True)
         return False
 
@@ -470,7 +471,7 @@ class Marks:
 
 
 class Load:
-    """The records of `hs-guest load` in a guest; the file comment of qemu/guest/hs-guest.c says what they promise."""
+    """The records of `hs-guest load` in a guest, and its controls; qemu/guest/hs-guest.c says what they promise."""
 
     def __init__(self, guest):
         self.guest, self.port = guest, guest.load_port

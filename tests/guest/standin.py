@@ -30,7 +30,8 @@ class StandIn:
     def start(self):
         self.run_dir.mkdir(exist_ok=True)
         self.monitor_path = self.run_dir / "qmp.sock"
-        self.monitor_path.unlink(missing_ok=True)
+        for path in (self.monitor_path, *map(self.socket, self.disks)):
+            path.unlink(missing_ok=True)  # left by one that was killed; a new socket file means that it listens
         command = ["qemu-storage-daemon",
                    "--chardev", f"socket,id=qmp,path={self.monitor_path},server=on,wait=off",
                    "--monitor", "chardev=qmp"]
@@ -42,7 +43,7 @@ class StandIn:
                             f"addr.type=unix,addr.path={self.socket(disk)},num-queues={disk.queues}"]
         self.child = self.workspace.start("daemon", command)
         eventually("the stand-in listens", lambda: self.child.require_alive() and
-                   all(self.socket(disk).exists() for disk in self.disks), 20)
+                   all(path.exists() for path in (self.monitor_path, *map(self.socket, self.disks))), 20)
         self.monitor = socket.socket(socket.AF_UNIX)
         self.monitor.settimeout(30)
         self.monitor.connect(str(self.monitor_path))
