@@ -32,7 +32,7 @@ def complaints(page):
             yield f"{page.relative_to(REPO)}: {link}: no such heading"
 
 
-pages = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+pages = subprocess.run(["git", "-c", f"safe.directory={REPO}", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
                        cwd=REPO, check=True, capture_output=True, text=True).stdout.split()
 found = [line for page in pages if (REPO / page).exists() for line in complaints(REPO / page)]
 print(*found, sep="\n", end="\n" if found else "")
