@@ -28,6 +28,7 @@ import time
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 KIT = pathlib.Path(os.environ.get("GUEST_KIT", REPO / ".guest"))
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPO / "target"))
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 BOOT_SECONDS_MAX = 90
@@ -192,7 +193,7 @@ class Daemon:
 
     def __init__(self, workspace, disks, binary=None):
         self.workspace, self.disks = workspace, disks
-        self.binary = binary or os.environ.get("HALFSILVER_BIN", REPO / "target/debug/halfsilver")
+        self.binary = binary or os.environ.get("HALFSILVER_BIN", TARGET / "debug/halfsilver")
         require(os.access(self.binary, os.X_OK), f"{self.binary} is not there: run cargo build first")
         self.run_dir = workspace.path / "run"
         self.state_dir = workspace.path / "state"
@@ -257,6 +258,21 @@ class Daemon:
         return samples
 
 
+def served_within(before, after, disk, direction, share=0.99):
+    """The time in seconds within which the daemon served this share of the requests between two looks at its metrics.
+
+    It is the upper end of a histogram bucket; None when there was no request, or no such metric.
+    """
+    counts = {}
+    for sample, count in (after or {}).items():
+        match = re.fullmatch(r"halfsilver_request_duration_seconds_bucket\{(.*)\}", sample)
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match[1])) if match else {}
+        if labels.get("disk") == disk.name and labels.get("direction") == direction:
+            counts[float(labels["le"])] = count - before.get(sample, 0)
+    total = counts.get(float("inf"), 0)
+    return next((bound for bound in sorted(counts) if total and counts[bound] >= share * total), None)
+
+
 def backend(workspace, disks, binary=None):
     """The daemon under test; HS_BACKEND=stand-in takes QEMU's own vhost-user-blk backend instead."""
     choice = os.environ.get("HS_BACKEND", "halfsilver")
@@ -268,7 +284,7 @@ def backend(workspace, disks, binary=None):
 
 
 def accelerator():
-    """kvm where it really runs a guest, else tcg. Opening /dev/kvm proves nothing, so a kernel is booted, once a boot."""
+    """kvm where it really runs a guest, else tcg. Opening /dev/kvm proves nothing: a kernel is booted, once a host boot."""
     boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     cache = KIT / "accelerator"
     with contextlib.suppress(OSError, ValueError):

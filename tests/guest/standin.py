@@ -37,7 +37,8 @@ class StandIn:
                    "--monitor", "chardev=qmp"]
         for disk in self.disks:
             command += [
-                "--blockdev", f"driver=file,node-name={disk.name}-file,filename={disk.path},cache.direct=on,discard=unmap",
+                "--blockdev", f"driver=file,node-name={disk.name}-file,filename={disk.path},"
+                              "cache.direct=on,discard=unmap",
                 "--blockdev", f"driver=raw,node-name={disk.name},file={disk.name}-file",
                 "--export", f"type=vhost-user-blk,id={disk.name},node-name={disk.name},writable=on,"
                             f"addr.type=unix,addr.path={self.socket(disk)},num-queues={disk.queues}"]
@@ -103,4 +104,4 @@ class StandIn:
         return list(self.frozen)
 
     def metrics(self):
-        return {}
+        return None

@@ -178,6 +178,12 @@ class Snapshots(GuestTest):
         kit.judge_image(self.workspace, copy, SEED, finished_before, known_after)
         owned = daemon.snapshot_show(disk, "daily").owned_bytes
         require(owned > 0, "the guest has overwritten blocks, and VLUN A owns none")
+        metrics = daemon.metrics()
+        if metrics is not None:
+            counted = sum(value for name, value in metrics.items()
+                          if name.startswith("halfsilver_preserved_bytes_total"))
+            require(counted > 0, "halfsilver_preserved_bytes_total counts nothing")
+            require(kit.served_within({}, metrics, disk, "write"), "the daemon's histogram has no write of vm1")
         daemon.snapshot_delete(disk, "daily")
         require(daemon.snapshots() == [], "the snapshot is still listed")
         require(not snapshot.socket.exists(), f"{snapshot.socket} is still there")
