@@ -1,0 +1,20 @@
+# shellcheck shell=bash
+# What the scripts share. Source it: it changes into the repository and turns on strict mode.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export GUEST_KIT="${GUEST_KIT:-$PWD/.guest}"
+
+if [ -t 1 ]; then bold=$'\e[1m' red=$'\e[31m' plain=$'\e[0m'; else bold='' red='' plain=''; fi
+
+# One line that says what begins now.
+step() { printf '%s==> %s%s\n' "$bold" "$*" "$plain"; }
+
+# One line that says what is wrong, and the end.
+die() {
+    printf '%s%s: %s%s\n' "$red" "${0##*/}" "$*" "$plain" >&2
+    exit 1
+}
+
+# Prints the comment block at the top of the calling script: that is its --help.
+usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"; }
