@@ -24,7 +24,7 @@ use super::chain::RawChain;
 use super::eventfd::EventFd;
 use super::intake::intake;
 use super::memory::{GuestAddress, MemoryMap};
-use super::request::{Job, Parsed, Refusal, Rules, Status, parse};
+use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
 use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
@@ -348,11 +348,16 @@ impl Loop {
         let memory = ring.memory().clone();
         let walked = self.chain.read(ring, head);
         let parsed = parse(&self.chain, walked, &memory, &self.rules);
+        let mut direction = None;
         let (status, written, job) = match parsed {
-            Ok(Parsed::Execute(job)) => (Status::Ok, job.written, Some(job)),
+            Ok(Parsed::Execute(job)) => {
+                direction = Some(job.direction);
+                (Status::Ok, job.written, Some(job))
+            }
             Ok(Parsed::Answer(status, written)) => (status, written, None),
             Err(refusal) => {
                 self.refused(head, &refusal);
+                direction = direction_asked(&self.chain, &memory);
                 (refusal.status(), 1, None)
             }
         };
@@ -362,7 +367,7 @@ impl Loop {
             memory,
             status,
             written,
-            direction: job.as_ref().map(|j| j.direction),
+            direction,
             bytes: job.as_ref().map_or(0, |j| j.bytes),
             started,
             ticket,
