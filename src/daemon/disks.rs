@@ -82,6 +82,7 @@ impl Manager {
         let discards = Table::create(&self.places.run_table(id), blocks).map_err(table_error)?;
         let live = record.as_ref().map_or_else(|| (Uuid::new_v4(), 0), |r| (r.live, r.live_began));
 
+        let before = record.clone();
         let mut taken = Vec::new();
         if let Some(record) = record {
             let clean = record.saved.is_some() && record.saved == looks;
@@ -129,10 +130,13 @@ impl Manager {
             once: false,
         })
         .map_err(|e| {
-            if unsaved.snapshots.is_empty()
-                && let Err(e) = self.records.remove(name.as_str())
-            {
-                log::error!("cannot forget disk {name}: {e}");
+            // Nobody could change anything, so what was remembered still holds.
+            let put_back = match &before {
+                Some(before) => self.records.put([before]),
+                None => self.records.remove(name.as_str()),
+            };
+            if let Err(e) = put_back {
+                log::error!("disk {name}: its record cannot be put back: {e}");
             }
             let message = format!("disk {name}: cannot serve {}: {e}", socket.display());
             ApiError::new(ErrorCode::Conflict, message)
