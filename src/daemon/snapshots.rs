@@ -306,8 +306,18 @@ impl Manager {
             locked(&entry.record).deleting = false;
             return Err(e);
         }
-        drop(locked(&entry.server).take());
-        self.start_retire(disk, entry)
+        match self.start_retire(disk, entry) {
+            Ok(job) => {
+                drop(locked(&entry.server).take());
+                Ok(job)
+            }
+            Err(refused) => {
+                // It is still whole and served.
+                locked(&entry.record).deleting = false;
+                self.persist(std::slice::from_ref(disk))?;
+                Err(refused)
+            }
+        }
     }
 
     fn start_retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
