@@ -104,11 +104,8 @@ impl Client {
     /// All bytes of the disk.
     #[track_caller]
     pub(crate) fn read_all(&mut self) -> Vec<u8> {
-        let (mut all, sectors, step) = (Vec::with_capacity(self.size as usize), self.sectors(), SLOT / SECTOR);
-        for from in (0..sectors).step_by(step) {
-            all.extend(self.read(from..(from + step).min(sectors)));
-        }
-        all
+        let sectors = self.sectors();
+        self.read(0..sectors)
     }
 }
 
@@ -208,9 +205,14 @@ impl Queue {
 
     #[track_caller]
     pub(crate) fn read(&mut self, sectors: Range<usize>) -> Vec<u8> {
-        self.submit_read(0, sectors.clone());
-        assert_eq!(self.wait_one(), (0, 0), "read of {sectors:?}");
-        self.bytes(0, sectors.len() * SECTOR).to_vec()
+        let (mut all, step) = (Vec::new(), SLOT / SECTOR);
+        for from in sectors.clone().step_by(step) {
+            let part = from..sectors.end.min(from + step);
+            self.submit_read(0, part.clone());
+            assert_eq!(self.wait_one(), (0, 0), "read of {part:?}");
+            all.extend_from_slice(self.bytes(0, part.len() * SECTOR));
+        }
+        all
     }
 }
 
