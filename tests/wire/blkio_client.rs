@@ -1,0 +1,1 @@
+//! blkio: a vhost-user-blk client that somebody else wrote, against a byte array.
