@@ -132,7 +132,10 @@ fn rows() -> Vec<(&'static str, Message)> {
         ("SET_VRING_ADDR of queue 99", message(SET_VRING_ADDR, [u32s(&[99, 0]), u64s(&[0; 4])].concat())),
         ("SET_VRING_ADDR short", message(SET_VRING_ADDR, vec![0; 39])),
         ("SET_VRING_ADDR unknown flags", message(SET_VRING_ADDR, [u32s(&[0, 0x80]), u64s(&[0; 4])].concat())),
-        ("SET_VRING_ADDR descriptors misaligned", message(SET_VRING_ADDR, [u32s(&[0, 0]), u64s(&[8, 0, 0, 0])].concat())),
+        (
+            "SET_VRING_ADDR descriptors misaligned",
+            message(SET_VRING_ADDR, [u32s(&[0, 0]), u64s(&[8, 0, 0, 0])].concat()),
+        ),
         ("SET_VRING_ADDR used misaligned", message(SET_VRING_ADDR, [u32s(&[0, 0]), u64s(&[0, 2, 0, 0])].concat())),
         ("SET_VRING_ADDR avail misaligned", message(SET_VRING_ADDR, [u32s(&[0, 0]), u64s(&[0, 0, 1, 0])].concat())),
         ("SET_VRING_KICK of queue 99", with(message(SET_VRING_KICK, u64s(&[99])), 1)),
@@ -188,7 +191,7 @@ fn messages() {
     let expected = server.image.content();
     drop(Guest::new(&server.socket(), 1));
     server.wait_idle();
-    let (descriptors, threads_before) = (open_descriptors(), threads());
+    let (descriptors, threads_before) = (settled_descriptors(), threads());
     let rows = rows();
     for (name, message) in &rows {
         let guest = Guest::with(&server.socket(), 0, 0);
@@ -212,7 +215,7 @@ fn messages() {
         drop(sane);
         server.wait_idle();
         until("threads end", || threads() == threads_before);
-        assert_eq!(open_descriptors(), descriptors, "{name}: descriptors leak");
+        until(&format!("{name}: descriptors are closed"), || open_descriptors() == descriptors);
     }
     println!("messages: {} rows", rows.len());
 }
@@ -224,9 +227,9 @@ fn disconnect_at_every_byte_of_every_message() {
     let server = TestServer::new(1, false);
     drop(Guest::new(&server.socket(), 1));
     server.wait_idle();
-    let descriptors = open_descriptors();
     let region = memfd(1 << 20).unwrap();
     let event = EventFd::new(0).unwrap();
+    let descriptors = settled_descriptors();
     let set_up = [
         message(GET_FEATURES, vec![]),
         message(SET_OWNER, vec![]),
@@ -278,7 +281,7 @@ fn a_thousand_connects_a_second() {
     let server = TestServer::new(1, false);
     drop(Guest::new(&server.socket(), 1));
     server.wait_idle();
-    let (descriptors, threads_before) = (open_descriptors(), threads());
+    let (descriptors, threads_before) = (settled_descriptors(), threads());
     let began = Instant::now();
     for i in 0..1000 {
         let stream = UnixStream::connect(server.socket()).unwrap();
@@ -297,9 +300,7 @@ fn a_thousand_connects_a_second() {
         UnixStream::connect(server.socket()).is_ok() && !server.handle.is_connected()
     });
     Guest::new(&server.socket(), 1).read_sectors(0, 512);
-    until("descriptors and threads are gone", || {
-        open_descriptors() == descriptors && threads() == threads_before
-    });
+    until("descriptors and threads are gone", || open_descriptors() == descriptors && threads() == threads_before);
     println!("a thousand connects in {took:?}");
     assert!(took < Duration::from_secs(2));
 }

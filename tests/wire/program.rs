@@ -48,6 +48,7 @@ impl Drop for Program {
 
 #[test]
 fn capabilities_are_printed() {
+    let _alone = alone();
     let output = Command::new(PROGRAM).arg("--print-capabilities").output().unwrap();
     assert!(output.status.success());
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -56,6 +57,7 @@ fn capabilities_are_printed() {
 
 #[test]
 fn usage_is_checked() {
+    let _alone = alone();
     for arguments in [&[][..], &["--socket-path", "x"], &["--blk-file", "x"], &["--fd", "3", "--socket-path", "x"]] {
         assert_eq!(Command::new(PROGRAM).args(arguments).output().unwrap().status.code(), Some(2), "{arguments:?}");
     }
@@ -101,7 +103,8 @@ fn it_ends_with_the_frontend_of_an_inherited_descriptor() {
     let inherited = stream.as_raw_fd();
     // SAFETY: dup2 is async-signal-safe, and the descriptor is open in the parent until after the spawn.
     unsafe {
-        command.pre_exec(move || if libc::dup2(inherited, 9) == 9 { Ok(()) } else { Err(std::io::Error::last_os_error()) })
+        command
+            .pre_exec(move || if libc::dup2(inherited, 9) == 9 { Ok(()) } else { Err(std::io::Error::last_os_error()) })
     };
     let mut child = command.spawn().unwrap();
     drop(stream);

@@ -239,9 +239,25 @@ pub fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// This process's threads.
+/// The same, once what was dropped before has closed its own.
+pub fn settled_descriptors() -> usize {
+    until("threads end", || threads() <= 1);
+    let mut last = open_descriptors();
+    let mut same = 0;
+    while same < 20 {
+        std::thread::sleep(Duration::from_millis(1));
+        let now = open_descriptors();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    last
+}
+
+/// The server's threads in this process, by their names.
 pub fn threads() -> usize {
-    std::fs::read_dir("/proc/self/task").unwrap().count()
+    let is_ours = |name: &str| name.starts_with("vu-") || name.starts_with("serve-") || name.trim_end() == "q0";
+    let name = |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.ok()?.path().join("comm")).ok();
+    std::fs::read_dir("/proc/self/task").unwrap().filter_map(name).filter(|n| is_ours(n)).count()
 }
 
 /// A file in memory, as frontends share.
