@@ -37,7 +37,7 @@ fn answers(queue: &mut Blkioq, n: usize) -> Vec<(usize, i32)> {
     out[..got].iter().map(|c| unsafe { c.assume_init_ref() }).map(|c| (c.user_data, c.ret)).collect()
 }
 
-fn slice(region: &MemoryRegion, index: usize) -> &mut [u8] {
+fn slice<'a>(region: MemoryRegion, index: usize) -> &'a mut [u8] {
     assert!((index + 1) * BUFFER <= region.len);
     // SAFETY: the region is mapped until it is freed; tests use one slice at a time, with no request on it.
     unsafe { std::slice::from_raw_parts_mut((region.addr + index * BUFFER) as *mut u8, BUFFER) }
@@ -61,7 +61,7 @@ fn random_requests_against_a_byte_array() {
             let queue = &mut queues[(i + round) % 4];
             let len = 512 * (1 + random.below(16) as usize);
             let at = i * part + 512 * random.below(((part - len) / 512) as u64) as usize;
-            let buffer = slice(&memory, i);
+            let buffer = slice(memory, i);
             match random.below(10) {
                 0..4 => {
                     queue.read(at as u64, buffer.as_mut_ptr(), len, i, ReqFlags::empty());
@@ -89,7 +89,7 @@ fn random_requests_against_a_byte_array() {
             assert!(answers(queue, mine).iter().all(|(_, ret)| *ret == 0), "round {round}");
         }
         for (i, at, len) in reads {
-            assert!(slice(&memory, i)[..len] == expected[at..at + len], "round {round}: read of {len} at {at}");
+            assert!(slice(memory, i)[..len] == expected[at..at + len], "round {round}: read of {len} at {at}");
         }
     }
     assert!(server.image.content() == expected);
@@ -106,7 +106,7 @@ fn vectored_requests() {
     for i in 0..50 {
         let segments = 1 + random.below(100) as usize;
         let at = 512 * random.below(1000) as usize;
-        let buffer = slice(&memory, 0);
+        let buffer = slice(memory, 0);
         random.fill(buffer);
         let pieces: Vec<iovec> = (0..segments)
             .map(|s| iovec { iov_base: buffer[s % 16 * 512..].as_mut_ptr().cast(), iov_len: 512 })
@@ -122,7 +122,7 @@ fn vectored_requests() {
         assert_eq!(answers(&mut queues[0], 1), [(0, 0)]);
         if i % 2 == 1 {
             let len = segments.min(16) * 512;
-            assert!(slice(&memory, 0)[..len] == expected[at..at + len]);
+            assert!(slice(memory, 0)[..len] == expected[at..at + len]);
         }
     }
     assert!(server.image.content() == expected);
@@ -140,9 +140,9 @@ fn a_read_only_disk() {
     server.wait_idle();
     let (mut blkio, mut queues) = connect(&server.socket(), 1, true);
     let memory = region(&mut blkio, BUFFER);
-    queues[0].read(0, slice(&memory, 0).as_mut_ptr(), 4096, 0, ReqFlags::empty());
+    queues[0].read(0, slice(memory, 0).as_mut_ptr(), 4096, 0, ReqFlags::empty());
     assert_eq!(answers(&mut queues[0], 1), [(0, 0)]);
-    assert!(slice(&memory, 0)[..4096] == expected[..4096]);
+    assert!(slice(memory, 0)[..4096] == expected[..4096]);
 }
 
 #[test]
@@ -154,9 +154,9 @@ fn coming_and_going_200_times() {
         let (mut blkio, mut queues) = connect(&server.socket(), 1 + (i % 2) as i32, false);
         let memory = region(&mut blkio, BUFFER);
         let at = i * 4096;
-        queues[0].read(at as u64, slice(&memory, 0).as_mut_ptr(), 4096, i, ReqFlags::empty());
+        queues[0].read(at as u64, slice(memory, 0).as_mut_ptr(), 4096, i, ReqFlags::empty());
         assert_eq!(answers(&mut queues[0], 1), [(i, 0)]);
-        assert!(slice(&memory, 0)[..4096] == expected[at..at + 4096]);
+        assert!(slice(memory, 0)[..4096] == expected[at..at + 4096]);
     }
     server.wait_idle();
     assert_eq!(server.observer.connected.load(SeqCst), 200);
@@ -176,7 +176,7 @@ fn regions_come_and_go_while_requests_run() {
         let mut reads = Vec::new();
         for i in 0..32 {
             let at = 512 * random.below(4000) as usize;
-            queues[0].read(at as u64, slice(&memory, i).as_mut_ptr(), 4096, i, ReqFlags::empty());
+            queues[0].read(at as u64, slice(memory, i).as_mut_ptr(), 4096, i, ReqFlags::empty());
             reads.push((i, at));
         }
         // Submit, and let them run while other regions change.
@@ -189,7 +189,7 @@ fn regions_come_and_go_while_requests_run() {
         }
         assert!(answers(&mut queues[0], 32).iter().all(|(_, ret)| *ret == 0), "round {round}");
         for (i, at) in reads {
-            assert!(slice(&memory, i)[..4096] == expected[at..at + 4096], "round {round}");
+            assert!(slice(memory, i)[..4096] == expected[at..at + 4096], "round {round}");
         }
     }
 }

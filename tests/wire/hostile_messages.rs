@@ -309,7 +309,8 @@ fn a_thousand_connects_a_second() {
 fn rings_cannot_change_while_they_run() {
     let _alone = alone();
     let server = TestServer::new(1, false);
-    let rows: &[(&str, fn(&mut Guest) -> vhost::Result<()>)] = &[
+    type Change = fn(&mut Guest) -> vhost::Result<()>;
+    let rows: &[(&str, Change)] = &[
         ("size", |g| vhost::VhostBackend::set_vring_num(&g.frontend, 0, 8)),
         ("base", |g| vhost::VhostBackend::set_vring_base(&g.frontend, 0, 0)),
         ("addresses", |g| {

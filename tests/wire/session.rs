@@ -372,3 +372,25 @@ fn requests_enter_the_epoch_of_their_moment() {
     assert!(server.clock.wait_drained(Epoch(0), Duration::from_secs(5)));
     assert_eq!(guest.used_index(0), 1, "the epoch drained before the request was answered");
 }
+
+#[test]
+fn an_idle_queue_sleeps() {
+    let _alone = alone();
+    let server = TestServer::new(1, false);
+    let mut guest = Guest::new(&server.socket(), 1);
+    guest.read_sectors(0, 512);
+    let worker = std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .map(|task| task.unwrap().path())
+        .find(|path| std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name == "q0\n"))
+        .unwrap();
+    let switches = || {
+        let status = std::fs::read_to_string(worker.join("status")).unwrap();
+        status.lines().filter(|l| l.contains("ctxt_switches")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    std::thread::sleep(Duration::from_millis(20));
+    let before = switches();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(switches(), before, "the worker woke up with nothing to do");
+    guest.read_sectors(0, 512);
+}
