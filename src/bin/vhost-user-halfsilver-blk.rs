@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{ArgGroup, Parser};
-use halfsilver::image::{Direct, FileImage, ImageError, ImageErrorKind, ImageOptions};
+use halfsilver::image::{Direct, FileImage, ImageErrorKind, ImageOptions};
 use halfsilver::mirror::{Attachment, Disk, Epoch, EpochClock};
 use halfsilver::vhost_user::{NoObserver, ServeOptions, ServerHandle, SocketSource, serve};
 
@@ -107,13 +107,14 @@ fn inherited(fd: RawFd) -> Result<OwnedFd, String> {
 }
 
 /// Around the page cache where the file system can.
-fn open(path: &Path, read_only: bool) -> Result<Attachment, ImageError> {
+fn open(path: &Path, read_only: bool) -> Result<Attachment, String> {
     let image = match FileImage::open(path, ImageOptions { direct: Direct::On, read_only }) {
         Err(e) if e.kind == ImageErrorKind::Unsuitable => {
-            FileImage::open(path, ImageOptions { direct: Direct::Off, read_only })?
+            FileImage::open(path, ImageOptions { direct: Direct::Off, read_only })
         }
-        other => other?,
+        other => other,
     };
-    let clock = EpochClock::new(Epoch(0));
-    Ok(Disk::plain(clock, Arc::new(image), read_only).attach_live())
+    let image = image.map_err(|e| e.to_string())?;
+    let disk = Disk::plain(EpochClock::new(Epoch(0)), Arc::new(image), read_only).map_err(|e| e.to_string())?;
+    Ok(disk.attach_live())
 }

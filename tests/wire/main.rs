@@ -13,5 +13,4 @@ mod program;
 mod ring;
 mod session;
 mod sigbus;
-mod speed;
 mod support;

@@ -202,7 +202,7 @@ impl TestServer {
         let handle = serve(ServeOptions {
             name: "test".to_owned(),
             socket: SocketSource::Path(dir.path().join("sock")),
-            attachment: Disk::plain(clock.clone(), image.clone(), read_only).attach_live(),
+            attachment: Disk::plain(clock.clone(), image.clone(), read_only).unwrap().attach_live(),
             queues,
             serial: SERIAL.to_owned(),
             observer: observer.clone(),
