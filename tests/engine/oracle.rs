@@ -14,7 +14,7 @@ use halfsilver::mirror::{
     Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
     Version,
 };
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::BlockIndex;
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
@@ -215,7 +215,6 @@ struct Run {
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
-    deleting: Rc<RefCell<Vec<Arc<Version>>>>,
     alignment: u32,
     faults: bool,
 }
@@ -252,7 +251,6 @@ impl Run {
             live_image,
             sectors,
             cuts: Vec::new(),
-            deleting: Rc::default(),
             alignment,
             faults,
         }
@@ -282,21 +280,10 @@ impl Run {
         if kind < 25 {
             let keys = world.borrow().arrays.iter().filter(|a| a.sees(epoch)).map(|a| a.key).collect();
             let id = world.borrow_mut().begin_read(keys, range.clone());
-            let clock = self.clock.clone();
             self.scheduler.spawn(async move {
                 let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(usize::try_from(len).unwrap()));
                 let done = live.execute(&queue, &ticket, Request::Read { at, into }).await;
                 let mut world = world.borrow_mut();
-                // A cut while it ran: the guest could not tell whether it came before or after.
-                let live_key = world.arrays.last().unwrap().key;
-                if clock.current() != epoch
-                    && let Some(w) = world.watches.iter().position(|w| w.id == id)
-                {
-                    let live = world.arrays.iter().find(|a| a.key == live_key).unwrap().sectors.clone();
-                    let watch = &mut world.watches[w];
-                    let first = watch.first;
-                    watch.allowed.iter_mut().enumerate().for_each(|(i, a)| a.extend(&live[first + i]));
-                }
                 match done {
                     Ok(()) => world.end_read(id, &memory.to_vec(), "live read"),
                     Err(e) => world.fail(format!("live read failed: {e}")),
@@ -370,8 +357,10 @@ impl Run {
         frozen.ended = Some(cut.ended);
         frozen.version = Some(cut.frozen[0].clone());
         frozen.image = Some(image);
-        live.key = key;
+        let old_key = std::mem::replace(&mut live.key, key);
         world.arrays.push(live);
+        // A read that runs across the cut: the guest cannot tell whether it came before or after.
+        world.watches.iter_mut().filter(|w| w.keys.contains(&old_key)).for_each(|w| w.keys.push(key));
         self.cuts.push((cut.ended, cut.frozen[0].clone()));
     }
 
