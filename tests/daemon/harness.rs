@@ -181,7 +181,7 @@ impl Daemon {
         self.signal(libc::SIGTERM);
     }
 
-    fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: kill touches no memory; the child is ours and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.pid() as i32, signal) }, 0);
     }
