@@ -66,6 +66,8 @@ impl ChainEditor {
             frozen.push(disk.publish_copy_on_write(prepared, began));
             if planted::is(Defect::CutPerDisk) {
                 self.clock.advance()?;
+                // Long enough for whole writes of a running guest; a real defect has all the time there is.
+                std::thread::sleep(std::time::Duration::from_millis(1));
             }
         }
         if !planted::is(Defect::CutPerDisk) {

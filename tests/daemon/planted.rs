@@ -5,10 +5,10 @@ use std::panic::catch_unwind;
 use crate::harness::{PLANT, from_env, seeds};
 use crate::{chain, oracle};
 
-/// What the oracle can be expected to see in a few seconds of real time; races of single instructions are for the
-/// model tests, and single schedules for the engine's.
-const BY_THE_ORACLE: [&str; 5] =
-    ["NoBlockLock", "BitAfterOverwrite", "DrainNotMirrored", "DiscardAtOnce", "DeleteWithoutHandover"];
+/// What the oracle can be expected to see in a few seconds of real time. Races of single instructions are for the model
+/// tests. That a draining write reaches the older version's copy cannot be seen from outside at all: a write that was on
+/// its way at the cut may belong to the snapshot or not.
+const BY_THE_ORACLE: [&str; 4] = ["NoBlockLock", "BitAfterOverwrite", "DiscardAtOnce", "DeleteWithoutHandover"];
 
 fn noticed(defect: &str, run: impl Fn(u64) + std::panic::RefUnwindSafe) -> bool {
     PLANT.set(Some(defect.to_owned()));

@@ -443,3 +443,59 @@ fn at_whatever_moment_it_ends_nothing_is_left_lying_about() {
         daemon.assert_only_disks_left();
     }
 }
+
+#[test]
+fn a_disk_that_cannot_be_served_costs_neither_the_others_nor_its_snapshots() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let image = daemon.make_image("vm1", SIZE);
+    daemon.send("PUT", "/v1/disks/vm1", &json!({ "path": image }).to_string()).ok();
+    daemon.client("vm1").write(0..10, 1);
+    daemon.snapshot("a", &["vm0", "vm1"]);
+    daemon.client("vm1").write(0..10, 2);
+    daemon.stop();
+    let away = daemon.path("away");
+    std::fs::rename(&image, &away).unwrap();
+    daemon.start();
+    assert_eq!(daemon.state("vm0@a"), "quiesced");
+    assert!(!daemon.socket("vm1").exists() && !daemon.socket("vm1@a").exists());
+    assert!(daemon.snapshot_image("vm1@a").exists(), "{}", daemon.log_text());
+    daemon.stop();
+    std::fs::rename(&away, &image).unwrap();
+    daemon.start();
+    assert_eq!(tags(&daemon.reader("vm1@a").read(8..12)), [1, 1, 0, 0]);
+    for reference in ["vm0@a", "vm1@a"] {
+        daemon.delete(reference);
+    }
+    daemon.assert_only_disks_left();
+}
+
+#[test]
+fn a_configuration_may_change_between_starts() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "queues=1");
+    daemon.client("vm0").write(0..10, 1);
+    daemon.snap("a");
+    daemon.client("vm0").write(0..10, 2);
+    daemon.stop();
+    daemon.forget_args();
+    daemon.arg_disk("vm0", "queues=3,serial=new,direct=off");
+    daemon.start();
+    assert_eq!(daemon.show_disk("vm0")["queues"], 3);
+    assert_eq!(daemon.reader("vm0@a").tag(9), 1);
+    daemon.stop();
+    // With another block size the snapshot's table would mean something else.
+    daemon.forget_args();
+    daemon.arg_disk("vm0", "block-size=8K");
+    let refusal = daemon.refused_start();
+    assert!(refusal.contains("vm0 is remembered with 1 snapshots"), "{refusal}");
+    daemon.forget_args();
+    daemon.start();
+    assert_eq!(daemon.reader("vm0@a").tag(9), 1);
+    daemon.delete("vm0@a");
+    daemon.stop();
+    daemon.arg_disk("vm0", "block-size=8K");
+    daemon.start();
+    assert_eq!((&daemon.show_disk("vm0")["block_size"], daemon.client("vm0").tag(9)), (&json!(8192), 2));
+    daemon.stop();
+    daemon.start();
+    daemon.assert_only_disks_left();
+}
