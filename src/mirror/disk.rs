@@ -101,6 +101,16 @@ impl Disk {
         Disk::with_chain(clock, options, vec![Link { version, layer }])
     }
 
+    /// A disk on one raw image with 4 KiB blocks, of which nothing is remembered: for programs that only serve.
+    ///
+    /// # Errors
+    /// When address space runs out.
+    pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
+        let block_bytes = 4096;
+        let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
+        Ok(Disk::new(clock, DiskOptions { image, block_bytes, read_only, discards }))
+    }
+
     /// A disk with the versions that it had before, oldest first.
     #[must_use]
     pub fn with_chain(clock: EpochClock, options: DiskOptions, links: Vec<Link>) -> Arc<Disk> {

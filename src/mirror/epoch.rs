@@ -47,7 +47,8 @@ impl std::fmt::Display for Epoch {
 /// How many epochs may be draining at once; a cut beyond that is refused, so that a count's slot is never reused
 /// while somebody is still in it.
 pub const EPOCHS_DRAINING_MAX: u64 = 63;
-const SLOTS: usize = EPOCHS_DRAINING_MAX as usize + 1;
+const SLOTS: usize = 64;
+const _: () = assert!(EPOCHS_DRAINING_MAX == SLOTS as u64 - 1);
 
 fn slot(epoch: Epoch) -> usize {
     usize::try_from(epoch.0 % SLOTS as u64).expect("less than SLOTS")

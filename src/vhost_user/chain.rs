@@ -86,6 +86,15 @@ impl RawChain {
         self.readable = 0;
         self.status = None;
         let mut flaw = None;
+        let walked = self.walk(ring, head, &mut flaw);
+        if walked.is_err() {
+            // The end was not found, so what was seen last is not the status.
+            self.status = None;
+        }
+        walked.and(flaw.map_or(Ok(()), Err))
+    }
+
+    fn walk(&mut self, ring: &Ring, head: u16, flaw: &mut Option<ChainFault>) -> Result<(), ChainFault> {
         let mut index = head;
         for _ in 0..ring.setup().entries {
             let d = ring.descriptor(index).ok_or(ChainFault::IndexOutOfRange)?;
@@ -94,12 +103,11 @@ impl RawChain {
                 if flags & NEXT != 0 {
                     return Err(ChainFault::IndirectAndNext);
                 }
-                self.read_indirect(ring, &d, &mut flaw)?;
-                return self.finish(flaw);
+                return self.read_indirect(ring, &d, flaw);
             }
-            self.add(&d, &mut flaw);
+            self.add(&d, flaw);
             if flags & NEXT == 0 {
-                return self.finish(flaw);
+                return Ok(());
             }
             index = d.next;
         }
@@ -169,10 +177,6 @@ impl RawChain {
         if !is_writable {
             self.readable = self.pieces.len();
         }
-    }
-
-    fn finish(&self, flaw: Option<ChainFault>) -> Result<(), ChainFault> {
-        flaw.map_or(Ok(()), Err)
     }
 }
 

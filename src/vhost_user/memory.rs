@@ -79,6 +79,11 @@ impl Region {
         if !spec.file_offset.is_multiple_of(PAGE_BYTES) {
             return Err(MemoryError::Misaligned(spec.file_offset));
         }
+        // A mapping behind the end of a file is allowed, and every touch of it a SIGBUS.
+        let meta = file.metadata().map_err(|e| MemoryError::Map(e.to_string()))?;
+        if meta.is_file() && meta.len() < spec.file_offset + spec.size_bytes {
+            return Err(MemoryError::Map(format!("its file has only {} bytes", meta.len())));
+        }
         let mapping = MmapRegion::from_file(FileOffset::new(file, spec.file_offset), len)
             .map_err(|e| MemoryError::Map(e.to_string()))?;
         let guard = Guarded::new(mapping.as_ptr(), len).map_err(|e| MemoryError::Map(e.to_string()))?;

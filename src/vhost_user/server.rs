@@ -6,7 +6,6 @@
 //! - After [`ServerHandle::stop`] every request is done, no thread is left, and the socket is gone.
 //! - Counters outlive connections.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -28,12 +27,10 @@ use crate::mirror::Attachment;
 /// Frontends at once. The session has no state outside itself, so this is policy: two guests on one disk would not
 /// know of each other.
 const FRONTENDS_MAX: usize = 1;
-/// Frontends that may wait for one that is hanging up.
-const WAITING_MAX: usize = 16;
 /// How long a message that is being handled may take to end by itself when the server stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to leave the socket alone when the system has no descriptors left.
-const ACCEPT_PAUSE_MS: i32 = 100;
+const PAUSE_MS: i32 = 100;
 
 /// Where frontends come from.
 #[derive(Debug)]
@@ -250,7 +247,8 @@ struct Server {
     once: bool,
     epoll: OwnedFd,
     active: Vec<Connection>,
-    waiting: VecDeque<UnixStream>,
+    // A frontend that waits for one that is hanging up; those behind it stay in the socket's backlog.
+    waiting: Option<UnixStream>,
     complaints: RateLimit,
     served: usize,
 }
@@ -272,7 +270,7 @@ impl Server {
             once,
             epoll,
             active: Vec::new(),
-            waiting: VecDeque::new(),
+            waiting: None,
             complaints: RateLimit::default(),
             served: 0,
         };
@@ -284,13 +282,15 @@ impl Server {
     }
 
     fn watch(&self, fd: RawFd) -> io::Result<()> {
-        let event = epoll::Event::new(epoll::Events::EPOLLIN, u64::from(fd.unsigned_abs()));
+        // Edge-triggered: a connection that we leave in the backlog for now must not keep us awake.
+        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, u64::from(fd.unsigned_abs()));
         epoll::ctl(self.epoll.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd, event)
     }
 
     fn run(&mut self) -> io::Result<()> {
+        let mut timeout_ms = -1;
         loop {
-            self.sleep(-1)?;
+            self.sleep(timeout_ms)?;
             self.reap();
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(());
@@ -298,12 +298,12 @@ impl Server {
             if self.once && self.served > 0 && self.active.is_empty() {
                 return Ok(());
             }
-            while self.active.len() < FRONTENDS_MAX
-                && let Some(stream) = self.waiting.pop_front()
+            if self.active.len() < FRONTENDS_MAX
+                && let Some(stream) = self.waiting.take()
             {
                 self.start(stream);
             }
-            self.accept_all()?;
+            timeout_ms = if self.accept_all() { -1 } else { PAUSE_MS };
         }
     }
 
@@ -320,36 +320,32 @@ impl Server {
         }
     }
 
-    fn accept_all(&mut self) -> io::Result<()> {
-        loop {
-            let Some(socket) = &self.socket else { return Ok(()) };
+    /// Takes what wants to connect. False when the system would not let us, so that we must come again.
+    fn accept_all(&mut self) -> bool {
+        while let Some(socket) = self.socket.as_ref().filter(|_| self.waiting.is_none()) {
             match socket.listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
                 Err(e) => {
+                    // No descriptors left, most likely. The connection stays in the backlog.
                     if self.complaints.allows() {
                         log::warn!("{}: cannot accept a connection: {e}", self.context.name);
                     }
-                    // The connection stays in the backlog; without a pause this would spin.
-                    std::thread::sleep(Duration::from_millis(u64::from(ACCEPT_PAUSE_MS.unsigned_abs())));
-                    return Ok(());
+                    return false;
                 }
             }
         }
+        true
     }
 
     fn admit(&mut self, stream: UnixStream) {
         self.reap();
-        if self.active.len() < FRONTENDS_MAX && self.waiting.is_empty() {
-            return self.start(stream);
-        }
-        // Waits behind one that is hanging up, or behind others that do.
-        let has_hope = !self.waiting.is_empty() || self.active.iter().any(Connection::is_leaving);
-        if has_hope && self.waiting.len() < WAITING_MAX {
-            return self.waiting.push_back(stream);
-        }
-        if self.complaints.allows() {
+        if self.active.len() < FRONTENDS_MAX {
+            self.start(stream);
+        } else if self.active.iter().any(Connection::is_leaving) {
+            self.waiting = Some(stream);
+        } else if self.complaints.allows() {
             log::warn!("{}: refused a frontend: another one is connected", self.context.name);
         }
     }
@@ -384,7 +380,7 @@ impl Server {
     /// Ends all sessions, as gently as they let us.
     fn finish(&mut self) {
         self.socket = None;
-        self.waiting.clear();
+        self.waiting = None;
         // No further message is read, but the answer to one that is being handled still goes out.
         self.active.iter().for_each(|c| c.shut(std::net::Shutdown::Read));
         let patience = Instant::now() + STOP_PATIENCE;
@@ -394,7 +390,7 @@ impl Server {
                 forced = true;
                 self.active.iter().for_each(|c| c.shut(std::net::Shutdown::Both));
             }
-            if let Err(e) = self.sleep(ACCEPT_PAUSE_MS) {
+            if let Err(e) = self.sleep(PAUSE_MS) {
                 log::error!("{}: cannot wait for the end of a session: {e}", self.context.name);
                 std::thread::sleep(STOP_PATIENCE);
             }

@@ -105,10 +105,12 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel passes one siginfo_t that lives for the time of the handler.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     // Positive codes come from the kernel for a fault; others were sent by a process and have no address.
-    if code > 0 && cover(address) {
-        return;
+    if code <= 0 {
+        // What was there before counts on the fault to happen again, which this one will not.
+        end_by(signal);
+    } else if !cover(address) {
+        pass_on(signal, info, context);
     }
-    pass_on(signal, info, context);
 }
 
 /// Lays zero pages over the registered mapping that `address` lies in. Async-signal-safe.
@@ -157,13 +159,16 @@ fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) 
                 handler(signal);
             }
         }
-        _ => {
-            // SAFETY: both calls are async-signal-safe. With the default action in place, returning repeats the fault,
-            // and raise repeats a signal that was sent; either ends the process as it would have without us.
-            unsafe {
-                libc::signal(signal, libc::SIG_DFL);
-                libc::raise(signal);
-            }
-        }
+        _ => end_by(signal),
+    }
+}
+
+/// Has the signal end the process as it would have without us.
+fn end_by(signal: i32) {
+    // SAFETY: both calls are async-signal-safe. The default action is in place when the handler returns, and only then
+    // is the raised signal delivered.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
     }
 }

@@ -1,6 +1,9 @@
 //! The engine in process: simulated images, deterministic schedules, and one byte array a version as the specification.
 
+#![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
+
 mod oracle;
+mod rules;
 mod sim;
 
 #[cfg(feature = "planted")]

@@ -14,7 +14,7 @@ use halfsilver::mirror::{
     Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
     Version,
 };
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::BlockIndex;
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
@@ -215,7 +215,6 @@ struct Run {
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
-    deleting: Rc<RefCell<Vec<Arc<Version>>>>,
     alignment: u32,
     faults: bool,
 }
@@ -252,7 +251,6 @@ impl Run {
             live_image,
             sectors,
             cuts: Vec::new(),
-            deleting: Rc::default(),
             alignment,
             faults,
         }

@@ -222,21 +222,41 @@ class Snapshots(GuestTest):
         load.phase("during")
         known_after = load.marks()
         load.require_progress()
-        for end in (daemon.stop, daemon.kill):
-            end()
-            daemon.start()
-            load.require_progress()
-            snapshot = kit.eventually("the snapshot is served again",
-                                      lambda: (s := daemon.snapshot_show(disk, "daily")).state == "quiesced" and
-                                      s.socket.exists() and s)
-            copy = kit.back_up(self.workspace, snapshot, disk.path.stat().st_size)
-            kit.judge_image(self.workspace, copy, SEED, finished_before, known_after)
+        daemon.stop()
+        daemon.start()
+        load.require_progress()
+        snapshot = kit.eventually("the snapshot is served again",
+                                  lambda: (s := daemon.snapshot_show(disk, "daily")).state == "quiesced" and
+                                  s.socket.exists() and s)
+        copy = kit.back_up(self.workspace, snapshot, disk.path.stat().st_size)
+        kit.judge_image(self.workspace, copy, SEED, finished_before, known_after)
         load.stop()
         guest.verify("/mnt", SEED, load.marks())
         guest.require_no_io_errors()
         guest.power_off()
         daemon.snapshot_delete(disk, "daily")
         daemon.stop()
+
+    def test_snapshot_is_not_vouched_for_after_the_daemon_was_killed(self):
+        disk = self.data_disk(queues=2)
+        daemon = self.daemon(disk, needs="keeps_snapshots")
+        guest = self.guest(daemon, disk, cpus=2)
+        guest.mount("/dev/vda")
+        load = guest.start_load("/mnt", SEED)
+        load.require_progress()
+        snapshot = daemon.snapshot_create(disk, "daily")
+        load.require_progress()
+        finished = load.marks()
+        daemon.kill()
+        guest.kill()
+        daemon.start()
+        after = daemon.snapshot_show(disk, "daily")
+        require(after.state == "broken", f"after SIGKILL the snapshot is {after.state}")
+        require(not snapshot.socket.exists(), "a snapshot that nobody vouches for is served")
+        daemon.snapshot_delete(disk, "daily")
+        require(daemon.snapshots() == [], "the broken snapshot cannot be deleted")
+        daemon.stop()
+        kit.judge_image(self.workspace, disk.path, SEED, finished)
 
     def test_image_of_the_frozen_disk_is_refused_to_other_writers(self):
         disk = self.data_disk(ext4=False)

@@ -5,6 +5,8 @@
 //! Not checked here: weak memory (the scheduler is sequentially consistent; the fences and orderings are argued in
 //! `src/mirror/epoch.rs`), and rules 4 to 6, which `tests/engine/defects.rs` shows on one thread.
 
+#![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
+
 mod cut;
 mod locks;
 

@@ -1,0 +1,210 @@
+//! Single rules of the mirror, step by step, each with the one situation that it is about.
+
+use std::sync::Arc;
+
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::mirror::{
+    BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request, RequestError,
+    Targets, Ticket, Version, VersionId,
+};
+use halfsilver::store::BlockIndex;
+
+use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
+
+const BLOCK: usize = 4096;
+const BLOCKS: usize = 4;
+
+/// A disk of four blocks, its frozen images, and a scheduler that runs each request to its end.
+struct Bench {
+    clock: EpochClock,
+    editor: ChainEditor,
+    disk: Arc<Disk>,
+    live: SimImage,
+    queue: IoQueue,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        sim::reset();
+        let live = SimImage::new("live", BLOCKS * BLOCK, 512);
+        let clock = EpochClock::new(Epoch(1));
+        let discards = Disk::table_in_memory((BLOCKS * BLOCK) as u64, 4096).unwrap();
+        let options = DiskOptions { image: Arc::new(live.clone()), block_bytes: 4096, read_only: false, discards };
+        let disk = Disk::new(clock.clone(), options);
+        Bench { editor: ChainEditor::new(clock.clone()), clock, disk, live, queue: IoQueue::simulated() }
+    }
+
+    fn ticket(&self) -> Ticket {
+        self.clock.lane().enter()
+    }
+
+    fn cut(&self) -> (Cut, SimImage) {
+        let image = SimImage::new("frozen", BLOCKS * BLOCK, 512);
+        let prepared = PreparedSnapshot {
+            disk: self.disk.clone(),
+            image: Arc::new(image.clone()),
+            table: Arc::new(Disk::table_in_memory((BLOCKS * BLOCK) as u64, 4096).unwrap()),
+            new_live: VersionId::new_v4(),
+        };
+        (self.editor.cut(vec![prepared]).unwrap(), image)
+    }
+
+    fn request(&self, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
+        self.on(self.disk.attach_live(), ticket, request)
+    }
+
+    fn on(
+        &self,
+        attachment: halfsilver::mirror::Attachment,
+        ticket: &Ticket,
+        request: Request,
+    ) -> Result<(), RequestError> {
+        let ticket = ticket.again();
+        let answer = std::rc::Rc::new(std::cell::RefCell::new(None));
+        let (put, queue) = (answer.clone(), self.queue.clone());
+        let mut scheduler = Scheduler::default();
+        scheduler.spawn(async move {
+            let done = attachment.execute(&queue, &ticket, request).await;
+            *put.borrow_mut() = Some(done);
+        });
+        assert!(scheduler.settle(&mut Rng::new(7)), "the request hangs");
+        answer.borrow_mut().take().expect("the request has ended")
+    }
+
+    fn write(&self, ticket: &Ticket, sectors: std::ops::Range<usize>, fill: u8) {
+        let mut data = AlignedBuf::zeroed(sectors.len() * SECTOR);
+        data.fill(fill);
+        let at = ByteOffset((sectors.start * SECTOR) as u64);
+        let request = Request::Write { at, from: GuestBuf::from_owned(data).0, durable: false };
+        self.request(ticket, request).unwrap();
+    }
+
+    /// The first byte of each sector of a frozen version.
+    fn frozen(&self, version: &Version) -> Result<Vec<u8>, RequestError> {
+        let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCKS * BLOCK));
+        let read = Request::Read { at: ByteOffset(0), into };
+        self.on(self.disk.attach_frozen(version.id), &self.ticket(), read)?;
+        Ok(memory.to_vec().chunks(SECTOR).map(|s| s[0]).collect())
+    }
+
+    fn live(&self) -> Vec<u8> {
+        self.live.bytes().chunks(SECTOR).map(|s| s[0]).collect()
+    }
+}
+
+#[test]
+fn a_first_write_saves_exactly_its_block() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (cut, frozen) = bench.cut();
+    bench.write(&bench.ticket(), 9..10, 2);
+    assert_eq!(frozen.sectors_in_use(), 8, "one block of eight sectors is saved, no more");
+    assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), vec![1; 32]);
+    bench.write(&bench.ticket(), 8..16, 3);
+    assert_eq!(frozen.sectors_in_use(), 8, "and it is saved once");
+    assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), vec![1; 32]);
+}
+
+#[test]
+fn a_write_is_saved_once_however_many_snapshots_there_are() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let cuts: Vec<_> = (0..5).map(|_| bench.cut()).collect();
+    bench.write(&bench.ticket(), 0..8, 2);
+    let used: Vec<usize> = cuts.iter().map(|(_, image)| image.sectors_in_use()).collect();
+    assert_eq!(used, [0, 0, 0, 0, 8], "only the nearest older version keeps the block");
+    for (cut, _) in &cuts {
+        assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), vec![1; 32], "older ones read through newer ones");
+    }
+}
+
+#[test]
+fn holes_stay_holes() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..8, 1);
+    let (cut, frozen) = bench.cut();
+    bench.write(&bench.ticket(), 0..32, 2);
+    assert_eq!(frozen.sectors_in_use(), 8, "blocks that were never written take no room when they are saved");
+    let mut expected = vec![1; 8];
+    expected.resize(32, 0);
+    assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), expected);
+}
+
+/// Source 002 [0051], figures 22, 23 and 27 (block 2701): the draining write reaches both versions, and nothing else
+/// of either changes.
+#[test]
+fn a_draining_write_onto_a_block_that_a_newer_write_took_reaches_both_versions() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let old = bench.ticket();
+    let (cut, _) = bench.cut();
+    bench.write(&bench.ticket(), 2..4, 9);
+    bench.write(&old, 4..6, 5);
+    drop(old);
+    let sectors = |changes: &[(usize, u8)]| {
+        let mut all = vec![1u8; 32];
+        changes.iter().for_each(|(at, fill)| all[*at] = *fill);
+        all
+    };
+    assert!(bench.clock.is_drained(cut.ended));
+    assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), sectors(&[(4, 5), (5, 5)]));
+    assert_eq!(bench.live(), sectors(&[(2, 9), (3, 9), (4, 5), (5, 5)]));
+}
+
+#[test]
+fn a_version_drains_exactly_as_long_as_a_request_of_its_epoch_runs() {
+    let bench = Bench::new();
+    let old = bench.ticket();
+    let (cut, _) = bench.cut();
+    assert!(!bench.clock.is_drained(cut.ended));
+    let also_old = old.again();
+    drop(old);
+    assert!(!bench.clock.is_drained(cut.ended));
+    let new = bench.ticket();
+    drop(also_old);
+    assert!(bench.clock.is_drained(cut.ended), "requests of the new epoch are not waited for");
+    drop(new);
+}
+
+#[test]
+fn trouble_on_the_frozen_image_breaks_that_version_only() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (older, _) = bench.cut();
+    let (newer, image) = bench.cut();
+    image.fail_writes(libc::ENOSPC, 0);
+    bench.write(&bench.ticket(), 0..8, 2);
+    assert_eq!(bench.live()[0], 2, "the guest's write is done");
+    assert!(newer.frozen[0].broken().is_some_and(|why| why.contains("No space")));
+    assert!(matches!(bench.frozen(&newer.frozen[0]), Err(RequestError::Broken(_))));
+    assert_eq!(bench.frozen(&older.frozen[0]).unwrap(), vec![1; 32], "the older one keeps its own copy then");
+}
+
+#[test]
+fn a_discard_waits_until_nobody_reads_the_block() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (cut, _) = bench.cut();
+    let discard = Request::Discard { at: ByteOffset(0), len: (2 * BLOCK) as u64 };
+    bench.request(&bench.ticket(), discard).unwrap();
+    assert_eq!(bench.disk.discards().count(), 2);
+    assert_eq!(bench.live.sectors_in_use(), 32, "nothing is given back while VLUN A reads it");
+    assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), vec![1; 32]);
+    bench.write(&bench.ticket(), 0..8, 2);
+    assert_eq!(bench.disk.discards().count(), 1, "what is written again is wanted");
+}
+
+#[test]
+fn the_plan_of_a_write_can_be_read() {
+    let bench = Bench::new();
+    let block = BlockIndex(0);
+    let plan = |writer| BlockPlan::decide(&bench.disk.chain(), writer, block);
+    assert_eq!(plan(0), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(0) });
+    bench.cut();
+    let first = BlockPlan { preserve: Some(Copy { from: 1, to: 0 }), adopt_from: None, targets: Targets::One(1) };
+    assert_eq!(plan(1), first);
+    assert_eq!(plan(0), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(1) });
+    bench.write(&bench.ticket(), 0..1, 1);
+    assert_eq!(plan(1), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(1) });
+    assert_eq!(plan(0).targets, Targets::Many(vec![0, 1]), "a draining write goes to both");
+}
