@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use uuid::Uuid;
 
+use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, image_error, record_error, table_error};
 use super::snapshots::remove_file;
@@ -30,13 +31,26 @@ struct Taken {
 }
 
 impl Manager {
-    /// Serves all disks that are remembered.
-    pub(super) fn take_up_recorded(&self) -> Result<(), ApiError> {
+    /// Serves the disks that the configuration names, and those that are remembered from before.
+    ///
+    /// # Errors
+    /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
+    pub(super) fn take_up(&self, given: &[DiskSpec]) -> Result<(), ApiError> {
+        let _structure = locked(&self.structure);
+        for spec in given {
+            self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config))?;
+        }
         for record in self.records.disks().map_err(record_error)? {
-            let config: DiskConfig = serde_json::from_value(record.config.clone())
-                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {}: {e}", record.name)))?;
             let name: Name = record.name.parse()?;
-            self.add_disk(&name, &config, Some(record))?;
+            if self.disk(&name).is_ok() {
+                continue;
+            }
+            let config: DiskConfig = serde_json::from_value(record.config)
+                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
+            if let Err(e) = self.add_disk(&name, &config) {
+                log::error!("{e}; its record and snapshots are kept, and other disks are served");
+                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
+            }
         }
         Ok(())
     }
@@ -52,7 +66,7 @@ impl Manager {
             let message = format!("disk {name} exists and is configured differently");
             return Err(ApiError::new(ErrorCode::DiskExists, message));
         }
-        let entry = self.add_disk(name, &config, None)?;
+        let entry = self.add_disk(name, &config)?;
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
@@ -65,12 +79,27 @@ impl Manager {
         config
     }
 
-    fn add_disk(
-        &self,
-        name: &Name,
-        config: &DiskConfig,
-        record: Option<DiskRecord>,
-    ) -> Result<Arc<DiskEntry>, ApiError> {
+    /// What is remembered of a disk, if it goes with this configuration.
+    fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
+        let records = self.records.disks().map_err(record_error)?;
+        let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
+        let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
+        let same = |old: &DiskConfig| old.path == config.path && old.block_size == config.block_size;
+        if old.as_ref().is_some_and(same) {
+            return Ok(Some(record));
+        }
+        if record.snapshots.is_empty() {
+            return Ok(None); // Another image under an old name: a new disk.
+        }
+        let was =
+            old.map_or_else(String::new, |o| format!(" of {} with block size {}", o.path.display(), o.block_size));
+        let message = format!("disk {name} is remembered with {} snapshots{was}", record.snapshots.len());
+        Err(ApiError::new(ErrorCode::DiskExists, message)
+            .with_action("serve it as before and delete the snapshots first, or use another name"))
+    }
+
+    fn add_disk(&self, name: &Name, config: &DiskConfig) -> Result<Arc<DiskEntry>, ApiError> {
+        let record = self.record_of(name, config)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         let direct = if config.direct { Direct::On } else { Direct::Off };
         let options = ImageOptions { direct, read_only: config.readonly };
@@ -83,7 +112,7 @@ impl Manager {
         let live = record.as_ref().map_or_else(|| (Uuid::new_v4(), 0), |r| (r.live, r.live_began));
 
         let mut taken = Vec::new();
-        if let Some(record) = record {
+        if let Some(record) = record.clone() {
             let clean = record.saved.is_some() && record.saved == looks;
             let why = if record.saved.is_none() { UNCLEAN } else { CHANGED };
             taken = self.take_up_snapshots(record.snapshots, config, blocks, (!clean).then_some(why));
@@ -126,10 +155,13 @@ impl Manager {
             once: false,
         })
         .map_err(|e| {
-            if unsaved.snapshots.is_empty()
-                && let Err(e) = self.records.remove(name.as_str())
-            {
-                log::error!("cannot forget disk {name}: {e}");
+            // Nothing has changed yet: what was remembered is still true.
+            let restored = match &record {
+                Some(record) => self.records.put([record]),
+                None => self.records.remove(name.as_str()),
+            };
+            if let Err(e) = restored {
+                log::error!("cannot restore the record of disk {name}: {e}");
             }
             let message = format!("disk {name}: cannot serve {}: {e}", socket.display());
             ApiError::new(ErrorCode::Conflict, message)
@@ -171,7 +203,7 @@ impl Manager {
         for mut record in records.into_iter().rev() {
             let link = match lost {
                 Some(_) => None,
-                None => match self.take_up(&record, config, blocks) {
+                None => match self.take_up_snapshot(&record, config, blocks) {
                     Ok(link) => Some(link),
                     Err(what) => {
                         record.broken.get_or_insert(what);
@@ -189,7 +221,7 @@ impl Manager {
         taken
     }
 
-    fn take_up(
+    fn take_up_snapshot(
         &self,
         record: &SnapshotRecord,
         config: &DiskConfig,

@@ -82,11 +82,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
 }
 
 fn start(manager: &Arc<Manager>, config: &ServeConfig) -> Result<Server, ServeError> {
-    manager.take_up_recorded()?;
-    for spec in &config.disks {
-        use crate::control::Service;
-        manager.put_disk(&spec.name, &spec.config)?;
-    }
+    manager.take_up(&config.disks)?;
     Ok(Server::start(&config.control, manager.clone())?)
 }
 

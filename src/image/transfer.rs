@@ -62,8 +62,8 @@ pub async fn write_all_at(
         other => other,
     };
     let result = transfer(image, queue, OpKind::Write { durable }, at, buf).await;
-    if durable && result.is_err() {
-        // The same doubt as after a failed sync: nobody can say what is on the medium.
+    if durable && result.as_ref().is_err_and(leaves_doubt) {
+        // As after a failed sync: nobody can say what is on the medium.
         image.poison();
     }
     result.map(drop)
@@ -163,6 +163,13 @@ async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u6
         done += n as u64;
     }
     Ok(())
+}
+
+/// Whether a durable write that failed like this may have left something that was reported as stored unstored. A
+/// refusal for lack of space or for a bad address has not.
+fn leaves_doubt(e: &ImageError) -> bool {
+    let refused = [libc::ENOSPC, libc::EDQUOT, libc::EFAULT, libc::EINVAL, libc::ENOMEM, libc::EFBIG];
+    e.errno.is_none_or(|errno| !refused.contains(&errno))
 }
 
 fn is_transient(e: &io::Error) -> bool {

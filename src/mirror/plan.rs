@@ -102,6 +102,11 @@ impl WritePlan {
     /// What a write of version `writer` to `blocks` does.
     #[must_use]
     pub fn decide(chain: &Chain, writer: VersionIndex, blocks: BlockRange) -> WritePlan {
+        if chain.live() == 0 {
+            // No other version, no table to look at: the common case.
+            let plan = BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(0) };
+            return WritePlan { writer, runs: vec![Run { blocks, plan }] };
+        }
         let mut runs: Vec<Run> = Vec::with_capacity(1);
         for block in blocks.iter() {
             let plan = BlockPlan::decide(chain, writer, block);

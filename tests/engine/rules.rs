@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue, OpKind};
 use halfsilver::mirror::{
     BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request, RequestError,
     Targets, Ticket, Version, VersionId,
@@ -51,6 +51,13 @@ impl Bench {
 
     fn request(&self, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
         self.on(self.disk.attach_live(), ticket, request)
+    }
+
+    fn start(&self, scheduler: &mut Scheduler, attachment: halfsilver::mirror::Attachment, request: Request) {
+        let (ticket, queue) = (self.ticket(), self.queue.clone());
+        scheduler.spawn(async move {
+            attachment.execute(&queue, &ticket, request).await.unwrap();
+        });
     }
 
     fn on(
@@ -207,4 +214,51 @@ fn the_plan_of_a_write_can_be_read() {
     bench.write(&bench.ticket(), 0..1, 1);
     assert_eq!(plan(1), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(1) });
     assert_eq!(plan(0).targets, Targets::Many(vec![0, 1]), "a draining write goes to both");
+}
+
+/// The guest never waits for a backup: a read of VLUN A takes no lock.
+#[test]
+fn a_reader_of_the_frozen_version_does_not_delay_a_write() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (cut, _) = bench.cut();
+    let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCKS * BLOCK));
+    let read = Request::Read { at: ByteOffset(0), into };
+    let mut backup = Scheduler::default();
+    bench.start(&mut backup, bench.disk.attach_frozen(cut.frozen[0].id), read);
+    assert!(backup.step(&mut Rng::new(1)), "the read is submitted to the live image");
+    bench.live.hold_in_flight(true);
+    bench.write(&bench.ticket(), 0..8, 2);
+    assert_eq!(bench.live()[..8], [2; 8], "the write of the same block is done while the read is not");
+    bench.live.hold_in_flight(false);
+    assert!(backup.settle(&mut Rng::new(2)));
+    assert!(memory.to_vec().iter().all(|&b| b == 1), "and it still shows the old bytes");
+}
+
+/// While one block is being saved, only writes of that block wait, and other requests do not.
+#[test]
+fn saving_a_block_holds_up_that_block_only() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (_, frozen) = bench.cut();
+    bench.write(&bench.ticket(), 8..16, 4);
+    frozen.hold(Some(OpKind::Write { durable: false }));
+    let mut waiting = Scheduler::default();
+    let write = |fill: u8, sectors: usize| {
+        let mut data = AlignedBuf::zeroed(SECTOR);
+        data.fill(fill);
+        let at = ByteOffset((sectors * SECTOR) as u64);
+        Request::Write { at, from: GuestBuf::from_owned(data).0, durable: false }
+    };
+    bench.start(&mut waiting, bench.disk.attach_live(), write(2, 0));
+    bench.start(&mut waiting, bench.disk.attach_live(), write(3, 1));
+    assert!(!waiting.settle(&mut Rng::new(3)), "both wait for the block to be saved");
+    assert_eq!(waiting.tasks(), 2);
+    bench.write(&bench.ticket(), 9..10, 5);
+    assert_eq!(bench.live()[9], 5, "a block that is saved already is written at once");
+    let (into, _) = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCK));
+    bench.request(&bench.ticket(), Request::Read { at: ByteOffset(0), into }).unwrap();
+    frozen.hold(None);
+    assert!(waiting.settle(&mut Rng::new(4)));
+    assert_eq!(bench.live()[..2], [2, 3]);
 }

@@ -47,6 +47,7 @@ struct Pending {
     left: Vec<usize>,
     data: Vec<u8>,
     len: usize,
+    held: bool,
 }
 
 thread_local! {
@@ -61,6 +62,7 @@ struct State {
     path: PathBuf,
     alignment: u32,
     holes: Mutex<HashMap<usize, ()>>,
+    held: Mutex<Option<OpKind>>,
 }
 
 /// An image in memory whose operations finish when the scheduler says so.
@@ -80,6 +82,7 @@ impl SimImage {
                 path: PathBuf::from(name),
                 alignment,
                 holes: Mutex::new((0..size / SECTOR).map(|s| (s, ())).collect()),
+                held: Mutex::new(None),
             }),
         }
     }
@@ -88,6 +91,18 @@ impl SimImage {
     pub fn fail_writes(&self, errno: i32, count: usize) {
         *self.state.fail.lock().unwrap() = Some(errno);
         self.state.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    /// Keeps operations of this kind from moving, or lets all go on.
+    pub fn hold(&self, kind: Option<OpKind>) {
+        *self.state.held.lock().unwrap() = kind;
+    }
+
+    /// Keeps the operations that are in flight now from moving, or lets them go on. Later ones move.
+    pub fn hold_in_flight(&self, held: bool) {
+        PENDING.with_borrow_mut(|p| {
+            p.iter_mut().filter(|p| Arc::ptr_eq(&p.image, &self.state)).for_each(|p| p.held = held)
+        });
     }
 
     pub fn bytes(&self) -> Vec<u8> {
@@ -119,7 +134,8 @@ impl Image for SimImage {
         assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
         assert!(len.is_multiple_of(SECTOR) && at + len <= self.state.bytes.lock().unwrap().len(), "outside the image");
         let left = (0..len / SECTOR).collect();
-        PENDING.with_borrow_mut(|p| p.push(Pending { image: self.state.clone(), ticket, left, data, len }));
+        PENDING
+            .with_borrow_mut(|p| p.push(Pending { image: self.state.clone(), ticket, left, data, len, held: false }));
     }
     fn path(&self) -> &Path {
         &self.state.path
@@ -132,16 +148,20 @@ impl Image for SimImage {
     }
 }
 
-/// How many operations wait for [`step_io`].
+fn movable(p: &[Pending]) -> Vec<usize> {
+    (0..p.len()).filter(|&i| !p[i].held && *p[i].image.held.lock().unwrap() != Some(p[i].ticket.kind())).collect()
+}
+
+/// How many operations could move at the next [`step_io`].
 pub fn pending_io() -> usize {
-    PENDING.with_borrow(Vec::len)
+    PENDING.with_borrow(|p| movable(p).len())
 }
 
 /// Moves some sectors of one operation in flight, and finishes it when all have moved.
 pub fn step_io(rng: &mut Rng) {
     let mut op = PENDING.with_borrow_mut(|p| {
-        let i = rng.below(p.len());
-        p.swap_remove(i)
+        let movable = movable(p);
+        p.swap_remove(movable[rng.below(movable.len())])
     });
     let kind = op.ticket.kind();
     let changes = matches!(kind, OpKind::Write { .. } | OpKind::Zero { .. });
