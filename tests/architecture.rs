@@ -20,6 +20,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/mirror/write.rs",
     "src/store/table.rs",
     "src/vhost_user/features.rs",
+    "src/vhost_user/inflight.rs",
     "src/vhost_user/memory.rs",
     "src/vhost_user/request.rs",
     "src/vhost_user/ring.rs",
