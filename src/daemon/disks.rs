@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, image_error, record_error, table_error};
-use super::snapshots::remove_file;
+use super::snapshots::{clear_socket, remove_file};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::{Direct, FileImage, ImageOptions, SharedImage};
@@ -117,7 +117,9 @@ impl Manager {
             let why = if record.saved.is_none() { UNCLEAN } else { CHANGED };
             taken = self.take_up_snapshots(record.snapshots, config, blocks, (!clean).then_some(why));
             let saved = self.places.durable_table(id);
-            if clean && let Err(e) = discards.load(&saved) {
+            if let (true, Some(seal)) = (clean, record.saved_discards)
+                && let Err(e) = discards.load(&saved, seal)
+            {
                 log::warn!("disk {name}: discards that were put off are forgotten: {e}");
             }
         }
@@ -139,6 +141,7 @@ impl Manager {
             live_began: live.1,
             snapshots: snapshots.iter().map(|s| s.to_record()).collect(),
             saved: None,
+            saved_discards: None,
         };
         unsaved.snapshots.iter_mut().for_each(|s| s.saved = None);
         self.records.put([&unsaved]).map_err(record_error)?;
@@ -235,7 +238,8 @@ impl Manager {
             return Err(format!("its image {} was changed while the daemon was not running", record.image.display()));
         }
         let table = Table::create(&self.places.run_table(record.id), blocks).map_err(|e| e.to_string())?;
-        table.load(&self.places.durable_table(record.id)).map_err(|e| e.to_string())?;
+        let seal = record.saved_table.ok_or("its table was not saved")?;
+        table.load(&self.places.durable_table(record.id), seal).map_err(|e| e.to_string())?;
         let image = open_snapshot_image(&record.image, config).map_err(|e| e.to_string())?;
         let version = Version::new(record.id, Epoch(record.began));
         version.set_quiesced();
@@ -253,6 +257,7 @@ impl Manager {
         if link.is_none() && (record.ended == 0 || record.deleting) {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
+            clear_socket(&record);
             self.remove_files(&record);
             return None;
         }

@@ -162,6 +162,7 @@ impl DiskEntry {
             live_began,
             snapshots: self.snapshots().iter().map(|s| s.to_record()).collect(),
             saved: None,
+            saved_discards: None,
         }
     }
 

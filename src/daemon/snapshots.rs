@@ -148,6 +148,7 @@ impl Manager {
             broken: None,
             deleting: false,
             saved: None,
+            saved_table: None,
         };
         let entry = Arc::new(SnapshotEntry {
             id: live.id,
@@ -228,6 +229,10 @@ impl Manager {
 
     /// Goes on with a snapshot after a restart.
     pub(super) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        let is_served = entry.version.is_some() && entry.broken().is_none();
+        if !is_served || locked(&entry.record).deleting {
+            clear_socket(&locked(&entry.record));
+        }
         if entry.version.is_none() {
             return;
         }
@@ -235,7 +240,7 @@ impl Manager {
             if let Err(e) = self.start_retire(disk, entry) {
                 log::error!("snapshot {}: its deletion cannot go on: {e}", entry.reference);
             }
-        } else if entry.broken().is_none() {
+        } else if is_served {
             self.open_socket(disk, entry);
         }
     }
@@ -301,8 +306,18 @@ impl Manager {
             locked(&entry.record).deleting = false;
             return Err(e);
         }
-        drop(locked(&entry.server).take());
-        self.start_retire(disk, entry)
+        match self.start_retire(disk, entry) {
+            Ok(job) => {
+                drop(locked(&entry.server).take());
+                Ok(job)
+            }
+            Err(refused) => {
+                // It is still whole and served.
+                locked(&entry.record).deleting = false;
+                self.persist(std::slice::from_ref(disk))?;
+                Err(refused)
+            }
+        }
     }
 
     fn start_retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
@@ -385,13 +400,19 @@ impl Manager {
             done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
         }
         let chain = disk.disk.chain();
+        let mut record = disk.to_record();
         for link in chain.links() {
             if let Owned::Table(table) = &link.layer.owned {
-                table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string())?;
+                let seal = table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string())?;
+                record
+                    .snapshots
+                    .iter_mut()
+                    .filter(|s| s.id == link.version.id)
+                    .for_each(|s| s.saved_table = Some(seal));
             }
         }
-        disk.disk.discards().save(&self.places.durable_table(disk.id)).map_err(|e| e.to_string())?;
-        let mut record = disk.to_record();
+        let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
+        record.saved_discards = Some(discards.map_err(|e| e.to_string())?);
         let looks = |path: &Path| crate::store::Fingerprint::of(path).map_err(|e| format!("{}: {e}", path.display()));
         for snapshot in &mut record.snapshots {
             snapshot.saved = looks(&snapshot.image).ok();
@@ -411,6 +432,13 @@ fn check_supported(request: &SnapshotRequest) -> Result<(), ApiError> {
         return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("use writers=request"));
     }
     Ok(())
+}
+
+/// Removes the socket that a killed daemon left of a snapshot that is not served any more.
+pub(super) fn clear_socket(record: &SnapshotRecord) {
+    if let Err(e) = crate::vhost_user::clear_stale(&record.socket) {
+        log::warn!("the socket of a snapshot that is not served stays: {e}");
+    }
 }
 
 /// Removes a file that is ours. That it is gone already is fine.

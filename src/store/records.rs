@@ -83,6 +83,9 @@ pub struct SnapshotRecord {
     pub deleting: bool,
     /// How its image looked at the last clean stop.
     pub saved: Option<Fingerprint>,
+    /// The seal of its table's durable copy.
+    #[serde(default)]
+    pub saved_table: Option<Uuid>,
 }
 
 /// A disk, as it is remembered.
@@ -102,6 +105,9 @@ pub struct DiskRecord {
     pub snapshots: Vec<SnapshotRecord>,
     /// How the live image looked when all tables were saved at a clean stop. None while the disk is served.
     pub saved: Option<Fingerprint>,
+    /// The seal of the durable copy of the discards that were put off.
+    #[serde(default)]
+    pub saved_discards: Option<Uuid>,
 }
 
 /// The store of records.

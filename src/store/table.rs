@@ -4,7 +4,8 @@
 //! of a 16 TiB disk costs what is written, not what could be. A page is faulted in with a system call that can
 //! fail ([`Table::prepare`]) before a bit in it is first set: a full run directory is an error, not a SIGBUS.
 //!
-//! The durable copy is the list of its non-empty pages, each with a checksum.
+//! The durable copy is the list of its non-empty pages, each with a checksum. It has a seal, which the records keep: a
+//! whole copy from another time or of another table would show wrong bytes, so it is not believed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -15,6 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
+use uuid::Uuid;
+
 use super::{BlockIndex, BlockRange};
 
 const PAGE_BYTES: usize = 4096;
@@ -22,8 +25,8 @@ const PAGE_BITS: u64 = PAGE_BYTES as u64 * 8;
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
 
 const MAGIC: [u8; 8] = *b"HSTABLE1";
-/// Durable copy: magic, blocks (u64 LE), pages (u64 LE), CRC-32 of the 24 bytes before it (u32 LE).
-const HEADER_BYTES: usize = 28;
+/// Durable copy: magic, blocks (u64 LE), pages (u64 LE), seal (16 bytes), CRC-32 of the 40 bytes before it (u32 LE).
+const HEADER_BYTES: usize = 44;
 
 /// A table could not be made, loaded or saved.
 #[derive(Debug, thiserror::Error)]
@@ -203,13 +206,15 @@ impl Table {
         None
     }
 
-    /// Writes a durable copy to `path`: complete, synced and renamed into place, or an error.
+    /// Writes a durable copy to `path`: complete, synced and renamed into place, or an error. Returns its seal, which
+    /// no other copy has.
     ///
     /// Nobody may change the table meanwhile, or the copy holds some of the changes.
     ///
     /// # Errors
     /// When the copy cannot be made durable.
-    pub fn save(&self, path: &Path) -> Result<(), TableError> {
+    pub fn save(&self, path: &Path) -> Result<Uuid, TableError> {
+        let seal = Uuid::new_v4();
         let error = |e: io::Error| io_error(path, &e);
         let beside = path.with_extension("new");
         let file = OpenOptions::new()
@@ -226,6 +231,7 @@ impl Table {
         header.extend_from_slice(&MAGIC);
         header.extend_from_slice(&self.blocks.to_le_bytes());
         header.extend_from_slice(&(pages.len() as u64).to_le_bytes());
+        header.extend_from_slice(seal.as_bytes());
         header.extend_from_slice(&crc32fast::hash(&header).to_le_bytes());
         out.write_all(&header).map_err(error)?;
         for page in pages {
@@ -241,17 +247,21 @@ impl Table {
         let file = out.into_inner().map_err(|e| error(e.into_error()))?;
         file.sync_all().map_err(error)?;
         std::fs::rename(&beside, path).map_err(error)?;
-        sync_directory_of(path).map_err(error)
+        sync_directory_of(path).map_err(error)?;
+        Ok(seal)
     }
 
-    /// Fills this empty table from a durable copy.
+    /// Fills this empty table from the durable copy with this seal.
     ///
     /// # Errors
-    /// When the copy is missing, damaged, or for another number of blocks.
-    pub fn load(&self, path: &Path) -> Result<(), TableError> {
+    /// When the copy is missing, damaged, another one, or for another number of blocks.
+    pub fn load(&self, path: &Path, seal: Uuid) -> Result<(), TableError> {
         let error = |e: io::Error| io_error(path, &e);
         let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
-        let mut file = BufReader::new(File::open(path).map_err(error)?);
+        // A copy is a file that was made here: not a link, and not a pipe that would keep us waiting.
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(error)?;
+        let mut file = BufReader::new(file);
         let mut header = [0; HEADER_BYTES];
         file.read_exact(&mut header).map_err(|_| damaged("the header is cut short"))?;
         let (body, crc) = header.split_at(HEADER_BYTES - 4);
@@ -260,6 +270,9 @@ impl Table {
         }
         if u64_at(body, 8) != self.blocks {
             return Err(damaged("it is for a disk of another size"));
+        }
+        if body[24..40] != *seal.as_bytes() {
+            return Err(damaged("it is not the copy that was saved last"));
         }
         for _ in 0..u64_at(body, 16) {
             let mut bytes = [0; 8 + PAGE_BYTES + 4];
@@ -365,9 +378,9 @@ mod tests {
         table.prepare(range(0, 100_000)).unwrap();
         table.set(range(7, 9));
         table.set(range(99_000, 99_010));
-        table.save(&path).unwrap();
+        let seal = table.save(&path).unwrap();
         let back = Table::in_memory(100_000).unwrap();
-        back.load(&path).unwrap();
+        back.load(&path, seal).unwrap();
         assert_eq!(back.count(), 12);
         assert!(back.get(BlockIndex(8)) && back.get(BlockIndex(99_009)) && !back.get(BlockIndex(9)));
 
@@ -376,12 +389,20 @@ mod tests {
             let mut bad = good.clone();
             bad[at] ^= 1 << (at % 8);
             std::fs::write(&path, &bad).unwrap();
-            assert!(Table::in_memory(100_000).unwrap().load(&path).is_err(), "flip at byte {at} went unnoticed");
+            assert!(Table::in_memory(100_000).unwrap().load(&path, seal).is_err(), "flip at byte {at} went unnoticed");
         }
         std::fs::write(&path, &good[..good.len() - 1]).unwrap();
-        assert!(Table::in_memory(100_000).unwrap().load(&path).is_err());
+        assert!(Table::in_memory(100_000).unwrap().load(&path, seal).is_err());
         std::fs::write(&path, &good).unwrap();
-        assert!(Table::in_memory(99_999).unwrap().load(&path).is_err(), "another size");
+        assert!(Table::in_memory(99_999).unwrap().load(&path, seal).is_err(), "another size");
+
+        let later = table.save(&path).unwrap();
+        assert!(Table::in_memory(100_000).unwrap().load(&path, seal).is_err(), "a later copy");
+        std::fs::write(&path, &good).unwrap();
+        assert!(Table::in_memory(100_000).unwrap().load(&path, later).is_err(), "an earlier copy");
+        std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &path).unwrap();
+        assert!(Table::in_memory(100_000).unwrap().load(&path, seal).is_err(), "a link");
     }
 
     #[test]

@@ -157,6 +157,20 @@ fn job(direction: Direction, first: Request, bytes: u64, written: u32) -> Job {
     Job { direction, first, rest: Vec::new(), bytes, written }
 }
 
+/// What a refused request asked for, as far as that can be told. For the statistics only: the guest may have changed
+/// the header since it was refused.
+pub(super) fn direction_asked(chain: &RawChain, memory: &MemoryMap) -> Option<Direction> {
+    let readable = chain.readable().iter().map(|p| u64::from(p.len)).sum();
+    match read_header(chain.readable(), readable, memory).ok()?.kind {
+        blk::VIRTIO_BLK_T_IN => Some(Direction::Read),
+        blk::VIRTIO_BLK_T_OUT => Some(Direction::Write),
+        blk::VIRTIO_BLK_T_FLUSH => Some(Direction::Flush),
+        blk::VIRTIO_BLK_T_DISCARD => Some(Direction::Discard),
+        blk::VIRTIO_BLK_T_WRITE_ZEROES => Some(Direction::WriteZeroes),
+        _ => None,
+    }
+}
+
 fn read_header(readable: &[Piece], total: u64, memory: &MemoryMap) -> Result<Header, Refusal> {
     if total < HEADER_BYTES {
         return Err(Refusal::ShortHeader(total));

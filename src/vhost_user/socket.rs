@@ -66,7 +66,10 @@ impl Drop for BoundSocket {
 }
 
 /// Removes the socket that a dead process left behind.
-fn clear_stale(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// When something else is at `path`, or a live process listens there, or the system refuses.
+pub fn clear_stale(path: &Path) -> io::Result<()> {
     let meta = match fs::symlink_metadata(path) {
         Ok(meta) => meta,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -25,7 +25,7 @@ use super::eventfd::EventFd;
 use super::inflight::InflightQueue;
 use super::intake::intake;
 use super::memory::{GuestAddress, MemoryMap};
-use super::request::{Job, Parsed, Refusal, Rules, Status, parse};
+use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
 use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
@@ -368,11 +368,16 @@ impl Loop {
         let memory = ring.memory().clone();
         let walked = self.chain.read(ring, head);
         let parsed = parse(&self.chain, walked, &memory, &self.rules);
+        let mut direction = None;
         let (status, written, job) = match parsed {
-            Ok(Parsed::Execute(job)) => (Status::Ok, job.written, Some(job)),
+            Ok(Parsed::Execute(job)) => {
+                direction = Some(job.direction);
+                (Status::Ok, job.written, Some(job))
+            }
             Ok(Parsed::Answer(status, written)) => (status, written, None),
             Err(refusal) => {
                 self.refused(head, &refusal);
+                direction = direction_asked(&self.chain, &memory);
                 (refusal.status(), 1, None)
             }
         };
@@ -382,7 +387,7 @@ impl Loop {
             memory,
             status,
             written,
-            direction: job.as_ref().map(|j| j.direction),
+            direction,
             bytes: job.as_ref().map_or(0, |j| j.bytes),
             started,
             ticket,

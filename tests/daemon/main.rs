@@ -1,0 +1,19 @@
+//! The whole daemon from outside: the real binary, real images on a real file system, its control socket, and a
+//! vhost-user-blk client that somebody else wrote.
+//!
+//! Seeds are printed and can be given (HALFSILVER_SEED); longer runs are asked for with HALFSILVER_SEEDS and
+//! HALFSILVER_STEPS. Tests that need root (loop devices, small file systems) say so and pass where there is none.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
+#![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
+
+mod chain;
+mod client;
+mod harness;
+mod images;
+mod lifecycle;
+mod load;
+mod oracle;
+mod restart;
+mod trouble;
+mod watch;
