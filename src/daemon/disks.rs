@@ -3,7 +3,7 @@
 //! A snapshot is taken up only if everything it needs is as a clean stop left it: the live image, its own image, its
 //! table, and those of every newer snapshot, through which it reads. Anything else breaks it, and says why.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -41,6 +41,7 @@ impl Manager {
     /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
     pub(super) fn take_up(&self, given: &[DiskSpec]) -> Result<(), ApiError> {
         let _structure = locked(&self.structure);
+        self.places.remove_strays(&self.records.disks().map_err(record_error)?);
         for spec in given {
             self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config))?;
         }
@@ -187,6 +188,7 @@ impl Manager {
             live: Mutex::new(live),
             snapshots: Mutex::new(snapshots),
             failure_told: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
         });
         locked(&self.disks).insert(name.clone(), entry.clone());
         log::info!(
@@ -304,6 +306,7 @@ impl Manager {
         if !force && !snapshots.is_empty() {
             return busy(format!("disk {name} has {} snapshots", snapshots.len()));
         }
+        entry.removed.store(true, Ordering::SeqCst);
         locked(&self.disks).remove(name);
         entry.server.stop();
         for snapshot in &snapshots {

@@ -2,6 +2,7 @@
 //!
 //! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory.
 
+use std::collections::HashSet;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -9,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
+
+use crate::control::SnapshotRef;
+use crate::store::DiskRecord;
 
 /// The directories, checked and locked.
 #[derive(Debug)]
@@ -93,10 +97,43 @@ impl Places {
         self.state_dir.join("images").join(format!("{reference}.img"))
     }
 
+    /// Removes the tables and images of snapshots that no record knows: what a daemon left that was killed after it
+    /// had made them and before they were recorded, or after they were forgotten and before they were removed.
+    ///
+    /// Only files that are named as ours are looked at, and only in our own directories.
+    pub fn remove_strays(&self, disks: &[DiskRecord]) {
+        let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
+        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(snapshots().map(|s| s.id)).collect();
+        let images: HashSet<&Path> = snapshots().map(|s| s.image.as_path()).collect();
+        let is_stray_table = |path: &Path| {
+            let is_ours = path.extension().is_some_and(|e| e == "table" || e == "new" || e == "bits");
+            let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
+            is_ours && id.is_some_and(|id| !ids.contains(&id))
+        };
+        let is_stray_image = |path: &Path| {
+            let reference = path.file_stem().and_then(|s| s.to_str()?.parse::<SnapshotRef>().ok());
+            path.extension().is_some_and(|e| e == "img") && reference.is_some() && !images.contains(path)
+        };
+        remove_if(&self.state_dir.join("tables"), is_stray_table);
+        remove_if(&self.run_dir.join("tables"), is_stray_table);
+        remove_if(&self.state_dir.join("images"), is_stray_image);
+    }
+
     /// Where a snapshot's socket goes when nothing else is said.
     #[must_use]
     pub fn snapshot_socket(&self, reference: &impl std::fmt::Display) -> PathBuf {
         self.run_dir.join(format!("{reference}.sock"))
+    }
+}
+
+fn remove_if(dir: &Path, is_stray: impl Fn(&Path) -> bool) {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) => return log::warn!("cannot look for strays in {}: {e}", dir.display()),
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_stray(path)) {
+        log::info!("removing {}, which an unfinished operation left", path.display());
+        super::snapshots::remove_file(&path);
     }
 }
 

@@ -82,11 +82,11 @@ impl Manager {
             locked(&entry.record).ended = cut.ended.0;
             *locked(&disk.live) = (live, cut.ended.next().0);
         }
-        if let Err(e) = self.persist(disks) {
+        let recorded = self.persist(disks);
+        if recorded.is_err() {
             for ((disk, _), version) in entries.iter().zip(&cut.frozen) {
                 disk.disk.break_version(version, "the cut could not be recorded");
             }
-            return Err(e);
         }
         for (_, entry) in &entries {
             log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
@@ -105,7 +105,7 @@ impl Manager {
                 }
             }
         });
-        Ok(answer)
+        recorded.map(|()| answer)
     }
 
     /// Makes the image, the table and the entry of a snapshot.
@@ -190,6 +190,10 @@ impl Manager {
         for (disk, entry) in entries {
             if let Some(version) = &entry.version {
                 version.set_quiesced();
+            }
+            let is_served = disk.snapshot(&entry.reference.name).is_some_and(|s| Arc::ptr_eq(&s, entry));
+            if !is_served || disk.is_removed() {
+                continue; // The disk was removed with all that it had.
             }
             locked(&entry.drain).get_or_insert(drain);
             if entry.broken().is_none() && !self.is_stopping() {

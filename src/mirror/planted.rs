@@ -61,6 +61,17 @@ pub fn plant(defect: Option<Defect>) {
     ACTIVE.store(defect.map_or(0, |d| d as u8), std::sync::atomic::Ordering::SeqCst);
 }
 
+/// Switches on the defect that HALFSILVER_PLANT names, for tests of the whole program.
+///
+/// # Panics
+/// When there is no defect of that name.
+#[cfg(feature = "planted")]
+pub fn plant_from_environment() {
+    let Ok(name) = std::env::var("HALFSILVER_PLANT") else { return };
+    let named = Defect::ALL.into_iter().find(|defect| format!("{defect:?}") == name);
+    plant(Some(named.unwrap_or_else(|| panic!("HALFSILVER_PLANT: there is no defect {name}"))));
+}
+
 /// Whether this rule is left out on purpose.
 #[cfg(feature = "planted")]
 #[must_use]

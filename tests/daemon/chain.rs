@@ -104,39 +104,43 @@ fn check_chain(chain: usize, contents: &[Vec<u64>], group: &str) -> u64 {
 
 #[test]
 fn a_group_shows_a_beginning_of_every_chain() {
-    let groups = from_env("HALFSILVER_GROUPS", 40);
     for seed in seeds("chain", 1) {
-        let daemon = Daemon::with_disks(&[1 << 20; 3], "queues=4");
-        let mut clients: Vec<Client> = DISKS.iter().map(|d| daemon.client_with_queues(d, THREADS + 1)).collect();
-        let mut by_thread: Vec<Vec<&mut Queue>> = (0..=THREADS).map(|_| Vec::new()).collect();
-        for client in &mut clients {
-            client.queues.iter_mut().zip(&mut by_thread).for_each(|(queue, thread)| thread.push(queue));
-        }
-        let shared = Shared { progress: Default::default(), baton: Mutex::new(0), stop: AtomicBool::new(false) };
-        let mut ends = Vec::new();
-        std::thread::scope(|scope| {
-            let noise = by_thread.pop().unwrap();
-            scope.spawn(|| make_noise(&shared, noise, Rng::new(seed)));
-            for (i, queues) in by_thread.drain(..).enumerate() {
-                let (shared, rng) = (&shared, Rng::new(seed + 1 + i as u64));
-                scope.spawn(move || work(shared, i + 1, queues, rng));
-            }
-            let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                for group in 0..groups {
-                    ends.push(one_group(&daemon, &shared, &format!("g{group}")));
-                    if group >= 4 {
-                        let old = group - 4;
-                        DISKS.iter().for_each(|d| daemon.delete(&format!("{d}@g{old}")));
-                    }
-                }
-            }));
-            shared.stop.store(true, SeqCst);
-            checked.unwrap_or_else(|e| std::panic::resume_unwind(e));
-        });
-        assert!(ends.windows(2).all(|w| w[0].iter().zip(w[1]).all(|(a, b)| *a <= b)), "{ends:?}");
-        println!("the chains were cut at {:?} … {:?}", ends[0], ends[ends.len() - 1]);
-        assert!(ends[ends.len() - 1].iter().all(|&end| end > groups), "the chains hardly moved: {ends:?}");
+        one_run(seed, from_env("HALFSILVER_GROUPS", 40));
     }
+}
+
+/// Takes this many groups under load; panics when one is wrong.
+pub(crate) fn one_run(seed: u64, groups: u64) {
+    let daemon = Daemon::with_disks(&[1 << 20; 3], "queues=4");
+    let mut clients: Vec<Client> = DISKS.iter().map(|d| daemon.client_with_queues(d, THREADS + 1)).collect();
+    let mut by_thread: Vec<Vec<&mut Queue>> = (0..=THREADS).map(|_| Vec::new()).collect();
+    for client in &mut clients {
+        client.queues.iter_mut().zip(&mut by_thread).for_each(|(queue, thread)| thread.push(queue));
+    }
+    let shared = Shared { progress: Default::default(), baton: Mutex::new(0), stop: AtomicBool::new(false) };
+    let mut ends = Vec::new();
+    std::thread::scope(|scope| {
+        let noise = by_thread.pop().unwrap();
+        scope.spawn(|| make_noise(&shared, noise, Rng::new(seed)));
+        for (i, queues) in by_thread.drain(..).enumerate() {
+            let (shared, rng) = (&shared, Rng::new(seed + 1 + i as u64));
+            scope.spawn(move || work(shared, i + 1, queues, rng));
+        }
+        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for group in 0..groups {
+                ends.push(one_group(&daemon, &shared, &format!("g{group}")));
+                if group >= 4 {
+                    let old = group - 4;
+                    DISKS.iter().for_each(|d| daemon.delete(&format!("{d}@g{old}")));
+                }
+            }
+        }));
+        shared.stop.store(true, SeqCst);
+        checked.unwrap_or_else(|e| std::panic::resume_unwind(e));
+    });
+    assert!(ends.windows(2).all(|w| w[0].iter().zip(w[1]).all(|(a, b)| *a <= b)), "{ends:?}");
+    println!("the chains were cut at {:?} … {:?}", ends[0], ends[ends.len() - 1]);
+    assert!(ends[ends.len() - 1].iter().all(|&end| end > groups), "the chains hardly moved: {ends:?}");
 }
 
 fn one_group(daemon: &Daemon, shared: &Shared, name: &str) -> [u64; CHAINS] {

@@ -16,6 +16,11 @@ use crate::client::Client;
 /// How long anything may take that should be quick. Generous: the machine may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+thread_local! {
+    /// The deliberate defect that daemons started by this thread have.
+    pub(crate) static PLANT: std::cell::RefCell<Option<String>> = const { std::cell::RefCell::new(None) };
+}
+
 /// A place with images, and the daemon that serves them.
 pub(crate) struct Daemon {
     pub(crate) dir: Arc<TempDir>,
@@ -143,6 +148,9 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
+        if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
+            command.env("HALFSILVER_PLANT", defect);
+        }
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command
@@ -181,7 +189,7 @@ impl Daemon {
         self.signal(libc::SIGTERM);
     }
 
-    fn signal(&self, signal: i32) {
+    pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: kill touches no memory; the child is ours and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.pid() as i32, signal) }, 0);
     }

@@ -28,7 +28,7 @@ fn write_until_gone(queue: &mut Queue, own: std::ops::Range<usize>, mut rng: Rng
         if !queue.try_write(range.clone(), tag, Duration::from_secs(3)) {
             break;
         }
-        range.for_each(|s| drop(ledger.acknowledged.insert(s, tag)));
+        ledger.acknowledged.extend(range.map(|s| (s, tag)));
         count.fetch_add(1, SeqCst);
     }
     ledger
@@ -40,10 +40,10 @@ fn check_ledgers(daemon: &Daemon, ledgers: &[Ledger], parts: usize) {
     let part = content.len() / parts;
     for (i, ledger) in ledgers.iter().enumerate() {
         let (open, open_tag) = ledger.open.clone().unwrap();
-        for sector in i * part..(i + 1) * part {
+        for (sector, &is) in content.iter().enumerate().skip(i * part).take(part) {
             let acknowledged = ledger.acknowledged.get(&sector).copied().unwrap_or(0);
-            let may = open.contains(&sector) && content[sector] == open_tag;
-            assert!(content[sector] == acknowledged || may, "sector {sector}: {} is lost", acknowledged);
+            let may = open.contains(&sector) && is == open_tag;
+            assert!(is == acknowledged || may, "sector {sector}: {acknowledged} is lost, {is} is there");
         }
     }
 }

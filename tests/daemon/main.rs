@@ -14,6 +14,8 @@ mod images;
 mod lifecycle;
 mod load;
 mod oracle;
+#[cfg(feature = "planted")]
+mod planted;
 mod restart;
 mod trouble;
 mod watch;

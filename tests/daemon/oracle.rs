@@ -223,7 +223,7 @@ impl Port {
 
 /// What a run got to do: the rare states are counted, so that a test can insist on them.
 #[derive(Default, Debug)]
-struct Counts {
+pub(crate) struct Counts {
     requests: usize,
     contested: usize,
     cuts: usize,
@@ -458,9 +458,7 @@ fn random_requests_and_snapshots_against_an_array_a_version() {
     let steps = from_env("HALFSILVER_STEPS", 6000) as usize;
     let mut rare = [0; 8];
     for seed in seeds("oracle", 3) {
-        let mut run = Run::new(seed);
-        run.steps(steps);
-        let c = run.end();
+        let c = one_run(seed, steps);
         println!("seed {seed}: {c:?}");
         let now = [
             c.contested,
@@ -475,4 +473,11 @@ fn random_requests_and_snapshots_against_an_array_a_version() {
         rare.iter_mut().zip(now).for_each(|(sum, n)| *sum += n);
     }
     assert!(rare.iter().all(|&n| n > 0), "some state was never reached: {rare:?}");
+}
+
+/// One random run; panics when something is wrong.
+pub(crate) fn one_run(seed: u64, steps: usize) -> Counts {
+    let mut run = Run::new(seed);
+    run.steps(steps);
+    run.end()
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::client::{SECTOR, tags};
-use crate::harness::{Daemon, wait_until};
+use crate::client::{Client, SECTOR, tags};
+use crate::harness::{Api, Daemon, Rng, from_env, seeds, wait_until};
 
 const SIZE: u64 = 1 << 20;
 const ALL: std::ops::Range<usize> = 0..SIZE as usize / SECTOR;
@@ -357,4 +357,89 @@ fn what_is_not_a_record_is_refused_and_left_alone() {
     std::fs::write(&records, "this is not a store").unwrap();
     assert!(daemon.refused_start().contains("records"));
     assert_eq!(std::fs::read(&records).unwrap(), b"this is not a store");
+}
+
+/// What was acknowledged to whoever took and deleted snapshots until the daemon was gone.
+#[derive(Default)]
+struct Acknowledged {
+    /// Snapshots and the tag in their first sector.
+    taken: Vec<(String, u64)>,
+    /// Asked for, and nobody knows.
+    open: Vec<String>,
+}
+
+fn take_and_delete_until_gone(api: &Api, mut client: Client, rng: &mut Rng, tag: &mut u64) -> Acknowledged {
+    let mut done = Acknowledged::default();
+    loop {
+        *tag += 1;
+        let name = format!("s{tag}");
+        let disks: &[&str] = if rng.chance(50) { &["vm0"] } else { &["vm0", "vm1"] };
+        if !client.queues[0].try_write(0..1, *tag, std::time::Duration::from_millis(500)) {
+            return done;
+        }
+        done.open = disks.iter().map(|d| format!("{d}@{name}")).collect();
+        if api.create(&name, disks, &json!({})).status != 201 {
+            return done;
+        }
+        done.taken.extend(std::mem::take(&mut done.open).into_iter().map(|r| (r, *tag)));
+        if done.taken.len() > 3 {
+            let (victim, _) = done.taken.remove(rng.below(done.taken.len()));
+            let path = format!("/v1/snapshots/{victim}");
+            done.open = vec![victim];
+            if api.send("DELETE", &path, "").status != 204 {
+                return done;
+            }
+            done.open.clear();
+        }
+    }
+}
+
+/// Stopped or killed at any moment of taking and deleting snapshots: it starts again, what was acknowledged holds, and
+/// when all snapshots are deleted nothing is left of any of them.
+#[test]
+fn at_whatever_moment_it_ends_nothing_is_left_lying_about() {
+    let seed = seeds("at whatever moment", 1)[0];
+    let mut rng = Rng::new(seed);
+    let mut daemon = Daemon::with_disks(&[SIZE, SIZE], "");
+    let mut tag = 0;
+    for round in 0..from_env("HALFSILVER_ENDS", 16) {
+        let by_kill = rng.chance(60);
+        let delay = std::time::Duration::from_micros(rng.below(150_000) as u64);
+        let (api, client) = (daemon.api(), daemon.client("vm0"));
+        let Acknowledged { taken, open } = std::thread::scope(|scope| {
+            let (api, rng, tag) = (&api, &mut rng, &mut tag);
+            let worker = scope.spawn(move || take_and_delete_until_gone(api, client, rng, tag));
+            std::thread::sleep(delay);
+            daemon.signal(if by_kill { libc::SIGKILL } else { libc::SIGTERM });
+            worker.join().unwrap()
+        });
+        let status = daemon.wait_exit();
+        assert!(by_kill || status.success(), "round {round}: {status}");
+        daemon.start();
+        let names: Vec<String> = daemon
+            .snapshots()
+            .iter()
+            .map(|s| format!("{}@{}", s["disk"].as_str().unwrap(), s["name"].as_str().unwrap()))
+            .collect();
+        let how = if by_kill { "killed" } else { "stopped" };
+        for (reference, tag) in &taken {
+            assert!(names.contains(reference), "round {round}: {how}, and {reference} is lost, there are {names:?}");
+            let state = daemon.state(reference);
+            assert_eq!(state, if by_kill { "broken" } else { "quiesced" }, "round {round}: {reference}");
+            if !by_kill && reference.starts_with("vm0@") {
+                assert_eq!(daemon.reader(reference).tag(0), *tag, "round {round}: {reference}");
+            }
+        }
+        for name in names {
+            let known = taken.iter().any(|(r, _)| *r == name) || open.contains(&name);
+            assert!(known, "round {round}: {name} came from nowhere");
+            // A deletion may be going on.
+            if daemon.get(&format!("/v1/snapshots/{name}")).status == 200 {
+                let answer = daemon.send("DELETE", &format!("/v1/snapshots/{name}?force=true"), "");
+                assert!([204, 202, 404].contains(&answer.status), "round {round}: {name}: {answer:?}");
+            }
+        }
+        wait_until("the last deletion", || daemon.snapshots().is_empty());
+        daemon.assert_only_disks_left();
+    }
 }

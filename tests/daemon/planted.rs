@@ -1,0 +1,35 @@
+//! Do these tests notice when the daemon is wrong? Each defect is switched on in turn and must be noticed.
+
+use std::panic::catch_unwind;
+
+use crate::harness::{PLANT, from_env, seeds};
+use crate::{chain, oracle};
+
+/// What the oracle can be expected to see in a few seconds of real time; races of single instructions are for the
+/// model tests, and single schedules for the engine's.
+const BY_THE_ORACLE: [&str; 5] =
+    ["NoBlockLock", "BitAfterOverwrite", "DrainNotMirrored", "DiscardAtOnce", "DeleteWithoutHandover"];
+
+fn noticed(defect: &str, run: impl Fn(u64) + std::panic::RefUnwindSafe) -> bool {
+    PLANT.set(Some(defect.to_owned()));
+    let first = seeds(defect, 1)[0];
+    let tries = from_env("HALFSILVER_TRIES", 12);
+    let at = (0..tries).find(|i| catch_unwind(|| run(first + i)).is_err());
+    PLANT.set(None);
+    println!("{defect}: noticed at try {at:?}");
+    at.is_some()
+}
+
+#[test]
+fn planted_defects_of_the_mirror_are_noticed() {
+    let unnoticed: Vec<_> = BY_THE_ORACLE
+        .into_iter()
+        .filter(|defect| !noticed(defect, |seed| drop(oracle::one_run(seed, 10_000))))
+        .collect();
+    assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
+}
+
+#[test]
+fn planted_cut_of_each_disk_by_itself_is_noticed() {
+    assert!(noticed("CutPerDisk", |seed| chain::one_run(seed, 60)));
+}
