@@ -10,6 +10,7 @@ use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::manager::{Manager, image_error, table_error};
 use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotState, Strategy, Writers};
+use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::{Direct, Executor, FileImage, ImageErrorKind, RingOptions};
@@ -114,6 +115,14 @@ impl Manager {
         let geometry = disk.disk.geometry();
         let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
+        if socket.as_os_str().len() > SOCKET_PATH_LEN_MAX {
+            let message = format!(
+                "snapshot {reference}: the path of its socket, {}, is longer than {SOCKET_PATH_LEN_MAX} bytes",
+                socket.display()
+            );
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_action("name a shorter one with --socket, or use a shorter run directory"));
+        }
         let chain = disk.disk.chain();
         let live = chain.version(chain.live()).clone();
         let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
