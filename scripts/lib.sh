@@ -17,4 +17,4 @@ die() {
 }
 
 # Prints the comment block at the top of the calling script: that is its --help.
-usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"; }
+usage() { sed -n '2,/^[^#]/{/^# shellcheck /d;s/^# \{0,1\}//p;}' "$0"; }

@@ -1,17 +1,18 @@
 //! halfsilver: a vhost-user-blk backend that freezes a running disk into a point-in-time volume.
 //!
-//! The rooms, and what each may use (`tests/architecture.rs` keeps this table true):
+//! The rooms, and what each may use (`tests/architecture.rs` keeps this table true; docs/architecture.md has the picture):
 //!
-//! | room         | one job                                                            | may use        |
-//! |--------------|--------------------------------------------------------------------|----------------|
-//! | `image`      | bytes at positions; owns buffers until the kernel is done           | –              |
-//! | `store`      | durable records and tables; commit order; recovery                  | image          |
-//! | `mirror`     | epochs, versions, tables, locks, strategies                         | image, store   |
-//! | `job`        | paced background copying over `mirror`                              | mirror, store, image |
-//! | `vhost_user` | untrusted guest and frontend bytes into typed requests              | mirror, image  |
-//! | `control`    | HTTP API, events, metrics; no policy                                | mirror, job    |
-//! | `daemon`     | configuration, wiring, systemd                                      | all            |
-//! | `cli`        | the command line, a client of the API                               | control, daemon (for `serve`) |
+//! | room         | one job                                                   | may use                       |
+//! |--------------|-----------------------------------------------------------|-------------------------------|
+//! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
+//! | `store`      | durable records, and tables of blocks                     | image                         |
+//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
+//! | `job`        | paced background copying over `mirror`                    | mirror, store, image          |
+//! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
+//! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
+//! | `daemon`     | configuration, wiring, start and stop                     | all                           |
+//! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`) |
+//! | `sync`       | the synchronisation types that a model may replace        | –                             |
 
 pub mod cli;
 pub mod control;

@@ -7,6 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
 use halfsilver::image::{Direct, FileImage, ImageErrorKind, ImageOptions};
@@ -108,10 +109,9 @@ fn inherited(fd: RawFd) -> Result<OwnedFd, String> {
 
 /// Around the page cache where the file system can.
 fn open(path: &Path, read_only: bool) -> Result<Attachment, String> {
-    let image = match FileImage::open(path, ImageOptions { direct: Direct::On, read_only }) {
-        Err(e) if e.kind == ImageErrorKind::Unsuitable => {
-            FileImage::open(path, ImageOptions { direct: Direct::Off, read_only })
-        }
+    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only, lock_wait: Duration::ZERO });
+    let image = match open(Direct::On) {
+        Err(e) if e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
         other => other,
     };
     let image = image.map_err(|e| e.to_string())?;

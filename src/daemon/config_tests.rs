@@ -1,3 +1,5 @@
+//! What `serve` may be told, and how each mistake is refused.
+
 use super::*;
 
 fn user() -> Environment {

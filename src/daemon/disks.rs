@@ -3,8 +3,9 @@
 //! A snapshot is taken up only if everything it needs is as a clean stop left it: the live image, its own image, its
 //! table, and those of every newer snapshot, through which it reads. Anything else breaks it, and says why.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -18,6 +19,9 @@ use crate::image::{Direct, FileImage, ImageOptions, SharedImage};
 use crate::mirror::{Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
+
+/// How long a start waits for the transfers of a process that was killed.
+const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
 
 const UNCLEAN: &str = "the daemon did not stop cleanly (it was killed, or the host went down), \
      so nobody can vouch for this snapshot; delete it and take another";
@@ -103,7 +107,10 @@ impl Manager {
         let record = self.record_of(name, config)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         let direct = if config.direct { Direct::On } else { Direct::Off };
-        let options = ImageOptions { direct, read_only: config.readonly };
+        // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
+        let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
+        let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
+        let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
         // Looked at before it is opened, because opening may count as a change.
         let looks = Fingerprint::of(&config.path).ok();
         let image: SharedImage = Arc::new(FileImage::open(&config.path, options).map_err(|e| in_disk(image_error(e)))?);
@@ -181,6 +188,7 @@ impl Manager {
             live: Mutex::new(live),
             snapshots: Mutex::new(snapshots),
             failure_told: AtomicBool::new(false),
+            removed: AtomicBool::new(false),
         });
         locked(&self.disks).insert(name.clone(), entry.clone());
         log::info!(
@@ -298,6 +306,7 @@ impl Manager {
         if !force && !snapshots.is_empty() {
             return busy(format!("disk {name} has {} snapshots", snapshots.len()));
         }
+        entry.removed.store(true, Ordering::SeqCst);
         locked(&self.disks).remove(name);
         entry.server.stop();
         for snapshot in &snapshots {
@@ -320,7 +329,7 @@ pub(super) fn open_snapshot_image(
     path: &std::path::Path,
     config: &DiskConfig,
 ) -> Result<SharedImage, crate::image::ImageError> {
-    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false });
+    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO });
     let image = match open(if config.direct { Direct::On } else { Direct::Off }) {
         Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => open(Direct::Off),
         other => other,

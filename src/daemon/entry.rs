@@ -140,9 +140,15 @@ pub(super) struct DiskEntry {
     pub(super) live: Mutex<(Uuid, u64)>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
     pub(super) failure_told: AtomicBool,
+    pub(super) removed: AtomicBool,
 }
 
 impl DiskEntry {
+    /// Whether the user has removed it: nothing of it is recorded any more.
+    pub(super) fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::SeqCst)
+    }
+
     pub(super) fn snapshots(&self) -> Vec<Arc<SnapshotEntry>> {
         locked(&self.snapshots).clone()
     }

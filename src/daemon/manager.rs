@@ -2,7 +2,7 @@
 //!
 //! What always holds:
 //! - One operation at a time changes what there is (`structure`); reading never waits for it.
-//! - A record is durable before what it announces can be seen, and files go before their record goes.
+//! - A record is durable before what it announces can be seen, and a record goes before its files do.
 //! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
 //!   vouch for its snapshots.
 
@@ -97,7 +97,11 @@ impl Manager {
     /// Starts a thread that the daemon's end waits for.
     pub(super) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) {
         match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
-            Ok(thread) => locked(&self.threads).push(thread),
+            Ok(thread) => {
+                let mut threads = locked(&self.threads);
+                threads.retain(|t| !t.is_finished());
+                threads.push(thread);
+            }
             Err(e) => log::error!("cannot start the thread {name}: {e}"),
         }
     }

@@ -10,6 +10,7 @@ use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::manager::{Manager, image_error, table_error};
 use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotState, Strategy, Writers};
+use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::{Direct, Executor, FileImage, ImageErrorKind, RingOptions};
@@ -82,11 +83,11 @@ impl Manager {
             locked(&entry.record).ended = cut.ended.0;
             *locked(&disk.live) = (live, cut.ended.next().0);
         }
-        if let Err(e) = self.persist(disks) {
+        let recorded = self.persist(disks);
+        if recorded.is_err() {
             for ((disk, _), version) in entries.iter().zip(&cut.frozen) {
                 disk.disk.break_version(version, "the cut could not be recorded");
             }
-            return Err(e);
         }
         for (_, entry) in &entries {
             log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
@@ -105,7 +106,7 @@ impl Manager {
                 }
             }
         });
-        Ok(answer)
+        recorded.map(|()| answer)
     }
 
     /// Makes the image, the table and the entry of a snapshot.
@@ -114,6 +115,14 @@ impl Manager {
         let geometry = disk.disk.geometry();
         let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
+        if socket.as_os_str().len() > SOCKET_PATH_LEN_MAX {
+            let message = format!(
+                "snapshot {reference}: the path of its socket, {}, is longer than {SOCKET_PATH_LEN_MAX} bytes",
+                socket.display()
+            );
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_action("name a shorter one with --socket, or use a shorter run directory"));
+        }
         let chain = disk.disk.chain();
         let live = chain.version(chain.live()).clone();
         let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
@@ -190,6 +199,10 @@ impl Manager {
         for (disk, entry) in entries {
             if let Some(version) = &entry.version {
                 version.set_quiesced();
+            }
+            let is_served = disk.snapshot(&entry.reference.name).is_some_and(|s| Arc::ptr_eq(&s, entry));
+            if !is_served || disk.is_removed() {
+                continue; // The disk was removed with all that it had.
             }
             locked(&entry.drain).get_or_insert(drain);
             if entry.broken().is_none() && !self.is_stopping() {

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, lock};
 
@@ -26,7 +27,13 @@ pub struct ImageOptions {
     pub direct: Direct,
     /// Open for reading only.
     pub read_only: bool,
+    /// How long to wait for a lock that somebody else holds. The kernel holds a dead process's lock until the last
+    /// transfer of it is done, so waiting for the lock is waiting for those.
+    pub lock_wait: Duration,
 }
+
+/// How often a lock is tried again.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// A raw file or a block device.
 #[derive(Debug)]
@@ -79,7 +86,7 @@ impl FileImage {
         let made = file
             .set_len(size_bytes)
             .map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))
-            .and_then(|()| FileImage::open(path, ImageOptions { direct, read_only: false }));
+            .and_then(|()| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO }));
         if made.is_err()
             && let Err(e) = std::fs::remove_file(path)
         {
@@ -95,7 +102,7 @@ impl FileImage {
         is_block: bool,
         mode: LockMode,
     ) -> Result<FileImage, ImageError> {
-        lock::lock(&file, mode).map_err(|e| match e.raw_os_error() {
+        wait_for_lock(&file, mode, path, options.lock_wait).map_err(|e| match e.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => ImageError::new(
                 ImageErrorKind::InUse,
                 ImageOp::Open,
@@ -151,6 +158,23 @@ impl Image for FileImage {
 
     fn allocated_bytes(&self) -> Option<u64> {
         self.file.metadata().ok().filter(|m| m.is_file()).map(|m| m.blocks() * 512)
+    }
+}
+
+fn wait_for_lock(file: &File, mode: LockMode, path: &Path, wait: Duration) -> io::Result<()> {
+    let began = Instant::now();
+    loop {
+        match lock::lock(file, mode) {
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && began.elapsed() < wait => {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            done => {
+                if began.elapsed() > LOCK_RETRY {
+                    log::info!("{}: waited {:.1?} for its lock", path.display(), began.elapsed());
+                }
+                return done;
+            }
+        }
     }
 }
 

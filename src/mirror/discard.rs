@@ -4,7 +4,7 @@
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
 use super::chain::{Chain, Owned};
-use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::lock::Mode;
 use super::planted::{self, Defect};
 use super::{Disk, Epoch, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, zero_range};
@@ -35,7 +35,7 @@ impl Disk {
         let last = if end == self.geometry.size_bytes { self.geometry.blocks() } else { end / block };
         let mut next = first;
         while next < last {
-            let until = last.min(next + BLOCKS_PER_GUARD_MAX);
+            let until = last.min(next + self.part_blocks());
             self.discard_part(queue, epoch, BlockRange { start: BlockIndex(next), end: BlockIndex(until) }).await?;
             next = until;
         }

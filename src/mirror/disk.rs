@@ -13,10 +13,13 @@ use std::sync::{Arc, OnceLock};
 use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
-use super::lock::BlockLocks;
+use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::{EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
+
+/// Long requests go in parts of this many bytes, or of one block where that is more.
+const PART_BYTES_MAX: u64 = 4 << 20;
 
 /// What frontends see of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,6 +139,11 @@ impl Disk {
     /// When address space runs out.
     pub fn table_in_memory(size_bytes: u64, block_bytes: u32) -> Result<Table, TableError> {
         Table::in_memory(size_bytes.div_ceil(u64::from(block_bytes)))
+    }
+
+    /// How many blocks one part of a request has at most: bounded in locks, and in the bytes that are copied at once.
+    pub(super) fn part_blocks(&self) -> u64 {
+        (PART_BYTES_MAX / u64::from(self.geometry.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
     }
 
     /// Names who is told about broken versions. The first call counts.

@@ -1,6 +1,6 @@
 //! What a guest asks for, after validation.
 
-use crate::image::{ByteOffset, GuestBuf, ImageError, ImageErrorKind};
+use crate::image::{ByteOffset, GuestBuf, ImageError};
 
 /// One validated request: inside the disk, and a multiple of 512 bytes in position and length.
 #[derive(Debug)]
@@ -65,12 +65,4 @@ pub enum RequestError {
     /// The image below failed.
     #[error(transparent)]
     Image(#[from] ImageError),
-}
-
-impl RequestError {
-    /// Whether the cause is a lack of space.
-    #[must_use]
-    pub fn is_no_space(&self) -> bool {
-        matches!(self, RequestError::Image(e) if e.kind == ImageErrorKind::NoSpace)
-    }
 }

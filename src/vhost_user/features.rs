@@ -68,13 +68,14 @@ pub(super) fn offered(read_only: bool) -> u64 {
     common | if read_only { READ_ONLY } else { DISCARD | WRITE_ZEROES }
 }
 
-/// The vhost-user protocol features. INFLIGHT_SHMFD joins them when the session can resubmit.
+/// The vhost-user protocol features.
 pub(super) fn protocol_offered() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// The config space of one session.

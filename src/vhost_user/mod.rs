@@ -11,6 +11,7 @@
 mod chain;
 mod eventfd;
 mod features;
+mod inflight;
 mod intake;
 mod memory;
 mod request;

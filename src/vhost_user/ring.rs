@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 
 use super::features::RING_ENTRIES_MAX;
+use super::inflight::InflightQueue;
 use super::intake::AvailSource;
 use super::memory::{FrontendAddress, MemoryMap};
 
@@ -49,6 +50,8 @@ pub(super) enum RingFault {
     HeadOutOfRange(u16),
     #[error("the driver announced descriptor {0} again while it is in flight")]
     HeadInFlight(u16),
+    #[error("the inflight region has fewer entries than the ring's {0}")]
+    Inflight(u16),
 }
 
 /// A descriptor as it lies in guest memory, little-endian.
@@ -83,6 +86,9 @@ pub(super) struct Ring {
     signalled_used: u16,
     // One bit a head.
     heads: Vec<u64>,
+    inflight: Option<InflightQueue>,
+    // Heads whose used entries wait to be published.
+    batch: Vec<u16>,
     fault: Option<RingFault>,
 }
 
@@ -103,11 +109,20 @@ impl Ring {
             .ok_or(RingFault::Size(entries))
     }
 
-    /// A ring that goes on at avail index `base`.
+    /// A ring that goes on at avail index `base`. With inflight tracking it goes on after what was taken before, and
+    /// the heads that were not answered are returned too, in their order.
     ///
     /// # Errors
-    /// When a part of it is not in the guest's memory, or not aligned.
-    pub(super) fn new(setup: RingSetup, memory: Arc<MemoryMap>, base: u16) -> Result<Ring, RingFault> {
+    /// When a part of it is not in the guest's memory, or not aligned, or the inflight region has too few entries.
+    pub(super) fn new(
+        setup: RingSetup,
+        memory: Arc<MemoryMap>,
+        base: u16,
+        inflight: Option<InflightQueue>,
+    ) -> Result<(Ring, Vec<u16>), RingFault> {
+        if inflight.as_ref().is_some_and(|i| i.entries() < setup.entries) {
+            return Err(RingFault::Inflight(setup.entries));
+        }
         let places = locate(&setup, &memory)?;
         let mut ring = Ring {
             setup,
@@ -118,12 +133,25 @@ impl Ring {
             next_used: 0,
             signalled_used: 0,
             heads: vec![0; usize::from(setup.entries).div_ceil(64)],
+            inflight,
+            batch: Vec::new(),
             fault: None,
         };
         // The driver's view of what was used counts; after a drain it equals the base.
         ring.next_used = ring.load(places.used, INDEX, Ordering::Relaxed);
         ring.signalled_used = ring.next_used;
-        Ok(ring)
+        let mut unanswered = Vec::new();
+        if let Some(inflight) = &mut ring.inflight {
+            unanswered = inflight.recover(ring.next_used, setup.entries);
+        }
+        if !unanswered.is_empty() {
+            // After a crash nobody knows the avail index any more; but what was taken is what was used and what was not.
+            let count = u16::try_from(unanswered.len()).expect("no more than entries");
+            ring.next_avail = ring.next_used.wrapping_add(count);
+            ring.loaded_avail = ring.next_avail;
+            unanswered.iter().for_each(|head| ring.heads[usize::from(head / 64)] |= 1 << (head % 64));
+        }
+        Ok((ring, unanswered))
     }
 
     /// Goes on in other memory; requests in flight keep the old one.
@@ -179,12 +207,20 @@ impl Ring {
             at.add(1).write_volatile(written.to_le());
         }
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &self.inflight {
+            inflight.join_batch(head);
+            self.batch.push(head);
+        }
     }
 
     /// Makes the used entries visible, and says whether the driver wants to be told.
     pub(super) fn publish(&mut self) -> bool {
         let Some(places) = self.places.filter(|_| self.signalled_used != self.next_used) else { return false };
         self.store(places.used, INDEX, self.next_used);
+        if let Some(inflight) = &self.inflight {
+            inflight.end_batch(&self.batch, self.next_used);
+            self.batch.clear();
+        }
         // The index must be visible before we look whether the driver sleeps (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
         let old = std::mem::replace(&mut self.signalled_used, self.next_used);
@@ -249,6 +285,9 @@ impl AvailSource for Ring {
             return None;
         }
         self.heads[word] |= bit;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(head);
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Some(head)
     }

@@ -5,8 +5,6 @@
 //! - What was not offered is refused; a refusal closes the connection (after the reply that was asked for), since a
 //!   frontend that goes on after one would have another idea of the device than we do.
 //! - When the session ends, every request is done and no thread of it is left.
-//!
-//! INFLIGHT_SHMFD will live next to [`Vring`]: the two handlers at the end are its place.
 
 use std::fs::File;
 use std::io;
@@ -24,6 +22,7 @@ use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserB
 use super::Observer;
 use super::eventfd::EventFd;
 use super::features::{self, ConfigSpace, EVENT_IDX, INDIRECT_DESC, MEMORY_SLOTS_MAX, PROTOCOL_FEATURES};
+use super::inflight::InflightRegion;
 use super::memory::{FrontendAddress, GuestAddress, MemoryMap, RegionSpec};
 use super::request::{Rules, SERIAL_BYTES};
 use super::ring::{Ring, RingAddresses, RingSetup};
@@ -112,6 +111,7 @@ struct Session {
     config: ConfigSpace,
     durable: Arc<AtomicBool>,
     memory: Arc<MemoryMap>,
+    inflight: Option<Arc<InflightRegion>>,
     vrings: Vec<Vring>,
 }
 
@@ -135,6 +135,7 @@ impl Session {
             features: 0,
             durable: Arc::new(AtomicBool::new(true)),
             memory: Arc::new(MemoryMap::default()),
+            inflight: None,
             vrings: std::iter::repeat_with(Vring::default).take(queues).collect(),
         }
     }
@@ -170,6 +171,7 @@ impl Session {
     fn start_if_ready(&mut self, index: u32) -> Result<()> {
         let features = self.features;
         let memory = self.memory.clone();
+        let region = self.inflight.clone();
         let rules = Box::new(Rules {
             capacity_bytes: self.context.attachment.geometry().size_bytes,
             features,
@@ -189,9 +191,20 @@ impl Session {
             indirect: features & INDIRECT_DESC != 0,
         };
         let base = vring.base;
+        let inflight = match region {
+            Some(region) => Some(
+                u16::try_from(index)
+                    .ok()
+                    .and_then(|i| region.queue(i))
+                    .ok_or_else(|| refuse(format!("queue {index} is not in the inflight region")))?,
+            ),
+            None => None,
+        };
         let (call, err) = (vring.call.clone(), vring.err.clone());
         let worker = self.worker(index)?;
-        for command in [Command::Call(call), Command::Err(err), Command::Start { setup, memory, base, kick, rules }] {
+        for command in
+            [Command::Call(call), Command::Err(err), Command::Start { setup, memory, base, inflight, kick, rules }]
+        {
             worker.call(command).map_err(failed)?;
         }
         self.vring(index)?.started = true;
@@ -245,6 +258,7 @@ impl Session {
             let (call, err) = (vring.call.take(), vring.err.take());
             *vring = Vring { call, err, enabled, ..Vring::default() };
         }
+        self.inflight = None;
         self.config.reset();
         self.update_durable();
     }
@@ -447,15 +461,25 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.set_memory(memory)
     }
 
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, entries) = (inflight.num_queues, inflight.queue_size);
+        let (file, bytes) = InflightRegion::create(queues, entries, self.vrings.len()).map_err(failed)?;
+        Ok((VhostUserInflight::new(bytes, 0, queues, entries), file))
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        if self.vrings.iter().any(|v| v.started) {
+            return Err(refuse("the inflight region changed while queues run"));
+        }
+        // The message is packed: copy the fields out.
+        let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
+        let (queues, entries) = (inflight.num_queues, inflight.queue_size);
+        let region = InflightRegion::open(file, offset, bytes, queues, entries, self.vrings.len()).map_err(failed)?;
+        self.inflight = Some(region);
+        Ok(())
+    }
+
     // The rest belongs to protocol features that are not offered.
-
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(refuse("GET_INFLIGHT_FD was not offered"))
-    }
-
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(refuse("SET_INFLIGHT_FD was not offered"))
-    }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
         Err(refuse("GPU_SET_SOCKET was not offered"))

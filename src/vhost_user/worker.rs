@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use super::chain::RawChain;
 use super::eventfd::EventFd;
+use super::inflight::InflightQueue;
 use super::intake::intake;
 use super::memory::{GuestAddress, MemoryMap};
 use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
@@ -48,7 +49,14 @@ pub(super) enum Kick {
 /// What a session tells a worker to do.
 pub(super) enum Command {
     /// Serve this ring from `base` on.
-    Start { setup: RingSetup, memory: Arc<MemoryMap>, base: u16, kick: Kick, rules: Box<Rules> },
+    Start {
+        setup: RingSetup,
+        memory: Arc<MemoryMap>,
+        base: u16,
+        inflight: Option<InflightQueue>,
+        kick: Kick,
+        rules: Box<Rules>,
+    },
     /// Finish what is in flight, and answer with the base.
     Stop,
     /// Take requests, or leave them in the ring.
@@ -166,6 +174,8 @@ struct Loop {
     // First: its completion must be gone before the executor's queue waits for what is in flight.
     waiting: Option<Completion>,
     ring: Option<Ring>,
+    // What an earlier daemon took and did not answer.
+    unanswered: Vec<u16>,
     rules: Rules,
     kick: Option<Kick>,
     call: Option<Arc<EventFd>>,
@@ -198,6 +208,7 @@ impl Loop {
         Loop {
             waiting: None,
             ring: None,
+            unanswered: Vec::new(),
             rules,
             kick: None,
             call: None,
@@ -232,16 +243,22 @@ impl Loop {
 
     fn obey(&mut self, command: Command, reply: mpsc::SyncSender<Answer>) {
         let answer = match command {
-            Command::Start { setup, memory, base, kick, rules } => match Ring::new(setup, memory, base) {
-                Ok(ring) => {
-                    self.ring = Some(ring);
-                    self.rules = *rules;
-                    self.enabled = true;
-                    self.set_kick(Some(kick));
-                    Ok(0)
+            Command::Start { setup, memory, base, inflight, kick, rules } => {
+                match Ring::new(setup, memory, base, inflight) {
+                    Ok((ring, unanswered)) => {
+                        if !unanswered.is_empty() {
+                            log::info!("{}: {} requests in flight are run again", self.context.name, unanswered.len());
+                        }
+                        self.ring = Some(ring);
+                        self.unanswered = unanswered;
+                        self.rules = *rules;
+                        self.enabled = true;
+                        self.set_kick(Some(kick));
+                        Ok(0)
+                    }
+                    Err(fault) => Err(fault),
                 }
-                Err(fault) => Err(fault),
-            },
+            }
             Command::Stop => {
                 self.set_kick(None);
                 self.stopping = Some(reply);
@@ -323,6 +340,9 @@ impl Loop {
             self.rules.durable = self.context.durable.load(Ordering::Acquire);
             let started = Instant::now();
             let lane = self.lane.clone();
+            for head in std::mem::take(&mut self.unanswered) {
+                self.begin(&ring, head, lane.enter(), started);
+            }
             let taken = intake(&lane, &mut ring, |ring, head, ticket| self.begin(ring, head, ticket, started));
             let fault = ring.take_fault();
             self.ring = Some(ring);

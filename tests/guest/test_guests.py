@@ -137,7 +137,7 @@ class Disks(GuestTest):
         guest = self.guest(daemon, disk, cpus=2)
         guest.mount("/dev/vda")
         load = guest.start_load("/mnt", SEED)
-        for _ in range(2):
+        for _ in range(4):
             load.require_progress()
             end(daemon)
             daemon.start()
@@ -147,6 +147,7 @@ class Disks(GuestTest):
         guest.require_no_io_errors()
         guest.power_off()
         daemon.stop()
+        kit.judge_image(self.workspace, disk.path, SEED, load.marks())
 
     def test_an_image_in_use_is_refused_to_other_writers(self):
         disk = self.data_disk(ext4=False)

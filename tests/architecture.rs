@@ -1,0 +1,407 @@
+//! Keeps the house in order: the table of rooms in `src/lib.rs` is the specification, and every file is held to it.
+//!
+//! The checks read text, not syntax trees: comments and literals are blanked first, then words are looked for. The
+//! second half of this file plants violations and shows that each is found.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Where `unsafe` may be. Whoever adds a file here says in its header what makes its face safe.
+const UNSAFE_FILES: &[&str] = &[
+    "src/bin/vhost-user-halfsilver-blk.rs",
+    "src/daemon/mod.rs",
+    "src/image/buffer.rs",
+    "src/image/file.rs",
+    "src/image/lock.rs",
+    "src/image/queue.rs",
+    "src/mirror/write.rs",
+    "src/store/table.rs",
+    "src/vhost_user/features.rs",
+    "src/vhost_user/inflight.rs",
+    "src/vhost_user/memory.rs",
+    "src/vhost_user/request.rs",
+    "src/vhost_user/ring.rs",
+    "src/vhost_user/server.rs",
+    "src/vhost_user/sigbus.rs",
+];
+
+/// Lines of a file's header, rows of tables not counted.
+const HEADER_LINES_MAX: usize = 12;
+/// Lines of a Rust file.
+const FILE_LINES_MAX: usize = 700;
+/// Promises that nobody keeps. Taken apart, so that this file does not contain them.
+const UNFINISHED: [&str; 3] = [concat!("to", "do!"), concat!("unimple", "mented!"), concat!("FIX", "ME")];
+
+/// What each room may use, by the table in `src/lib.rs`.
+type Rooms = BTreeMap<String, BTreeSet<String>>;
+
+/// Reads the table: rows of the form ``//! | `room` | one job | what it may use |``.
+fn parse_rooms(lib: &str) -> Result<Rooms, String> {
+    let rows: Vec<(String, &str)> = lib
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("//! |")?.split('|').map(str::trim);
+            let room = cells.next()?.strip_prefix('`')?.strip_suffix('`')?;
+            Some((room.to_owned(), cells.nth(1)?))
+        })
+        .collect();
+    let names: BTreeSet<String> = rows.iter().map(|(room, _)| room.clone()).collect();
+    if names.is_empty() || names.len() != rows.len() {
+        return Err("the table of rooms has no rows, or a room twice".to_owned());
+    }
+    let mut rooms = Rooms::new();
+    for (room, cell) in rows {
+        // What stands in brackets is said to people.
+        let uses = cell.split('(').next().unwrap_or_default().trim();
+        let uses: BTreeSet<String> = match uses {
+            "–" => BTreeSet::new(),
+            "all" => names.clone(),
+            list => list.split(',').map(|name| name.trim().to_owned()).collect(),
+        };
+        if let Some(unknown) = uses.difference(&names).next() {
+            return Err(format!("the row of {room} names {unknown:?}, which has no row"));
+        }
+        rooms.insert(room, uses);
+    }
+    Ok(rooms)
+}
+
+/// The same text with comments and the insides of literals blanked; lines stay where they are.
+fn code_of(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let blank = |out: &mut String, part: &str| out.extend(part.chars().map(|c| if c == '\n' { '\n' } else { ' ' }));
+    while let Some(first) = rest.chars().next() {
+        let before_is_word = out.chars().next_back().is_some_and(is_word);
+        let len = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("/*") {
+            block_comment_len(rest)
+        } else if first == '"' {
+            quoted_len(rest, '"')
+        } else if let Some(len) = raw_string_len(rest).filter(|_| !before_is_word) {
+            len
+        } else if first == '\'' {
+            char_len(rest)
+        } else {
+            out.push(first);
+            rest = &rest[first.len_utf8()..];
+            continue;
+        };
+        blank(&mut out, &rest[..len]);
+        rest = &rest[len..];
+    }
+    out
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn block_comment_len(text: &str) -> usize {
+    let (mut depth, mut at) = (0, 0);
+    while at < text.len() {
+        if text[at..].starts_with("/*") {
+            (depth, at) = (depth + 1, at + 2);
+        } else if text[at..].starts_with("*/") {
+            (depth, at) = (depth - 1, at + 2);
+            if depth == 0 {
+                return at;
+            }
+        } else {
+            at += text[at..].chars().next().map_or(1, char::len_utf8);
+        }
+    }
+    text.len()
+}
+
+fn quoted_len(text: &str, quote: char) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            c if c == quote => return at + 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+fn raw_string_len(text: &str) -> Option<usize> {
+    let body = text.strip_prefix("br").or_else(|| text.strip_prefix('r'))?;
+    let hashes = body.len() - body.trim_start_matches('#').len();
+    let inside = body[hashes..].strip_prefix('"')?;
+    let end = format!("\"{}", "#".repeat(hashes));
+    let prefix = text.len() - inside.len();
+    Some(inside.find(&end).map_or(text.len(), |at| prefix + at + end.len()))
+}
+
+/// The length of a character literal, or of the quote alone when it begins a lifetime.
+fn char_len(text: &str) -> usize {
+    let mut chars = text.char_indices().skip(1);
+    match chars.next() {
+        Some((_, '\\')) => quoted_len(text, '\''),
+        Some(_) => match chars.next() {
+            Some((at, '\'')) => at + 1,
+            _ => 1,
+        },
+        None => 1,
+    }
+}
+
+/// The positions at which `word` stands as a whole word.
+fn words<'a>(code: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
+    code.match_indices(word).map(|(at, _)| at).filter(move |&at| {
+        let before = code[..at].chars().next_back();
+        let after = code[at + word.len()..].chars().next();
+        !before.is_some_and(is_word) && !after.is_some_and(is_word)
+    })
+}
+
+fn line_of(code: &str, at: usize) -> usize {
+    code[..at].matches('\n').count() + 1
+}
+
+/// Everything below the crate that the code names, each with its line: `crate::a::b` and `crate::{a, b::c}`.
+fn crate_references(code: &str) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    for at in words(code, "crate") {
+        let Some(path) = code[at + "crate".len()..].trim_start().strip_prefix("::") else { continue };
+        let path = path.trim_start();
+        let names = match path.strip_prefix('{') {
+            Some(group) => first_words_of_group(group),
+            None => vec![path.chars().take_while(|&c| is_word(c)).collect()],
+        };
+        found.extend(names.into_iter().map(|name| (line_of(code, at), name)));
+    }
+    found
+}
+
+/// The first word of each item of a `use` group, which begins behind its bracket.
+fn first_words_of_group(group: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let (mut depth, mut item) = (0usize, String::new());
+    for c in group.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                let name: String = item.trim().chars().take_while(|&c| is_word(c)).collect();
+                names.extend((!name.is_empty()).then_some(name));
+                item.clear();
+                if c == '}' {
+                    return names;
+                }
+            }
+            _ => item.push(c),
+        }
+    }
+    names
+}
+
+/// What is wrong with a room's file by the table.
+fn room_complaints(rooms: &Rooms, room: &str, text: &str) -> Vec<String> {
+    let Some(uses) = rooms.get(room) else { return vec![format!("{room} is no room of the table in src/lib.rs")] };
+    let code = code_of(text);
+    let mut wrong: Vec<String> = crate_references(&code)
+        .into_iter()
+        .filter(|(_, name)| name != room && !uses.contains(name))
+        .map(|(line, name)| format!("line {line}: {room} may not use {name}"))
+        .collect();
+    // A way out of the room past the name of the crate.
+    let squeezed: String = code.chars().filter(|c| !c.is_whitespace()).collect();
+    if squeezed.contains("super::super") {
+        wrong.push("super::super: write crate::… so that the table can be kept".to_owned());
+    }
+    wrong
+}
+
+/// What is wrong with any file's form.
+fn form_complaints(text: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let header = text.lines().take_while(|line| line.starts_with("//!"));
+    match header.filter(|line| !line.starts_with("//! |")).count() {
+        0 => wrong.push("it does not open with a //! header".to_owned()),
+        n if n > HEADER_LINES_MAX => wrong.push(format!("its header has {n} lines, more than {HEADER_LINES_MAX}")),
+        _ => {}
+    }
+    let lines = text.lines().count();
+    if lines > FILE_LINES_MAX {
+        wrong.push(format!("it has {lines} lines, more than {FILE_LINES_MAX}"));
+    }
+    wrong
+}
+
+fn unsafe_lines(text: &str) -> Vec<usize> {
+    let code = code_of(text);
+    words(&code, "unsafe").map(|at| line_of(&code, at)).collect()
+}
+
+fn unfinished_words(text: &str) -> Vec<&'static str> {
+    UNFINISHED.into_iter().filter(|word| text.contains(word)).collect()
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// All files below a folder of the repository, by their paths in it. What git ignores is not there in a clone.
+fn files_below(folder: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            let path = entry.path();
+            match entry.file_type().unwrap() {
+                kind if kind.is_dir() && entry.file_name() != "__pycache__" => folders.push(path),
+                kind if kind.is_file() => files.push(path.strip_prefix(root()).unwrap().to_owned()),
+                _ => {}
+            }
+        }
+    }
+    files.sort();
+    files
+}
+
+fn rust_files(folder: &str) -> Vec<(String, String)> {
+    let rust = files_below(folder).into_iter().filter(|path| path.extension().is_some_and(|e| e == "rs"));
+    rust.map(|path| (path.to_str().unwrap().to_owned(), fs::read_to_string(root().join(path)).unwrap())).collect()
+}
+
+/// The room of a file of `src/`. The programs (`main.rs`, `bin/`) and `lib.rs` are in none.
+fn room_of(path: &str) -> Option<&str> {
+    let inside = path.strip_prefix("src/")?;
+    let room = inside.split_once('/').map_or_else(|| inside.trim_end_matches(".rs"), |(folder, _)| folder);
+    (!matches!(room, "lib" | "main" | "bin")).then_some(room)
+}
+
+fn assert_none(wrong: &[String]) {
+    assert!(wrong.is_empty(), "\n{}\n", wrong.join("\n"));
+}
+
+#[test]
+fn rooms_use_only_what_their_row_allows() {
+    let rooms = parse_rooms(&fs::read_to_string(root().join("src/lib.rs")).unwrap()).unwrap();
+    let files = rust_files("src");
+    let seen: BTreeSet<&str> = files.iter().filter_map(|(path, _)| room_of(path)).collect();
+    let mut wrong: Vec<String> = files
+        .iter()
+        .filter_map(|(path, text)| Some((path, room_complaints(&rooms, room_of(path)?, text))))
+        .flat_map(|(path, found)| found.into_iter().map(move |what| format!("{path}: {what}")))
+        .collect();
+    wrong.extend(rooms.keys().filter(|room| !seen.contains(room.as_str())).map(|room| format!("no file is in {room}")));
+    assert_none(&wrong);
+}
+
+#[test]
+fn files_have_headers_and_an_end() {
+    let files = rust_files("src").into_iter().chain(rust_files("tests"));
+    let wrong: Vec<String> = files
+        .flat_map(|(path, text)| form_complaints(&text).into_iter().map(move |what| format!("{path}: {what}")))
+        .collect();
+    assert_none(&wrong);
+}
+
+#[test]
+fn unsafe_is_where_the_list_says() {
+    let mut wrong = Vec::new();
+    for (path, text) in rust_files("src") {
+        match (unsafe_lines(&text).as_slice(), UNSAFE_FILES.contains(&path.as_str())) {
+            ([], true) => wrong.push(format!("{path}: has no unsafe code any more; take it off the list")),
+            ([line, ..], false) => wrong.push(format!("{path}: line {line}: unsafe, and the file is not on the list")),
+            _ => {}
+        }
+    }
+    assert_none(&wrong);
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    let folders = ["src", "tests", "docs", "scripts", "qemu"];
+    let files = folders.iter().flat_map(|folder| files_below(folder)).chain(["README.md".into(), "Cargo.toml".into()]);
+    let wrong: Vec<String> = files
+        .filter_map(|path| Some((fs::read_to_string(root().join(&path)).ok()?, path)))
+        .flat_map(|(text, path)| {
+            unfinished_words(&text).into_iter().map(move |word| format!("{}: {word}", path.display()))
+        })
+        .collect();
+    assert_none(&wrong);
+}
+
+// The checks themselves.
+
+fn small_house() -> Rooms {
+    let table = "//! | room | one job | may use |\n//! |--|--|--|\n//! | `cellar` | holds | – |\n\
+                 //! | `kitchen` | cooks | cellar |\n//! | `hall` | leads on | all |\n\
+                 //! | `porch` | greets | hall, cellar (for `wood`) |\n";
+    parse_rooms(table).unwrap()
+}
+
+#[test]
+fn the_table_is_read() {
+    let rooms = small_house();
+    assert!(rooms["cellar"].is_empty());
+    assert_eq!(rooms["hall"].len(), 4);
+    assert_eq!(rooms["porch"], BTreeSet::from(["cellar".to_owned(), "hall".to_owned()]));
+    assert!(parse_rooms("//! no table").is_err());
+    assert!(parse_rooms("//! | `a` | x | b |").is_err(), "an unknown room");
+    assert!(parse_rooms("//! | `a` | x | – |\n//! | `a` | x | – |").is_err(), "a room twice");
+}
+
+#[test]
+fn a_forbidden_use_is_found_however_it_is_written() {
+    let rooms = small_house();
+    for bad in [
+        "use crate::kitchen::Pan;",
+        "fn f() { crate :: hall::go() }",
+        "use crate::{cellar::Jar, kitchen};",
+        "use crate::{cellar::{Jar, Lid}, hall::{self, Door}};",
+        "let c = '\"'; use crate::hall; let d = '\"';",
+        "fn f<'a>(s: &'a str) -> crate::hall::Door { s }",
+        "let r = r#\"a \" b\"#; crate::hall::go();",
+        "use super::super::hall;",
+        "use crate::attic::Trunk;",
+    ] {
+        assert_eq!(room_complaints(&rooms, "cellar", bad).len(), 1, "{bad}");
+    }
+    for good in [
+        "use crate::cellar::Jar;",
+        "// use crate::kitchen;\n/// [`crate::kitchen::Pan`]\nfn f() {}",
+        "/* a /* b */ use crate::hall; */",
+        "let s = \"\\\" crate::hall\"; let t = r#\"crate::hall\"#; let u = br\"crate::hall\";",
+        "pub(crate) fn f() {} let my_crate::hall = 1;",
+    ] {
+        assert_eq!(room_complaints(&rooms, "cellar", good), Vec::<String>::new(), "{good}");
+    }
+    assert_eq!(room_complaints(&rooms, "kitchen", "use crate::cellar;"), Vec::<String>::new());
+    assert_eq!(room_complaints(&rooms, "attic", "").len(), 1, "a room without a row");
+    assert_eq!(room_complaints(&rooms, "cellar", "\n\ncrate::hall::go()"), ["line 3: cellar may not use hall"]);
+}
+
+#[test]
+fn bad_form_is_found() {
+    assert_eq!(form_complaints("//! Good.\n"), Vec::<String>::new());
+    assert_eq!(form_complaints("use std::fs;\n").len(), 1);
+    assert_eq!(form_complaints(&"//! Long.\n".repeat(13)).len(), 1);
+    assert_eq!(form_complaints(&format!("//! Table.\n{}", "//! | row |\n".repeat(20))), Vec::<String>::new());
+    assert_eq!(form_complaints(&format!("//! Long.\n{}", "\n".repeat(700))).len(), 1);
+    assert_eq!(unsafe_lines("// unsafe\nlet s = \"unsafe\";\nunsafe_op();\nunsafe { x() }"), [4]);
+    for word in UNFINISHED {
+        assert_eq!(unfinished_words(&format!("x {word} y")), [word]);
+    }
+    assert!(unfinished_words("todo = \"deny\"").is_empty());
+}
+
+#[test]
+fn files_know_their_room() {
+    assert_eq!(room_of("src/image/file.rs"), Some("image"));
+    assert_eq!(room_of("src/sync.rs"), Some("sync"));
+    for none in ["src/lib.rs", "src/main.rs", "src/bin/program.rs", "tests/engine/sim.rs"] {
+        assert_eq!(room_of(none), None, "{none}");
+    }
+}
