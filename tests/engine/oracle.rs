@@ -14,12 +14,36 @@ use halfsilver::mirror::{
     Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
     Version,
 };
-use halfsilver::store::BlockIndex;
+use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const BLOCK: usize = 4096;
 const VERSIONS_MAX: usize = 7;
+
+/// What the disk of a run is made of.
+#[derive(Clone, Copy)]
+struct Shape {
+    block: usize,
+    live_alignment: u32,
+    /// Of every frozen image; None: each cut gets one of its own choice.
+    frozen_alignment: Option<u32>,
+    faults: bool,
+}
+
+impl Shape {
+    /// Seeds take turns, so that every combination comes up within a few hundred of them.
+    fn of(seed: u64) -> Shape {
+        let block = [4096, 4096, 8192, 4096, 65536, 4096, 16384][usize::try_from(seed % 7).unwrap()];
+        let (live_alignment, frozen_alignment) =
+            [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
+                [usize::try_from(seed % 5).unwrap()];
+        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2 }
+    }
+
+    fn table(self, sectors: usize) -> Table {
+        Disk::table_in_memory((sectors * SECTOR) as u64, u32::try_from(self.block).unwrap()).unwrap()
+    }
+}
 
 type Tags = BTreeSet<u64>;
 
@@ -215,25 +239,25 @@ struct Run {
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
-    alignment: u32,
-    faults: bool,
+    shape: Shape,
 }
 
 impl Run {
-    fn new(seed: u64, alignment: u32, faults: bool) -> Run {
+    fn new(seed: u64, shape: Shape) -> Run {
         sim::reset();
         let mut rng = Rng::new(seed);
-        let blocks = 3 + rng.below(8);
-        // The last block is short now and then.
-        let tail = if alignment == 512 { rng.below(8) } else { 0 };
-        let sectors = blocks * BLOCK / SECTOR + tail;
-        let live_image = SimImage::new("live", sectors * SECTOR, alignment);
+        let blocks = if shape.block > 16384 { 1 + rng.below(3) } else { 3 + rng.below(8) };
+        // The last block is short now and then, in whole units of the images (as a file's size has to be).
+        let unit = shape.live_alignment.max(shape.frozen_alignment.unwrap_or(512)) as usize / SECTOR;
+        let tail = rng.below(shape.block / SECTOR / unit) * unit;
+        let sectors = blocks * shape.block / SECTOR + tail;
+        let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
         let clock = EpochClock::new(Epoch(1));
         let options = DiskOptions {
             image: Arc::new(live_image.clone()),
-            block_bytes: 4096,
+            block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
-            discards: Disk::table_in_memory((sectors * SECTOR) as u64, 4096).unwrap(),
+            discards: shape.table(sectors),
         };
         let disk = Disk::new(clock.clone(), options);
         let first = Array { key: 0, ended: None, version: None, image: None, sectors: vec![Tags::from([0]); sectors] };
@@ -251,19 +275,19 @@ impl Run {
             live_image,
             sectors,
             cuts: Vec::new(),
-            alignment,
-            faults,
+            shape,
         }
     }
 
     fn range(&mut self) -> Range<usize> {
         let first = self.rng.below(self.sectors);
         let room = self.sectors - first;
-        let longest = if self.rng.chance(70) { 10 } else { 40 };
+        let block = self.shape.block / SECTOR;
+        let longest = if self.rng.chance(70) { block + 2 } else { 5 * block };
         let mut range = first..first + 1 + self.rng.below(room.min(longest));
         if self.rng.chance(35) {
-            range.start = range.start / 8 * 8; // Whole blocks.
-            range.end = range.end.next_multiple_of(8).min(self.sectors);
+            range.start = range.start / block * block; // Whole blocks.
+            range.end = range.end.next_multiple_of(block).min(self.sectors);
         }
         range
     }
@@ -331,8 +355,11 @@ impl Run {
             return;
         }
         let size = self.sectors * SECTOR;
-        let image = SimImage::new("frozen", size, self.alignment);
-        let faulty = self.faults && self.rng.chance(25);
+        // A file that needs 4 KiB has a size in whole 4 KiB; others are used through the page cache.
+        let fits = size.is_multiple_of(4096);
+        let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
+        let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
+        let faulty = self.shape.faults && self.rng.chance(25);
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
@@ -340,7 +367,7 @@ impl Run {
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
             image: Arc::new(image.clone()),
-            table: Arc::new(Disk::table_in_memory(size as u64, 4096).unwrap()),
+            table: Arc::new(self.shape.table(self.sectors)),
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         let cut = self.editor.cut(vec![prepared]).unwrap();
@@ -435,7 +462,7 @@ impl Run {
         let ended = self.editor.begin_retire(&version).unwrap();
         let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
         let (disk, editor) = (self.disk.clone(), self.editor.clone());
-        let lane = self.clock.lane();
+        let (lane, block) = (self.clock.lane(), self.shape.block as u64);
         self.scheduler.spawn(async move {
             clock.drained(ended).await;
             let mut at = BlockIndex(0);
@@ -452,7 +479,7 @@ impl Run {
                 let p = version.preserved_blocks.load(std::sync::atomic::Ordering::Relaxed);
                 let b = version.preserved_bytes.load(std::sync::atomic::Ordering::Relaxed);
                 world.counts.preserved_blocks += p;
-                world.counts.holes_kept += u64::from(b < p * BLOCK as u64);
+                world.counts.holes_kept += u64::from(b < p * block);
             }
             let mut at = BlockIndex(0);
             loop {
@@ -547,8 +574,7 @@ impl Run {
 
 /// One run of the oracle from a seed.
 pub fn run(seed: u64, steps: usize) -> Result<Counts, String> {
-    let alignment = if seed % 5 == 4 { 4096 } else { 512 };
-    Run::new(seed, alignment, seed % 3 == 2).run(steps)
+    Run::new(seed, Shape::of(seed)).run(steps)
 }
 
 #[test]
