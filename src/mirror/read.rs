@@ -7,7 +7,6 @@
 use super::chain::{Chain, VersionIndex};
 use super::disk::{Target, index_of};
 use super::join::join_all;
-use super::lock::BLOCKS_PER_GUARD_MAX;
 use super::planted::{self, Defect};
 use super::{Disk, Epoch, RequestError};
 use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue, SharedImage, read_exact_at, sync};
@@ -40,7 +39,7 @@ impl Disk {
                 return Ok(());
             }
         }
-        let part_bytes = BLOCKS_PER_GUARD_MAX * u64::from(self.geometry.block_bytes);
+        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
         let (mut done, len) = (0, into.len() as u64);
         while done < len {
             let here = at.add(done);

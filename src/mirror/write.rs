@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Owned, VersionIndex};
 use super::join::join_all;
-use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::lock::Mode;
 use super::plan::{Copy, Run, WritePlan};
 use super::planted::{self, Defect};
 use super::read::usize_of;
@@ -72,7 +72,7 @@ impl Disk {
         data: Data,
         durable: bool,
     ) -> Result<(), RequestError> {
-        let part_bytes = BLOCKS_PER_GUARD_MAX * u64::from(self.geometry.block_bytes);
+        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
         let (mut done, len) = (0, data.len());
         while done < len {
             let here = at.add(done);
