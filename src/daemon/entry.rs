@@ -65,7 +65,6 @@ pub(super) struct SnapshotEntry {
     pub(super) id: Uuid,
     pub(super) record: Mutex<SnapshotRecord>,
     pub(super) version: Option<Arc<Version>>,
-    pub(super) image: Option<SharedImage>,
     pub(super) table: Option<Arc<Table>>,
     pub(super) server: Mutex<Option<ServerHandle>>,
     pub(super) frontends: Arc<Frontends>,

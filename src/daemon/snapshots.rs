@@ -1,5 +1,6 @@
 //! Snapshots: taking them, opening them when they are quiesced, and deleting them.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -8,11 +9,12 @@ use uuid::Uuid;
 
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::jobs::JobEntry;
-use super::manager::{Manager, image_error, table_error};
+use super::manager::{Manager, image_error, record_error, table_error};
 use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotState, Strategy, Writers};
+use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::image::{Direct, Executor, FileImage, ImageErrorKind, RingOptions};
+use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions, SharedImage};
 use crate::job::{self, Outcome};
 use crate::mirror::{Epoch, Owned, PreparedSnapshot};
 use crate::store::{SnapshotRecord, Table};
@@ -82,19 +84,18 @@ impl Manager {
             locked(&entry.record).ended = cut.ended.0;
             *locked(&disk.live) = (live, cut.ended.next().0);
         }
-        if let Err(e) = self.persist(disks) {
-            for ((disk, _), version) in entries.iter().zip(&cut.frozen) {
+        let recorded = self.persist(disks);
+        for ((disk, entry), version) in entries.iter().zip(&cut.frozen) {
+            if recorded.is_err() {
                 disk.disk.break_version(version, "the cut could not be recorded");
             }
-            return Err(e);
-        }
-        for (_, entry) in &entries {
             log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
+        // Also when they could not be recorded: they must be quiesced to be deleted.
         let (me, ended) = (self.me.clone(), cut.ended);
-        self.start_thread("drain", move || {
+        let waits = self.start_thread("drain", move || {
             loop {
                 let Some(manager) = me.upgrade() else { return };
                 if manager.clock.wait_drained(ended, LOOK) {
@@ -105,6 +106,8 @@ impl Manager {
                 }
             }
         });
+        recorded?;
+        waits.map_err(|e| ApiError::new(ErrorCode::Io, format!("nobody can wait for the snapshot's requests: {e}")))?;
         Ok(answer)
     }
 
@@ -117,11 +120,20 @@ impl Manager {
         let chain = disk.disk.chain();
         let live = chain.version(chain.live()).clone();
         let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
+        self.check_place(&socket).map_err(in_snapshot)?;
+        if request.image.is_none() {
+            self.clear_orphan(&path).map_err(in_snapshot)?;
+        }
 
         let direct = if disk.config.direct { Direct::On } else { Direct::Off };
         let created = match FileImage::create(&path, geometry.size_bytes, direct) {
             Err(e) if disk.config.direct && e.kind == ImageErrorKind::Unsuitable => {
                 log::info!("snapshot {reference}: {} is used through the page cache: {e}", path.display());
+                FileImage::create(&path, geometry.size_bytes, Direct::Off)
+            }
+            Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
+                drop(image);
+                remove_file(&path);
                 FileImage::create(&path, geometry.size_bytes, Direct::Off)
             }
             other => other,
@@ -155,7 +167,6 @@ impl Manager {
             reference,
             record: Mutex::new(record),
             version: Some(live),
-            image: Some(image.clone()),
             table: Some(table.clone()),
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
@@ -163,6 +174,47 @@ impl Manager {
         });
         let prepared = PreparedSnapshot { disk: disk.disk.clone(), image, table, new_live };
         Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
+    }
+
+    /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
+    fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
+        let len = socket.as_os_str().len();
+        let bad = |what: String| {
+            let message = format!("its socket {} cannot be made: {what}", socket.display());
+            Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name another one with --socket"))
+        };
+        if len > SOCKET_PATH_LEN_MAX {
+            return bad(format!("a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}"));
+        }
+        if !socket.parent().is_some_and(Path::is_dir) {
+            return bad("its directory does not exist".to_owned());
+        }
+        if std::fs::symlink_metadata(socket).is_ok_and(|m| !m.file_type().is_socket()) {
+            return bad("something else is there".to_owned());
+        }
+        for disk in self.all_disks() {
+            let of_snapshot = disk.snapshots().into_iter().find(|s| locked(&s.record).socket == socket);
+            if disk.config.socket.as_deref() == Some(socket) {
+                return bad(format!("disk {} has it", disk.name));
+            }
+            if let Some(snapshot) = of_snapshot {
+                return bad(format!("snapshot {} has it", snapshot.reference));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a snapshot's image in our own directory that no record knows: a daemon that was killed left it there.
+    fn clear_orphan(&self, image: &Path) -> Result<(), ApiError> {
+        if std::fs::symlink_metadata(image).is_err() {
+            return Ok(());
+        }
+        let known = self.records.disks().map_err(record_error)?;
+        if known.iter().flat_map(|d| &d.snapshots).all(|s| s.image != image) {
+            log::warn!("{}: no snapshot has it, a daemon that was killed left it there; removed", image.display());
+            remove_file(image);
+        }
+        Ok(())
     }
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
@@ -189,6 +241,9 @@ impl Manager {
         for (disk, entry) in entries {
             if let Some(version) = &entry.version {
                 version.set_quiesced();
+            }
+            if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
+                continue; // Its disk has been removed, and must not come back with it.
             }
             locked(&entry.drain).get_or_insert(drain);
             if entry.broken().is_none() && !self.is_stopping() {
@@ -243,8 +298,8 @@ impl Manager {
     pub(super) fn delete(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
         let deadline = Instant::now() + DELETION_WAIT;
         let job = loop {
-            self.refuse_when_stopping()?;
             let structure = locked(&self.structure);
+            self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
             if entry.version.is_none() {
@@ -253,7 +308,11 @@ impl Manager {
             }
             let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
             match entry.state() {
-                SnapshotState::Deleting => break self.running_deletion(reference)?,
+                // One whose job has failed is tried again.
+                SnapshotState::Deleting => match self.running_deletion(reference) {
+                    Some(job) => break job,
+                    None => break self.start_retire(&disk, &entry)?,
+                },
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
                     if Instant::now() >= deadline {
@@ -287,12 +346,9 @@ impl Manager {
         }
     }
 
-    fn running_deletion(&self, reference: &SnapshotRef) -> Result<Arc<JobEntry>, ApiError> {
+    fn running_deletion(&self, reference: &SnapshotRef) -> Option<Arc<JobEntry>> {
         let works = |j: &Arc<JobEntry>| j.disk == reference.disk && j.snapshot.as_ref() == Some(&reference.name);
-        self.running_jobs().into_iter().find(works).ok_or_else(|| {
-            ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {reference} is being deleted"))
-                .with_action("its deletion goes on when the daemon is started again")
-        })
+        self.running_jobs().into_iter().find(works)
     }
 
     fn begin_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
@@ -311,7 +367,7 @@ impl Manager {
             self.editor.begin_retire(&version).map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
         let job = self.new_job(JobKind::Merge, &disk.name, Some(&entry.reference.name));
         let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
-        self.start_thread("delete", move || {
+        let started = self.start_thread("delete", move || {
             let Some(manager) = me.upgrade() else { return };
             let (state, reason) = match manager.retire(&disk, &entry, grace, &ours) {
                 Ok(Outcome::Done) => (JobState::Done, None),
@@ -320,6 +376,9 @@ impl Manager {
             };
             manager.end_job(&ours, state, reason);
         });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
         Ok(job)
     }
 
@@ -356,10 +415,9 @@ impl Manager {
     /// Forgets a snapshot that nobody reads any more, and removes what it had.
     fn gone(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<(), ApiError> {
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        // First the files: a record without them is cleared away at the next start, files without a record never.
+        self.remove_files(&locked(&entry.record));
         let persisted = self.persist(std::slice::from_ref(disk));
-        if persisted.is_ok() {
-            self.remove_files(&locked(&entry.record));
-        }
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
@@ -374,20 +432,26 @@ impl Manager {
     /// Saves what a clean stop leaves: the snapshots' bytes and tables first, and only then the word that they are there.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
         let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| e.to_string())?;
-        let mut images = vec![disk.image.clone()];
-        images.extend(disk.snapshots().iter().filter_map(|s| s.image.clone()));
-        if disk.config.readonly {
-            images.remove(0);
-        }
-        for image in images {
+        let sync = |image: SharedImage| -> Result<(), String> {
             let queue = executor.queue().clone();
             let done = executor.block_on(async move { crate::image::sync(&*image, &queue).await });
-            done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+            done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+        };
+        if !disk.config.readonly {
+            sync(disk.image.clone())?;
         }
         let chain = disk.disk.chain();
-        for link in chain.links() {
-            if let Owned::Table(table) = &link.layer.owned {
-                table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string())?;
+        // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
+        let mut lost: Option<String> = None;
+        for link in chain.links().iter().rev() {
+            let Owned::Table(table) = &link.layer.owned else { continue };
+            if lost.is_none() {
+                let saved = sync(link.layer.image.clone())
+                    .and_then(|()| table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string()));
+                lost = saved.err().map(|e| format!("it, or one that it reads through, could not be saved: {e}"));
+            }
+            if let Some(reason) = &lost {
+                disk.disk.break_version(&link.version, reason);
             }
         }
         disk.disk.discards().save(&self.places.durable_table(disk.id)).map_err(|e| e.to_string())?;
