@@ -245,6 +245,13 @@ struct Run {
 impl Run {
     fn new(seed: u64, shape: Shape) -> Run {
         sim::reset();
+        let clock = EpochClock::new(Epoch(1));
+        let editor = Arc::new(ChainEditor::new(clock.clone()));
+        Run::beside(seed, shape, clock, editor)
+    }
+
+    /// One more disk of the same daemon.
+    fn beside(seed: u64, shape: Shape, clock: EpochClock, editor: Arc<ChainEditor>) -> Run {
         let mut rng = Rng::new(seed);
         let blocks = if shape.block > 16384 { 1 + rng.below(3) } else { 3 + rng.below(8) };
         // The last block is short now and then, in whole units of the images (as a file's size has to be).
@@ -252,7 +259,6 @@ impl Run {
         let tail = rng.below(shape.block / SECTOR / unit) * unit;
         let sectors = blocks * shape.block / SECTOR + tail;
         let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
-        let clock = EpochClock::new(Epoch(1));
         let options = DiskOptions {
             image: Arc::new(live_image.clone()),
             block_bytes: u32::try_from(shape.block).unwrap(),
@@ -268,7 +274,7 @@ impl Run {
             scheduler: Scheduler::default(),
             queue: IoQueue::simulated(),
             lanes: (0..3).map(|_| clock.lane()).collect(),
-            editor: Arc::new(ChainEditor::new(clock.clone())),
+            editor,
             clock,
             live: disk.attach_live(),
             disk,
@@ -350,16 +356,26 @@ impl Run {
         });
     }
 
+    fn has_room(&self) -> bool {
+        self.world.borrow().arrays.len() < VERSIONS_MAX
+    }
+
     fn cut(&mut self) {
-        if self.world.borrow().arrays.len() >= VERSIONS_MAX {
-            return;
+        if self.has_room() {
+            let (prepared, image) = self.prepare_cut();
+            let cut = self.editor.cut(vec![prepared]).unwrap();
+            self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
+    }
+
+    fn prepare_cut(&mut self) -> (PreparedSnapshot, SimImage) {
         let size = self.sectors * SECTOR;
         // A file that needs 4 KiB has a size in whole 4 KiB; others are used through the page cache.
         let fits = size.is_multiple_of(4096);
         let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
         let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
         let faulty = self.shape.faults && self.rng.chance(25);
+        self.world.borrow_mut().any_fault |= faulty;
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
@@ -370,25 +386,27 @@ impl Run {
             table: Arc::new(self.shape.table(self.sectors)),
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
-        let cut = self.editor.cut(vec![prepared]).unwrap();
+        (prepared, image)
+    }
+
+    fn note_cut(&mut self, ended: Epoch, version: Arc<Version>, image: SimImage) {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
         if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {}", cut.ended);
+            println!("cut ends epoch {ended}");
         }
         world.next += 1;
         let key = world.next;
         let mut live = world.arrays.last().unwrap().clone();
-        world.any_fault |= faulty;
         let frozen = world.arrays.last_mut().unwrap();
-        frozen.ended = Some(cut.ended);
-        frozen.version = Some(cut.frozen[0].clone());
+        frozen.ended = Some(ended);
+        frozen.version = Some(version.clone());
         frozen.image = Some(image);
         let old_key = std::mem::replace(&mut live.key, key);
         world.arrays.push(live);
         // A read that runs across the cut: the guest cannot tell whether it came before or after.
         world.watches.iter_mut().filter(|w| w.keys.contains(&old_key)).for_each(|w| w.keys.push(key));
-        self.cuts.push((cut.ended, cut.frozen[0].clone()));
+        self.cuts.push((ended, version));
     }
 
     /// What the daemon does in the background: declares drained versions quiesced.
@@ -512,22 +530,24 @@ impl Run {
         wrong.into_iter().for_each(|w| world.fail(w));
     }
 
+    fn step(&mut self) -> Result<(), String> {
+        match self.rng.below(100) {
+            0..45 => self.submit(),
+            45..50 => self.cut(),
+            50..60 => self.read_frozen(),
+            60..62 => self.delete(),
+            _ => {}
+        }
+        for _ in 0..self.rng.below(9) {
+            self.scheduler.step(&mut self.rng);
+        }
+        self.quiesce();
+        self.failure().map_or(Ok(()), Err)
+    }
+
     fn run(mut self, steps: usize) -> Result<Counts, String> {
         for _ in 0..steps {
-            match self.rng.below(100) {
-                0..45 => self.submit(),
-                45..50 => self.cut(),
-                50..60 => self.read_frozen(),
-                60..62 => self.delete(),
-                _ => {}
-            }
-            for _ in 0..self.rng.below(9) {
-                self.scheduler.step(&mut self.rng);
-            }
-            self.quiesce();
-            if let Some(failure) = self.failure() {
-                return Err(failure);
-            }
+            self.step()?;
         }
         self.finish()
     }
@@ -577,13 +597,56 @@ pub fn run(seed: u64, steps: usize) -> Result<Counts, String> {
     Run::new(seed, Shape::of(seed)).run(steps)
 }
 
+/// One run with two disks of one daemon, which are frozen together now and then.
+fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
+    let one = Run::new(seed, Shape::of(seed));
+    let other = Run::beside(!seed, Shape::of(seed / 7), one.clock.clone(), one.editor.clone());
+    let mut rng = Rng::new(seed ^ 0x5555);
+    let mut disks = [one, other];
+    for _ in 0..steps {
+        if rng.chance(5) && disks.iter().all(Run::has_room) {
+            let (prepared, images): (Vec<_>, Vec<_>) = disks.iter_mut().map(Run::prepare_cut).unzip();
+            let cut = disks[0].editor.clone().cut(prepared).unwrap();
+            for ((disk, image), version) in disks.iter_mut().zip(images).zip(cut.frozen) {
+                disk.note_cut(cut.ended, version, image);
+            }
+        }
+        disks[rng.below(2)].step()?;
+    }
+    // A deletion on one disk waits for requests on the other, so the two come to rest together.
+    let [one, other] = &mut disks;
+    while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
+    disks.iter_mut().try_for_each(Run::settle)?;
+    let mut total = Counts::default();
+    for disk in disks {
+        total.add(&disk.finish()?);
+    }
+    Ok(total)
+}
+
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
+    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
+    first..first + seeds
+}
+
+#[test]
+fn random_runs_of_two_disks_match_one_array_a_version() {
+    let _others = crate::ALONE.read().unwrap();
+    for seed in seeds(1000) {
+        if let Err(e) = run_group(seed, 400) {
+            panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}");
+        }
+    }
+}
+
 #[test]
 fn random_runs_match_one_array_a_version() {
     let _others = crate::ALONE.read().unwrap();
-    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3000u64);
-    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
+    let range = seeds(3000);
+    let seeds = range.end - range.start;
     let mut total = Counts::default();
-    for seed in first..first + seeds {
+    for seed in range {
         match run(seed, 250) {
             Ok(counts) => total.add(&counts),
             Err(e) => panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}"),
