@@ -3,7 +3,7 @@
 //! A snapshot is taken up only if everything it needs is as a clean stop left it: the live image, its own image, its
 //! table, and those of every newer snapshot, through which it reads. Anything else breaks it, and says why.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::manager::{BrokenVersions, Manager, image_error, record_error, table_e
 use super::snapshots::{clear_socket, remove_file};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
-use crate::image::{Direct, FileImage, ImageOptions, SharedImage};
+use crate::image::{Direct, FileImage, Image, ImageOptions, SharedImage};
 use crate::mirror::{Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
@@ -31,7 +31,7 @@ const CHANGED: &str = "the disk's image was changed while the daemon was not run
 /// What a start makes of a remembered snapshot.
 struct Taken {
     record: SnapshotRecord,
-    link: Option<(Link, SharedImage, Arc<Table>)>,
+    link: Option<(Link, Arc<Table>)>,
 }
 
 impl Manager {
@@ -114,6 +114,16 @@ impl Manager {
         // Looked at before it is opened, because opening may count as a change.
         let looks = Fingerprint::of(&config.path).ok();
         let image: SharedImage = Arc::new(FileImage::open(&config.path, options).map_err(|e| in_disk(image_error(e)))?);
+        let unit = image.alignment().offset_bytes;
+        if unit > config.block_size {
+            let message = format!(
+                "disk {name}: {} takes units of {unit} bytes, more than its block size of {}",
+                config.path.display(),
+                config.block_size
+            );
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .with_action(format!("give it block-size={unit}, or direct=off")));
+        }
         let blocks = image.size_bytes().div_ceil(u64::from(config.block_size));
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
         let discards = Table::create(&self.places.run_table(id), blocks).map_err(table_error)?;
@@ -188,7 +198,6 @@ impl Manager {
             live: Mutex::new(live),
             snapshots: Mutex::new(snapshots),
             failure_told: AtomicBool::new(false),
-            removed: AtomicBool::new(false),
         });
         locked(&self.disks).insert(name.clone(), entry.clone());
         log::info!(
@@ -238,7 +247,7 @@ impl Manager {
         record: &SnapshotRecord,
         config: &DiskConfig,
         blocks: u64,
-    ) -> Result<(Link, SharedImage, Arc<Table>), String> {
+    ) -> Result<(Link, Arc<Table>), String> {
         let is_file = std::fs::symlink_metadata(&record.image).map(|m| m.is_file()).unwrap_or(false);
         if !is_file {
             return Err(format!("its image {} is missing or is not a file", record.image.display()));
@@ -256,8 +265,8 @@ impl Manager {
             version.set_broken(reason.clone());
         }
         let table = Arc::new(table);
-        let layer = Layer { image: image.clone(), owned: Owned::Table(table.clone()) };
-        Ok((Link { version, layer }, image, table))
+        let layer = Layer { image, owned: Owned::Table(table.clone()) };
+        Ok((Link { version, layer }, table))
     }
 
     fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {
@@ -273,17 +282,13 @@ impl Manager {
         if let Some(reason) = &record.broken {
             log::error!("snapshot {reference} is broken: {reason}");
         }
-        let (version, image, table) = match link {
-            Some((link, image, table)) => (Some(link.version), Some(image), Some(table)),
-            None => (None, None, None),
-        };
+        let (version, table) = link.map(|(link, table)| (link.version, table)).unzip();
         Some(Arc::new(SnapshotEntry {
             id: record.id,
             frontends: Frontends::new(disk, Some(&reference), &self.bus),
             reference,
             record: Mutex::new(record),
             version,
-            image,
             table,
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
@@ -295,7 +300,6 @@ impl Manager {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
         let entry = self.disk(name)?;
-        let snapshots = entry.snapshots();
         let busy = |message: String| Err(ApiError::new(ErrorCode::DiskBusy, message));
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("disk {name}: job {} is still working on it", job.id));
@@ -303,12 +307,14 @@ impl Manager {
         if !force && entry.frontends.count() > 0 {
             return busy(format!("disk {name} has a frontend connected"));
         }
-        if !force && !snapshots.is_empty() {
-            return busy(format!("disk {name} has {} snapshots", snapshots.len()));
+        let count = entry.snapshots().len();
+        if !force && count > 0 {
+            return busy(format!("disk {name} has {count} snapshots"));
         }
-        entry.removed.store(true, Ordering::SeqCst);
         locked(&self.disks).remove(name);
         entry.server.stop();
+        // Who still waits for one of them to be quiesced finds it gone.
+        let snapshots = std::mem::take(&mut *locked(&entry.snapshots));
         for snapshot in &snapshots {
             drop(locked(&snapshot.server).take());
         }
@@ -332,6 +338,10 @@ pub(super) fn open_snapshot_image(
     let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO });
     let image = match open(if config.direct { Direct::On } else { Direct::Off }) {
         Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => open(Direct::Off),
+        Ok(image) if image.alignment().offset_bytes > config.block_size => {
+            drop(image);
+            open(Direct::Off)
+        }
         other => other,
     };
     image.map(|image| Arc::new(image) as SharedImage)

@@ -65,7 +65,6 @@ pub(super) struct SnapshotEntry {
     pub(super) id: Uuid,
     pub(super) record: Mutex<SnapshotRecord>,
     pub(super) version: Option<Arc<Version>>,
-    pub(super) image: Option<SharedImage>,
     pub(super) table: Option<Arc<Table>>,
     pub(super) server: Mutex<Option<ServerHandle>>,
     pub(super) frontends: Arc<Frontends>,
@@ -140,15 +139,9 @@ pub(super) struct DiskEntry {
     pub(super) live: Mutex<(Uuid, u64)>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
     pub(super) failure_told: AtomicBool,
-    pub(super) removed: AtomicBool,
 }
 
 impl DiskEntry {
-    /// Whether the user has removed it: nothing of it is recorded any more.
-    pub(super) fn is_removed(&self) -> bool {
-        self.removed.load(Ordering::SeqCst)
-    }
-
     pub(super) fn snapshots(&self) -> Vec<Arc<SnapshotEntry>> {
         locked(&self.snapshots).clone()
     }

@@ -2,7 +2,7 @@
 //!
 //! What always holds:
 //! - One operation at a time changes what there is (`structure`); reading never waits for it.
-//! - A record is durable before what it announces can be seen, and a record goes before its files do.
+//! - A record is durable before what it announces can be seen, and files go before their record goes.
 //! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
 //!   vouch for its snapshots.
 
@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::ServeError;
 use super::entry::{DiskEntry, locked};
 use super::jobs::JobEntry;
 use super::places::Places;
@@ -57,8 +58,8 @@ impl Manager {
     /// A manager without disks.
     ///
     /// # Errors
-    /// When the records cannot be opened.
-    pub fn open(places: Places) -> Result<Arc<Manager>, RecordError> {
+    /// When the records cannot be opened, or the system has no room for a thread.
+    pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
         let records = Records::open(&places.records())?;
         let clock = EpochClock::new(first_epoch(&records.disks()?));
         let (broken, inbox) = channel();
@@ -78,7 +79,8 @@ impl Manager {
             me: me.clone(),
         });
         let keeper = manager.me.clone();
-        manager.start_thread("housekeeper", move || keep_house(&keeper, &inbox));
+        let started = manager.start_thread("housekeeper", move || keep_house(&keeper, &inbox));
+        started.map_err(|e| ServeError::System(format!("cannot start a thread: {e}")))?;
         Ok(manager)
     }
 
@@ -95,15 +97,17 @@ impl Manager {
     }
 
     /// Starts a thread that the daemon's end waits for.
-    pub(super) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) {
-        match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
-            Ok(thread) => {
-                let mut threads = locked(&self.threads);
-                threads.retain(|t| !t.is_finished());
-                threads.push(thread);
+    pub(super) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let mut threads = locked(&self.threads);
+        // A thread that has ended keeps its stack until it is joined.
+        for ended in threads.extract_if(.., |t| t.is_finished()) {
+            if ended.join().is_err() {
+                log::error!("a thread panicked");
             }
-            Err(e) => log::error!("cannot start the thread {name}: {e}"),
         }
+        let started = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+        threads.push(started.inspect_err(|e| log::error!("cannot start the thread {name}: {e}"))?);
+        Ok(())
     }
 
     pub(super) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
@@ -126,7 +130,11 @@ impl Manager {
             let reason = snapshot.broken().unwrap_or_default();
             log::error!("snapshot {} is broken: {reason}", snapshot.reference);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
-            if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
+            // Not beside another change, whose record this one would undo; and the disk may have gone meanwhile.
+            let _structure = locked(&self.structure);
+            if self.disk(&disk.name).is_ok_and(|served| Arc::ptr_eq(&served, &disk))
+                && let Err(e) = self.persist(std::slice::from_ref(&disk))
+            {
                 log::error!("cannot record that snapshot {} is broken: {e}", snapshot.reference);
             }
         }

@@ -93,6 +93,8 @@ impl Manager {
     /// When some disk could not be saved; all others are.
     fn stop(&self) -> Result<(), ServeError> {
         self.stopping.store(true, Ordering::SeqCst);
+        // Whatever is being changed is changed now, and nothing is after this.
+        drop(locked(&self.structure));
         for job in self.running_jobs() {
             job.pace.stop.store(true, Ordering::Release);
         }

@@ -104,7 +104,9 @@ impl Places {
     pub fn remove_strays(&self, disks: &[DiskRecord]) {
         let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
         let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(snapshots().map(|s| s.id)).collect();
-        let images: HashSet<&Path> = snapshots().map(|s| s.image.as_path()).collect();
+        // By name and not by path: the directory may have been moved since.
+        let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
+        let references: HashSet<String> = disks.iter().flat_map(named).collect();
         let is_stray_table = |path: &Path| {
             let is_ours = path.extension().is_some_and(|e| e == "table" || e == "new" || e == "bits");
             let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
@@ -112,7 +114,8 @@ impl Places {
         };
         let is_stray_image = |path: &Path| {
             let reference = path.file_stem().and_then(|s| s.to_str()?.parse::<SnapshotRef>().ok());
-            path.extension().is_some_and(|e| e == "img") && reference.is_some() && !images.contains(path)
+            path.extension().is_some_and(|e| e == "img")
+                && reference.is_some_and(|r| !references.contains(&r.to_string()))
         };
         remove_if(&self.state_dir.join("tables"), is_stray_table);
         remove_if(&self.run_dir.join("tables"), is_stray_table);

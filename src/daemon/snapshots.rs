@@ -1,5 +1,6 @@
 //! Snapshots: taking them, opening them when they are quiesced, and deleting them.
 
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotStat
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::image::{Direct, Executor, FileImage, ImageErrorKind, RingOptions};
+use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions, SharedImage};
 use crate::job::{self, Outcome};
 use crate::mirror::{Epoch, Owned, PreparedSnapshot};
 use crate::store::{SnapshotRecord, Table};
@@ -84,18 +85,17 @@ impl Manager {
             *locked(&disk.live) = (live, cut.ended.next().0);
         }
         let recorded = self.persist(disks);
-        if recorded.is_err() {
-            for ((disk, _), version) in entries.iter().zip(&cut.frozen) {
+        for ((disk, entry), version) in entries.iter().zip(&cut.frozen) {
+            if recorded.is_err() {
                 disk.disk.break_version(version, "the cut could not be recorded");
             }
-        }
-        for (_, entry) in &entries {
             log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
+        // Also when they could not be recorded: they must be quiesced to be deleted.
         let (me, ended) = (self.me.clone(), cut.ended);
-        self.start_thread("drain", move || {
+        let waits = self.start_thread("drain", move || {
             loop {
                 let Some(manager) = me.upgrade() else { return };
                 if manager.clock.wait_drained(ended, LOOK) {
@@ -106,7 +106,9 @@ impl Manager {
                 }
             }
         });
-        recorded.map(|()| answer)
+        recorded?;
+        waits.map_err(|e| ApiError::new(ErrorCode::Io, format!("nobody can wait for the snapshot's requests: {e}")))?;
+        Ok(answer)
     }
 
     /// Makes the image, the table and the entry of a snapshot.
@@ -115,22 +117,20 @@ impl Manager {
         let geometry = disk.disk.geometry();
         let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
-        if socket.as_os_str().len() > SOCKET_PATH_LEN_MAX {
-            let message = format!(
-                "snapshot {reference}: the path of its socket, {}, is longer than {SOCKET_PATH_LEN_MAX} bytes",
-                socket.display()
-            );
-            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
-                .with_action("name a shorter one with --socket, or use a shorter run directory"));
-        }
         let chain = disk.disk.chain();
         let live = chain.version(chain.live()).clone();
         let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
+        self.check_place(&socket).map_err(in_snapshot)?;
 
         let direct = if disk.config.direct { Direct::On } else { Direct::Off };
         let created = match FileImage::create(&path, geometry.size_bytes, direct) {
             Err(e) if disk.config.direct && e.kind == ImageErrorKind::Unsuitable => {
                 log::info!("snapshot {reference}: {} is used through the page cache: {e}", path.display());
+                FileImage::create(&path, geometry.size_bytes, Direct::Off)
+            }
+            Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
+                drop(image);
+                remove_file(&path);
                 FileImage::create(&path, geometry.size_bytes, Direct::Off)
             }
             other => other,
@@ -165,7 +165,6 @@ impl Manager {
             reference,
             record: Mutex::new(record),
             version: Some(live),
-            image: Some(image.clone()),
             table: Some(table.clone()),
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
@@ -173,6 +172,34 @@ impl Manager {
         });
         let prepared = PreparedSnapshot { disk: disk.disk.clone(), image, table, new_live };
         Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
+    }
+
+    /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
+    fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
+        let len = socket.as_os_str().len();
+        let bad = |what: String| {
+            let message = format!("its socket {} cannot be made: {what}", socket.display());
+            Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name another one with --socket"))
+        };
+        if len > SOCKET_PATH_LEN_MAX {
+            return bad(format!("a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}"));
+        }
+        if !socket.parent().is_some_and(Path::is_dir) {
+            return bad("its directory does not exist".to_owned());
+        }
+        if std::fs::symlink_metadata(socket).is_ok_and(|m| !m.file_type().is_socket()) {
+            return bad("something else is there".to_owned());
+        }
+        for disk in self.all_disks() {
+            let of_snapshot = disk.snapshots().into_iter().find(|s| locked(&s.record).socket == socket);
+            if disk.config.socket.as_deref() == Some(socket) {
+                return bad(format!("disk {} has it", disk.name));
+            }
+            if let Some(snapshot) = of_snapshot {
+                return bad(format!("snapshot {} has it", snapshot.reference));
+            }
+        }
+        Ok(())
     }
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
@@ -200,9 +227,8 @@ impl Manager {
             if let Some(version) = &entry.version {
                 version.set_quiesced();
             }
-            let is_served = disk.snapshot(&entry.reference.name).is_some_and(|s| Arc::ptr_eq(&s, entry));
-            if !is_served || disk.is_removed() {
-                continue; // The disk was removed with all that it had.
+            if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
+                continue; // Its disk has been removed, and must not come back with it.
             }
             locked(&entry.drain).get_or_insert(drain);
             if entry.broken().is_none() && !self.is_stopping() {
@@ -261,8 +287,8 @@ impl Manager {
     pub(super) fn delete(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
         let deadline = Instant::now() + DELETION_WAIT;
         let job = loop {
-            self.refuse_when_stopping()?;
             let structure = locked(&self.structure);
+            self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
             if entry.version.is_none() {
@@ -271,7 +297,11 @@ impl Manager {
             }
             let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
             match entry.state() {
-                SnapshotState::Deleting => break self.running_deletion(reference)?,
+                // One whose job has failed is tried again.
+                SnapshotState::Deleting => match self.running_deletion(reference) {
+                    Some(job) => break job,
+                    None => break self.start_retire(&disk, &entry)?,
+                },
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
                     if Instant::now() >= deadline {
@@ -305,12 +335,9 @@ impl Manager {
         }
     }
 
-    fn running_deletion(&self, reference: &SnapshotRef) -> Result<Arc<JobEntry>, ApiError> {
+    fn running_deletion(&self, reference: &SnapshotRef) -> Option<Arc<JobEntry>> {
         let works = |j: &Arc<JobEntry>| j.disk == reference.disk && j.snapshot.as_ref() == Some(&reference.name);
-        self.running_jobs().into_iter().find(works).ok_or_else(|| {
-            ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {reference} is being deleted"))
-                .with_action("its deletion goes on when the daemon is started again")
-        })
+        self.running_jobs().into_iter().find(works)
     }
 
     fn begin_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
@@ -339,7 +366,7 @@ impl Manager {
             self.editor.begin_retire(&version).map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
         let job = self.new_job(JobKind::Merge, &disk.name, Some(&entry.reference.name));
         let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
-        self.start_thread("delete", move || {
+        let started = self.start_thread("delete", move || {
             let Some(manager) = me.upgrade() else { return };
             let (state, reason) = match manager.retire(&disk, &entry, grace, &ours) {
                 Ok(Outcome::Done) => (JobState::Done, None),
@@ -348,6 +375,9 @@ impl Manager {
             };
             manager.end_job(&ours, state, reason);
         });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
         Ok(job)
     }
 
@@ -384,10 +414,9 @@ impl Manager {
     /// Forgets a snapshot that nobody reads any more, and removes what it had.
     fn gone(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<(), ApiError> {
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        // First the files: a record without them is cleared away at the next start, files without a record never.
+        self.remove_files(&locked(&entry.record));
         let persisted = self.persist(std::slice::from_ref(disk));
-        if persisted.is_ok() {
-            self.remove_files(&locked(&entry.record));
-        }
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
@@ -402,27 +431,35 @@ impl Manager {
     /// Saves what a clean stop leaves: the snapshots' bytes and tables first, and only then the word that they are there.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
         let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| e.to_string())?;
-        let mut images = vec![disk.image.clone()];
-        images.extend(disk.snapshots().iter().filter_map(|s| s.image.clone()));
-        if disk.config.readonly {
-            images.remove(0);
-        }
-        for image in images {
+        let sync = |image: SharedImage| -> Result<(), String> {
             let queue = executor.queue().clone();
             let done = executor.block_on(async move { crate::image::sync(&*image, &queue).await });
-            done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+            done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+        };
+        if !disk.config.readonly {
+            sync(disk.image.clone())?;
         }
         let chain = disk.disk.chain();
-        let mut record = disk.to_record();
-        for link in chain.links() {
-            if let Owned::Table(table) = &link.layer.owned {
-                let seal = table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string())?;
-                record
-                    .snapshots
-                    .iter_mut()
-                    .filter(|s| s.id == link.version.id)
-                    .for_each(|s| s.saved_table = Some(seal));
+        let mut seals = Vec::new();
+        // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
+        let mut lost: Option<String> = None;
+        for link in chain.links().iter().rev() {
+            let Owned::Table(table) = &link.layer.owned else { continue };
+            if lost.is_none() {
+                let saved = sync(link.layer.image.clone())
+                    .and_then(|()| table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string()));
+                match saved {
+                    Ok(seal) => seals.push((link.version.id, seal)),
+                    Err(e) => lost = Some(format!("it, or one that it reads through, could not be saved: {e}")),
+                }
             }
+            if let Some(reason) = &lost {
+                disk.disk.break_version(&link.version, reason);
+            }
+        }
+        let mut record = disk.to_record();
+        for snapshot in &mut record.snapshots {
+            snapshot.saved_table = seals.iter().find(|(id, _)| *id == snapshot.id).map(|(_, seal)| *seal);
         }
         let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
         record.saved_discards = Some(discards.map_err(|e| e.to_string())?);

@@ -23,7 +23,7 @@ pub use executor::{Executor, RemoteWaker};
 pub use file::{Direct, FileImage, ImageOptions};
 pub use lock::LockMode;
 pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
-pub use transfer::{read_exact_at, sync, write_all_at, zero_range};
+pub use transfer::{read_exact_at, release_range, sync, write_all_at, zero_range};
 
 use std::fmt;
 use std::path::Path;

@@ -126,10 +126,12 @@ impl IoQueue {
     /// When the kernel refuses a ring (io_uring disabled, or out of memory or descriptors).
     pub fn with_ring(options: RingOptions) -> io::Result<IoQueue> {
         // One thread submits, and completion work runs when that thread asks for completions: cheaper, and
-        // no interrupts between two requests. Kernels before 6.1 do not know these flags.
+        // no interrupts between two requests. With the task-run flag the kernel says that completions wait for
+        // that, so that a turn which does not wait takes them too. Kernels before 6.1 do not know these flags.
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .setup_cqsize(options.entries * 2)
             .build(options.entries)
             .or_else(|_| IoUring::builder().setup_cqsize(options.entries * 2).build(options.entries))?;

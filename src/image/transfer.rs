@@ -80,21 +80,23 @@ pub async fn zero_range(
     len: u64,
     unmap: bool,
 ) -> Result<(), ImageError> {
-    if image.is_poisoned() {
-        return Err(poisoned(image, ImageOp::Zero));
-    }
-    let done = loop {
-        match queue.begin(image, OpKind::Zero { len, unmap }, at, IoBuf::None, 0).await.result {
-            Err(e) if is_transient(&e) => {}
-            done => break done,
-        }
-    };
-    match done {
+    match begin_zero(image, queue, at, len, unmap).await? {
         Ok(_) => Ok(()),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL)) => {
-            write_zeros(image, queue, at, len).await
-        }
+        Err(e) if is_unsupported(&e) => write_zeros(image, queue, at, len).await,
         Err(e) => Err(ImageError::from_io(ImageOp::Zero, image.path(), Some(at), &e)),
+    }
+}
+
+/// Gives the storage of `len` bytes at `at` back, if the container can: they read as zeros then. Where it cannot nothing
+/// happens, because zeros that are written would take the very storage that was to be given back.
+///
+/// # Errors
+/// As for writing.
+pub async fn release_range(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+    match begin_zero(image, queue, at, len, true).await? {
+        Ok(_) => Ok(()),
+        Err(e) if is_unsupported(&e) => Ok(()),
+        Err(e) => Err(ImageError::from_io(ImageOp::Discard, image.path(), Some(at), &e)),
     }
 }
 
@@ -151,6 +153,25 @@ async fn transfer(
     Ok(buf)
 }
 
+/// Asks the container to zero a range itself. The inner result is the container's answer.
+async fn begin_zero(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    len: u64,
+    unmap: bool,
+) -> Result<io::Result<usize>, ImageError> {
+    if image.is_poisoned() {
+        return Err(poisoned(image, ImageOp::Zero));
+    }
+    loop {
+        match queue.begin(image, OpKind::Zero { len, unmap }, at, IoBuf::None, 0).await.result {
+            Err(e) if is_transient(&e) => {}
+            done => return Ok(done),
+        }
+    }
+}
+
 async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
     let zeros = std::sync::Arc::new(AlignedBuf::zeroed(
         usize::try_from(len.min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory"),
@@ -170,6 +191,11 @@ async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u6
 fn leaves_doubt(e: &ImageError) -> bool {
     let refused = [libc::ENOSPC, libc::EDQUOT, libc::EFAULT, libc::EINVAL, libc::ENOMEM, libc::EFBIG];
     e.errno.is_none_or(|errno| !refused.contains(&errno))
+}
+
+/// Whether the container does not know how to zero a range.
+fn is_unsupported(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL))
 }
 
 fn is_transient(e: &io::Error) -> bool {

@@ -7,7 +7,7 @@ use super::chain::{Chain, Owned};
 use super::lock::Mode;
 use super::planted::{self, Defect};
 use super::{Disk, Epoch, RequestError, Ticket};
-use crate::image::{ByteOffset, IoQueue, zero_range};
+use crate::image::{ByteOffset, IoQueue, release_range};
 use crate::store::{BlockIndex, BlockRange};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ impl Disk {
         let last = if end == self.geometry.size_bytes { self.geometry.blocks() } else { end / block };
         let mut next = first;
         while next < last {
-            let until = last.min(next + self.part_blocks());
+            let until = last.min(next + self.geometry.blocks_per_part());
             self.discard_part(queue, epoch, BlockRange { start: BlockIndex(next), end: BlockIndex(until) }).await?;
             next = until;
         }
@@ -57,7 +57,7 @@ impl Disk {
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
-                    zero_range(&*chain.layer(home).image, queue, at, len, true).await?;
+                    release_range(&*chain.layer(home).image, queue, at, len).await?;
                     self.discards.clear(run);
                 }
                 Fate::Later => match self.discards.prepare(run) {
@@ -91,7 +91,7 @@ impl Disk {
         let (writer, pivot) = (chain.at_epoch(ticket.epoch()), chain.pivot());
         if self.discards.get(block) && pivot >= writer && fate(&chain, writer, block) == Fate::Now {
             let (at, len) = self.geometry.bytes(one);
-            zero_range(&*chain.layer(pivot).image, queue, at, len, true).await?;
+            release_range(&*chain.layer(pivot).image, queue, at, len).await?;
             self.discards.clear(one);
         }
         Ok(Some(BlockIndex(block.0 + 1)))
@@ -105,8 +105,9 @@ fn fate(chain: &Chain, writer: usize, block: BlockIndex) -> Fate {
     if chain.pivot() >= writer {
         let newer = (writer..chain.pivot()).any(|i| chain.layer(i).owns(block));
         return match chain.is_read_through(writer, block) {
+            // A newer epoch has written the block already, and guests may have read what it wrote.
+            _ if newer => Fate::Never,
             true => Fate::Later,
-            false if newer => Fate::Never, // A newer epoch has written the block already.
             false => Fate::Now,
         };
     }

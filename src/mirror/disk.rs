@@ -18,7 +18,7 @@ use super::{EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
-/// Long requests go in parts of this many bytes, or of one block where that is more.
+/// What a part of a request copies at most, if its blocks are not larger.
 const PART_BYTES_MAX: u64 = 4 << 20;
 
 /// What frontends see of a disk.
@@ -37,6 +37,13 @@ impl Geometry {
     #[must_use]
     pub fn blocks(&self) -> u64 {
         self.size_bytes.div_ceil(u64::from(self.block_bytes))
+    }
+
+    /// How many blocks a part of a request may have: as many as one guard holds, but no more bytes than can be copied
+    /// in memory of our own for each request of each queue.
+    #[must_use]
+    pub fn blocks_per_part(&self) -> u64 {
+        (PART_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
     }
 
     /// The blocks that some bytes touch.
@@ -109,7 +116,7 @@ impl Disk {
     /// # Errors
     /// When address space runs out.
     pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
-        let block_bytes = 4096;
+        let block_bytes = image.alignment().offset_bytes.max(4096);
         let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
         Ok(Disk::new(clock, DiskOptions { image, block_bytes, read_only, discards }))
     }
@@ -139,11 +146,6 @@ impl Disk {
     /// When address space runs out.
     pub fn table_in_memory(size_bytes: u64, block_bytes: u32) -> Result<Table, TableError> {
         Table::in_memory(size_bytes.div_ceil(u64::from(block_bytes)))
-    }
-
-    /// How many blocks one part of a request has at most: bounded in locks, and in the bytes that are copied at once.
-    pub(super) fn part_blocks(&self) -> u64 {
-        (PART_BYTES_MAX / u64::from(self.geometry.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
     }
 
     /// Names who is told about broken versions. The first call counts.

@@ -39,7 +39,7 @@ impl Disk {
                 return Ok(());
             }
         }
-        let part_bytes = self.part_blocks() * u64::from(self.geometry.block_bytes);
+        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
         let (mut done, len) = (0, into.len() as u64);
         while done < len {
             let here = at.add(done);

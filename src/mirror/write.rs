@@ -72,7 +72,7 @@ impl Disk {
         data: Data,
         durable: bool,
     ) -> Result<(), RequestError> {
-        let part_bytes = self.part_blocks() * u64::from(self.geometry.block_bytes);
+        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
         let (mut done, len) = (0, data.len());
         while done < len {
             let here = at.add(done);

@@ -4,7 +4,8 @@
 //! whether its tables were saved at a clean stop, and how the images looked then; a start that finds anything else must
 //! not vouch for the snapshots.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -112,7 +113,9 @@ pub struct DiskRecord {
 
 /// The store of records.
 pub struct Records {
-    database: Database,
+    path: PathBuf,
+    // None after it has failed: redb answers nothing more then, although the disk may have room again.
+    database: Mutex<Option<Database>>,
 }
 
 impl Records {
@@ -121,6 +124,11 @@ impl Records {
     /// # Errors
     /// When it cannot be opened, or was written by another version.
     pub fn open(path: &Path) -> Result<Records, RecordError> {
+        let database = Mutex::new(Some(Self::open_database(path)?));
+        Ok(Records { path: path.to_owned(), database })
+    }
+
+    fn open_database(path: &Path) -> Result<Database, RecordError> {
         let database = Database::create(path).map_err(RecordError::of)?;
         let change = database.begin_write().map_err(RecordError::of)?;
         {
@@ -134,7 +142,21 @@ impl Records {
             change.open_table(DISKS).map_err(RecordError::of)?;
         }
         change.commit().map_err(RecordError::of)?;
-        Ok(Records { database })
+        Ok(database)
+    }
+
+    /// Works with the store; one that has failed is opened anew the next time.
+    fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, RecordError>) -> Result<T, RecordError> {
+        let mut slot = self.database.lock().unwrap_or_else(PoisonError::into_inner);
+        let database = match slot.take() {
+            Some(database) => database,
+            None => Self::open_database(&self.path)?,
+        };
+        let done = work(&database);
+        if !matches!(done, Err(RecordError::Store(_))) {
+            *slot = Some(database);
+        }
+        done
     }
 
     /// All disks, by name.
@@ -142,7 +164,11 @@ impl Records {
     /// # Errors
     /// When the store refuses or a record is damaged.
     pub fn disks(&self) -> Result<Vec<DiskRecord>, RecordError> {
-        let read = self.database.begin_read().map_err(RecordError::of)?;
+        self.with(Self::read_all)
+    }
+
+    fn read_all(database: &Database) -> Result<Vec<DiskRecord>, RecordError> {
+        let read = database.begin_read().map_err(RecordError::of)?;
         let table = read.open_table(DISKS).map_err(RecordError::of)?;
         let mut disks = Vec::new();
         for entry in table.iter().map_err(RecordError::of)? {
@@ -159,15 +185,17 @@ impl Records {
     /// # Errors
     /// When the store refuses; nothing has changed then.
     pub fn put<'a>(&self, disks: impl IntoIterator<Item = &'a DiskRecord>) -> Result<(), RecordError> {
-        let change = self.database.begin_write().map_err(RecordError::of)?;
-        {
-            let mut table = change.open_table(DISKS).map_err(RecordError::of)?;
-            for disk in disks {
-                let value = serde_json::to_vec(disk).map_err(|e| RecordError::Store(e.to_string()))?;
-                table.insert(disk.name.as_str(), value.as_slice()).map_err(RecordError::of)?;
+        self.with(|database| {
+            let change = database.begin_write().map_err(RecordError::of)?;
+            {
+                let mut table = change.open_table(DISKS).map_err(RecordError::of)?;
+                for disk in disks {
+                    let value = serde_json::to_vec(disk).map_err(|e| RecordError::Store(e.to_string()))?;
+                    table.insert(disk.name.as_str(), value.as_slice()).map_err(RecordError::of)?;
+                }
             }
-        }
-        change.commit().map_err(RecordError::of)
+            change.commit().map_err(RecordError::of)
+        })
     }
 
     /// Forgets a disk.
@@ -175,9 +203,11 @@ impl Records {
     /// # Errors
     /// When the store refuses.
     pub fn remove(&self, name: &str) -> Result<(), RecordError> {
-        let change = self.database.begin_write().map_err(RecordError::of)?;
-        change.open_table(DISKS).map_err(RecordError::of)?.remove(name).map_err(RecordError::of)?;
-        change.commit().map_err(RecordError::of)
+        self.with(|database| {
+            let change = database.begin_write().map_err(RecordError::of)?;
+            change.open_table(DISKS).map_err(RecordError::of)?.remove(name).map_err(RecordError::of)?;
+            change.commit().map_err(RecordError::of)
+        })
     }
 }
 

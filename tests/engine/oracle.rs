@@ -14,12 +14,36 @@ use halfsilver::mirror::{
     Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
     Version,
 };
-use halfsilver::store::BlockIndex;
+use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const BLOCK: usize = 4096;
 const VERSIONS_MAX: usize = 7;
+
+/// What the disk of a run is made of.
+#[derive(Clone, Copy)]
+struct Shape {
+    block: usize,
+    live_alignment: u32,
+    /// Of every frozen image; None: each cut gets one of its own choice.
+    frozen_alignment: Option<u32>,
+    faults: bool,
+}
+
+impl Shape {
+    /// Seeds take turns, so that every combination comes up within a few hundred of them.
+    fn of(seed: u64) -> Shape {
+        let block = [4096, 4096, 8192, 4096, 65536, 4096, 16384][usize::try_from(seed % 7).unwrap()];
+        let (live_alignment, frozen_alignment) =
+            [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
+                [usize::try_from(seed % 5).unwrap()];
+        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2 }
+    }
+
+    fn table(self, sectors: usize) -> Table {
+        Disk::table_in_memory((sectors * SECTOR) as u64, u32::try_from(self.block).unwrap()).unwrap()
+    }
+}
 
 type Tags = BTreeSet<u64>;
 
@@ -215,25 +239,31 @@ struct Run {
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
-    alignment: u32,
-    faults: bool,
+    shape: Shape,
 }
 
 impl Run {
-    fn new(seed: u64, alignment: u32, faults: bool) -> Run {
+    fn new(seed: u64, shape: Shape) -> Run {
         sim::reset();
-        let mut rng = Rng::new(seed);
-        let blocks = 3 + rng.below(8);
-        // The last block is short now and then.
-        let tail = if alignment == 512 { rng.below(8) } else { 0 };
-        let sectors = blocks * BLOCK / SECTOR + tail;
-        let live_image = SimImage::new("live", sectors * SECTOR, alignment);
         let clock = EpochClock::new(Epoch(1));
+        let editor = Arc::new(ChainEditor::new(clock.clone()));
+        Run::beside(seed, shape, clock, editor)
+    }
+
+    /// One more disk of the same daemon.
+    fn beside(seed: u64, shape: Shape, clock: EpochClock, editor: Arc<ChainEditor>) -> Run {
+        let mut rng = Rng::new(seed);
+        let blocks = if shape.block > 16384 { 1 + rng.below(3) } else { 3 + rng.below(8) };
+        // The last block is short now and then, in whole units of the images (as a file's size has to be).
+        let unit = shape.live_alignment.max(shape.frozen_alignment.unwrap_or(512)) as usize / SECTOR;
+        let tail = rng.below(shape.block / SECTOR / unit) * unit;
+        let sectors = blocks * shape.block / SECTOR + tail;
+        let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
         let options = DiskOptions {
             image: Arc::new(live_image.clone()),
-            block_bytes: 4096,
+            block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
-            discards: Disk::table_in_memory((sectors * SECTOR) as u64, 4096).unwrap(),
+            discards: shape.table(sectors),
         };
         let disk = Disk::new(clock.clone(), options);
         let first = Array { key: 0, ended: None, version: None, image: None, sectors: vec![Tags::from([0]); sectors] };
@@ -244,26 +274,26 @@ impl Run {
             scheduler: Scheduler::default(),
             queue: IoQueue::simulated(),
             lanes: (0..3).map(|_| clock.lane()).collect(),
-            editor: Arc::new(ChainEditor::new(clock.clone())),
+            editor,
             clock,
             live: disk.attach_live(),
             disk,
             live_image,
             sectors,
             cuts: Vec::new(),
-            alignment,
-            faults,
+            shape,
         }
     }
 
     fn range(&mut self) -> Range<usize> {
         let first = self.rng.below(self.sectors);
         let room = self.sectors - first;
-        let longest = if self.rng.chance(70) { 10 } else { 40 };
+        let block = self.shape.block / SECTOR;
+        let longest = if self.rng.chance(70) { block + 2 } else { 5 * block };
         let mut range = first..first + 1 + self.rng.below(room.min(longest));
         if self.rng.chance(35) {
-            range.start = range.start / 8 * 8; // Whole blocks.
-            range.end = range.end.next_multiple_of(8).min(self.sectors);
+            range.start = range.start / block * block; // Whole blocks.
+            range.end = range.end.next_multiple_of(block).min(self.sectors);
         }
         range
     }
@@ -326,13 +356,26 @@ impl Run {
         });
     }
 
+    fn has_room(&self) -> bool {
+        self.world.borrow().arrays.len() < VERSIONS_MAX
+    }
+
     fn cut(&mut self) {
-        if self.world.borrow().arrays.len() >= VERSIONS_MAX {
-            return;
+        if self.has_room() {
+            let (prepared, image) = self.prepare_cut();
+            let cut = self.editor.cut(vec![prepared]).unwrap();
+            self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
+    }
+
+    fn prepare_cut(&mut self) -> (PreparedSnapshot, SimImage) {
         let size = self.sectors * SECTOR;
-        let image = SimImage::new("frozen", size, self.alignment);
-        let faulty = self.faults && self.rng.chance(25);
+        // A file that needs 4 KiB has a size in whole 4 KiB; others are used through the page cache.
+        let fits = size.is_multiple_of(4096);
+        let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
+        let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
+        let faulty = self.shape.faults && self.rng.chance(25);
+        self.world.borrow_mut().any_fault |= faulty;
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
@@ -340,28 +383,30 @@ impl Run {
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
             image: Arc::new(image.clone()),
-            table: Arc::new(Disk::table_in_memory(size as u64, 4096).unwrap()),
+            table: Arc::new(self.shape.table(self.sectors)),
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
-        let cut = self.editor.cut(vec![prepared]).unwrap();
+        (prepared, image)
+    }
+
+    fn note_cut(&mut self, ended: Epoch, version: Arc<Version>, image: SimImage) {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
         if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {}", cut.ended);
+            println!("cut ends epoch {ended}");
         }
         world.next += 1;
         let key = world.next;
         let mut live = world.arrays.last().unwrap().clone();
-        world.any_fault |= faulty;
         let frozen = world.arrays.last_mut().unwrap();
-        frozen.ended = Some(cut.ended);
-        frozen.version = Some(cut.frozen[0].clone());
+        frozen.ended = Some(ended);
+        frozen.version = Some(version.clone());
         frozen.image = Some(image);
         let old_key = std::mem::replace(&mut live.key, key);
         world.arrays.push(live);
         // A read that runs across the cut: the guest cannot tell whether it came before or after.
         world.watches.iter_mut().filter(|w| w.keys.contains(&old_key)).for_each(|w| w.keys.push(key));
-        self.cuts.push((cut.ended, cut.frozen[0].clone()));
+        self.cuts.push((ended, version));
     }
 
     /// What the daemon does in the background: declares drained versions quiesced.
@@ -435,7 +480,7 @@ impl Run {
         let ended = self.editor.begin_retire(&version).unwrap();
         let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
         let (disk, editor) = (self.disk.clone(), self.editor.clone());
-        let lane = self.clock.lane();
+        let (lane, block) = (self.clock.lane(), self.shape.block as u64);
         self.scheduler.spawn(async move {
             clock.drained(ended).await;
             let mut at = BlockIndex(0);
@@ -452,7 +497,7 @@ impl Run {
                 let p = version.preserved_blocks.load(std::sync::atomic::Ordering::Relaxed);
                 let b = version.preserved_bytes.load(std::sync::atomic::Ordering::Relaxed);
                 world.counts.preserved_blocks += p;
-                world.counts.holes_kept += u64::from(b < p * BLOCK as u64);
+                world.counts.holes_kept += u64::from(b < p * block);
             }
             let mut at = BlockIndex(0);
             loop {
@@ -485,22 +530,24 @@ impl Run {
         wrong.into_iter().for_each(|w| world.fail(w));
     }
 
+    fn step(&mut self) -> Result<(), String> {
+        match self.rng.below(100) {
+            0..45 => self.submit(),
+            45..50 => self.cut(),
+            50..60 => self.read_frozen(),
+            60..62 => self.delete(),
+            _ => {}
+        }
+        for _ in 0..self.rng.below(9) {
+            self.scheduler.step(&mut self.rng);
+        }
+        self.quiesce();
+        self.failure().map_or(Ok(()), Err)
+    }
+
     fn run(mut self, steps: usize) -> Result<Counts, String> {
         for _ in 0..steps {
-            match self.rng.below(100) {
-                0..45 => self.submit(),
-                45..50 => self.cut(),
-                50..60 => self.read_frozen(),
-                60..62 => self.delete(),
-                _ => {}
-            }
-            for _ in 0..self.rng.below(9) {
-                self.scheduler.step(&mut self.rng);
-            }
-            self.quiesce();
-            if let Some(failure) = self.failure() {
-                return Err(failure);
-            }
+            self.step()?;
         }
         self.finish()
     }
@@ -547,17 +594,59 @@ impl Run {
 
 /// One run of the oracle from a seed.
 pub fn run(seed: u64, steps: usize) -> Result<Counts, String> {
-    let alignment = if seed % 5 == 4 { 4096 } else { 512 };
-    Run::new(seed, alignment, seed % 3 == 2).run(steps)
+    Run::new(seed, Shape::of(seed)).run(steps)
+}
+
+/// One run with two disks of one daemon, which are frozen together now and then.
+fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
+    let one = Run::new(seed, Shape::of(seed));
+    let other = Run::beside(!seed, Shape::of(seed / 7), one.clock.clone(), one.editor.clone());
+    let mut rng = Rng::new(seed ^ 0x5555);
+    let mut disks = [one, other];
+    for _ in 0..steps {
+        if rng.chance(5) && disks.iter().all(Run::has_room) {
+            let (prepared, images): (Vec<_>, Vec<_>) = disks.iter_mut().map(Run::prepare_cut).unzip();
+            let cut = disks[0].editor.clone().cut(prepared).unwrap();
+            for ((disk, image), version) in disks.iter_mut().zip(images).zip(cut.frozen) {
+                disk.note_cut(cut.ended, version, image);
+            }
+        }
+        disks[rng.below(2)].step()?;
+    }
+    // A deletion on one disk waits for requests on the other, so the two come to rest together.
+    let [one, other] = &mut disks;
+    while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
+    disks.iter_mut().try_for_each(Run::settle)?;
+    let mut total = Counts::default();
+    for disk in disks {
+        total.add(&disk.finish()?);
+    }
+    Ok(total)
+}
+
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
+    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
+    first..first + seeds
+}
+
+#[test]
+fn random_runs_of_two_disks_match_one_array_a_version() {
+    let _others = crate::ALONE.read().unwrap();
+    for seed in seeds(1000) {
+        if let Err(e) = run_group(seed, 400) {
+            panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}");
+        }
+    }
 }
 
 #[test]
 fn random_runs_match_one_array_a_version() {
     let _others = crate::ALONE.read().unwrap();
-    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3000u64);
-    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
+    let range = seeds(3000);
+    let seeds = range.end - range.start;
     let mut total = Counts::default();
-    for seed in first..first + seeds {
+    for seed in range {
         match run(seed, 250) {
             Ok(counts) => total.add(&counts),
             Err(e) => panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}"),

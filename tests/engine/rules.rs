@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue, OpKind};
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue, OpKind};
 use halfsilver::mirror::{
     BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request, RequestError,
     Targets, Ticket, Version, VersionId,
@@ -25,11 +25,15 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
+        Bench::with_blocks(u32::try_from(BLOCK).unwrap(), BLOCKS)
+    }
+
+    fn with_blocks(block_bytes: u32, blocks: usize) -> Bench {
         sim::reset();
-        let live = SimImage::new("live", BLOCKS * BLOCK, 512);
+        let live = SimImage::new("live", blocks * block_bytes as usize, 512);
         let clock = EpochClock::new(Epoch(1));
-        let discards = Disk::table_in_memory((BLOCKS * BLOCK) as u64, 4096).unwrap();
-        let options = DiskOptions { image: Arc::new(live.clone()), block_bytes: 4096, read_only: false, discards };
+        let discards = Disk::table_in_memory(live.size_bytes(), block_bytes).unwrap();
+        let options = DiskOptions { image: Arc::new(live.clone()), block_bytes, read_only: false, discards };
         let disk = Disk::new(clock.clone(), options);
         Bench { editor: ChainEditor::new(clock.clone()), clock, disk, live, queue: IoQueue::simulated() }
     }
@@ -39,11 +43,12 @@ impl Bench {
     }
 
     fn cut(&self) -> (Cut, SimImage) {
-        let image = SimImage::new("frozen", BLOCKS * BLOCK, 512);
+        let geometry = self.disk.geometry();
+        let image = SimImage::new("frozen", usize::try_from(geometry.size_bytes).unwrap(), 512);
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
             image: Arc::new(image.clone()),
-            table: Arc::new(Disk::table_in_memory((BLOCKS * BLOCK) as u64, 4096).unwrap()),
+            table: Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap()),
             new_live: VersionId::new_v4(),
         };
         (self.editor.cut(vec![prepared]).unwrap(), image)
@@ -261,4 +266,42 @@ fn saving_a_block_holds_up_that_block_only() {
     frozen.hold(None);
     assert!(waiting.settle(&mut Rng::new(4)));
     assert_eq!(bench.live()[..2], [2, 3]);
+}
+
+/// A container that cannot give storage back must not be filled with zeros instead.
+#[test]
+fn a_discard_that_the_container_cannot_do_is_left_alone() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..8, 1);
+    bench.live.fail_zeroing(libc::EOPNOTSUPP);
+    let discard = Request::Discard { at: ByteOffset(0), len: (2 * BLOCK) as u64 };
+    bench.request(&bench.ticket(), discard).unwrap();
+    assert_eq!(bench.live()[..8], [1; 8]);
+    assert_eq!(bench.live.sectors_in_use(), 8, "no room is taken for zeros that nobody asked for");
+}
+
+/// A guest gets gigabytes zeroed with one small request; what is copied for it must not take gigabytes of memory.
+#[test]
+fn the_memory_of_a_request_does_not_grow_with_the_block_size() {
+    let bench = Bench::with_blocks(1 << 20, 8);
+    let (cut, _) = bench.cut();
+    let len = bench.disk.geometry().size_bytes;
+    let zeroes = Request::WriteZeroes { at: ByteOffset(0), len, unmap: false, durable: false };
+    bench.request(&bench.ticket(), zeroes).unwrap();
+    assert!(bench.live.longest_read() <= 4 << 20, "{} bytes are copied at once", bench.live.longest_read());
+    assert_eq!(cut.frozen[0].preserved_blocks.load(std::sync::atomic::Ordering::Relaxed), 8);
+}
+
+/// A discard that comes late is only advice about what its own epoch showed.
+#[test]
+fn a_draining_discard_does_not_take_what_a_newer_epoch_wrote() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    bench.cut();
+    let old = bench.ticket();
+    bench.cut();
+    bench.write(&bench.ticket(), 0..8, 2);
+    bench.request(&old, Request::Discard { at: ByteOffset(0), len: BLOCK as u64 }).unwrap();
+    assert_eq!(bench.disk.discards().count(), 0, "it would later take away what was read in between");
+    assert_eq!(bench.live()[..8], [2; 8]);
 }

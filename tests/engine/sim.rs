@@ -58,6 +58,8 @@ struct State {
     bytes: Mutex<Vec<u8>>,
     fail: Mutex<Option<i32>>,
     fail_after: AtomicUsize,
+    fail_zeroing: Mutex<Option<i32>>,
+    longest: AtomicUsize,
     poisoned: AtomicBool,
     path: PathBuf,
     alignment: u32,
@@ -78,6 +80,8 @@ impl SimImage {
                 bytes: Mutex::new(vec![0; size]),
                 fail: Mutex::new(None),
                 fail_after: AtomicUsize::new(0),
+                fail_zeroing: Mutex::new(None),
+                longest: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
                 path: PathBuf::from(name),
                 alignment,
@@ -91,6 +95,16 @@ impl SimImage {
     pub fn fail_writes(&self, errno: i32, count: usize) {
         *self.state.fail.lock().unwrap() = Some(errno);
         self.state.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    /// Makes zeroing fail with `errno`, and nothing else.
+    pub fn fail_zeroing(&self, errno: i32) {
+        *self.state.fail_zeroing.lock().unwrap() = Some(errno);
+    }
+
+    /// The longest buffer that was read into.
+    pub fn longest_read(&self) -> usize {
+        self.state.longest.load(Ordering::SeqCst)
     }
 
     /// Keeps operations of this kind from moving, or lets all go on.
@@ -133,6 +147,9 @@ impl Image for SimImage {
         let unit = self.state.alignment as usize;
         assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
         assert!(len.is_multiple_of(SECTOR) && at + len <= self.state.bytes.lock().unwrap().len(), "outside the image");
+        if ticket.kind() == OpKind::Read {
+            self.state.longest.fetch_max(len, Ordering::SeqCst);
+        }
         let left = (0..len / SECTOR).collect();
         PENDING
             .with_borrow_mut(|p| p.push(Pending { image: self.state.clone(), ticket, left, data, len, held: false }));
@@ -165,6 +182,10 @@ pub fn step_io(rng: &mut Rng) {
     });
     let kind = op.ticket.kind();
     let changes = matches!(kind, OpKind::Write { .. } | OpKind::Zero { .. });
+    if let (OpKind::Zero { .. }, Some(errno)) = (kind, *op.image.fail_zeroing.lock().unwrap()) {
+        op.ticket.finish(Err(io::Error::from_raw_os_error(errno)));
+        return;
+    }
     if changes && op.left.len() == op.len / SECTOR {
         let fail = *op.image.fail.lock().unwrap();
         if let Some(errno) = fail {
