@@ -148,11 +148,19 @@ fn disks_come_and_go_while_the_daemon_runs() {
 #[test]
 fn what_is_in_a_sockets_place_is_left_alone() {
     let mut daemon = Daemon::with_disks(&[SIZE], "");
-    // A snapshot is whole without its socket, and says what is in the way.
     let path = daemon.path("in-the-way");
     std::fs::write(&path, "mine").unwrap();
-    daemon.api().create("a", &["vm0"], &json!({ "socket": path })).ok();
+    let create = |daemon: &Daemon| daemon.api().create("a", &["vm0"], &json!({ "socket": path }));
+    assert_eq!(create(&daemon).refused(), "invalid-request");
+    assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    std::fs::remove_file(&path).unwrap();
+    create(&daemon).ok();
     wait_until("the snapshot", || daemon.state("vm0@a") == "quiesced");
+    // A snapshot is whole without its socket, and says what is in the way.
+    daemon.stop();
+    std::fs::write(&path, "mine").unwrap();
+    daemon.start();
+    assert_eq!(daemon.state("vm0@a"), "quiesced");
     let shown = daemon.show("vm0@a");
     assert!(shown["reason"].as_str().unwrap().contains("not a socket"), "{shown}");
     assert_eq!(std::fs::read(&path).unwrap(), b"mine");
