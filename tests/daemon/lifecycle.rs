@@ -211,3 +211,29 @@ fn a_start_that_fails_halfway_costs_no_snapshot() {
     assert_eq!(daemon.state("vm0@a"), "quiesced");
     assert_eq!(daemon.reader("vm0@a").tag(9), 1);
 }
+
+#[test]
+fn the_service_manager_is_told_when_it_serves_and_when_it_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let manager = std::os::unix::net::UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    manager.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
+    let told = || {
+        let mut message = [0; 256];
+        let len = manager.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..len]).trim().to_owned()
+    };
+    let mut daemon = std::process::Command::new(env!("CARGO_BIN_EXE_halfsilver"))
+        .arg("serve")
+        .args(["--state-dir", "state", "--run-dir", "run", "--control", "control"])
+        .current_dir(dir.path())
+        .env("NOTIFY_SOCKET", dir.path().join("notify"))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    assert_eq!(told(), "READY=1");
+    // Told means served: the control socket answers already.
+    std::os::unix::net::UnixStream::connect(dir.path().join("control")).unwrap();
+    run("kill", &["-TERM", &daemon.id().to_string()]);
+    assert_eq!(told(), "STOPPING=1");
+    assert!(daemon.wait().unwrap().success());
+}

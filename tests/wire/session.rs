@@ -394,3 +394,19 @@ fn an_idle_queue_sleeps() {
     assert_eq!(switches(), before, "the worker woke up with nothing to do");
     guest.read_sectors(0, 512);
 }
+
+#[test]
+fn sixteen_queues_are_served_side_by_side() {
+    let _alone = alone();
+    let server = TestServer::new(16, false);
+    let mut guest = Guest::new(&server.socket(), 16);
+    let expected = server.image.content();
+    guest.header(T_IN, 8);
+    for queue in 0..16 {
+        guest.memory.write(DATA, &[0xee; 512]);
+        guest.chain(queue, 0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        guest.submit(queue, 0);
+        assert_eq!((guest.wait_used(queue).1, guest.status()), (513, S_OK), "queue {queue}");
+        assert_eq!(guest.memory.read(DATA, 512), expected[4096..4608], "queue {queue}");
+    }
+}
