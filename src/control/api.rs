@@ -345,17 +345,17 @@ pub struct Job {
 impl Job {
     /// How much of it is done, from 0 to 100; 100 only when all is.
     pub fn percent(&self) -> u64 {
-        if self.state == JobState::Done || self.total_bytes == 0 {
-            return if self.state == JobState::Done { 100 } else { 0 };
+        if self.state == JobState::Done {
+            return 100;
         }
-        let percent = u128::from(self.done_bytes) * 100 / u128::from(self.total_bytes);
+        let percent = (u128::from(self.done_bytes) * 100).checked_div(u128::from(self.total_bytes)).unwrap_or(0);
         u64::try_from(percent).map_or(100, |percent| percent.min(100))
     }
 
     /// What a job still needs that has done so much of its bytes in `elapsed`, rounded up; `None` while nothing tells.
     pub fn estimate_seconds(done_bytes: u64, total_bytes: u64, elapsed: Duration) -> Option<u64> {
         let left = u128::from(total_bytes.checked_sub(done_bytes)?);
-        let milliseconds = (left * elapsed.as_millis()).checked_div(u128::from(done_bytes))?;
+        let milliseconds = left.saturating_mul(elapsed.as_millis()).checked_div(u128::from(done_bytes))?;
         u64::try_from(milliseconds.div_ceil(1000)).ok()
     }
 }
@@ -432,4 +432,27 @@ pub struct CutoverQuery {
     #[serde(default)]
     #[param(required = false)]
     pub wait: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_needs_something_to_go_by() {
+        let after = Duration::from_secs(10);
+        assert_eq!(Job::estimate_seconds(0, 100, after), None);
+        assert_eq!(Job::estimate_seconds(25, 100, after), Some(30));
+        assert_eq!(Job::estimate_seconds(99, 100, after), Some(1));
+        assert_eq!(Job::estimate_seconds(100, 100, after), Some(0));
+        assert_eq!(Job::estimate_seconds(101, 100, after), None);
+        assert_eq!(Job::estimate_seconds(1, u64::MAX, Duration::MAX), None);
+    }
+
+    #[test]
+    fn what_was_recorded_before_there_were_mirrors_is_still_read() {
+        let config: DiskConfig = serde_json::from_str(r#"{"path":"/vm1.raw"}"#).unwrap();
+        assert_eq!(config, DiskConfig::new("/vm1.raw"));
+        assert_eq!((config.mirror, config.shared), (None, false));
+    }
 }
