@@ -11,6 +11,9 @@ use serde::Serialize;
 
 use super::CliError;
 
+/// A bar's line; its prefix says what is left.
+const BAR: &str = "{msg} {bar:30} {percent}% of {binary_total_bytes}{prefix}";
+
 /// Where and how to print.
 pub(super) struct Output {
     pub(super) json: bool,
@@ -81,28 +84,26 @@ impl Drop for Spinner {
 }
 
 /// Turns a spinner on a terminal until it is known how far the work is, then shows a bar; elsewhere does nothing.
-pub(super) struct Progress {
-    bar: Spinner,
-    message: String,
-}
+pub(super) struct Progress(Spinner);
 
 impl Progress {
     pub(super) fn start(message: String) -> Self {
-        Self { bar: Spinner::start(message.clone()), message }
+        Self(Spinner::start(message))
     }
 
     /// Shows how far the work is.
     pub(super) fn show(&self, done_bytes: u64, total_bytes: u64, left_seconds: Option<u64>) {
-        let Spinner(bar) = &self.bar;
-        if bar.length().is_none()
-            && let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {percent}% of {total_bytes}{prefix}")
-        {
-            bar.set_style(style);
+        let Self(Spinner(bar)) = self;
+        if total_bytes == 0 {
+            return;
         }
-        bar.set_message(self.message.clone());
+        let is_spinner = bar.length().is_none();
         bar.set_prefix(left_seconds.map_or_else(String::new, |seconds| format!(", {} left", duration(seconds))));
         bar.set_length(total_bytes);
         bar.set_position(done_bytes);
+        if let (true, Ok(style)) = (is_spinner, ProgressStyle::with_template(BAR)) {
+            bar.set_style(style);
+        }
     }
 }
 
