@@ -143,7 +143,7 @@ impl Manager {
         }
         let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
         let layer = Layer { image: Backing::One(image.clone()), owned: Owned::All };
-        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer });
+        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer, splits: false });
         let options = DiskOptions {
             image: Backing::One(image.clone()),
             block_bytes: config.block_size,
@@ -270,7 +270,7 @@ impl Manager {
         }
         let table = Arc::new(table);
         let layer = Layer { image: Backing::One(image), owned: Owned::Table(table.clone()) };
-        Ok((Link { version, layer }, table))
+        Ok((Link { version, layer, splits: false }, table))
     }
 
     fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {

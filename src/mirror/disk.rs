@@ -108,7 +108,7 @@ impl Disk {
     pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
         let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
         let layer = Layer { image: options.image.clone(), owned: Owned::All };
-        Disk::with_chain(clock, options, vec![Link { version, layer }])
+        Disk::with_chain(clock, options, vec![Link { version, layer, splits: false }])
     }
 
     /// A disk on one raw image with 4 KiB blocks, of which nothing is remembered: for programs that only serve.
@@ -256,7 +256,7 @@ impl Attachment {
                 self.check_change(at, len)?;
                 disk.discard(queue, ticket.epoch(), at, len).await
             }
-            Request::Flush if self.target == Target::Live => disk.flush(queue).await,
+            Request::Flush if self.target == Target::Live => disk.flush(queue, ticket.epoch()).await,
             Request::Flush => Ok(()),
         }
     }

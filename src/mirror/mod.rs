@@ -20,10 +20,10 @@ mod snapshot;
 mod write;
 
 pub use backing::Backing;
-pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+pub use chain::{Chain, Layer, Link, Owned, Segment, Version, VersionId, VersionIndex};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
-pub use plan::{BlockPlan, Copy, Run, Targets, WritePlan};
+pub use plan::{BlockPlan, Copy, Run, WritePlan};
 pub use request::{Request, RequestError};
-pub use snapshot::{ChainEditor, Cut, PreparedSnapshot};
+pub use snapshot::{ChainEditor, Cut, NewLayer, PreparedSnapshot, RetireError};
