@@ -6,6 +6,7 @@
 //! What this room does not know: sockets, rings, names that users gave, files' places.
 
 mod chain;
+mod connection;
 mod discard;
 mod disk;
 mod epoch;
@@ -19,6 +20,7 @@ mod snapshot;
 mod write;
 
 pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};

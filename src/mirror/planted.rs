@@ -31,11 +31,13 @@ pub enum Defect {
     DiscardAtOnce,
     /// Deleting a version hands nothing to its neighbour.
     DeleteWithoutHandover,
+    /// Connections are pinned only after the counter has moved.
+    PinAfterCut,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 13] = [
+    pub const ALL: [Defect; 14] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -49,6 +51,7 @@ impl Defect {
         Defect::DrainNotMirrored,
         Defect::DiscardAtOnce,
         Defect::DeleteWithoutHandover,
+        Defect::PinAfterCut,
     ];
 }
 
