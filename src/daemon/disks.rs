@@ -176,6 +176,7 @@ impl Manager {
             attachment: disk.attach_live(),
             queues: config.queues,
             serial: config.serial.clone().unwrap_or_default(),
+            frontends_max: 1, // FRONTENDS_MAX once a disk can be shared.
             observer: frontends.clone(),
             once: false,
         })

@@ -257,6 +257,7 @@ impl Manager {
             attachment: disk.disk.attach_frozen(entry.id),
             queues: disk.config.queues,
             serial: entry.reference.name.as_str().chars().take(20).collect(),
+            frontends_max: 1, // As many as its disk has.
             observer: entry.frontends.clone(),
             once: false,
         });

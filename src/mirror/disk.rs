@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
-use super::{Backing, EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -83,6 +83,8 @@ pub struct Disk {
     pub(super) geometry: Geometry,
     pub(super) chain: ArcSwap<Chain>,
     pub(super) locks: BlockLocks,
+    /// Who is connected to the live version, and who of them stays with an older one.
+    pub(super) connections: Connections,
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
@@ -94,6 +96,7 @@ pub struct Disk {
 pub struct Attachment {
     disk: Arc<Disk>,
     target: Target,
+    connection: Option<Arc<Connection>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -130,6 +133,7 @@ impl Disk {
             block_bytes: options.block_bytes,
         };
         Arc::new(Disk {
+            connections: Connections::new(clock.clone()),
             clock,
             geometry,
             chain: ArcSwap::from_pointee(Chain::new(links)),
@@ -173,6 +177,12 @@ impl Disk {
         self.read_only
     }
 
+    /// The connections to the live version.
+    #[must_use]
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
     /// The versions of this moment.
     #[must_use]
     pub fn chain(&self) -> Arc<Chain> {
@@ -188,13 +198,13 @@ impl Disk {
     /// The live version (VLUN B), to be served.
     #[must_use]
     pub fn attach_live(self: &Arc<Disk>) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Live }
+        Attachment { disk: self.clone(), target: Target::Live, connection: None }
     }
 
     /// A frozen version (VLUN A), to be served read-only. It should be quiesced.
     #[must_use]
     pub fn attach_frozen(self: &Arc<Disk>, version: VersionId) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Frozen(version) }
+        Attachment { disk: self.clone(), target: Target::Frozen(version), connection: None }
     }
 
     /// Breaks a frozen version and says so once.
@@ -227,10 +237,21 @@ impl Attachment {
         self.disk.read_only || self.target != Target::Live
     }
 
+    /// The same for one frontend's connection, which ends when this and all its clones and lanes are gone. A frozen
+    /// version does not ask who reads it.
+    #[must_use]
+    pub fn connect(&self) -> Attachment {
+        let connection = (self.target == Target::Live).then(|| self.disk.connections.join());
+        Attachment { disk: self.disk.clone(), target: self.target, connection }
+    }
+
     /// A way into the epochs, one for each worker.
     #[must_use]
     pub fn lane(&self) -> EpochLane {
-        self.disk.clock.lane()
+        match &self.connection {
+            Some(connection) => connection.lane(),
+            None => self.disk.clock.lane(),
+        }
     }
 
     /// Executes one request. The caller keeps the ticket until this has finished and is recorded.

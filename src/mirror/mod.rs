@@ -7,6 +7,7 @@
 
 mod backing;
 mod chain;
+mod connection;
 mod discard;
 mod disk;
 mod epoch;
@@ -21,6 +22,7 @@ mod write;
 
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Owned, Segment, Version, VersionId, VersionIndex};
+pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};

@@ -43,11 +43,13 @@ pub enum Defect {
     SupersededEntryKept,
     /// A split leaves the old version's writes on its own leg only.
     SplitNotMirrored,
+    /// Connections are pinned only after the counter has moved.
+    PinAfterCut,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 19] = [
+    pub const ALL: [Defect; 20] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -67,6 +69,7 @@ impl Defect {
         Defect::NoFill,
         Defect::SupersededEntryKept,
         Defect::SplitNotMirrored,
+        Defect::PinAfterCut,
     ];
 }
 

@@ -17,14 +17,14 @@ use shuttle::{future::block_on, thread};
 
 use crate::{alone, explore, is_noticed};
 
-const SECTOR: usize = 512;
-const DISK_BYTES: usize = 4096;
+pub(crate) const SECTOR: usize = 512;
+pub(crate) const DISK_BYTES: usize = 4096;
 /// Links of the chain: link i goes to disk and queue i % 2, sector i / 2.
 const LINKS: usize = 4;
 const ORDERS: usize = 1500;
 
 /// An image whose operations take no time but may be delayed before they happen.
-struct Memory {
+pub(crate) struct Memory {
     bytes: Mutex<Vec<u8>>,
     /// Looking at it is a point at which the scheduler may switch, without giving up the turn.
     point: AtomicUsize,
@@ -63,7 +63,7 @@ impl Image for Memory {
     fn poison(&self) {}
 }
 
-fn memory() -> Arc<Memory> {
+pub(crate) fn memory() -> Arc<Memory> {
     Arc::new(Memory { bytes: Mutex::new(vec![0; DISK_BYTES]), point: AtomicUsize::new(0) })
 }
 
