@@ -9,8 +9,10 @@
 
 mod block;
 mod records;
+mod run_header;
 mod table;
 
 pub use block::{BlockIndex, BlockRange};
 pub use records::{DiskRecord, Fingerprint, RecordError, Records, SnapshotRecord};
+pub use run_header::TableName;
 pub use table::{Table, TableError};
