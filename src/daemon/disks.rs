@@ -16,7 +16,7 @@ use super::snapshots::{clear_socket, remove_file};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::{Direct, FileImage, Image, ImageOptions, SharedImage};
-use crate::mirror::{Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
+use crate::mirror::{Backing, Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
@@ -144,10 +144,14 @@ impl Manager {
             }
         }
         let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
-        let layer = Layer { image: image.clone(), owned: Owned::All };
+        let layer = Layer { image: Backing::One(image.clone()), owned: Owned::All };
         links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer });
-        let options =
-            DiskOptions { image: image.clone(), block_bytes: config.block_size, read_only: config.readonly, discards };
+        let options = DiskOptions {
+            image: Backing::One(image.clone()),
+            block_bytes: config.block_size,
+            read_only: config.readonly,
+            discards,
+        };
         let disk = Disk::with_chain(self.clock.clone(), options, links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
         let snapshots: Vec<_> = taken.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
@@ -269,7 +273,7 @@ impl Manager {
             version.set_broken(reason.clone());
         }
         let table = Arc::new(table);
-        let layer = Layer { image, owned: Owned::Table(table.clone()) };
+        let layer = Layer { image: Backing::One(image), owned: Owned::Table(table.clone()) };
         Ok((Link { version, layer }, table))
     }
 

@@ -14,9 +14,9 @@ use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotStat
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions, SharedImage};
+use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions};
 use crate::job::{self, Outcome};
-use crate::mirror::{Epoch, Owned, PreparedSnapshot};
+use crate::mirror::{Backing, Epoch, Owned, PreparedSnapshot};
 use crate::store::{SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
@@ -172,7 +172,7 @@ impl Manager {
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
         });
-        let prepared = PreparedSnapshot { disk: disk.disk.clone(), image, table, new_live };
+        let prepared = PreparedSnapshot { disk: disk.disk.clone(), image: Backing::One(image), table, new_live };
         Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
     }
 
@@ -433,13 +433,13 @@ impl Manager {
     /// Saves what a clean stop leaves: the snapshots' bytes and tables first, and only then the word that they are there.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
         let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| e.to_string())?;
-        let sync = |image: SharedImage| -> Result<(), String> {
+        let sync = |image: Backing| -> Result<(), String> {
             let queue = executor.queue().clone();
-            let done = executor.block_on(async move { crate::image::sync(&*image, &queue).await });
+            let done = executor.block_on(async move { image.sync(&queue).await });
             done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
         };
         if !disk.config.readonly {
-            sync(disk.image.clone())?;
+            sync(Backing::One(disk.image.clone()))?;
         }
         let chain = disk.disk.chain();
         let mut seals = Vec::new();

@@ -13,8 +13,7 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
-use super::Epoch;
-use crate::image::SharedImage;
+use super::{Backing, Epoch};
 use crate::store::{BlockIndex, Table};
 
 /// The stable name of a version.
@@ -36,7 +35,7 @@ pub enum Owned {
 #[derive(Clone)]
 pub struct Layer {
     /// Where the bytes are, at the disk's own positions.
-    pub image: SharedImage,
+    pub image: Backing,
     /// Which blocks are there.
     pub owned: Owned,
 }

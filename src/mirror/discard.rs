@@ -7,7 +7,7 @@ use super::chain::{Chain, Owned};
 use super::lock::Mode;
 use super::planted::{self, Defect};
 use super::{Disk, Epoch, RequestError, Ticket};
-use crate::image::{ByteOffset, IoQueue, release_range};
+use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Disk {
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
-                    release_range(&*chain.layer(home).image, queue, at, len).await?;
+                    chain.layer(home).image.release(queue, at, len).await?;
                     self.discards.clear(run);
                 }
                 Fate::Later => match self.discards.prepare(run) {
@@ -91,7 +91,7 @@ impl Disk {
         let (writer, pivot) = (chain.at_epoch(ticket.epoch()), chain.pivot());
         if self.discards.get(block) && pivot >= writer && fate(&chain, writer, block) == Fate::Now {
             let (at, len) = self.geometry.bytes(one);
-            release_range(&*chain.layer(pivot).image, queue, at, len).await?;
+            chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(one);
         }
         Ok(Some(BlockIndex(block.0 + 1)))

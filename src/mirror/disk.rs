@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
-use super::{EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -68,7 +68,7 @@ pub trait DiskObserver: Send + Sync {
 /// How to make a disk.
 pub struct DiskOptions {
     /// The raw image with everything, the pivot.
-    pub image: SharedImage,
+    pub image: Backing,
     /// The block size of tables and locks, in bytes; a power of two.
     pub block_bytes: u32,
     /// Whether all changes are refused.
@@ -118,7 +118,7 @@ impl Disk {
     pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
         let block_bytes = image.alignment().offset_bytes.max(4096);
         let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
-        Ok(Disk::new(clock, DiskOptions { image, block_bytes, read_only, discards }))
+        Ok(Disk::new(clock, DiskOptions { image: Backing::One(image), block_bytes, read_only, discards }))
     }
 
     /// A disk with the versions that it had before, oldest first.

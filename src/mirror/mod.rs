@@ -5,6 +5,7 @@
 //!
 //! What this room does not know: sockets, rings, names that users gave, files' places.
 
+mod backing;
 mod chain;
 mod discard;
 mod disk;
@@ -18,6 +19,7 @@ mod request;
 mod snapshot;
 mod write;
 
+pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};

@@ -8,15 +8,14 @@ use super::chain::{Chain, VersionIndex};
 use super::disk::{Target, index_of};
 use super::join::join_all;
 use super::planted::{self, Defect};
-use super::{Disk, Epoch, RequestError};
-use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue, SharedImage, read_exact_at, sync};
+use super::{Backing, Disk, Epoch, RequestError};
+use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
-use std::sync::Arc;
 
 /// Neighbouring blocks whose bytes are in the same image.
 struct Extent {
     blocks: BlockRange,
-    image: SharedImage,
+    image: Backing,
 }
 
 impl Disk {
@@ -35,7 +34,7 @@ impl Disk {
             let chain = self.chain();
             let index = index_of(&chain, target, epoch)?;
             if index == chain.pivot() {
-                read_exact_at(&*chain.layer(index).image, queue, at, IoBuf::Guest(into)).await?;
+                chain.layer(index).image.read(queue, at, IoBuf::Guest(into)).await?;
                 return Ok(());
             }
         }
@@ -67,12 +66,12 @@ impl Disk {
                 let (from, len) = self.geometry.bytes(extent.blocks);
                 let (from, to) = (from.max(at), (from.0 + len).min(at.0 + into.len() as u64));
                 let piece = into.slice(usize_of(from.0 - at.0)..usize_of(to - at.0));
-                read_exact_at(&*extent.image, queue, from, IoBuf::Guest(piece))
+                extent.image.read(queue, from, IoBuf::Guest(piece))
             });
             let done = join_all(reads.collect()).await;
             let now = self.extents(target, epoch, blocks)?;
             let same = now.len() == extents.len()
-                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && Arc::ptr_eq(&a.image, &b.image));
+                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image));
             if same || planted::is(Defect::NoReadRecheck) {
                 for read in done {
                     read?;
@@ -93,7 +92,7 @@ impl Disk {
     pub(super) async fn flush(&self, queue: &IoQueue) -> Result<(), RequestError> {
         let chain = self.chain();
         // The layers that the live version reads: its own, and those on its way to the pivot.
-        let images = (chain.pivot()..=chain.live()).map(|i| sync(&*chain.layer(i).image, queue));
+        let images = (chain.pivot()..=chain.live()).map(|i| chain.layer(i).image.sync(queue));
         for done in join_all(images.collect()).await {
             done?;
         }

@@ -11,8 +11,8 @@ use super::chain::{Chain, Layer, Link, Owned, Version, VersionId};
 use super::lock::Mode;
 use super::plan::Copy;
 use super::planted::{self, Defect};
-use super::{Disk, Epoch, EpochClock, Ticket, TooManyDraining};
-use crate::image::{IoQueue, SharedImage};
+use super::{Backing, Disk, Epoch, EpochClock, Ticket, TooManyDraining};
+use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
 use crate::sync::{Mutex, lock};
 
@@ -27,7 +27,7 @@ pub struct PreparedSnapshot {
     /// The disk to freeze.
     pub disk: Arc<Disk>,
     /// An empty image of the disk's size for the blocks that are saved.
-    pub image: SharedImage,
+    pub image: Backing,
     /// An empty table for it.
     pub table: Arc<Table>,
     /// The name that the new live version gets.

@@ -13,10 +13,8 @@ use super::lock::Mode;
 use super::plan::{Copy, Run, WritePlan};
 use super::planted::{self, Defect};
 use super::read::usize_of;
-use super::{Disk, Epoch, RequestError, Ticket};
-use crate::image::{
-    AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, IoBuf, IoQueue, read_exact_at, write_all_at, zero_range,
-};
+use super::{Backing, Disk, Epoch, RequestError, Ticket};
+use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, IoBuf, IoQueue};
 use crate::store::BlockRange;
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
@@ -164,20 +162,20 @@ impl Disk {
         copy: Copy,
     ) -> Result<(), String> {
         let (at, len) = self.geometry.bytes(blocks);
-        let (from, to) = (&*chain.layer(copy.from).image, &*chain.layer(copy.to).image);
+        let (from, to) = (&chain.layer(copy.from).image, &chain.layer(copy.to).image);
         let Owned::Table(table) = &chain.layer(copy.to).owned else {
             unreachable!("the pivot owns every block and is never copied to")
         };
         table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         let old = AlignedBuf::zeroed(usize_of(len));
-        let old = read_exact_at(from, queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
+        let old = from.read(queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
         let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
         let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
         let writes = pieces.into_iter().map(|piece| {
             let here = at.add(piece.start as u64);
-            write_all_at(to, queue, here, IoBuf::Shared(old.clone(), piece), false)
+            to.write(queue, here, IoBuf::Shared(old.clone(), piece), false)
         });
         for done in join_all(writes.collect()).await {
             done.map_err(|e| e.to_string())?;
@@ -198,15 +196,15 @@ impl Disk {
         if let Some(target) = plan.single_target()
             && !is_misaligned(chain, part)
         {
-            let image = &*chain.layer(target).image;
+            let image = &chain.layer(target).image;
             match &part.data {
                 Data::Guest(guest) => {
-                    write_all_at(image, queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
+                    image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
                 }
                 Data::Zeros { unmap, .. } => {
                     write_zeros(image, queue, part.at, part.len, *unmap).await?;
                     if part.durable {
-                        crate::image::sync(image, queue).await?;
+                        image.sync(queue).await?;
                     }
                 }
             }
@@ -254,7 +252,7 @@ impl Disk {
         part: &Part,
         stable: &Stable,
     ) -> Result<(), ImageError> {
-        let image = &*chain.layer(target).image;
+        let image = &chain.layer(target).image;
         let (run_at, run_len) = self.geometry.bytes(run.blocks);
         let from = run_at.max(part.at);
         let to = (run_at.0 + run_len).min(part.at.0 + part.len);
@@ -266,7 +264,7 @@ impl Disk {
         }
         let partial = from > run_at || to < run_at.0 + run_len;
         if let (Some(source), true) = (adopts, partial) {
-            let source = &*chain.layer(source).image;
+            let source = &chain.layer(source).image;
             return overlay(source, image, queue, (run_at, run_len), (from, to), part, stable).await;
         }
         let unit = u64::from(image.alignment().offset_bytes);
@@ -278,11 +276,11 @@ impl Disk {
         match stable {
             Stable::Bytes(bytes) => {
                 let range = usize_of(from.0 - part.at.0)..usize_of(to - part.at.0);
-                write_all_at(image, queue, from, IoBuf::Shared(bytes.clone(), range), part.durable).await
+                image.write(queue, from, IoBuf::Shared(bytes.clone(), range), part.durable).await
             }
             Stable::Zeros { unmap } => {
                 write_zeros(image, queue, from, to - from.0, *unmap).await?;
-                if part.durable { crate::image::sync(image, queue).await } else { Ok(()) }
+                if part.durable { image.sync(queue).await } else { Ok(()) }
             }
         }
     }
@@ -318,8 +316,8 @@ fn is_misaligned(chain: &Chain, part: &Part) -> bool {
 
 /// Reads `cover` from `source`, puts the part's bytes of `range` over it, and writes it to `image`.
 async fn overlay(
-    source: &dyn Image,
-    image: &dyn Image,
+    source: &Backing,
+    image: &Backing,
     queue: &IoQueue,
     cover: (ByteOffset, u64),
     range: (ByteOffset, u64),
@@ -327,7 +325,7 @@ async fn overlay(
     stable: &Stable,
 ) -> Result<(), ImageError> {
     let whole = IoBuf::Owned(AlignedBuf::zeroed(usize_of(cover.1)));
-    let IoBuf::Owned(mut whole) = read_exact_at(source, queue, cover.0, whole).await? else {
+    let IoBuf::Owned(mut whole) = source.read(queue, cover.0, whole).await? else {
         unreachable!("a transfer gives back the buffer it was given")
     };
     let place = usize_of(range.0.0 - cover.0.0)..usize_of(range.1 - cover.0.0);
@@ -338,12 +336,12 @@ async fn overlay(
         }
         Stable::Zeros { .. } => whole[place].fill(0),
     }
-    write_all_at(image, queue, cover.0, IoBuf::Owned(whole), part.durable).await
+    image.write(queue, cover.0, IoBuf::Owned(whole), part.durable).await
 }
 
 /// Zeroes a range: whole units by the container, the edges by writing.
 async fn write_zeros(
-    image: &dyn Image,
+    image: &Backing,
     queue: &IoQueue,
     at: ByteOffset,
     len: u64,
@@ -353,7 +351,7 @@ async fn write_zeros(
     let (first, last) = (at.0.next_multiple_of(ZERO_UNIT_BYTES), end / ZERO_UNIT_BYTES * ZERO_UNIT_BYTES);
     let edge = |from: u64, to: u64| {
         let zeros = AlignedBuf::zeroed(usize_of(to - from));
-        write_all_at(image, queue, ByteOffset(from), IoBuf::Owned(zeros), false)
+        image.write(queue, ByteOffset(from), IoBuf::Owned(zeros), false)
     };
     if first >= last {
         return edge(at.0, end).await;
@@ -361,7 +359,7 @@ async fn write_zeros(
     if at.0 < first {
         edge(at.0, first).await?;
     }
-    zero_range(image, queue, ByteOffset(first), last - first, unmap).await?;
+    image.zero(queue, ByteOffset(first), last - first, unmap).await?;
     if last < end {
         edge(last, end).await?;
     }

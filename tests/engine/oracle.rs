@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::mirror::{
-    Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
-    Version,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request,
+    RequestError, Version,
 };
 use halfsilver::store::{BlockIndex, Table};
 
@@ -260,7 +260,7 @@ impl Run {
         let sectors = blocks * shape.block / SECTOR + tail;
         let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
         let options = DiskOptions {
-            image: Arc::new(live_image.clone()),
+            image: Backing::One(Arc::new(live_image.clone())),
             block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
             discards: shape.table(sectors),
@@ -382,7 +382,7 @@ impl Run {
         }
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Arc::new(image.clone()),
+            image: Backing::One(Arc::new(image.clone())),
             table: Arc::new(self.shape.table(self.sectors)),
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };

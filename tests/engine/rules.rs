@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue, OpKind};
 use halfsilver::mirror::{
-    BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request, RequestError,
-    Targets, Ticket, Version, VersionId,
+    Backing, BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request,
+    RequestError, Targets, Ticket, Version, VersionId,
 };
 use halfsilver::store::BlockIndex;
 
@@ -33,7 +33,8 @@ impl Bench {
         let live = SimImage::new("live", blocks * block_bytes as usize, 512);
         let clock = EpochClock::new(Epoch(1));
         let discards = Disk::table_in_memory(live.size_bytes(), block_bytes).unwrap();
-        let options = DiskOptions { image: Arc::new(live.clone()), block_bytes, read_only: false, discards };
+        let options =
+            DiskOptions { image: Backing::One(Arc::new(live.clone())), block_bytes, read_only: false, discards };
         let disk = Disk::new(clock.clone(), options);
         Bench { editor: ChainEditor::new(clock.clone()), clock, disk, live, queue: IoQueue::simulated() }
     }
@@ -47,7 +48,7 @@ impl Bench {
         let image = SimImage::new("frozen", usize::try_from(geometry.size_bytes).unwrap(), 512);
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Arc::new(image.clone()),
+            image: Backing::One(Arc::new(image.clone())),
             table: Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap()),
             new_live: VersionId::new_v4(),
         };

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::mirror::planted::{Defect, plant};
-use halfsilver::mirror::{ChainEditor, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request};
+use halfsilver::mirror::{Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request};
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};
