@@ -290,11 +290,6 @@ impl Table {
         }
     }
 
-    /// Whether any change is remembered.
-    pub(super) fn is_changed(&self) -> bool {
-        self.changes.get().is_some_and(|c| c.groups.iter().any(|w| w.load(Ordering::SeqCst) != 0))
-    }
-
     /// Takes the groups that have changed, at least `enough` of them if there are as many, in ascending order, and goes
     /// on from `from`. Changes of their bits that come later are remembered anew.
     pub(super) fn take_changes(&self, from: &mut usize, enough: usize) -> Vec<u64> {
