@@ -17,7 +17,7 @@ use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotR
 use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions};
 use crate::job::{self, Outcome};
 use crate::mirror::{Backing, Epoch, NewLayer, Owned, PreparedSnapshot};
-use crate::store::{SnapshotRecord, Table};
+use crate::store::{SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -136,7 +136,9 @@ impl Manager {
             other => other,
         };
         let image: crate::image::SharedImage = Arc::new(created.map_err(|e| in_snapshot(image_error(e)))?);
-        let table = Table::create(&self.places.run_table(live.id), geometry.blocks()).map_err(|e| {
+        let table = TableName::of_this_boot(live.id)
+            .and_then(|table| Table::create(&self.places.run_table(live.id), geometry.blocks(), table));
+        let table = table.map_err(|e| {
             remove_file(&path);
             in_snapshot(table_error(e))
         })?;
