@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
-use super::{EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -68,7 +68,7 @@ pub trait DiskObserver: Send + Sync {
 /// How to make a disk.
 pub struct DiskOptions {
     /// The raw image with everything, the pivot.
-    pub image: SharedImage,
+    pub image: Backing,
     /// The block size of tables and locks, in bytes; a power of two.
     pub block_bytes: u32,
     /// Whether all changes are refused.
@@ -83,6 +83,8 @@ pub struct Disk {
     pub(super) geometry: Geometry,
     pub(super) chain: ArcSwap<Chain>,
     pub(super) locks: BlockLocks,
+    /// Who is connected to the live version, and who of them stays with an older one.
+    pub(super) connections: Connections,
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
@@ -94,6 +96,7 @@ pub struct Disk {
 pub struct Attachment {
     disk: Arc<Disk>,
     target: Target,
+    connection: Option<Arc<Connection>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,7 +111,7 @@ impl Disk {
     pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
         let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
         let layer = Layer { image: options.image.clone(), owned: Owned::All };
-        Disk::with_chain(clock, options, vec![Link { version, layer }])
+        Disk::with_chain(clock, options, vec![Link { version, layer, splits: false }])
     }
 
     /// A disk on one raw image with 4 KiB blocks, of which nothing is remembered: for programs that only serve.
@@ -118,7 +121,7 @@ impl Disk {
     pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
         let block_bytes = image.alignment().offset_bytes.max(4096);
         let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
-        Ok(Disk::new(clock, DiskOptions { image, block_bytes, read_only, discards }))
+        Ok(Disk::new(clock, DiskOptions { image: Backing::One(image), block_bytes, read_only, discards }))
     }
 
     /// A disk with the versions that it had before, oldest first.
@@ -130,6 +133,7 @@ impl Disk {
             block_bytes: options.block_bytes,
         };
         Arc::new(Disk {
+            connections: Connections::new(clock.clone()),
             clock,
             geometry,
             chain: ArcSwap::from_pointee(Chain::new(links)),
@@ -173,6 +177,12 @@ impl Disk {
         self.read_only
     }
 
+    /// The connections to the live version.
+    #[must_use]
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
     /// The versions of this moment.
     #[must_use]
     pub fn chain(&self) -> Arc<Chain> {
@@ -188,13 +198,13 @@ impl Disk {
     /// The live version (VLUN B), to be served.
     #[must_use]
     pub fn attach_live(self: &Arc<Disk>) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Live }
+        Attachment { disk: self.clone(), target: Target::Live, connection: None }
     }
 
     /// A frozen version (VLUN A), to be served read-only. It should be quiesced.
     #[must_use]
     pub fn attach_frozen(self: &Arc<Disk>, version: VersionId) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Frozen(version) }
+        Attachment { disk: self.clone(), target: Target::Frozen(version), connection: None }
     }
 
     /// Breaks a frozen version and says so once.
@@ -227,10 +237,21 @@ impl Attachment {
         self.disk.read_only || self.target != Target::Live
     }
 
+    /// The same for one frontend's connection, which ends when this and all its clones and lanes are gone. A frozen
+    /// version does not ask who reads it.
+    #[must_use]
+    pub fn connect(&self) -> Attachment {
+        let connection = (self.target == Target::Live).then(|| self.disk.connections.join());
+        Attachment { disk: self.disk.clone(), target: self.target, connection }
+    }
+
     /// A way into the epochs, one for each worker.
     #[must_use]
     pub fn lane(&self) -> EpochLane {
-        self.disk.clock.lane()
+        match &self.connection {
+            Some(connection) => connection.lane(),
+            None => self.disk.clock.lane(),
+        }
     }
 
     /// Executes one request. The caller keeps the ticket until this has finished and is recorded.
@@ -256,7 +277,7 @@ impl Attachment {
                 self.check_change(at, len)?;
                 disk.discard(queue, ticket.epoch(), at, len).await
             }
-            Request::Flush if self.target == Target::Live => disk.flush(queue).await,
+            Request::Flush if self.target == Target::Live => disk.flush(queue, ticket.epoch()).await,
             Request::Flush => Ok(()),
         }
     }

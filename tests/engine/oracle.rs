@@ -10,15 +10,18 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
-    Version,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
+    Request, RequestError, RetireError, Ticket, Version,
 };
 use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const VERSIONS_MAX: usize = 7;
+const VERSIONS_MAX: usize = 8;
+/// Old requests that stay for long.
+const HELD_MAX: usize = 3;
 
 /// What the disk of a run is made of.
 #[derive(Clone, Copy)]
@@ -28,6 +31,15 @@ struct Shape {
     /// Of every frozen image; None: each cut gets one of its own choice.
     frozen_alignment: Option<u32>,
     faults: bool,
+    strategies: Strategies,
+}
+
+/// Which strategy the cuts of a run have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strategies {
+    CopyOnWrite,
+    WriteLogging,
+    Mixed,
 }
 
 impl Shape {
@@ -37,7 +49,12 @@ impl Shape {
         let (live_alignment, frozen_alignment) =
             [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
                 [usize::try_from(seed % 5).unwrap()];
-        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2 }
+        let strategies = match seed % 4 {
+            0 => Strategies::CopyOnWrite,
+            1 => Strategies::WriteLogging,
+            _ => Strategies::Mixed,
+        };
+        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2, strategies }
     }
 
     fn table(self, sectors: usize) -> Table {
@@ -99,6 +116,9 @@ pub struct Counts {
     pub frozen_reads: u64,
     pub preserved_blocks: u64,
     pub holes_kept: u64,
+    pub logs: u64,
+    pub folds: u64,
+    pub held: u64,
 }
 
 impl Counts {
@@ -115,6 +135,9 @@ impl Counts {
         self.frozen_reads += other.frozen_reads;
         self.preserved_blocks += other.preserved_blocks;
         self.holes_kept += other.holes_kept;
+        self.logs += other.logs;
+        self.folds += other.folds;
+        self.held += other.held;
     }
 }
 
@@ -240,6 +263,8 @@ struct Run {
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
     shape: Shape,
+    /// Requests may still come that belong to the epochs of these.
+    held: Vec<Ticket>,
 }
 
 impl Run {
@@ -260,7 +285,7 @@ impl Run {
         let sectors = blocks * shape.block / SECTOR + tail;
         let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
         let options = DiskOptions {
-            image: Arc::new(live_image.clone()),
+            image: Backing::One(Arc::new(live_image.clone())),
             block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
             discards: shape.table(sectors),
@@ -282,6 +307,7 @@ impl Run {
             sectors,
             cuts: Vec::new(),
             shape,
+            held: Vec::new(),
         }
     }
 
@@ -300,8 +326,16 @@ impl Run {
 
     fn submit(&mut self) {
         let range = self.range();
-        let ticket = self.lanes[self.rng.below(self.lanes.len())].enter();
+        let old = !self.held.is_empty() && self.rng.chance(30);
+        let ticket = match old {
+            true => self.held[self.rng.below(self.held.len())].again(),
+            false => self.lanes[self.rng.below(self.lanes.len())].enter(),
+        };
+        if !old && self.held.len() < HELD_MAX && self.rng.chance(4) {
+            self.held.push(ticket.again());
+        }
         let epoch = ticket.epoch();
+        self.world.borrow_mut().counts.held += u64::from(old && self.clock.current() != epoch);
         let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
         let at = ByteOffset((range.start * SECTOR) as u64);
         let len = (range.len() * SECTOR) as u64;
@@ -374,16 +408,27 @@ impl Run {
         let fits = size.is_multiple_of(4096);
         let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
         let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
-        let faulty = self.shape.faults && self.rng.chance(25);
+        let logs = match self.shape.strategies {
+            _ if !self.disk.can_move_pivot() => true,
+            Strategies::CopyOnWrite => false,
+            Strategies::WriteLogging => true,
+            Strategies::Mixed => self.rng.chance(50),
+        };
+        self.world.borrow_mut().counts.logs += u64::from(logs);
+        // A log that cannot be written is the guest's trouble.
+        let faulty = !logs && self.shape.faults && self.rng.chance(25);
         self.world.borrow_mut().any_fault |= faulty;
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
         }
+        let (backing, table) = (Backing::One(Arc::new(image.clone())), Arc::new(self.shape.table(self.sectors)));
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Arc::new(image.clone()),
-            table: Arc::new(self.shape.table(self.sectors)),
+            layer: match logs {
+                true => NewLayer::Live { image: backing, table },
+                false => NewLayer::Frozen { image: backing, table },
+            },
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         (prepared, image)
@@ -393,7 +438,7 @@ impl Run {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
         if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {ended}");
+            println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
         }
         world.next += 1;
         let key = world.next;
@@ -476,20 +521,28 @@ impl Run {
             return;
         }
         let (index, version) = candidates[self.rng.below(candidates.len())].clone();
+        let ended = match self.editor.begin_retire(&self.disk, &version) {
+            Ok(ended) => ended,
+            Err(RetireError::Busy) => return,
+            Err(e) => panic!("{e}"),
+        };
+        let chain = self.disk.chain();
+        let at = chain.position(version.id).unwrap();
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            let began: Vec<_> = chain.links().iter().map(|l| l.version.began.0).collect();
+            println!("delete {at} of {began:?}, pivot {}", chain.pivot_of(at));
+        }
+        self.world.borrow_mut().counts.folds += u64::from(at == chain.pivot_of(at));
         self.world.borrow_mut().counts.deletes_in_the_middle += u64::from(index > 0);
-        let ended = self.editor.begin_retire(&version).unwrap();
-        let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
+        let (world, queue) = (self.world.clone(), self.queue.clone());
         let (disk, editor) = (self.disk.clone(), self.editor.clone());
         let (lane, block) = (self.clock.lane(), self.shape.block as u64);
         self.scheduler.spawn(async move {
-            clock.drained(ended).await;
-            let mut at = BlockIndex(0);
-            loop {
-                let ticket = lane.enter();
-                let Some(next) = disk.hand_over(&queue, &ticket, version.id, at).await else { break };
-                at = next;
+            let pace = Arc::new(Pace::default());
+            let done = job::retire(queue.clone(), editor, disk.clone(), version.clone(), ended, pace).await;
+            if done != Ok(Outcome::Done) {
+                return world.borrow_mut().fail(format!("a deletion ended with {done:?}"));
             }
-            editor.finish_retire(&disk, version.id);
             {
                 let mut world = world.borrow_mut();
                 world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
@@ -536,6 +589,7 @@ impl Run {
             45..50 => self.cut(),
             50..60 => self.read_frozen(),
             60..62 => self.delete(),
+            62..64 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
         for _ in 0..self.rng.below(9) {
@@ -553,6 +607,7 @@ impl Run {
     }
 
     fn settle(&mut self) -> Result<(), String> {
+        self.held.clear();
         if !self.scheduler.settle(&mut self.rng) {
             return Err(format!("{} tasks hang", self.scheduler.tasks()));
         }
@@ -615,6 +670,8 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     }
     // A deletion on one disk waits for requests on the other, so the two come to rest together.
     let [one, other] = &mut disks;
+    one.held.clear();
+    other.held.clear();
     while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
     disks.iter_mut().try_for_each(Run::settle)?;
     let mut total = Counts::default();
@@ -664,6 +721,9 @@ fn random_runs_match_one_array_a_version() {
         ("reads of frozen versions", total.frozen_reads),
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
+        ("logs", total.logs),
+        ("folds", total.folds),
+        ("requests that came long after their epoch had ended", total.held),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }
