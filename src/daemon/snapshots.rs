@@ -16,7 +16,7 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions};
 use crate::job::{self, Outcome};
-use crate::mirror::{Backing, Epoch, NewLayer, Owned, PreparedSnapshot};
+use crate::mirror::{self, Backing, Epoch, NewLayer, Owned, PreparedSnapshot};
 use crate::store::{SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
@@ -75,7 +75,7 @@ impl Manager {
             entries.push((one.disk, one.entry));
         }
         // A cut is refused before it changes anything; the entries then go as in undo().
-        let cut = self.editor.cut(prepared).map_err(|e| {
+        let cut = self.editor.cut(prepared, mirror::Writers::Request).map_err(|e| {
             self.forget(&entries);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;

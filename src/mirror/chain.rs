@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use uuid::Uuid;
 
 use super::{Backing, Epoch};
-use crate::store::{BlockIndex, Table};
+use crate::store::{BlockIndex, DurableTable, Table};
 
 /// The stable name of a version.
 pub type VersionId = Uuid;
@@ -39,9 +39,38 @@ pub struct Layer {
     pub image: Backing,
     /// Which blocks are there.
     pub owned: Owned,
+    /// For a log, whose table says where the only copy of acknowledged bytes is.
+    pub log: Option<Arc<Log>>,
+}
+
+/// What a log has to survive a power cut.
+pub struct Log {
+    /// The durable copy of the layer's table, committed at each flush.
+    pub table: DurableTable,
+    /// Blocks whose entries were deleted. Their places are given back when that is durable: until then the durable
+    /// table still points to them.
+    pub freed: Table,
 }
 
 impl Layer {
+    /// A layer that has everything.
+    #[must_use]
+    pub fn full(image: Backing) -> Layer {
+        Layer { image, owned: Owned::All, log: None }
+    }
+
+    /// A layer that has what its table says.
+    #[must_use]
+    pub fn of(image: Backing, table: Arc<Table>) -> Layer {
+        Layer { image, owned: Owned::Table(table), log: None }
+    }
+
+    /// The same, whose table outlives a power cut.
+    #[must_use]
+    pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
+        Layer { image, owned: Owned::Table(log.table.table().clone()), log: Some(log) }
+    }
+
     /// Whether the layer holds the block.
     #[must_use]
     pub fn owns(&self, block: BlockIndex) -> bool {

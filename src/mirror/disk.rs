@@ -110,7 +110,7 @@ impl Disk {
     #[must_use]
     pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
         let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
-        let layer = Layer { image: options.image.clone(), owned: Owned::All };
+        let layer = Layer::full(options.image.clone());
         Disk::with_chain(clock, options, vec![Link { version, layer, splits: false }])
     }
 
@@ -209,6 +209,11 @@ impl Disk {
 
     /// Breaks a frozen version and says so once.
     pub fn break_version(&self, version: &Version, reason: &str) {
+        // In the table first: a daemon that is killed now must not find the version whole.
+        let chain = self.chain();
+        if let Some(Owned::Table(table)) = chain.position(version.id).map(|i| &chain.layer(i).owned) {
+            table.mark_broken();
+        }
         if version.set_broken(reason) {
             log::error!("a snapshot is broken: {reason}");
             if let Some(observer) = self.observer.get() {

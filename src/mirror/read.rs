@@ -92,29 +92,6 @@ impl Disk {
         let owners = owners(&chain, index, blocks);
         Ok(owners.map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() }).collect())
     }
-
-    /// Makes durable what requests of `epoch` wrote and read: the layers of the live version and of the epoch's own on
-    /// their ways to the pivot.
-    pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
-        let chain = self.chain();
-        let way = |index| {
-            let pivot = chain.pivot_of(index);
-            pivot.min(index)..=pivot.max(index)
-        };
-        let mut layers: Vec<VersionIndex> = way(chain.live()).chain(way(chain.at_epoch(epoch))).collect();
-        layers.sort_unstable();
-        layers.dedup();
-        let live = way(chain.live());
-        let chain_ref = &*chain;
-        let syncs = layers.into_iter().map(|i| async move { (i, chain_ref.layer(i).image.sync(queue).await) });
-        for (i, done) in join_all(syncs.collect()).await {
-            match done {
-                Err(e) if !live.contains(&i) => self.break_version(chain.version(i), &e.to_string()),
-                done => done?,
-            }
-        }
-        Ok(())
-    }
 }
 
 /// The runs of `blocks` by the version whose layer has their bytes.

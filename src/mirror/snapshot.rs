@@ -35,10 +35,8 @@ pub enum NewLayer {
     /// Write logging: the full image stays with the frozen version, the live one gets an empty image for what is
     /// written (002 [0074], [0076]; figure 14).
     Live {
-        /// An empty image of the disk's size.
-        image: Backing,
-        /// An empty table.
-        table: Arc<Table>,
+        /// An empty image of the disk's size, with an empty table.
+        layer: Layer,
     },
     /// Write mirroring: each version takes a full image (002 [0062], [0063]; figure 9).
     Split {
@@ -47,6 +45,16 @@ pub enum NewLayer {
         /// What the live version keeps.
         live: Backing,
     },
+}
+
+/// Who stays with the frozen version when it is cut.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Writers {
+    /// The requests in flight; the next ones of every frontend belong to the live version.
+    Request,
+    /// All requests of the frontends that are connected, until they disconnect or are cut over ([0045], [0051]:
+    /// active processes keep VLUN A, new ones start on VLUN B).
+    Connection,
 }
 
 /// What a snapshot of one disk needs, made before the cut.
@@ -92,12 +100,18 @@ impl ChainEditor {
     ///
     /// # Panics
     /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]).
-    pub fn cut(&self, group: Vec<PreparedSnapshot>) -> Result<Cut, TooManyDraining> {
+    pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
         let _editing = lock(&self.editing);
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
         let coming = self.clock.current().next();
+        let disks: Vec<_> = group.iter().map(|prepared| prepared.disk.clone()).collect();
+        let pin = || match writers {
+            Writers::Request => Vec::new(),
+            // Nobody joins before these are dropped, so that who is connected is the same for the whole group.
+            Writers::Connection => disks.iter().map(|disk| disk.connections.pin(coming.previous())).collect(),
+        };
         let mut frozen = Vec::with_capacity(group.len());
         for prepared in group {
             let disk = prepared.disk.clone();
@@ -109,10 +123,30 @@ impl ChainEditor {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
         }
+        let pins = if planted::is(Defect::PinAfterCut) { Vec::new() } else { pin() };
         if !planted::is(Defect::CutPerDisk) {
             self.clock.advance()?;
         }
+        drop(pins);
+        if planted::is(Defect::PinAfterCut) {
+            drop(pin());
+        }
         Ok(Cut { ended: coming.previous(), frozen })
+    }
+
+    /// Moves the connections that still act in `ended` or before over to where they would act without: the versions that
+    /// ended with it drain from now on. A cut by itself, without a new version. Returns how many connections moved.
+    ///
+    /// # Errors
+    /// When too many older cuts still drain; nothing has changed then.
+    pub fn cut_over(&self, disk: &Disk, ended: Epoch) -> Result<usize, TooManyDraining> {
+        let _editing = lock(&self.editing);
+        if !self.clock.can_advance() {
+            return Err(TooManyDraining);
+        }
+        let change = disk.connections.release(ended, self.clock.current().next());
+        self.clock.advance()?;
+        Ok(change.count())
     }
 
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
@@ -184,13 +218,13 @@ impl Disk {
         let (layer, splits) = match prepared.layer {
             NewLayer::Frozen { image, table } => {
                 assert!(movable, "the full image is moved while a log lies above it");
-                (std::mem::replace(&mut last.layer, Layer { image, owned: Owned::Table(table) }), false)
+                (std::mem::replace(&mut last.layer, Layer::of(image, table)), false)
             }
-            NewLayer::Live { image, table } => (Layer { image, owned: Owned::Table(table) }, false),
+            NewLayer::Live { layer } => (layer, false),
             NewLayer::Split { frozen, live } => {
                 assert!(movable, "a mirror is split while a log lies above it");
                 last.layer.image = frozen;
-                (Layer { image: live, owned: Owned::All }, true)
+                (Layer::full(live), true)
             }
         };
         links.push(Link { version: Version::new(prepared.new_live, began), layer, splits });

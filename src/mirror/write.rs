@@ -225,7 +225,9 @@ impl Disk {
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
+        let mut logged = false;
         for run in &plan.runs {
+            logged |= run.plan.adopts || !run.plan.supersedes.is_empty();
             if run.plan.adopts
                 && let Owned::Table(table) = &chain.layer(run.plan.home).owned
             {
@@ -234,6 +236,10 @@ impl Disk {
             for &index in &run.plan.supersedes {
                 self.drop_entries(queue, chain, index, run.blocks).await;
             }
+        }
+        if logged && part.durable {
+            // Durable bytes are worth nothing without the entry that points to them.
+            self.flush_from(queue, chain, plan.writer).await?;
         }
         Ok(())
     }
@@ -318,6 +324,14 @@ impl Disk {
         table.clear(blocks);
         self.locks.advance_generation(blocks);
         let (at, len) = self.geometry.bytes(blocks);
+        if let Some(log) = &layer.log {
+            // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
+            match log.freed.prepare(blocks) {
+                Ok(()) => log.freed.set(blocks),
+                Err(e) => log::debug!("the space of superseded blocks is not given back: {e}"),
+            }
+            return;
+        }
         if index > chain.pivot_of(index) {
             // Whatever comes to this place later is written there whole, so old bytes may stay.
             if let Err(e) = layer.image.release(queue, at, len).await {

@@ -8,20 +8,23 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
-    Request, RequestError, RetireError, Ticket, Version,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
 };
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
 const VERSIONS_MAX: usize = 8;
 /// Old requests that stay for long.
 const HELD_MAX: usize = 3;
+const FRONTENDS_MAX: usize = 4;
+const LANES: usize = 2;
 
 /// What the disk of a run is made of.
 #[derive(Clone, Copy)]
@@ -119,6 +122,8 @@ pub struct Counts {
     pub logs: u64,
     pub folds: u64,
     pub held: u64,
+    pub by_connection: u64,
+    pub moved: u64,
 }
 
 impl Counts {
@@ -138,6 +143,8 @@ impl Counts {
         self.logs += other.logs;
         self.folds += other.folds;
         self.held += other.held;
+        self.by_connection += other.by_connection;
+        self.moved += other.moved;
     }
 }
 
@@ -248,6 +255,12 @@ fn filled(sectors: usize, tag: u64) -> GuestBuf {
     GuestBuf::from_owned(memory).0
 }
 
+fn frontend(disk: &Arc<Disk>) -> (Attachment, Vec<EpochLane>) {
+    let attachment = disk.attach_live().connect();
+    let lanes = (0..LANES).map(|_| attachment.lane()).collect();
+    (attachment, lanes)
+}
+
 /// One random run.
 struct Run {
     rng: Rng,
@@ -257,8 +270,10 @@ struct Run {
     clock: EpochClock,
     editor: Arc<ChainEditor>,
     disk: Arc<Disk>,
-    live: Attachment,
-    lanes: Vec<EpochLane>,
+    /// Frontends, each with its ways into the epochs.
+    frontends: Vec<(Attachment, Vec<EpochLane>)>,
+    /// What the housekeeping of the daemon enters by.
+    lane: EpochLane,
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
@@ -298,10 +313,10 @@ impl Run {
             world: Rc::new(RefCell::new(world)),
             scheduler: Scheduler::default(),
             queue: IoQueue::simulated(),
-            lanes: (0..3).map(|_| clock.lane()).collect(),
+            frontends: vec![frontend(&disk)],
+            lane: clock.lane(),
             editor,
             clock,
-            live: disk.attach_live(),
             disk,
             live_image,
             sectors,
@@ -326,17 +341,18 @@ impl Run {
 
     fn submit(&mut self) {
         let range = self.range();
+        let frontend = self.rng.below(self.frontends.len());
         let old = !self.held.is_empty() && self.rng.chance(30);
         let ticket = match old {
             true => self.held[self.rng.below(self.held.len())].again(),
-            false => self.lanes[self.rng.below(self.lanes.len())].enter(),
+            false => self.frontends[frontend].1[self.rng.below(LANES)].enter(),
         };
         if !old && self.held.len() < HELD_MAX && self.rng.chance(4) {
             self.held.push(ticket.again());
         }
         let epoch = ticket.epoch();
         self.world.borrow_mut().counts.held += u64::from(old && self.clock.current() != epoch);
-        let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
+        let (world, live, queue) = (self.world.clone(), self.frontends[frontend].0.clone(), self.queue.clone());
         let at = ByteOffset((range.start * SECTOR) as u64);
         let len = (range.len() * SECTOR) as u64;
         world.borrow_mut().counts.operations += 1;
@@ -395,9 +411,12 @@ impl Run {
     }
 
     fn cut(&mut self) {
+        self.make_room_in_the_clock();
         if self.has_room() {
             let (prepared, image) = self.prepare_cut();
-            let cut = self.editor.cut(vec![prepared]).unwrap();
+            let writers = if self.rng.chance(35) { Writers::Connection } else { Writers::Request };
+            let cut = self.editor.cut(vec![prepared], writers).unwrap();
+            self.world.borrow_mut().counts.by_connection += u64::from(writers == Writers::Connection);
             self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
     }
@@ -426,12 +445,55 @@ impl Run {
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
             layer: match logs {
-                true => NewLayer::Live { image: backing, table },
+                true if self.rng.chance(30) => NewLayer::Live { layer: self.durable_log(backing, table) },
+                true => NewLayer::Live { layer: Layer::of(backing, table) },
                 false => NewLayer::Frozen { image: backing, table },
             },
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         (prepared, image)
+    }
+
+    /// As the daemon makes logs: with a durable table, so that what is superseded is given back later.
+    fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
+        let bytes = DurableTable::image_bytes(table.blocks());
+        let durable = SimImage::new("durable", usize::try_from(bytes).unwrap(), 512);
+        let log = Rc::new(RefCell::new(None));
+        let (put, queue) = (log.clone(), self.queue.clone());
+        let freed = self.shape.table(self.sectors);
+        self.scheduler.spawn(async move {
+            let made = DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue);
+            *put.borrow_mut() = Some(Arc::new(Log { table: made.await.unwrap(), freed }));
+        });
+        while log.borrow().is_none() {
+            assert!(self.scheduler.step(&mut self.rng), "a log is never made");
+        }
+        let log = log.borrow_mut().take().unwrap();
+        Layer::logged(image, log)
+    }
+
+    /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
+    fn make_room_in_the_clock(&mut self) {
+        if !self.clock.can_advance() {
+            self.held.clear();
+        }
+    }
+
+    fn cut_over(&mut self) {
+        self.make_room_in_the_clock();
+        if !self.cuts.is_empty() && self.clock.can_advance() {
+            let ended = self.cuts[self.rng.below(self.cuts.len())].0;
+            let moved = self.editor.cut_over(&self.disk, ended).unwrap();
+            self.world.borrow_mut().counts.moved += moved as u64;
+        }
+    }
+
+    fn connect_or_leave(&mut self) {
+        if self.frontends.len() < FRONTENDS_MAX && self.rng.chance(60) {
+            self.frontends.push(frontend(&self.disk));
+        } else if self.frontends.len() > 1 {
+            drop(self.frontends.swap_remove(self.rng.below(self.frontends.len())));
+        }
     }
 
     fn note_cut(&mut self, ended: Epoch, version: Arc<Version>, image: SimImage) {
@@ -456,9 +518,10 @@ impl Run {
 
     /// What the daemon does in the background: declares drained versions quiesced.
     fn quiesce(&mut self) {
-        let clock = self.clock.clone();
+        let (clock, disk) = (self.clock.clone(), self.disk.clone());
         self.cuts.retain(|(ended, version)| {
-            let drained = clock.is_drained(*ended);
+            let last = disk.connections().wait_free(*ended, Duration::ZERO);
+            let drained = last.is_some_and(|last| clock.is_drained(last));
             if drained {
                 version.set_quiesced();
             }
@@ -484,7 +547,7 @@ impl Run {
     }
 
     fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
-        let ticket = self.lanes[0].enter();
+        let ticket = self.lane.enter();
         let (world, queue) = (self.world.clone(), self.queue.clone());
         let attachment = self.disk.attach_frozen(version.id);
         let id = world.borrow_mut().begin_read(vec![key], range.clone());
@@ -521,6 +584,10 @@ impl Run {
             return;
         }
         let (index, version) = candidates[self.rng.below(candidates.len())].clone();
+        self.make_room_in_the_clock();
+        if !self.clock.can_advance() {
+            return;
+        }
         let ended = match self.editor.begin_retire(&self.disk, &version) {
             Ok(ended) => ended,
             Err(RetireError::Busy) => return,
@@ -589,7 +656,9 @@ impl Run {
             45..50 => self.cut(),
             50..60 => self.read_frozen(),
             60..62 => self.delete(),
-            62..64 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
+            62..64 => self.connect_or_leave(),
+            64 => self.cut_over(),
+            65..67 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
         for _ in 0..self.rng.below(9) {
@@ -606,8 +675,17 @@ impl Run {
         self.finish()
     }
 
-    fn settle(&mut self) -> Result<(), String> {
+    /// No request comes any more that belongs to an old epoch.
+    fn rest(&mut self) {
         self.held.clear();
+        self.frontends.truncate(1);
+        if let Some((ended, _)) = self.cuts.last() {
+            self.editor.cut_over(&self.disk, *ended).unwrap();
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), String> {
+        self.rest();
         if !self.scheduler.settle(&mut self.rng) {
             return Err(format!("{} tasks hang", self.scheduler.tasks()));
         }
@@ -661,7 +739,9 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     for _ in 0..steps {
         if rng.chance(5) && disks.iter().all(Run::has_room) {
             let (prepared, images): (Vec<_>, Vec<_>) = disks.iter_mut().map(Run::prepare_cut).unzip();
-            let cut = disks[0].editor.clone().cut(prepared).unwrap();
+            disks.iter_mut().for_each(Run::make_room_in_the_clock);
+            let writers = if rng.chance(35) { Writers::Connection } else { Writers::Request };
+            let cut = disks[0].editor.clone().cut(prepared, writers).unwrap();
             for ((disk, image), version) in disks.iter_mut().zip(images).zip(cut.frozen) {
                 disk.note_cut(cut.ended, version, image);
             }
@@ -670,8 +750,8 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     }
     // A deletion on one disk waits for requests on the other, so the two come to rest together.
     let [one, other] = &mut disks;
-    one.held.clear();
-    other.held.clear();
+    one.rest();
+    other.rest();
     while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
     disks.iter_mut().try_for_each(Run::settle)?;
     let mut total = Counts::default();
@@ -724,6 +804,8 @@ fn random_runs_match_one_array_a_version() {
         ("logs", total.logs),
         ("folds", total.folds),
         ("requests that came long after their epoch had ended", total.held),
+        ("cuts by connection", total.by_connection),
+        ("connections cut over", total.moved),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }

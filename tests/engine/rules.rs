@@ -5,7 +5,7 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue, OpKind};
 use halfsilver::mirror::{
     Backing, BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot,
-    Request, RequestError, Ticket, Version, VersionId,
+    Request, RequestError, Ticket, Version, VersionId, Writers,
 };
 use halfsilver::store::BlockIndex;
 
@@ -54,7 +54,7 @@ impl Bench {
             },
             new_live: VersionId::new_v4(),
         };
-        (self.editor.cut(vec![prepared]).unwrap(), image)
+        (self.editor.cut(vec![prepared], Writers::Request).unwrap(), image)
     }
 
     fn request(&self, ticket: &Ticket, request: Request) -> Result<(), RequestError> {

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::mirror::planted::{self, Defect, plant};
+use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
-    Attachment, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request,
+    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
+    Request, Writers,
 };
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -89,28 +90,18 @@ fn pause() {
 
 /// The cut as the daemon makes it: the pins, then the counter.
 fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
-    let prepared = PreparedSnapshot {
-        disk: disk.clone(),
-        image: memory(),
-        table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
-        new_live: uuid::Uuid::new_v4(),
-    };
-    if planted::is(Defect::PinAfterCut) {
-        let cut = editor.cut(vec![prepared]).unwrap();
-        pause();
-        drop(disk.connections().pin(cut.ended));
-        return cut;
-    }
-    let _pins = disk.connections().pin(disk.clock().current());
+    let table = Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
+    let layer = NewLayer::Frozen { image: Backing::One(memory()), table };
+    let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: uuid::Uuid::new_v4() };
     pause();
-    editor.cut(vec![prepared]).unwrap()
+    editor.cut(vec![prepared], Writers::Connection).unwrap()
 }
 
 fn one_order(end: End) {
     let clock = EpochClock::new(Epoch(1));
     let editor = ChainEditor::new(clock.clone());
     let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
-    let options = DiskOptions { image: memory(), block_bytes: 4096, read_only: false, discards };
+    let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
     let disk = Disk::new(clock.clone(), options);
     let turns = Arc::new(Turns { next: Mutex::new(0), changed: Condvar::new(), acknowledged: AtomicUsize::new(0) });
 
@@ -145,9 +136,7 @@ fn one_order(end: End) {
     let mut kept = before_cut;
     if end == End::CutOver {
         kept = turns.acknowledged.load(Ordering::SeqCst);
-        let _pins = disk.connections().release(ended, clock.current().next());
-        pause();
-        clock.advance().unwrap();
+        editor.cut_over(&disk, ended).unwrap();
     }
     let last = disk.connections().wait_free(ended, Duration::from_secs(3600)).expect("nobody holds it for ever");
     block_on(clock.drained(last));

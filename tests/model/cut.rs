@@ -163,7 +163,7 @@ fn one_order() {
         },
         new_live: uuid::Uuid::new_v4(),
     });
-    let cut = editor.cut(group.collect()).unwrap();
+    let cut = editor.cut(group.collect(), Writers::Request).unwrap();
     block_on(clock.drained(cut.ended));
     cut.frozen.iter().for_each(|version| version.set_quiesced());
 
