@@ -190,9 +190,13 @@ impl Chain {
     }
 
     /// The version that a request of `epoch` reads and writes: the newest that began then or before.
+    ///
+    /// One that broke while its requests were still under way has no bytes to show them. They go on with the next
+    /// newer one, which has all that they have written: the guest does not notice that a snapshot was lost.
     #[must_use]
     pub fn at_epoch(&self, epoch: Epoch) -> VersionIndex {
-        self.links.iter().rposition(|l| l.version.began <= epoch).unwrap_or(0)
+        let own = self.links.iter().rposition(|l| l.version.began <= epoch).unwrap_or(0);
+        (own..self.live()).find(|&i| self.links[i].version.broken().is_none()).unwrap_or(self.live())
     }
 
     /// The version whose layer has the bytes of `block` as `index` shows it.
