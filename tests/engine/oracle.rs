@@ -8,16 +8,18 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::mirror::{
     Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
-    Version,
+    Ticket, Version,
 };
 use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
+const CONNECTIONS: usize = 2;
 const VERSIONS_MAX: usize = 7;
 
 /// What the disk of a run is made of.
@@ -99,6 +101,8 @@ pub struct Counts {
     pub frozen_reads: u64,
     pub preserved_blocks: u64,
     pub holes_kept: u64,
+    pub pinned: u64,
+    pub pinned_changes: u64,
 }
 
 impl Counts {
@@ -115,6 +119,8 @@ impl Counts {
         self.frozen_reads += other.frozen_reads;
         self.preserved_blocks += other.preserved_blocks;
         self.holes_kept += other.holes_kept;
+        self.pinned += other.pinned;
+        self.pinned_changes += other.pinned_changes;
     }
 }
 
@@ -236,6 +242,8 @@ struct Run {
     disk: Arc<Disk>,
     live: Attachment,
     lanes: Vec<EpochLane>,
+    /// Lanes of connections, which a cut may pin.
+    connected: Vec<EpochLane>,
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
@@ -276,6 +284,7 @@ impl Run {
             lanes: (0..3).map(|_| clock.lane()).collect(),
             editor,
             clock,
+            connected: (0..CONNECTIONS).map(|_| disk.attach_live().connect().lane()).collect(),
             live: disk.attach_live(),
             disk,
             live_image,
@@ -300,15 +309,19 @@ impl Run {
 
     fn submit(&mut self) {
         let range = self.range();
-        let ticket = self.lanes[self.rng.below(self.lanes.len())].enter();
+        let ticket = self.enter();
         let epoch = ticket.epoch();
+        let is_pinned = epoch != ticket.entered();
         let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
         let at = ByteOffset((range.start * SECTOR) as u64);
         let len = (range.len() * SECTOR) as u64;
         world.borrow_mut().counts.operations += 1;
         let kind = self.rng.below(100);
         if kind < 25 {
-            let keys = world.borrow().arrays.iter().filter(|a| a.sees(epoch)).map(|a| a.key).collect();
+            // Who is pinned sees no newer version, unless its own breaks.
+            let versions = if is_pinned && !self.shape.faults { 1 } else { VERSIONS_MAX };
+            let seen = |a: &&Array| a.sees(epoch);
+            let keys = world.borrow().arrays.iter().filter(seen).take(versions).map(|a| a.key).collect();
             let id = world.borrow_mut().begin_read(keys, range.clone());
             self.scheduler.spawn(async move {
                 let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(usize::try_from(len).unwrap()));
@@ -344,7 +357,8 @@ impl Run {
             let deferred = disk.discards().count();
             let done = live.execute(&queue, &ticket, request).await;
             let mut world = world.borrow_mut();
-            world.counts.draining_changes += u64::from(draining);
+            world.counts.draining_changes += u64::from(draining && !is_pinned);
+            world.counts.pinned_changes += u64::from(is_pinned);
             world.counts.deferred += disk.discards().count().saturating_sub(deferred);
             if let Err(e) = done {
                 world.fail(format!("a guest's request failed: {e}"));
@@ -356,6 +370,29 @@ impl Run {
         });
     }
 
+    fn enter(&mut self) -> Ticket {
+        let lane = self.rng.below(self.lanes.len() + CONNECTIONS);
+        self.lanes.get(lane).unwrap_or_else(|| &self.connected[lane - self.lanes.len()]).enter()
+    }
+
+    /// A frontend leaves and comes back, or all are cut over from some version and those before.
+    fn move_on(&mut self) {
+        if self.rng.chance(50) {
+            let one = self.rng.below(CONNECTIONS);
+            self.connected[one] = self.live.connect().lane();
+        } else if !self.cuts.is_empty() {
+            let (up_to, _) = self.cuts[self.rng.below(self.cuts.len())];
+            self.cut_over(up_to);
+        }
+    }
+
+    fn cut_over(&self, up_to: Epoch) {
+        if self.clock.can_advance() {
+            let _pins = self.disk.connections().release(up_to, self.clock.current().next());
+            self.clock.advance().unwrap();
+        }
+    }
+
     fn has_room(&self) -> bool {
         self.world.borrow().arrays.len() < VERSIONS_MAX
     }
@@ -363,7 +400,11 @@ impl Run {
     fn cut(&mut self) {
         if self.has_room() {
             let (prepared, image) = self.prepare_cut();
+            let disk = self.disk.clone();
+            let pins = self.rng.chance(40).then(|| disk.connections().pin(self.clock.current()));
             let cut = self.editor.cut(vec![prepared]).unwrap();
+            self.world.borrow_mut().counts.pinned += u64::from(pins.is_some());
+            drop(pins);
             self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
     }
@@ -411,9 +452,10 @@ impl Run {
 
     /// What the daemon does in the background: declares drained versions quiesced.
     fn quiesce(&mut self) {
-        let clock = self.clock.clone();
+        let (clock, connections) = (&self.clock, self.disk.connections());
         self.cuts.retain(|(ended, version)| {
-            let drained = clock.is_drained(*ended);
+            let last = connections.wait_free(*ended, Duration::ZERO);
+            let drained = last.is_some_and(|last| clock.is_drained(last));
             if drained {
                 version.set_quiesced();
             }
@@ -536,6 +578,7 @@ impl Run {
             45..50 => self.cut(),
             50..60 => self.read_frozen(),
             60..62 => self.delete(),
+            62..65 => self.move_on(),
             _ => {}
         }
         for _ in 0..self.rng.below(9) {
@@ -562,6 +605,8 @@ impl Run {
 
     /// Everything ends; every version is read whole; then all snapshots go, and one raw image is left.
     fn finish(mut self) -> Result<Counts, String> {
+        self.settle()?;
+        self.cut_over(self.clock.current());
         self.settle()?;
         if !self.cuts.is_empty() {
             return Err("a version does not drain".to_owned());
@@ -664,6 +709,8 @@ fn random_runs_match_one_array_a_version() {
         ("reads of frozen versions", total.frozen_reads),
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
+        ("cuts that pin connections", total.pinned),
+        ("changes by pinned connections", total.pinned_changes),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }
