@@ -16,8 +16,8 @@ use super::snapshots::{clear_socket, remove_file};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::{Direct, FileImage, Image, ImageOptions, SharedImage};
-use crate::mirror::{Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
-use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table};
+use crate::mirror::{Backing, Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
+use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
 /// How long a start waits for the transfers of a process that was killed.
@@ -126,7 +126,9 @@ impl Manager {
         }
         let blocks = image.size_bytes().div_ceil(u64::from(config.block_size));
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
-        let discards = Table::create(&self.places.run_table(id), blocks).map_err(table_error)?;
+        let discards = TableName::of_this_boot(id)
+            .and_then(|table| Table::create(&self.places.run_table(id), blocks, table))
+            .map_err(table_error)?;
         let live = record.as_ref().map_or_else(|| (Uuid::new_v4(), 0), |r| (r.live, r.live_began));
 
         let mut taken = Vec::new();
@@ -142,10 +144,14 @@ impl Manager {
             }
         }
         let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
-        let layer = Layer { image: image.clone(), owned: Owned::All };
-        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer });
-        let options =
-            DiskOptions { image: image.clone(), block_bytes: config.block_size, read_only: config.readonly, discards };
+        let layer = Layer { image: Backing::One(image.clone()), owned: Owned::All };
+        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer, splits: false });
+        let options = DiskOptions {
+            image: Backing::One(image.clone()),
+            block_bytes: config.block_size,
+            read_only: config.readonly,
+            discards,
+        };
         let disk = Disk::with_chain(self.clock.clone(), options, links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
         let snapshots: Vec<_> = taken.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
@@ -256,7 +262,9 @@ impl Manager {
         if record.saved.is_none() || record.saved != Fingerprint::of(&record.image).ok() {
             return Err(format!("its image {} was changed while the daemon was not running", record.image.display()));
         }
-        let table = Table::create(&self.places.run_table(record.id), blocks).map_err(|e| e.to_string())?;
+        let table = TableName::of_this_boot(record.id)
+            .and_then(|table| Table::create(&self.places.run_table(record.id), blocks, table))
+            .map_err(|e| e.to_string())?;
         let seal = record.saved_table.ok_or("its table was not saved")?;
         table.load(&self.places.durable_table(record.id), seal).map_err(|e| e.to_string())?;
         let image = open_snapshot_image(&record.image, config).map_err(|e| e.to_string())?;
@@ -266,8 +274,8 @@ impl Manager {
             version.set_broken(reason.clone());
         }
         let table = Arc::new(table);
-        let layer = Layer { image, owned: Owned::Table(table.clone()) };
-        Ok((Link { version, layer }, table))
+        let layer = Layer { image: Backing::One(image), owned: Owned::Table(table.clone()) };
+        Ok((Link { version, layer, splits: false }, table))
     }
 
     fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {

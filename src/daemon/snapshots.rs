@@ -14,10 +14,10 @@ use crate::control::api::{self, JobKind, JobState, SnapshotRequest, SnapshotStat
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions, SharedImage};
+use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions};
 use crate::job::{self, Outcome};
-use crate::mirror::{Epoch, Owned, PreparedSnapshot};
-use crate::store::{SnapshotRecord, Table};
+use crate::mirror::{Backing, Epoch, NewLayer, Owned, PreparedSnapshot};
+use crate::store::{SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -136,7 +136,9 @@ impl Manager {
             other => other,
         };
         let image: crate::image::SharedImage = Arc::new(created.map_err(|e| in_snapshot(image_error(e)))?);
-        let table = Table::create(&self.places.run_table(live.id), geometry.blocks()).map_err(|e| {
+        let table = TableName::of_this_boot(live.id)
+            .and_then(|table| Table::create(&self.places.run_table(live.id), geometry.blocks(), table));
+        let table = table.map_err(|e| {
             remove_file(&path);
             in_snapshot(table_error(e))
         })?;
@@ -170,7 +172,11 @@ impl Manager {
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
         });
-        let prepared = PreparedSnapshot { disk: disk.disk.clone(), image, table, new_live };
+        let prepared = PreparedSnapshot {
+            disk: disk.disk.clone(),
+            layer: NewLayer::Frozen { image: Backing::One(image), table },
+            new_live,
+        };
         Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
     }
 
@@ -363,8 +369,10 @@ impl Manager {
 
     fn start_retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
         let version = entry.version.clone().expect("only versions in a chain are retired");
-        let grace =
-            self.editor.begin_retire(&version).map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
+        let grace = self
+            .editor
+            .begin_retire(&disk.disk, &version)
+            .map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
         let job = self.new_job(JobKind::Merge, &disk.name, Some(&entry.reference.name));
         let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
         let started = self.start_thread("delete", move || {
@@ -394,7 +402,7 @@ impl Manager {
         let version = entry.version.clone().expect("only versions in a chain are retired");
         let queue = executor.queue().clone();
         let work = job::retire(queue.clone(), self.editor.clone(), disk.disk.clone(), version, grace, job.pace.clone());
-        if executor.block_on(work).map_err(|e| e.to_string())? == Outcome::Stopped {
+        if executor.block_on(work).map_err(|e| e.to_string())?? == Outcome::Stopped {
             return Ok(Outcome::Stopped);
         }
         {
@@ -432,13 +440,13 @@ impl Manager {
     /// Saves what a clean stop leaves: the snapshots' bytes and tables first, and only then the word that they are there.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
         let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| e.to_string())?;
-        let sync = |image: SharedImage| -> Result<(), String> {
+        let sync = |image: Backing| -> Result<(), String> {
             let queue = executor.queue().clone();
-            let done = executor.block_on(async move { crate::image::sync(&*image, &queue).await });
+            let done = executor.block_on(async move { image.sync(&queue).await });
             done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
         };
         if !disk.config.readonly {
-            sync(disk.image.clone())?;
+            sync(Backing::One(disk.image.clone()))?;
         }
         let chain = disk.disk.chain();
         let mut seals = Vec::new();

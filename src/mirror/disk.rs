@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
-use super::{Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -68,7 +68,7 @@ pub trait DiskObserver: Send + Sync {
 /// How to make a disk.
 pub struct DiskOptions {
     /// The raw image with everything, the pivot.
-    pub image: SharedImage,
+    pub image: Backing,
     /// The block size of tables and locks, in bytes; a power of two.
     pub block_bytes: u32,
     /// Whether all changes are refused.
@@ -111,7 +111,7 @@ impl Disk {
     pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
         let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
         let layer = Layer { image: options.image.clone(), owned: Owned::All };
-        Disk::with_chain(clock, options, vec![Link { version, layer }])
+        Disk::with_chain(clock, options, vec![Link { version, layer, splits: false }])
     }
 
     /// A disk on one raw image with 4 KiB blocks, of which nothing is remembered: for programs that only serve.
@@ -121,7 +121,7 @@ impl Disk {
     pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
         let block_bytes = image.alignment().offset_bytes.max(4096);
         let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
-        Ok(Disk::new(clock, DiskOptions { image, block_bytes, read_only, discards }))
+        Ok(Disk::new(clock, DiskOptions { image: Backing::One(image), block_bytes, read_only, discards }))
     }
 
     /// A disk with the versions that it had before, oldest first.
@@ -277,7 +277,7 @@ impl Attachment {
                 self.check_change(at, len)?;
                 disk.discard(queue, ticket.epoch(), at, len).await
             }
-            Request::Flush if self.target == Target::Live => disk.flush(queue).await,
+            Request::Flush if self.target == Target::Live => disk.flush(queue, ticket.epoch()).await,
             Request::Flush => Ok(()),
         }
     }

@@ -5,6 +5,7 @@
 //!
 //! What this room does not know: sockets, rings, names that users gave, files' places.
 
+mod backing;
 mod chain;
 mod connection;
 mod discard;
@@ -19,11 +20,12 @@ mod request;
 mod snapshot;
 mod write;
 
-pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+pub use backing::Backing;
+pub use chain::{Chain, Layer, Link, Owned, Segment, Version, VersionId, VersionIndex};
 pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
-pub use plan::{BlockPlan, Copy, Run, Targets, WritePlan};
+pub use plan::{BlockPlan, Copy, Run, WritePlan};
 pub use request::{Request, RequestError};
-pub use snapshot::{ChainEditor, Cut, PreparedSnapshot};
+pub use snapshot::{ChainEditor, Cut, NewLayer, PreparedSnapshot, RetireError};

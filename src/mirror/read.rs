@@ -8,15 +8,14 @@ use super::chain::{Chain, VersionIndex};
 use super::disk::{Target, index_of};
 use super::join::join_all;
 use super::planted::{self, Defect};
-use super::{Disk, Epoch, RequestError};
-use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue, SharedImage, read_exact_at, sync};
+use super::{Backing, Disk, Epoch, RequestError};
+use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
-use std::sync::Arc;
 
 /// Neighbouring blocks whose bytes are in the same image.
 struct Extent {
     blocks: BlockRange,
-    image: SharedImage,
+    image: Backing,
 }
 
 impl Disk {
@@ -34,9 +33,10 @@ impl Disk {
         {
             let chain = self.chain();
             let index = index_of(&chain, target, epoch)?;
-            if index == chain.pivot() {
-                read_exact_at(&*chain.layer(index).image, queue, at, IoBuf::Guest(into)).await?;
-                return Ok(());
+            if index == chain.pivot_of(index) {
+                chain.layer(index).image.read(queue, at, IoBuf::Guest(into)).await?;
+                // A frozen pivot on its way out is overwritten by the log above it.
+                return index_of(&self.chain(), target, epoch).map(drop);
             }
         }
         let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
@@ -61,25 +61,28 @@ impl Disk {
         into: &GuestBuf,
     ) -> Result<(), RequestError> {
         let blocks = self.geometry.covering(at, into.len() as u64);
+        let mut generation = self.locks.generation(blocks);
         let mut extents = self.extents(target, epoch, blocks)?;
         loop {
             let reads = extents.iter().map(|extent| {
                 let (from, len) = self.geometry.bytes(extent.blocks);
                 let (from, to) = (from.max(at), (from.0 + len).min(at.0 + into.len() as u64));
                 let piece = into.slice(usize_of(from.0 - at.0)..usize_of(to - at.0));
-                read_exact_at(&*extent.image, queue, from, IoBuf::Guest(piece))
+                extent.image.read(queue, from, IoBuf::Guest(piece))
             });
             let done = join_all(reads.collect()).await;
+            let generation_now = self.locks.generation(blocks);
             let now = self.extents(target, epoch, blocks)?;
-            let same = now.len() == extents.len()
-                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && Arc::ptr_eq(&a.image, &b.image));
+            let same = (generation == generation_now || planted::is(Defect::NoReadGeneration))
+                && now.len() == extents.len()
+                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image));
             if same || planted::is(Defect::NoReadRecheck) {
                 for read in done {
                     read?;
                 }
                 return Ok(());
             }
-            extents = now;
+            (extents, generation) = (now, generation_now);
         }
     }
 
@@ -90,12 +93,25 @@ impl Disk {
         Ok(owners.map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() }).collect())
     }
 
-    pub(super) async fn flush(&self, queue: &IoQueue) -> Result<(), RequestError> {
+    /// Makes durable what requests of `epoch` wrote and read: the layers of the live version and of the epoch's own on
+    /// their ways to the pivot.
+    pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
         let chain = self.chain();
-        // The layers that the live version reads: its own, and those on its way to the pivot.
-        let images = (chain.pivot()..=chain.live()).map(|i| sync(&*chain.layer(i).image, queue));
-        for done in join_all(images.collect()).await {
-            done?;
+        let way = |index| {
+            let pivot = chain.pivot_of(index);
+            pivot.min(index)..=pivot.max(index)
+        };
+        let mut layers: Vec<VersionIndex> = way(chain.live()).chain(way(chain.at_epoch(epoch))).collect();
+        layers.sort_unstable();
+        layers.dedup();
+        let live = way(chain.live());
+        let chain_ref = &*chain;
+        let syncs = layers.into_iter().map(|i| async move { (i, chain_ref.layer(i).image.sync(queue).await) });
+        for (i, done) in join_all(syncs.collect()).await {
+            match done {
+                Err(e) if !live.contains(&i) => self.break_version(chain.version(i), &e.to_string()),
+                done => done?,
+            }
         }
         Ok(())
     }

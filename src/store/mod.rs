@@ -2,15 +2,20 @@
 //!
 //! What always holds:
 //! - A table's run copy is a shared mapping: a set bit is in the page cache at once, without a system call.
-//! - A durable copy is complete and checksummed or it is not there: it is written beside its place, synced, renamed.
+//! - A saved copy is complete and checksummed or it is not there: it is written beside its place, synced, renamed.
+//! - A durable table changes in place, in sectors that check themselves: a crash leaves each of them old or new.
 //! - Records change in transactions of redb; what a start finds is some committed state.
 //!
 //! What this room does not know: what a bit or a record means to a guest.
 
 mod block;
+mod durable;
 mod records;
+mod run_header;
 mod table;
 
 pub use block::{BlockIndex, BlockRange};
+pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use records::{DiskRecord, Fingerprint, RecordError, Records, SnapshotRecord};
+pub use run_header::TableName;
 pub use table::{Table, TableError};

@@ -1,31 +1,33 @@
 //! A table: one bit a block.
 //!
-//! In memory it is a mapping, of a file in the run directory or of nothing. Pages are taken on first use, so a table
-//! of a 16 TiB disk costs what is written, not what could be. A page is faulted in with a system call that can
-//! fail ([`Table::prepare`]) before a bit in it is first set: a full run directory is an error, not a SIGBUS.
+//! In memory it is a mapping, of a file in the run directory or of nothing: a header page, then the bits. Pages are
+//! taken on first use, so a table of a 16 TiB disk costs what is written, not what could be. A page is faulted in with a
+//! system call that can fail ([`Table::prepare`]) before a bit in it is first set: a full run directory is an error, not
+//! a SIGBUS. The mapping outlives a killed process; the header tells the next one whose it is ([`Table::open`]).
 //!
-//! The durable copy is the list of its non-empty pages, each with a checksum. It has a seal, which the records keep: a
+//! The saved copy is the list of its non-empty pages, each with a checksum. It has a seal, which the records keep: a
 //! whole copy from another time or of another table would show wrong bytes, so it is not believed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
 use uuid::Uuid;
 
+use super::run_header::{self, BROKEN, FLAGS_WORD, PAGE_BYTES, RunHeader, TableName};
 use super::{BlockIndex, BlockRange};
 
-const PAGE_BYTES: usize = 4096;
 const PAGE_BITS: u64 = PAGE_BYTES as u64 * 8;
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
 
 const MAGIC: [u8; 8] = *b"HSTABLE1";
-/// Durable copy: magic, blocks (u64 LE), pages (u64 LE), seal (16 bytes), CRC-32 of the 40 bytes before it (u32 LE).
+/// Saved copy: magic, blocks (u64 LE), pages (u64 LE), seal (16 bytes), CRC-32 of the 40 bytes before it (u32 LE).
 const HEADER_BYTES: usize = 44;
 
 /// A table could not be made, loaded or saved.
@@ -39,7 +41,7 @@ pub enum TableError {
         /// What the system said.
         message: String,
     },
-    /// The durable copy is not what was saved.
+    /// It is not what was left or saved.
     #[error("table {} is damaged: {what}", path.display())]
     Damaged {
         /// Which file.
@@ -51,12 +53,21 @@ pub enum TableError {
 
 /// One bit a block, shared by all workers.
 pub struct Table {
+    // The first word of the header page; the pages of bits follow it.
     base: NonNull<AtomicU64>,
     pages: usize,
     blocks: u64,
     // One bit a page: has it been faulted in? Pages that have not are all zeros and are not touched.
     present: Box<[AtomicU64]>,
     ones: AtomicU64,
+    changes: OnceLock<Changes>,
+}
+
+/// Which groups of blocks have changed since somebody last asked.
+struct Changes {
+    group_blocks: u64,
+    // One bit a group.
+    groups: Box<[AtomicU64]>,
 }
 
 // SAFETY: the mapping is owned by the table and accessed only through atomics.
@@ -80,43 +91,101 @@ impl Table {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         };
-        Self::from_mapping(raw.map_err(|e| io_error(Path::new("(memory)"), &e.into()))?, blocks)
+        Ok(Self::from_mapping(raw.map_err(|e| io_error(Path::new("(memory)"), &e.into()))?, blocks))
     }
 
     /// An empty table for `blocks` blocks, mapped from a new file at `path` (mode 0600; an old one is replaced).
     ///
     /// # Errors
     /// When the file cannot be made.
-    pub fn create(path: &Path, blocks: u64) -> Result<Table, TableError> {
+    pub fn create(path: &Path, blocks: u64, name: TableName) -> Result<Table, TableError> {
         let error = |e: io::Error| io_error(path, &e);
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error(e)),
             _ => {}
         }
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(error)?;
-        let len = Self::mapping_bytes(blocks);
-        file.set_len(len as u64).map_err(error)?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice, of a file just made with that length.
+        file.set_len(Self::mapping_bytes(blocks) as u64).map_err(error)?;
+        // Last: a file that was not finished is not believed.
+        file.write_all_at(&RunHeader { blocks, name }.page(), 0).map_err(error)?;
+        Self::map(path, &file, blocks)
+    }
+
+    /// The table that an earlier process of this boot left at `path`, with all its bits: those who could write it have
+    /// ended. It must be the one of this name and this number of blocks.
+    ///
+    /// # Errors
+    /// `Damaged` when it is another one or anything about it does not fit; `Io` when it is missing or cannot be mapped.
+    pub fn open(path: &Path, blocks: u64, name: TableName) -> Result<Table, TableError> {
+        let error = |e: io::Error| io_error(path, &e);
+        let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(error)?;
+        let meta = file.metadata().map_err(error)?;
+        if !meta.is_file() || meta.len() != Self::mapping_bytes(blocks) as u64 {
+            return Err(damaged("it does not have the size of such a table"));
+        }
+        let mut page = [0; PAGE_BYTES];
+        file.read_exact_at(&mut page, 0).map_err(error)?;
+        RunHeader { blocks, name }.check(&page).map_err(damaged)?;
+        let table = Self::map(path, &file, blocks)?;
+        for pages in run_header::pages_with_data(&file, table.pages).map_err(error)? {
+            table.populate(pages.start, pages.len()).map_err(error)?;
+            let words = pages.flat_map(|page| (0..PAGE_WORDS).map(move |word| (page, word)));
+            let ones = words.map(|(page, word)| table.word(page, word).load(Ordering::SeqCst).count_ones());
+            table.ones.fetch_add(ones.map(u64::from).sum(), Ordering::Relaxed);
+        }
+        // Behind the last block there is less than a page.
+        let behind = blocks / 64 + 1..table.pages as u64 * PAGE_WORDS as u64;
+        if table.word_at(blocks / 64) >> (blocks % 64) != 0 || behind.into_iter().any(|word| table.word_at(word) != 0) {
+            return Err(damaged("it has bits of blocks that the disk does not have"));
+        }
+        Ok(table)
+    }
+
+    fn map(path: &Path, file: &File, blocks: u64) -> Result<Table, TableError> {
+        let error = |e: rustix::io::Errno| io_error(path, &e.into());
+        let (len, access) = (Self::mapping_bytes(blocks), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: a new shared mapping at an address of the kernel's choice, of a file that has that length.
         // The run directory is ours alone (mode 0700), so nobody shortens the file.
-        let raw = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)
-        };
-        Self::from_mapping(raw.map_err(|e| error(e.into()))?, blocks)
+        let raw = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, 0) };
+        let table = Self::from_mapping(raw.map_err(error)?, blocks);
+        // The flags are stored without a system call and must find their page.
+        table.populate_at(0, 1).map_err(|e| io_error(path, &e))?;
+        Ok(table)
     }
 
+    /// The header page and the pages of bits.
     fn mapping_bytes(blocks: u64) -> usize {
-        usize::try_from(blocks.div_ceil(PAGE_BITS).max(1)).expect("tables fit the address space") * PAGE_BYTES
+        (Self::pages_for(blocks) + 1) * PAGE_BYTES
     }
 
-    fn from_mapping(raw: *mut std::ffi::c_void, blocks: u64) -> Result<Table, TableError> {
-        let pages = Self::mapping_bytes(blocks) / PAGE_BYTES;
-        Ok(Table {
+    fn pages_for(blocks: u64) -> usize {
+        usize::try_from(blocks.div_ceil(PAGE_BITS).max(1)).expect("tables fit the address space")
+    }
+
+    fn from_mapping(raw: *mut std::ffi::c_void, blocks: u64) -> Table {
+        let pages = Self::pages_for(blocks);
+        Table {
             base: NonNull::new(raw.cast()).expect("mmap never returns null"),
             pages,
             blocks,
             present: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             ones: AtomicU64::new(0),
-        })
+            changes: OnceLock::new(),
+        }
+    }
+
+    /// Says in the table itself that it cannot be vouched for. An atomic store in the mapping, no system call: it is
+    /// made before the overwrite goes on that the table cannot follow, so whoever opens the table after a kill knows.
+    pub fn mark_broken(&self) {
+        self.header_word(FLAGS_WORD).fetch_or(BROKEN, Ordering::SeqCst);
+    }
+
+    /// Whether [`Table::mark_broken`] was called, in this process or an earlier one.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.header_word(FLAGS_WORD).load(Ordering::SeqCst) & BROKEN != 0
     }
 
     /// How many blocks the table is for.
@@ -152,12 +221,27 @@ impl Table {
             if self.is_present(page) {
                 continue;
             }
-            let address = self.base.as_ptr().wrapping_add(page * PAGE_WORDS);
-            // SAFETY: the page lies inside the mapping that self owns; populating changes no content.
-            unsafe { rustix::mm::madvise(address.cast(), PAGE_BYTES, rustix::mm::Advice::LinuxPopulateWrite) }
-                .map_err(|e| if e == rustix::io::Errno::FAULT { rustix::io::Errno::NOSPC } else { e })?;
+            self.populate(page, 1)?;
+        }
+        Ok(())
+    }
+
+    /// Faults in pages of bits, to be written.
+    fn populate(&self, first: usize, count: usize) -> io::Result<()> {
+        self.populate_at(first + 1, count)?;
+        for page in first..first + count {
             self.present[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
         }
+        Ok(())
+    }
+
+    /// Faults in pages of the mapping, counted from the header's.
+    fn populate_at(&self, first: usize, count: usize) -> io::Result<()> {
+        assert!(first + count <= self.pages + 1);
+        let address = self.base.as_ptr().wrapping_add(first * PAGE_WORDS);
+        // SAFETY: the pages lie inside the mapping that self owns; populating changes no content.
+        unsafe { rustix::mm::madvise(address.cast(), count * PAGE_BYTES, rustix::mm::Advice::LinuxPopulateWrite) }
+            .map_err(|e| if e == rustix::io::Errno::FAULT { rustix::io::Errno::NOSPC } else { e })?;
         Ok(())
     }
 
@@ -173,6 +257,7 @@ impl Table {
                 self.ones.fetch_add(1, Ordering::Relaxed);
             }
         }
+        self.note_change(range);
     }
 
     /// Clears the bits of `range`.
@@ -183,6 +268,65 @@ impl Table {
                 self.ones.fetch_sub(1, Ordering::Relaxed);
             }
         }
+        self.note_change(range);
+    }
+
+    /// From now on remembers which groups of `group_blocks` blocks change. The first call counts.
+    pub(super) fn track(&self, group_blocks: u64) {
+        let words = usize::try_from(self.blocks.div_ceil(group_blocks).div_ceil(64)).expect("far fewer than the bits");
+        self.changes.get_or_init(|| Changes { group_blocks, groups: (0..words).map(|_| AtomicU64::new(0)).collect() });
+    }
+
+    /// Remembers a change of `range`, if changes are remembered: also of bits that had their value already, because
+    /// whoever gave it to them may not have come to this line yet. After the bits: whoever takes the change sees them.
+    pub(super) fn note_change(&self, range: BlockRange) {
+        let Some(changes) = self.changes.get() else { return };
+        if range.is_empty() {
+            return;
+        }
+        for group in range.start.0 / changes.group_blocks..=(range.end.0 - 1) / changes.group_blocks {
+            let word = usize::try_from(group / 64).expect("far fewer than the bits");
+            changes.groups[word].fetch_or(1 << (group % 64), Ordering::SeqCst);
+        }
+    }
+
+    /// Takes the groups that have changed, at least `enough` of them if there are as many, in ascending order, and goes
+    /// on from `from`. Changes of their bits that come later are remembered anew.
+    pub(super) fn take_changes(&self, from: &mut usize, enough: usize) -> Vec<u64> {
+        let mut taken = Vec::new();
+        let Some(changes) = self.changes.get() else { return taken };
+        while *from < changes.groups.len() && taken.len() < enough {
+            let word = &changes.groups[*from];
+            if word.load(Ordering::SeqCst) != 0 {
+                let bits = word.swap(0, Ordering::SeqCst);
+                taken.extend((0..64).filter(|bit| bits & (1 << bit) != 0).map(|bit| *from as u64 * 64 + bit));
+            }
+            *from += 1;
+        }
+        taken
+    }
+
+    /// The bits of blocks `index` × 64 and on; zeros behind the last block.
+    pub(super) fn word_at(&self, index: u64) -> u64 {
+        let (page, word) = (index / PAGE_WORDS as u64, index % PAGE_WORDS as u64);
+        match (usize::try_from(page), usize::try_from(word)) {
+            (Ok(page), Ok(word)) if page < self.pages && self.is_present(page) => {
+                self.word(page, word).load(Ordering::SeqCst)
+            }
+            _ => 0,
+        }
+    }
+
+    /// Sets bits of blocks `index` × 64 and on.
+    pub(super) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
+        if bits != 0 {
+            let block = BlockIndex(index * 64);
+            self.prepare(BlockRange::one(block))?;
+            let (page, word, _) = Self::place(block);
+            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// The first block at or after `from` whose bit is set.
@@ -206,7 +350,7 @@ impl Table {
         None
     }
 
-    /// Writes a durable copy to `path`: complete, synced and renamed into place, or an error. Returns its seal, which
+    /// Writes a saved copy to `path`: complete, synced and renamed into place, or an error. Returns its seal, which
     /// no other copy has.
     ///
     /// Nobody may change the table meanwhile, or the copy holds some of the changes.
@@ -251,7 +395,7 @@ impl Table {
         Ok(seal)
     }
 
-    /// Fills this empty table from the durable copy with this seal.
+    /// Fills this empty table from the saved copy with this seal.
     ///
     /// # Errors
     /// When the copy is missing, damaged, another one, or for another number of blocks.
@@ -315,14 +459,20 @@ impl Table {
     fn word(&self, page: usize, word: usize) -> &AtomicU64 {
         assert!(page < self.pages && word < PAGE_WORDS);
         // SAFETY: the index is inside the mapping, which self owns and which is aligned to a page.
-        unsafe { self.base.add(page * PAGE_WORDS + word).as_ref() }
+        unsafe { self.base.add((page + 1) * PAGE_WORDS + word).as_ref() }
+    }
+
+    fn header_word(&self, word: usize) -> &AtomicU64 {
+        assert!(word < PAGE_WORDS);
+        // SAFETY: the header page is the first of the mapping, which self owns and which is aligned to a page.
+        unsafe { self.base.add(word).as_ref() }
     }
 }
 
 impl Drop for Table {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nothing borrowed from self is left.
-        if let Err(e) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.pages * PAGE_BYTES) } {
+        if let Err(e) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), (self.pages + 1) * PAGE_BYTES) } {
             log::error!("cannot unmap a table: {e}");
         }
     }
@@ -374,7 +524,8 @@ mod tests {
     fn a_saved_table_comes_back_and_every_flipped_bit_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t");
-        let table = Table::create(&dir.path().join("run"), 100_000).unwrap();
+        let table =
+            Table::create(&dir.path().join("run"), 100_000, TableName { id: Uuid::nil(), boot: Uuid::nil() }).unwrap();
         table.prepare(range(0, 100_000)).unwrap();
         table.set(range(7, 9));
         table.set(range(99_000, 99_010));
@@ -403,6 +554,95 @@ mod tests {
         std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
         std::os::unix::fs::symlink("elsewhere", &path).unwrap();
         assert!(Table::in_memory(100_000).unwrap().load(&path, seal).is_err(), "a link");
+    }
+
+    #[test]
+    fn a_table_comes_back_to_the_next_process_with_all_its_bits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let name = TableName::of_this_boot(Uuid::new_v4()).unwrap();
+        let blocks = 5 * PAGE_BITS + 70;
+        let table = Table::create(&path, blocks, name).unwrap();
+        for part in [range(5, 9), range(3 * PAGE_BITS - 1, 3 * PAGE_BITS + 2), range(blocks - 1, blocks)] {
+            table.prepare(part).unwrap();
+            table.set(part);
+        }
+        drop(table);
+        let back = Table::open(&path, blocks, name).unwrap();
+        assert_eq!(back.count(), 8);
+        assert!(back.get(BlockIndex(8)) && back.get(BlockIndex(blocks - 1)) && !back.get(BlockIndex(9)));
+        assert!(!back.is_present(1) && !back.is_present(4), "pages that were never used stay so");
+        assert!(!back.is_broken());
+        back.mark_broken();
+        drop(back);
+        let again = Table::open(&path, blocks, name).unwrap();
+        assert!(again.is_broken());
+        assert_eq!(again.count(), 8);
+        again.clear(range(5, 6));
+        again.prepare(range(PAGE_BITS, PAGE_BITS + 1)).unwrap();
+        again.set(range(PAGE_BITS, PAGE_BITS + 1));
+        assert_eq!(Table::open(&path, blocks, name).unwrap().count(), 8);
+    }
+
+    #[test]
+    fn a_run_table_that_does_not_fit_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let name = TableName::of_this_boot(Uuid::new_v4()).unwrap();
+        let table = Table::create(&path, 1000, name).unwrap();
+        table.prepare(range(0, 1000)).unwrap();
+        table.set(range(0, 1000));
+        drop(table);
+        let refused = |blocks, name, what: &str| {
+            let answer = Table::open(&path, blocks, name);
+            assert!(matches!(answer, Err(TableError::Damaged { .. })), "{what}: {answer:?}");
+        };
+        refused(1001, name, "another size");
+        refused(999, name, "bits behind the end");
+        refused(PAGE_BITS + 1, name, "another length");
+        refused(1000, TableName { id: Uuid::new_v4(), ..name }, "another table");
+        refused(1000, TableName { boot: Uuid::new_v4(), ..name }, "another boot");
+        let good = std::fs::read(&path).unwrap();
+        for at in (0..100 * 8).chain((800..PAGE_BYTES * 8).step_by(97)) {
+            let mut bad = good.clone();
+            bad[at / 8] ^= 1 << (at % 8);
+            std::fs::write(&path, &bad).unwrap();
+            // The mark of a broken table is the one bit that may be either.
+            if at == FLAGS_WORD * 64 {
+                assert!(Table::open(&path, 1000, name).unwrap().is_broken());
+            } else {
+                refused(1000, name, &format!("flip of bit {at}"));
+            }
+        }
+        let mut bad = good.clone();
+        bad[PAGE_BYTES + 125] = 1;
+        std::fs::write(&path, &bad).unwrap();
+        refused(1000, name, "the bit of a block that is not there");
+        std::fs::write(&path, &good[..good.len() - 1]).unwrap();
+        refused(1000, name, "cut short");
+        std::fs::write(&path, &good).unwrap();
+        assert_eq!(Table::open(&path, 1000, name).unwrap().count(), 1000);
+        std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        assert!(matches!(Table::open(&path, 1000, name), Err(TableError::Io { .. })), "missing");
+        std::os::unix::fs::symlink("elsewhere", &path).unwrap();
+        assert!(Table::open(&path, 1000, name).is_err(), "a link");
+    }
+
+    #[test]
+    fn the_table_of_a_huge_disk_opens_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t");
+        let name = TableName::of_this_boot(Uuid::new_v4()).unwrap();
+        let blocks = 1 << 32; // 16 TiB of 4 KiB blocks
+        let table = Table::create(&path, blocks, name).unwrap();
+        for block in (0..blocks).step_by(1 << 27) {
+            table.prepare(range(block, block + 1)).unwrap();
+            table.set(range(block, block + 1));
+        }
+        drop(table);
+        let began = std::time::Instant::now();
+        assert_eq!(Table::open(&path, blocks, name).unwrap().count(), 32);
+        assert!(began.elapsed() < std::time::Duration::from_secs(1), "it took {:?}", began.elapsed());
     }
 
     #[test]

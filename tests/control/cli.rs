@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use halfsilver::control::api::SnapshotState;
+use halfsilver::control::api::{SnapshotState, Strategy};
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
@@ -129,6 +129,7 @@ fn control_before_or_after() {
 #[test]
 fn refusals_are_one_line_and_status_1() {
     let rig = Rig::with_snapshot("write-logging");
+    rig.fake.forbid(Strategy::WriteLogging);
     for (line, text) in [
         ("disk show vm9", "there is no disk vm9; "),
         ("disk remove vm1", "disk vm1 has snapshots; "),
@@ -137,7 +138,7 @@ fn refusals_are_one_line_and_status_1() {
         ("snapshot delete vm1@daily", "is draining; "),
         ("snapshot create daily --disk vm1", "snapshot vm1@daily exists; "),
         ("snapshot create daily --disk vm1 --disk vm9", "; "),
-        ("snapshot create a --disk vm1 --strategy write-mirroring", "not supported; "),
+        ("snapshot create a --disk vm1 --strategy write-logging", "not supported; "),
         ("job show 1", "there is no job 1; "),
         ("job set 1 --delay-ms 1", "there is no job 1; "),
         ("serve --config no/such.toml", "cannot read "),

@@ -8,19 +8,20 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request, RequestError,
-    Ticket, Version,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
+    Request, RequestError, RetireError, Ticket, Version,
 };
 use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const CONNECTIONS: usize = 2;
-const VERSIONS_MAX: usize = 7;
+const VERSIONS_MAX: usize = 8;
+/// Old requests that stay for long.
+const HELD_MAX: usize = 3;
 
 /// What the disk of a run is made of.
 #[derive(Clone, Copy)]
@@ -30,6 +31,15 @@ struct Shape {
     /// Of every frozen image; None: each cut gets one of its own choice.
     frozen_alignment: Option<u32>,
     faults: bool,
+    strategies: Strategies,
+}
+
+/// Which strategy the cuts of a run have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strategies {
+    CopyOnWrite,
+    WriteLogging,
+    Mixed,
 }
 
 impl Shape {
@@ -39,7 +49,12 @@ impl Shape {
         let (live_alignment, frozen_alignment) =
             [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
                 [usize::try_from(seed % 5).unwrap()];
-        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2 }
+        let strategies = match seed % 4 {
+            0 => Strategies::CopyOnWrite,
+            1 => Strategies::WriteLogging,
+            _ => Strategies::Mixed,
+        };
+        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2, strategies }
     }
 
     fn table(self, sectors: usize) -> Table {
@@ -101,8 +116,9 @@ pub struct Counts {
     pub frozen_reads: u64,
     pub preserved_blocks: u64,
     pub holes_kept: u64,
-    pub pinned: u64,
-    pub pinned_changes: u64,
+    pub logs: u64,
+    pub folds: u64,
+    pub held: u64,
 }
 
 impl Counts {
@@ -119,8 +135,9 @@ impl Counts {
         self.frozen_reads += other.frozen_reads;
         self.preserved_blocks += other.preserved_blocks;
         self.holes_kept += other.holes_kept;
-        self.pinned += other.pinned;
-        self.pinned_changes += other.pinned_changes;
+        self.logs += other.logs;
+        self.folds += other.folds;
+        self.held += other.held;
     }
 }
 
@@ -242,12 +259,12 @@ struct Run {
     disk: Arc<Disk>,
     live: Attachment,
     lanes: Vec<EpochLane>,
-    /// Lanes of connections, which a cut may pin.
-    connected: Vec<EpochLane>,
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
     shape: Shape,
+    /// Requests may still come that belong to the epochs of these.
+    held: Vec<Ticket>,
 }
 
 impl Run {
@@ -268,7 +285,7 @@ impl Run {
         let sectors = blocks * shape.block / SECTOR + tail;
         let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
         let options = DiskOptions {
-            image: Arc::new(live_image.clone()),
+            image: Backing::One(Arc::new(live_image.clone())),
             block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
             discards: shape.table(sectors),
@@ -284,13 +301,13 @@ impl Run {
             lanes: (0..3).map(|_| clock.lane()).collect(),
             editor,
             clock,
-            connected: (0..CONNECTIONS).map(|_| disk.attach_live().connect().lane()).collect(),
             live: disk.attach_live(),
             disk,
             live_image,
             sectors,
             cuts: Vec::new(),
             shape,
+            held: Vec::new(),
         }
     }
 
@@ -309,19 +326,23 @@ impl Run {
 
     fn submit(&mut self) {
         let range = self.range();
-        let ticket = self.enter();
+        let old = !self.held.is_empty() && self.rng.chance(30);
+        let ticket = match old {
+            true => self.held[self.rng.below(self.held.len())].again(),
+            false => self.lanes[self.rng.below(self.lanes.len())].enter(),
+        };
+        if !old && self.held.len() < HELD_MAX && self.rng.chance(4) {
+            self.held.push(ticket.again());
+        }
         let epoch = ticket.epoch();
-        let is_pinned = epoch != ticket.entered();
+        self.world.borrow_mut().counts.held += u64::from(old && self.clock.current() != epoch);
         let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
         let at = ByteOffset((range.start * SECTOR) as u64);
         let len = (range.len() * SECTOR) as u64;
         world.borrow_mut().counts.operations += 1;
         let kind = self.rng.below(100);
         if kind < 25 {
-            // Who is pinned sees no newer version, unless its own breaks.
-            let versions = if is_pinned && !self.shape.faults { 1 } else { VERSIONS_MAX };
-            let seen = |a: &&Array| a.sees(epoch);
-            let keys = world.borrow().arrays.iter().filter(seen).take(versions).map(|a| a.key).collect();
+            let keys = world.borrow().arrays.iter().filter(|a| a.sees(epoch)).map(|a| a.key).collect();
             let id = world.borrow_mut().begin_read(keys, range.clone());
             self.scheduler.spawn(async move {
                 let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(usize::try_from(len).unwrap()));
@@ -357,8 +378,7 @@ impl Run {
             let deferred = disk.discards().count();
             let done = live.execute(&queue, &ticket, request).await;
             let mut world = world.borrow_mut();
-            world.counts.draining_changes += u64::from(draining && !is_pinned);
-            world.counts.pinned_changes += u64::from(is_pinned);
+            world.counts.draining_changes += u64::from(draining);
             world.counts.deferred += disk.discards().count().saturating_sub(deferred);
             if let Err(e) = done {
                 world.fail(format!("a guest's request failed: {e}"));
@@ -370,29 +390,6 @@ impl Run {
         });
     }
 
-    fn enter(&mut self) -> Ticket {
-        let lane = self.rng.below(self.lanes.len() + CONNECTIONS);
-        self.lanes.get(lane).unwrap_or_else(|| &self.connected[lane - self.lanes.len()]).enter()
-    }
-
-    /// A frontend leaves and comes back, or all are cut over from some version and those before.
-    fn move_on(&mut self) {
-        if self.rng.chance(50) {
-            let one = self.rng.below(CONNECTIONS);
-            self.connected[one] = self.live.connect().lane();
-        } else if !self.cuts.is_empty() {
-            let (up_to, _) = self.cuts[self.rng.below(self.cuts.len())];
-            self.cut_over(up_to);
-        }
-    }
-
-    fn cut_over(&self, up_to: Epoch) {
-        if self.clock.can_advance() {
-            let _pins = self.disk.connections().release(up_to, self.clock.current().next());
-            self.clock.advance().unwrap();
-        }
-    }
-
     fn has_room(&self) -> bool {
         self.world.borrow().arrays.len() < VERSIONS_MAX
     }
@@ -400,11 +397,7 @@ impl Run {
     fn cut(&mut self) {
         if self.has_room() {
             let (prepared, image) = self.prepare_cut();
-            let disk = self.disk.clone();
-            let pins = self.rng.chance(40).then(|| disk.connections().pin(self.clock.current()));
             let cut = self.editor.cut(vec![prepared]).unwrap();
-            self.world.borrow_mut().counts.pinned += u64::from(pins.is_some());
-            drop(pins);
             self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
     }
@@ -415,16 +408,27 @@ impl Run {
         let fits = size.is_multiple_of(4096);
         let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
         let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
-        let faulty = self.shape.faults && self.rng.chance(25);
+        let logs = match self.shape.strategies {
+            _ if !self.disk.can_move_pivot() => true,
+            Strategies::CopyOnWrite => false,
+            Strategies::WriteLogging => true,
+            Strategies::Mixed => self.rng.chance(50),
+        };
+        self.world.borrow_mut().counts.logs += u64::from(logs);
+        // A log that cannot be written is the guest's trouble.
+        let faulty = !logs && self.shape.faults && self.rng.chance(25);
         self.world.borrow_mut().any_fault |= faulty;
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
         }
+        let (backing, table) = (Backing::One(Arc::new(image.clone())), Arc::new(self.shape.table(self.sectors)));
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Arc::new(image.clone()),
-            table: Arc::new(self.shape.table(self.sectors)),
+            layer: match logs {
+                true => NewLayer::Live { image: backing, table },
+                false => NewLayer::Frozen { image: backing, table },
+            },
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         (prepared, image)
@@ -434,7 +438,7 @@ impl Run {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
         if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {ended}");
+            println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
         }
         world.next += 1;
         let key = world.next;
@@ -452,10 +456,9 @@ impl Run {
 
     /// What the daemon does in the background: declares drained versions quiesced.
     fn quiesce(&mut self) {
-        let (clock, connections) = (&self.clock, self.disk.connections());
+        let clock = self.clock.clone();
         self.cuts.retain(|(ended, version)| {
-            let last = connections.wait_free(*ended, Duration::ZERO);
-            let drained = last.is_some_and(|last| clock.is_drained(last));
+            let drained = clock.is_drained(*ended);
             if drained {
                 version.set_quiesced();
             }
@@ -518,20 +521,28 @@ impl Run {
             return;
         }
         let (index, version) = candidates[self.rng.below(candidates.len())].clone();
+        let ended = match self.editor.begin_retire(&self.disk, &version) {
+            Ok(ended) => ended,
+            Err(RetireError::Busy) => return,
+            Err(e) => panic!("{e}"),
+        };
+        let chain = self.disk.chain();
+        let at = chain.position(version.id).unwrap();
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            let began: Vec<_> = chain.links().iter().map(|l| l.version.began.0).collect();
+            println!("delete {at} of {began:?}, pivot {}", chain.pivot_of(at));
+        }
+        self.world.borrow_mut().counts.folds += u64::from(at == chain.pivot_of(at));
         self.world.borrow_mut().counts.deletes_in_the_middle += u64::from(index > 0);
-        let ended = self.editor.begin_retire(&version).unwrap();
-        let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
+        let (world, queue) = (self.world.clone(), self.queue.clone());
         let (disk, editor) = (self.disk.clone(), self.editor.clone());
         let (lane, block) = (self.clock.lane(), self.shape.block as u64);
         self.scheduler.spawn(async move {
-            clock.drained(ended).await;
-            let mut at = BlockIndex(0);
-            loop {
-                let ticket = lane.enter();
-                let Some(next) = disk.hand_over(&queue, &ticket, version.id, at).await else { break };
-                at = next;
+            let pace = Arc::new(Pace::default());
+            let done = job::retire(queue.clone(), editor, disk.clone(), version.clone(), ended, pace).await;
+            if done != Ok(Outcome::Done) {
+                return world.borrow_mut().fail(format!("a deletion ended with {done:?}"));
             }
-            editor.finish_retire(&disk, version.id);
             {
                 let mut world = world.borrow_mut();
                 world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
@@ -578,7 +589,7 @@ impl Run {
             45..50 => self.cut(),
             50..60 => self.read_frozen(),
             60..62 => self.delete(),
-            62..65 => self.move_on(),
+            62..64 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
         for _ in 0..self.rng.below(9) {
@@ -596,6 +607,7 @@ impl Run {
     }
 
     fn settle(&mut self) -> Result<(), String> {
+        self.held.clear();
         if !self.scheduler.settle(&mut self.rng) {
             return Err(format!("{} tasks hang", self.scheduler.tasks()));
         }
@@ -605,8 +617,6 @@ impl Run {
 
     /// Everything ends; every version is read whole; then all snapshots go, and one raw image is left.
     fn finish(mut self) -> Result<Counts, String> {
-        self.settle()?;
-        self.cut_over(self.clock.current());
         self.settle()?;
         if !self.cuts.is_empty() {
             return Err("a version does not drain".to_owned());
@@ -660,6 +670,8 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     }
     // A deletion on one disk waits for requests on the other, so the two come to rest together.
     let [one, other] = &mut disks;
+    one.held.clear();
+    other.held.clear();
     while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
     disks.iter_mut().try_for_each(Run::settle)?;
     let mut total = Counts::default();
@@ -709,8 +721,9 @@ fn random_runs_match_one_array_a_version() {
         ("reads of frozen versions", total.frozen_reads),
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
-        ("cuts that pin connections", total.pinned),
-        ("changes by pinned connections", total.pinned_changes),
+        ("logs", total.logs),
+        ("folds", total.folds),
+        ("requests that came long after their epoch had ended", total.held),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }

@@ -11,7 +11,8 @@ use std::time::Duration;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::mirror::planted::{self, Defect, plant};
 use halfsilver::mirror::{
-    Attachment, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request,
+    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
+    Request,
 };
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -91,8 +92,10 @@ fn pause() {
 fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
     let prepared = PreparedSnapshot {
         disk: disk.clone(),
-        image: memory(),
-        table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        layer: NewLayer::Frozen {
+            image: Backing::One(memory()),
+            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        },
         new_live: uuid::Uuid::new_v4(),
     };
     if planted::is(Defect::PinAfterCut) {
@@ -110,7 +113,7 @@ fn one_order(end: End) {
     let clock = EpochClock::new(Epoch(1));
     let editor = ChainEditor::new(clock.clone());
     let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
-    let options = DiskOptions { image: memory(), block_bytes: 4096, read_only: false, discards };
+    let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
     let disk = Disk::new(clock.clone(), options);
     let turns = Arc::new(Turns { next: Mutex::new(0), changed: Condvar::new(), acknowledged: AtomicUsize::new(0) });
 

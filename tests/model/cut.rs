@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::mirror::planted::{Defect, plant};
-use halfsilver::mirror::{ChainEditor, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request};
+use halfsilver::mirror::{
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot, Request,
+};
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};
@@ -140,7 +142,7 @@ fn one_order() {
     let disks: Vec<Arc<Disk>> = (0..2)
         .map(|_| {
             let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
-            let options = DiskOptions { image: memory(), block_bytes: 4096, read_only: false, discards };
+            let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
             Disk::new(clock.clone(), options)
         })
         .collect();
@@ -155,8 +157,10 @@ fn one_order() {
     let acknowledged = guest.acknowledged.load(Ordering::SeqCst);
     let group = disks.iter().map(|disk| PreparedSnapshot {
         disk: disk.clone(),
-        image: memory(),
-        table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        layer: NewLayer::Frozen {
+            image: Backing::One(memory()),
+            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        },
         new_live: uuid::Uuid::new_v4(),
     });
     let cut = editor.cut(group.collect()).unwrap();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use halfsilver::mirror::{ChainEditor, Cut, Disk, PreparedSnapshot};
+use halfsilver::mirror::{Backing, ChainEditor, Cut, Disk, NewLayer, PreparedSnapshot};
 use halfsilver::vhost_user::{Direction, FRONTENDS_MAX, NoObserver, ServeOptions, SocketSource, serve};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -206,8 +206,10 @@ fn cut(server: &TestServer) -> Cut {
     image.bytes.lock().unwrap().fill(0);
     let prepared = PreparedSnapshot {
         disk: server.disk.clone(),
-        image,
-        table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        layer: NewLayer::Frozen {
+            image: Backing::One(image),
+            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        },
         new_live: uuid::Uuid::new_v4(),
     };
     let _pins = server.disk.connections().pin(server.clock.current());

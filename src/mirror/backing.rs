@@ -1,0 +1,110 @@
+//! Where a layer's bytes are: in one image.
+//!
+//! The engine moves bytes only through here, so that what is below (one image, or legs that are kept equal) makes no
+//! difference to it.
+
+use std::sync::Arc;
+
+use crate::image::{
+    Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync, write_all_at,
+    zero_range,
+};
+
+/// The bytes of a layer.
+#[derive(Clone)]
+pub enum Backing {
+    /// One image.
+    One(SharedImage),
+}
+
+impl Backing {
+    /// Whether this is the very same place.
+    #[must_use]
+    pub fn is(&self, other: &Backing) -> bool {
+        match (self, other) {
+            (Backing::One(one), Backing::One(other)) => Arc::ptr_eq(one, other),
+        }
+    }
+
+    /// Whether writes must be alone on their blocks.
+    #[must_use]
+    pub fn excludes(&self) -> bool {
+        match self {
+            Backing::One(_) => false,
+        }
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        match self {
+            Backing::One(image) => image.size_bytes(),
+        }
+    }
+
+    /// What transfers must be aligned to.
+    #[must_use]
+    pub fn alignment(&self) -> Alignment {
+        match self {
+            Backing::One(image) => image.alignment(),
+        }
+    }
+
+    /// Where it is, for messages.
+    #[must_use]
+    pub fn path(&self) -> &std::path::Path {
+        match self {
+            Backing::One(image) => image.path(),
+        }
+    }
+
+    /// Fills `buf` from `at` on. Gives the buffer back.
+    ///
+    /// # Errors
+    /// When the image refuses or is too short.
+    pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
+        match self {
+            Backing::One(image) => read_exact_at(&**image, queue, at, buf).await,
+        }
+    }
+
+    /// Stores all of `buf`; with `durable`, on stable storage.
+    ///
+    /// # Errors
+    /// When the image refuses.
+    pub async fn write(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf, durable: bool) -> Result<(), ImageError> {
+        match self {
+            Backing::One(image) => write_all_at(&**image, queue, at, buf, durable).await,
+        }
+    }
+
+    /// Makes a range zero; `unmap` gives its storage back where that can be done.
+    ///
+    /// # Errors
+    /// When the image refuses.
+    pub async fn zero(&self, queue: &IoQueue, at: ByteOffset, len: u64, unmap: bool) -> Result<(), ImageError> {
+        match self {
+            Backing::One(image) => zero_range(&**image, queue, at, len, unmap).await,
+        }
+    }
+
+    /// Gives a range's storage back if that can be done; otherwise nothing happens.
+    ///
+    /// # Errors
+    /// When the image refuses.
+    pub async fn release(&self, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+        match self {
+            Backing::One(image) => release_range(&**image, queue, at, len).await,
+        }
+    }
+
+    /// Makes everything that completed before durable.
+    ///
+    /// # Errors
+    /// When the image refuses; it is failed then.
+    pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
+        match self {
+            Backing::One(image) => sync(&**image, queue).await,
+        }
+    }
+}
