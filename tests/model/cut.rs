@@ -8,7 +8,7 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
-    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot, Request,
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot, Request, Writers,
 };
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
