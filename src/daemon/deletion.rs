@@ -236,12 +236,16 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         left: Option<(Uuid, PathBuf)>,
     ) -> Result<(), ApiError> {
-        locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        if entry.version.is_none() {
+            // Others are left out of the records as soon as they have left the chain.
+            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        }
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
             self.remove_layer(id, &image);
         }
+        locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted

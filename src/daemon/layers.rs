@@ -134,7 +134,11 @@ impl Manager {
                 if trust != Trust::PowerCut {
                     log::warn!("log {}: {why}; what was flushed last is taken", path.display());
                 }
-                let table = Arc::new(self.make_run_table(id, geometry).map_err(|e| e.to_string())?);
+                // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
+                let filling = self.places.run_table(id).with_extension("filling");
+                let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
+                let table = Table::create(&filling, geometry.blocks(), name).map_err(|e| e.to_string())?;
+                let table = Arc::new(table);
                 let loaded = block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)?;
                 let (table, report) = loaded.map_err(|e| e.to_string())?;
                 if let Some(range) = report.damaged.first() {
@@ -145,6 +149,7 @@ impl Manager {
                         range.start.0
                     ));
                 }
+                std::fs::rename(&filling, self.places.run_table(id)).map_err(|e| e.to_string())?;
                 table
             }
         };

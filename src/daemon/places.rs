@@ -121,7 +121,9 @@ impl Places {
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
         let references: HashSet<String> = disks.iter().flat_map(named).collect();
         let is_stray_table = |path: &Path| {
-            let is_ours = path.extension().is_some_and(|e| e == "table" || e == "new" || e == "bits" || e == "log");
+            let is_ours = path
+                .extension()
+                .is_some_and(|e| e == "table" || e == "new" || e == "bits" || e == "log" || e == "filling");
             let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
             is_ours && id.is_some_and(|id| !ids.contains(&id))
         };

@@ -31,6 +31,8 @@ struct Ready {
     prepared: PreparedSnapshot,
     /// What the records say after the cut, but for its epoch.
     pending: DiskRecord,
+    /// The layer that was made for it.
+    made: (Uuid, PathBuf),
 }
 
 impl Manager {
@@ -70,6 +72,7 @@ impl Manager {
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         let mut prepared = Vec::new();
         let mut entries = Vec::new();
+        let made: Vec<_> = ready.iter().map(|one| one.made.clone()).collect();
         for one in ready {
             locked(&one.disk.snapshots).push(one.entry.clone());
             prepared.push(one.prepared);
@@ -81,7 +84,7 @@ impl Manager {
         };
         // A cut is refused before it changes anything; the entries then go as in undo().
         let cut = self.editor.cut(prepared, writers).map_err(|e| {
-            self.forget(&entries);
+            self.forget(&entries, &made);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
         let at = Instant::now();
@@ -170,7 +173,8 @@ impl Manager {
             drain: Mutex::new(None),
         });
         let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live };
-        Ok(Ready { disk: disk.clone(), entry, prepared, pending })
+        let made = (if strategy == Strategy::WriteLogging { new_live } else { entry.id }, made);
+        Ok(Ready { disk: disk.clone(), entry, prepared, pending, made })
     }
 
     /// What the strategy needs, and the file that was made for it.
@@ -230,25 +234,22 @@ impl Manager {
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
         let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
-        self.forget(&entries);
+        let made: Vec<_> = ready.iter().map(|r| r.made.clone()).collect();
+        self.forget(&entries, &made);
         error
     }
 
     /// Takes snapshots that never came to be out of everything.
-    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)]) {
+    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &[(Uuid, PathBuf)]) {
         let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
-        if let Err(e) = self.persist(&disks) {
-            log::error!("cannot forget an unfinished snapshot: {e}");
-            return; // The records still name the files.
+        match self.persist(&disks) {
+            Ok(()) => made.iter().for_each(|(id, image)| self.remove_layer(*id, image)),
+            // The records still name the files.
+            Err(e) => log::error!("cannot forget an unfinished snapshot: {e}"),
         }
-        for (_, entry) in entries {
-            let record = locked(&entry.record);
-            self.remove_layer(record.id, &record.image);
-        }
-        self.places.remove_strays(&self.records.disks().unwrap_or_default());
     }
 
     /// All requests of their epoch are done: these snapshots never change again.
