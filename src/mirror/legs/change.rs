@@ -22,6 +22,7 @@ use crate::sync::{AtomicU64, Mutex};
 
 /// Blocks that are copied side by side, each under its own lock.
 const COPIES_MAX: u64 = 8;
+static ZEROS: [u8; 4096] = [0; 4096];
 /// Regions that are cleaned with one sync of the legs.
 const CLEANED_MAX: usize = 4096;
 
@@ -431,7 +432,7 @@ async fn copy_bytes(
     at: ByteOffset,
     bytes: AlignedBuf,
 ) -> Result<(), ImageError> {
-    let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    let is_zero = |bytes: &[u8]| bytes.chunks(ZEROS.len()).all(|piece| *piece == ZEROS[..piece.len()]);
     if is_zero(&bytes) && is_zero(&read_owned(state, place, queue, at, bytes.len() as u64).await?) {
         return Ok(());
     }
