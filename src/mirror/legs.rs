@@ -211,6 +211,15 @@ impl Pair {
         self.change(queue, &state, &places, ByteOffset(0), &Change::Sync).await
     }
 
+    /// Stores the bits that a write of this range will need, if they are not yet. Not needed for what is right: called
+    /// before the blocks' locks are taken, it keeps others from waiting behind them for the bitmap's sync.
+    ///
+    /// # Errors
+    /// When the bitmap cannot be stored; the write itself will say so too.
+    pub async fn announce(&self, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+        self.begin(queue, at, len).await.map(drop)
+    }
+
     /// The legs to write to, after the bits of what is written are durable if there is more than one.
     async fn begin(&self, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<Arc<State>, ImageError> {
         loop {

@@ -456,4 +456,11 @@ fn bits_are_shared_and_rarely_stored() {
         assert!(write(&mirror, &mut rng, i * 4096, 4096, 1, How::Write));
     }
     assert_eq!(world.bitmap.syncs() - syncs, 1, "fifty writes to one region");
+    let this = mirror.clone();
+    run(&mut rng, async move {
+        this.pair.announce(&this.queue, halfsilver::image::ByteOffset(REGION as u64), 4096).await.unwrap();
+    });
+    assert_eq!(world.bitmap.syncs() - syncs, 2);
+    assert!(write(&mirror, &mut rng, REGION, 4096, 1, How::Write));
+    assert_eq!(world.bitmap.syncs() - syncs, 2, "its bit was stored before it came");
 }
