@@ -7,7 +7,7 @@ use std::sync::Arc;
 use halfsilver::job::{Outcome, Pace, resync};
 use halfsilver::mirror::LegState;
 
-use crate::media::{Rng, Scheduler};
+use crate::media::{Op, Rng, Scheduler, run};
 use crate::world::{How, Mirror, World, some_place};
 
 /// What happens beside the guest's writes.
@@ -16,6 +16,8 @@ enum Beside {
     Nothing,
     Resync,
     SplitPrepared,
+    /// One of the legs begins to fail.
+    Failure(Op),
 }
 
 /// What the runs have seen, so that a test that never reaches the rare states fails.
@@ -27,6 +29,7 @@ struct Seen {
     leg_1_ahead: usize,
     cleaned: u64,
     split: usize,
+    dropped: [usize; 2],
 }
 
 fn load(scheduler: &mut Scheduler, mirror: &Mirror, rng: &mut Rng, cleaned: &Rc<Cell<u64>>) {
@@ -65,6 +68,7 @@ fn run_until(seed: u64, beside: Beside, cut: usize, seen: &mut Seen) -> bool {
     let this = mirror.clone();
     match beside {
         Beside::Nothing => {}
+        Beside::Failure(op) => world.legs[rng.below(2)].fail(op, rng.below(4), libc::EIO),
         Beside::Resync => scheduler.spawn(async move {
             let pace = Arc::new(Pace::default());
             resync(this.queue.clone(), this.disk.clone(), this.pair.clone(), pace).await.unwrap();
@@ -88,10 +92,14 @@ fn run_until(seed: u64, beside: Beside, cut: usize, seen: &mut Seen) -> bool {
 
     let what = format!("seed {seed}, {beside:?}, cut at step {cut}");
     let back = left.open(&mut rng, &[0, 1]).unwrap();
-    oracle.check(&before, &left.legs[0].bytes()).unwrap_or_else(|e| panic!("{what}: leg 0: {e}"));
     let states = back.states();
-    assert_eq!(states[0], LegState::InSync, "{what}");
-    match states[1] {
+    let read = states.iter().position(|state| *state == LegState::InSync).unwrap();
+    oracle.check(&before, &left.legs[read].bytes()).unwrap_or_else(|e| panic!("{what}: leg {read}: {e}"));
+    let attach = |rng: &mut Rng, place: usize, full: bool| {
+        let (pair, queue, leg) = (back.pair.clone(), back.queue.clone(), left.leg(place));
+        run(rng, async move { pair.attach(&queue, leg, full).await.unwrap() });
+    };
+    match &states[1 - read] {
         LegState::InSync => {
             seen.nothing_to_copy += 1;
             assert!(left.legs[0].bytes() == left.legs[1].bytes(), "{what}: the legs differ and nobody knows");
@@ -99,15 +107,19 @@ fn run_until(seed: u64, beside: Beside, cut: usize, seen: &mut Seen) -> bool {
         LegState::Resynchronising => {
             seen.resynchronised += 1;
             seen.leg_1_ahead += usize::from(left.legs[0].bytes() != left.legs[1].bytes());
-            assert_eq!(back.resync(&mut rng).unwrap(), Outcome::Done, "{what}");
         }
         LegState::Split => {
             seen.split += 1;
-            let (pair, queue, leg) = (back.pair.clone(), back.queue.clone(), left.leg(1));
-            crate::media::run(&mut rng, async move { pair.attach(&queue, leg, false).await.unwrap() });
-            assert_eq!(back.resync(&mut rng).unwrap(), Outcome::Done, "{what}");
+            attach(&mut rng, 1, false);
         }
-        LegState::Failed(ref reason) => panic!("{what}: {reason}"),
+        LegState::Failed(reason) => {
+            assert!(matches!(beside, Beside::Failure(_)), "{what}: {reason}");
+            seen.dropped[1 - read] += 1;
+            attach(&mut rng, 1 - read, true);
+        }
+    }
+    if states[1 - read] != LegState::InSync {
+        assert_eq!(back.resync(&mut rng).unwrap(), Outcome::Done, "{what}");
     }
     assert!(left.legs[0].bytes() == left.legs[1].bytes(), "{what}: the legs differ");
     oracle.check(&before, &left.legs[0].bytes()).unwrap_or_else(|e| panic!("{what}: {e}"));
@@ -148,4 +160,14 @@ fn the_same_while_the_second_leg_is_being_copied() {
 fn the_same_around_the_preparation_of_a_split() {
     let seen = cut_everywhere(Beside::SplitPrepared, 200..230, 23);
     assert!(seen.split > 100, "{seen:?}");
+}
+
+#[test]
+fn the_same_while_a_leg_fails() {
+    let mut dropped = [0; 2];
+    for (op, seeds) in [(Op::Write, 300..330), (Op::Zero, 400..430), (Op::Sync, 500..530)] {
+        let seen = cut_everywhere(Beside::Failure(op), seeds, 23);
+        dropped = [dropped[0] + seen.dropped[0], dropped[1] + seen.dropped[1]];
+    }
+    assert!(dropped.iter().all(|&times| times > 50), "{dropped:?}");
 }

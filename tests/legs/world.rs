@@ -152,6 +152,9 @@ impl Mirror {
 
     /// A guest's write of `len` bytes that all say `id`; with `id` 0 a write of zeros.
     pub async fn write(&self, at: usize, len: usize, id: u8, how: How) -> Result<(), ImageError> {
+        if how != How::Durable {
+            self.pair.announce(&self.queue, ByteOffset(at as u64), len as u64).await?;
+        }
         let blocks = BlockRange::covering(ByteOffset(at as u64), len as u64, BLOCK);
         let _guard = self.disk.block_locks().acquire(blocks, Mode::Exclusive).await;
         let sectors = at / SECTOR..(at + len) / SECTOR;

@@ -21,62 +21,78 @@ pub(super) struct Intent {
     recent: Table,
     /// Regions that are still to be copied to the leg that is synchronised.
     pub(super) to_copy: Table,
-    /// How often a copy was asked for. Held while bits are set or cleared, never across a wait.
-    changing: Mutex<u64>,
+    /// Held while bits are set or cleared, never across a wait.
+    changing: Mutex<Counts>,
+}
+
+/// How often something has happened since the start.
+#[derive(Default)]
+struct Counts {
+    asked: u64,
+    cleared: u64,
 }
 
 impl Intent {
     pub(super) fn new(durable: DurableTable) -> Result<Intent, TableError> {
         let table = || Table::in_memory(durable.table().blocks());
         let (ready, recent, to_copy) = (table()?, table()?, table()?);
-        Ok(Intent { durable, ready, recent, to_copy, changing: Mutex::new(0) })
+        Ok(Intent { durable, ready, recent, to_copy, changing: Mutex::new(Counts::default()) })
     }
 
     pub(super) fn bits(&self) -> &Table {
         self.durable.table()
     }
 
-    /// Makes the bits of `regions` durable before this returns. The caller holds the locks of the blocks it will write.
+    /// Makes the bits of `regions` durable before this returns. They stay while the caller holds locks of blocks there.
     pub(super) async fn mark(&self, queue: &IoQueue, regions: BlockRange) -> Result<(), ImageError> {
         let path = self.durable.image().path();
         let full = |e: std::io::Error| ImageError::from_io(ImageOp::Write, path, None, &e);
-        set_quickly(&self.recent, regions).map_err(full)?;
-        // Pairs with the fence of the cleaning: it sees that the region is recent, or we see that its bit is not ready.
-        fence(Ordering::SeqCst);
-        if regions.iter().all(|region| self.ready.get(region)) {
-            return Ok(());
+        loop {
+            set_quickly(&self.recent, regions).map_err(full)?;
+            // Pairs with the fence of the cleaning: it sees that the region is recent, or we see that its bit is not
+            // ready.
+            fence(Ordering::SeqCst);
+            if regions.iter().all(|region| self.ready.get(region)) {
+                return Ok(());
+            }
+            let cleared = self.set(regions).map_err(full)?;
+            self.durable.commit(queue).await?;
+            self.ready.prepare(regions).map_err(full)?;
+            let counts = lock(&self.changing);
+            // Who does not hold the locks may be so slow that the bits are cleared again.
+            if counts.cleared == cleared {
+                self.ready.set(regions);
+                return Ok(());
+            }
         }
-        self.set(regions).map_err(full)?;
-        self.durable.commit(queue).await?;
-        set_quickly(&self.ready, regions).map_err(full)
     }
 
-    /// Sets bits, not yet durably.
-    pub(super) fn set(&self, regions: BlockRange) -> std::io::Result<()> {
+    /// Sets bits, not yet durably. Returns how often bits had been cleared then.
+    pub(super) fn set(&self, regions: BlockRange) -> std::io::Result<u64> {
         self.bits().prepare(regions)?;
-        let _changing = lock(&self.changing);
+        let counts = lock(&self.changing);
         self.bits().set(regions);
-        Ok(())
+        Ok(counts.cleared)
     }
 
     /// Says that regions are to be copied to the leg that is synchronised.
     pub(super) fn ask_for_copy(&self, regions: BlockRange) -> std::io::Result<()> {
         self.to_copy.prepare(regions)?;
-        let mut asked = lock(&self.changing);
-        *asked += 1;
+        let mut counts = lock(&self.changing);
+        counts.asked += 1;
         self.to_copy.set(regions);
         Ok(())
     }
 
     /// How often a copy was asked for until now.
     pub(super) fn asked(&self) -> u64 {
-        *lock(&self.changing)
+        lock(&self.changing).asked
     }
 
     /// Says that a region was copied, unless somebody asked for a copy since `asked`.
     pub(super) fn copied(&self, region: BlockIndex, asked: u64) {
         let now = lock(&self.changing);
-        if *now == asked {
+        if now.asked == asked {
             self.to_copy.clear(BlockRange::one(region));
         }
     }
@@ -115,11 +131,12 @@ impl Intent {
     /// can be set meanwhile.
     pub(super) fn clear_if_idle(&self, region: BlockIndex, holds: impl FnOnce() -> bool) -> bool {
         let one = BlockRange::one(region);
-        let _changing = lock(&self.changing);
+        let mut counts = lock(&self.changing);
         self.ready.clear(one);
         fence(Ordering::SeqCst);
         let clear = !self.recent.get(region) && !self.to_copy.get(region) && holds();
         if clear {
+            counts.cleared += 1;
             self.bits().clear(one);
         }
         clear
