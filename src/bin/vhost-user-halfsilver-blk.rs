@@ -75,6 +75,7 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         socket,
         queues: QUEUES,
         serial: "halfsilver".to_owned(),
+        frontends_max: 1,
         observer: Arc::new(NoObserver),
         once,
     })?);

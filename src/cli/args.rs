@@ -47,13 +47,13 @@ pub(super) enum Command {
 /// What is asked of a running daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum ClientCommand {
-    /// List, add and remove disks
+    /// List, add, mirror and remove disks
     #[command(subcommand)]
     Disk(DiskCommand),
-    /// Take, list and delete snapshots
+    /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// List, pace and stop background copying
+    /// List, pace, stop and resume background copying
     #[command(subcommand)]
     Job(JobCommand),
     /// Show everything at a glance
@@ -77,8 +77,8 @@ pub(super) struct ServeArgs {
     /// Where sockets are [default: /run/halfsilver, or $XDG_RUNTIME_DIR/halfsilver]
     #[arg(long, value_name = "DIR")]
     pub(super) run_dir: Option<PathBuf>,
-    /// A disk to serve: name=vm1,path=vm1.raw, and if wanted socket=vm1.sock, queues=2, direct=off, readonly=on,
-    /// serial=S and block-size=4K, all joined by commas; a comma inside a value is written twice
+    /// A disk to serve: name=vm1,path=vm1.raw, and if wanted mirror=other.raw, socket=vm1.sock, queues=2, direct=off,
+    /// readonly=on, shared=on, serial=S and block-size=4K, all joined by commas; a comma inside a value is written twice
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     pub(super) disks: Vec<RawDisk>,
 }
@@ -98,6 +98,22 @@ pub(super) enum DiskCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Give a disk a second leg, or replace the failed one; a job makes it equal to the first, and then keeps it so
+    Mirror {
+        disk: Name,
+        /// The image that becomes the leg; whatever it holds is overwritten
+        path: PathBuf,
+        /// Return only when it is in sync
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Let a leg of a disk go; its file stays as a plain raw image
+    Unmirror {
+        disk: Name,
+        /// Which one [default: the second]
+        #[arg(long, value_name = "PATH")]
+        leg: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -108,6 +124,9 @@ pub(super) struct DiskAddArgs {
     /// The image: a raw file or block device
     #[arg(long)]
     pub(super) path: Option<PathBuf>,
+    /// A second image, the other leg of a mirror
+    #[arg(long, value_name = "PATH")]
+    pub(super) mirror: Option<PathBuf>,
     /// The vhost-user socket [default: <run-dir>/<disk>.sock]
     #[arg(long)]
     pub(super) socket: Option<PathBuf>,
@@ -120,6 +139,9 @@ pub(super) struct DiskAddArgs {
     /// Let guests only read
     #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true)]
     pub(super) readonly: Option<String>,
+    /// Let several frontends be connected at the same time
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true)]
+    pub(super) shared: Option<String>,
     /// What the guest sees as the serial
     #[arg(long)]
     pub(super) serial: Option<String>,
@@ -139,13 +161,30 @@ pub(super) enum SnapshotCommand {
         #[arg(value_name = "DISK@NAME")]
         snapshot: SnapshotRef,
     },
+    /// Move the frontends that still write a snapshot over to the live disk, without a reconnect
+    ///
+    /// This is for snapshots with --writers connection: a frontend from before the cut goes on writing the snapshot (VLUN
+    /// A) until it disconnects or is moved. The move is a cut by itself; a snapshot without such frontends is left as it is.
+    Cutover {
+        #[arg(value_name = "DISK@NAME")]
+        snapshot: SnapshotRef,
+        /// Return only when it is quiesced and its socket is open
+        #[arg(long)]
+        wait: bool,
+    },
     /// Delete a snapshot
+    ///
+    /// The image of a write-mirroring snapshot goes back to its disk as the second leg, and is synchronised by what has
+    /// changed since.
     Delete {
         #[arg(value_name = "DISK@NAME")]
         snapshot: SnapshotRef,
         /// Even if a reader is connected
         #[arg(long)]
         force: bool,
+        /// Leave its image as an independent raw file; for write-mirroring only
+        #[arg(long)]
+        keep_image: bool,
         /// Return only when it is gone; without it, folding or merging may go on
         #[arg(long)]
         wait: bool,
@@ -189,8 +228,14 @@ pub(super) enum JobCommand {
         #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
         delay_ms: u32,
     },
-    /// Stop a job; what it has done stays done
+    /// Stop a job between two blocks, until it is resumed; what it has done stays done
+    ///
+    /// It stays stopped across a restart of the daemon. A job that has ended is taken off the list.
     Stop { id: u64 },
+    /// Go on with a stopped job
+    Resume { id: u64 },
+    /// Wait until a job has ended; fails if it fails or is stopped
+    Wait { id: u64 },
 }
 
 /// Takes one of some words, which help and completions show.

@@ -38,6 +38,12 @@ pub(super) struct Answer {
     body: Bytes,
 }
 
+/// A value for a query: what is not plainly itself there, as `%` and two digits a byte.
+pub(super) fn query_value(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
+    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
 impl Answer {
     /// The JSON of the answer.
     pub(super) fn json<T: DeserializeOwned>(&self) -> Result<T, CliError> {
@@ -77,6 +83,11 @@ impl Client {
         let body = serde_json::to_vec(body)
             .map_err(|error| CliError::Failed(format!("the request cannot be written as JSON: {error}")))?;
         self.request(method, path, body.into(), None)
+    }
+
+    /// Asks for something to be done that needs no words, and waits as long as it takes.
+    pub(super) fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
+        self.request(Method::POST, path, Bytes::new(), None)?.json()
     }
 
     /// Deletes and waits as long as it takes.
@@ -182,5 +193,16 @@ impl Client {
     fn lost(&self, error: &dyn std::fmt::Display) -> CliError {
         let path = self.control.display();
         CliError::Failed(format!("the daemon at {path} broke off ({error}); see its log and 'halfsilver status'"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn query_values_are_encoded() {
+        assert_eq!(query_value("/images/vm-1_~.raw"), "/images/vm-1_~.raw");
+        assert_eq!(query_value("/a b&c=d+%é"), "/a%20b%26c%3Dd%2B%25%C3%A9");
     }
 }

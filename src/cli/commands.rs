@@ -9,16 +9,21 @@ use serde_json::json;
 
 use super::CliError;
 use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs};
-use super::client::Client;
-use super::output::{Output, Spinner, fields, size, table, text};
-use crate::control::api::{CreateSnapshots, Disk, Job, JobPatch, Snapshot, SnapshotState, Status};
-use crate::control::{Event, SnapshotRef};
+use super::client::{Client, query_value};
+use super::output::{Output, Progress, Spinner, text};
+use super::pages::{
+    disk_fields, disk_table, event_line, job_fields, job_table, snapshot_fields, snapshot_table, status_page,
+};
+use crate::control::api::{
+    CreateSnapshots, Disk, Job, JobKind, JobPatch, JobState, LegState, MirrorRequest, Snapshot, SnapshotState, Status,
+};
+use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::{DiskSpec, RawDisk};
 
 /// How often `status --watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// How often `snapshot delete --wait` looks.
-const DELETE_INTERVAL: Duration = Duration::from_millis(200);
+/// How often a command looks that waits for a job.
+const WAIT_INTERVAL: Duration = Duration::from_millis(200);
 /// Clears a terminal and goes to its top left corner.
 const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 
@@ -26,18 +31,7 @@ const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
     match command {
         ClientCommand::Disk(command) => disk(command, client, output, directory),
-        ClientCommand::Snapshot(SnapshotCommand::Create(args)) => create(args, client, output, directory),
-        ClientCommand::Snapshot(SnapshotCommand::List) => {
-            let snapshots: Vec<Snapshot> = client.get("/v1/snapshots")?;
-            output.show(&snapshots, |snapshots| snapshot_table(snapshots))
-        }
-        ClientCommand::Snapshot(SnapshotCommand::Show { snapshot }) => {
-            let snapshot: Snapshot = client.get(&format!("/v1/snapshots/{snapshot}"))?;
-            output.show(&snapshot, snapshot_fields)
-        }
-        ClientCommand::Snapshot(SnapshotCommand::Delete { snapshot, force, wait }) => {
-            delete(&snapshot, force, wait, client, output)
-        }
+        ClientCommand::Snapshot(command) => snapshot(command, client, output, directory),
         ClientCommand::Job(command) => job(command, client, output),
         ClientCommand::Status { watch } => status(watch, client, output),
         ClientCommand::Events => client.follow(|event| output.follow(&event, event_line)),
@@ -65,6 +59,54 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             drop(spinner);
             output.show(&json!({ "name": disk, "state": "removed" }), |_| format!("{disk} removed\n"))
         }
+        DiskCommand::Mirror { disk, path, wait } => mirror(&disk, &directory.join(path), wait, client, output),
+        DiskCommand::Unmirror { disk, leg } => {
+            let leg = leg.map(|leg| directory.join(leg));
+            let not_utf8 = |leg: &Path| CliError::Usage(format!("{} is not UTF-8", leg.display()));
+            let query = match &leg {
+                Some(leg) => format!("?leg={}", query_value(leg.to_str().ok_or_else(|| not_utf8(leg))?)),
+                None => String::new(),
+            };
+            let disk: Disk = client.delete(&format!("/v1/disks/{disk}/mirror{query}"))?.json()?;
+            output.show(&disk, disk_fields)
+        }
+    }
+}
+
+/// Gives a disk a second leg.
+fn mirror(name: &Name, leg: &Path, wait: bool, client: &Client, output: &Output) -> Result<(), CliError> {
+    let progress = Progress::start(format!("mirroring {name}"));
+    let request = MirrorRequest { path: leg.to_owned() };
+    let mut disk: Disk = client.put(Method::POST, &format!("/v1/disks/{name}/mirror"), &request)?.json()?;
+    if wait {
+        disk = in_sync(disk, leg, client, &progress)?;
+    }
+    drop(progress);
+    output.show(&disk, disk_fields)
+}
+
+/// Waits until the leg is in sync; fails when it no longer gets there by itself.
+fn in_sync(mut disk: Disk, leg: &Path, client: &Client, progress: &Progress) -> Result<Disk, CliError> {
+    let name = disk.name.clone();
+    let failed = |what: String| Err(CliError::Failed(format!("leg {} of disk {name} {what}", leg.display())));
+    loop {
+        let Some(found) = disk.legs.iter().find(|other| other.path == leg) else {
+            return failed("was let go meanwhile; add it again".to_owned());
+        };
+        match found.state {
+            LegState::InSync => return Ok(disk),
+            LegState::Resynchronising => {}
+            LegState::Failed | LegState::Split => {
+                let reason = text(found.reason.as_ref());
+                return failed(format!("is {}: {reason}; see 'halfsilver disk show {name}'", found.state));
+            }
+        }
+        let job = unfinished_job(client, |job| job.kind == JobKind::Mirror && job.disk == name)?;
+        job.as_ref().map_or(Ok(()), refuse_ended)?;
+        let done = disk.size_bytes.saturating_sub(found.remaining_bytes);
+        progress.show(done, disk.size_bytes, job.and_then(|job| job.estimated_seconds));
+        sleep(WAIT_INTERVAL);
+        disk = client.get(&format!("/v1/disks/{name}"))?;
     }
 }
 
@@ -81,10 +123,12 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
     };
     let options = [
         ("path", path(args.path).map_err(not_utf8)?),
+        ("mirror", path(args.mirror).map_err(not_utf8)?),
         ("socket", path(args.socket).map_err(not_utf8)?),
         ("queues", args.queues),
         ("direct", args.direct),
         ("readonly", args.readonly),
+        ("shared", args.shared),
         ("serial", args.serial),
         ("block-size", args.block_size),
     ];
@@ -94,6 +138,36 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
         }
     }
     raw.check(directory)
+}
+
+fn snapshot(command: SnapshotCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
+    match command {
+        SnapshotCommand::Create(args) => create(args, client, output, directory),
+        SnapshotCommand::List => {
+            let snapshots: Vec<Snapshot> = client.get("/v1/snapshots")?;
+            output.show(&snapshots, |snapshots| snapshot_table(snapshots))
+        }
+        SnapshotCommand::Show { snapshot } => {
+            let snapshot: Snapshot = client.get(&format!("/v1/snapshots/{snapshot}"))?;
+            output.show(&snapshot, snapshot_fields)
+        }
+        SnapshotCommand::Cutover { snapshot, wait } => {
+            let spinner = wait.then(|| Spinner::start(format!("waiting for {snapshot} to quiesce")));
+            let snapshot: Snapshot = client.post(&format!("/v1/snapshots/{snapshot}/cutover?wait={wait}"))?;
+            drop(spinner);
+            output.show(&snapshot, snapshot_fields)?;
+            refuse_broken(&[snapshot])
+        }
+        SnapshotCommand::Delete { snapshot, force, keep_image, wait } => {
+            let query = format!("force={force}&keep-image={keep_image}");
+            let kept = if keep_image { ", its image is kept" } else { "" };
+            if let Some(started) = delete(&snapshot, &query, wait, client)? {
+                return output.show(&started, |started| format!("{} {}\n", started.reference(), started.state));
+            }
+            let deleted = json!({ "disk": snapshot.disk, "name": snapshot.name, "state": "deleted" });
+            output.show(&deleted, |_| format!("{snapshot} deleted{kept}\n"))
+        }
+    }
 }
 
 fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
@@ -118,6 +192,10 @@ fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory:
         [snapshot] => output.show(snapshot, snapshot_fields)?,
         snapshots => output.show(snapshots, snapshot_table)?,
     }
+    refuse_broken(&snapshots)
+}
+
+fn refuse_broken(snapshots: &[Snapshot]) -> Result<(), CliError> {
     match snapshots.iter().find(|snapshot| snapshot.state == SnapshotState::Broken) {
         Some(broken) => {
             let (snapshot, reason) = (broken.reference(), text(broken.reason.as_ref()));
@@ -127,27 +205,55 @@ fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory:
     }
 }
 
-fn delete(snapshot: &SnapshotRef, force: bool, wait: bool, client: &Client, output: &Output) -> Result<(), CliError> {
+/// Deletes a snapshot. Returns it if it is still on its way and nobody wants to wait.
+fn delete(snapshot: &SnapshotRef, query: &str, wait: bool, client: &Client) -> Result<Option<Snapshot>, CliError> {
     let path = format!("/v1/snapshots/{snapshot}");
-    let spinner = Spinner::start(format!("deleting {snapshot}"));
-    let answer = client.delete(&format!("{path}?force={force}"))?;
-    if answer.status == StatusCode::ACCEPTED {
-        let started: Snapshot = answer.json()?;
-        if !wait {
-            drop(spinner);
-            return output.show(&started, |started| format!("{} {}\n", started.reference(), started.state));
-        }
-        while let Some(latest) = client.find::<Snapshot>(&path)?.filter(|latest| latest.id == started.id) {
-            if latest.state == SnapshotState::Broken {
-                let reason = text(latest.reason.as_ref());
-                return Err(CliError::Failed(format!("snapshot {snapshot} broke: {reason}; see the daemon's log")));
-            }
-            sleep(DELETE_INTERVAL);
-        }
+    let progress = Progress::start(format!("deleting {snapshot}"));
+    let answer = client.delete(&format!("{path}?{query}"))?;
+    if answer.status != StatusCode::ACCEPTED {
+        return Ok(None);
     }
-    drop(spinner);
-    let deleted = json!({ "disk": snapshot.disk, "name": snapshot.name, "state": "deleted" });
-    output.show(&deleted, |_| format!("{snapshot} deleted\n"))
+    let started: Snapshot = answer.json()?;
+    if !wait {
+        return Ok(Some(started));
+    }
+    let of_this = |job: &Job| job.disk == snapshot.disk && job.snapshot.as_ref() == Some(&snapshot.name);
+    loop {
+        // Before the snapshot: when it is gone, so is its job.
+        let job = unfinished_job(client, of_this)?;
+        let Some(latest) = client.find::<Snapshot>(&path)?.filter(|latest| latest.id == started.id) else {
+            return Ok(None);
+        };
+        if latest.state == SnapshotState::Broken {
+            let reason = text(latest.reason.as_ref());
+            return Err(CliError::Failed(format!("snapshot {snapshot} broke: {reason}; see the daemon's log")));
+        }
+        if let Some(job) = job {
+            refuse_ended(&job)?;
+            progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
+        }
+        sleep(WAIT_INTERVAL);
+    }
+}
+
+/// The job that somebody waits for, if it runs or could go on.
+fn unfinished_job(client: &Client, wanted: impl Fn(&Job) -> bool) -> Result<Option<Job>, CliError> {
+    let jobs: Vec<Job> = client.get("/v1/jobs")?;
+    let found = |state| jobs.iter().find(|job| job.state == state && wanted(job));
+    Ok(found(JobState::Running).or_else(|| found(JobState::Stopped)).cloned())
+}
+
+/// An error if the job will not come to its end by itself.
+fn refuse_ended(job: &Job) -> Result<(), CliError> {
+    let Job { id, reason, .. } = job;
+    let because = reason.as_ref().map_or_else(String::new, |reason| format!(": {}", text(Some(reason))));
+    match job.state {
+        JobState::Running | JobState::Done => Ok(()),
+        JobState::Stopped => {
+            Err(CliError::Failed(format!("job {id} is stopped{because}; resume it: halfsilver job resume {id}")))
+        }
+        JobState::Failed => Err(CliError::Failed(format!("job {id} failed{because}; see the daemon's log"))),
+    }
 }
 
 fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliError> {
@@ -166,9 +272,31 @@ fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliE
         }
         JobCommand::Stop { id } => {
             let spinner = Spinner::start(format!("stopping job {id}"));
-            client.delete(&format!("/v1/jobs/{id}"))?;
+            let answer = client.delete(&format!("/v1/jobs/{id}"))?;
             drop(spinner);
-            output.show(&json!({ "id": id, "state": "stopped" }), |_| format!("job {id} stopped\n"))
+            if answer.status == StatusCode::NO_CONTENT {
+                let removed = json!({ "id": id, "state": "removed" });
+                return output.show(&removed, |_| format!("job {id} had ended, and is off the list\n"));
+            }
+            output.show(&answer.json::<Job>()?, job_fields)
+        }
+        JobCommand::Resume { id } => {
+            let job: Job = client.post(&format!("/v1/jobs/{id}/resume"))?;
+            output.show(&job, job_fields)
+        }
+        JobCommand::Wait { id } => {
+            let progress = Progress::start(format!("job {id}"));
+            let job = loop {
+                let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
+                if job.state != JobState::Running {
+                    break job;
+                }
+                progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
+                sleep(WAIT_INTERVAL);
+            };
+            drop(progress);
+            output.show(&job, job_fields)?;
+            refuse_ended(&job)
         }
     }
 }
@@ -185,128 +313,4 @@ fn status(watch: bool, client: &Client, output: &Output) -> Result<(), CliError>
         output.follow(&status, status_page)?;
         sleep(WATCH_INTERVAL);
     }
-}
-
-fn status_page(status: &Status) -> String {
-    let Status { state, version, pid, started_at, disks, snapshots, jobs } = status;
-    let mut page = format!("halfsilver {} {state} since {started_at}, pid {pid}\n\n", version.version);
-    page.push_str(&disk_table(disks));
-    if !snapshots.is_empty() {
-        page.push('\n');
-        page.push_str(&snapshot_table(snapshots));
-    }
-    if !jobs.is_empty() {
-        page.push('\n');
-        page.push_str(&job_table(jobs));
-    }
-    page
-}
-
-fn path_text(path: &Path) -> String {
-    text(Some(path.to_string_lossy()))
-}
-
-fn disk_table(disks: &[Disk]) -> String {
-    let row = |disk: &Disk| {
-        let state = disk.state.to_string();
-        let (frontends, snapshots) = (disk.frontends.to_string(), disk.snapshots.to_string());
-        [disk.name.to_string(), state, size(disk.size_bytes), frontends, snapshots, path_text(&disk.socket)]
-    };
-    table(["DISK", "STATE", "SIZE", "FRONTENDS", "SNAPSHOTS", "SOCKET"], disks.iter().map(row).collect())
-}
-
-fn disk_fields(disk: &Disk) -> String {
-    fields(&[
-        ("disk", disk.name.to_string()),
-        ("id", disk.id.to_string()),
-        ("state", disk.state.to_string()),
-        ("reason", text(disk.reason.as_ref())),
-        ("path", path_text(&disk.path)),
-        ("socket", path_text(&disk.socket)),
-        ("size", size(disk.size_bytes)),
-        ("allocated", size(disk.allocated_bytes)),
-        ("block size", size(disk.block_size.into())),
-        ("queues", disk.queues.to_string()),
-        ("direct", disk.direct.to_string()),
-        ("readonly", disk.readonly.to_string()),
-        ("serial", text(Some(&disk.serial))),
-        ("frontends", disk.frontends.to_string()),
-        ("epoch", disk.epoch.to_string()),
-        ("snapshots", disk.snapshots.to_string()),
-    ])
-}
-
-fn snapshot_table(snapshots: &[Snapshot]) -> String {
-    let row = |snapshot: &Snapshot| {
-        let (state, strategy) = (snapshot.state.to_string(), snapshot.strategy.to_string());
-        let (owned, total) = (size(snapshot.owned_bytes), size(snapshot.size_bytes));
-        let created = snapshot.created_at.to_string();
-        [snapshot.reference().to_string(), state, strategy, owned, total, created, path_text(&snapshot.socket)]
-    };
-    let heading = ["SNAPSHOT", "STATE", "STRATEGY", "OWNED", "SIZE", "CREATED", "SOCKET"];
-    table(heading, snapshots.iter().map(row).collect())
-}
-
-fn snapshot_fields(snapshot: &Snapshot) -> String {
-    fields(&[
-        ("snapshot", snapshot.reference().to_string()),
-        ("id", snapshot.id.to_string()),
-        ("group", snapshot.group.to_string()),
-        ("state", snapshot.state.to_string()),
-        ("reason", text(snapshot.reason.as_ref())),
-        ("strategy", snapshot.strategy.to_string()),
-        ("writers", snapshot.writers.to_string()),
-        ("epoch", snapshot.epoch.to_string()),
-        ("socket", path_text(&snapshot.socket)),
-        ("image", text(snapshot.image.as_ref().map(|image| image.to_string_lossy()))),
-        ("size", size(snapshot.size_bytes)),
-        ("owned", size(snapshot.owned_bytes)),
-        ("block size", size(snapshot.block_size.into())),
-        ("created", snapshot.created_at.to_string()),
-        ("quiesced", text(snapshot.quiesced_at.map(|time| time.to_string()))),
-    ])
-}
-
-fn job_table(jobs: &[Job]) -> String {
-    let row = |job: &Job| {
-        let (kind, state) = (job.kind.to_string(), job.state.to_string());
-        let (done, total) = (size(job.done_bytes), size(job.total_bytes));
-        [job.id.to_string(), kind, job_target(job), state, done, total, format!("{} ms", job.delay_ms)]
-    };
-    table(["JOB", "KIND", "OF", "STATE", "DONE", "TOTAL", "DELAY"], jobs.iter().map(row).collect())
-}
-
-fn job_fields(job: &Job) -> String {
-    fields(&[
-        ("job", job.id.to_string()),
-        ("kind", job.kind.to_string()),
-        ("of", job_target(job)),
-        ("state", job.state.to_string()),
-        ("reason", text(job.reason.as_ref())),
-        ("done", size(job.done_bytes)),
-        ("total", size(job.total_bytes)),
-        ("delay", format!("{} ms", job.delay_ms)),
-        ("started", job.started_at.to_string()),
-    ])
-}
-
-fn job_target(job: &Job) -> String {
-    job.snapshot.as_ref().map_or_else(|| job.disk.to_string(), |snapshot| format!("{}@{snapshot}", job.disk))
-}
-
-fn event_line(event: &Event) -> String {
-    let mut line = format!("{} {}", event.time, event.event);
-    match (&event.disk, &event.snapshot) {
-        (Some(disk), Some(snapshot)) => line.push_str(&format!(" {disk}@{snapshot}")),
-        (Some(disk), None) => line.push_str(&format!(" {disk}")),
-        (None, _) => {}
-    }
-    if let Some(job) = event.job {
-        line.push_str(&format!(" job {job}"));
-    }
-    if let Some(reason) = &event.reason {
-        line.push_str(&format!(": {}", text(Some(reason))));
-    }
-    line.push('\n');
-    line
 }

@@ -8,6 +8,7 @@ mod args;
 mod client;
 mod commands;
 mod output;
+mod pages;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

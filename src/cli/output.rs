@@ -1,4 +1,4 @@
-//! What the user sees: aligned tables or JSON on stdout, a spinner on stderr while something takes long.
+//! What the user sees: aligned tables or JSON on stdout, a spinner or a bar on stderr while something takes long.
 //!
 //! Each answer is written in one go. Control characters cannot get here unescaped: names have none, and paths and
 //! reasons are passed through [`text`].
@@ -10,6 +10,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::CliError;
+
+/// A bar's line; its prefix says what is left.
+const BAR: &str = "{msg} {bar:30} {percent}% of {binary_total_bytes}{prefix}";
 
 /// Where and how to print.
 pub(super) struct Output {
@@ -80,6 +83,30 @@ impl Drop for Spinner {
     }
 }
 
+/// Turns a spinner on a terminal until it is known how far the work is, then shows a bar; elsewhere does nothing.
+pub(super) struct Progress(Spinner);
+
+impl Progress {
+    pub(super) fn start(message: String) -> Self {
+        Self(Spinner::start(message))
+    }
+
+    /// Shows how far the work is.
+    pub(super) fn show(&self, done_bytes: u64, total_bytes: u64, left_seconds: Option<u64>) {
+        let Self(Spinner(bar)) = self;
+        if total_bytes == 0 {
+            return;
+        }
+        let is_spinner = bar.length().is_none();
+        bar.set_prefix(left_seconds.map_or_else(String::new, |seconds| format!(", {} left", duration(seconds))));
+        bar.set_length(total_bytes);
+        bar.set_position(done_bytes);
+        if let (true, Ok(style)) = (is_spinner, ProgressStyle::with_template(BAR)) {
+            bar.set_style(style);
+        }
+    }
+}
+
 /// Rows under a heading, each column as wide as its widest cell.
 pub(super) fn table<const N: usize>(heading: [&str; N], rows: Vec<[String; N]>) -> String {
     let mut lines = vec![heading.map(str::to_owned)];
@@ -122,6 +149,15 @@ pub(super) fn size(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
+/// A time for people, in its two largest units.
+pub(super) fn duration(seconds: u64) -> String {
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, seconds) => format!("{seconds} s"),
+        (0, minutes, seconds) => format!("{minutes} min {seconds} s"),
+        (hours, minutes, _) => format!("{hours} h {minutes} min"),
+    }
+}
+
 /// Text of unknown origin, with control characters escaped; `-` for nothing.
 pub(super) fn text(text: Option<impl AsRef<str>>) -> String {
     let escape = |char: char| if char.is_control() { char.escape_default().to_string() } else { char.to_string() };
@@ -144,6 +180,13 @@ mod tests {
             (u64::MAX, "16.0 EiB"),
         ] {
             assert_eq!(size(bytes), shown);
+        }
+    }
+
+    #[test]
+    fn durations_are_short() {
+        for (seconds, shown) in [(0, "0 s"), (59, "59 s"), (90, "1 min 30 s"), (7_260, "2 h 1 min")] {
+            assert_eq!(duration(seconds), shown);
         }
     }
 

@@ -5,7 +5,10 @@
 //! complete: every field is always present, `null` when there is nothing to say. Fields are added, never renamed;
 //! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
 
+mod disk;
+
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -16,6 +19,8 @@ use super::name::{Name, SnapshotRef};
 use super::socket::SOCKET_PATH_LEN_MAX;
 use super::timestamp::Timestamp;
 use super::words::words;
+
+pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
 
 /// The version of the API, the `v1` of its paths.
 pub const API_VERSION: &str = "v1";
@@ -63,9 +68,24 @@ words! {
 }
 
 words! {
+    /// How well an image of a mirrored disk is.
+    LegState {
+        /// It has every write that was acknowledged.
+        InSync = "in-sync",
+        /// A job makes it equal to the other leg; until then nobody reads it.
+        Resynchronising = "resynchronising",
+        /// It gets no writes any more; its reason says why. The disk goes on with the other leg.
+        Failed = "failed",
+        /// It holds a frozen version: a snapshot took it at the split.
+        Split = "split",
+    }
+}
+
+words! {
     /// Where a snapshot is in its life.
     SnapshotState {
-        /// Requests from before the cut still run; the content may still change and there is no socket yet.
+        /// Requests from before the cut still run, or old frontends still write it; the content may still change and
+        /// there is no socket yet.
         Draining = "draining",
         /// The content never changes again and its socket is open.
         Quiesced = "quiesced",
@@ -87,7 +107,7 @@ words! {
         Merge = "merge",
         /// Copies the blocks that a volume does not own yet.
         Migrate = "migrate",
-        /// Makes two images equal.
+        /// Synchronises a leg of a mirrored disk with the other one.
         Mirror = "mirror",
     }
 }
@@ -146,93 +166,6 @@ pub struct Status {
     pub jobs: Vec<Job>,
 }
 
-/// How a disk is served: what `--disk` and `PUT /v1/disks/{disk}` say.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The image: an absolute path of a raw file or block device.
-    #[schema(value_type = String)]
-    pub path: PathBuf,
-    /// The vhost-user socket, an absolute path; `<run-dir>/<disk>.sock` when absent.
-    #[serde(default)]
-    #[schema(value_type = Option<String>)]
-    pub socket: Option<PathBuf>,
-    /// The most virtqueues a frontend may use, 1 to 16.
-    #[serde(default = "one")]
-    #[schema(minimum = 1, maximum = 16)]
-    pub queues: u16,
-    /// Whether the image is opened with O_DIRECT.
-    #[serde(default = "yes")]
-    pub direct: bool,
-    /// Whether guests may only read.
-    #[serde(default)]
-    pub readonly: bool,
-    /// What the guest sees as the serial, up to 20 printable ASCII characters; the disk's name when absent.
-    #[serde(default)]
-    pub serial: Option<String>,
-    /// The size of the blocks that tables count in: a power of two from 4096 to 1048576.
-    #[serde(default = "block_size_min")]
-    pub block_size: u32,
-}
-
-fn one() -> u16 {
-    1
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn block_size_min() -> u32 {
-    BLOCK_SIZE_MIN
-}
-
-impl DiskConfig {
-    /// The configuration with nothing but the image given.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            socket: None,
-            queues: one(),
-            direct: yes(),
-            readonly: false,
-            serial: None,
-            block_size: block_size_min(),
-        }
-    }
-
-    /// Whether every value is one that could be served.
-    ///
-    /// # Errors
-    /// `invalid-request`, with a message that starts with the key.
-    pub fn check(&self) -> Result<(), ApiError> {
-        check_absolute("path", &self.path)?;
-        if let Some(socket) = &self.socket {
-            check_socket("socket", socket)?;
-        }
-        if !(1..=QUEUES_MAX).contains(&self.queues) {
-            return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
-        }
-        if !self.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&self.block_size) {
-            return Err(invalid(format!("block-size: {} is not a power of two from 4K to 1M", self.block_size)));
-        }
-        match &self.serial {
-            Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
-                Err(invalid(format!("serial: {serial:?} is not 1 to {SERIAL_LEN_MAX} characters long")))
-            }
-            Some(serial) if !serial.bytes().all(|byte| matches!(byte, 0x20..=0x7e)) => {
-                Err(invalid(format!("serial: {serial:?} has characters other than printable ASCII")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Where the disk's vhost-user socket goes.
-    pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
-    }
-}
-
 fn invalid(message: String) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
 }
@@ -251,48 +184,6 @@ fn check_socket(key: &str, path: &Path) -> Result<(), ApiError> {
         return Err(invalid(format!("{key}: a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}")));
     }
     Ok(())
-}
-
-/// A disk that is served.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Disk {
-    /// Stays the same as long as the disk exists, across restarts.
-    #[schema(value_type = String, format = "uuid")]
-    pub id: Uuid,
-    /// Its name.
-    pub name: Name,
-    /// The image.
-    #[schema(value_type = String)]
-    pub path: PathBuf,
-    /// The vhost-user socket.
-    #[schema(value_type = String)]
-    pub socket: PathBuf,
-    /// The size that guests see.
-    pub size_bytes: u64,
-    /// The size of the blocks that tables count in.
-    pub block_size: u32,
-    /// The most virtqueues a frontend may use.
-    pub queues: u16,
-    /// Whether the image is opened with O_DIRECT.
-    pub direct: bool,
-    /// Whether guests may only read.
-    pub readonly: bool,
-    /// What the guest sees as the serial.
-    pub serial: String,
-    /// Whether it can be used.
-    pub state: DiskState,
-    /// Why it failed.
-    pub reason: Option<String>,
-    /// Whether any frontend is connected.
-    pub connected: bool,
-    /// How many frontends are connected.
-    pub frontends: u32,
-    /// The epoch in which its live version began.
-    pub epoch: u64,
-    /// How many snapshots it has.
-    pub snapshots: u32,
-    /// The storage that its image takes.
-    pub allocated_bytes: u64,
 }
 
 /// A frozen version of a disk.
@@ -334,6 +225,8 @@ pub struct Snapshot {
     pub created_at: Timestamp,
     /// When the last request of its epoch was done.
     pub quiesced_at: Option<Timestamp>,
+    /// How many frontends still write it (VLUN A) rather than the live version; only with `writers` = `connection`.
+    pub old_frontends: u32,
 }
 
 impl Snapshot {
@@ -445,6 +338,26 @@ pub struct Job {
     pub delay_ms: u32,
     /// When it began.
     pub started_at: Timestamp,
+    /// How long it will take from now on at the rate so far; absent when unknown or when it does not run.
+    pub estimated_seconds: Option<u64>,
+}
+
+impl Job {
+    /// How much of it is done, from 0 to 100; 100 only when all is.
+    pub fn percent(&self) -> u64 {
+        if self.state == JobState::Done {
+            return 100;
+        }
+        let percent = (u128::from(self.done_bytes) * 100).checked_div(u128::from(self.total_bytes)).unwrap_or(0);
+        u64::try_from(percent).map_or(100, |percent| percent.min(100))
+    }
+
+    /// What a job still needs that has done so much of its bytes in `elapsed`, rounded up; `None` while nothing tells.
+    pub fn estimate_seconds(done_bytes: u64, total_bytes: u64, elapsed: Duration) -> Option<u64> {
+        let left = u128::from(total_bytes.checked_sub(done_bytes)?);
+        let milliseconds = left.saturating_mul(elapsed.as_millis()).checked_div(u128::from(done_bytes))?;
+        u64::try_from(milliseconds.div_ceil(1000)).ok()
+    }
 }
 
 /// The body of `PATCH /v1/jobs/{id}`.
@@ -469,13 +382,77 @@ impl JobPatch {
     }
 }
 
-/// The query of the DELETE methods of disks and snapshots.
+/// The query of `DELETE /v1/disks/{disk}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct DeleteQuery {
-    /// Remove it even if a frontend is connected; for a disk, also with its snapshots.
+    /// Remove it even if a frontend is connected, and with its snapshots.
     #[serde(default)]
     #[param(required = false)]
     pub force: bool,
+}
+
+/// How a snapshot is deleted: the query of `DELETE /v1/snapshots/{snapshot}`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[into_params(parameter_in = Query)]
+pub struct DeleteSnapshotOptions {
+    /// Delete it even if a reader is connected.
+    #[serde(default)]
+    #[param(required = false)]
+    pub force: bool,
+    /// Leave its image as an independent raw file instead of giving it back to the disk as its second leg; only for
+    /// write-mirroring.
+    #[serde(default)]
+    #[param(required = false)]
+    pub keep_image: bool,
+}
+
+impl DeleteSnapshotOptions {
+    /// Whether a snapshot that is stored so can be deleted so.
+    ///
+    /// # Errors
+    /// `invalid-request` if the image is to be kept and holds only a part of the content.
+    pub fn check(self, snapshot: &SnapshotRef, strategy: Strategy) -> Result<(), ApiError> {
+        if !self.keep_image || strategy == Strategy::WriteMirroring {
+            return Ok(());
+        }
+        let message = format!("keep-image: snapshot {snapshot} is {strategy}, so its image alone is not its content");
+        Err(invalid(message).with_action("copy it from its socket first if it is wanted, then delete it as usual"))
+    }
+}
+
+/// The query of `POST /v1/snapshots/{snapshot}/cutover`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct CutoverQuery {
+    /// Whether to answer only when the snapshot is quiesced or broken, rather than at once.
+    #[serde(default)]
+    #[param(required = false)]
+    pub wait: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_estimate_needs_something_to_go_by() {
+        let after = Duration::from_secs(10);
+        assert_eq!(Job::estimate_seconds(0, 100, after), None);
+        assert_eq!(Job::estimate_seconds(25, 100, after), Some(30));
+        assert_eq!(Job::estimate_seconds(99, 100, after), Some(1));
+        assert_eq!(Job::estimate_seconds(100, 100, after), Some(0));
+        assert_eq!(Job::estimate_seconds(101, 100, after), None);
+        assert_eq!(Job::estimate_seconds(1, u64::MAX, Duration::MAX), None);
+    }
+
+    #[test]
+    fn what_was_recorded_before_there_were_mirrors_is_still_read() {
+        let config: DiskConfig = serde_json::from_str(r#"{"path":"/vm1.raw"}"#).unwrap();
+        assert_eq!(config, DiskConfig::new("/vm1.raw"));
+        assert_eq!((config.mirror, config.shared), (None, false));
+    }
 }

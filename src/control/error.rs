@@ -72,6 +72,10 @@ error_codes! {
     DiskBusy = "disk-busy", 409, "Disk in use", "disconnect the guest and delete the snapshots first, or force it";
     /// The disk has failed and cannot do this.
     DiskFailed = "disk-failed", 409, "Disk failed", "repair what its reason names, then remove the disk and add it again";
+    /// The disk has one image only, and this needs two.
+    NoSecondLeg = "no-second-leg", 409, "No second leg", "add one: halfsilver disk mirror DISK PATH";
+    /// A leg that this needs is failed, split or still being synchronised.
+    MirrorNotInSync = "mirror-not-in-sync", 409, "Mirror not in sync", "wait until 'halfsilver disk show DISK' shows both legs in-sync";
     /// A snapshot of that name exists.
     SnapshotExists = "snapshot-exists", 409, "Snapshot exists", "delete it first, or use another name";
     /// The snapshot is being read, or not in a state that allows this.
@@ -138,6 +142,24 @@ impl ApiError {
     /// There is no such job.
     pub fn job_not_found(id: impl fmt::Display) -> Self {
         Self::new(ErrorCode::JobNotFound, format!("there is no job {id}"))
+    }
+
+    /// The disk has one image only, and this needs two.
+    pub fn no_second_leg(disk: impl fmt::Display) -> Self {
+        Self::new(ErrorCode::NoSecondLeg, format!("disk {disk} has no second leg"))
+            .with_action(format!("add one: halfsilver disk mirror {disk} PATH"))
+    }
+
+    /// A stopped job is all that is left of work that was begun, so it stays.
+    pub fn job_unfinished(id: impl fmt::Display) -> Self {
+        Self::new(ErrorCode::Conflict, format!("job {id} is stopped and still has work to do"))
+            .with_action(format!("resume it: halfsilver job resume {id}"))
+    }
+
+    /// The job has ended, so there is nothing to go on with.
+    pub fn job_ended(id: impl fmt::Display, state: impl fmt::Display) -> Self {
+        Self::new(ErrorCode::Conflict, format!("job {id} is {state}, so there is nothing to resume"))
+            .with_action("'halfsilver job list' shows the jobs")
     }
 
     /// The document that is sent.

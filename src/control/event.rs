@@ -5,6 +5,7 @@
 //! the subscribers do. Events are a notice, not a record: the state itself is in the disks and snapshots, and a client
 //! that starts to listen reads that first.
 
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -27,12 +28,18 @@ words! {
         DiskRemoved = "DISK_REMOVED",
         /// A disk stopped working; see the reason.
         DiskFailed = "DISK_FAILED",
+        /// A leg of a mirrored disk gets no writes any more; see the reason. The disk goes on with the other one.
+        LegFailed = "LEG_FAILED",
+        /// A leg of a mirrored disk has every write that was acknowledged.
+        LegInSync = "LEG_IN_SYNC",
         /// A frontend connected to a disk or, if one is named, a snapshot.
         FrontendConnected = "FRONTEND_CONNECTED",
         /// A frontend went away from a disk or, if one is named, a snapshot.
         FrontendDisconnected = "FRONTEND_DISCONNECTED",
         /// The cut was made.
         SnapshotCreated = "SNAPSHOT_CREATED",
+        /// The frontends that still wrote the snapshot were moved over to the live version.
+        SnapshotCutover = "SNAPSHOT_CUTOVER",
         /// The snapshot never changes again and its socket is open.
         SnapshotQuiesced = "SNAPSHOT_QUIESCED",
         /// The snapshot's log is being folded back.
@@ -41,7 +48,7 @@ words! {
         SnapshotBroken = "SNAPSHOT_BROKEN",
         /// The snapshot is gone.
         SnapshotDeleted = "SNAPSHOT_DELETED",
-        /// A job began.
+        /// A job began, or went on after it was stopped.
         JobStarted = "JOB_STARTED",
         /// A job finished.
         JobDone = "JOB_DONE",
@@ -61,13 +68,14 @@ pub struct Notice {
     disk: Option<Name>,
     snapshot: Option<Name>,
     job: Option<u64>,
+    leg: Option<PathBuf>,
     reason: Option<String>,
 }
 
 impl Notice {
     /// Something about a disk.
     pub fn of_disk(kind: EventKind, disk: &Name) -> Self {
-        Self { kind, disk: Some(disk.clone()), snapshot: None, job: None, reason: None }
+        Self { kind, disk: Some(disk.clone()), snapshot: None, job: None, leg: None, reason: None }
     }
 
     /// Something about a snapshot.
@@ -80,14 +88,19 @@ impl Notice {
         Self { job: Some(job), ..self }
     }
 
+    /// The same, and which leg of the disk it is about.
+    pub fn with_leg(self, leg: impl Into<PathBuf>) -> Self {
+        Self { leg: Some(leg.into()), ..self }
+    }
+
     /// The same, and why.
     pub fn because(self, reason: impl Into<String>) -> Self {
         Self { reason: Some(reason.into()), ..self }
     }
 
     fn into_event(self, seq: u64) -> Event {
-        let Self { kind, disk, snapshot, job, reason } = self;
-        Event { seq, time: Timestamp::now(), event: kind, disk, snapshot, job, reason }
+        let Self { kind, disk, snapshot, job, leg, reason } = self;
+        Event { seq, time: Timestamp::now(), event: kind, disk, snapshot, job, leg, reason }
     }
 }
 
@@ -106,6 +119,9 @@ pub struct Event {
     pub snapshot: Option<Name>,
     /// The job it is about.
     pub job: Option<u64>,
+    /// The image of that disk, one of its legs, it is about.
+    #[schema(value_type = Option<String>)]
+    pub leg: Option<PathBuf>,
     /// Why.
     pub reason: Option<String>,
 }
@@ -161,8 +177,8 @@ impl Subscription {
             Ok(event) => event,
             Err(broadcast::error::RecvError::Lagged(missed)) => {
                 let reason = Some(format!("{missed} events were missed"));
-                let (time, event) = (Timestamp::now(), EventKind::Lagged);
-                Event { seq: self.last_seq + missed, time, event, disk: None, snapshot: None, job: None, reason }
+                let (seq, time, event) = (self.last_seq + missed, Timestamp::now(), EventKind::Lagged);
+                Event { seq, time, event, disk: None, snapshot: None, job: None, leg: None, reason }
             }
             Err(broadcast::error::RecvError::Closed) => return None,
         };

@@ -13,6 +13,7 @@ use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::api::{Job, JobState, Leg, LegState};
 use super::name::Name;
 
 /// The media type of the text that [`MetricsSnapshot::encode`] writes.
@@ -105,6 +106,8 @@ pub struct DiskMetrics {
     pub frontends_connected: u64,
     /// By [`Direction::index`].
     pub directions: [DirectionMetrics; Direction::ALL.len()],
+    /// Its legs, as in [`Disk::legs`](super::api::Disk::legs).
+    pub legs: Vec<Leg>,
 }
 
 /// The counters of one snapshot.
@@ -120,6 +123,8 @@ pub struct SnapshotMetrics {
     pub preserved_bytes: u64,
     /// How long its epoch took to drain; absent while it drains.
     pub drain_seconds: Option<f64>,
+    /// Frontends that still write it rather than the live version.
+    pub old_frontends: u64,
 }
 
 /// All counters at one moment.
@@ -129,6 +134,8 @@ pub struct MetricsSnapshot {
     pub disks: Vec<DiskMetrics>,
     /// One entry a snapshot.
     pub snapshots: Vec<SnapshotMetrics>,
+    /// All jobs; those that have ended are left out of the text.
+    pub jobs: Vec<Job>,
 }
 
 impl MetricsSnapshot {
@@ -176,6 +183,42 @@ impl MetricsCollector {
         for snapshot in &self.0.snapshots {
             let labels: Labels = [("disk", snapshot.disk.as_str()), ("snapshot", snapshot.snapshot.as_str())];
             encode(&mut encoder.encode_family(&labels)?, snapshot)?;
+        }
+        Ok(())
+    }
+}
+
+impl MetricsCollector {
+    fn legs(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let legs = || self.0.disks.iter().flat_map(|disk| disk.legs.iter().map(|leg| (disk.disk.as_str(), leg)));
+        let help = "1 for the state that the leg is in, 0 for the others";
+        let mut states = encoder.encode_descriptor("leg_state", help, None, MetricType::Gauge)?;
+        for (disk, leg) in legs() {
+            let path = leg.path.to_string_lossy();
+            for state in LegState::ALL {
+                let labels = [("disk", disk), ("leg", &*path), ("state", state.as_str())];
+                states.encode_family(&labels)?.encode_gauge(&u64::from(leg.state == *state))?;
+            }
+        }
+        let help = "Bytes to be copied until the leg is in sync";
+        let mut remaining = encoder.encode_descriptor("leg_remaining_bytes", help, None, MetricType::Gauge)?;
+        for (disk, leg) in legs() {
+            let path = leg.path.to_string_lossy();
+            remaining.encode_family(&[("disk", disk), ("leg", &*path)])?.encode_gauge(&leg.remaining_bytes)?;
+        }
+        Ok(())
+    }
+
+    fn each_unfinished_job(
+        &self,
+        encoder: &mut MetricEncoder<'_>,
+        encode: impl Fn(&mut MetricEncoder<'_>, &Job) -> fmt::Result,
+    ) -> fmt::Result {
+        let unfinished = |job: &&Job| matches!(job.state, JobState::Running | JobState::Stopped);
+        for job in self.0.jobs.iter().filter(unfinished) {
+            let id = job.id.to_string();
+            let labels = [("job", &*id), ("kind", job.kind.as_str()), ("disk", job.disk.as_str())];
+            encode(&mut encoder.encode_family(&labels)?, job)?;
         }
         Ok(())
     }
@@ -235,7 +278,14 @@ impl Collector for MetricsCollector {
             let labels: Labels = [("disk", snapshot.disk.as_str()), ("snapshot", snapshot.snapshot.as_str())];
             drain.encode_family(&labels)?.encode_gauge(&drain_seconds)?;
         }
-        Ok(())
+        let help = "Frontends that still write the snapshot rather than the live version";
+        let mut old = encoder.encode_descriptor("old_frontends", help, None, Gauge)?;
+        self.each_snapshot(&mut old, |encoder, metrics| encoder.encode_gauge(&metrics.old_frontends))?;
+        self.legs(&mut encoder)?;
+        let mut done = encoder.encode_descriptor("job_done_bytes", "What the job has done", None, Gauge)?;
+        self.each_unfinished_job(&mut done, |encoder, job| encoder.encode_gauge(&job.done_bytes))?;
+        let mut total = encoder.encode_descriptor("job_total_bytes", "What the job has to do in all", None, Gauge)?;
+        self.each_unfinished_job(&mut total, |encoder, job| encoder.encode_gauge(&job.total_bytes))
     }
 }
 

@@ -23,4 +23,4 @@ pub use error::{ApiError, ErrorCode, Problem};
 pub use event::{Event, EventBus, EventKind, Notice};
 pub use name::{Name, SnapshotRef};
 pub use server::{Server, ServerError};
-pub use service::{Deletion, PutOutcome, Service};
+pub use service::{Deletion, JobDeletion, PutOutcome, Service};

@@ -13,21 +13,22 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use utoipa::{IntoResponses, OpenApi};
 
 use super::api::{
-    CreateSnapshots, DeleteQuery, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotState, Status, VersionInfo,
+    CreateSnapshots, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, LegQuery,
+    LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo,
 };
 use super::error::{ApiError, ErrorCode, Problem};
 use super::event::{Event, Subscription};
 use super::extract::JsonBody;
 use super::metrics::OPENMETRICS_TEXT;
 use super::name::{Name, SnapshotRef};
-use super::service::{Deletion, PutOutcome, Service};
+use super::service::{Deletion, JobDeletion, PutOutcome, Service};
 use super::stop::Stop;
 use super::timestamp::Timestamp;
 
@@ -58,7 +59,7 @@ impl Context {
 
 type Reply<T> = Result<Json<T>, ApiError>;
 type PathText = Result<Path<String>, PathRejection>;
-type DeleteOptions = Result<Query<DeleteQuery>, QueryRejection>;
+type QueryText<T> = Result<Query<T>, QueryRejection>;
 
 /// Everything that the control socket answers.
 pub(super) fn router(context: Context) -> Router {
@@ -67,10 +68,13 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/disks", get(list_disks))
         .route("/v1/disks/{disk}", get(get_disk).put(put_disk).delete(delete_disk))
+        .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
         .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
+        .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
+        .route("/v1/jobs/{id}/resume", post(resume_job))
         .route("/v1/events", get(events))
         .route("/v1/openapi.json", get(openapi))
         .route("/metrics", get(metrics))
@@ -162,11 +166,40 @@ async fn put_disk(
 async fn delete_disk(
     State(context): State<Context>,
     path: PathText,
-    options: DeleteOptions,
+    options: QueryText<DeleteQuery>,
 ) -> Result<StatusCode, ApiError> {
     let (disk, force): (Name, bool) = (path?.parse()?, options?.force);
     context.call(move |service| service.delete_disk(&disk, force)).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Gives a disk a second leg, or replaces the failed one, and starts to synchronise it.
+#[utoipa::path(post, path = "/v1/disks/{disk}/mirror", tag = "disks", params(("disk" = Name, Path)),
+    request_body = MirrorRequest,
+    responses((status = 200, description = "It is a leg of the disk already, and in sync", body = Disk),
+        (status = 202, description = "It is being synchronised; see the leg's state and the job", body = Disk), Refused))]
+async fn mirror_disk(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(body): JsonBody<MirrorRequest>,
+) -> Result<(StatusCode, Json<Disk>), ApiError> {
+    let disk: Name = path?.parse()?;
+    body.check()?;
+    let work = move |service: &dyn Service| {
+        let disk = service.mirror_disk(&disk, &body.path)?;
+        let in_sync = disk.legs.iter().any(|leg| leg.path == body.path && leg.state == LegState::InSync);
+        Ok((if in_sync { StatusCode::OK } else { StatusCode::ACCEPTED }, Json(disk)))
+    };
+    context.call(work).await
+}
+
+/// Lets a leg of a disk go; its file stays as a plain raw image.
+#[utoipa::path(delete, path = "/v1/disks/{disk}/mirror", tag = "disks", params(("disk" = Name, Path), LegQuery),
+    responses((status = 200, description = "The disk without that leg", body = Disk), Refused))]
+async fn unmirror_disk(State(context): State<Context>, path: PathText, query: QueryText<LegQuery>) -> Reply<Disk> {
+    let (disk, Query(query)): (Name, _) = (path?.parse()?, query?);
+    query.check()?;
+    context.call(move |service| service.unmirror_disk(&disk, query.leg.as_deref())).await.map(Json)
 }
 
 #[utoipa::path(get, path = "/v1/snapshots", tag = "snapshots",
@@ -232,18 +265,36 @@ async fn get_snapshot(State(context): State<Context>, path: PathText) -> Reply<S
     context.call(move |service| service.get_snapshot(&snapshot)).await.map(Json)
 }
 
+/// Moves the frontends that still write the snapshot (VLUN A) over to the live version (VLUN B).
+#[utoipa::path(post, path = "/v1/snapshots/{snapshot}/cutover", tag = "snapshots",
+    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily"), CutoverQuery),
+    responses((status = 200, description = "The snapshot; none of them writes it any more", body = Snapshot), Refused))]
+async fn cut_over_snapshot(
+    State(context): State<Context>,
+    path: PathText,
+    query: QueryText<CutoverQuery>,
+) -> Reply<Snapshot> {
+    let (snapshot, wait): (SnapshotRef, bool) = (path?.parse()?, query?.wait);
+    let events = context.service.events().subscribe();
+    let mut snapshots = vec![context.call(move |service| service.cut_over_snapshot(&snapshot)).await?];
+    if wait {
+        snapshots = drained(&context, snapshots, events).await?;
+    }
+    Ok(Json(snapshots.remove(0)))
+}
+
 /// Removes a snapshot, or starts to.
 #[utoipa::path(delete, path = "/v1/snapshots/{snapshot}", tag = "snapshots",
-    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily"), DeleteQuery),
+    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily"), DeleteSnapshotOptions),
     responses((status = 202, description = "It is being removed, and gone when GET answers 404", body = Snapshot),
         (status = 204, description = "It is gone"), Refused))]
 async fn delete_snapshot(
     State(context): State<Context>,
     path: PathText,
-    options: DeleteOptions,
+    options: QueryText<DeleteSnapshotOptions>,
 ) -> Result<Response, ApiError> {
-    let (snapshot, force): (SnapshotRef, bool) = (path?.parse()?, options?.force);
-    Ok(match context.call(move |service| service.delete_snapshot(&snapshot, force)).await? {
+    let (snapshot, Query(options)): (SnapshotRef, _) = (path?.parse()?, options?);
+    Ok(match context.call(move |service| service.delete_snapshot(&snapshot, options)).await? {
         Deletion::Done => StatusCode::NO_CONTENT.into_response(),
         Deletion::Started(snapshot) => (StatusCode::ACCEPTED, Json(snapshot)).into_response(),
     })
@@ -271,13 +322,24 @@ async fn patch_job(State(context): State<Context>, path: PathText, JsonBody(patc
     context.call(move |service| service.patch_job(id, patch)).await.map(Json)
 }
 
-/// Stops a job. What it has done stays done.
+/// Stops a running job between two blocks; forgets one that has ended.
 #[utoipa::path(delete, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path)),
-    responses((status = 204, description = "It is stopped"), Refused))]
-async fn delete_job(State(context): State<Context>, path: PathText) -> Result<StatusCode, ApiError> {
+    responses((status = 200, description = "It ran, is stopped and can be resumed", body = Job),
+        (status = 204, description = "It had ended and is no longer listed"), Refused))]
+async fn delete_job(State(context): State<Context>, path: PathText) -> Result<Response, ApiError> {
     let id = job_id(path)?;
-    context.call(move |service| service.delete_job(id)).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(match context.call(move |service| service.delete_job(id)).await? {
+        JobDeletion::Stopped(job) => Json(job).into_response(),
+        JobDeletion::Removed => StatusCode::NO_CONTENT.into_response(),
+    })
+}
+
+/// Goes on with a stopped job.
+#[utoipa::path(post, path = "/v1/jobs/{id}/resume", tag = "jobs", params(("id" = u64, Path)),
+    responses((status = 200, description = "The job, which runs", body = Job), Refused))]
+async fn resume_job(State(context): State<Context>, path: PathText) -> Reply<Job> {
+    let id = job_id(path)?;
+    context.call(move |service| service.resume_job(id)).await.map(Json)
 }
 
 fn job_id(path: PathText) -> Result<u64, ApiError> {
@@ -348,14 +410,18 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         get_disk,
         put_disk,
         delete_disk,
+        mirror_disk,
+        unmirror_disk,
         list_snapshots,
         create_snapshots,
         get_snapshot,
+        cut_over_snapshot,
         delete_snapshot,
         list_jobs,
         get_job,
         patch_job,
         delete_job,
+        resume_job,
         events,
         openapi,
         metrics

@@ -4,9 +4,10 @@
 //! does its own locking. All inputs are checked for form; whether they fit what exists is for the implementation to
 //! decide. Nothing here knows HTTP, and no policy lives on this side of the door.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use super::api::{Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo};
+use super::api::{DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo};
 use super::error::ApiError;
 use super::event::EventBus;
 use super::metrics::MetricsSnapshot;
@@ -29,6 +30,15 @@ pub enum Deletion {
     Done,
     /// A job goes on removing it (state `folding` or `deleting`); it disappears when that job is done.
     Started(Snapshot),
+}
+
+/// What became of a job that was to be stopped or forgotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobDeletion {
+    /// It ran; it is stopped between two blocks now and stays listed, to be resumed.
+    Stopped(Job),
+    /// It had ended; it is no longer listed.
+    Removed,
 }
 
 /// What the control server needs of the daemon.
@@ -63,11 +73,28 @@ pub trait Service: Send + Sync + 'static {
     /// `disk-not-found`, `disk-busy`.
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError>;
 
+    /// Gives a disk a second leg, or puts this one in the place of the failed one, and starts the job that synchronises
+    /// it. Doing so twice with the same path is doing it once. The answer shows the leg and its state.
+    ///
+    /// # Errors
+    /// `disk-not-found`, `disk-failed`, `invalid-config` if that image cannot be a leg of this disk (too small, missing,
+    /// or the disk is read-only), `conflict` if it is in use or the disk has two good legs, `mirror-not-in-sync` while a
+    /// leg is split or being synchronised, `no-space`, `io-error`.
+    fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<Disk, ApiError>;
+
+    /// Lets a leg go, by default the second one. Its file stays as a plain raw image.
+    ///
+    /// # Errors
+    /// `disk-not-found`, `no-second-leg`, `invalid-request` if `leg` is none of its legs, `mirror-not-in-sync` if it is
+    /// the only good one, `disk-busy` if a snapshot holds it.
+    fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<Disk, ApiError>;
+
     /// Takes one cut through all disks of the request, and answers at the cut without waiting for the drain. The answer
     /// has one snapshot a disk, in the order of the request. All of them exist or none does.
     ///
     /// # Errors
-    /// `disk-not-found`, `disk-failed`, `snapshot-exists`, `unsupported`, `no-space`, `conflict`, `io-error`.
+    /// `disk-not-found`, `disk-failed`, `snapshot-exists`, `no-second-leg` and `mirror-not-in-sync` for write-mirroring,
+    /// `unsupported`, `no-space`, `conflict`, `io-error`.
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<Snapshot>, ApiError>;
 
     /// All snapshots of all disks, by disk and epoch.
@@ -82,11 +109,19 @@ pub trait Service: Send + Sync + 'static {
     /// `snapshot-not-found`.
     fn get_snapshot(&self, snapshot: &SnapshotRef) -> Result<Snapshot, ApiError>;
 
-    /// Removes a snapshot, or starts to. With `force` also when a reader is connected.
+    /// Moves the frontends that still write the snapshot (VLUN A) over to the live version (VLUN B), without a reconnect;
+    /// this is a cut by itself. Answers without waiting for the drain. Nothing to do on a snapshot that has none.
     ///
     /// # Errors
-    /// `snapshot-not-found`, `snapshot-busy`, `io-error`.
-    fn delete_snapshot(&self, snapshot: &SnapshotRef, force: bool) -> Result<Deletion, ApiError>;
+    /// `snapshot-not-found`, `snapshot-broken`, `snapshot-busy` if it is being removed.
+    fn cut_over_snapshot(&self, snapshot: &SnapshotRef) -> Result<Snapshot, ApiError>;
+
+    /// Removes a snapshot, or starts to. The image of a write-mirroring one becomes the disk's second leg again, and is
+    /// synchronised by what has changed since, unless it is to be kept.
+    ///
+    /// # Errors
+    /// `snapshot-not-found`, `snapshot-busy`, `io-error`, and `invalid-request` of [`DeleteSnapshotOptions::check`].
+    fn delete_snapshot(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError>;
 
     /// All jobs that run, and those that ended and are still of interest.
     ///
@@ -106,11 +141,19 @@ pub trait Service: Send + Sync + 'static {
     /// `job-not-found`.
     fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError>;
 
-    /// Stops a job. What it has done stays done.
+    /// Stops a running job between two blocks, and returns when it stands still: it stays listed as stopped, also after
+    /// a restart. One that has ended is forgotten.
     ///
     /// # Errors
-    /// `job-not-found`, `unsupported` if it may not be stopped.
-    fn delete_job(&self, id: u64) -> Result<(), ApiError>;
+    /// `job-not-found`, `conflict` if it is stopped and has work to do ([`ApiError::job_unfinished`]), `unsupported` if
+    /// it may not be stopped.
+    fn delete_job(&self, id: u64) -> Result<JobDeletion, ApiError>;
+
+    /// Goes on with a stopped job; nothing to do if it runs.
+    ///
+    /// # Errors
+    /// `job-not-found`, `conflict` if it has ended ([`ApiError::job_ended`]).
+    fn resume_job(&self, id: u64) -> Result<Job, ApiError>;
 
     /// All counters, now.
     fn metrics(&self) -> MetricsSnapshot;

@@ -19,7 +19,7 @@ use crate::control::Name;
 use crate::control::api::DiskConfig;
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 
-const KEYS: &str = "name, path, socket, queues, direct, readonly, serial, block-size";
+const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, serial, block-size";
 
 /// Everything the daemon needs to know to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,10 +221,12 @@ fn check_sockets(control: &Path, disks: &[DiskSpec]) -> Result<(), ConfigError> 
 pub struct RawDisk {
     name: Option<String>,
     path: Option<PathBuf>,
+    mirror: Option<PathBuf>,
     socket: Option<PathBuf>,
     queues: Option<u16>,
     direct: Option<Switch>,
     readonly: Option<Switch>,
+    shared: Option<Switch>,
     serial: Option<String>,
     block_size: Option<Size>,
 }
@@ -241,10 +243,12 @@ impl RawDisk {
             if path.as_os_str().is_empty() { Err(format!("{key}: is empty")) } else { Ok(directory.join(path)) }
         };
         let mut config = DiskConfig::new(absolute("path", self.path.ok_or("path: is missing")?)?);
+        config.mirror = self.mirror.map(|path| absolute("mirror", path)).transpose()?;
         config.socket = self.socket.map(|socket| absolute("socket", socket)).transpose()?;
         config.queues = self.queues.unwrap_or(config.queues);
         config.direct = self.direct.map_or(config.direct, |Switch(on)| on);
         config.readonly = self.readonly.map_or(config.readonly, |Switch(on)| on);
+        config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
         config.serial = self.serial;
         config.check().map_err(|error| error.message)?;
@@ -262,6 +266,7 @@ impl RawDisk {
         let set = match key {
             "name" => once(&mut self.name, value.to_owned()),
             "path" => once(&mut self.path, value.into()),
+            "mirror" => once(&mut self.mirror, value.into()),
             "socket" => once(&mut self.socket, value.into()),
             "queues" => match value.parse() {
                 Ok(queues) => once(&mut self.queues, queues),
@@ -269,6 +274,7 @@ impl RawDisk {
             },
             "direct" => value.parse().and_then(|switch| once(&mut self.direct, switch)),
             "readonly" => value.parse().and_then(|switch| once(&mut self.readonly, switch)),
+            "shared" => value.parse().and_then(|switch| once(&mut self.shared, switch)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
             _ => return Err(format!("{key:?} is not a key; the keys are {KEYS}")),

@@ -26,12 +26,13 @@ fn file(text: &str) -> Result<FileConfig, String> {
 
 #[test]
 fn a_disk_with_every_key() {
-    let text = "name=vm1,path=vm1.raw,socket=/s/vm1.sock,queues=2,direct=off,readonly=on,serial=S 1,block-size=64K";
+    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K";
     let spec = disk(text).unwrap();
     assert_eq!(spec.name.as_str(), "vm1");
     let mut want = DiskConfig::new("/images/vm1.raw");
     want.socket = Some("/s/vm1.sock".into());
-    (want.queues, want.direct, want.readonly, want.block_size) = (2, false, true, 65_536);
+    (want.queues, want.direct, want.shared, want.block_size) = (2, false, true, 65_536);
+    want.mirror = Some("/other/vm1.raw".into());
     want.serial = Some("S 1".to_owned());
     assert_eq!(spec.config, want);
     assert_eq!(disk("name=vm1,path=vm1.raw").unwrap().config, DiskConfig::new("/images/vm1.raw"));
@@ -45,6 +46,8 @@ fn values_of_each_kind() {
     for (text, bytes) in [("4096", 4096), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("1024K", 1 << 20)] {
         assert_eq!(disk(&format!("name=a,path=p,block-size={text}")).unwrap().config.block_size, bytes);
     }
+    assert_eq!(disk("name=a,path=p,mirror=m").unwrap().config.mirror.as_deref(), Some(Path::new("/images/m")));
+    assert!(!disk("name=a,path=p,shared=off").unwrap().config.shared);
     assert_eq!(disk("name=a,path=x,,y,,,,z").unwrap().config.path, Path::new("/images/x,y,,z"));
     assert_eq!(disk("path=a=b,name=a").unwrap().config.path, Path::new("/images/a=b"));
 }
@@ -59,6 +62,12 @@ fn each_refusal_names_the_key() {
         ("name=a", "path: is missing"),
         ("name=a,path=", "path: is empty"),
         ("name=a,path=p,socket=", "socket: is empty"),
+        ("name=a,path=p,mirror=", "mirror: is empty"),
+        ("name=a,path=p,mirror=m,mirror=n", "mirror: is given twice"),
+        ("name=a,path=p,mirror=p", "mirror: /images/p is the disk's path already"),
+        ("name=a,path=p,mirror=./p", "mirror: /images/./p is the disk's path already"),
+        ("name=a,path=p,mirror=m,readonly=on", "mirror: a disk with readonly=on cannot have one"),
+        ("name=a,path=p,shared=1", "shared: \"1\" is neither on nor off"),
         ("name=A,path=p", "name: \"A\" is not a name"),
         ("name=,path=p", "name: a name cannot be empty"),
         ("name=a,name=a,path=p", "name: is given twice"),
@@ -117,13 +126,15 @@ run-dir = "/run"
 [[disk]]
 name = "vm1"
 path = "vm1.raw"
+mirror = "copy/vm1.raw"
+shared = true
 queues = 4
 direct = "off"
-readonly = true
 block-size = "8K"
 [[disk]]
 name = "vm2"
 path = "/vm2.raw"
+readonly = true
 block-size = 4096
 "#,
     )
@@ -132,7 +143,9 @@ block-size = 4096
     assert_eq!(config.state_dir.as_deref(), Some(Path::new("/etc/halfsilver/state")));
     let [vm1, vm2] = &config.disks[..] else { panic!("{config:?}") };
     assert_eq!(vm1.config.path, Path::new("/etc/halfsilver/vm1.raw"));
-    assert_eq!((vm1.config.queues, vm1.config.direct, vm1.config.readonly), (4, false, true));
+    assert_eq!(vm1.config.mirror.as_deref(), Some(Path::new("/etc/halfsilver/copy/vm1.raw")));
+    assert_eq!((vm1.config.queues, vm1.config.direct, vm1.config.shared), (4, false, true));
+    assert_eq!((vm2.config.readonly, vm2.config.shared, &vm2.config.mirror), (true, false, &None));
     assert_eq!((vm1.config.block_size, vm2.config.block_size), (8192, 4096));
 }
 

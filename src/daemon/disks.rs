@@ -16,7 +16,7 @@ use super::snapshots::{clear_socket, remove_file};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::{Direct, FileImage, Image, ImageOptions, SharedImage};
-use crate::mirror::{Backing, Disk, DiskOptions, Epoch, Layer, Link, Owned, Version};
+use crate::mirror::{Backing, Disk, DiskOptions, Epoch, Layer, Link, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
@@ -144,8 +144,8 @@ impl Manager {
             }
         }
         let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
-        let layer = Layer { image: Backing::One(image.clone()), owned: Owned::All };
-        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer });
+        let layer = Layer::full(Backing::One(image.clone()));
+        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer, splits: false });
         let options = DiskOptions {
             image: Backing::One(image.clone()),
             block_bytes: config.block_size,
@@ -178,6 +178,7 @@ impl Manager {
             attachment: disk.attach_live(),
             queues: config.queues,
             serial: config.serial.clone().unwrap_or_default(),
+            frontends_max: 1, // FRONTENDS_MAX once a disk can be shared.
             observer: frontends.clone(),
             once: false,
         })
@@ -273,8 +274,8 @@ impl Manager {
             version.set_broken(reason.clone());
         }
         let table = Arc::new(table);
-        let layer = Layer { image: Backing::One(image), owned: Owned::Table(table.clone()) };
-        Ok((Link { version, layer }, table))
+        let layer = Layer::of(Backing::One(image), table.clone());
+        Ok((Link { version, layer, splits: false }, table))
     }
 
     fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {

@@ -122,6 +122,7 @@ impl SnapshotEntry {
             size_bytes: geometry.size_bytes,
             created_at: Timestamp::from_unix_ms(record.created_ms),
             quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
+            old_frontends: 0,
         }
     }
 }
@@ -196,6 +197,8 @@ impl DiskEntry {
             epoch: locked(&self.live).1,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
             allocated_bytes: self.image.allocated_bytes().unwrap_or(size_bytes),
+            shared: self.config.shared,
+            legs: Vec::new(),
         }
     }
 

@@ -41,6 +41,7 @@ impl JobEntry {
             total_bytes: self.pace.total_bytes.load(Ordering::Relaxed).max(done),
             delay_ms: self.pace.delay_ms.load(Ordering::Relaxed),
             started_at: self.started_at,
+            estimated_seconds: None,
         }
     }
 

@@ -1,13 +1,16 @@
 //! What the control room asks of the manager.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::entry::locked;
 use super::manager::Manager;
-use crate::control::api::{self, DiskConfig, Job, JobPatch, JobState, SnapshotRequest, Strategy, VersionInfo, Writers};
+use crate::control::api::{
+    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, JobState, SnapshotRequest, Strategy, VersionInfo, Writers,
+};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
-use crate::control::{ApiError, Deletion, ErrorCode, EventBus, Name, PutOutcome, Service, SnapshotRef};
+use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
 use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
@@ -24,11 +27,24 @@ impl Service for Manager {
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        if config.mirror.is_some() || config.shared {
+            return Err(unsupported(format!("disk {disk}: a mirror or shared=on")));
+        }
         self.put(disk, config)
     }
 
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
         self.remove_disk(disk, force)
+    }
+
+    fn mirror_disk(&self, disk: &Name, _path: &Path) -> Result<api::Disk, ApiError> {
+        self.disk(disk)?;
+        Err(unsupported(format!("disk {disk}: a second leg")))
+    }
+
+    fn unmirror_disk(&self, disk: &Name, _leg: Option<&Path>) -> Result<api::Disk, ApiError> {
+        self.disk(disk)?;
+        Err(ApiError::no_second_leg(disk))
     }
 
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
@@ -46,8 +62,14 @@ impl Service for Manager {
         Ok(snapshot.to_api(&disk))
     }
 
-    fn delete_snapshot(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
-        self.delete(reference, force)
+    fn cut_over_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
+        self.get_snapshot(reference)?;
+        Err(unsupported(format!("snapshot {reference}: a cutover")))
+    }
+
+    fn delete_snapshot(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
+        options.check(reference, self.get_snapshot(reference)?.strategy)?;
+        self.delete(reference, options.force)
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
@@ -64,24 +86,31 @@ impl Service for Manager {
         Ok(job.to_api())
     }
 
-    fn delete_job(&self, id: u64) -> Result<(), ApiError> {
+    fn delete_job(&self, id: u64) -> Result<JobDeletion, ApiError> {
         let job = self.job(id)?;
         if job.state() != JobState::Running {
             locked(&self.jobs).remove(&id);
-            return Ok(());
+            return Ok(JobDeletion::Removed);
         }
         let message = format!("job {id} deletes a snapshot, and a deletion that has begun cannot be taken back");
         Err(ApiError::new(ErrorCode::Unsupported, message).with_action("slow it down with delay_ms instead"))
     }
 
+    fn resume_job(&self, id: u64) -> Result<Job, ApiError> {
+        self.job(id)?;
+        Err(unsupported(format!("job {id}: going on with a stopped job")))
+    }
+
     fn metrics(&self) -> MetricsSnapshot {
-        let mut all = MetricsSnapshot::default();
+        let jobs = locked(&self.jobs).values().map(|j| j.to_api()).collect();
+        let mut all = MetricsSnapshot { jobs, ..MetricsSnapshot::default() };
         for disk in self.all_disks() {
             let stats = disk.stats();
             all.disks.push(DiskMetrics {
                 disk: disk.name.clone(),
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
+                legs: Vec::new(),
             });
             for snapshot in disk.snapshots() {
                 let count = |c: fn(&crate::mirror::Version) -> &std::sync::atomic::AtomicU64| {
@@ -93,6 +122,7 @@ impl Service for Manager {
                     preserved_blocks: count(|v| &v.preserved_blocks),
                     preserved_bytes: count(|v| &v.preserved_bytes),
                     drain_seconds: locked(&snapshot.drain).map(|d| d.as_secs_f64()),
+                    old_frontends: 0,
                 });
             }
         }
@@ -102,6 +132,10 @@ impl Service for Manager {
     fn events(&self) -> Arc<EventBus> {
         self.bus.clone()
     }
+}
+
+fn unsupported(what: String) -> ApiError {
+    ApiError::new(ErrorCode::Unsupported, format!("{what} is not supported"))
 }
 
 // Both rooms count in the same order and the same buckets.

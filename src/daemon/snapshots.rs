@@ -16,7 +16,7 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::{Direct, Executor, FileImage, Image, ImageErrorKind, RingOptions};
 use crate::job::{self, Outcome};
-use crate::mirror::{Backing, Epoch, Owned, PreparedSnapshot};
+use crate::mirror::{self, Backing, Epoch, NewLayer, Owned, PreparedSnapshot};
 use crate::store::{SnapshotRecord, Table, TableName};
 use crate::vhost_user::{ServeOptions, SocketSource, serve};
 
@@ -75,7 +75,7 @@ impl Manager {
             entries.push((one.disk, one.entry));
         }
         // A cut is refused before it changes anything; the entries then go as in undo().
-        let cut = self.editor.cut(prepared).map_err(|e| {
+        let cut = self.editor.cut(prepared, mirror::Writers::Request).map_err(|e| {
             self.forget(&entries);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
@@ -172,7 +172,11 @@ impl Manager {
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
         });
-        let prepared = PreparedSnapshot { disk: disk.disk.clone(), image: Backing::One(image), table, new_live };
+        let prepared = PreparedSnapshot {
+            disk: disk.disk.clone(),
+            layer: NewLayer::Frozen { image: Backing::One(image), table },
+            new_live,
+        };
         Ok(Ready { disk: disk.clone(), entry, prepared, new_live })
     }
 
@@ -255,6 +259,7 @@ impl Manager {
             attachment: disk.disk.attach_frozen(entry.id),
             queues: disk.config.queues,
             serial: entry.reference.name.as_str().chars().take(20).collect(),
+            frontends_max: 1, // As many as its disk has.
             observer: entry.frontends.clone(),
             once: false,
         });
@@ -364,8 +369,10 @@ impl Manager {
 
     fn start_retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
         let version = entry.version.clone().expect("only versions in a chain are retired");
-        let grace =
-            self.editor.begin_retire(&version).map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
+        let grace = self
+            .editor
+            .begin_retire(&disk.disk, &version)
+            .map_err(|e| ApiError::new(ErrorCode::SnapshotBusy, e.to_string()))?;
         let job = self.new_job(JobKind::Merge, &disk.name, Some(&entry.reference.name));
         let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
         let started = self.start_thread("delete", move || {
@@ -395,7 +402,7 @@ impl Manager {
         let version = entry.version.clone().expect("only versions in a chain are retired");
         let queue = executor.queue().clone();
         let work = job::retire(queue.clone(), self.editor.clone(), disk.disk.clone(), version, grace, job.pace.clone());
-        if executor.block_on(work).map_err(|e| e.to_string())? == Outcome::Stopped {
+        if executor.block_on(work).map_err(|e| e.to_string())?? == Outcome::Stopped {
             return Ok(Outcome::Stopped);
         }
         {

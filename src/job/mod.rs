@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::image::IoQueue;
-use crate::mirror::{ChainEditor, Disk, Epoch, Owned, RequestError, Version};
+use crate::mirror::planted::{self, Defect};
+use crate::mirror::{ChainEditor, Disk, Epoch, RequestError, Version};
 use crate::store::BlockIndex;
 
 /// A job looks this often whether its pace has changed or it should stop.
@@ -65,6 +66,9 @@ impl Pace {
 /// reads through it, and takes it out of its chain. Its image may be removed afterwards.
 ///
 /// The version must be retiring ([`ChainEditor::begin_retire`]).
+///
+/// # Errors
+/// When a block cannot be moved to where the live version needs it; begin again when that can be done.
 pub async fn retire(
     queue: IoQueue,
     editor: Arc<ChainEditor>,
@@ -72,29 +76,27 @@ pub async fn retire(
     version: Arc<Version>,
     grace: Epoch,
     pace: Arc<Pace>,
-) -> Outcome {
-    disk.clock().drained(grace).await;
-    let block_bytes = u64::from(disk.geometry().block_bytes);
-    let chain = disk.chain();
-    if let Some(Owned::Table(table)) = chain.position(version.id).map(|i| &chain.layer(i).owned) {
-        pace.total_bytes.store(table.count() * block_bytes, Ordering::Relaxed);
+) -> Result<Outcome, String> {
+    if !planted::is(Defect::FoldWithoutGrace) {
+        disk.clock().drained(grace).await;
     }
-    drop(chain);
+    let block_bytes = u64::from(disk.geometry().block_bytes);
+    pace.total_bytes.store(disk.blocks_to_let_go(version.id) * block_bytes, Ordering::Relaxed);
     let lane = disk.clock().lane();
     let mut at = BlockIndex(0);
     loop {
         let next = {
             let ticket = lane.enter();
-            disk.hand_over(&queue, &ticket, version.id, at).await
+            disk.let_go_of_next(&queue, &ticket, version.id, at).await?
         };
         let Some(next) = next else { break };
         at = next;
         if !pace.step(&queue, block_bytes).await {
-            return Outcome::Stopped;
+            return Ok(Outcome::Stopped);
         }
     }
     editor.finish_retire(&disk, version.id);
-    Outcome::Done
+    Ok(Outcome::Done)
 }
 
 /// Carries out the discards that were put off and that nobody's reading stands against any more.

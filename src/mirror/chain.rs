@@ -5,8 +5,9 @@
 //!
 //! What always holds:
 //! - Versions are ordered by the epoch in which they began; the last one is live.
-//! - Exactly one version, the pivot, owns every block. Walking from a version towards the pivot, the first one that
-//!   owns a block has its bytes (sources 002 [0092]-[0097]; figure 21).
+//! - A chain has one segment, and one more for each split of a mirror: nothing is read across a split ([0062], figure 9).
+//! - Of a segment exactly one version, the pivot, owns every block. Walking from a version towards its pivot, the first
+//!   one that owns a block has its bytes (002 [0075], [0092]-[0097]; figures 14 and 21).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -14,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use uuid::Uuid;
 
 use super::{Backing, Epoch};
-use crate::store::{BlockIndex, Table};
+use crate::store::{BlockIndex, DurableTable, Table};
 
 /// The stable name of a version.
 pub type VersionId = Uuid;
@@ -38,9 +39,38 @@ pub struct Layer {
     pub image: Backing,
     /// Which blocks are there.
     pub owned: Owned,
+    /// For a log, whose table says where the only copy of acknowledged bytes is.
+    pub log: Option<Arc<Log>>,
+}
+
+/// What a log has to survive a power cut.
+pub struct Log {
+    /// The durable copy of the layer's table, committed at each flush.
+    pub table: DurableTable,
+    /// Blocks whose entries were deleted. Their places are given back when that is durable: until then the durable
+    /// table still points to them.
+    pub freed: Table,
 }
 
 impl Layer {
+    /// A layer that has everything.
+    #[must_use]
+    pub fn full(image: Backing) -> Layer {
+        Layer { image, owned: Owned::All, log: None }
+    }
+
+    /// A layer that has what its table says.
+    #[must_use]
+    pub fn of(image: Backing, table: Arc<Table>) -> Layer {
+        Layer { image, owned: Owned::Table(table), log: None }
+    }
+
+    /// The same, whose table outlives a power cut.
+    #[must_use]
+    pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
+        Layer { image, owned: Owned::Table(log.table.table().clone()), log: Some(log) }
+    }
+
     /// Whether the layer holds the block.
     #[must_use]
     pub fn owns(&self, block: BlockIndex) -> bool {
@@ -128,28 +158,51 @@ pub struct Link {
     pub version: Arc<Version>,
     /// With what.
     pub layer: Layer,
+    /// Whether the mirror was split when it began: it shares no bytes with older versions.
+    pub splits: bool,
+}
+
+/// Versions that share bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segment {
+    /// The oldest of them.
+    pub first: VersionIndex,
+    /// The newest of them.
+    pub last: VersionIndex,
+    /// The one that owns everything.
+    pub pivot: VersionIndex,
 }
 
 /// All versions of a disk at one moment.
 #[derive(Clone)]
 pub struct Chain {
     links: Vec<Link>,
-    pivot: VersionIndex,
+    segments: Vec<Segment>,
 }
 
 impl Chain {
     /// A chain of `links`, oldest first.
     ///
     /// # Panics
-    /// When not exactly one of them owns everything, or they are not in order.
+    /// When not exactly one of a segment owns everything, or they are not in order.
     #[must_use]
     pub fn new(links: Vec<Link>) -> Chain {
-        let mut pivots = links.iter().enumerate().filter(|(_, l)| matches!(l.layer.owned, Owned::All));
-        let (Some((pivot, _)), None) = (pivots.next(), pivots.next()) else {
-            panic!("a chain has exactly one pivot");
-        };
+        let mut segments = Vec::with_capacity(1);
+        let mut first = 0;
+        for last in 0..links.len() {
+            if last + 1 < links.len() && !links[last + 1].splits {
+                continue;
+            }
+            let mut pivots = (first..=last).filter(|&i| matches!(links[i].layer.owned, Owned::All));
+            let (Some(pivot), None) = (pivots.next(), pivots.next()) else {
+                panic!("a segment of a chain has exactly one pivot");
+            };
+            segments.push(Segment { first, last, pivot });
+            first = last + 1;
+        }
+        assert!(!segments.is_empty(), "a chain has a version");
         assert!(links.is_sorted_by(|a, b| a.version.began < b.version.began), "versions are in order of their epochs");
-        Chain { links, pivot }
+        Chain { links, segments }
     }
 
     /// The versions, oldest first.
@@ -164,10 +217,32 @@ impl Chain {
         self.links.len() - 1
     }
 
-    /// The version that owns everything.
+    /// The version that owns everything that this one can read.
     #[must_use]
-    pub fn pivot(&self) -> VersionIndex {
-        self.pivot
+    pub fn pivot_of(&self, index: VersionIndex) -> VersionIndex {
+        self.segment_of(index).pivot
+    }
+
+    /// The versions that share bytes with this one.
+    #[must_use]
+    pub fn segment_of(&self, index: VersionIndex) -> Segment {
+        match self.segments[..] {
+            [only] => only,
+            _ => *self.segments.iter().find(|s| index <= s.last).expect("every version is in a segment"),
+        }
+    }
+
+    /// The segments that are newer than that of `index`.
+    #[must_use]
+    pub fn segments_after(&self, index: VersionIndex) -> &[Segment] {
+        &self.segments[self.segments.partition_point(|s| s.first <= index)..]
+    }
+
+    /// Whether the log above this pivot is being folded into it: it is on its way out, so the version above takes
+    /// its image over, and writes of that version go there at once.
+    #[must_use]
+    pub fn folds_into(&self, pivot: VersionIndex) -> bool {
+        self.segment_of(pivot).last > pivot && self.links[pivot].version.is_retiring()
     }
 
     /// A version's layer.
@@ -189,17 +264,22 @@ impl Chain {
     }
 
     /// The version that a request of `epoch` reads and writes: the newest that began then or before.
+    ///
+    /// One that broke while its requests were still under way has no bytes to show them. They go on with the next
+    /// newer one, which has all that they have written: the guest does not notice that a snapshot was lost.
     #[must_use]
     pub fn at_epoch(&self, epoch: Epoch) -> VersionIndex {
-        self.links.iter().rposition(|l| l.version.began <= epoch).unwrap_or(0)
+        let own = self.links.iter().rposition(|l| l.version.began <= epoch).unwrap_or(0);
+        (own..self.live()).find(|&i| self.links[i].version.broken().is_none()).unwrap_or(self.live())
     }
 
     /// The version whose layer has the bytes of `block` as `index` shows it.
     #[must_use]
     pub fn resolve(&self, index: VersionIndex, block: BlockIndex) -> VersionIndex {
+        let pivot = self.pivot_of(index);
         let mut at = index;
-        while at != self.pivot && !self.links[at].layer.owns(block) {
-            if at < self.pivot {
+        while at != pivot && !self.links[at].layer.owns(block) {
+            if at < pivot {
                 at += 1;
             } else {
                 at -= 1;
@@ -213,10 +293,11 @@ impl Chain {
     /// before it read through it (sources 002 [0097]).
     #[must_use]
     pub fn nearest_reader(&self, index: VersionIndex, block: BlockIndex) -> Option<VersionIndex> {
-        if index > self.pivot {
+        let segment = self.segment_of(index);
+        if index > segment.pivot {
             return None; // Older versions walk towards the pivot, away from here.
         }
-        for at in (0..index).rev() {
+        for at in (segment.first..index).rev() {
             if self.links[at].layer.owns(block) {
                 return None;
             }
@@ -231,6 +312,7 @@ impl Chain {
     /// nothing older than `index` owns the block.
     #[must_use]
     pub fn is_read_through(&self, index: VersionIndex, block: BlockIndex) -> bool {
-        index <= self.pivot && index > 0 && !self.links[index - 1].layer.owns(block)
+        let segment = self.segment_of(index);
+        index <= segment.pivot && index > segment.first && !self.links[index - 1].layer.owns(block)
     }
 }

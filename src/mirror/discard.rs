@@ -3,7 +3,7 @@
 //! While an older version reads through a block, a discard of it is only remembered. It is carried out when the last
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
-use super::chain::{Chain, Owned};
+use super::chain::{Chain, VersionIndex};
 use super::lock::Mode;
 use super::planted::{self, Defect};
 use super::{Disk, Epoch, RequestError, Ticket};
@@ -46,11 +46,10 @@ impl Disk {
         let _guard = self.locks.acquire(blocks, Mode::Shared).await;
         let chain = self.chain();
         let writer = chain.at_epoch(epoch);
-        let home = if chain.pivot() >= writer { chain.pivot() } else { writer };
         let mut next = blocks.start;
         while next < blocks.end {
-            let (start, fate) = (next, fate(&chain, writer, next));
-            while next < blocks.end && self::fate(&chain, writer, next) == fate {
+            let (start, (fate, home)) = (next, fate(&chain, writer, next));
+            while next < blocks.end && self::fate(&chain, writer, next) == (fate, home) {
                 next = BlockIndex(next.0 + 1);
             }
             let run = BlockRange { start, end: next };
@@ -88,8 +87,9 @@ impl Disk {
         let one = BlockRange::one(block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
         let chain = self.chain();
-        let (writer, pivot) = (chain.at_epoch(ticket.epoch()), chain.pivot());
-        if self.discards.get(block) && pivot >= writer && fate(&chain, writer, block) == Fate::Now {
+        let writer = chain.at_epoch(ticket.epoch());
+        let pivot = chain.pivot_of(writer);
+        if self.discards.get(block) && pivot >= writer && fate(&chain, writer, block) == (Fate::Now, pivot) {
             let (at, len) = self.geometry.bytes(one);
             chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(one);
@@ -98,22 +98,28 @@ impl Disk {
     }
 }
 
-fn fate(chain: &Chain, writer: usize, block: BlockIndex) -> Fate {
+/// What becomes of a discard of version `writer`, and of whose layer it would be.
+fn fate(chain: &Chain, writer: VersionIndex, block: BlockIndex) -> (Fate, VersionIndex) {
+    let segment = chain.segment_of(writer);
+    let pivot = segment.pivot;
     if planted::is(Defect::DiscardAtOnce) {
-        return Fate::Now;
+        return (Fate::Now, pivot.max(writer));
     }
-    if chain.pivot() >= writer {
-        let newer = (writer..chain.pivot()).any(|i| chain.layer(i).owns(block));
-        return match chain.is_read_through(writer, block) {
+    let newer = |from| (from..=segment.last).any(|i| i != pivot && chain.layer(i).owns(block));
+    if !chain.segments_after(writer).is_empty() {
+        // It would have to be carried out on both sides of the split, to stay one content.
+        return (Fate::Never, pivot);
+    }
+    if pivot >= writer {
+        let fate = match chain.is_read_through(writer, block) {
             // A newer epoch has written the block already, and guests may have read what it wrote.
-            _ if newer => Fate::Never,
+            _ if newer(writer) || segment.last > pivot => Fate::Never,
             true => Fate::Later,
             false => Fate::Now,
         };
+        return (fate, pivot);
     }
     // A log above the pivot: a hole in an owned block reads as zeros; a block it does not own is the pivot's.
-    match &chain.layer(writer).owned {
-        Owned::Table(table) if table.get(block) && writer == chain.live() => Fate::Now,
-        _ => Fate::Never,
-    }
+    let in_own_log = chain.layer(writer).owns(block) && writer == chain.live();
+    (if in_own_log && !chain.folds_into(pivot) { Fate::Now } else { Fate::Never }, writer)
 }

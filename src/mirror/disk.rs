@@ -14,7 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
-use super::{Backing, EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -83,6 +83,8 @@ pub struct Disk {
     pub(super) geometry: Geometry,
     pub(super) chain: ArcSwap<Chain>,
     pub(super) locks: BlockLocks,
+    /// Who is connected to the live version, and who of them stays with an older one.
+    pub(super) connections: Connections,
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
@@ -94,6 +96,7 @@ pub struct Disk {
 pub struct Attachment {
     disk: Arc<Disk>,
     target: Target,
+    connection: Option<Arc<Connection>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,8 +110,8 @@ impl Disk {
     #[must_use]
     pub fn new(clock: EpochClock, options: DiskOptions) -> Arc<Disk> {
         let version = Version::new(uuid::Uuid::new_v4(), super::Epoch(0));
-        let layer = Layer { image: options.image.clone(), owned: Owned::All };
-        Disk::with_chain(clock, options, vec![Link { version, layer }])
+        let layer = Layer::full(options.image.clone());
+        Disk::with_chain(clock, options, vec![Link { version, layer, splits: false }])
     }
 
     /// A disk on one raw image with 4 KiB blocks, of which nothing is remembered: for programs that only serve.
@@ -130,6 +133,7 @@ impl Disk {
             block_bytes: options.block_bytes,
         };
         Arc::new(Disk {
+            connections: Connections::new(clock.clone()),
             clock,
             geometry,
             chain: ArcSwap::from_pointee(Chain::new(links)),
@@ -173,6 +177,12 @@ impl Disk {
         self.read_only
     }
 
+    /// The connections to the live version.
+    #[must_use]
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
     /// The versions of this moment.
     #[must_use]
     pub fn chain(&self) -> Arc<Chain> {
@@ -188,17 +198,22 @@ impl Disk {
     /// The live version (VLUN B), to be served.
     #[must_use]
     pub fn attach_live(self: &Arc<Disk>) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Live }
+        Attachment { disk: self.clone(), target: Target::Live, connection: None }
     }
 
     /// A frozen version (VLUN A), to be served read-only. It should be quiesced.
     #[must_use]
     pub fn attach_frozen(self: &Arc<Disk>, version: VersionId) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Frozen(version) }
+        Attachment { disk: self.clone(), target: Target::Frozen(version), connection: None }
     }
 
     /// Breaks a frozen version and says so once.
     pub fn break_version(&self, version: &Version, reason: &str) {
+        // In the table first: a daemon that is killed now must not find the version whole.
+        let chain = self.chain();
+        if let Some(Owned::Table(table)) = chain.position(version.id).map(|i| &chain.layer(i).owned) {
+            table.mark_broken();
+        }
         if version.set_broken(reason) {
             log::error!("a snapshot is broken: {reason}");
             if let Some(observer) = self.observer.get() {
@@ -227,10 +242,21 @@ impl Attachment {
         self.disk.read_only || self.target != Target::Live
     }
 
+    /// The same for one frontend's connection, which ends when this and all its clones and lanes are gone. A frozen
+    /// version does not ask who reads it.
+    #[must_use]
+    pub fn connect(&self) -> Attachment {
+        let connection = (self.target == Target::Live).then(|| self.disk.connections.join());
+        Attachment { disk: self.disk.clone(), target: self.target, connection }
+    }
+
     /// A way into the epochs, one for each worker.
     #[must_use]
     pub fn lane(&self) -> EpochLane {
-        self.disk.clock.lane()
+        match &self.connection {
+            Some(connection) => connection.lane(),
+            None => self.disk.clock.lane(),
+        }
     }
 
     /// Executes one request. The caller keeps the ticket until this has finished and is recorded.
@@ -256,7 +282,7 @@ impl Attachment {
                 self.check_change(at, len)?;
                 disk.discard(queue, ticket.epoch(), at, len).await
             }
-            Request::Flush if self.target == Target::Live => disk.flush(queue).await,
+            Request::Flush if self.target == Target::Live => disk.flush(queue, ticket.epoch()).await,
             Request::Flush => Ok(()),
         }
     }

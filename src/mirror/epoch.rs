@@ -7,13 +7,16 @@
 //! 3. There is one counter, moved once for a whole group of disks.
 //! 4. A [`Ticket`] is held for all parts of a request, and is dropped exactly once, also on errors.
 //!
+//! A request is counted in the epoch that it entered. It acts in that one too, unless its [`Connection`] is pinned.
 //! Nobody ever waits to enter. Only [`EpochClock::wait_drained`] waits, and guests do not call it.
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::Connection;
 use super::planted::{self, Defect};
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, Ordering, RwLock, fence, lock};
 
@@ -77,6 +80,9 @@ pub struct EpochClock {
 pub struct EpochLane {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
+    connection: Option<Arc<Connection>>,
+    // The epoch that was entered last, and the one in which its requests act: it stays so for the whole epoch.
+    seen: Cell<Option<(Epoch, Epoch)>>,
 }
 
 /// Being inside an epoch. Dropping it leaves.
@@ -84,7 +90,10 @@ pub struct EpochLane {
 pub struct Ticket {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
-    epoch: Epoch,
+    entered: Epoch,
+    acts_in: Epoch,
+    // Of a pinned request: it is there until the request is done.
+    pinned: Option<Arc<Connection>>,
     #[cfg(feature = "planted")]
     has_left: std::cell::Cell<bool>,
 }
@@ -111,9 +120,13 @@ impl EpochClock {
     /// A way in for one more worker.
     #[must_use]
     pub fn lane(&self) -> EpochLane {
+        self.lane_of(None)
+    }
+
+    pub(super) fn lane_of(&self, connection: Option<Arc<Connection>>) -> EpochLane {
         let lane = Arc::new(Lane { inside: std::array::from_fn(|_| AtomicU32::new(0)) });
         self.shared.lanes.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(lane.clone());
-        EpochLane { shared: self.shared.clone(), lane }
+        EpochLane { shared: self.shared.clone(), lane, connection, seen: Cell::new(None) }
     }
 
     /// Moves the counter by one: the cut. Returns the new epoch. The caller makes sure that cuts do not run
@@ -192,11 +205,31 @@ impl EpochLane {
             count.fetch_add(1, Ordering::SeqCst);
             // Orders the count before the second look: either the cut's drain sees the count, or we see the cut.
             fence(Ordering::SeqCst);
-            let ticket = Ticket::inside(&self.shared, &self.lane, epoch);
+            let mut ticket = Ticket::inside(&self.shared, &self.lane, epoch);
             if planted::is(Defect::NoEpochRecheck) || self.shared.current.load(Ordering::SeqCst) == epoch.0 {
+                if let Some(connection) = &self.connection {
+                    self.act_by(connection, &mut ticket);
+                }
                 return ticket;
             }
             drop(ticket);
+        }
+    }
+
+    /// Has a request act in the epoch in which its connection does. It is inside the epoch that it entered, so all
+    /// pins that count for that one are there.
+    fn act_by(&self, connection: &Arc<Connection>, ticket: &mut Ticket) {
+        let entered = ticket.entered;
+        ticket.acts_in = match self.seen.get() {
+            Some((same, acts_in)) if same == entered => acts_in,
+            _ => {
+                let acts_in = connection.acts_in(entered);
+                self.seen.set(Some((entered, acts_in)));
+                acts_in
+            }
+        };
+        if ticket.acts_in != entered {
+            ticket.pinned = Some(connection.clone());
         }
     }
 }
@@ -215,32 +248,42 @@ impl Ticket {
         Ticket {
             shared: shared.clone(),
             lane: lane.clone(),
-            epoch,
+            entered: epoch,
+            acts_in: epoch,
+            pinned: None,
             #[cfg(feature = "planted")]
             has_left: std::cell::Cell::new(false),
         }
     }
 
     fn leave(&self) {
-        let left = self.lane.inside[slot(self.epoch)].fetch_sub(1, Ordering::SeqCst) - 1;
-        if left == 0 && self.shared.current.load(Ordering::SeqCst) != self.epoch.0 {
+        let left = self.lane.inside[slot(self.entered)].fetch_sub(1, Ordering::SeqCst) - 1;
+        if left == 0 && self.shared.current.load(Ordering::SeqCst) != self.entered.0 {
             let wakers = std::mem::take(&mut *lock(&self.shared.drained.0));
             self.shared.drained.1.notify_all();
             wakers.into_iter().for_each(Waker::wake);
         }
     }
 
-    /// The epoch this ticket is inside of.
+    /// The epoch in which the request acts: the version that it reads, and the first one that it changes.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
-        self.epoch
+        self.acts_in
     }
 
-    /// One more ticket for the same epoch, for the next request that the same avail index announced.
+    /// The epoch that this ticket is inside of, and keeps from draining.
+    #[must_use]
+    pub fn entered(&self) -> Epoch {
+        self.entered
+    }
+
+    /// One more ticket for the same epochs, for the next request that the same avail index announced.
     pub fn again(&self) -> Ticket {
         // This ticket keeps the epoch from draining, so no second look is needed.
-        self.lane.inside[slot(self.epoch)].fetch_add(1, Ordering::SeqCst);
-        Ticket::inside(&self.shared, &self.lane, self.epoch)
+        self.lane.inside[slot(self.entered)].fetch_add(1, Ordering::SeqCst);
+        let mut ticket = Ticket::inside(&self.shared, &self.lane, self.entered);
+        (ticket.acts_in, ticket.pinned) = (self.acts_in, self.pinned.clone());
+        ticket
     }
 
     /// The epoch that a request would enter now: what rule 4 forbids to use for the parts of one request.

@@ -59,6 +59,8 @@ enum WaiterState {
 /// The locks of one disk's blocks.
 pub struct BlockLocks {
     slots: Box<[AtomicU64]>,
+    // How often an entry of some block of the slot was deleted.
+    generations: Box<[AtomicU64]>,
     waiting: [Mutex<HashMap<usize, VecDeque<Arc<Waiter>>>>; SHARDS],
 }
 
@@ -83,6 +85,7 @@ impl BlockLocks {
     pub fn new() -> BlockLocks {
         BlockLocks {
             slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            generations: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             waiting: std::array::from_fn(|_| Mutex::new(HashMap::new())),
         }
     }
@@ -102,6 +105,21 @@ impl BlockLocks {
             guard.held += 1;
         }
         guard
+    }
+
+    /// Changes whenever an entry of some block of the range was deleted: a reader that finds the same owner twice has
+    /// read the owner's bytes only if nothing was deleted in between, for a new entry may have followed.
+    #[must_use]
+    pub fn generation(&self, range: BlockRange) -> u64 {
+        // Each only grows, so the sum stays the same only if all do.
+        slots_of(range).map(|slot| self.generations[slot].load(Ordering::SeqCst)).fold(0, u64::wrapping_add)
+    }
+
+    /// Announces that entries of these blocks were deleted. Comes before their places are given back.
+    pub fn advance_generation(&self, range: BlockRange) {
+        for slot in slots_of(range) {
+            self.generations[slot].fetch_add(1, Ordering::SeqCst);
+        }
     }
 
     fn try_acquire(&self, slot: usize, mode: Mode) -> bool {

@@ -7,9 +7,11 @@
 
 mod backing;
 mod chain;
+mod connection;
 mod discard;
 mod disk;
 mod epoch;
+mod flush;
 mod join;
 mod legs;
 mod lock;
@@ -21,11 +23,12 @@ mod snapshot;
 mod write;
 
 pub use backing::Backing;
-pub use chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
+pub use chain::{Chain, Layer, Link, Log, Owned, Segment, Version, VersionId, VersionIndex};
+pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairObserver, REGION_BYTES_MIN};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
-pub use plan::{BlockPlan, Copy, Run, Targets, WritePlan};
+pub use plan::{BlockPlan, Copy, Run, WritePlan};
 pub use request::{Request, RequestError};
-pub use snapshot::{ChainEditor, Cut, PreparedSnapshot};
+pub use snapshot::{ChainEditor, Cut, NewLayer, PreparedSnapshot, RetireError, Writers};

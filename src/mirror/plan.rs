@@ -1,9 +1,10 @@
 //! What a write must touch, decided before anything is touched.
 //!
-//! Pure: looks at a chain and its tables, does nothing. The executor ([`super::Disk`]) carries a plan out. Figures 22,
-//! 23, 25 and 27 of source 002 are what these rules come to for one frozen version; design.md has them for any number.
+//! Pure: looks at a chain and its tables, does nothing. The executor ([`super::Disk`]) carries a plan out. Figures
+//! 11, 16, 18, 20 and 22, 23, 25, 27 of source 002 are what these rules come to for one frozen version; design.md has
+//! them for any number.
 
-use super::chain::{Chain, VersionIndex};
+use super::chain::{Chain, Segment, VersionIndex};
 use super::planted::{self, Defect};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -16,36 +17,22 @@ pub struct Copy {
     pub to: VersionIndex,
 }
 
-/// Which layers a write goes to.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Targets {
-    /// One: the common case.
-    One(VersionIndex),
-    /// Several, ascending.
-    Many(Vec<VersionIndex>),
-}
-
-impl Targets {
-    /// The targets, ascending.
-    #[must_use]
-    pub fn as_slice(&self) -> &[VersionIndex] {
-        match self {
-            Targets::One(one) => std::slice::from_ref(one),
-            Targets::Many(many) => many,
-        }
-    }
-}
-
 /// What to do with a block.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BlockPlan {
     /// First save the old bytes for an older version that reads them here (figure 25, 2503-2504).
     pub preserve: Option<Copy>,
-    /// The writing version does not own the block yet and will: the rest of a partly written block comes from this
-    /// version's layer (figure 18, 1804; only when the pivot is older than the writer).
-    pub adopt_from: Option<VersionIndex>,
-    /// Then write here.
-    pub targets: Targets,
+    /// The layer that the write goes to: the pivot's, or the writer's own log.
+    pub home: VersionIndex,
+    /// The rest of a partly written block comes from this version's layer, because home does not have it.
+    pub fill_from: Option<VersionIndex>,
+    /// The block becomes an entry of home's table (figure 18, 1804).
+    pub adopts: bool,
+    /// The write goes to these layers as well: newer versions must see it and have bytes of their own (002 [0051]).
+    pub others: Vec<VersionIndex>,
+    /// Afterwards home has all that these layers have of the block: their entries are deleted and their space is given
+    /// back (figures 16 and 23).
+    pub supersedes: Vec<VersionIndex>,
 }
 
 /// Neighbouring blocks with the same plan.
@@ -67,49 +54,113 @@ pub struct WritePlan {
 }
 
 impl BlockPlan {
-    /// What a write of version `writer` does with `block`.
+    /// Nothing but the write itself.
     #[must_use]
-    pub fn decide(chain: &Chain, writer: VersionIndex, block: BlockIndex) -> BlockPlan {
-        let preserve = chain.nearest_reader(writer, block).map(|to| Copy { from: chain.resolve(to, block), to });
-        let (home, adopt_from) = if chain.pivot() >= writer {
-            (chain.pivot(), None)
-        } else {
-            let owns = chain.layer(writer).owns(block);
-            (writer, (!owns).then(|| chain.resolve(writer, block)))
-        };
-        // Versions from the writer's on that have bytes of their own for this block must get the write as well
-        // (002 [0051]: writes to VLUN A are applied to VLUN B, not the other way round).
-        let other = |i: &VersionIndex| *i != home && chain.layer(*i).owns(block);
-        let mut others = (writer..=chain.live()).filter(other).peekable();
-        let targets = if others.peek().is_none() || planted::is(Defect::DrainNotMirrored) {
-            Targets::One(home)
-        } else {
-            let mut many: Vec<VersionIndex> = others.chain([home]).collect();
-            many.sort_unstable();
-            Targets::Many(many)
-        };
-        BlockPlan { preserve, adopt_from, targets }
+    pub fn plain(home: VersionIndex) -> BlockPlan {
+        BlockPlan { preserve: None, home, fill_from: None, adopts: false, others: Vec::new(), supersedes: Vec::new() }
     }
 
-    /// Whether it copies, takes over or writes to several places, and so must be alone on the block.
+    /// What a write of version `writer` does with `block`, of which it writes the `whole` or a part.
+    #[must_use]
+    pub fn decide(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
+        let segment = chain.segment_of(writer);
+        let mut plan = if segment.pivot >= writer {
+            BlockPlan { preserve: save_for_older(chain, writer, block), ..BlockPlan::plain(segment.pivot) }
+        } else if chain.folds_into(segment.pivot) && writer == segment.pivot + 1 {
+            into_the_base(chain, writer, block, whole)
+        } else {
+            into_the_log(chain, writer, block, whole)
+        };
+        // Versions from the writer's on that have bytes of their own for this block must show the write as well
+        // (002 [0051]: writes to VLUN A are applied to VLUN B, not the other way round).
+        add_owners(chain, Segment { first: writer, ..segment }, block, whole, &mut plan);
+        for newer in chain.segments_after(writer) {
+            if planted::is(Defect::SplitNotMirrored) {
+                break;
+            }
+            plan.others.push(newer.pivot);
+            add_owners(chain, *newer, block, whole, &mut plan);
+        }
+        if planted::is(Defect::DrainNotMirrored) {
+            plan.others.clear();
+            plan.supersedes.clear();
+        }
+        plan.others.sort_unstable();
+        // From the pivot outwards: a version whose entry is gone must not show that of one between it and the pivot.
+        plan.supersedes.sort_unstable_by_key(|&i| i.abs_diff(chain.pivot_of(i)));
+        plan
+    }
+
+    /// Whether it does anything but write to one place, and so must be alone on the block.
     #[must_use]
     pub fn excludes(&self) -> bool {
-        self.preserve.is_some() || self.adopt_from.is_some() || matches!(self.targets, Targets::Many(_))
+        let alone = !self.adopts && self.fill_from.is_none() && self.others.is_empty() && self.supersedes.is_empty();
+        self.preserve.is_some() || !alone
+    }
+
+    /// All layers that are written to.
+    pub fn targets(&self) -> impl Iterator<Item = VersionIndex> {
+        std::iter::once(self.home).chain(self.others.iter().copied())
+    }
+}
+
+/// Old bytes that the nearest older version reads at or above `index` (figure 25).
+fn save_for_older(chain: &Chain, index: VersionIndex, block: BlockIndex) -> Option<Copy> {
+    chain.nearest_reader(index, block).map(|to| Copy { from: chain.resolve(to, block), to })
+}
+
+/// The pivot goes away and this version's log is folded into its image: the write need not go to the log any more.
+fn into_the_base(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
+    let base = writer - 1;
+    let mut plan = BlockPlan { preserve: save_for_older(chain, base, block), ..BlockPlan::plain(base) };
+    if chain.layer(writer).owns(block) {
+        plan.fill_from = (!whole).then_some(writer).filter(|_| !planted::is(Defect::NoFill));
+        plan.supersedes.push(writer);
+    }
+    plan
+}
+
+/// The pivot is older than the writer: the write goes to the writer's own image (figure 18).
+fn into_the_log(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
+    let mut plan = BlockPlan::plain(writer);
+    if !chain.layer(writer).owns(block) {
+        plan.adopts = true;
+        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| chain.resolve(writer, block));
+    }
+    plan
+}
+
+/// The versions of `segment` that have the block themselves, beside the pivot and home. A write of the whole block
+/// deletes their entries, and they show home's (figures 16 and 23); a part is written to each of them.
+fn add_owners(chain: &Chain, segment: Segment, block: BlockIndex, whole: bool, plan: &mut BlockPlan) {
+    for i in segment.first..=segment.last {
+        let known = i == plan.home || i == segment.pivot || plan.supersedes.contains(&i);
+        if !known && chain.layer(i).owns(block) {
+            match whole {
+                true if planted::is(Defect::SupersededEntryKept) => {}
+                true => plan.supersedes.push(i),
+                false => plan.others.push(i),
+            }
+        }
     }
 }
 
 impl WritePlan {
-    /// What a write of version `writer` to `blocks` does.
+    /// What a write of version `writer` to `blocks` does; `is_whole` says which of them it covers entirely.
     #[must_use]
-    pub fn decide(chain: &Chain, writer: VersionIndex, blocks: BlockRange) -> WritePlan {
+    pub fn decide(
+        chain: &Chain,
+        writer: VersionIndex,
+        blocks: BlockRange,
+        is_whole: impl Fn(BlockIndex) -> bool,
+    ) -> WritePlan {
         if chain.live() == 0 {
             // No other version, no table to look at: the common case.
-            let plan = BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(0) };
-            return WritePlan { writer, runs: vec![Run { blocks, plan }] };
+            return WritePlan { writer, runs: vec![Run { blocks, plan: BlockPlan::plain(0) }] };
         }
         let mut runs: Vec<Run> = Vec::with_capacity(1);
         for block in blocks.iter() {
-            let plan = BlockPlan::decide(chain, writer, block);
+            let plan = BlockPlan::decide(chain, writer, block, is_whole(block));
             match runs.last_mut() {
                 Some(run) if run.plan == plan => run.blocks.end = BlockIndex(block.0 + 1),
                 _ => runs.push(Run { blocks: BlockRange::one(block), plan }),
@@ -120,18 +171,16 @@ impl WritePlan {
 
     /// Whether any of its blocks must be locked exclusively.
     #[must_use]
-    pub fn excludes(&self) -> bool {
-        self.runs.iter().any(|run| run.plan.excludes())
+    pub fn excludes(&self, chain: &Chain) -> bool {
+        let excludes = |plan: &BlockPlan| plan.excludes() || chain.layer(plan.home).image.excludes();
+        self.runs.iter().any(|run| excludes(&run.plan))
     }
 
     /// The one layer that all bytes go to as they are, if there is one.
     #[must_use]
     pub fn single_target(&self) -> Option<VersionIndex> {
-        let mut targets = self.runs.iter().map(|run| match (&run.plan.targets, run.plan.adopt_from) {
-            (Targets::One(one), None) => Some(*one),
-            _ => None,
-        });
-        let first = targets.next()??;
-        targets.all(|t| t == Some(first)).then_some(first)
+        let home = self.runs.first()?.plan.home;
+        let direct = |plan: &BlockPlan| plan.home == home && plan.fill_from.is_none() && plan.others.is_empty();
+        self.runs.iter().all(|run| direct(&run.plan)).then_some(home)
     }
 }

@@ -31,11 +31,25 @@ pub enum Defect {
     DiscardAtOnce,
     /// Deleting a version hands nothing to its neighbour.
     DeleteWithoutHandover,
+    /// A read through a table does not notice that an entry was deleted and made anew while it read.
+    NoReadGeneration,
+    /// Folding a log overwrites the base without saving what older versions read there.
+    FoldWithoutPreserve,
+    /// A log is folded while writes may still go to it.
+    FoldWithoutGrace,
+    /// The rest of a partly written block is not filled in.
+    NoFill,
+    /// A draining write of a whole block leaves the newer version's entry in place.
+    SupersededEntryKept,
+    /// A split leaves the old version's writes on its own leg only.
+    SplitNotMirrored,
+    /// Connections are pinned only after the counter has moved.
+    PinAfterCut,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 13] = [
+    pub const ALL: [Defect; 20] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -49,6 +63,13 @@ impl Defect {
         Defect::DrainNotMirrored,
         Defect::DiscardAtOnce,
         Defect::DeleteWithoutHandover,
+        Defect::NoReadGeneration,
+        Defect::FoldWithoutPreserve,
+        Defect::FoldWithoutGrace,
+        Defect::NoFill,
+        Defect::SupersededEntryKept,
+        Defect::SplitNotMirrored,
+        Defect::PinAfterCut,
     ];
 }
 

@@ -95,8 +95,12 @@ impl Disk {
 
     async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
         let decide = |chain: &Chain| {
-            let plan = WritePlan::decide(chain, chain.at_epoch(epoch), part.blocks);
-            let excludes = plan.excludes() || is_misaligned(chain, &part);
+            let is_whole = |block| {
+                let (at, len) = self.geometry.bytes(BlockRange::one(block));
+                part.at <= at && at.0 + len <= part.at.0 + part.len
+            };
+            let plan = WritePlan::decide(chain, chain.at_epoch(epoch), part.blocks, is_whole);
+            let excludes = plan.excludes(chain) || is_misaligned(chain, &plan, &part);
             (plan, excludes)
         };
         let early = self.chain();
@@ -152,8 +156,9 @@ impl Disk {
         Ok(())
     }
 
-    /// Copies blocks from one layer into another, except zeros: where nothing was written yet, a sparse image has them
-    /// already. Does not set bits. The caller holds the blocks' locks exclusively.
+    /// Copies blocks from one layer into another. Does not set bits. The caller holds the blocks' locks exclusively.
+    ///
+    /// Zeros stay holes: below the pivot a place without an entry is one already, elsewhere it is made one.
     pub(super) async fn copy_blocks(
         &self,
         queue: &IoQueue,
@@ -163,16 +168,18 @@ impl Disk {
     ) -> Result<(), String> {
         let (at, len) = self.geometry.bytes(blocks);
         let (from, to) = (&chain.layer(copy.from).image, &chain.layer(copy.to).image);
-        let Owned::Table(table) = &chain.layer(copy.to).owned else {
-            unreachable!("the pivot owns every block and is never copied to")
-        };
-        table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
+        if let Owned::Table(table) = &chain.layer(copy.to).owned {
+            table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
+        }
         let old = AlignedBuf::zeroed(usize_of(len));
         let old = from.read(queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
         let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
         let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
+        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) {
+            to.zero(queue, at, len, true).await.map_err(|e| e.to_string())?;
+        }
         let writes = pieces.into_iter().map(|piece| {
             let here = at.add(piece.start as u64);
             to.write(queue, here, IoBuf::Shared(old.clone(), piece), false)
@@ -193,33 +200,68 @@ impl Disk {
         plan: &WritePlan,
         part: &Part,
     ) -> Result<(), RequestError> {
-        if let Some(target) = plan.single_target()
-            && !is_misaligned(chain, part)
-        {
-            let image = &chain.layer(target).image;
-            match &part.data {
-                Data::Guest(guest) => {
-                    image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
-                }
-                Data::Zeros { unmap, .. } => {
-                    write_zeros(image, queue, part.at, part.len, *unmap).await?;
-                    if part.durable {
-                        image.sync(queue).await?;
+        for run in plan.runs.iter().filter(|run| run.plan.adopts) {
+            if let Owned::Table(table) = &chain.layer(run.plan.home).owned {
+                let image = &chain.layer(run.plan.home).image;
+                let at = self.geometry.bytes(run.blocks).0;
+                let full = |e| ImageError::from_io(crate::image::ImageOp::Write, image.path(), Some(at), &e);
+                table.prepare(run.blocks).map_err(full)?;
+            }
+        }
+        match plan.single_target() {
+            Some(target) if !is_misaligned(chain, plan, part) => {
+                let image = &chain.layer(target).image;
+                match &part.data {
+                    Data::Guest(guest) => {
+                        image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
+                    }
+                    Data::Zeros { unmap, .. } => {
+                        write_zeros(image, queue, part.at, part.len, *unmap).await?;
+                        if part.durable {
+                            image.sync(queue).await?;
+                        }
                     }
                 }
             }
-            return Ok(());
+            _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
+        let mut logged = false;
+        for run in &plan.runs {
+            logged |= run.plan.adopts || !run.plan.supersedes.is_empty();
+            if run.plan.adopts
+                && let Owned::Table(table) = &chain.layer(run.plan.home).owned
+            {
+                table.set(run.blocks);
+            }
+            for &index in &run.plan.supersedes {
+                self.drop_entries(queue, chain, index, run.blocks).await;
+            }
+        }
+        if logged && part.durable {
+            // Durable bytes are worth nothing without the entry that points to them.
+            self.flush_from(queue, chain, plan.writer).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes to all targets of each run. A guest that changes its memory meanwhile cannot make them differ.
+    async fn write_everywhere(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        plan: &WritePlan,
+        part: &Part,
+    ) -> Result<(), RequestError> {
         let stable = match &part.data {
             Data::Guest(guest) => Stable::Bytes(Arc::new(guest.copy_out())),
             Data::Zeros { unmap, .. } => Stable::Zeros { unmap: *unmap },
         };
         let mut writes = Vec::new();
         for run in &plan.runs {
-            for &target in run.plan.targets.as_slice() {
+            for target in run.plan.targets() {
                 let stable = &stable;
                 writes.push(async move {
-                    let done = self.write_run(queue, chain, plan.writer, run, target, part, stable).await;
+                    let done = self.write_run(queue, chain, run, target, part, stable).await;
                     (run, target, done)
                 });
             }
@@ -232,21 +274,14 @@ impl Disk {
                 self.absorb(chain, plan.writer, run, target, e)?;
             }
         }
-        for run in plan.runs.iter().filter(|run| run.plan.adopt_from.is_some()) {
-            if let Owned::Table(table) = &chain.layer(plan.writer).owned {
-                table.set(run.blocks);
-            }
-        }
         Ok(())
     }
 
-    /// Writes the part's bytes of one run to one target; a block that the writer takes over is written whole.
-    #[allow(clippy::too_many_arguments)] // All of them are the run's context; a struct of them would have one user.
+    /// Writes the part's bytes of one run to one target; a block that home does not have is written whole.
     async fn write_run(
         &self,
         queue: &IoQueue,
         chain: &Chain,
-        writer: VersionIndex,
         run: &Run,
         target: VersionIndex,
         part: &Part,
@@ -256,14 +291,7 @@ impl Disk {
         let (run_at, run_len) = self.geometry.bytes(run.blocks);
         let from = run_at.max(part.at);
         let to = (run_at.0 + run_len).min(part.at.0 + part.len);
-        let adopts = (target == writer).then_some(run.plan.adopt_from).flatten();
-        if let (Some(_), Owned::Table(table)) = (adopts, &chain.layer(target).owned) {
-            let full =
-                |e: std::io::Error| ImageError::from_io(crate::image::ImageOp::Write, image.path(), Some(run_at), &e);
-            table.prepare(run.blocks).map_err(full)?;
-        }
-        let partial = from > run_at || to < run_at.0 + run_len;
-        if let (Some(source), true) = (adopts, partial) {
+        if let Some(source) = run.plan.fill_from.filter(|_| target == run.plan.home) {
             let source = &chain.layer(source).image;
             return overlay(source, image, queue, (run_at, run_len), (from, to), part, stable).await;
         }
@@ -285,6 +313,38 @@ impl Disk {
         }
     }
 
+    /// Deletes entries that home has superseded and gives their space back (sources 002 [0077], [0083], [0095]; figures
+    /// 16 and 23). The sources delete first; here home has the bytes first, so that no reader sees older ones.
+    ///
+    /// Readers that resolved to the entries find the change when they resolve again, also if the blocks have
+    /// new entries by then ([`super::BlockLocks::generation`]).
+    pub(super) async fn drop_entries(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, blocks: BlockRange) {
+        let layer = chain.layer(index);
+        let Owned::Table(table) = &layer.owned else { unreachable!("the pivot has no entries to delete") };
+        table.clear(blocks);
+        self.locks.advance_generation(blocks);
+        let (at, len) = self.geometry.bytes(blocks);
+        if let Some(log) = &layer.log {
+            // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
+            match log.freed.prepare(blocks) {
+                Ok(()) => log.freed.set(blocks),
+                Err(e) => log::debug!("the space of superseded blocks is not given back: {e}"),
+            }
+            return;
+        }
+        if index > chain.pivot_of(index) {
+            // Whatever comes to this place later is written there whole, so old bytes may stay.
+            if let Err(e) = layer.image.release(queue, at, len).await {
+                log::warn!("the space of superseded blocks is not given back: {e}");
+            }
+            return;
+        }
+        // A place without an entry must be a hole: zeros that are saved later are not written.
+        if let Err(e) = layer.image.zero(queue, at, len, true).await {
+            self.break_version(chain.version(index), &format!("blocks could not be given back: {e}"));
+        }
+    }
+
     /// A write to one target failed. If the live version reads there, the guest must know. If only frozen versions do,
     /// they are broken and the guest notices nothing.
     fn absorb(
@@ -296,7 +356,8 @@ impl Disk {
         error: ImageError,
     ) -> Result<(), RequestError> {
         let shows = |version, block| chain.resolve(version, block) == target;
-        if run.blocks.iter().any(|block| shows(chain.live(), block) || run.plan.adopt_from.is_some()) {
+        let is_home = target == run.plan.home && (run.plan.adopts || run.plan.fill_from.is_some());
+        if is_home || run.blocks.iter().any(|block| shows(chain.live(), block)) {
             return Err(error.into());
         }
         for version in writer..chain.live() {
@@ -308,10 +369,12 @@ impl Disk {
     }
 }
 
-/// Whether the image can take the part only together with bytes around it.
-fn is_misaligned(chain: &Chain, part: &Part) -> bool {
-    let unit = u64::from(chain.layer(chain.pivot()).image.alignment().offset_bytes);
-    !part.at.0.is_multiple_of(unit) || !part.len.is_multiple_of(unit)
+/// Whether some image can take the part only together with bytes around it.
+fn is_misaligned(chain: &Chain, plan: &WritePlan, part: &Part) -> bool {
+    plan.runs.iter().flat_map(|run| run.plan.targets()).any(|target| {
+        let unit = u64::from(chain.layer(target).image.alignment().offset_bytes);
+        !part.at.0.is_multiple_of(unit) || !part.len.is_multiple_of(unit)
+    })
 }
 
 /// Reads `cover` from `source`, puts the part's bytes of `range` over it, and writes it to `image`.

@@ -25,19 +25,20 @@ mod worker;
 
 pub use features::QUEUES_MAX;
 pub use intake::{AvailSource, intake};
-pub use server::{ServeOptions, ServerHandle, SocketSource, serve};
+pub use server::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 pub use socket::clear_stale;
 pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// Who wants to know what happens on a socket. Called on the server's own threads: return quickly.
+/// Who wants to know what happens on a socket with one frontend or several. Called on the server's own threads:
+/// return quickly.
 pub trait Observer: Send + Sync + 'static {
     /// A frontend has connected.
     fn connected(&self) {}
 
-    /// The frontend is gone, and all its requests are done.
+    /// A frontend is gone, and all its requests are done.
     fn disconnected(&self) {}
 
     /// A request's answer was put on the ring of `queue`.

@@ -1,17 +1,18 @@
 //! A socket and the frontends that connect to it.
 //!
 //! What always holds:
-//! - At most [`FRONTENDS_MAX`] sessions run; each has its own thread and state. A frontend that comes while one is alive is
-//!   refused with a log line; one that comes while the old one is hanging up gets its turn.
+//! - At most [`ServeOptions::frontends_max`] sessions run; each has its own thread, state and connection to the disk. A
+//!   frontend that comes when all places are taken is refused with a log line; one that comes while an old one is
+//!   hanging up gets its turn.
 //! - After [`ServerHandle::stop`] every request is done, no thread is left, and the socket is gone.
-//! - Counters outlive connections.
+//! - Counters outlive connections, and sessions share those of a queue.
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,9 +25,9 @@ use super::stats::{QueueCounters, QueueStats};
 use super::{Observer, RateLimit};
 use crate::mirror::Attachment;
 
-/// Frontends at once. The session has no state outside itself, so this is policy: two guests on one disk would not
-/// know of each other.
-const FRONTENDS_MAX: usize = 1;
+/// The most frontends that one socket may be asked to serve at once. Each may have a thread and an io_uring for each
+/// queue, and some hundred mappings.
+pub const FRONTENDS_MAX: usize = 16;
 /// How long a message that is being handled may take to end by itself when the server stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to leave the socket alone when the system has no descriptors left.
@@ -53,15 +54,17 @@ pub struct ServeOptions {
     pub queues: u16,
     /// The serial number that the guest can ask for; up to 20 bytes, longer ones are cut.
     pub serial: String,
+    /// How many frontends may be connected at once: 1, or up to [`FRONTENDS_MAX`] if they know of each other.
+    pub frontends_max: usize,
     /// Who is told.
     pub observer: Arc<dyn Observer>,
-    /// Whether to end when the first frontend has left.
+    /// Whether to end when the first frontend has left, and nobody else is connected.
     pub once: bool,
 }
 
 struct Shared {
     stop: AtomicBool,
-    connected: AtomicBool,
+    connected: AtomicUsize,
     wake: OwnedFd,
     counters: Vec<Arc<QueueCounters>>,
     ended: (Mutex<bool>, Condvar),
@@ -85,7 +88,11 @@ impl fmt::Debug for ServerHandle {
 /// When the options make no sense, or the socket cannot be had: something else is at its path, or a live process
 /// listens there.
 pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
-    let ServeOptions { name, socket, attachment, queues, serial, observer, once } = options;
+    let ServeOptions { name, socket, attachment, queues, serial, frontends_max, observer, once } = options;
+    if frontends_max == 0 || frontends_max > FRONTENDS_MAX {
+        let what = format!("{frontends_max} frontends were asked for; a socket serves 1 to {FRONTENDS_MAX}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
     if queues == 0 || queues > QUEUES_MAX {
         let what = format!("{queues} queues were asked for; a disk has 1 to {QUEUES_MAX}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
@@ -100,19 +107,21 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
         SessionContext { name: name.clone(), attachment, serial: serial_bytes, counters: counters.clone(), observer };
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
-        connected: AtomicBool::new(first.is_some()),
+        connected: AtomicUsize::new(usize::from(first.is_some())),
         wake,
         counters,
         ended: (Mutex::new(false), Condvar::new()),
     });
     let once = once || bound.is_none();
-    let mut server = Server::new(shared.clone(), context, bound, once)?;
+    let mut server = Server::new(shared.clone(), context, bound, frontends_max, once)?;
     let ended = Ended(shared.clone());
     let thread = std::thread::Builder::new().name(format!("serve-{name}")).spawn(move || {
         // Moved in, so that waiters are told even if the thread panics.
         let _ended = ended;
         if let Some(stream) = first {
             server.start(stream);
+            // It was counted before it had a session of its own.
+            server.shared.connected.fetch_sub(1, Ordering::AcqRel);
         }
         if let Err(e) = server.run() {
             log::error!("{}: the socket cannot be served any more: {e}", server.context.name);
@@ -169,6 +178,12 @@ impl ServerHandle {
     /// Whether a frontend is connected.
     #[must_use]
     pub fn is_connected(&self) -> bool {
+        self.frontends() > 0
+    }
+
+    /// How many frontends are connected.
+    #[must_use]
+    pub fn frontends(&self) -> usize {
         self.shared.connected.load(Ordering::Acquire)
     }
 
@@ -244,6 +259,7 @@ struct Server {
     shared: Arc<Shared>,
     context: SessionContext,
     socket: Option<BoundSocket>,
+    frontends_max: usize,
     once: bool,
     epoll: OwnedFd,
     active: Vec<Connection>,
@@ -258,6 +274,7 @@ impl Server {
         shared: Arc<Shared>,
         context: SessionContext,
         socket: Option<BoundSocket>,
+        frontends_max: usize,
         once: bool,
     ) -> io::Result<Server> {
         let raw = epoll::create(true)?;
@@ -267,6 +284,7 @@ impl Server {
             shared,
             context,
             socket,
+            frontends_max,
             once,
             epoll,
             active: Vec::new(),
@@ -298,7 +316,7 @@ impl Server {
             if self.once && self.served > 0 && self.active.is_empty() {
                 return Ok(());
             }
-            if self.active.len() < FRONTENDS_MAX
+            if self.active.len() < self.frontends_max
                 && let Some(stream) = self.waiting.take()
             {
                 self.start(stream);
@@ -341,30 +359,41 @@ impl Server {
 
     fn admit(&mut self, stream: UnixStream) {
         self.reap();
-        if self.active.len() < FRONTENDS_MAX {
+        if self.active.len() < self.frontends_max {
             self.start(stream);
         } else if self.active.iter().any(Connection::is_leaving) {
             self.waiting = Some(stream);
         } else if self.complaints.allows() {
-            log::warn!("{}: refused a frontend: another one is connected", self.context.name);
+            match self.frontends_max {
+                1 => log::warn!("{}: refused a frontend: another one is connected", self.context.name),
+                all => log::warn!("{}: refused a frontend: {all} others are connected", self.context.name),
+            }
         }
     }
 
     fn start(&mut self, stream: UnixStream) {
         self.served += 1;
+        let mut context = self.context.clone();
+        if self.frontends_max > 1 {
+            // Several may have something to complain about.
+            context.name = format!("{} frontend {}", context.name, self.served);
+        }
         let started = stream.set_nonblocking(false).and_then(|()| stream.try_clone()).and_then(|clone| {
-            let done = Arc::new(AtomicBool::new(false));
-            let guard = SessionGuard { shared: self.shared.clone(), context: self.context.clone(), done: done.clone() };
-            self.shared.connected.store(true, Ordering::Release);
+            let guard = SessionGuard::new(&self.shared, &context.observer);
+            let done = guard.done.clone();
             let thread = std::thread::Builder::new().name(format!("vu-{}", self.context.name)).spawn(move || {
-                guard.context.observer.connected();
-                session::run(guard.context.clone(), clone, &guard.shared.stop);
+                session::run(context, clone, &guard.shared.stop);
+                drop(guard);
             })?;
             Ok(Connection { stream, thread, done })
         });
         match started {
             Ok(connection) => self.active.push(connection),
-            Err(e) => log::warn!("{}: cannot serve a connection: {e}", self.context.name),
+            Err(e) => {
+                log::warn!("{}: cannot serve a connection: {e}", self.context.name);
+                // It may have been the only one that this server was for.
+                self.shared.wake();
+            }
         }
     }
 
@@ -399,17 +428,26 @@ impl Server {
     }
 }
 
-/// Says that a session is over, however it ended.
+/// Says that a session begins, and that it is over, however it ended.
 struct SessionGuard {
     shared: Arc<Shared>,
-    context: SessionContext,
+    observer: Arc<dyn Observer>,
     done: Arc<AtomicBool>,
+}
+
+impl SessionGuard {
+    fn new(shared: &Arc<Shared>, observer: &Arc<dyn Observer>) -> SessionGuard {
+        shared.connected.fetch_add(1, Ordering::AcqRel);
+        observer.connected();
+        let (shared, observer) = (shared.clone(), observer.clone());
+        SessionGuard { shared, observer, done: Arc::new(AtomicBool::new(false)) }
+    }
 }
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
-        self.shared.connected.store(false, Ordering::Release);
-        self.context.observer.disconnected();
+        self.shared.connected.fetch_sub(1, Ordering::AcqRel);
+        self.observer.disconnected();
         self.done.store(true, Ordering::Release);
         self.shared.wake();
     }

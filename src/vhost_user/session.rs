@@ -4,7 +4,7 @@
 //! - A message is answered when it has taken effect: workers have obeyed, or have drained where the protocol asks for it.
 //! - What was not offered is refused; a refusal closes the connection (after the reply that was asked for), since a
 //!   frontend that goes on after one would have another idea of the device than we do.
-//! - When the session ends, every request is done and no thread of it is left.
+//! - When the session ends, every request is done and no thread of it is left; then its connection to the disk ends.
 
 use std::fs::File;
 use std::io;
@@ -42,7 +42,9 @@ pub(super) struct SessionContext {
 }
 
 /// Serves one connection until it ends, for whatever reason. Logs the reason unless the frontend just left.
-pub(super) fn run(context: SessionContext, stream: UnixStream, is_stopping: &AtomicBool) {
+pub(super) fn run(mut context: SessionContext, stream: UnixStream, is_stopping: &AtomicBool) {
+    // Whoever is connected at a cut may stay with the version of before. It ends with the session, below.
+    context.attachment = context.attachment.connect();
     let name = context.name.clone();
     let closer = match stream.try_clone() {
         Ok(clone) => Arc::new(Closer { stream: clone, reason: Mutex::new(None) }),

@@ -1,7 +1,7 @@
 //! Counters of what guests did, without a lock on the data path.
 //!
 //! What always holds: counters belong to the server and outlive its connections, so they never go backwards; each
-//! queue has counters of its own, which one worker at a time writes. A snapshot is not one instant: a request that
+//! queue has counters of its own, which one worker of each frontend writes. A snapshot is not one instant: a request that
 //! completes meanwhile may be in one number and not yet in another.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use halfsilver::control::api::SnapshotState;
+use halfsilver::control::api::{JobState, LegState, SnapshotState, Strategy};
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
@@ -87,7 +87,12 @@ fn lists_are_arrays_and_the_rest_are_objects() {
     assert_eq!(rig.json("job list --json")[0]["id"], 7);
     assert_eq!(rig.json("job set 7 --delay-ms 20 --json")["delay_ms"], 20);
     assert_eq!(rig.json("job show 7 --json")["delay_ms"], 20);
-    assert_eq!(rig.json("job stop 7 --json"), json!({ "id": 7, "state": "stopped" }));
+    let stopped = rig.json("job stop 7 --json");
+    assert_eq!((&stopped["id"], &stopped["state"]), (&json!(7), &json!("stopped")));
+    assert_eq!(rig.json("job resume 7 --json")["state"], "running");
+    rig.fake.set_job(7, JobState::Done, None);
+    assert_eq!(rig.json("job wait 7 --json")["state"], "done");
+    assert_eq!(rig.json("job stop 7 --json"), json!({ "id": 7, "state": "removed" }));
     let status = rig.json("status --json");
     assert_eq!((&status["state"], &status["disks"][0]["name"]), (&json!("serving"), &json!("vm2")));
 }
@@ -100,10 +105,15 @@ fn people_see_aligned_tables() {
     let mut lines = disks.lines();
     assert_eq!(lines.next(), Some("DISK  STATE    SIZE     FRONTENDS  SNAPSHOTS  SOCKET"));
     assert_eq!(lines.next(), Some("vm1   serving  1.0 GiB  0          0          /run/fake/vm1.sock"));
-    assert!(rig.done("job list").contains("1.0 MiB  12.3 MiB  5 ms"));
+    assert!(rig.done("job list").contains("1.0 MiB  12.3 MiB  8%       1 min 30 s  5 ms"));
+    let job = rig.done("job show 1");
+    assert!(job.contains("percent  8%\n") && job.contains("left     1 min 30 s\n"), "{job}");
     assert!(rig.done("snapshot list").contains("vm1@daily  draining  copy-on-write"));
-    assert!(rig.done("snapshot show vm1@daily").contains("quiesced    -\n"));
-    assert!(rig.done("disk show vm1").contains("block size  4.0 KiB\n"));
+    assert!(rig.done("snapshot show vm1@daily").contains("quiesced       -\n"));
+    assert!(rig.done("snapshot show vm1@daily").contains("old frontends  0\n"));
+    let disk = rig.done("disk show vm1");
+    assert!(disk.contains("block size  4.0 KiB\n") && disk.contains("shared      false\n"), "{disk}");
+    assert!(!disk.contains("LEG"));
     let status = rig.done("status");
     assert!(status.starts_with("halfsilver ") && status.contains("vm1@daily") && status.contains("fold"), "{status}");
 }
@@ -129,6 +139,7 @@ fn control_before_or_after() {
 #[test]
 fn refusals_are_one_line_and_status_1() {
     let rig = Rig::with_snapshot("write-logging");
+    rig.fake.forbid(Strategy::WriteLogging);
     for (line, text) in [
         ("disk show vm9", "there is no disk vm9; "),
         ("disk remove vm1", "disk vm1 has snapshots; "),
@@ -137,7 +148,14 @@ fn refusals_are_one_line_and_status_1() {
         ("snapshot delete vm1@daily", "is draining; "),
         ("snapshot create daily --disk vm1", "snapshot vm1@daily exists; "),
         ("snapshot create daily --disk vm1 --disk vm9", "; "),
-        ("snapshot create a --disk vm1 --strategy write-mirroring", "not supported; "),
+        ("snapshot create a --disk vm1 --strategy write-logging", "not supported; "),
+        ("snapshot create a --disk vm1 --strategy write-mirroring", "add one: halfsilver disk mirror vm1 PATH"),
+        ("snapshot delete vm1@daily --keep-image --force", "is write-logging, so its image alone is not its content; "),
+        ("snapshot cutover vm1@x", "there is no snapshot vm1@x; "),
+        ("disk mirror vm9 b.raw", "there is no disk vm9; "),
+        ("disk unmirror vm1", "disk vm1 has no second leg; add one: halfsilver disk mirror vm1 PATH"),
+        ("job resume 1", "there is no job 1; "),
+        ("job wait 1", "there is no job 1; "),
         ("job show 1", "there is no job 1; "),
         ("job set 1 --delay-ms 1", "there is no job 1; "),
         ("serve --config no/such.toml", "cannot read "),
@@ -164,6 +182,15 @@ fn usage_is_status_2() {
         "disk add name=vm3,path=x,size=1",
         "disk add name=vm3,path=x --path y",
         "disk add vm3 --path x --queues 17",
+        "disk add vm3 --path x --mirror x",
+        "disk add vm3 --path x --mirror y --readonly",
+        "disk add vm3 --path x --shared=maybe",
+        "disk mirror vm1",
+        "disk unmirror",
+        "snapshot cutover vm1",
+        "job resume",
+        "job wait x",
+        "serve --disk name=a,path=b,mirror=",
         "snapshot create daily",
         "snapshot create ../x --disk vm1",
         "snapshot create daily --disk vm1 --disk vm1",
@@ -245,6 +272,104 @@ fn waiting_for_a_deletion() {
 }
 
 #[test]
+fn waiting_for_a_deletion_shows_its_job() {
+    let rig = Rig::with_snapshot("write-logging");
+    rig.fake.quiesce("vm1@daily");
+    rig.fake.add_job(3);
+    let line = "snapshot delete vm1@daily --wait";
+    let child = rig.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    rig.fake.set_job(3, JobState::Stopped, None);
+    let stderr = one_line(&child.wait_with_output().unwrap());
+    assert!(stderr.contains("job 3 is stopped; resume it: halfsilver job resume 3"), "{stderr}");
+}
+
+#[test]
+fn waiting_for_a_job() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    rig.fake.add_job(3);
+    for (state, reason) in [(JobState::Done, None), (JobState::Failed, Some("I/O\nerror")), (JobState::Stopped, None)] {
+        rig.fake.set_job(3, JobState::Running, None);
+        let command = &mut rig.command("job wait 3 --json");
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(child.try_wait().unwrap().is_none());
+        rig.fake.set_job(3, state, reason);
+        let output = child.wait_with_output().unwrap();
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&job["state"], job["reason"].as_str()), (&json!(state), reason));
+        match state {
+            JobState::Done => assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..])),
+            JobState::Failed => assert!(one_line(&output).contains("job 3 failed: I/O\\nerror; ")),
+            _ => assert!(one_line(&output).contains("resume it: halfsilver job resume 3")),
+        }
+    }
+    assert!(rig.fails("job stop 3").contains("job 3 is stopped and still has work to do; resume it"));
+    assert!(rig.done("job resume 3").contains("running"));
+    rig.fake.set_job(3, JobState::Done, None);
+    assert!(rig.fails("job resume 3").contains("job 3 is done, so there is nothing to resume; "));
+    assert_eq!(rig.done("job stop 3"), "job 3 had ended, and is off the list\n");
+}
+
+#[test]
+fn a_disk_with_two_legs() {
+    let rig = Rig::with_disks();
+    let both = rig.json("disk add vm3 --path a.raw --mirror b.raw --shared --json");
+    assert_eq!(both["legs"][1]["path"], rig.directory.path().join("b.raw").to_str().unwrap());
+    assert_eq!(both["shared"], true);
+    assert_eq!(rig.json("disk add name=vm3,path=a.raw,mirror=b.raw,shared=on --json"), both);
+
+    assert_eq!(rig.json("disk mirror vm1 b&=%.raw --json")["legs"][1]["state"], "resynchronising");
+    let shown = rig.done("disk show vm1");
+    assert!(shown.contains("/b&=%.raw") && shown.contains("resynchronising  1.0 GiB"), "{shown}");
+    let status = rig.done("status");
+    assert!(status.contains("REMAINING  REASON\nvm1 ") && !status.contains("a.raw"), "{status}");
+    assert!(status.contains("mirror  vm1"), "{status}");
+
+    let wait = |state: LegState| {
+        let mut command = rig.command("disk mirror vm1 b&=%.raw --wait --json");
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(child.try_wait().unwrap().is_none());
+        rig.fake.set_second_leg("vm1", state);
+        child.wait_with_output().unwrap()
+    };
+    assert!(one_line(&wait(LegState::Failed)).contains("b&=%.raw of disk vm1 is failed: I/O error; "));
+    assert!(rig.done("status").contains("failed  768.0 MiB  I/O error"));
+    let output = wait(LegState::InSync);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["legs"][1]["state"], "in-sync");
+    assert!(!rig.done("status").contains("LEG"));
+
+    assert!(rig.fails("disk unmirror vm1 --leg c.raw").contains("is no leg of vm1; "));
+    assert_eq!(rig.json("disk unmirror vm1 --leg b&=%.raw --json")["legs"], json!([]));
+    assert_eq!(rig.json("disk unmirror vm3 --json")["path"], both["path"]);
+}
+
+#[test]
+fn old_frontends_are_moved_over() {
+    let rig = Rig::with_disks();
+    let created = rig.done("snapshot create daily --disk vm1 --writers connection");
+    assert!(created.contains("old frontends  2\n"), "{created}");
+    assert_eq!(rig.json("snapshot cutover vm1@daily --json")["old_frontends"], 0);
+    rig.fake.quiesce("vm1@daily");
+    assert!(rig.done("snapshot cutover vm1@daily --wait").contains("quiesced"));
+    rig.fake.move_to("vm1@daily", SnapshotState::Broken, EventKind::SnapshotBroken);
+    assert!(rig.fails("snapshot cutover vm1@daily").contains("snapshot vm1@daily is broken; "));
+}
+
+#[test]
+fn a_kept_image_is_said_to_be_kept() {
+    let rig = Rig::with_disks();
+    assert!(rig.done("disk add vm3 --path a.raw --mirror b.raw").contains("in-sync"));
+    for (options, said) in [("", "vm3@daily deleted\n"), (" --keep-image", "vm3@daily deleted, its image is kept\n")] {
+        assert!(rig.done("snapshot create daily --disk vm3 --strategy write-mirroring").contains("draining"));
+        rig.fake.quiesce("vm3@daily");
+        assert_eq!(rig.done(&format!("snapshot delete vm3@daily{options}")), said);
+    }
+}
+
+#[test]
 fn events_are_one_object_a_line() {
     let rig = Rig::with_snapshot("copy-on-write");
     let mut child = rig.command("events --json").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -307,6 +432,18 @@ fn completions_and_manual_pages() {
     }
     assert!(rig.done("--version").contains(env!("CARGO_PKG_VERSION")));
     assert!(rig.done("serve --help").contains("--state-dir"));
+    for (line, text) in [
+        ("serve --help", "mirror=other.raw"),
+        ("disk mirror --help", "replace the failed one"),
+        ("disk unmirror --help", "stays as a plain raw image"),
+        ("snapshot cutover --help", "without a reconnect"),
+        ("snapshot delete --help", "--keep-image"),
+        ("job stop --help", "taken off the list"),
+        ("job resume --help", "stopped job"),
+        ("job wait --help", "fails if it fails or is stopped"),
+    ] {
+        assert!(rig.done(line).split_whitespace().collect::<Vec<_>>().join(" ").contains(text), "{line}");
+    }
 }
 
 #[test]

@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use halfsilver::control::api::{
-    Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Snapshot, SnapshotRequest, SnapshotState, Strategy,
-    VersionInfo, Writers,
+    DeleteSnapshotOptions, Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Leg, LegState, Snapshot,
+    SnapshotRequest, SnapshotState, Strategy, VersionInfo, Writers,
 };
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use halfsilver::control::timestamp::Timestamp;
 use halfsilver::control::{
-    ApiError, Deletion, ErrorCode, EventBus, EventKind, Name, Notice, PutOutcome, Server, Service, SnapshotRef,
+    ApiError, Deletion, ErrorCode, EventBus, EventKind, JobDeletion, Name, Notice, PutOutcome, Server, Service,
+    SnapshotRef,
 };
 use serde_json::Value;
 use uuid::Uuid;
@@ -26,9 +27,11 @@ struct State {
     disks: Vec<(DiskConfig, Disk)>,
     snapshots: Vec<Snapshot>,
     jobs: Vec<Job>,
+    forbidden: Option<Strategy>,
 }
 
-/// Supports copy-on-write and write-logging; deleting a log only starts to fold it.
+/// Supports everything, unless told otherwise. What takes long is only started: a log to be folded, a leg to be
+/// synchronised; the test says when it is done. Each snapshot with `writers` = `connection` has two old frontends.
 #[derive(Default)]
 pub(crate) struct Fake {
     state: Mutex<State>,
@@ -62,18 +65,71 @@ impl Fake {
         self.state.lock().unwrap().snapshots.iter().any(|s| s.reference().to_string() == snapshot)
     }
 
-    pub(crate) fn add_job(&self, id: u64) {
-        let (kind, state, started_at) = (JobKind::Fold, JobState::Running, Timestamp::now());
-        let (disk, snapshot, reason) = (name("vm1"), Some(name("daily")), None);
-        let (done_bytes, total_bytes, delay_ms) = (1 << 20, 12_897_485, 5);
-        let job = Job { id, kind, disk, snapshot, state, reason, done_bytes, total_bytes, delay_ms, started_at };
-        self.state.lock().unwrap().jobs.push(job);
+    /// From now on one strategy is not supported.
+    pub(crate) fn forbid(&self, strategy: Strategy) {
+        self.state.lock().unwrap().forbidden = Some(strategy);
     }
+
+    /// A running job that folds vm1@daily.
+    pub(crate) fn add_job(&self, id: u64) {
+        self.begin_job(id, JobKind::Fold, &name("vm1"), Some(name("daily")));
+    }
+
+    fn begin_job(&self, id: u64, kind: JobKind, disk: &Name, snapshot: Option<Name>) {
+        let job = Job {
+            id,
+            kind,
+            disk: disk.clone(),
+            snapshot,
+            state: JobState::Running,
+            reason: None,
+            done_bytes: 1 << 20,
+            total_bytes: 12_897_485,
+            delay_ms: 5,
+            started_at: Timestamp::now(),
+            estimated_seconds: Some(90),
+        };
+        self.state.lock().unwrap().jobs.push(job);
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, disk).with_job(id));
+    }
+
+    /// Changes a job, as the engine would.
+    pub(crate) fn set_job(&self, id: u64, state: JobState, reason: Option<&str>) {
+        for job in self.state.lock().unwrap().jobs.iter_mut().filter(|job| job.id == id) {
+            job.state = state;
+            job.reason = reason.map(str::to_owned);
+            job.estimated_seconds = (state == JobState::Running).then_some(90);
+        }
+    }
+
+    /// Changes the second leg of a disk, as the engine would, and says so.
+    pub(crate) fn set_second_leg(&self, disk: &str, leg_state: LegState) {
+        let mut state = self.state.lock().unwrap();
+        let (_, disk) = state.disks.iter_mut().find(|(_, other)| other.name.as_str() == disk).unwrap();
+        let leg = &mut disk.legs[1];
+        leg.state = leg_state;
+        leg.remaining_bytes = if leg_state == LegState::InSync { 0 } else { 3 << 28 };
+        leg.reason = (leg_state == LegState::Failed).then(|| "I/O error".to_owned());
+        let kind = if leg_state == LegState::Failed { EventKind::LegFailed } else { EventKind::LegInSync };
+        self.bus.publish(Notice::of_disk(kind, &disk.name).with_leg(&leg.path));
+    }
+
+    fn with_disk<T>(&self, disk: &Name, change: impl FnOnce(&mut Disk) -> Result<T, ApiError>) -> Result<T, ApiError> {
+        let mut state = self.state.lock().unwrap();
+        let found = state.disks.iter_mut().find(|(_, other)| other.name == *disk);
+        change(&mut found.ok_or_else(|| ApiError::disk_not_found(disk))?.1)
+    }
+}
+
+fn leg(path: &Path, state: LegState, remaining_bytes: u64) -> Leg {
+    Leg { path: path.to_owned(), state, reason: None, remaining_bytes }
 }
 
 impl Service for Fake {
     fn version(&self) -> VersionInfo {
-        VersionInfo::of_this_build(vec![Strategy::CopyOnWrite, Strategy::WriteLogging], vec![Writers::Request])
+        let mut strategies = Strategy::ALL.to_vec();
+        strategies.retain(|strategy| Some(*strategy) != self.state.lock().unwrap().forbidden);
+        VersionInfo::of_this_build(strategies, Writers::ALL.to_vec())
     }
 
     fn list_disks(&self) -> Result<Vec<Disk>, ApiError> {
@@ -91,6 +147,7 @@ impl Service for Fake {
             let different = ApiError::new(ErrorCode::DiskExists, format!("disk {disk} is configured differently"));
             return if existing == config { Ok(PutOutcome::Unchanged(served.clone())) } else { Err(different) };
         }
+        let in_sync = |path: &PathBuf| leg(path, LegState::InSync, 0);
         let served = Disk {
             id: Uuid::new_v4(),
             name: disk.clone(),
@@ -109,6 +166,8 @@ impl Service for Fake {
             epoch: 1,
             snapshots: 0,
             allocated_bytes: 0,
+            shared: config.shared,
+            legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
         };
         state.disks.push((config.clone(), served.clone()));
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));
@@ -125,6 +184,44 @@ impl Service for Fake {
         Ok(())
     }
 
+    fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<Disk, ApiError> {
+        let begun = self.with_disk(disk, |disk| {
+            if disk.legs.iter().any(|leg| leg.path == path && leg.state != LegState::Failed) {
+                return Ok(false);
+            }
+            if disk.legs.iter().filter(|leg| leg.state != LegState::Failed).count() == 2 {
+                return Err(ApiError::new(ErrorCode::Conflict, format!("disk {} has two legs", disk.name)));
+            }
+            let first = leg(&disk.path, LegState::InSync, 0);
+            disk.legs = vec![first, leg(path, LegState::Resynchronising, disk.size_bytes)];
+            Ok(true)
+        })?;
+        if begun {
+            self.begin_job(9, JobKind::Mirror, disk, None);
+        }
+        self.get_disk(disk)
+    }
+
+    fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<Disk, ApiError> {
+        self.with_disk(disk, |disk| {
+            let Some(second) = disk.legs.get(1) else { return Err(ApiError::no_second_leg(&disk.name)) };
+            let path = leg.unwrap_or(&second.path).to_owned();
+            let Some(at) = disk.legs.iter().position(|leg| leg.path == path) else {
+                return Err(ApiError::new(
+                    ErrorCode::InvalidRequest,
+                    format!("leg: {path:?} is no leg of {}", disk.name),
+                ));
+            };
+            if disk.legs[1 - at].state != LegState::InSync {
+                let message = format!("{} is the only good leg of disk {}", path.display(), disk.name);
+                return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
+            }
+            disk.path = disk.legs[1 - at].path.clone();
+            disk.legs.clear();
+            Ok(disk.clone())
+        })
+    }
+
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<Snapshot>, ApiError> {
         let strategy = request.strategy.unwrap_or(Strategy::CopyOnWrite);
         if !self.version().strategies.contains(&strategy) {
@@ -133,7 +230,18 @@ impl Service for Fake {
         let (group, created_at) = (Uuid::new_v4(), Timestamp::now());
         let mut created = Vec::new();
         for disk in &request.disks {
-            let size_bytes = self.get_disk(disk)?.size_bytes;
+            let served = self.get_disk(disk)?;
+            if strategy == Strategy::WriteMirroring {
+                if served.legs.is_empty() {
+                    return Err(ApiError::no_second_leg(disk));
+                }
+                if served.legs.iter().any(|leg| leg.state != LegState::InSync) {
+                    return Err(ApiError::new(
+                        ErrorCode::MirrorNotInSync,
+                        format!("disk {disk}: a leg is not in sync"),
+                    ));
+                }
+            }
             let reference = SnapshotRef { disk: disk.clone(), name: request.name.clone() };
             if self.get_snapshot(&reference).is_ok() {
                 return Err(ApiError::new(ErrorCode::SnapshotExists, format!("snapshot {reference} exists")));
@@ -152,9 +260,10 @@ impl Service for Fake {
                 image: request.image.clone(),
                 block_size: 4096,
                 owned_bytes: 0,
-                size_bytes,
+                size_bytes: served.size_bytes,
                 created_at,
                 quiesced_at: None,
+                old_frontends: if request.writers == Writers::Connection { 2 } else { 0 },
             });
         }
         self.state.lock().unwrap().snapshots.extend(created.clone());
@@ -171,9 +280,24 @@ impl Service for Fake {
         found.ok_or_else(|| ApiError::snapshot_not_found(snapshot))
     }
 
-    fn delete_snapshot(&self, snapshot: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+    fn cut_over_snapshot(&self, snapshot: &SnapshotRef) -> Result<Snapshot, ApiError> {
         let found = self.get_snapshot(snapshot)?;
-        if !force && found.state == SnapshotState::Draining {
+        if found.state == SnapshotState::Broken {
+            return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {snapshot} is broken")));
+        }
+        if found.old_frontends > 0 {
+            for found in self.state.lock().unwrap().snapshots.iter_mut().filter(|s| s.reference() == *snapshot) {
+                found.old_frontends = 0;
+            }
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCutover, snapshot));
+        }
+        self.get_snapshot(snapshot)
+    }
+
+    fn delete_snapshot(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
+        let found = self.get_snapshot(snapshot)?;
+        options.check(snapshot, found.strategy)?;
+        if !options.force && found.state == SnapshotState::Draining {
             return Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {snapshot} is draining")));
         }
         if found.strategy == Strategy::WriteLogging {
@@ -181,6 +305,9 @@ impl Service for Fake {
             return self.get_snapshot(snapshot).map(Deletion::Started);
         }
         self.forget(&snapshot.to_string());
+        if found.strategy == Strategy::WriteMirroring && !options.keep_image {
+            self.begin_job(8, JobKind::Mirror, &snapshot.disk, None);
+        }
         Ok(Deletion::Done)
     }
 
@@ -199,14 +326,34 @@ impl Service for Fake {
         self.get_job(id)
     }
 
-    fn delete_job(&self, id: u64) -> Result<(), ApiError> {
-        self.get_job(id)?;
-        self.state.lock().unwrap().jobs.retain(|job| job.id != id);
-        Ok(())
+    fn delete_job(&self, id: u64) -> Result<JobDeletion, ApiError> {
+        match self.get_job(id)?.state {
+            JobState::Running => {
+                self.set_job(id, JobState::Stopped, None);
+                self.get_job(id).map(JobDeletion::Stopped)
+            }
+            JobState::Stopped => Err(ApiError::job_unfinished(id)),
+            JobState::Done | JobState::Failed => {
+                self.state.lock().unwrap().jobs.retain(|job| job.id != id);
+                Ok(JobDeletion::Removed)
+            }
+        }
+    }
+
+    fn resume_job(&self, id: u64) -> Result<Job, ApiError> {
+        match self.get_job(id)?.state {
+            state @ (JobState::Done | JobState::Failed) => return Err(ApiError::job_ended(id, state)),
+            JobState::Running | JobState::Stopped => self.set_job(id, JobState::Running, None),
+        }
+        self.get_job(id)
     }
 
     fn metrics(&self) -> MetricsSnapshot {
-        let mut disk = DiskMetrics { disk: name("vm1"), frontends_connected: 2, directions: Default::default() };
+        let legs = vec![
+            leg(Path::new("/images/a.raw"), LegState::InSync, 0),
+            leg(Path::new("/images/\"b\".raw"), LegState::Resynchronising, 4096),
+        ];
+        let mut disk = DiskMetrics { disk: name("vm1"), frontends_connected: 2, directions: Default::default(), legs };
         let reads = &mut disk.directions[0];
         (reads.requests, reads.bytes, reads.errors) = (3, 12_288, 1);
         [1, 100, 20_000_000].into_iter().for_each(|latency_us| reads.latency.record(latency_us));
@@ -216,8 +363,10 @@ impl Service for Fake {
             preserved_blocks: 7,
             preserved_bytes: 28_672,
             drain_seconds,
+            old_frontends: 2,
         };
-        MetricsSnapshot { disks: vec![disk], snapshots: vec![snapshot("daily", Some(0.5)), snapshot("new", None)] }
+        let snapshots = vec![snapshot("daily", Some(0.5)), snapshot("new", None)];
+        MetricsSnapshot { disks: vec![disk], snapshots, jobs: self.list_jobs().unwrap() }
     }
 
     fn events(&self) -> Arc<EventBus> {

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use halfsilver::control::api::{DiskConfig, SnapshotState};
+use halfsilver::control::api::{DiskConfig, JobState, LegState, SnapshotState, Strategy};
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ fn version_and_status() {
     let rig = Rig::with_snapshot("copy-on-write");
     let version = rig.get("/v1/version");
     assert_eq!((version.status, version.header("content-type")), (200, Some("application/json")));
-    assert_eq!(version.json()["strategies"], json!(["copy-on-write", "write-logging"]));
+    assert_eq!(version.json()["strategies"], json!(["copy-on-write", "write-logging", "write-mirroring"]));
     let status = rig.get("/v1/status").json();
     assert_eq!((&status["state"], &status["version"]), (&json!("serving"), &version.json()));
     assert_eq!(status["disks"], rig.get("/v1/disks").json());
@@ -33,7 +33,7 @@ fn a_disk_comes_and_goes() {
     assert_eq!(created.status, 201);
     let disk = created.json();
     for key in "id name path socket size_bytes block_size queues direct readonly serial state reason connected \
-        frontends epoch snapshots allocated_bytes"
+        frontends epoch snapshots allocated_bytes shared legs"
         .split_whitespace()
     {
         assert!(disk.get(key).is_some(), "{key} in {disk}");
@@ -69,7 +69,7 @@ fn a_snapshot_comes_and_goes() {
     assert_eq!((&snapshots[0]["disk"], &snapshots[1]["disk"]), (&json!("vm2"), &json!("vm1")));
     assert_eq!(snapshots[0]["group"], snapshots[1]["group"]);
     for key in "id disk name strategy writers state reason epoch socket image block_size owned_bytes size_bytes \
-        created_at quiesced_at group"
+        created_at quiesced_at group old_frontends"
         .split_whitespace()
     {
         assert!(snapshots[0].get(key).is_some(), "{key} in {snapshots}");
@@ -95,7 +95,120 @@ fn a_log_is_folded_after_the_answer() {
 }
 
 #[test]
-fn jobs_are_paced_and_stopped() {
+fn a_second_leg_comes_and_goes() {
+    let rig = Rig::with_disks();
+    let (mirror, leg) = ("/v1/disks/vm1/mirror", r#"{"path":"/images/b.raw"}"#);
+    assert_eq!(rig.get("/v1/disks/vm1").json()["legs"], json!([]));
+    assert_eq!(rig.refused("DELETE", mirror, "")["code"], "no-second-leg");
+
+    let begun = rig.post(mirror, leg);
+    assert_eq!(begun.status, 202);
+    let legs = json!([
+        { "path": "/images/vm1.raw", "state": "in-sync", "reason": null, "remaining_bytes": 0 },
+        { "path": "/images/b.raw", "state": "resynchronising", "reason": null, "remaining_bytes": 1 << 30 },
+    ]);
+    assert_eq!(begun.json()["legs"], legs);
+    let jobs = rig.get("/v1/jobs").json();
+    assert_eq!((&jobs[0]["kind"], &jobs[0]["snapshot"], &jobs[1]), (&json!("mirror"), &Value::Null, &Value::Null));
+    assert_eq!(rig.post(mirror, leg).status, 202);
+    assert_eq!(rig.refused("POST", mirror, r#"{"path":"/images/c.raw"}"#)["code"], "conflict");
+    let snapshot = r#"{"name":"daily","disks":["vm1"],"strategy":"write-mirroring"}"#;
+    assert_eq!(rig.refused("POST", "/v1/snapshots", snapshot)["code"], "mirror-not-in-sync");
+    assert_eq!(rig.refused("DELETE", &format!("{mirror}?leg=/images/vm1.raw"), "")["code"], "mirror-not-in-sync");
+
+    let mut stream = listen(&rig.path);
+    rig.fake.set_second_leg("vm1", LegState::Failed);
+    let event: Value = serde_json::from_str(read_until(&mut stream, "data:").strip_prefix("data:").unwrap()).unwrap();
+    assert_eq!((&event["event"], &event["leg"]), (&json!("LEG_FAILED"), &json!("/images/b.raw")));
+    assert_eq!(rig.post(mirror, r#"{"path":"/images/c.raw"}"#).json()["legs"][1]["path"], "/images/c.raw");
+    rig.fake.set_second_leg("vm1", LegState::InSync);
+    assert_eq!(read_until(&mut stream, "event: LEG"), "event: LEG_IN_SYNC");
+    assert_eq!(rig.post(mirror, r#"{"path":"/images/c.raw"}"#).status, 200);
+    assert_eq!(rig.post("/v1/snapshots", snapshot).status, 201);
+
+    assert_eq!(rig.refused("DELETE", &format!("{mirror}?leg=/images/b.raw"), "")["code"], "invalid-request");
+    let single = rig.send("DELETE", &format!("{mirror}?leg=%2Fimages%2Fvm1.raw"), "");
+    assert_eq!((single.status, &single.json()["legs"]), (200, &json!([])));
+    assert_eq!(single.json()["path"], "/images/c.raw");
+}
+
+#[test]
+fn wrong_legs_are_refused() {
+    let rig = Rig::with_disks();
+    for body in ["", "{}", r#"{"path":"b.raw"}"#, r#"{"path":"/b.raw","leg":1}"#, r#"{"path":"/b\u0000"}"#] {
+        assert_eq!(rig.refused("POST", "/v1/disks/vm1/mirror", body)["code"], "invalid-request", "{body}");
+    }
+    for query in ["leg=b.raw", "leg=", "path=/b.raw"] {
+        let problem = rig.refused("DELETE", &format!("/v1/disks/vm1/mirror?{query}"), "");
+        assert_eq!(problem["code"], "invalid-request", "{query}");
+    }
+    assert_eq!(rig.refused("POST", "/v1/disks/vm9/mirror", r#"{"path":"/b"}"#)["code"], "disk-not-found");
+    assert_eq!(rig.refused("DELETE", "/v1/disks/vm9/mirror", "")["code"], "disk-not-found");
+
+    for (body, detail) in [
+        (r#"{"path":"/p","mirror":"q"}"#, "mirror: \"q\" is not an absolute path"),
+        (r#"{"path":"/p/q","mirror":"/p/./q"}"#, "mirror: /p/./q is the disk's path already"),
+        (r#"{"path":"/p","mirror":"/q","readonly":true}"#, "mirror: a disk with readonly=on cannot have one"),
+    ] {
+        assert_eq!(rig.refused("PUT", "/v1/disks/vm3", body)["detail"], detail);
+    }
+    let mirrored = rig.send("PUT", "/v1/disks/vm3", r#"{"path":"/p","mirror":"/q","shared":true}"#).json();
+    assert_eq!((&mirrored["shared"], &mirrored["legs"][1]["path"]), (&json!(true), &json!("/q")));
+    assert_eq!(mirrored["legs"][1]["state"], "in-sync");
+}
+
+#[test]
+fn old_frontends_are_cut_over() {
+    let rig = Rig::with_disks();
+    let cutover = "/v1/snapshots/vm1@daily/cutover";
+    assert_eq!(rig.refused("POST", cutover, "")["code"], "snapshot-not-found");
+    let created = rig.post("/v1/snapshots", r#"{"name":"daily","disks":["vm1"],"writers":"connection"}"#);
+    assert_eq!(created.json()[0]["old_frontends"], 2);
+    assert_eq!(rig.refused("POST", &format!("{cutover}?wait=x"), "")["code"], "invalid-request");
+    assert_eq!(rig.refused("POST", "/v1/snapshots/vm1/cutover", "")["code"], "invalid-name");
+
+    let mut stream = listen(&rig.path);
+    let moved = rig.post(cutover, "");
+    assert_eq!((moved.status, &moved.json()["old_frontends"]), (200, &json!(0)));
+    assert_eq!(moved.json()["state"], "draining");
+    assert_eq!(read_until(&mut stream, "event:"), "event: SNAPSHOT_CUTOVER");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| rig.post(&format!("{cutover}?wait=true"), ""));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        rig.fake.quiesce("vm1@daily");
+        assert_eq!(waiting.join().unwrap().json()["state"], "quiesced");
+    });
+    assert_eq!(rig.post(cutover, "").status, 200);
+    rig.fake.move_to("vm1@daily", SnapshotState::Broken, EventKind::SnapshotBroken);
+    assert_eq!(rig.refused("POST", cutover, "")["code"], "snapshot-broken");
+}
+
+#[test]
+fn the_image_of_a_split_leg_goes_back_or_is_kept() {
+    for keep in [false, true] {
+        let rig = Rig::with_disks();
+        assert_eq!(rig.post("/v1/disks/vm1/mirror", r#"{"path":"/images/b.raw"}"#).status, 202);
+        rig.fake.set_second_leg("vm1", LegState::InSync);
+        let body = r#"{"name":"daily","disks":["vm1"],"strategy":"write-mirroring"}"#;
+        assert_eq!(rig.post("/v1/snapshots", body).status, 201);
+        rig.fake.quiesce("vm1@daily");
+        assert_eq!(rig.send("DELETE", &format!("/v1/snapshots/vm1@daily?keep-image={keep}"), "").status, 204);
+        assert_eq!(rig.get("/v1/jobs/8").status, if keep { 404 } else { 200 });
+    }
+    for strategy in ["copy-on-write", "write-logging"] {
+        let rig = Rig::with_snapshot(strategy);
+        let problem = rig.refused("DELETE", "/v1/snapshots/vm1@daily?keep-image=true&force=true", "");
+        assert_eq!(problem["code"], "invalid-request");
+        assert!(problem["detail"].as_str().unwrap().starts_with("keep-image: snapshot vm1@daily is "), "{problem}");
+        assert_eq!(rig.refused("DELETE", "/v1/snapshots/vm1@daily?keep_image=true", "")["code"], "invalid-request");
+    }
+    // It means nothing for a disk.
+    assert_eq!(Rig::with_disks().refused("DELETE", "/v1/disks/vm1?keep-image=true", "")["code"], "invalid-request");
+}
+
+#[test]
+fn jobs_are_paced_stopped_and_resumed() {
     let rig = Rig::new();
     assert_eq!(rig.get("/v1/jobs").body, "[]");
     rig.fake.add_job(3);
@@ -106,7 +219,23 @@ fn jobs_are_paced_and_stopped() {
     for body in [r#"{"delay_ms":-1}"#, r#"{"delay_ms":3600001}"#, r#"{"delay":1}"#, "{}", "[]", ""] {
         assert_eq!(rig.refused("PATCH", "/v1/jobs/3", body)["code"], "invalid-request", "{body}");
     }
+    let stopped = rig.send("DELETE", "/v1/jobs/3", "");
+    assert_eq!((stopped.status, &stopped.json()["state"]), (200, &json!("stopped")));
+    assert_eq!(rig.get("/v1/jobs/3").json(), stopped.json());
+    let unfinished = rig.refused("DELETE", "/v1/jobs/3", "");
+    assert_eq!(
+        (&unfinished["code"], &unfinished["action"]),
+        (&json!("conflict"), &json!("resume it: halfsilver job resume 3"))
+    );
+    for _ in 0..2 {
+        let resumed = rig.post("/v1/jobs/3/resume", "");
+        assert_eq!((resumed.status, &resumed.json()["state"]), (200, &json!("running")));
+        assert_eq!(resumed.json()["estimated_seconds"], 90);
+    }
+    rig.fake.set_job(3, JobState::Done, None);
+    assert_eq!(rig.refused("POST", "/v1/jobs/3/resume", "")["code"], "conflict");
     assert_eq!(rig.send("DELETE", "/v1/jobs/3", "").status, 204);
+    assert_eq!(rig.refused("POST", "/v1/jobs/3/resume", "")["code"], "job-not-found");
     for (method, body) in [("GET", ""), ("DELETE", ""), ("PATCH", r#"{"delay_ms":1}"#)] {
         for id in ["3", "x", "-1", "99999999999999999999999"] {
             assert_eq!(rig.refused(method, &format!("/v1/jobs/{id}"), body)["code"], "job-not-found");
@@ -140,6 +269,7 @@ fn bad_names_are_refused_everywhere() {
 #[test]
 fn bad_bodies_are_refused_with_a_reason() {
     let rig = Rig::with_disks();
+    rig.fake.forbid(Strategy::WriteLogging);
     for (body, code, detail) in [
         ("", "invalid-request", "EOF"),
         ("{", "invalid-request", "EOF"),
@@ -156,7 +286,8 @@ fn bad_bodies_are_refused_with_a_reason() {
         (r#"{"name":"a","disks":["vm1"],"image":"i"}"#, "invalid-request", "not an absolute path"),
         (r#"{"name":"a","disks":["vm1"],"socket":"../s"}"#, "invalid-request", "not an absolute path"),
         (r#"{"name":"a","disks":["vm9"]}"#, "disk-not-found", "vm9"),
-        (r#"{"name":"a","disks":["vm1"],"strategy":"write-mirroring"}"#, "unsupported", "write-mirroring"),
+        (r#"{"name":"a","disks":["vm1"],"strategy":"write-logging"}"#, "unsupported", "write-logging"),
+        (r#"{"name":"a","disks":["vm1"],"strategy":"write-mirroring"}"#, "no-second-leg", "vm1"),
     ] {
         let problem = rig.refused("POST", "/v1/snapshots", body);
         assert_eq!(problem["code"], code, "{body}: {problem}");
@@ -314,6 +445,8 @@ fn waiting_ends_when_the_snapshot_or_the_server_goes() {
 #[test]
 fn metrics_are_what_prometheus_reads() {
     let rig = Rig::new();
+    [3, 4].into_iter().for_each(|id| rig.fake.add_job(id));
+    rig.fake.set_job(4, JobState::Done, None);
     let answer = rig.get("/metrics");
     assert!(answer.header("content-type").unwrap().starts_with("application/openmetrics-text"));
     let mut names = Vec::new();
@@ -339,10 +472,18 @@ fn metrics_are_what_prometheus_reads() {
         r#"halfsilver_preserved_blocks_total{disk="vm1",snapshot="daily"} 7"#,
         r#"halfsilver_preserved_bytes_total{disk="vm1",snapshot="daily"} 28672"#,
         r#"halfsilver_drain_seconds{disk="vm1",snapshot="daily"} 0.5"#,
+        r#"halfsilver_old_frontends{disk="vm1",snapshot="daily"} 2"#,
+        r#"halfsilver_leg_state{disk="vm1",leg="/images/a.raw",state="in-sync"} 1"#,
+        r#"halfsilver_leg_state{disk="vm1",leg="/images/a.raw",state="failed"} 0"#,
+        r#"halfsilver_leg_state{disk="vm1",leg="/images/\"b\".raw",state="resynchronising"} 1"#,
+        r#"halfsilver_leg_remaining_bytes{disk="vm1",leg="/images/\"b\".raw"} 4096"#,
+        r#"halfsilver_job_done_bytes{job="3",kind="fold",disk="vm1"} 1048576"#,
+        r#"halfsilver_job_total_bytes{job="3",kind="fold",disk="vm1"} 12897485"#,
         concat!(r#"halfsilver_build_info{version=""#, env!("CARGO_PKG_VERSION"), r#""} 1"#),
     ] {
         assert!(answer.body.lines().any(|other| other == line), "{line} in\n{}", answer.body);
     }
+    assert!(!answer.body.contains(r#"job="4""#));
     assert!(!answer.body.contains(r#"halfsilver_drain_seconds{disk="vm1",snapshot="new"}"#));
 }
 

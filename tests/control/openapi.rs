@@ -40,12 +40,66 @@ fn every_operation_describes_its_refusals() {
             assert_eq!(problem, "#/components/schemas/Problem", "{method} {path}");
         }
     }
-    for schema in ["Disk", "DiskConfig", "Snapshot", "CreateSnapshots", "Job", "JobPatch", "Event", "Status", "Problem"]
-    {
+    for schema in [
+        "Leg",
+        "MirrorRequest",
+        "Disk",
+        "DiskConfig",
+        "Snapshot",
+        "CreateSnapshots",
+        "Job",
+        "JobPatch",
+        "Event",
+        "Status",
+        "Problem",
+    ] {
         assert!(document["components"]["schemas"][schema]["properties"].is_object(), "{schema}");
     }
     let words = &document["components"]["schemas"]["SnapshotState"]["enum"];
     assert_eq!(words, &serde_json::json!(["draining", "quiesced", "folding", "deleting", "broken"]));
+    for (schema, words) in [
+        ("LegState", serde_json::json!(["in-sync", "resynchronising", "failed", "split"])),
+        ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror"])),
+    ] {
+        assert_eq!(document["components"]["schemas"][schema]["enum"], words);
+    }
+}
+
+#[test]
+fn every_query_key_is_described() {
+    let document = Rig::new().get("/v1/openapi.json").json();
+    for (path, method, keys) in [
+        ("/v1/disks/{disk}", "delete", &["force"][..]),
+        ("/v1/disks/{disk}/mirror", "delete", &["leg"]),
+        ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image"]),
+        ("/v1/snapshots/{snapshot}/cutover", "post", &["wait"]),
+    ] {
+        let parameters = document["paths"][path][method]["parameters"].as_array().unwrap();
+        let query = parameters.iter().filter(|parameter| parameter["in"] == "query" && parameter["required"] == false);
+        let described: Vec<_> = query.map(|parameter| parameter["name"].as_str().unwrap()).collect();
+        assert_eq!(described, keys, "{method} {path}");
+    }
+}
+
+#[test]
+fn every_route_event_and_query_key_is_on_the_page() {
+    let page = include_str!("../../docs/control-api.md");
+    let document = Rig::new().get("/v1/openapi.json").json();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        let path = path.replace("{snapshot}", "{disk}@{name}");
+        for (method, operation) in operations.as_object().unwrap() {
+            let row = format!("| `{} {path}", method.to_uppercase());
+            let line = page.lines().find(|line| line.starts_with(&row) && !line[row.len()..].starts_with(['/', '{']));
+            let line = line.unwrap_or_else(|| panic!("docs/control-api.md lacks the row {row:?}"));
+            for parameter in operation["parameters"].as_array().into_iter().flatten() {
+                let key = parameter["name"].as_str().unwrap();
+                assert!(parameter["in"] != "query" || line.contains(&format!("{key}=")), "{key} in {line}");
+            }
+        }
+    }
+    for kind in document["components"]["schemas"]["EventKind"]["enum"].as_array().unwrap() {
+        assert!(page.contains(&format!("`{}`", kind.as_str().unwrap())), "docs/control-api.md lacks {kind}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ const SEEDS: u64 = 3000;
 
 /// Those that a schedule on one thread can show; the others are about the orders of atomic operations and
 /// are noticed by the model tests.
-const ON_ONE_THREAD: [Defect; 10] = [
+const ON_ONE_THREAD: [Defect; 15] = [
     Defect::EpochPerPart,
     Defect::LeaveEarly,
     Defect::NoBlockLock,
@@ -20,6 +20,11 @@ const ON_ONE_THREAD: [Defect; 10] = [
     Defect::DrainNotMirrored,
     Defect::DiscardAtOnce,
     Defect::DeleteWithoutHandover,
+    Defect::NoReadGeneration,
+    Defect::FoldWithoutPreserve,
+    Defect::FoldWithoutGrace,
+    Defect::NoFill,
+    Defect::SupersededEntryKept,
 ];
 
 #[test]

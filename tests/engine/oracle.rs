@@ -8,17 +8,23 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, PreparedSnapshot, Request,
-    RequestError, Version,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
 };
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const VERSIONS_MAX: usize = 7;
+const VERSIONS_MAX: usize = 8;
+/// Old requests that stay for long.
+const HELD_MAX: usize = 3;
+const FRONTENDS_MAX: usize = 4;
+const LANES: usize = 2;
 
 /// What the disk of a run is made of.
 #[derive(Clone, Copy)]
@@ -28,6 +34,15 @@ struct Shape {
     /// Of every frozen image; None: each cut gets one of its own choice.
     frozen_alignment: Option<u32>,
     faults: bool,
+    strategies: Strategies,
+}
+
+/// Which strategy the cuts of a run have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strategies {
+    CopyOnWrite,
+    WriteLogging,
+    Mixed,
 }
 
 impl Shape {
@@ -37,7 +52,12 @@ impl Shape {
         let (live_alignment, frozen_alignment) =
             [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
                 [usize::try_from(seed % 5).unwrap()];
-        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2 }
+        let strategies = match seed % 4 {
+            0 => Strategies::CopyOnWrite,
+            1 => Strategies::WriteLogging,
+            _ => Strategies::Mixed,
+        };
+        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2, strategies }
     }
 
     fn table(self, sectors: usize) -> Table {
@@ -99,6 +119,11 @@ pub struct Counts {
     pub frozen_reads: u64,
     pub preserved_blocks: u64,
     pub holes_kept: u64,
+    pub logs: u64,
+    pub folds: u64,
+    pub held: u64,
+    pub by_connection: u64,
+    pub moved: u64,
 }
 
 impl Counts {
@@ -115,6 +140,11 @@ impl Counts {
         self.frozen_reads += other.frozen_reads;
         self.preserved_blocks += other.preserved_blocks;
         self.holes_kept += other.holes_kept;
+        self.logs += other.logs;
+        self.folds += other.folds;
+        self.held += other.held;
+        self.by_connection += other.by_connection;
+        self.moved += other.moved;
     }
 }
 
@@ -225,6 +255,12 @@ fn filled(sectors: usize, tag: u64) -> GuestBuf {
     GuestBuf::from_owned(memory).0
 }
 
+fn frontend(disk: &Arc<Disk>) -> (Attachment, Vec<EpochLane>) {
+    let attachment = disk.attach_live().connect();
+    let lanes = (0..LANES).map(|_| attachment.lane()).collect();
+    (attachment, lanes)
+}
+
 /// One random run.
 struct Run {
     rng: Rng,
@@ -234,12 +270,16 @@ struct Run {
     clock: EpochClock,
     editor: Arc<ChainEditor>,
     disk: Arc<Disk>,
-    live: Attachment,
-    lanes: Vec<EpochLane>,
+    /// Frontends, each with its ways into the epochs.
+    frontends: Vec<(Attachment, Vec<EpochLane>)>,
+    /// What the housekeeping of the daemon enters by.
+    lane: EpochLane,
     live_image: SimImage,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
     shape: Shape,
+    /// Requests may still come that belong to the epochs of these.
+    held: Vec<Ticket>,
 }
 
 impl Run {
@@ -273,15 +313,16 @@ impl Run {
             world: Rc::new(RefCell::new(world)),
             scheduler: Scheduler::default(),
             queue: IoQueue::simulated(),
-            lanes: (0..3).map(|_| clock.lane()).collect(),
+            frontends: vec![frontend(&disk)],
+            lane: clock.lane(),
             editor,
             clock,
-            live: disk.attach_live(),
             disk,
             live_image,
             sectors,
             cuts: Vec::new(),
             shape,
+            held: Vec::new(),
         }
     }
 
@@ -300,9 +341,18 @@ impl Run {
 
     fn submit(&mut self) {
         let range = self.range();
-        let ticket = self.lanes[self.rng.below(self.lanes.len())].enter();
+        let frontend = self.rng.below(self.frontends.len());
+        let old = !self.held.is_empty() && self.rng.chance(30);
+        let ticket = match old {
+            true => self.held[self.rng.below(self.held.len())].again(),
+            false => self.frontends[frontend].1[self.rng.below(LANES)].enter(),
+        };
+        if !old && self.held.len() < HELD_MAX && self.rng.chance(4) {
+            self.held.push(ticket.again());
+        }
         let epoch = ticket.epoch();
-        let (world, live, queue) = (self.world.clone(), self.live.clone(), self.queue.clone());
+        self.world.borrow_mut().counts.held += u64::from(old && self.clock.current() != epoch);
+        let (world, live, queue) = (self.world.clone(), self.frontends[frontend].0.clone(), self.queue.clone());
         let at = ByteOffset((range.start * SECTOR) as u64);
         let len = (range.len() * SECTOR) as u64;
         world.borrow_mut().counts.operations += 1;
@@ -361,9 +411,12 @@ impl Run {
     }
 
     fn cut(&mut self) {
+        self.make_room_in_the_clock();
         if self.has_room() {
             let (prepared, image) = self.prepare_cut();
-            let cut = self.editor.cut(vec![prepared]).unwrap();
+            let writers = if self.rng.chance(35) { Writers::Connection } else { Writers::Request };
+            let cut = self.editor.cut(vec![prepared], writers).unwrap();
+            self.world.borrow_mut().counts.by_connection += u64::from(writers == Writers::Connection);
             self.note_cut(cut.ended, cut.frozen[0].clone(), image);
         }
     }
@@ -374,26 +427,80 @@ impl Run {
         let fits = size.is_multiple_of(4096);
         let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
         let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
-        let faulty = self.shape.faults && self.rng.chance(25);
+        let logs = match self.shape.strategies {
+            _ if !self.disk.can_move_pivot() => true,
+            Strategies::CopyOnWrite => false,
+            Strategies::WriteLogging => true,
+            Strategies::Mixed => self.rng.chance(50),
+        };
+        self.world.borrow_mut().counts.logs += u64::from(logs);
+        // A log that cannot be written is the guest's trouble.
+        let faulty = !logs && self.shape.faults && self.rng.chance(25);
         self.world.borrow_mut().any_fault |= faulty;
         if faulty {
             let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
             image.fail_writes(errno, self.rng.below(6));
         }
+        let (backing, table) = (Backing::One(Arc::new(image.clone())), Arc::new(self.shape.table(self.sectors)));
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Backing::One(Arc::new(image.clone())),
-            table: Arc::new(self.shape.table(self.sectors)),
+            layer: match logs {
+                true if self.rng.chance(30) => NewLayer::Live { layer: self.durable_log(backing, table) },
+                true => NewLayer::Live { layer: Layer::of(backing, table) },
+                false => NewLayer::Frozen { image: backing, table },
+            },
             new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
         };
         (prepared, image)
+    }
+
+    /// As the daemon makes logs: with a durable table, so that what is superseded is given back later.
+    fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
+        let bytes = DurableTable::image_bytes(table.blocks());
+        let durable = SimImage::new("durable", usize::try_from(bytes).unwrap(), 512);
+        let log = Rc::new(RefCell::new(None));
+        let (put, queue) = (log.clone(), self.queue.clone());
+        let freed = self.shape.table(self.sectors);
+        self.scheduler.spawn(async move {
+            let made = DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue);
+            *put.borrow_mut() = Some(Arc::new(Log { table: made.await.unwrap(), freed }));
+        });
+        while log.borrow().is_none() {
+            assert!(self.scheduler.step(&mut self.rng), "a log is never made");
+        }
+        let log = log.borrow_mut().take().unwrap();
+        Layer::logged(image, log)
+    }
+
+    /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
+    fn make_room_in_the_clock(&mut self) {
+        if !self.clock.can_advance() {
+            self.held.clear();
+        }
+    }
+
+    fn cut_over(&mut self) {
+        self.make_room_in_the_clock();
+        if !self.cuts.is_empty() && self.clock.can_advance() {
+            let ended = self.cuts[self.rng.below(self.cuts.len())].0;
+            let moved = self.editor.cut_over(&self.disk, ended).unwrap();
+            self.world.borrow_mut().counts.moved += moved as u64;
+        }
+    }
+
+    fn connect_or_leave(&mut self) {
+        if self.frontends.len() < FRONTENDS_MAX && self.rng.chance(60) {
+            self.frontends.push(frontend(&self.disk));
+        } else if self.frontends.len() > 1 {
+            drop(self.frontends.swap_remove(self.rng.below(self.frontends.len())));
+        }
     }
 
     fn note_cut(&mut self, ended: Epoch, version: Arc<Version>, image: SimImage) {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
         if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {ended}");
+            println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
         }
         world.next += 1;
         let key = world.next;
@@ -411,9 +518,10 @@ impl Run {
 
     /// What the daemon does in the background: declares drained versions quiesced.
     fn quiesce(&mut self) {
-        let clock = self.clock.clone();
+        let (clock, disk) = (self.clock.clone(), self.disk.clone());
         self.cuts.retain(|(ended, version)| {
-            let drained = clock.is_drained(*ended);
+            let last = disk.connections().wait_free(*ended, Duration::ZERO);
+            let drained = last.is_some_and(|last| clock.is_drained(last));
             if drained {
                 version.set_quiesced();
             }
@@ -439,7 +547,7 @@ impl Run {
     }
 
     fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
-        let ticket = self.lanes[0].enter();
+        let ticket = self.lane.enter();
         let (world, queue) = (self.world.clone(), self.queue.clone());
         let attachment = self.disk.attach_frozen(version.id);
         let id = world.borrow_mut().begin_read(vec![key], range.clone());
@@ -476,20 +584,32 @@ impl Run {
             return;
         }
         let (index, version) = candidates[self.rng.below(candidates.len())].clone();
+        self.make_room_in_the_clock();
+        if !self.clock.can_advance() {
+            return;
+        }
+        let ended = match self.editor.begin_retire(&self.disk, &version) {
+            Ok(ended) => ended,
+            Err(RetireError::Busy) => return,
+            Err(e) => panic!("{e}"),
+        };
+        let chain = self.disk.chain();
+        let at = chain.position(version.id).unwrap();
+        if std::env::var_os("ORACLE_TRACE").is_some() {
+            let began: Vec<_> = chain.links().iter().map(|l| l.version.began.0).collect();
+            println!("delete {at} of {began:?}, pivot {}", chain.pivot_of(at));
+        }
+        self.world.borrow_mut().counts.folds += u64::from(at == chain.pivot_of(at));
         self.world.borrow_mut().counts.deletes_in_the_middle += u64::from(index > 0);
-        let ended = self.editor.begin_retire(&version).unwrap();
-        let (world, queue, clock) = (self.world.clone(), self.queue.clone(), self.clock.clone());
+        let (world, queue) = (self.world.clone(), self.queue.clone());
         let (disk, editor) = (self.disk.clone(), self.editor.clone());
         let (lane, block) = (self.clock.lane(), self.shape.block as u64);
         self.scheduler.spawn(async move {
-            clock.drained(ended).await;
-            let mut at = BlockIndex(0);
-            loop {
-                let ticket = lane.enter();
-                let Some(next) = disk.hand_over(&queue, &ticket, version.id, at).await else { break };
-                at = next;
+            let pace = Arc::new(Pace::default());
+            let done = job::retire(queue.clone(), editor, disk.clone(), version.clone(), ended, pace).await;
+            if done != Ok(Outcome::Done) {
+                return world.borrow_mut().fail(format!("a deletion ended with {done:?}"));
             }
-            editor.finish_retire(&disk, version.id);
             {
                 let mut world = world.borrow_mut();
                 world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
@@ -536,6 +656,9 @@ impl Run {
             45..50 => self.cut(),
             50..60 => self.read_frozen(),
             60..62 => self.delete(),
+            62..64 => self.connect_or_leave(),
+            64 => self.cut_over(),
+            65..67 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
         for _ in 0..self.rng.below(9) {
@@ -552,7 +675,17 @@ impl Run {
         self.finish()
     }
 
+    /// No request comes any more that belongs to an old epoch.
+    fn rest(&mut self) {
+        self.held.clear();
+        self.frontends.truncate(1);
+        if let Some((ended, _)) = self.cuts.last() {
+            self.editor.cut_over(&self.disk, *ended).unwrap();
+        }
+    }
+
     fn settle(&mut self) -> Result<(), String> {
+        self.rest();
         if !self.scheduler.settle(&mut self.rng) {
             return Err(format!("{} tasks hang", self.scheduler.tasks()));
         }
@@ -606,7 +739,9 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     for _ in 0..steps {
         if rng.chance(5) && disks.iter().all(Run::has_room) {
             let (prepared, images): (Vec<_>, Vec<_>) = disks.iter_mut().map(Run::prepare_cut).unzip();
-            let cut = disks[0].editor.clone().cut(prepared).unwrap();
+            disks.iter_mut().for_each(Run::make_room_in_the_clock);
+            let writers = if rng.chance(35) { Writers::Connection } else { Writers::Request };
+            let cut = disks[0].editor.clone().cut(prepared, writers).unwrap();
             for ((disk, image), version) in disks.iter_mut().zip(images).zip(cut.frozen) {
                 disk.note_cut(cut.ended, version, image);
             }
@@ -615,6 +750,8 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     }
     // A deletion on one disk waits for requests on the other, so the two come to rest together.
     let [one, other] = &mut disks;
+    one.rest();
+    other.rest();
     while one.scheduler.step(&mut one.rng) | other.scheduler.step(&mut other.rng) {}
     disks.iter_mut().try_for_each(Run::settle)?;
     let mut total = Counts::default();
@@ -664,6 +801,11 @@ fn random_runs_match_one_array_a_version() {
         ("reads of frozen versions", total.frozen_reads),
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
+        ("logs", total.logs),
+        ("folds", total.folds),
+        ("requests that came long after their epoch had ended", total.held),
+        ("cuts by connection", total.by_connection),
+        ("connections cut over", total.moved),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue, OpKind};
 use halfsilver::mirror::{
-    Backing, BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request,
-    RequestError, Targets, Ticket, Version, VersionId,
+    Backing, BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot,
+    Request, RequestError, Ticket, Version, VersionId, Writers,
 };
 use halfsilver::store::BlockIndex;
 
@@ -48,11 +48,13 @@ impl Bench {
         let image = SimImage::new("frozen", usize::try_from(geometry.size_bytes).unwrap(), 512);
         let prepared = PreparedSnapshot {
             disk: self.disk.clone(),
-            image: Backing::One(Arc::new(image.clone())),
-            table: Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap()),
+            layer: NewLayer::Frozen {
+                image: Backing::One(Arc::new(image.clone())),
+                table: Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap()),
+            },
             new_live: VersionId::new_v4(),
         };
-        (self.editor.cut(vec![prepared]).unwrap(), image)
+        (self.editor.cut(vec![prepared], Writers::Request).unwrap(), image)
     }
 
     fn request(&self, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
@@ -211,15 +213,16 @@ fn a_discard_waits_until_nobody_reads_the_block() {
 fn the_plan_of_a_write_can_be_read() {
     let bench = Bench::new();
     let block = BlockIndex(0);
-    let plan = |writer| BlockPlan::decide(&bench.disk.chain(), writer, block);
-    assert_eq!(plan(0), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(0) });
+    let plan = |writer, whole| BlockPlan::decide(&bench.disk.chain(), writer, block, whole);
+    assert_eq!(plan(0, false), BlockPlan::plain(0));
     bench.cut();
-    let first = BlockPlan { preserve: Some(Copy { from: 1, to: 0 }), adopt_from: None, targets: Targets::One(1) };
-    assert_eq!(plan(1), first);
-    assert_eq!(plan(0), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(1) });
+    let first = BlockPlan { preserve: Some(Copy { from: 1, to: 0 }), ..BlockPlan::plain(1) };
+    assert_eq!(plan(1, false), first);
+    assert_eq!(plan(0, false), BlockPlan::plain(1));
     bench.write(&bench.ticket(), 0..1, 1);
-    assert_eq!(plan(1), BlockPlan { preserve: None, adopt_from: None, targets: Targets::One(1) });
-    assert_eq!(plan(0).targets, Targets::Many(vec![0, 1]), "a draining write goes to both");
+    assert_eq!(plan(1, false), BlockPlan::plain(1));
+    assert_eq!(plan(0, false), BlockPlan { others: vec![0], ..BlockPlan::plain(1) }, "a part goes to both");
+    assert_eq!(plan(0, true), BlockPlan { supersedes: vec![0], ..BlockPlan::plain(1) }, "a whole block to one");
 }
 
 /// The guest never waits for a backup: a read of VLUN A takes no lock.

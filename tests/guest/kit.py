@@ -157,15 +157,16 @@ class Disk:
     name: str
     path: pathlib.Path
     queues: int = 1
+    shared: bool = False
 
     @classmethod
-    def create(cls, workspace, name, mib, queues=1, ext4=True):
+    def create(cls, workspace, name, mib, queues=1, ext4=True, shared=False):
         path = workspace.path / f"{name}.raw"
         with open(path, "wb") as file:
             file.truncate(mib << 20)
         if ext4:
             run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
-        return cls(name, path, queues)
+        return cls(name, path, queues, shared)
 
     @classmethod
     def copy_of(cls, workspace, name, source, queues=1):
@@ -190,6 +191,7 @@ class Daemon:
     name = "halfsilver"
     keeps_snapshots = True
     locks_images = True
+    shares_disks = True
 
     def __init__(self, workspace, disks, binary=None):
         self.workspace, self.disks = workspace, disks
@@ -209,7 +211,8 @@ class Daemon:
         command = [self.binary, "serve", "--control", self.control, "--state-dir", self.state_dir,
                    "--run-dir", self.run_dir]
         for disk in self.disks:
-            command += ["--disk", f"name={disk.name},path={disk.path},socket={self.socket(disk)},queues={disk.queues}"]
+            options = f"name={disk.name},path={disk.path},socket={self.socket(disk)},queues={disk.queues}"
+            command += ["--disk", options + (",shared=on" if disk.shared else "")]
         self.child = self.workspace.start("daemon", command)
         # `status` answers as soon as the daemon serves.
         eventually("halfsilver status answers",
@@ -229,6 +232,14 @@ class Daemon:
     def snapshot_create(self, disk, name):
         self.ask("snapshot", "create", name, "--disk", disk.name, "--wait")
         return self.snapshot_show(disk, name)
+
+    def snapshot_by_connection(self, disk, name):
+        """A snapshot that the frontends of this moment go on writing; it is not quiesced yet."""
+        self.ask("snapshot", "create", name, "--writers", "connection", "--disk", disk.name)
+        return self.snapshot_show(disk, name)
+
+    def snapshot_cutover(self, disk, name):
+        self.ask("snapshot", "cutover", f"{disk.name}@{name}")
 
     def snapshot_show(self, disk, name):
         seen = json.loads(self.ask("snapshot", "show", f"{disk.name}@{name}", "--json").stdout)

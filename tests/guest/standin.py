@@ -17,6 +17,7 @@ class StandIn:
     name = "qemu-storage-daemon"
     keeps_snapshots = False
     locks_images = False  # QEMU's exports share their image with other writers
+    shares_disks = False  # an export takes one client
 
     def __init__(self, workspace, disks):
         self.workspace, self.disks = workspace, disks

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::mirror::planted::{Defect, plant};
-use halfsilver::mirror::{Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, PreparedSnapshot, Request};
+use halfsilver::mirror::{
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot, Request, Writers,
+};
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};
@@ -15,14 +17,14 @@ use shuttle::{future::block_on, thread};
 
 use crate::{alone, explore, is_noticed};
 
-const SECTOR: usize = 512;
-const DISK_BYTES: usize = 4096;
+pub(crate) const SECTOR: usize = 512;
+pub(crate) const DISK_BYTES: usize = 4096;
 /// Links of the chain: link i goes to disk and queue i % 2, sector i / 2.
 const LINKS: usize = 4;
 const ORDERS: usize = 1500;
 
 /// An image whose operations take no time but may be delayed before they happen.
-struct Memory {
+pub(crate) struct Memory {
     bytes: Mutex<Vec<u8>>,
     /// Looking at it is a point at which the scheduler may switch, without giving up the turn.
     point: AtomicUsize,
@@ -61,7 +63,7 @@ impl Image for Memory {
     fn poison(&self) {}
 }
 
-fn memory() -> Arc<Memory> {
+pub(crate) fn memory() -> Arc<Memory> {
     Arc::new(Memory { bytes: Mutex::new(vec![0; DISK_BYTES]), point: AtomicUsize::new(0) })
 }
 
@@ -140,7 +142,7 @@ fn one_order() {
     let disks: Vec<Arc<Disk>> = (0..2)
         .map(|_| {
             let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
-            let options = DiskOptions { image: memory(), block_bytes: 4096, read_only: false, discards };
+            let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
             Disk::new(clock.clone(), options)
         })
         .collect();
@@ -155,11 +157,13 @@ fn one_order() {
     let acknowledged = guest.acknowledged.load(Ordering::SeqCst);
     let group = disks.iter().map(|disk| PreparedSnapshot {
         disk: disk.clone(),
-        image: memory(),
-        table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        layer: NewLayer::Frozen {
+            image: Backing::One(memory()),
+            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+        },
         new_live: uuid::Uuid::new_v4(),
     });
-    let cut = editor.cut(group.collect()).unwrap();
+    let cut = editor.cut(group.collect(), Writers::Request).unwrap();
     block_on(clock.drained(cut.ended));
     cut.frozen.iter().for_each(|version| version.set_quiesced());
 

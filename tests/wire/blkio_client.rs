@@ -197,3 +197,48 @@ fn regions_come_and_go_while_requests_run() {
         }
     }
 }
+
+#[test]
+fn two_clients_share_a_disk() {
+    let _alone = alone();
+    let mut random = Random::new("two_clients_share_a_disk");
+    let server = TestServer::shared(2, false, 2);
+    let mut expected = server.image.content();
+    let mut clients: Vec<_> = (0..2).map(|_| connect(&server.socket(), 2, false)).collect();
+    let memories: Vec<_> = clients.iter_mut().map(|(blkio, _)| region(blkio, BUFFER * 16)).collect();
+    const DEPTH: usize = 16;
+    let part = DISK_BYTES / DEPTH / 512 * 512;
+    for round in 0..200 {
+        // Both have requests in flight at once: one writes every other part, the other one reads or writes the rest.
+        let mut reads = Vec::new();
+        for i in 0..DEPTH {
+            let (client, queue) = ((i + round) % 2, i / 2 % 2);
+            let buffer = slice(memories[client], i);
+            let len = 512 * (1 + random.below(16) as usize);
+            let at = i * part + 512 * random.below(((part - len) / 512) as u64) as usize;
+            let queue = &mut clients[client].1[queue];
+            if random.below(2) == 0 {
+                random.fill(&mut buffer[..len]);
+                expected[at..at + len].copy_from_slice(&buffer[..len]);
+                queue.write(at as u64, buffer.as_ptr(), len, i, ReqFlags::empty());
+            } else {
+                queue.read(at as u64, buffer.as_mut_ptr(), len, i, ReqFlags::empty());
+                reads.push((client, i, at, len));
+            }
+        }
+        let mut none: [MaybeUninit<Completion>; 0] = [];
+        for queue in clients.iter_mut().flat_map(|(_, queues)| queues) {
+            queue.do_io(&mut none, 0, None, None).unwrap();
+        }
+        for queue in clients.iter_mut().flat_map(|(_, queues)| queues) {
+            assert!(answers(queue, DEPTH / 4).iter().all(|(_, ret)| *ret == 0), "round {round}");
+        }
+        for (client, i, at, len) in reads {
+            let seen = &slice(memories[client], i)[..len];
+            assert!(*seen == expected[at..at + len], "round {round}: client {client} reads {len} at {at}");
+        }
+    }
+    assert!(server.image.content() == expected);
+    let requests: u64 = server.handle.stats().directions.iter().map(|d| d.requests).sum();
+    assert_eq!(requests, 200 * DEPTH as u64, "both are counted together");
+}

@@ -307,8 +307,8 @@ fn stop_waits_for_requests_and_removes_the_socket() {
 
 fn serve_at(socket: SocketSource) -> std::io::Result<ServerHandle> {
     let attachment = Disk::plain(EpochClock::new(Epoch(0)), MemImage::new(1 << 20), false).unwrap().attach_live();
-    let (name, serial) = ("t".to_owned(), String::new());
-    serve(ServeOptions { name, socket, attachment, queues: 1, serial, observer: Arc::new(NoObserver), once: false })
+    let (name, serial, observer) = ("t".to_owned(), String::new(), Arc::new(NoObserver));
+    serve(ServeOptions { name, socket, attachment, queues: 1, serial, frontends_max: 1, observer, once: false })
 }
 
 #[test]

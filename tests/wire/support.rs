@@ -184,6 +184,7 @@ impl Observer for Counting {
 /// A server on a simulated image.
 pub struct TestServer {
     pub handle: ServerHandle,
+    pub disk: Arc<Disk>,
     pub image: Arc<MemImage>,
     pub observer: Arc<Counting>,
     pub clock: EpochClock,
@@ -195,21 +196,28 @@ pub const DISK_BYTES: usize = 4 << 20;
 
 impl TestServer {
     pub fn new(queues: u16, read_only: bool) -> TestServer {
+        TestServer::shared(queues, read_only, 1)
+    }
+
+    /// One to which several frontends may be connected at once.
+    pub fn shared(queues: u16, read_only: bool, frontends_max: usize) -> TestServer {
         let dir = tempfile::tempdir().unwrap();
         let image = MemImage::new(DISK_BYTES);
         let observer = Arc::new(Counting::default());
         let clock = EpochClock::new(Epoch(0));
+        let disk = Disk::plain(clock.clone(), image.clone(), read_only).unwrap();
         let handle = serve(ServeOptions {
             name: "test".to_owned(),
             socket: SocketSource::Path(dir.path().join("sock")),
-            attachment: Disk::plain(clock.clone(), image.clone(), read_only).unwrap().attach_live(),
+            attachment: disk.attach_live(),
             queues,
             serial: SERIAL.to_owned(),
+            frontends_max,
             observer: observer.clone(),
             once: false,
         })
         .unwrap();
-        TestServer { handle, image, observer, clock, dir }
+        TestServer { handle, disk, image, observer, clock, dir }
     }
 
     pub fn socket(&self) -> PathBuf {

@@ -1,0 +1,159 @@
+//! What people see of each thing: one row in a table, or a page of its own.
+//!
+//! Tables stay compact; everything is on the page. Scripts read the JSON, so words and columns here may change.
+
+use std::path::Path;
+
+use super::output::{duration, fields, size, table, text};
+use crate::control::Event;
+use crate::control::api::{Disk, Job, Leg, LegState, Snapshot, Status};
+
+pub(super) fn status_page(status: &Status) -> String {
+    let Status { state, version, pid, started_at, disks, snapshots, jobs } = status;
+    let mut page = format!("halfsilver {} {state} since {started_at}, pid {pid}\n\n", version.version);
+    page.push_str(&disk_table(disks));
+    let legs = disks.iter().flat_map(|disk| disk.legs.iter().map(move |leg| (disk, leg)));
+    let trouble: Vec<_> = legs.filter(|(_, leg)| leg.state != LegState::InSync).map(leg_of_disk).collect();
+    if !trouble.is_empty() {
+        page.push('\n');
+        page.push_str(&table(["DISK", "LEG", "STATE", "REMAINING", "REASON"], trouble));
+    }
+    if !snapshots.is_empty() {
+        page.push('\n');
+        page.push_str(&snapshot_table(snapshots));
+    }
+    if !jobs.is_empty() {
+        page.push('\n');
+        page.push_str(&job_table(jobs));
+    }
+    page
+}
+
+fn path_text(path: &Path) -> String {
+    text(Some(path.to_string_lossy()))
+}
+
+pub(super) fn disk_table(disks: &[Disk]) -> String {
+    let row = |disk: &Disk| {
+        let state = disk.state.to_string();
+        let (frontends, snapshots) = (disk.frontends.to_string(), disk.snapshots.to_string());
+        [disk.name.to_string(), state, size(disk.size_bytes), frontends, snapshots, path_text(&disk.socket)]
+    };
+    table(["DISK", "STATE", "SIZE", "FRONTENDS", "SNAPSHOTS", "SOCKET"], disks.iter().map(row).collect())
+}
+
+pub(super) fn disk_fields(disk: &Disk) -> String {
+    let mut page = fields(&[
+        ("disk", disk.name.to_string()),
+        ("id", disk.id.to_string()),
+        ("state", disk.state.to_string()),
+        ("reason", text(disk.reason.as_ref())),
+        ("path", path_text(&disk.path)),
+        ("socket", path_text(&disk.socket)),
+        ("size", size(disk.size_bytes)),
+        ("allocated", size(disk.allocated_bytes)),
+        ("block size", size(disk.block_size.into())),
+        ("queues", disk.queues.to_string()),
+        ("direct", disk.direct.to_string()),
+        ("readonly", disk.readonly.to_string()),
+        ("shared", disk.shared.to_string()),
+        ("serial", text(Some(&disk.serial))),
+        ("frontends", disk.frontends.to_string()),
+        ("epoch", disk.epoch.to_string()),
+        ("snapshots", disk.snapshots.to_string()),
+    ]);
+    if !disk.legs.is_empty() {
+        let rows = disk.legs.iter().map(|leg| leg_of_disk((disk, leg))).map(|[_, row @ ..]| row).collect();
+        page.push('\n');
+        page.push_str(&table(["LEG", "STATE", "REMAINING", "REASON"], rows));
+    }
+    page
+}
+
+fn leg_of_disk((disk, leg): (&Disk, &Leg)) -> [String; 5] {
+    let (state, reason) = (leg.state.to_string(), text(leg.reason.as_ref()));
+    [disk.name.to_string(), path_text(&leg.path), state, size(leg.remaining_bytes), reason]
+}
+
+pub(super) fn snapshot_table(snapshots: &[Snapshot]) -> String {
+    let row = |snapshot: &Snapshot| {
+        let (state, strategy) = (snapshot.state.to_string(), snapshot.strategy.to_string());
+        let (owned, total) = (size(snapshot.owned_bytes), size(snapshot.size_bytes));
+        let created = snapshot.created_at.to_string();
+        [snapshot.reference().to_string(), state, strategy, owned, total, created, path_text(&snapshot.socket)]
+    };
+    let heading = ["SNAPSHOT", "STATE", "STRATEGY", "OWNED", "SIZE", "CREATED", "SOCKET"];
+    table(heading, snapshots.iter().map(row).collect())
+}
+
+pub(super) fn snapshot_fields(snapshot: &Snapshot) -> String {
+    fields(&[
+        ("snapshot", snapshot.reference().to_string()),
+        ("id", snapshot.id.to_string()),
+        ("group", snapshot.group.to_string()),
+        ("state", snapshot.state.to_string()),
+        ("reason", text(snapshot.reason.as_ref())),
+        ("strategy", snapshot.strategy.to_string()),
+        ("writers", snapshot.writers.to_string()),
+        ("epoch", snapshot.epoch.to_string()),
+        ("socket", path_text(&snapshot.socket)),
+        ("image", text(snapshot.image.as_ref().map(|image| image.to_string_lossy()))),
+        ("size", size(snapshot.size_bytes)),
+        ("owned", size(snapshot.owned_bytes)),
+        ("block size", size(snapshot.block_size.into())),
+        ("created", snapshot.created_at.to_string()),
+        ("quiesced", text(snapshot.quiesced_at.map(|time| time.to_string()))),
+        ("old frontends", snapshot.old_frontends.to_string()),
+    ])
+}
+
+pub(super) fn job_table(jobs: &[Job]) -> String {
+    let row = |job: &Job| {
+        let (kind, state) = (job.kind.to_string(), job.state.to_string());
+        let (done, total) = (size(job.done_bytes), size(job.total_bytes));
+        let (percent, left) = (format!("{}%", job.percent()), text(job.estimated_seconds.map(duration)));
+        [job.id.to_string(), kind, job_target(job), state, done, total, percent, left, format!("{} ms", job.delay_ms)]
+    };
+    let heading = ["JOB", "KIND", "OF", "STATE", "DONE", "TOTAL", "PERCENT", "LEFT", "DELAY"];
+    table(heading, jobs.iter().map(row).collect())
+}
+
+pub(super) fn job_fields(job: &Job) -> String {
+    fields(&[
+        ("job", job.id.to_string()),
+        ("kind", job.kind.to_string()),
+        ("of", job_target(job)),
+        ("state", job.state.to_string()),
+        ("reason", text(job.reason.as_ref())),
+        ("done", size(job.done_bytes)),
+        ("total", size(job.total_bytes)),
+        ("percent", format!("{}%", job.percent())),
+        ("left", text(job.estimated_seconds.map(duration))),
+        ("delay", format!("{} ms", job.delay_ms)),
+        ("started", job.started_at.to_string()),
+    ])
+}
+
+fn job_target(job: &Job) -> String {
+    job.snapshot.as_ref().map_or_else(|| job.disk.to_string(), |snapshot| format!("{}@{snapshot}", job.disk))
+}
+
+pub(super) fn event_line(event: &Event) -> String {
+    let mut line = format!("{} {}", event.time, event.event);
+    match (&event.disk, &event.snapshot) {
+        (Some(disk), Some(snapshot)) => line.push_str(&format!(" {disk}@{snapshot}")),
+        (Some(disk), None) => line.push_str(&format!(" {disk}")),
+        (None, _) => {}
+    }
+    if let Some(job) = event.job {
+        line.push_str(&format!(" job {job}"));
+    }
+    if let Some(leg) = &event.leg {
+        line.push_str(&format!(" leg {}", path_text(leg)));
+    }
+    if let Some(reason) = &event.reason {
+        line.push_str(&format!(": {}", text(Some(reason))));
+    }
+    line.push('\n');
+    line
+}

@@ -1,0 +1,223 @@
+//! The types of disks and their legs: how a disk is to be served, and how it is.
+//!
+//! The rules of the whole module hold here too: what a client sends is unchecked until its `check` has passed.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::{
+    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, LegState, QUEUES_MAX, SERIAL_LEN_MAX, check_absolute, check_socket,
+    invalid,
+};
+use crate::control::error::ApiError;
+use crate::control::name::Name;
+
+/// How a disk is served: what `--disk` and `PUT /v1/disks/{disk}` say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image: an absolute path of a raw file or block device.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// A second image that is kept equal, as RAID-1 does: the other leg, an absolute path.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub mirror: Option<PathBuf>,
+    /// The vhost-user socket, an absolute path; `<run-dir>/<disk>.sock` when absent.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub socket: Option<PathBuf>,
+    /// The most virtqueues a frontend may use, 1 to 16.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub queues: u16,
+    /// Whether the image is opened with O_DIRECT.
+    #[serde(default = "yes")]
+    pub direct: bool,
+    /// Whether guests may only read.
+    #[serde(default)]
+    pub readonly: bool,
+    /// What the guest sees as the serial, up to 20 printable ASCII characters; the disk's name when absent.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// The size of the blocks that tables count in: a power of two from 4096 to 1048576.
+    #[serde(default = "block_size_min")]
+    pub block_size: u32,
+    /// Whether several frontends may be connected at the same time.
+    #[serde(default)]
+    pub shared: bool,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn block_size_min() -> u32 {
+    BLOCK_SIZE_MIN
+}
+
+impl DiskConfig {
+    /// The configuration with nothing but the image given.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            mirror: None,
+            socket: None,
+            queues: one(),
+            direct: yes(),
+            readonly: false,
+            serial: None,
+            block_size: block_size_min(),
+            shared: false,
+        }
+    }
+
+    /// Whether every value is one that could be served.
+    ///
+    /// # Errors
+    /// `invalid-request`, with a message that starts with the key.
+    pub fn check(&self) -> Result<(), ApiError> {
+        check_absolute("path", &self.path)?;
+        if let Some(mirror) = &self.mirror {
+            check_absolute("mirror", mirror)?;
+            if *mirror == self.path {
+                return Err(invalid(format!("mirror: {} is the disk's path already", mirror.display()))
+                    .with_action("name another image, best on another device"));
+            }
+            if self.readonly {
+                return Err(invalid("mirror: a disk with readonly=on cannot have one".to_owned())
+                    .with_action("leave out one of the two"));
+            }
+        }
+        if let Some(socket) = &self.socket {
+            check_socket("socket", socket)?;
+        }
+        if !(1..=QUEUES_MAX).contains(&self.queues) {
+            return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
+        }
+        if !self.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&self.block_size) {
+            return Err(invalid(format!("block-size: {} is not a power of two from 4K to 1M", self.block_size)));
+        }
+        match &self.serial {
+            Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
+                Err(invalid(format!("serial: {serial:?} is not 1 to {SERIAL_LEN_MAX} characters long")))
+            }
+            Some(serial) if !serial.bytes().all(|byte| matches!(byte, 0x20..=0x7e)) => {
+                Err(invalid(format!("serial: {serial:?} has characters other than printable ASCII")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the disk's vhost-user socket goes.
+    pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
+    }
+}
+
+/// A disk that is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// Stays the same as long as the disk exists, across restarts.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: Uuid,
+    /// Its name.
+    pub name: Name,
+    /// The image; with a mirror, the first leg.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// The vhost-user socket.
+    #[schema(value_type = String)]
+    pub socket: PathBuf,
+    /// The size that guests see.
+    pub size_bytes: u64,
+    /// The size of the blocks that tables count in.
+    pub block_size: u32,
+    /// The most virtqueues a frontend may use.
+    pub queues: u16,
+    /// Whether the image is opened with O_DIRECT.
+    pub direct: bool,
+    /// Whether guests may only read.
+    pub readonly: bool,
+    /// What the guest sees as the serial.
+    pub serial: String,
+    /// Whether it can be used.
+    pub state: DiskState,
+    /// Why it failed.
+    pub reason: Option<String>,
+    /// Whether any frontend is connected.
+    pub connected: bool,
+    /// How many frontends are connected.
+    pub frontends: u32,
+    /// The epoch in which its live version began.
+    pub epoch: u64,
+    /// How many snapshots it has.
+    pub snapshots: u32,
+    /// The storage that its image takes.
+    pub allocated_bytes: u64,
+    /// Whether several frontends may be connected at the same time.
+    pub shared: bool,
+    /// The images that are kept equal; empty when the disk has no mirror.
+    pub legs: Vec<Leg>,
+}
+
+/// One of the two images of a mirrored disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Leg {
+    /// The image.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// How well it is.
+    pub state: LegState,
+    /// Why it is not in sync.
+    pub reason: Option<String>,
+    /// How much has to be copied until it is in sync.
+    pub remaining_bytes: u64,
+}
+
+/// The body of `POST /v1/disks/{disk}/mirror`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorRequest {
+    /// The image that becomes the second leg, an absolute path. Whatever it holds is overwritten.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+}
+
+impl MirrorRequest {
+    /// Whether the path is one.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check(&self) -> Result<(), ApiError> {
+        check_absolute("path", &self.path)
+    }
+}
+
+/// The query of `DELETE /v1/disks/{disk}/mirror`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct LegQuery {
+    /// The leg to let go, an absolute path; the second one when absent.
+    #[serde(default)]
+    #[param(value_type = Option<String>, required = false)]
+    pub leg: Option<PathBuf>,
+}
+
+impl LegQuery {
+    /// Whether the path is one.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check(&self) -> Result<(), ApiError> {
+        self.leg.as_ref().map_or(Ok(()), |leg| check_absolute("leg", leg))
+    }
+}

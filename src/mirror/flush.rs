@@ -1,0 +1,90 @@
+//! Flushes: what was acknowledged becomes durable, the bytes before the entries that point to them.
+//!
+//! A log's table is committed to its durable copy in these steps: look at the entries, sync the images, store the
+//! entries, sync them (design: Durability). Only then are places given back whose entries were deleted.
+
+use super::chain::{Chain, Log, VersionIndex};
+use super::join::join_all;
+use super::lock::Mode;
+use super::{Disk, Epoch, RequestError};
+use crate::image::{ImageError, IoQueue};
+use crate::store::{BlockIndex, BlockRange};
+
+/// Places that one flush gives back at most, so that it does not take long.
+const RECLAIMED_MAX: usize = 64;
+
+impl Disk {
+    /// Makes durable what requests of `epoch` wrote.
+    pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
+        let chain = self.chain();
+        // Before the commit: only what was deleted until now is deleted durably when it is done.
+        let freed: Vec<_> = logs_of(&chain).map(|(index, log)| (index, some_freed(log))).collect();
+        self.flush_from(queue, &chain, chain.at_epoch(epoch)).await?;
+        for (index, block) in freed.into_iter().flat_map(|(index, blocks)| blocks.into_iter().map(move |b| (index, b)))
+        {
+            self.reclaim(queue, &chain, index, block).await;
+        }
+        Ok(())
+    }
+
+    /// Makes durable what the live version and version `index` read: their layers, on their ways to the pivot. Takes no
+    /// lock.
+    pub(super) async fn flush_from(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        index: VersionIndex,
+    ) -> Result<(), RequestError> {
+        let live = way(chain, chain.live());
+        self.flush_layers(queue, chain, &live).await?;
+        // What only a version shows that still drains is not worth a guest's error.
+        let rest: Vec<VersionIndex> = way(chain, index).into_iter().filter(|i| !live.contains(i)).collect();
+        if let Err(e) = self.flush_layers(queue, chain, &rest).await {
+            self.break_version(chain.version(index), &e.to_string());
+        }
+        Ok(())
+    }
+
+    async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
+        let sync_images = async || {
+            let syncs = layers.iter().map(|&i| chain.layer(i).image.sync(queue)).collect();
+            join_all(syncs).await.into_iter().collect::<Result<(), ImageError>>()
+        };
+        let logs: Vec<&Log> = layers.iter().filter_map(|&i| chain.layer(i).log.as_deref()).collect();
+        if logs.is_empty() {
+            return sync_images().await;
+        }
+        let commits = logs.iter().map(|log| log.table.commit_after(queue, sync_images)).collect();
+        join_all(commits).await.into_iter().collect()
+    }
+
+    /// Gives the place of a deleted entry back, unless the block has an entry again.
+    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, block: BlockIndex) {
+        let Some(log) = &chain.layer(index).log else { return };
+        let one = BlockRange::one(block);
+        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
+        log.freed.clear(one);
+        if log.table.table().get(block) {
+            return;
+        }
+        let (at, len) = self.geometry.bytes(one);
+        if let Err(e) = chain.layer(index).image.release(queue, at, len).await {
+            log::warn!("the space of superseded blocks is not given back: {e}");
+        }
+    }
+}
+
+/// The layers that a version reads.
+fn way(chain: &Chain, index: VersionIndex) -> Vec<VersionIndex> {
+    let pivot = chain.pivot_of(index);
+    (pivot.min(index)..=pivot.max(index)).collect()
+}
+
+fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Log)> {
+    way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log.as_deref()?)))
+}
+
+fn some_freed(log: &Log) -> Vec<BlockIndex> {
+    let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
+    std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX).collect()
+}
