@@ -171,3 +171,33 @@ fn the_same_while_a_leg_fails() {
     }
     assert!(dropped.iter().all(|&times| times > 50), "{dropped:?}");
 }
+
+#[test]
+fn a_leg_that_was_being_added_is_copied_in_full() {
+    let mut added = 0;
+    for (seed, cut) in (600..640).flat_map(|seed| (0..30).map(move |cut| (seed, cut))) {
+        let mut rng = Rng::new(seed);
+        let world = World::new();
+        let mirror = world.equal(&mut rng);
+        world.legs[1].fail(Op::Sync, 0, libc::EIO);
+        let this = mirror.clone();
+        run(&mut rng, async move { this.flush().await.unwrap() });
+        let other = crate::media::Medium::new("leg-1", crate::world::SIZE);
+        let world = World { legs: [world.legs[0].clone(), other], ..world };
+        let (this, leg) = (mirror.clone(), world.leg(1));
+        let mut scheduler = Scheduler::default();
+        scheduler.spawn(async move { this.pair.attach(&this.queue, leg, true).await.unwrap() });
+        for _ in 0..cut {
+            scheduler.step(&mut rng);
+        }
+        let left = world.after_power_cut(&mut rng);
+        drop(scheduler);
+        let back = left.open(&mut rng, &[0, 1]).unwrap();
+        if back.states()[1] == LegState::Resynchronising {
+            added += 1;
+            assert_eq!(back.resync(&mut rng).unwrap(), Outcome::Done);
+            assert!(left.legs[0].bytes() == left.legs[1].bytes(), "seed {seed}, cut at step {cut}");
+        }
+    }
+    assert!(added > 50, "{added}");
+}
