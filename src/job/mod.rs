@@ -5,6 +5,10 @@
 //!
 //! What this room does not know: who asked, and what is recorded about it.
 
+mod resync;
+
+pub use resync::resync;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
