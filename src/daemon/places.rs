@@ -116,7 +116,10 @@ impl Places {
     /// Only files that are named as ours are looked at, and only in our own directories.
     pub fn remove_strays(&self, disks: &[DiskRecord]) {
         let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
-        let ids: HashSet<Uuid> = disks.iter().flat_map(|d| [d.id, d.live]).chain(snapshots().map(|s| s.id)).collect();
+        // Who has a full image has no table.
+        let logs = disks.iter().filter(|d| d.live_log.is_some()).map(|d| d.live);
+        let parts = snapshots().filter(|s| !s.owns_all).map(|s| s.id);
+        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(logs).chain(parts).collect();
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
         let references: HashSet<String> = disks.iter().flat_map(named).collect();
