@@ -84,7 +84,7 @@ impl SnapshotEntry {
     /// Whether its content is folded into the full image when it goes.
     fn folds(&self, disk: &DiskEntry) -> bool {
         let chain = disk.disk.chain();
-        chain.position(self.id).is_some_and(|i| chain.folds_into(chain.pivot_of(i)) && chain.pivot_of(i) == i)
+        chain.position(self.id).is_some_and(|i| chain.pivot_of(i) == i && chain.segment_of(i).last > i)
     }
 
     /// How many frontends still write it rather than the live version.
