@@ -4,7 +4,9 @@
 
 mod oracle;
 mod rules;
+mod run;
 mod sim;
+mod world;
 
 #[cfg(feature = "planted")]
 mod defects;

@@ -91,6 +91,15 @@ impl SimImage {
         }
     }
 
+    /// Another image with the same bytes and holes.
+    pub fn copy(&self, name: &str) -> SimImage {
+        let bytes = self.state.bytes.lock().unwrap();
+        let copy = SimImage::new(name, bytes.len(), self.state.alignment);
+        copy.state.bytes.lock().unwrap().copy_from_slice(&bytes);
+        copy.state.holes.lock().unwrap().clone_from(&self.state.holes.lock().unwrap());
+        copy
+    }
+
     /// Makes writes and zeroing fail with `errno` after `count` more of them.
     pub fn fail_writes(&self, errno: i32, count: usize) {
         *self.state.fail.lock().unwrap() = Some(errno);
