@@ -127,7 +127,7 @@ impl Disk {
                 self.break_version(chain.version(lost), &reason);
                 plan = decide(&chain).0;
             }
-            if self.discards.count() > 0 {
+            if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
                 self.discards.clear(part.blocks); // What is written now is wanted.
             }
             let result = self.carry_out(queue, &chain, &plan, &part).await;
@@ -177,7 +177,7 @@ impl Disk {
         let old = Arc::new(old);
         let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
         let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
-        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) {
+        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) && !planted::is(Defect::ZerosNotCopied) {
             to.zero(queue, at, len, true).await.map_err(|e| e.to_string())?;
         }
         let writes = pieces.into_iter().map(|piece| {
@@ -337,6 +337,9 @@ impl Disk {
             if let Err(e) = layer.image.release(queue, at, len).await {
                 log::warn!("the space of superseded blocks is not given back: {e}");
             }
+            return;
+        }
+        if planted::is(Defect::PlaceNotEmptied) {
             return;
         }
         // A place without an entry must be a hole: zeros that are saved later are not written.

@@ -9,7 +9,7 @@ const SEEDS: u64 = 3000;
 
 /// Those that a schedule on one thread can show; the others are about the orders of atomic operations and
 /// are noticed by the model tests.
-const ON_ONE_THREAD: [Defect; 15] = [
+const ON_ONE_THREAD: [Defect; 22] = [
     Defect::EpochPerPart,
     Defect::LeaveEarly,
     Defect::NoBlockLock,
@@ -25,6 +25,13 @@ const ON_ONE_THREAD: [Defect; 15] = [
     Defect::FoldWithoutGrace,
     Defect::NoFill,
     Defect::SupersededEntryKept,
+    Defect::SplitNotMirrored,
+    Defect::SupersedesFromOutside,
+    Defect::DiscardNotForgotten,
+    Defect::PlaceNotEmptied,
+    Defect::ZerosNotCopied,
+    Defect::ReclaimBlindly,
+    Defect::NoRetireRecheck,
 ];
 
 #[test]
