@@ -56,3 +56,13 @@ fn every_rule_left_out_is_noticed() {
     }
     assert!(unnoticed.is_empty(), "unnoticed after {SEEDS} seeds each: {unnoticed:?}");
 }
+
+/// The random runs reach this one seldom.
+#[test]
+fn an_entry_that_was_made_anew_is_noticed_at_once() {
+    let _alone = crate::ALONE.write().unwrap();
+    plant(Some(Defect::NoReadGeneration));
+    let shown = std::panic::catch_unwind(crate::figures::entry_deleted_and_made_anew);
+    plant(None);
+    assert_eq!(shown.unwrap(), [0; 8], "the place of the old entry, which was given back");
+}

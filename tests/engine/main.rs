@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 
+mod bench;
+mod figures;
 mod oracle;
 mod rules;
 mod run;
 mod sim;
+mod waits;
 mod world;
 
 #[cfg(feature = "planted")]
