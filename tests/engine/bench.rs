@@ -27,6 +27,7 @@ pub struct Bench {
     /// The full image that the disk began with.
     pub live: SimImage,
     pub queue: IoQueue,
+    _undisturbed: Option<crate::Others>,
 }
 
 impl Bench {
@@ -35,6 +36,7 @@ impl Bench {
     }
 
     pub fn with_blocks(block_bytes: u32, blocks: usize) -> Bench {
+        let undisturbed = crate::undisturbed();
         sim::reset();
         let live = SimImage::new("live", blocks * block_bytes as usize, 512);
         let clock = EpochClock::new(Epoch(1));
@@ -43,7 +45,7 @@ impl Bench {
             DiskOptions { image: Backing::One(Arc::new(live.clone())), block_bytes, read_only: false, discards };
         let disk = Disk::new(clock.clone(), options);
         let editor = Arc::new(ChainEditor::new(clock.clone()));
-        Bench { editor, clock, disk, live, queue: IoQueue::simulated() }
+        Bench { editor, clock, disk, live, queue: IoQueue::simulated(), _undisturbed: undisturbed }
     }
 
     /// What a request that comes now is given.
@@ -200,6 +202,8 @@ pub fn read_of(sectors: Range<usize>) -> (Request, Memory) {
     (Request::Read { at, into }, Box::new(move || first_bytes(&memory.to_vec())))
 }
 
+/// A byte for each sector, which must be full of it.
 pub fn first_bytes(bytes: &[u8]) -> Vec<u8> {
-    bytes.chunks(SECTOR).map(|sector| sector[0]).collect()
+    let first = |sector: &[u8]| sector.iter().all(|&b| b == sector[0]).then_some(sector[0]);
+    bytes.chunks(SECTOR).map(|sector| first(sector).expect("a sector is torn")).collect()
 }

@@ -67,7 +67,7 @@ fn try_seed(seed: u64) -> Counts {
 
 #[test]
 fn random_runs_match_one_array_a_version() {
-    let _others = crate::ALONE.read().unwrap();
+    let _undisturbed = crate::undisturbed();
     let first = number("ORACLE_FIRST").unwrap_or(0);
     let seeds = number("ORACLE_SEEDS").unwrap_or(SEEDS);
     let threads: Vec<_> = (0..THREADS)
