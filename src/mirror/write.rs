@@ -348,8 +348,8 @@ impl Disk {
         }
     }
 
-    /// A write to one target failed. If the live version reads there, the guest must know. If only frozen versions do,
-    /// they are broken and the guest notices nothing.
+    /// A write to one target failed. If the live version reads there, now or when the superseded entries are deleted, the
+    /// guest must know. If only frozen versions do, they are broken and the guest notices nothing.
     fn absorb(
         &self,
         chain: &Chain,
@@ -358,7 +358,7 @@ impl Disk {
         target: VersionIndex,
         error: ImageError,
     ) -> Result<(), RequestError> {
-        let shows = |version, block| chain.resolve(version, block) == target;
+        let shows = |version, block| chain.resolve_without(version, block, &run.plan.supersedes) == target;
         let is_home = target == run.plan.home && (run.plan.adopts || run.plan.fill_from.is_some());
         if is_home || run.blocks.iter().any(|block| shows(chain.live(), block)) {
             return Err(error.into());

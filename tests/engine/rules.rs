@@ -5,7 +5,7 @@ use halfsilver::image::{ByteOffset, GuestBuf, OpKind};
 use halfsilver::mirror::{BlockPlan, Copy, Request, RequestError};
 use halfsilver::store::BlockIndex;
 
-use crate::bench::{BLOCK, BLOCKS, Bench};
+use crate::bench::{BLOCK, BLOCKS, Bench, write_of};
 use crate::sim::{Rng, SECTOR, Scheduler};
 
 #[test]
@@ -209,4 +209,34 @@ fn a_draining_discard_does_not_take_what_a_newer_epoch_wrote() {
     bench.request(&old, Request::Discard { at: ByteOffset(0), len: BLOCK as u64 }).unwrap();
     assert_eq!(bench.disk.discards().count(), 0, "it would later take away what was read in between");
     assert_eq!(bench.live()[..8], [2; 8]);
+}
+
+/// Deleting the entry of the newer bytes would show what the write should have replaced: then rather the guest knows.
+#[test]
+fn an_entry_is_kept_when_the_bytes_that_replace_it_cannot_be_stored() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let old = bench.ticket();
+    bench.cut_to_log();
+    bench.write(&bench.ticket(), 0..16, 9);
+    bench.live.fail_writes(libc::EIO, 0);
+    // A whole block, and a part that goes to both images.
+    assert!(matches!(bench.request(&old, write_of(0..10, 5)), Err(RequestError::Image(_))));
+    assert_eq!(bench.read(&bench.ticket(), 0..8), [9; 8]);
+}
+
+/// The same on a leg that a frozen version took: it and who reads there are broken, and the guest notices nothing.
+#[test]
+fn who_would_read_on_a_leg_that_fails_is_broken() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let old = bench.ticket();
+    let (older, _) = bench.cut();
+    bench.write(&bench.ticket(), 0..16, 2);
+    let (split, leg) = bench.cut_to_split(&bench.live);
+    leg.fail_writes(libc::EIO, 0);
+    bench.write(&old, 0..8, 5);
+    assert!(older.frozen[0].broken().is_some(), "its own entry is deleted, and the leg does not have the bytes");
+    assert!(split.frozen[0].broken().is_some());
+    assert_eq!(bench.live()[..16], [[5; 8], [2; 8]].concat());
 }
