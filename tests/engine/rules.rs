@@ -240,3 +240,23 @@ fn who_would_read_on_a_leg_that_fails_is_broken() {
     assert!(split.frozen[0].broken().is_some());
     assert_eq!(bench.live()[..16], [[5; 8], [2; 8]].concat());
 }
+
+/// A deletion must come to its end, or no other snapshot of the disk could be deleted after it.
+#[test]
+fn a_leg_that_fails_can_be_deleted_and_costs_the_version_that_would_take_it_over() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (oldest, _) = bench.cut();
+    let (older, _) = bench.cut();
+    bench.write(&bench.ticket(), 0..16, 2);
+    let (split, leg) = bench.cut_to_split(&bench.live);
+    leg.fail_writes(libc::EIO, 1);
+    bench.retire(&split.frozen[0]);
+    assert!(older.frozen[0].broken().is_some(), "the leg took one of its two blocks");
+    assert_eq!(bench.frozen(&oldest.frozen[0]).unwrap(), [1; 32], "the one before got the other");
+    bench.retire(&older.frozen[0]);
+    assert_eq!(bench.frozen(&oldest.frozen[0]).map_err(|_| "lost"), Err("lost"), "it is next to take the leg over");
+    bench.retire(&oldest.frozen[0]);
+    assert_eq!(bench.disk.chain().links().len(), 1);
+    assert_eq!(bench.live(), [[2; 16], [1; 16]].concat());
+}

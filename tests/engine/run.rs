@@ -267,9 +267,7 @@ impl Run {
             Strategy::CopyOnWrite => {
                 let image = self.new_image("frozen");
                 if self.shape.faults && self.rng.chance(25) {
-                    self.world.borrow_mut().any_fault = true;
-                    let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
-                    image.fail_writes(errno, self.rng.below(6));
+                    self.make_faulty(&image);
                 }
                 let table = Arc::new(self.shape.table(self.sectors));
                 NewLayer::Frozen { image: Backing::One(Arc::new(image)), table }
@@ -295,6 +293,12 @@ impl Run {
         SimImage::new(name, size, self.shape.frozen_alignment.unwrap_or(choice))
     }
 
+    fn make_faulty(&mut self, image: &SimImage) {
+        self.world.borrow_mut().any_fault = true;
+        let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
+        image.fail_writes(errno, self.rng.below(6));
+    }
+
     /// Makes the second leg at a moment without anything in flight: keeping legs equal is another matter (`tests/legs`).
     fn split(&mut self) -> NewLayer {
         while self.scheduler.step(&mut self.rng) {}
@@ -305,6 +309,9 @@ impl Run {
             false => (leg, self.live_image.clone()),
         };
         self.live_image = live.clone();
+        if self.shape.faults && self.rng.chance(25) {
+            self.make_faulty(&frozen);
+        }
         NewLayer::Split { frozen: Backing::One(Arc::new(frozen)), live: Backing::One(Arc::new(live)) }
     }
 
