@@ -1,7 +1,6 @@
 //! Serving disks: adding them, taking up what is remembered of them, and letting them go.
 //!
-//! A snapshot is taken up only if everything it needs is as a clean stop left it: the live image, its own image, its
-//! table, and those of every newer snapshot, through which it reads. Anything else breaks it, and says why.
+//! How a disk's versions are taken up again is in [`super::takeup`].
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -10,29 +9,17 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::config::DiskSpec;
-use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
+use super::layers::{OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, image_error, record_error, table_error};
-use super::snapshots::{clear_socket, remove_file};
+use super::takeup::Taken;
+pub(super) use super::takeup::Trust;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
-use crate::image::{Direct, FileImage, Image, ImageOptions, SharedImage};
-use crate::mirror::{Backing, Disk, DiskOptions, Epoch, Layer, Link, Version};
+use crate::image::{FileImage, ImageOptions, SharedImage};
+use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
-use crate::vhost_user::{ServeOptions, SocketSource, serve};
-
-/// How long a start waits for the transfers of a process that was killed.
-const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
-
-const UNCLEAN: &str = "the daemon did not stop cleanly (it was killed, or the host went down), \
-     so nobody can vouch for this snapshot; delete it and take another";
-const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
-     delete this snapshot and take another";
-
-/// What a start makes of a remembered snapshot.
-struct Taken {
-    record: SnapshotRecord,
-    link: Option<(Link, Arc<Table>)>,
-}
+use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
 impl Manager {
     /// Serves the disks that the configuration names, and those that are remembered from before.
@@ -106,7 +93,7 @@ impl Manager {
     fn add_disk(&self, name: &Name, config: &DiskConfig) -> Result<Arc<DiskEntry>, ApiError> {
         let record = self.record_of(name, config)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
-        let direct = if config.direct { Direct::On } else { Direct::Off };
+        let direct = direct_of(config);
         // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
         let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
         let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
@@ -124,50 +111,36 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::InvalidConfig, message)
                 .with_action(format!("give it block-size={unit}, or direct=off")));
         }
-        let blocks = image.size_bytes().div_ceil(u64::from(config.block_size));
+        let geometry = Geometry::of(&Backing::One(image.clone()), config.block_size);
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
-        let discards = TableName::of_this_boot(id)
-            .and_then(|table| Table::create(&self.places.run_table(id), blocks, table))
-            .map_err(table_error)?;
-        let live = record.as_ref().map_or_else(|| (Uuid::new_v4(), 0), |r| (r.live, r.live_began));
-
-        let mut taken = Vec::new();
-        if let Some(record) = record.clone() {
-            let clean = record.saved.is_some() && record.saved == looks;
-            let why = if record.saved.is_none() { UNCLEAN } else { CHANGED };
-            taken = self.take_up_snapshots(record.snapshots, config, blocks, (!clean).then_some(why));
-            let saved = self.places.durable_table(id);
-            if let (true, Some(seal)) = (clean, record.saved_discards)
-                && let Err(e) = discards.load(&saved, seal)
-            {
-                log::warn!("disk {name}: discards that were put off are forgotten: {e}");
+        let table = TableName::of_this_boot(id).map_err(table_error)?;
+        let boot = table.boot;
+        let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
+        let taken = match record.clone() {
+            None => Taken::of_new_disk(Backing::One(image.clone())),
+            Some(record) => {
+                let trust = Trust::of(&record, looks, boot);
+                if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
+                    && let Err(e) = discards.load(&self.places.durable_table(id), seal)
+                {
+                    log::warn!("disk {name}: discards that were put off are forgotten: {e}");
+                }
+                self.take_up_versions(record, &Backing::One(image.clone()), config, &geometry, trust)
+                    .map_err(in_disk)?
             }
-        }
-        let mut links: Vec<Link> = taken.iter().filter_map(|t| Some(t.link.as_ref()?.0.clone())).collect();
-        let layer = Layer::full(Backing::One(image.clone()));
-        links.push(Link { version: Version::new(live.0, Epoch(live.1)), layer, splits: false });
+        };
         let options = DiskOptions {
             image: Backing::One(image.clone()),
             block_bytes: config.block_size,
             read_only: config.readonly,
             discards,
         };
-        let disk = Disk::with_chain(self.clock.clone(), options, links);
+        let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
-        let snapshots: Vec<_> = taken.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
+        let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
 
         // From here on the disk may change: the record must not say "saved" any more.
-        let mut unsaved = DiskRecord {
-            id,
-            name: name.to_string(),
-            config: serde_json::to_value(config).expect("a configuration is plain data"),
-            live: live.0,
-            live_began: live.1,
-            snapshots: snapshots.iter().map(|s| s.to_record()).collect(),
-            saved: None,
-            saved_discards: None,
-        };
-        unsaved.snapshots.iter_mut().for_each(|s| s.saved = None);
+        let unsaved = record_of(id, name, config, boot, &disk.chain(), &snapshots);
         self.records.put([&unsaved]).map_err(record_error)?;
 
         let frontends = Frontends::new(name, None, &self.bus);
@@ -178,9 +151,9 @@ impl Manager {
             attachment: disk.attach_live(),
             queues: config.queues,
             serial: config.serial.clone().unwrap_or_default(),
-            frontends_max: 1, // FRONTENDS_MAX once a disk can be shared.
             observer: frontends.clone(),
             once: false,
+            frontends_max: if config.shared { FRONTENDS_MAX } else { 1 },
         })
         .map_err(|e| {
             // Nothing has changed yet: what was remembered is still true.
@@ -197,12 +170,12 @@ impl Manager {
         let entry = Arc::new(DiskEntry {
             name: name.clone(),
             id,
+            boot,
             config: config.clone(),
             disk,
             image,
             server,
             frontends,
-            live: Mutex::new(live),
             snapshots: Mutex::new(snapshots),
             failure_told: AtomicBool::new(false),
         });
@@ -219,86 +192,28 @@ impl Manager {
         Ok(entry)
     }
 
-    /// From the newest to the oldest: each needs those before it in this order.
-    fn take_up_snapshots(
+    fn entry_of(
         &self,
-        records: Vec<SnapshotRecord>,
-        config: &DiskConfig,
-        blocks: u64,
-        mut lost: Option<&str>,
-    ) -> Vec<Taken> {
-        let mut taken = Vec::new();
-        for mut record in records.into_iter().rev() {
-            let link = match lost {
-                Some(_) => None,
-                None => match self.take_up_snapshot(&record, config, blocks) {
-                    Ok(link) => Some(link),
-                    Err(what) => {
-                        record.broken.get_or_insert(what);
-                        lost = Some("a newer snapshot through which it reads is lost; delete it and take another");
-                        None
-                    }
-                },
-            };
-            if let (None, Some(why)) = (&link, lost) {
-                record.broken.get_or_insert_with(|| why.to_owned());
-            }
-            taken.push(Taken { record, link });
-        }
-        taken.reverse();
-        taken
-    }
-
-    fn take_up_snapshot(
-        &self,
-        record: &SnapshotRecord,
-        config: &DiskConfig,
-        blocks: u64,
-    ) -> Result<(Link, Arc<Table>), String> {
-        let is_file = std::fs::symlink_metadata(&record.image).map(|m| m.is_file()).unwrap_or(false);
-        if !is_file {
-            return Err(format!("its image {} is missing or is not a file", record.image.display()));
-        }
-        if record.saved.is_none() || record.saved != Fingerprint::of(&record.image).ok() {
-            return Err(format!("its image {} was changed while the daemon was not running", record.image.display()));
-        }
-        let table = TableName::of_this_boot(record.id)
-            .and_then(|table| Table::create(&self.places.run_table(record.id), blocks, table))
-            .map_err(|e| e.to_string())?;
-        let seal = record.saved_table.ok_or("its table was not saved")?;
-        table.load(&self.places.durable_table(record.id), seal).map_err(|e| e.to_string())?;
-        let image = open_snapshot_image(&record.image, config).map_err(|e| e.to_string())?;
-        let version = Version::new(record.id, Epoch(record.began));
-        version.set_quiesced();
-        if let Some(reason) = &record.broken {
-            version.set_broken(reason.clone());
-        }
-        let table = Arc::new(table);
-        let layer = Layer::of(Backing::One(image), table.clone());
-        Ok((Link { version, layer, splits: false }, table))
-    }
-
-    fn entry_of(&self, disk: &Name, taken: Taken) -> Option<Arc<SnapshotEntry>> {
-        let Taken { record, link } = taken;
+        disk: &Name,
+        (record, version): (SnapshotRecord, Option<Arc<Version>>),
+    ) -> Option<Arc<SnapshotEntry>> {
         let reference = SnapshotRef { disk: disk.clone(), name: record.name.parse().ok()? };
-        if link.is_none() && (record.ended == 0 || record.deleting) {
+        if version.is_none() && record.deleting {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
             clear_socket(&record);
-            self.remove_files(&record);
+            self.remove_layer(record.id, &record.image);
             return None;
         }
         if let Some(reason) = &record.broken {
             log::error!("snapshot {reference} is broken: {reason}");
         }
-        let (version, table) = link.map(|(link, table)| (link.version, table)).unzip();
         Some(Arc::new(SnapshotEntry {
             id: record.id,
             frontends: Frontends::new(disk, Some(&reference), &self.bus),
             reference,
             record: Mutex::new(record),
             version,
-            table,
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
@@ -320,6 +235,11 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("disk {name} has {count} snapshots"));
         }
+        if !entry.disk.can_move_pivot() {
+            return busy(format!(
+                "disk {name}: its newest content is in a log; delete its snapshots, so that it is folded"
+            ));
+        }
         locked(&self.disks).remove(name);
         entry.server.stop();
         // Who still waits for one of them to be quiesced finds it gone.
@@ -329,7 +249,10 @@ impl Manager {
         }
         self.records.remove(name.as_str()).map_err(record_error)?;
         for snapshot in &snapshots {
-            self.remove_files(&locked(&snapshot.record));
+            let record = locked(&snapshot.record);
+            if !record.owns_all {
+                self.remove_layer(record.id, &record.image);
+            }
         }
         remove_file(&self.places.durable_table(entry.id));
         remove_file(&self.places.run_table(entry.id));
@@ -339,19 +262,9 @@ impl Manager {
     }
 }
 
-/// Opens a snapshot's image as its disk is opened, through the page cache where that is all there is.
-pub(super) fn open_snapshot_image(
-    path: &std::path::Path,
-    config: &DiskConfig,
-) -> Result<SharedImage, crate::image::ImageError> {
-    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO });
-    let image = match open(if config.direct { Direct::On } else { Direct::Off }) {
-        Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => open(Direct::Off),
-        Ok(image) if image.alignment().offset_bytes > config.block_size => {
-            drop(image);
-            open(Direct::Off)
-        }
-        other => other,
-    };
-    image.map(|image| Arc::new(image) as SharedImage)
+/// Removes the socket that a killed daemon left of a snapshot that is not served any more.
+pub(super) fn clear_socket(record: &SnapshotRecord) {
+    if let Err(e) = crate::vhost_user::clear_stale(&record.socket) {
+        log::warn!("the socket of a snapshot that is not served stays: {e}");
+    }
 }

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::layers::space_of;
 use crate::control::api::{self, DiskConfig, DiskState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::image::SharedImage;
-use crate::mirror::{Disk, Version};
-use crate::store::{DiskRecord, SnapshotRecord, Table};
+use crate::mirror::{Chain, Disk, Epoch, Owned, Version};
+use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -65,7 +66,6 @@ pub(super) struct SnapshotEntry {
     pub(super) id: Uuid,
     pub(super) record: Mutex<SnapshotRecord>,
     pub(super) version: Option<Arc<Version>>,
-    pub(super) table: Option<Arc<Table>>,
     pub(super) server: Mutex<Option<ServerHandle>>,
     pub(super) frontends: Arc<Frontends>,
     /// Why there is no socket although the content is whole.
@@ -80,10 +80,26 @@ impl SnapshotEntry {
         now.or_else(|| locked(&self.record).broken.clone())
     }
 
-    pub(super) fn state(&self) -> SnapshotState {
+    /// Whether its content is folded into the full image when it goes.
+    fn folds(&self, disk: &DiskEntry) -> bool {
+        let chain = disk.disk.chain();
+        chain.position(self.id).is_some_and(|i| chain.folds_into(chain.pivot_of(i)) && chain.pivot_of(i) == i)
+    }
+
+    /// How many frontends still write it rather than the live version.
+    pub(super) fn old_frontends(&self, disk: &DiskEntry) -> u32 {
+        let record = locked(&self.record);
+        let drains = record.quiesced_ms.is_none() && record.ended > 0 && self.version.is_some();
+        let holders = if drains { disk.disk.connections().holders(Epoch(record.ended)) } else { 0 };
+        u32::try_from(holders).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn state(&self, disk: &DiskEntry) -> SnapshotState {
+        let folds = self.folds(disk);
         let record = locked(&self.record);
         let broken = record.broken.is_some() || self.version.as_ref().is_some_and(|v| v.broken().is_some());
         match (record.deleting, broken, record.quiesced_ms) {
+            (true, ..) if folds => SnapshotState::Folding,
             (true, ..) => SnapshotState::Deleting,
             (_, true, _) => SnapshotState::Broken,
             (_, _, Some(_)) => SnapshotState::Quiesced,
@@ -91,20 +107,34 @@ impl SnapshotEntry {
         }
     }
 
-    pub(super) fn to_record(&self) -> SnapshotRecord {
+    /// What is remembered of it. None if it is not frozen yet, or has left the chain already.
+    fn to_record(&self, chain: &Chain) -> Option<SnapshotRecord> {
         let mut record = locked(&self.record).clone();
+        if self.version.is_some() {
+            let index = chain.position(self.id).filter(|&i| i < chain.live())?;
+            let link = &chain.links()[index];
+            link.layer.image.path().clone_into(&mut record.image);
+            record.owns_all = matches!(link.layer.owned, Owned::All);
+            record.splits = link.splits;
+        }
         if record.broken.is_none() {
             record.broken = self.version.as_ref().and_then(|v| v.broken()).map(str::to_owned);
         }
-        record
+        Some(record)
     }
 
     pub(super) fn to_api(&self, disk: &DiskEntry) -> api::Snapshot {
-        let state = self.state();
+        let (state, old_frontends) = (self.state(disk), self.old_frontends(disk));
         let reason = self.broken().or_else(|| locked(&self.socket_error).clone());
         let record = locked(&self.record).clone();
         let geometry = disk.disk.geometry();
-        let owned = self.table.as_ref().map_or(0, |t| t.count() * u64::from(geometry.block_bytes));
+        let chain = disk.disk.chain();
+        let index = self.version.as_ref().and_then(|_| chain.position(self.id));
+        let owned = index.map_or(0, |i| match &chain.layer(i).owned {
+            Owned::All => geometry.size_bytes,
+            Owned::Table(table) => table.count() * u64::from(geometry.block_bytes),
+        });
+        let image = index.map_or(record.image, |i| space_of(&chain, i).0);
         api::Snapshot {
             id: self.id,
             group: record.group,
@@ -116,14 +146,44 @@ impl SnapshotEntry {
             reason,
             epoch: record.ended,
             socket: record.socket,
-            image: Some(record.image),
+            image: Some(image),
             block_size: geometry.block_bytes,
             owned_bytes: owned.min(geometry.size_bytes),
             size_bytes: geometry.size_bytes,
             created_at: Timestamp::from_unix_ms(record.created_ms),
             quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
-            old_frontends: 0,
+            old_frontends,
         }
+    }
+}
+
+/// What is remembered of a disk while it is served: where its versions are in this moment's chain.
+pub(super) fn record_of(
+    id: Uuid,
+    name: &Name,
+    config: &DiskConfig,
+    boot: Uuid,
+    chain: &Chain,
+    snapshots: &[Arc<SnapshotEntry>],
+) -> DiskRecord {
+    let live = &chain.links()[chain.live()];
+    let live_log = match &live.layer.owned {
+        Owned::All => None,
+        Owned::Table(_) => Some(live.layer.image.path().to_owned()),
+    };
+    DiskRecord {
+        id,
+        name: name.to_string(),
+        config: serde_json::to_value(config).expect("a configuration is plain data"),
+        live: live.version.id,
+        live_began: live.version.began.0,
+        live_log,
+        live_saved_table: None,
+        live_splits: live.splits,
+        boot: Some(boot),
+        snapshots: snapshots.iter().filter_map(|s| s.to_record(chain)).collect(),
+        saved: None,
+        saved_discards: None,
     }
 }
 
@@ -131,13 +191,14 @@ impl SnapshotEntry {
 pub(super) struct DiskEntry {
     pub(super) name: Name,
     pub(super) id: Uuid,
+    /// The boot of the machine.
+    pub(super) boot: Uuid,
     /// As it is served: with the socket and the serial filled in.
     pub(super) config: DiskConfig,
     pub(super) disk: Arc<Disk>,
     pub(super) image: SharedImage,
     pub(super) server: ServerHandle,
     pub(super) frontends: Arc<Frontends>,
-    pub(super) live: Mutex<(Uuid, u64)>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
     pub(super) failure_told: AtomicBool,
 }
@@ -153,17 +214,7 @@ impl DiskEntry {
 
     /// What is remembered of it while it is served.
     pub(super) fn to_record(&self) -> DiskRecord {
-        let (live, live_began) = *locked(&self.live);
-        DiskRecord {
-            id: self.id,
-            name: self.name.to_string(),
-            config: serde_json::to_value(&self.config).expect("a configuration is plain data"),
-            live,
-            live_began,
-            snapshots: self.snapshots().iter().map(|s| s.to_record()).collect(),
-            saved: None,
-            saved_discards: None,
-        }
+        record_of(self.id, &self.name, &self.config, self.boot, &self.disk.chain(), &self.snapshots())
     }
 
     pub(super) fn failure(&self) -> Option<String> {
@@ -178,6 +229,7 @@ impl DiskEntry {
     pub(super) fn to_api(&self) -> api::Disk {
         let reason = self.failure();
         let frontends = self.frontends.count();
+        let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
         api::Disk {
             id: self.id,
@@ -194,7 +246,7 @@ impl DiskEntry {
             reason,
             connected: frontends > 0,
             frontends,
-            epoch: locked(&self.live).1,
+            epoch: chain.version(chain.live()).began.0,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
             allocated_bytes: self.image.allocated_bytes().unwrap_or(size_bytes),
             shared: self.config.shared,

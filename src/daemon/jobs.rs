@@ -4,15 +4,18 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::entry::locked;
+use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::Manager;
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
-use crate::control::{ApiError, EventKind, Name, Notice};
+use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Name, Notice};
 use crate::job::Pace;
 
 /// How many ended jobs are still listed.
 const ENDED_JOBS_MAX: usize = 32;
+
+/// How long a job may take to stop: one block's copy, on a slow disk.
+const STOP_WAIT: Duration = Duration::from_secs(10);
 
 /// A job and how far it is.
 pub(super) struct JobEntry {
@@ -22,6 +25,8 @@ pub(super) struct JobEntry {
     pub(super) snapshot: Option<Name>,
     pub(super) pace: Arc<Pace>,
     started_at: Timestamp,
+    /// When it began to run the last time, and how much was done then.
+    running_since: Mutex<(Instant, u64)>,
     state: Mutex<(JobState, Option<String>)>,
     ended: Condvar,
 }
@@ -41,8 +46,21 @@ impl JobEntry {
             total_bytes: self.pace.total_bytes.load(Ordering::Relaxed).max(done),
             delay_ms: self.pace.delay_ms.load(Ordering::Relaxed),
             started_at: self.started_at,
-            estimated_seconds: None,
+            estimated_seconds: (state == JobState::Running).then(|| self.estimate(done)).flatten(),
         }
+    }
+
+    fn estimate(&self, done: u64) -> Option<u64> {
+        let (since, before) = *locked(&self.running_since);
+        let total = self.pace.total_bytes.load(Ordering::Relaxed);
+        api::Job::estimate_seconds(done.checked_sub(before)?, total.checked_sub(before)?, since.elapsed())
+    }
+
+    /// It runs again, after it was stopped or has failed.
+    pub(super) fn begin_again(&self) {
+        self.pace.stop.store(false, Ordering::Release);
+        *locked(&self.running_since) = (Instant::now(), self.pace.done_bytes.load(Ordering::Relaxed));
+        *locked(&self.state) = (JobState::Running, None);
     }
 
     pub(super) fn state(&self) -> JobState {
@@ -72,11 +90,13 @@ impl Manager {
             snapshot: snapshot.cloned(),
             pace: Arc::new(Pace::default()),
             started_at: Timestamp::now(),
+            running_since: Mutex::new((Instant::now(), 0)),
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
         });
         let mut jobs = locked(&self.jobs);
-        let ended: Vec<u64> = jobs.values().filter(|j| j.state() != JobState::Running).map(|j| j.id).collect();
+        let is_over = |j: &&Arc<JobEntry>| matches!(j.state(), JobState::Done | JobState::Failed);
+        let ended: Vec<u64> = jobs.values().filter(is_over).map(|j| j.id).collect();
         for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
             jobs.remove(old);
         }
@@ -108,5 +128,51 @@ impl Manager {
 
     pub(super) fn running_jobs(&self) -> Vec<Arc<JobEntry>> {
         locked(&self.jobs).values().filter(|j| j.state() == JobState::Running).cloned().collect()
+    }
+
+    /// Stops a job between two blocks, or forgets one that has ended.
+    pub(super) fn stop_job(&self, id: u64) -> Result<JobDeletion, ApiError> {
+        let job = self.job(id)?;
+        match job.state() {
+            JobState::Running => {
+                job.pace.stop.store(true, Ordering::Release);
+                if !job.wait(STOP_WAIT) {
+                    let message =
+                        format!("job {id} has not stopped yet: it waits for a block, or for requests in flight");
+                    return Err(ApiError::new(ErrorCode::Unavailable, message).with_action("look at it again later"));
+                }
+                match job.state() {
+                    JobState::Done => Err(ApiError::job_ended(id, JobState::Done)),
+                    _ => Ok(JobDeletion::Stopped(job.to_api())),
+                }
+            }
+            JobState::Stopped => Err(ApiError::job_unfinished(id)),
+            JobState::Failed if self.snapshot_of(&job).is_some() => Err(ApiError::job_unfinished(id)),
+            JobState::Done | JobState::Failed => {
+                locked(&self.jobs).remove(&id);
+                Ok(JobDeletion::Removed)
+            }
+        }
+    }
+
+    /// Goes on with a job that was stopped or has failed.
+    pub(super) fn go_on_with_job(&self, id: u64) -> Result<api::Job, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let job = self.job(id)?;
+        match (job.state(), self.snapshot_of(&job)) {
+            (JobState::Running, _) => {}
+            (JobState::Stopped | JobState::Failed, Some((disk, snapshot))) => {
+                self.resume_deletion(&disk, &snapshot, job.clone())?;
+            }
+            (state, _) => return Err(ApiError::job_ended(id, state)),
+        }
+        Ok(job.to_api())
+    }
+
+    fn snapshot_of(&self, job: &JobEntry) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {
+        let disk = self.disk(&job.disk).ok()?;
+        let snapshot = disk.snapshot(job.snapshot.as_ref()?)?;
+        Some((disk, snapshot))
     }
 }

@@ -130,6 +130,10 @@ impl Manager {
             let reason = snapshot.broken().unwrap_or_default();
             log::error!("snapshot {} is broken: {reason}", snapshot.reference);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
+            // Its old frontends go on with the live version, which has all that they wrote.
+            if let Err(e) = self.move_frontends(&disk, &snapshot) {
+                log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
+            }
             // Not beside another change, whose record this one would undo; and the disk may have gone meanwhile.
             let _structure = locked(&self.structure);
             if self.disk(&disk.name).is_ok_and(|served| Arc::ptr_eq(&served, &disk))
@@ -169,7 +173,8 @@ fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<VersionId>) {
 /// Epochs go on where they were, so that versions stay in order.
 fn first_epoch(disks: &[DiskRecord]) -> Epoch {
     let used = disks.iter().flat_map(|d| d.snapshots.iter().map(|s| s.ended).chain([d.live_began]));
-    Epoch(used.max().unwrap_or(0) + 1)
+    // A cut that was prepared takes two more when it is taken up.
+    Epoch(used.max().unwrap_or(0) + 3)
 }
 
 pub(super) fn record_error(e: RecordError) -> ApiError {

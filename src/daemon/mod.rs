@@ -4,13 +4,17 @@
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
 pub mod config;
+mod deletion;
 mod disks;
 mod entry;
 mod jobs;
+mod layers;
 mod manager;
 mod places;
+mod save;
 mod service;
 mod snapshots;
+mod takeup;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

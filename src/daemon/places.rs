@@ -97,18 +97,36 @@ impl Places {
         self.state_dir.join("images").join(format!("{reference}.img"))
     }
 
+    /// The durable table of a log, which is committed while the log is in use.
+    #[must_use]
+    pub fn log_table(&self, id: Uuid) -> PathBuf {
+        self.state_dir.join("tables").join(format!("{id}.log"))
+    }
+
+    /// Where the log of a live version goes when nothing else is said. It has no snapshot's name: it may outlive the
+    /// snapshot for which it was made.
+    #[must_use]
+    pub fn log_image(&self, id: Uuid) -> PathBuf {
+        self.state_dir.join("images").join(format!("{id}.log"))
+    }
+
     /// Removes the tables and images of snapshots that no record knows: what a daemon left that was killed after it
     /// had made them and before they were recorded, or after they were forgotten and before they were removed.
     ///
     /// Only files that are named as ours are looked at, and only in our own directories.
     pub fn remove_strays(&self, disks: &[DiskRecord]) {
         let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
-        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(snapshots().map(|s| s.id)).collect();
+        // Who has a full image has no table.
+        let logs = disks.iter().filter(|d| d.live_log.is_some()).map(|d| d.live);
+        let parts = snapshots().filter(|s| !s.owns_all).map(|s| s.id);
+        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(logs).chain(parts).collect();
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
         let references: HashSet<String> = disks.iter().flat_map(named).collect();
         let is_stray_table = |path: &Path| {
-            let is_ours = path.extension().is_some_and(|e| e == "table" || e == "new" || e == "bits");
+            let is_ours = path
+                .extension()
+                .is_some_and(|e| e == "table" || e == "new" || e == "bits" || e == "log" || e == "filling");
             let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
             is_ours && id.is_some_and(|id| !ids.contains(&id))
         };
@@ -119,7 +137,7 @@ impl Places {
         };
         remove_if(&self.state_dir.join("tables"), is_stray_table);
         remove_if(&self.run_dir.join("tables"), is_stray_table);
-        remove_if(&self.state_dir.join("images"), is_stray_image);
+        remove_if(&self.state_dir.join("images"), |path| is_stray_image(path) || is_stray_table(path));
     }
 
     /// Where a snapshot's socket goes when nothing else is said.
@@ -136,7 +154,7 @@ fn remove_if(dir: &Path, is_stray: impl Fn(&Path) -> bool) {
     };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_stray(path)) {
         log::info!("removing {}, which an unfinished operation left", path.display());
-        super::snapshots::remove_file(&path);
+        super::layers::remove_file(&path);
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use super::entry::locked;
 use super::manager::Manager;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, JobState, SnapshotRequest, Strategy, VersionInfo, Writers,
+    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, Writers,
 };
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
@@ -15,7 +15,10 @@ use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
     fn version(&self) -> VersionInfo {
-        VersionInfo::of_this_build(vec![Strategy::CopyOnWrite], vec![Writers::Request])
+        VersionInfo::of_this_build(
+            vec![Strategy::CopyOnWrite, Strategy::WriteLogging],
+            vec![Writers::Request, Writers::Connection],
+        )
     }
 
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
@@ -27,8 +30,8 @@ impl Service for Manager {
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
-        if config.mirror.is_some() || config.shared {
-            return Err(unsupported(format!("disk {disk}: a mirror or shared=on")));
+        if config.mirror.is_some() {
+            return Err(unsupported(format!("disk {disk}: a mirror")));
         }
         self.put(disk, config)
     }
@@ -63,8 +66,7 @@ impl Service for Manager {
     }
 
     fn cut_over_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
-        self.get_snapshot(reference)?;
-        Err(unsupported(format!("snapshot {reference}: a cutover")))
+        self.cut_over(reference)
     }
 
     fn delete_snapshot(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
@@ -87,18 +89,11 @@ impl Service for Manager {
     }
 
     fn delete_job(&self, id: u64) -> Result<JobDeletion, ApiError> {
-        let job = self.job(id)?;
-        if job.state() != JobState::Running {
-            locked(&self.jobs).remove(&id);
-            return Ok(JobDeletion::Removed);
-        }
-        let message = format!("job {id} deletes a snapshot, and a deletion that has begun cannot be taken back");
-        Err(ApiError::new(ErrorCode::Unsupported, message).with_action("slow it down with delay_ms instead"))
+        self.stop_job(id)
     }
 
     fn resume_job(&self, id: u64) -> Result<Job, ApiError> {
-        self.job(id)?;
-        Err(unsupported(format!("job {id}: going on with a stopped job")))
+        self.go_on_with_job(id)
     }
 
     fn metrics(&self) -> MetricsSnapshot {
@@ -122,7 +117,7 @@ impl Service for Manager {
                     preserved_blocks: count(|v| &v.preserved_blocks),
                     preserved_bytes: count(|v| &v.preserved_bytes),
                     drain_seconds: locked(&snapshot.drain).map(|d| d.as_secs_f64()),
-                    old_frontends: 0,
+                    old_frontends: u64::from(snapshot.old_frontends(&disk)),
                 });
             }
         }

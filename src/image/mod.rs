@@ -25,7 +25,7 @@ pub use file::{Direct, FileImage, ImageOptions};
 pub use join::join_all;
 pub use lock::LockMode;
 pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
-pub use transfer::{read_exact_at, release_range, sync, write_all_at, zero_range};
+pub use transfer::{read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range};
 
 use std::fmt;
 use std::path::Path;

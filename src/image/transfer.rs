@@ -93,9 +93,22 @@ pub async fn zero_range(
 /// # Errors
 /// As for writing.
 pub async fn release_range(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+    try_release_range(image, queue, at, len).await.map(drop)
+}
+
+/// As [`release_range`], and says whether the container could.
+///
+/// # Errors
+/// As for writing.
+pub async fn try_release_range(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    len: u64,
+) -> Result<bool, ImageError> {
     match begin_zero(image, queue, at, len, true).await? {
-        Ok(_) => Ok(()),
-        Err(e) if is_unsupported(&e) => Ok(()),
+        Ok(_) => Ok(true),
+        Err(e) if is_unsupported(&e) => Ok(false),
         Err(e) => Err(ImageError::from_io(ImageOp::Discard, image.path(), Some(at), &e)),
     }
 }

@@ -5,6 +5,10 @@
 //!
 //! What this room does not know: who asked, and what is recorded about it.
 
+mod resync;
+
+pub use resync::resync;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -40,6 +44,12 @@ pub enum Outcome {
 }
 
 impl Pace {
+    /// Whether it should stop.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
     /// Counts a step of `bytes`, pauses as long as asked for, and says whether to go on.
     async fn step(&self, queue: &IoQueue, bytes: u64) -> bool {
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -77,7 +87,9 @@ pub async fn retire(
         disk.clock().drained(grace).await;
     }
     let block_bytes = u64::from(disk.geometry().block_bytes);
-    pace.total_bytes.store(disk.blocks_to_let_go(version.id) * block_bytes, Ordering::Relaxed);
+    // Of a job that goes on, some is done already.
+    let done = pace.done_bytes.load(Ordering::Relaxed);
+    pace.total_bytes.store(done + disk.blocks_to_let_go(version.id) * block_bytes, Ordering::Relaxed);
     let lane = disk.clock().lane();
     let mut at = BlockIndex(0);
     loop {
@@ -91,6 +103,7 @@ pub async fn retire(
             return Ok(Outcome::Stopped);
         }
     }
+    disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
     editor.finish_retire(&disk, version.id);
     Ok(Outcome::Done)
 }

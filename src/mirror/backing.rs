@@ -1,10 +1,11 @@
-//! Where a layer's bytes are: in one image.
+//! Where a layer's bytes are: in one image, or in two that are kept equal.
 //!
 //! The engine moves bytes only through here, so that what is below (one image, or legs that are kept equal) makes no
 //! difference to it.
 
 use std::sync::Arc;
 
+use super::Pair;
 use crate::image::{
     Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync, write_all_at,
     zero_range,
@@ -15,6 +16,8 @@ use crate::image::{
 pub enum Backing {
     /// One image.
     One(SharedImage),
+    /// Two legs of a mirror. Writes hold their blocks' locks exclusively.
+    Pair(Arc<Pair>),
 }
 
 impl Backing {
@@ -23,6 +26,8 @@ impl Backing {
     pub fn is(&self, other: &Backing) -> bool {
         match (self, other) {
             (Backing::One(one), Backing::One(other)) => Arc::ptr_eq(one, other),
+            (Backing::Pair(one), Backing::Pair(other)) => Arc::ptr_eq(one, other),
+            (Backing::One(_), Backing::Pair(_)) | (Backing::Pair(_), Backing::One(_)) => false,
         }
     }
 
@@ -31,6 +36,7 @@ impl Backing {
     pub fn excludes(&self) -> bool {
         match self {
             Backing::One(_) => false,
+            Backing::Pair(_) => true,
         }
     }
 
@@ -39,6 +45,7 @@ impl Backing {
     pub fn size_bytes(&self) -> u64 {
         match self {
             Backing::One(image) => image.size_bytes(),
+            Backing::Pair(pair) => pair.size_bytes(),
         }
     }
 
@@ -47,6 +54,7 @@ impl Backing {
     pub fn alignment(&self) -> Alignment {
         match self {
             Backing::One(image) => image.alignment(),
+            Backing::Pair(pair) => pair.alignment(),
         }
     }
 
@@ -55,6 +63,7 @@ impl Backing {
     pub fn path(&self) -> &std::path::Path {
         match self {
             Backing::One(image) => image.path(),
+            Backing::Pair(pair) => pair.path(),
         }
     }
 
@@ -65,6 +74,7 @@ impl Backing {
     pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
         match self {
             Backing::One(image) => read_exact_at(&**image, queue, at, buf).await,
+            Backing::Pair(pair) => pair.read(queue, at, buf).await,
         }
     }
 
@@ -75,6 +85,7 @@ impl Backing {
     pub async fn write(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf, durable: bool) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => write_all_at(&**image, queue, at, buf, durable).await,
+            Backing::Pair(pair) => pair.write(queue, at, buf, durable).await,
         }
     }
 
@@ -85,6 +96,7 @@ impl Backing {
     pub async fn zero(&self, queue: &IoQueue, at: ByteOffset, len: u64, unmap: bool) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => zero_range(&**image, queue, at, len, unmap).await,
+            Backing::Pair(pair) => pair.zero(queue, at, len, unmap).await,
         }
     }
 
@@ -95,6 +107,7 @@ impl Backing {
     pub async fn release(&self, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => release_range(&**image, queue, at, len).await,
+            Backing::Pair(pair) => pair.release(queue, at, len).await,
         }
     }
 
@@ -105,6 +118,7 @@ impl Backing {
     pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => sync(&**image, queue).await,
+            Backing::Pair(pair) => pair.sync(queue).await,
         }
     }
 }

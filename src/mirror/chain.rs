@@ -245,6 +245,19 @@ impl Chain {
         self.segment_of(pivot).last > pivot && self.links[pivot].version.is_retiring()
     }
 
+    /// Who takes the image of a pivot over when it goes: the version above it, whose log is folded into it, or else the
+    /// one below. None if it is no pivot, or alone.
+    #[must_use]
+    pub fn heir_of_pivot(&self, index: VersionIndex) -> Option<VersionIndex> {
+        let segment = self.segment_of(index);
+        match index {
+            i if i != segment.pivot => None,
+            i if i < segment.last => Some(i + 1),
+            i if i > segment.first => Some(i - 1),
+            _ => None,
+        }
+    }
+
     /// A version's layer.
     #[must_use]
     pub fn layer(&self, index: VersionIndex) -> &Layer {

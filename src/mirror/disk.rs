@@ -33,6 +33,16 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// The geometry of a disk on this image.
+    #[must_use]
+    pub fn of(image: &Backing, block_bytes: u32) -> Geometry {
+        Geometry {
+            size_bytes: image.size_bytes(),
+            logical_block_bytes: image.alignment().offset_bytes.max(512),
+            block_bytes,
+        }
+    }
+
     /// How many blocks the tables have.
     #[must_use]
     pub fn blocks(&self) -> u64 {
@@ -127,11 +137,7 @@ impl Disk {
     /// A disk with the versions that it had before, oldest first.
     #[must_use]
     pub fn with_chain(clock: EpochClock, options: DiskOptions, links: Vec<Link>) -> Arc<Disk> {
-        let geometry = Geometry {
-            size_bytes: options.image.size_bytes(),
-            logical_block_bytes: options.image.alignment().offset_bytes.max(512),
-            block_bytes: options.block_bytes,
-        };
+        let geometry = Geometry::of(&options.image, options.block_bytes);
         Arc::new(Disk {
             connections: Connections::new(clock.clone()),
             clock,

@@ -7,7 +7,7 @@ use super::chain::{Chain, Log, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::{Disk, Epoch, RequestError};
+use super::{Disk, Epoch, RequestError, VersionId};
 use crate::image::{ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -26,6 +26,29 @@ impl Disk {
             self.reclaim(queue, &chain, index, block).await;
         }
         Ok(())
+    }
+
+    /// Brings the durable tables of logs up to date, the bytes first. A background job calls it before places go that
+    /// they still point to.
+    ///
+    /// # Errors
+    /// When an image refuses.
+    pub async fn commit_logs(&self, queue: &IoQueue) -> Result<(), RequestError> {
+        let chain = self.chain();
+        if logs_of(&chain).next().is_none() {
+            return Ok(());
+        }
+        Ok(self.flush_layers(queue, &chain, &way(&chain, chain.live())).await?)
+    }
+
+    /// Makes durable what a version shows.
+    ///
+    /// # Errors
+    /// When an image refuses.
+    pub async fn make_durable(&self, queue: &IoQueue, id: VersionId) -> Result<(), RequestError> {
+        let chain = self.chain();
+        let Some(index) = chain.position(id) else { return Ok(()) };
+        Ok(self.flush_layers(queue, &chain, &way(&chain, index)).await?)
     }
 
     /// Makes durable what the live version and version `index` read: their layers, on their ways to the pivot. Takes no

@@ -11,7 +11,7 @@ use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::Mode;
 use super::plan::Copy;
 use super::planted::{self, Defect};
-use super::{Backing, Disk, Epoch, EpochClock, Ticket, TooManyDraining};
+use super::{Backing, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
 use crate::sync::{Mutex, lock};
@@ -139,14 +139,15 @@ impl ChainEditor {
     ///
     /// # Errors
     /// When too many older cuts still drain; nothing has changed then.
-    pub fn cut_over(&self, disk: &Disk, ended: Epoch) -> Result<usize, TooManyDraining> {
+    pub fn cut_over(&self, disks: &[&Disk], ended: Epoch) -> Result<usize, TooManyDraining> {
         let _editing = lock(&self.editing);
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
-        let change = disk.connections.release(ended, self.clock.current().next());
+        let coming = self.clock.current().next();
+        let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
         self.clock.advance()?;
-        Ok(change.count())
+        Ok(changes.iter().map(PinChange::count).sum())
     }
 
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
@@ -176,7 +177,7 @@ impl ChainEditor {
         let chain = disk.chain();
         let Some(index) = chain.position(id) else { return };
         let mut links = chain.links().to_vec();
-        if let Some(heir) = heir_of_pivot(&chain, index) {
+        if let Some(heir) = chain.heir_of_pivot(index) {
             links[heir].layer = links[index].layer.clone();
         }
         let gone = links.remove(index);
@@ -184,18 +185,6 @@ impl ChainEditor {
             links[index].splits = true;
         }
         disk.chain.store(Arc::new(Chain::new(links)));
-    }
-}
-
-/// Who takes the image of a pivot that goes: the version above it, whose log is folded into it, or else the one
-/// below. None if it is no pivot, or alone.
-fn heir_of_pivot(chain: &Chain, index: VersionIndex) -> Option<VersionIndex> {
-    let segment = chain.segment_of(index);
-    match index {
-        i if i != segment.pivot => None,
-        i if i < segment.last => Some(i + 1),
-        i if i > segment.first => Some(i - 1),
-        _ => None,
     }
 }
 
@@ -339,7 +328,7 @@ impl Disk {
 fn moving_table(chain: &Chain, index: VersionIndex) -> Option<(VersionIndex, &Arc<Table>)> {
     let owner = match &chain.layer(index).owned {
         Owned::Table(_) => index,
-        Owned::All => heir_of_pivot(chain, index)?,
+        Owned::All => chain.heir_of_pivot(index)?,
     };
     let Owned::Table(table) = &chain.layer(owner).owned else { unreachable!("a segment has one pivot") };
     Some((owner, table))

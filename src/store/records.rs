@@ -11,8 +11,10 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// The format of the records. Another one is refused rather than guessed at.
-const FORMAT: u64 = 1;
+/// The format of the records. A later one is refused rather than guessed at.
+const FORMAT: u64 = 2;
+/// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill.
+const FORMAT_FIRST: u64 = 1;
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const DISKS: TableDefinition<&str, &[u8]> = TableDefinition::new("disks");
 
@@ -70,8 +72,14 @@ pub struct SnapshotRecord {
     pub began: u64,
     /// The last epoch that belongs to it; 0 while the cut is being prepared.
     pub ended: u64,
-    /// Its image.
+    /// The image of its layer.
     pub image: std::path::PathBuf,
+    /// Whether that image has everything: it is the pivot, or a leg that a split left to it.
+    #[serde(default)]
+    pub owns_all: bool,
+    /// Whether the mirror was split when it began, so that it shares no bytes with older ones.
+    #[serde(default)]
+    pub splits: bool,
     /// Its socket.
     pub socket: std::path::PathBuf,
     /// When the cut was, in milliseconds since 1970.
@@ -82,6 +90,9 @@ pub struct SnapshotRecord {
     pub broken: Option<String>,
     /// Whether it is being deleted.
     pub deleting: bool,
+    /// Whether its deletion was stopped by the user, and waits to be resumed.
+    #[serde(default)]
+    pub stopped: bool,
     /// How its image looked at the last clean stop.
     pub saved: Option<Fingerprint>,
     /// The seal of its table's durable copy.
@@ -102,6 +113,19 @@ pub struct DiskRecord {
     pub live: Uuid,
     /// The epoch in which the live version began.
     pub live_began: u64,
+    /// The log in which the live version is stored, above the full image of an older one. None while the live
+    /// version has the full image.
+    #[serde(default)]
+    pub live_log: Option<std::path::PathBuf>,
+    /// The seal of the durable copy of the log's table, at a clean stop.
+    #[serde(default)]
+    pub live_saved_table: Option<Uuid>,
+    /// Whether the mirror was split when the live version began.
+    #[serde(default)]
+    pub live_splits: bool,
+    /// The boot in which the disk is served: what the run directory has is believed in that boot only.
+    #[serde(default)]
+    pub boot: Option<Uuid>,
     /// Oldest first.
     pub snapshots: Vec<SnapshotRecord>,
     /// How the live image looked when all tables were saved at a clean stop. None while the disk is served.
@@ -137,6 +161,8 @@ impl Records {
             match found {
                 None => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
                 Some(FORMAT) => {}
+                // From now on an older program must not touch it: it would take a log for nothing.
+                Some(FORMAT_FIRST..FORMAT) => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
                 Some(found) => return Err(RecordError::Format { found }),
             }
             change.open_table(DISKS).map_err(RecordError::of)?;

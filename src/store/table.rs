@@ -493,7 +493,10 @@ fn io_error(path: &Path, e: &io::Error) -> TableError {
 }
 
 /// Makes a rename or an unlink in `path`'s directory durable.
-fn sync_directory_of(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// When the system refuses.
+pub fn sync_directory_of(path: &Path) -> io::Result<()> {
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(directory)?.sync_all()
 }

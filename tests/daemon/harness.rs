@@ -220,6 +220,13 @@ impl Daemon {
         self.wait_exit();
     }
 
+    /// What a power cut does to the run directory of a daemon that was killed.
+    pub(crate) fn lose_run_tables(&self) {
+        for table in names_in(&self.run_dir().join("tables")) {
+            std::fs::remove_file(self.run_dir().join("tables").join(table)).unwrap();
+        }
+    }
+
     #[track_caller]
     pub(crate) fn restart(&mut self) {
         self.stop();

@@ -17,5 +17,6 @@ mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
 mod restart;
+mod strategies;
 mod trouble;
 mod watch;

@@ -344,7 +344,7 @@ impl Run {
         self.make_room_in_the_clock();
         if !self.cuts.is_empty() && self.clock.can_advance() {
             let ended = self.cuts[self.rng.below(self.cuts.len())].0;
-            let moved = self.editor.cut_over(&self.disk, ended).unwrap();
+            let moved = self.editor.cut_over(&[&self.disk], ended).unwrap();
             self.world.borrow_mut().counts.moved += moved as u64;
         }
     }
@@ -540,7 +540,7 @@ impl Run {
         self.held.clear();
         self.frontends.truncate(1);
         if let Some((ended, _)) = self.cuts.last() {
-            self.editor.cut_over(&self.disk, *ended).unwrap();
+            self.editor.cut_over(&[&self.disk], *ended).unwrap();
         }
     }
 

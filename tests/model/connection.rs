@@ -136,7 +136,7 @@ fn one_order(end: End) {
     let mut kept = before_cut;
     if end == End::CutOver {
         kept = turns.acknowledged.load(Ordering::SeqCst);
-        editor.cut_over(&disk, ended).unwrap();
+        editor.cut_over(&[&disk], ended).unwrap();
     }
     let last = disk.connections().wait_free(ended, Duration::from_secs(3600)).expect("nobody holds it for ever");
     block_on(clock.drained(last));

@@ -1,0 +1,263 @@
+//! Letting snapshots go: by jobs that hand over or fold, one at a time for each disk.
+//!
+//! What always holds: the records forget a layer before its files are removed, and remember where everything is before
+//! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::jobs::JobEntry;
+use super::layers::block_on;
+use super::manager::Manager;
+use crate::control::api::{JobKind, JobState, SnapshotState};
+use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::job::{self, Outcome};
+use crate::mirror::{Epoch, Owned, RetireError};
+
+/// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
+const DELETION_WAIT: Duration = Duration::from_secs(60);
+/// How often a deletion looks whether another one on the same disk is over.
+const TURN: Duration = Duration::from_millis(20);
+
+impl Manager {
+    /// Goes on with a snapshot after a restart.
+    pub(super) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        let is_served = entry.version.is_some() && entry.broken().is_none();
+        let (deleting, stopped) = {
+            let record = locked(&entry.record);
+            (record.deleting, record.stopped)
+        };
+        if !is_served || deleting {
+            super::disks::clear_socket(&locked(&entry.record));
+        }
+        if entry.version.is_none() {
+            return;
+        }
+        if deleting {
+            let job = self.new_deletion(disk, entry);
+            if stopped {
+                self.end_job(&job, JobState::Stopped, None);
+            } else {
+                self.run_deletion(disk, entry, job);
+            }
+        } else if is_served {
+            self.open_socket(disk, entry);
+        }
+    }
+
+    pub(super) fn delete(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+        let deadline = Instant::now() + DELETION_WAIT;
+        let job = loop {
+            let structure = locked(&self.structure);
+            self.refuse_when_stopping()?;
+            let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+            let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+            if entry.version.is_none() {
+                let layer = locked(&entry.record).image.clone();
+                self.gone(&disk, &entry, Some((entry.id, layer)))?;
+                return Ok(Deletion::Done);
+            }
+            let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
+            let old_frontends = entry.old_frontends(&disk);
+            match entry.state(&disk) {
+                // One whose job has failed or was stopped is tried again.
+                SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(reference) {
+                    Some(job) if job.state() == JobState::Running => break job,
+                    Some(job) => break self.resume_deletion(&disk, &entry, job)?,
+                    None => break self.start_deletion(&disk, &entry),
+                },
+                // Its requests are still on their way; they must arrive first.
+                _ if !drained => {
+                    if old_frontends > 0 && force {
+                        self.move_frontends(&disk, &entry)?;
+                    } else if old_frontends > 0 {
+                        let message = format!("{old_frontends} frontends still write snapshot {reference}");
+                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+                            .with_action(format!("move them over first: halfsilver snapshot cutover {reference}")));
+                    } else if Instant::now() >= deadline {
+                        let message = format!("snapshot {reference} is still draining");
+                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+                            .with_action("try again when the requests that were in flight at the cut are done"));
+                    }
+                }
+                _ if !force && entry.frontends.count() > 0 => {
+                    let message = format!("snapshot {reference} is being read");
+                    return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
+                }
+                _ => break self.begin_deletion(&disk, &entry)?,
+            }
+            drop(structure);
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        if !job.wait(deadline.saturating_duration_since(Instant::now())) {
+            let disk = self.disk(&reference.disk)?;
+            if let Some(entry) = disk.snapshot(&reference.name) {
+                return Ok(Deletion::Started(entry.to_api(&disk)));
+            }
+        }
+        let ended = job.to_api();
+        match ended.state {
+            JobState::Failed | JobState::Stopped => {
+                let why = ended.reason.unwrap_or_else(|| "its job was stopped".to_owned());
+                Err(ApiError::new(ErrorCode::Io, format!("snapshot {reference} is not deleted yet: {why}"))
+                    .with_action(format!("go on with it: halfsilver job resume {}", job.id)))
+            }
+            JobState::Done | JobState::Running => Ok(Deletion::Done),
+        }
+    }
+
+    /// The newest job that deletes this snapshot.
+    fn deletion_of(&self, reference: &SnapshotRef) -> Option<Arc<JobEntry>> {
+        let is_it = |j: &&Arc<JobEntry>| j.disk == reference.disk && j.snapshot.as_ref() == Some(&reference.name);
+        locked(&self.jobs).values().rev().find(is_it).filter(|j| j.state() != JobState::Done).cloned()
+    }
+
+    fn begin_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&entry.record).deleting = true;
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            locked(&entry.record).deleting = false;
+            return Err(e);
+        }
+        let job = self.start_deletion(disk, entry);
+        drop(locked(&entry.server).take());
+        Ok(job)
+    }
+
+    fn start_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Arc<JobEntry> {
+        let job = self.new_deletion(disk, entry);
+        self.run_deletion(disk, entry, job.clone());
+        job
+    }
+
+    fn new_deletion(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> Arc<JobEntry> {
+        let chain = disk.disk.chain();
+        let folds = chain.position(entry.id).is_some_and(|i| i == chain.pivot_of(i) && i < chain.segment_of(i).last);
+        let kind = if folds { JobKind::Fold } else { JobKind::Merge };
+        self.new_job(kind, &disk.name, Some(&entry.reference.name))
+    }
+
+    /// Goes on with a deletion that was stopped or failed.
+    pub(super) fn resume_deletion(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        job: Arc<JobEntry>,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&entry.record).stopped = false;
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_deletion(disk, entry, job.clone());
+        Ok(job)
+    }
+
+    fn run_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: Arc<JobEntry>) {
+        let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
+        let started = self.start_thread("delete", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let (state, reason) = match manager.retire(&disk, &entry, &ours) {
+                Ok(Outcome::Done) => (JobState::Done, None),
+                Ok(Outcome::Stopped) if manager.is_stopping() => {
+                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
+                }
+                Ok(Outcome::Stopped) => {
+                    locked(&entry.record).stopped = true;
+                    let _structure = locked(&manager.structure);
+                    match manager.persist(std::slice::from_ref(&disk)) {
+                        Ok(()) => (JobState::Stopped, None),
+                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
+                    }
+                }
+                Err(reason) => (JobState::Failed, Some(reason)),
+            };
+            manager.end_job(&ours, state, reason);
+        });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
+    }
+
+    /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.
+    fn begin_retire(&self, disk: &DiskEntry, entry: &SnapshotEntry, job: &JobEntry) -> Result<Option<Epoch>, String> {
+        let version = entry.version.as_ref().expect("only versions in a chain are retired");
+        loop {
+            match self.editor.begin_retire(&disk.disk, version) {
+                Ok(grace) => return Ok(Some(grace)),
+                Err(RetireError::TooManyDraining(_)) => {}
+                Err(RetireError::Busy) => {
+                    let jobs = locked(&self.jobs);
+                    let is_in_the_way = |j: &&Arc<JobEntry>| j.disk == disk.name && j.state() == JobState::Stopped;
+                    if let Some(other) = jobs.values().find(is_in_the_way) {
+                        return Err(format!("the deletion of another snapshot, job {}, was stopped", other.id));
+                    }
+                }
+            }
+            if job.pace.is_stopped() {
+                return Ok(None);
+            }
+            std::thread::sleep(TURN);
+        }
+    }
+
+    /// The job of a deletion, on a thread and ring of its own.
+    fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        let Some(grace) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
+        let version = entry.version.clone().expect("only versions in a chain are retired");
+        // What is not needed any more when it has gone.
+        let left = left_behind(disk, entry.id);
+        let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
+        let work = block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
+        if work == Outcome::Stopped {
+            return Ok(Outcome::Stopped);
+        }
+        {
+            let _structure = locked(&self.structure);
+            self.gone(disk, entry, left).map_err(|e| e.to_string())?;
+        }
+        if disk.disk.discards().count() > 0 {
+            let (of, pace) = (disk.disk.clone(), job.pace.clone());
+            match block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
+                Ok(_) => {}
+                // The snapshot is gone all the same; the storage comes back with a later discard.
+                Err(e) => log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name),
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Forgets a snapshot that nobody reads any more, and removes the layer that it leaves behind.
+    fn gone(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        left: Option<(Uuid, PathBuf)>,
+    ) -> Result<(), ApiError> {
+        if entry.version.is_none() {
+            // Others are left out of the records as soon as they have left the chain.
+            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        }
+        // The records first: while they name a layer, it must be there. Strays are removed at the next start.
+        let persisted = self.persist(std::slice::from_ref(disk));
+        if let (Ok(()), Some((id, image))) = (&persisted, left) {
+            self.remove_layer(id, &image);
+        }
+        locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        log::info!("snapshot {}: deleted", entry.reference);
+        self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
+        persisted
+    }
+}
+
+/// The layer that is not needed any more when a version has gone: its own, or, when it leaves its full image to a
+/// neighbour, the neighbour's. None if it has a full image that nobody takes over: a disk's own image, or a leg.
+fn left_behind(disk: &DiskEntry, id: Uuid) -> Option<(Uuid, PathBuf)> {
+    let chain = disk.disk.chain();
+    let index = chain.position(id)?;
+    let at = chain.heir_of_pivot(index).unwrap_or(index);
+    let layer = chain.layer(at);
+    matches!(layer.owned, Owned::Table(_)).then(|| (chain.version(at).id, layer.image.path().to_owned()))
+}

@@ -1,0 +1,66 @@
+//! What a clean stop leaves: the bytes and tables of all versions first, and only then the word that they are there.
+
+use std::path::Path;
+
+use super::entry::DiskEntry;
+use super::layers::block_on;
+use super::manager::Manager;
+use crate::mirror::{Backing, Owned};
+use crate::store::Fingerprint;
+
+impl Manager {
+    /// Saves a disk of which no request is left.
+    ///
+    /// # Errors
+    /// When the live version could not be saved. A snapshot that could not is broken.
+    pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
+        if !disk.config.readonly {
+            sync(Backing::One(disk.image.clone()))?;
+        }
+        let of = disk.disk.clone();
+        block_on(async move |queue| of.commit_logs(&queue).await)?.map_err(|e| e.to_string())?;
+        let chain = disk.disk.chain();
+        let mut seals = Vec::new();
+        // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
+        let mut lost: Option<String> = None;
+        for (index, link) in chain.links().iter().enumerate().rev() {
+            let Owned::Table(table) = &link.layer.owned else { continue };
+            if lost.is_none() {
+                let saved = sync(link.layer.image.clone())
+                    .and_then(|()| table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string()));
+                match saved {
+                    Ok(seal) => seals.push((link.version.id, seal)),
+                    Err(e) if index > chain.pivot_of(index) => return Err(e), // The live version reads through it.
+                    Err(e) => lost = Some(format!("it, or one that it reads through, could not be saved: {e}")),
+                }
+            }
+            if let Some(reason) = &lost {
+                disk.disk.break_version(&link.version, reason);
+            }
+        }
+        let seal_of = |id| seals.iter().find(|(of, _)| *of == id).map(|(_, seal)| *seal);
+        let looks = |path: &Path| Fingerprint::of(path).map_err(|e| format!("{}: {e}", path.display()));
+        let mut record = disk.to_record();
+        for snapshot in &mut record.snapshots {
+            snapshot.saved_table = seal_of(snapshot.id);
+            snapshot.saved = looks(&snapshot.image).ok();
+        }
+        record.live_saved_table = seal_of(record.live);
+        let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
+        record.saved_discards = Some(discards.map_err(|e| e.to_string())?);
+        record.saved = Some(looks(&disk.config.path)?);
+        if let Some(log) = &record.live_log {
+            log::warn!(
+                "disk {}: its newest content is in the log {}, not in {} alone; it is put together when it is served again",
+                disk.name,
+                log.display(),
+                disk.config.path.display()
+            );
+        }
+        self.records.put([&record]).map_err(|e| e.to_string())
+    }
+}
+
+fn sync(image: Backing) -> Result<(), String> {
+    block_on(async move |queue| image.sync(&queue).await)?.map_err(|e| e.to_string())
+}

@@ -1,0 +1,239 @@
+//! Taking up the versions of a disk that is remembered.
+//!
+//! What is believed depends on how the daemon ended. After a clean stop: everything, if it still looks as it was left. After
+//! a kill in this boot: the tables in the run directory, which the kernel kept. After a power cut: what was made
+//! durable: full images, and logs as of their last flush; not what was saved for snapshots meanwhile.
+//!
+//! What always holds: a snapshot of which something is missing is broken and says why, and so are those that read through
+//! it. If the live version cannot be had, the disk is not served at all: an older content under its name would be a lie.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::layers::open_image;
+use super::manager::Manager;
+use crate::control::api::DiskConfig;
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode};
+use crate::mirror::{Backing, Epoch, Geometry, Layer, Link, Owned, Version};
+use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
+
+const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage; \
+     delete this snapshot and take another";
+const UNFINISHED: &str = "the host went down before all of it was on stable storage; delete it and take another";
+const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
+     delete this snapshot and take another";
+const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
+const BROKE: &str = "it broke just before the daemon was killed; delete it and take another";
+
+/// How the daemon ended the last time, and so what is believed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Trust {
+    /// It stopped cleanly, and the disk's image looks as it did then.
+    Saved,
+    /// It was killed in this boot.
+    SameBoot,
+    /// The machine went down.
+    PowerCut,
+    /// It stopped cleanly, but somebody wrote the disk's image since.
+    Changed,
+}
+
+impl Trust {
+    pub(super) fn of(record: &DiskRecord, looks: Option<Fingerprint>, boot: Uuid) -> Trust {
+        match record.saved {
+            Some(_) if record.saved == looks => Trust::Saved,
+            Some(_) => Trust::Changed,
+            None if record.boot == Some(boot) => Trust::SameBoot,
+            None => Trust::PowerCut,
+        }
+    }
+}
+
+/// What is taken up of a disk.
+pub(super) struct Taken {
+    pub(super) links: Vec<Link>,
+    /// Oldest first. Those without a version are lost.
+    pub(super) snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
+}
+
+/// A version as it is remembered; without a snapshot it is the live one.
+struct Slot {
+    id: Uuid,
+    began: u64,
+    image: std::path::PathBuf,
+    owns_all: bool,
+    splits: bool,
+    snapshot: Option<SnapshotRecord>,
+    saved_table: Option<Uuid>,
+}
+
+impl Taken {
+    pub(super) fn of_new_disk(base: Backing) -> Taken {
+        let link = Link { version: Version::new(Uuid::new_v4(), Epoch(0)), layer: Layer::full(base), splits: false };
+        Taken { links: vec![link], snapshots: Vec::new() }
+    }
+}
+
+impl Manager {
+    /// The versions of a disk whose full image is `base`.
+    ///
+    /// # Errors
+    /// When what the live version needs is not there or cannot be believed.
+    pub(super) fn take_up_versions(
+        &self,
+        mut record: DiskRecord,
+        base: &Backing,
+        config: &DiskConfig,
+        geometry: &Geometry,
+        trust: Trust,
+    ) -> Result<Taken, ApiError> {
+        settle_pending(&mut record);
+        let mut taken = Taken { links: Vec::new(), snapshots: Vec::new() };
+        let mut slots = slots_of(record, config);
+        // From the newest segment to the oldest.
+        let mut is_newest = true;
+        while !slots.is_empty() {
+            let first = slots.iter().rposition(|s| s.splits).unwrap_or(0);
+            let segment = slots.split_off(first);
+            self.take_up_segment(segment, (base, config, geometry, trust), is_newest, &mut taken)?;
+            is_newest = false;
+        }
+        taken.links.reverse();
+        taken.snapshots.reverse();
+        Ok(taken)
+    }
+
+    /// From the newest version to the oldest; appends.
+    fn take_up_segment(
+        &self,
+        segment: Vec<Slot>,
+        (base, config, geometry, trust): (&Backing, &DiskConfig, &Geometry, Trust),
+        is_newest: bool,
+        taken: &mut Taken,
+    ) -> Result<(), ApiError> {
+        let pivot = segment.iter().position(|s| s.owns_all);
+        let mut lost: Option<String> = match (pivot, trust) {
+            (None, _) => Some("its records name no full image".to_owned()),
+            (_, Trust::Changed) => Some(CHANGED.to_owned()),
+            _ => None,
+        };
+        for (i, slot) in segment.into_iter().enumerate().rev() {
+            let is_at_or_above = pivot.is_some_and(|p| i >= p);
+            let needed = is_newest && is_at_or_above;
+            // A disk's own image that was changed is served as it is, if nothing lies above it.
+            let usable = lost.is_none() || (needed && slot.snapshot.is_none() && slot.owns_all);
+            let layer = match usable {
+                true => self.open_layer(&slot, (base, config, geometry, trust), is_at_or_above),
+                false => Err(lost.clone().unwrap_or_default()),
+            };
+            match layer {
+                Ok(layer) => take(slot, layer, is_at_or_above, trust, taken),
+                Err(why) if needed => {
+                    let what = "its newest content is in a log that cannot be taken up";
+                    return Err(ApiError::new(ErrorCode::DiskFailed, format!("{what}: {why}"))
+                        .with_action("restore what is missing; nothing has been changed"));
+                }
+                Err(why) => {
+                    if let Some(mut snapshot) = slot.snapshot {
+                        snapshot.broken.get_or_insert(why);
+                        taken.snapshots.push((snapshot, None));
+                    }
+                    lost.get_or_insert_with(|| READS_THROUGH.to_owned());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn open_layer(
+        &self,
+        slot: &Slot,
+        (base, config, geometry, trust): (&Backing, &DiskConfig, &Geometry, Trust),
+        is_at_or_above: bool,
+    ) -> Result<Layer, String> {
+        if slot.owns_all && slot.image == config.path {
+            return Ok(Layer::full(base.clone()));
+        }
+        let is_file = std::fs::symlink_metadata(&slot.image).map(|m| m.is_file()).unwrap_or(false);
+        if !is_file && !slot.owns_all {
+            return Err(format!("its image {} is missing or is not a file", slot.image.display()));
+        }
+        if let (Trust::Saved, Some(snapshot)) = (trust, &slot.snapshot)
+            && (snapshot.saved.is_none() || snapshot.saved != Fingerprint::of(&slot.image).ok())
+        {
+            return Err(format!("its image {} was changed while the daemon was not running", slot.image.display()));
+        }
+        if slot.owns_all {
+            let image = open_image(&slot.image, config, trust).map_err(|e| e.to_string())?;
+            return Ok(Layer::full(Backing::One(image)));
+        }
+        if is_at_or_above {
+            return self.open_log((slot.id, &slot.image, slot.saved_table), config, geometry, trust);
+        }
+        let snapshot = slot.snapshot.as_ref().ok_or("the live version has no layer")?;
+        if trust == Trust::PowerCut {
+            return Err(POWER_CUT.to_owned());
+        }
+        self.open_frozen_layer(snapshot, config, geometry, trust)
+    }
+}
+
+/// Appends a version that is all there.
+fn take(slot: Slot, layer: Layer, is_at_or_above: bool, trust: Trust, taken: &mut Taken) {
+    let version = Version::new(slot.id, Epoch(slot.began));
+    if let Some(mut snapshot) = slot.snapshot {
+        version.set_quiesced();
+        if let Owned::Table(table) = &layer.owned
+            && table.is_broken()
+        {
+            snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
+        }
+        if trust == Trust::PowerCut && is_at_or_above && snapshot.quiesced_ms.is_none() {
+            snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
+        }
+        // Nobody is left who could change it.
+        snapshot.quiesced_ms.get_or_insert_with(|| Timestamp::now().unix_ms());
+        if let Some(reason) = &snapshot.broken {
+            version.set_broken(reason.clone());
+        }
+        taken.snapshots.push((snapshot, Some(version.clone())));
+    }
+    taken.links.push(Link { version, layer, splits: slot.splits });
+}
+
+/// A cut that was prepared: whether it came to be or not, there may be bytes of the new live version. The snapshot, of which
+/// nobody was told, goes.
+fn settle_pending(record: &mut DiskRecord) {
+    let newest = record.snapshots.iter().flat_map(|s| [s.began, s.ended]).chain([record.live_began]).max();
+    if let Some(pending) = record.snapshots.last_mut().filter(|s| s.ended == 0) {
+        pending.ended = newest.unwrap_or(0) + 1;
+        pending.deleting = true;
+        record.live_began = pending.ended + 1;
+    }
+}
+
+fn slots_of(record: DiskRecord, config: &DiskConfig) -> Vec<Slot> {
+    let live = Slot {
+        id: record.live,
+        began: record.live_began,
+        owns_all: record.live_log.is_none(),
+        image: record.live_log.unwrap_or_else(|| config.path.clone()),
+        splits: record.live_splits,
+        snapshot: None,
+        saved_table: record.live_saved_table,
+    };
+    let has_pivot = live.owns_all || record.snapshots.iter().any(|s| s.owns_all);
+    debug_assert!(has_pivot, "somebody has the full image");
+    let frozen = record.snapshots.into_iter().map(|s| Slot {
+        id: s.id,
+        began: s.began,
+        image: s.image.clone(),
+        owns_all: s.owns_all,
+        splits: s.splits,
+        saved_table: s.saved_table,
+        snapshot: Some(s),
+    });
+    frozen.chain([live]).collect()
+}
