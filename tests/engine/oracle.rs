@@ -100,6 +100,7 @@ fn random_runs_match_one_array_a_version() {
         ("holes kept as holes", total.holes_kept),
         ("logs", total.logs),
         ("splits", total.splits),
+        ("splits of legs that were kept equal", total.splits_of_pairs),
         ("folds", total.folds),
         ("requests that came long after their epoch had ended", total.held),
         ("cuts by connection", total.by_connection),

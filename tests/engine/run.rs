@@ -7,11 +7,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
-    PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState, Log,
+    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
@@ -33,6 +33,8 @@ pub struct Shape {
     frozen_alignment: Option<u32>,
     faults: bool,
     strategies: Strategies,
+    /// Whether the full image is a pair of legs. Otherwise a second leg is made for each split.
+    pair: bool,
 }
 
 /// Which strategy the cuts of a run have.
@@ -65,7 +67,10 @@ impl Shape {
             2 => Strategies::WriteMirroring,
             _ => Strategies::Mixed,
         };
-        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2, strategies }
+        let faults = seed % 3 == 2;
+        // What becomes of legs that fail is for `tests/legs`.
+        let pair = !faults && matches!(strategies, Strategies::WriteMirroring | Strategies::Mixed) && seed % 11 < 6;
+        Shape { block, live_alignment, frozen_alignment, faults, strategies, pair }
     }
 
     fn table(self, sectors: usize) -> Table {
@@ -77,6 +82,29 @@ fn frontend(disk: &Arc<Disk>) -> (Attachment, Vec<EpochLane>) {
     let attachment = disk.attach_live().connect();
     let lanes = (0..LANES).map(|_| attachment.lane()).collect();
     (attachment, lanes)
+}
+
+/// Goes on with everything until this is done.
+fn wait<T: 'static>(scheduler: &mut Scheduler, rng: &mut Rng, future: impl Future<Output = T> + 'static) -> T {
+    let answer = Rc::new(RefCell::new(None));
+    let put = answer.clone();
+    scheduler.spawn(async move {
+        let done = future.await;
+        *put.borrow_mut() = Some(done);
+    });
+    loop {
+        if let Some(done) = answer.borrow_mut().take() {
+            return done;
+        }
+        assert!(scheduler.step(rng), "it is never done");
+    }
+}
+
+async fn new_pair(first: SimImage, shape: Shape, queue: IoQueue) -> Arc<Pair> {
+    let (size, block_bytes) = (first.size_bytes(), u32::try_from(shape.block).unwrap());
+    let bitmap = SimImage::new("bitmap", usize::try_from(Pair::bitmap_bytes(size, block_bytes)).unwrap(), 512);
+    let first = LegImage { id: uuid::Uuid::from_u128(1), image: Arc::new(first) };
+    Pair::create(first, Arc::new(bitmap), uuid::Uuid::from_u128(2), block_bytes, &queue).await.unwrap()
 }
 
 /// One random run.
@@ -93,6 +121,9 @@ pub struct Run {
     /// What the housekeeping of the daemon enters by.
     lane: EpochLane,
     live_image: SimImage,
+    /// The live version's legs, if it has legs. The first one is the live image.
+    pair: Option<Arc<Pair>>,
+    lacks_leg: bool,
     sectors: usize,
     cuts: Vec<(Epoch, Arc<Version>)>,
     shape: Shape,
@@ -117,8 +148,14 @@ impl Run {
         let tail = rng.below(shape.block / SECTOR / unit) * unit;
         let sectors = blocks * shape.block / SECTOR + tail;
         let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
+        let (mut scheduler, queue) = (Scheduler::default(), IoQueue::simulated());
+        let pair = shape.pair.then(|| {
+            let pair = new_pair(live_image.clone(), shape, queue.clone());
+            wait(&mut scheduler, &mut rng, pair)
+        });
+        let one = || Backing::One(Arc::new(live_image.clone()));
         let options = DiskOptions {
-            image: Backing::One(Arc::new(live_image.clone())),
+            image: pair.clone().map_or_else(one, Backing::Pair),
             block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
             discards: shape.table(sectors),
@@ -126,11 +163,13 @@ impl Run {
         let disk = Disk::new(clock.clone(), options);
         let first = Array { key: 0, ended: None, version: None, sectors: vec![Tags::from([0]); sectors] };
         let world = World { arrays: vec![first], next: 1, ..World::default() };
-        Run {
+        let mut run = Run {
             rng,
             world: Rc::new(RefCell::new(world)),
-            scheduler: Scheduler::default(),
-            queue: IoQueue::simulated(),
+            scheduler,
+            queue,
+            pair,
+            lacks_leg: true,
             frontends: vec![frontend(&disk)],
             lane: clock.lane(),
             editor,
@@ -141,7 +180,9 @@ impl Run {
             cuts: Vec::new(),
             shape,
             held: Vec::new(),
-        }
+        };
+        run.add_leg();
+        run
     }
 
     fn range(&mut self) -> Range<usize> {
@@ -247,16 +288,18 @@ impl Run {
     }
 
     fn strategy(&mut self) -> Strategy {
+        let can_split = self.pair.is_none() || self.legs_are_equal();
         match self.shape.strategies {
             // While a log lies above the full image there is nothing else to do.
             _ if !self.disk.can_move_pivot() => Strategy::WriteLogging,
             Strategies::CopyOnWrite => Strategy::CopyOnWrite,
             Strategies::WriteLogging => Strategy::WriteLogging,
-            Strategies::WriteMirroring => Strategy::WriteMirroring,
+            Strategies::WriteMirroring if can_split => Strategy::WriteMirroring,
+            Strategies::WriteMirroring => Strategy::CopyOnWrite,
             Strategies::Mixed => match self.rng.below(100) {
+                75..100 if can_split => Strategy::WriteMirroring,
                 0..40 => Strategy::CopyOnWrite,
-                40..75 => Strategy::WriteLogging,
-                _ => Strategy::WriteMirroring,
+                _ => Strategy::WriteLogging,
             },
         }
     }
@@ -299,10 +342,50 @@ impl Run {
         image.fail_writes(errno, self.rng.below(6));
     }
 
-    /// Makes the second leg at a moment without anything in flight: keeping legs equal is another matter (`tests/legs`).
+    /// Adds a second leg, which is made equal while the guests go on.
+    fn add_leg(&mut self) {
+        let Some(pair) = self.pair.clone() else { return };
+        self.lacks_leg = false;
+        let image = SimImage::new("leg", self.sectors * SECTOR, self.shape.live_alignment);
+        let leg = LegImage { id: uuid::Uuid::from_u128(u128::from(self.rng.next())), image: Arc::new(image) };
+        let (queue, disk, world) = (self.queue.clone(), self.disk.clone(), self.world.clone());
+        self.scheduler.spawn(async move {
+            pair.attach(&queue, leg, true).await.unwrap();
+            let done = job::resync(queue, disk, pair, Arc::new(Pace::default())).await;
+            if !matches!(done, Ok(Outcome::Done)) {
+                world.borrow_mut().fail(format!("a leg is not made equal: {done:?}"));
+            }
+        });
+    }
+
+    fn legs_are_equal(&self) -> bool {
+        self.pair
+            .as_ref()
+            .is_some_and(|pair| pair.status().iter().filter(|leg| leg.state == LegState::InSync).count() == 2)
+    }
+
     fn split(&mut self) -> NewLayer {
-        while self.scheduler.step(&mut self.rng) {}
         self.world.borrow_mut().counts.splits += 1;
+        match self.pair.clone() {
+            Some(pair) => self.split_pair(pair),
+            None => self.split_copy(),
+        }
+    }
+
+    /// Splits legs that were kept equal, with whatever is in flight.
+    fn split_pair(&mut self, pair: Arc<Pair>) -> NewLayer {
+        let (queue, prepared) = (self.queue.clone(), pair.clone());
+        wait(&mut self.scheduler, &mut self.rng, async move { prepared.prepare_split(&queue).await.unwrap() });
+        self.world.borrow_mut().counts.splits_of_pairs += 1;
+        let frozen = Backing::One(pair.second().unwrap().image);
+        let live = pair.detached().unwrap();
+        (self.pair, self.lacks_leg) = (Some(live.clone()), true);
+        NewLayer::Split { frozen, live: Backing::Pair(live) }
+    }
+
+    /// Makes the second leg at a moment without anything in flight.
+    fn split_copy(&mut self) -> NewLayer {
+        while self.scheduler.step(&mut self.rng) {}
         let leg = self.live_image.copy("leg");
         let (frozen, live) = match self.rng.chance(50) {
             true => (self.live_image.clone(), leg),
@@ -319,18 +402,12 @@ impl Run {
     fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
         let bytes = DurableTable::image_bytes(table.blocks());
         let durable = SimImage::new("durable", usize::try_from(bytes).unwrap(), 512);
-        let log = Rc::new(RefCell::new(None));
-        let (put, queue) = (log.clone(), self.queue.clone());
-        let freed = self.shape.table(self.sectors);
-        self.scheduler.spawn(async move {
-            let made = DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue);
-            *put.borrow_mut() = Some(Arc::new(Log { table: made.await.unwrap(), freed }));
-        });
-        while log.borrow().is_none() {
-            assert!(self.scheduler.step(&mut self.rng), "a log is never made");
-        }
-        let log = log.borrow_mut().take().unwrap();
-        Layer::logged(image, log)
+        let queue = self.queue.clone();
+        let made = async move {
+            DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue).await.unwrap()
+        };
+        let table = wait(&mut self.scheduler, &mut self.rng, made);
+        Layer::logged(image, Arc::new(Log { table, freed: self.shape.table(self.sectors) }))
     }
 
     /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
@@ -387,6 +464,10 @@ impl Run {
             }
             !drained
         });
+        // Not before it has drained: until then old requests write to the leg that was split.
+        if self.cuts.is_empty() && self.lacks_leg && self.rng.chance(20) {
+            self.add_leg();
+        }
     }
 
     fn read_frozen(&mut self) {

@@ -67,6 +67,7 @@ pub struct Counts {
     pub holes_kept: u64,
     pub logs: u64,
     pub splits: u64,
+    pub splits_of_pairs: u64,
     pub folds: u64,
     pub held: u64,
     pub by_connection: u64,
@@ -89,6 +90,7 @@ impl Counts {
         self.holes_kept += other.holes_kept;
         self.logs += other.logs;
         self.splits += other.splits;
+        self.splits_of_pairs += other.splits_of_pairs;
         self.folds += other.folds;
         self.held += other.held;
         self.by_connection += other.by_connection;
