@@ -45,6 +45,8 @@ pub enum Defect {
     SplitNotMirrored,
     /// Connections are pinned only after the counter has moved.
     PinAfterCut,
+    /// Connections are cut over only after the counter has moved.
+    CutOverAfterMove,
     /// Entries that a write replaces are deleted from the far end of the chain towards the pivot.
     SupersedesFromOutside,
     /// A write does not take back the discard of its block that was put off.
@@ -61,7 +63,7 @@ pub enum Defect {
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 26] = [
+    pub const ALL: [Defect; 27] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -82,6 +84,7 @@ impl Defect {
         Defect::SupersededEntryKept,
         Defect::SplitNotMirrored,
         Defect::PinAfterCut,
+        Defect::CutOverAfterMove,
         Defect::SupersedesFromOutside,
         Defect::DiscardNotForgotten,
         Defect::PlaceNotEmptied,

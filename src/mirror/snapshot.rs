@@ -145,8 +145,13 @@ impl ChainEditor {
             return Err(TooManyDraining);
         }
         let coming = self.clock.current().next();
+        if planted::is(Defect::CutOverAfterMove) {
+            self.clock.advance()?;
+        }
         let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
-        self.clock.advance()?;
+        if !planted::is(Defect::CutOverAfterMove) {
+            self.clock.advance()?;
+        }
         Ok(changes.iter().map(PinChange::count).sum())
     }
 
