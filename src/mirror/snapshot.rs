@@ -155,6 +155,23 @@ impl ChainEditor {
         Ok(changes.iter().map(PinChange::count).sum())
     }
 
+    /// Puts another view of the same bytes in the place of the disk's full image. Returns the epoch that must drain before
+    /// nobody goes by the old one.
+    ///
+    /// # Errors
+    /// When too many older cuts still drain; nothing has changed then.
+    pub fn replace_full_image(&self, disk: &Disk, image: Backing) -> Result<Epoch, TooManyDraining> {
+        let _editing = lock(&self.editing);
+        if !self.clock.can_advance() {
+            return Err(TooManyDraining);
+        }
+        let chain = disk.chain();
+        let mut links = chain.links().to_vec();
+        links[chain.pivot_of(chain.live())].layer.image = image;
+        disk.chain.store(Arc::new(Chain::new(links)));
+        Ok(self.clock.advance()?.previous())
+    }
+
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
     /// writes of the version above go to its image from now on. Returns the epoch that must drain before
     /// [`Disk::let_go_of_next`] may begin, so that no request still goes by the old state.
