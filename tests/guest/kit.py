@@ -192,6 +192,7 @@ class Daemon:
     keeps_snapshots = True
     locks_images = True
     shares_disks = True
+    writes_logs = True
 
     def __init__(self, workspace, disks, binary=None):
         self.workspace, self.disks = workspace, disks
@@ -229,8 +230,8 @@ class Daemon:
     def ask(self, *command, status=0):
         return run(self.binary, "--control", self.control, *command, status=status)
 
-    def snapshot_create(self, disk, name):
-        self.ask("snapshot", "create", name, "--disk", disk.name, "--wait")
+    def snapshot_create(self, disk, name, strategy="copy-on-write"):
+        self.ask("snapshot", "create", name, "--disk", disk.name, "--strategy", strategy, "--wait")
         return self.snapshot_show(disk, name)
 
     def snapshot_by_connection(self, disk, name):
@@ -251,21 +252,40 @@ class Daemon:
     def snapshots(self):
         return [s["id"] for s in json.loads(self.ask("snapshot", "list", "--json").stdout)]
 
+    def send(self, method, path, body=None):
+        """What the control socket answers, without the time that a command line takes."""
+        connection = http.client.HTTPConnection("halfsilver", timeout=COMMAND_SECONDS_MAX)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(COMMAND_SECONDS_MAX)
+        connection.sock.connect(str(self.control))
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        require(answer.status < 300, f"{method} {path}: {answer.status} {answer.reason}\n{text}")
+        return text
+
+    def jobs(self, state="running"):
+        return [job for job in json.loads(self.send("GET", "/v1/jobs")) if job["state"] == state]
+
+    def snapshot_delete_slowly(self, disk, name, delay_ms):
+        """Begins to delete a snapshot, with a pause after each block; `set_pace` makes it quick again."""
+        deletion = self.workspace.start(f"delete-{name}", [self.binary, "--control", self.control, "snapshot", "delete",
+                                                           f"{disk.name}@{name}", "--wait"])
+        job = eventually("the job of the deletion", lambda: next(iter(self.jobs()), None), every=0)
+        self.set_pace(job, delay_ms)
+        return deletion, job
+
+    def set_pace(self, job, delay_ms):
+        self.send("PATCH", f"/v1/jobs/{job['id']}", json.dumps({"delay_ms": delay_ms}))
+
     def metrics(self):
         """Prometheus samples by name with labels, as in {'halfsilver_preserved_bytes_total{disk="vm1"}': 4096.0}."""
-        connection = http.client.HTTPConnection("halfsilver", timeout=10)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(10)
-        connection.sock.connect(str(self.control))
-        connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        require(answer.status == 200, f"GET /metrics: {answer.status} {answer.reason}")
         samples = {}
-        for line in answer.read().decode().splitlines():
+        for line in self.send("GET", "/metrics").splitlines():
             match = re.fullmatch(r"([a-zA-Z_:][^\s{]*(?:\{.*\})?)\s+(\S+)(?:\s+\S+)?", line)
             if match and not line.startswith("#"):
                 samples[match[1]] = float(match[2])
-        connection.close()
         return samples
 
 
@@ -607,10 +627,10 @@ def judge_image(workspace, image, seed, at_least=None, at_most=None):
     return verdict
 
 
-def back_up(workspace, snapshot, size_bytes, while_copying=lambda: None):
-    """Boots a second guest on a frozen version, copies it out from inside and reads it twice.
+def back_up(workspace, snapshot, size_bytes, while_copying=lambda: None, again=True):
+    """Boots a second guest on a frozen version, reads it, copies it out from inside and reads it `again`.
 
-    Returns the path of the copy. Raises unless both reads and the copy, as the host sees it, are one content.
+    Returns the path of the copy. Raises unless what was read and the copy, as the host sees it, are one content.
     """
     scratch = workspace.path / "copied-out.raw"
     with open(scratch, "wb") as file:
@@ -626,7 +646,7 @@ def back_up(workspace, snapshot, size_bytes, while_copying=lambda: None):
     while_copying()
     guest.run("dd if=/dev/vda of=/dev/vdb bs=1M conv=fsync 2>/dev/null", 240)
     while_copying()
-    second = read_hash()
+    second = read_hash() if again else first
     require(first == second, f"VLUN A changed under the backup guest: sha256 {first}, later {second}")
     guest.require_no_io_errors()
     guest.power_off()

@@ -18,6 +18,7 @@ class StandIn:
     keeps_snapshots = False
     locks_images = False  # QEMU's exports share their image with other writers
     shares_disks = False  # an export takes one client
+    writes_logs = False
 
     def __init__(self, workspace, disks):
         self.workspace, self.disks = workspace, disks
