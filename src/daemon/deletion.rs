@@ -13,10 +13,11 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::layers::block_on;
 use super::manager::Manager;
-use crate::control::api::{JobKind, JobState, SnapshotState};
+use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::image::SharedImage;
 use crate::job::{self, Outcome};
-use crate::mirror::{Epoch, Owned, RetireError};
+use crate::mirror::{Backing, Epoch, Owned, RetireError};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -49,7 +50,8 @@ impl Manager {
         }
     }
 
-    pub(super) fn delete(&self, reference: &SnapshotRef, force: bool) -> Result<Deletion, ApiError> {
+    pub(super) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
+        let DeleteSnapshotOptions { force, keep_image } = options;
         let deadline = Instant::now() + DELETION_WAIT;
         let job = loop {
             let structure = locked(&self.structure);
@@ -57,8 +59,10 @@ impl Manager {
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
             if entry.version.is_none() {
-                let layer = locked(&entry.record).image.clone();
-                self.gone(&disk, &entry, Some((entry.id, layer)))?;
+                // Its image is ours to remove only if it was made for it.
+                let record = locked(&entry.record).clone();
+                let left = (!record.owns_all).then_some((entry.id, record.image));
+                self.gone(&disk, &entry, left)?;
                 return Ok(Deletion::Done);
             }
             let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
@@ -88,7 +92,7 @@ impl Manager {
                     let message = format!("snapshot {reference} is being read");
                     return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
                 }
-                _ => break self.begin_deletion(&disk, &entry)?,
+                _ => break self.begin_deletion(&disk, &entry, keep_image)?,
             }
             drop(structure);
             std::thread::sleep(Duration::from_millis(10));
@@ -116,7 +120,13 @@ impl Manager {
         locked(&self.jobs).values().rev().find(is_it).filter(|j| j.state() != JobState::Done).cloned()
     }
 
-    fn begin_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Result<Arc<JobEntry>, ApiError> {
+    fn begin_deletion(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        keep_image: bool,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&entry.record).keep_image = keep_image;
         locked(&entry.record).deleting = true;
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             locked(&entry.record).deleting = false;
@@ -209,6 +219,7 @@ impl Manager {
         let version = entry.version.clone().expect("only versions in a chain are retired");
         // What is not needed any more when it has gone.
         let left = left_behind(disk, entry.id);
+        let leg = leg_of(disk, entry.id);
         let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
         let work = block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
         if work == Outcome::Stopped {
@@ -216,6 +227,9 @@ impl Manager {
         }
         {
             let _structure = locked(&self.structure);
+            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
+                self.after_split(disk, entry, leg);
+            }
             self.gone(disk, entry, left).map_err(|e| e.to_string())?;
         }
         if disk.disk.discards().count() > 0 {
@@ -249,6 +263,16 @@ impl Manager {
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
+    }
+}
+
+/// The leg that a version has alone, if it has one.
+fn leg_of(disk: &DiskEntry, id: Uuid) -> Option<SharedImage> {
+    let chain = disk.disk.chain();
+    let index = chain.position(id)?;
+    match (&chain.layer(index).owned, &chain.layer(index).image, chain.heir_of_pivot(index)) {
+        (Owned::All, Backing::One(image), None) => Some(image.clone()),
+        _ => None,
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! How a disk's versions are taken up again is in [`super::takeup`].
 
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,13 +12,14 @@ use uuid::Uuid;
 use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{OLD_TRANSFERS_WAIT, direct_of, remove_file};
-use super::manager::{BrokenVersions, Manager, image_error, record_error, table_error};
+use super::manager::{BrokenVersions, Manager, record_error, table_error};
+use super::mirror::{Base, Mirror};
 use super::takeup::Taken;
 pub(super) use super::takeup::Trust;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
-use crate::image::{FileImage, ImageOptions, SharedImage};
-use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Version};
+use crate::image::ImageOptions;
+use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
@@ -52,7 +54,7 @@ impl Manager {
         self.refuse_when_stopping()?;
         let config = self.completed(name, config);
         if let Ok(old) = self.disk(name) {
-            if old.config == config {
+            if old.config() == config {
                 return Ok(PutOutcome::Unchanged(old.to_api()));
             }
             let message = format!("disk {name} exists and is configured differently");
@@ -63,9 +65,17 @@ impl Manager {
         Ok(PutOutcome::Created(entry.to_api()))
     }
 
-    /// The configuration with everything said that has a default.
+    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there.
     pub(super) fn completed(&self, name: &Name, config: &DiskConfig) -> DiskConfig {
         let mut config = config.clone();
+        if config.mirror.is_none() {
+            let served = self.disk(name).ok().map(|disk| disk.to_record());
+            let record = served.or_else(|| self.records.disks().ok()?.into_iter().find(|r| r.name == name.as_str()));
+            let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
+            if legs.iter().any(|leg| leg.path == config.path) {
+                config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+            }
+        }
         config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
         config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
         config
@@ -76,11 +86,32 @@ impl Manager {
         let records = self.records.disks().map_err(record_error)?;
         let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
         let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
-        let same = |old: &DiskConfig| old.path == config.path && old.block_size == config.block_size;
+        let legs: Vec<_> = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| &leg.path).collect();
+        let is_known = |path: &PathBuf| match legs.is_empty() {
+            true => old.as_ref().is_some_and(|o| o.path == *path),
+            false => legs.contains(&path),
+        };
+        let same = |old: &DiskConfig| is_known(&config.path) && old.block_size == config.block_size;
+        let now = old.as_ref().map(|o| o.path.display().to_string()).unwrap_or_default();
+        if record.former_legs.contains(&config.path) {
+            let message = format!(
+                "disk {name} is {now} now; {} was a leg of it once, and does not have what was written since",
+                config.path.display()
+            );
+            return Err(ApiError::new(ErrorCode::DiskExists, message)
+                .with_action(format!("serve it with path={now}, or {} under another name", config.path.display())));
+        }
         if old.as_ref().is_some_and(same) {
+            let other = config.mirror.as_ref().filter(|path| legs.len() > 1 && !legs.contains(path));
+            if let Some(other) = other {
+                let message = format!("disk {name} has other legs than {}", other.display());
+                return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(
+                    "leave mirror= out, and change legs with 'halfsilver disk mirror' and 'disk unmirror'",
+                ));
+            }
             return Ok(Some(record));
         }
-        if record.snapshots.is_empty() {
+        if record.snapshots.is_empty() && legs.len() < 2 {
             return Ok(None); // Another image under an old name: a new disk.
         }
         let was =
@@ -98,10 +129,13 @@ impl Manager {
         let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
         let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
         let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
-        // Looked at before it is opened, because opening may count as a change.
-        let looks = Fingerprint::of(&config.path).ok();
-        let image: SharedImage = Arc::new(FileImage::open(&config.path, options).map_err(|e| in_disk(image_error(e)))?);
-        let unit = image.alignment().offset_bytes;
+        // Looked at before it is opened, because opening may count as a change. A mirror looks at its legs itself.
+        let looks = match record.as_ref().filter(|r| r.mirror.is_some()) {
+            Some(record) => record.saved,
+            None => Fingerprint::of(&config.path).ok(),
+        };
+        let Base { backing, mirror } = self.open_base(config, record.as_ref(), options).map_err(in_disk)?;
+        let unit = backing.alignment().offset_bytes;
         if unit > config.block_size {
             let message = format!(
                 "disk {name}: {} takes units of {unit} bytes, more than its block size of {}",
@@ -111,13 +145,13 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::InvalidConfig, message)
                 .with_action(format!("give it block-size={unit}, or direct=off")));
         }
-        let geometry = Geometry::of(&Backing::One(image.clone()), config.block_size);
+        let geometry = Geometry::of(&backing, config.block_size);
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
         let taken = match record.clone() {
-            None => Taken::of_new_disk(Backing::One(image.clone())),
+            None => Taken::of_new_disk(backing.clone()),
             Some(record) => {
                 let trust = Trust::of(&record, looks, boot);
                 if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
@@ -125,22 +159,20 @@ impl Manager {
                 {
                     log::warn!("disk {name}: discards that were put off are forgotten: {e}");
                 }
-                self.take_up_versions(record, &Backing::One(image.clone()), config, &geometry, trust)
-                    .map_err(in_disk)?
+                self.take_up_versions(record, &backing, config, &geometry, trust).map_err(in_disk)?
             }
         };
-        let options = DiskOptions {
-            image: Backing::One(image.clone()),
-            block_bytes: config.block_size,
-            read_only: config.readonly,
-            discards,
-        };
+        let options =
+            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
 
         // From here on the disk may change: the record must not say "saved" any more.
-        let unsaved = record_of(id, name, config, boot, &disk.chain(), &snapshots);
+        let mut unsaved = record_of(id, name, config, boot, &disk.chain(), &snapshots);
+        unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
+        let former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
+        unsaved.former_legs.clone_from(&former_legs);
         self.records.put([&unsaved]).map_err(record_error)?;
 
         let frontends = Frontends::new(name, None, &self.bus);
@@ -173,7 +205,11 @@ impl Manager {
             boot,
             config: config.clone(),
             disk,
-            image,
+            path: Mutex::new(config.path.clone()),
+            mirror: Mutex::new(mirror),
+            former_legs: Mutex::new(former_legs),
+            leg_paths: Arc::default(),
+            cleaning: AtomicBool::new(false),
             server,
             frontends,
             snapshots: Mutex::new(snapshots),
@@ -186,8 +222,21 @@ impl Manager {
             entry.disk.geometry().size_bytes,
             socket.display()
         );
+        self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
+        }
+        if let Some(path) = config.mirror.as_ref().filter(|_| locked(&entry.mirror).is_none())
+            && let Err(e) = self.add_leg(&entry, path)
+        {
+            // Nothing was asked of it yet: it goes as if it had never come.
+            locked(&self.disks).remove(name);
+            entry.server.stop();
+            let gone = if record.is_some() { self.persist(&[entry]) } else { self.forget_disk(&entry) };
+            if let Err(e) = gone {
+                log::error!("disk {name}: {}", e.message);
+            }
+            return Err(in_disk(e));
         }
         Ok(entry)
     }
@@ -218,6 +267,20 @@ impl Manager {
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
         }))
+    }
+
+    fn remove_disk_files(&self, disk: &DiskEntry) {
+        remove_file(&self.places.durable_table(disk.id));
+        remove_file(&self.places.run_table(disk.id));
+        if let Some(mirror) = &*locked(&disk.mirror) {
+            remove_file(&self.places.log_table(mirror.bitmap));
+        }
+    }
+
+    fn forget_disk(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+        self.records.remove(disk.name.as_str()).map_err(record_error)?;
+        self.remove_disk_files(disk);
+        Ok(())
     }
 
     pub(super) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
@@ -254,8 +317,7 @@ impl Manager {
                 self.remove_layer(record.id, &record.image);
             }
         }
-        remove_file(&self.places.durable_table(entry.id));
-        remove_file(&self.places.run_table(entry.id));
+        self.remove_disk_files(&entry);
         self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
         log::info!("disk {name}: no longer served");
         Ok(())

@@ -1,5 +1,6 @@
 //! A served disk and its snapshots, as the manager holds them.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,11 +8,11 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::layers::space_of;
+use super::mirror::Mirror;
 use crate::control::api::{self, DiskConfig, DiskState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::image::SharedImage;
-use crate::mirror::{Chain, Disk, Epoch, Owned, Version};
+use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
@@ -83,7 +84,7 @@ impl SnapshotEntry {
     /// Whether its content is folded into the full image when it goes.
     fn folds(&self, disk: &DiskEntry) -> bool {
         let chain = disk.disk.chain();
-        chain.position(self.id).is_some_and(|i| chain.folds_into(chain.pivot_of(i)) && chain.pivot_of(i) == i)
+        chain.position(self.id).is_some_and(|i| chain.pivot_of(i) == i && chain.segment_of(i).last > i)
     }
 
     /// How many frontends still write it rather than the live version.
@@ -180,6 +181,8 @@ pub(super) fn record_of(
         live_log,
         live_saved_table: None,
         live_splits: live.splits,
+        mirror: None,
+        former_legs: Vec::new(),
         boot: Some(boot),
         snapshots: snapshots.iter().filter_map(|s| s.to_record(chain)).collect(),
         saved: None,
@@ -196,7 +199,14 @@ pub(super) struct DiskEntry {
     /// As it is served: with the socket and the serial filled in.
     pub(super) config: DiskConfig,
     pub(super) disk: Arc<Disk>,
-    pub(super) image: SharedImage,
+    /// Its image, or of its legs the one that it is known by.
+    pub(super) path: Mutex<PathBuf>,
+    pub(super) mirror: Mutex<Option<Mirror>>,
+    pub(super) former_legs: Mutex<Vec<PathBuf>>,
+    /// Where legs are, for messages.
+    pub(super) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
+    /// Whether somebody is at the write-intent bitmap.
+    pub(super) cleaning: AtomicBool,
     pub(super) server: ServerHandle,
     pub(super) frontends: Arc<Frontends>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
@@ -214,15 +224,32 @@ impl DiskEntry {
 
     /// What is remembered of it while it is served.
     pub(super) fn to_record(&self) -> DiskRecord {
-        record_of(self.id, &self.name, &self.config, self.boot, &self.disk.chain(), &self.snapshots())
+        let mut record =
+            record_of(self.id, &self.name, &self.config(), self.boot, &self.disk.chain(), &self.snapshots());
+        record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
+        record.former_legs = locked(&self.former_legs).clone();
+        record
+    }
+
+    /// How it would be served again: its legs may have changed since it was served.
+    pub(super) fn config(&self) -> DiskConfig {
+        let mut config = self.config.clone();
+        config.path = locked(&self.path).clone();
+        let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
+        config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+        config
+    }
+
+    /// The backing of its full image.
+    pub(super) fn base(&self) -> Backing {
+        let chain = self.disk.chain();
+        chain.layer(chain.pivot_of(chain.live())).image.clone()
     }
 
     pub(super) fn failure(&self) -> Option<String> {
-        self.image.is_poisoned().then(|| {
-            format!(
-                "a sync of {} failed, so it is unknown what of the last writes is stored",
-                self.config.path.display()
-            )
+        self.base().is_poisoned().then(|| {
+            let path = locked(&self.path);
+            format!("a sync of {} failed, so it is unknown what of the last writes is stored", path.display())
         })
     }
 
@@ -234,7 +261,7 @@ impl DiskEntry {
         api::Disk {
             id: self.id,
             name: self.name.clone(),
-            path: self.config.path.clone(),
+            path: locked(&self.path).clone(),
             socket: self.config.socket.clone().unwrap_or_default(),
             size_bytes,
             block_size,
@@ -248,9 +275,9 @@ impl DiskEntry {
             frontends,
             epoch: chain.version(chain.live()).began.0,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            allocated_bytes: self.image.allocated_bytes().unwrap_or(size_bytes),
+            allocated_bytes: self.base().allocated_bytes().unwrap_or(size_bytes),
             shared: self.config.shared,
-            legs: Vec::new(),
+            legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
         }
     }
 

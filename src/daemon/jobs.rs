@@ -165,6 +165,10 @@ impl Manager {
             (JobState::Stopped | JobState::Failed, Some((disk, snapshot))) => {
                 self.resume_deletion(&disk, &snapshot, job.clone())?;
             }
+            (JobState::Stopped | JobState::Failed, None) if job.kind == JobKind::Mirror => {
+                let disk = self.disk(&job.disk)?;
+                self.resume_resync(&disk, job.clone())?;
+            }
             (state, _) => return Err(ApiError::job_ended(id, state)),
         }
         Ok(job.to_api())

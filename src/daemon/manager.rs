@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -23,6 +23,9 @@ use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
 use crate::image::{ImageError, ImageErrorKind};
 use crate::mirror::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
 use crate::store::{DiskRecord, RecordError, Records, TableError};
+
+/// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
+const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Runs the disks.
 pub struct Manager {
@@ -158,13 +161,20 @@ impl Manager {
 
 /// What data-path threads must not do themselves: recording and telling.
 fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<VersionId>) {
+    let mut last_clean = Instant::now();
     loop {
         let news = inbox.recv_timeout(Duration::from_millis(500));
         let Some(manager) = manager.upgrade() else { return };
         match news {
             Ok(version) => manager.tell_broken(version),
             Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
-            Err(RecvTimeoutError::Timeout) => manager.tell_failures(),
+            Err(RecvTimeoutError::Timeout) => {
+                manager.tell_failures();
+                if last_clean.elapsed() >= CLEAN_INTERVAL {
+                    last_clean = Instant::now();
+                    manager.clean_mirrors();
+                }
+            }
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }

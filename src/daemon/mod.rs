@@ -10,6 +10,7 @@ mod entry;
 mod jobs;
 mod layers;
 mod manager;
+mod mirror;
 mod places;
 mod save;
 mod service;

@@ -118,8 +118,9 @@ impl Places {
         let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
         // Who has a full image has no table.
         let logs = disks.iter().filter(|d| d.live_log.is_some()).map(|d| d.live);
+        let bitmaps = disks.iter().filter_map(|d| Some(d.mirror.as_ref()?.bitmap));
         let parts = snapshots().filter(|s| !s.owns_all).map(|s| s.id);
-        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(logs).chain(parts).collect();
+        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(parts).collect();
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
         let references: HashSet<String> = disks.iter().flat_map(named).collect();

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::entry::DiskEntry;
+use super::entry::{DiskEntry, locked};
 use super::layers::block_on;
 use super::manager::Manager;
+use crate::image::IoQueue;
 use crate::mirror::{Backing, Owned};
 use crate::store::Fingerprint;
 
@@ -15,7 +16,17 @@ impl Manager {
     /// When the live version could not be saved. A snapshot that could not is broken.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
         if !disk.config.readonly {
-            sync(Backing::One(disk.image.clone()))?;
+            sync(disk.base())?;
+        }
+        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+        if let Some(pair) = pair {
+            let of = disk.disk.clone();
+            // Twice: what was written since the last time is only noted at the first.
+            let clean = async move |queue: IoQueue| {
+                pair.clean(&queue, of.block_locks()).await?;
+                pair.clean(&queue, of.block_locks()).await
+            };
+            block_on(clean)?.map_err(|e| e.to_string())?;
         }
         let of = disk.disk.clone();
         block_on(async move |queue| of.commit_logs(&queue).await)?.map_err(|e| e.to_string())?;
@@ -24,7 +35,14 @@ impl Manager {
         // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
         let mut lost: Option<String> = None;
         for (index, link) in chain.links().iter().enumerate().rev() {
-            let Owned::Table(table) = &link.layer.owned else { continue };
+            let Owned::Table(table) = &link.layer.owned else {
+                if index < chain.live()
+                    && let Err(e) = sync(link.layer.image.clone())
+                {
+                    disk.disk.break_version(&link.version, &e);
+                }
+                continue;
+            };
             if lost.is_none() {
                 let saved = sync(link.layer.image.clone())
                     .and_then(|()| table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string()));
@@ -48,13 +66,21 @@ impl Manager {
         record.live_saved_table = seal_of(record.live);
         let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
         record.saved_discards = Some(discards.map_err(|e| e.to_string())?);
-        record.saved = Some(looks(&disk.config.path)?);
+        for leg in record.mirror.iter_mut().flat_map(|m| &mut m.legs) {
+            leg.saved = looks(&leg.path).ok();
+        }
+        let path = locked(&disk.path).clone();
+        // Of a mirror each leg is looked at by itself.
+        record.saved = match record.mirror {
+            Some(_) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
+            None => Some(looks(&path)?),
+        };
         if let Some(log) = &record.live_log {
             log::warn!(
                 "disk {}: its newest content is in the log {}, not in {} alone; it is put together when it is served again",
                 disk.name,
                 log.display(),
-                disk.config.path.display()
+                path.display()
             );
         }
         self.records.put([&record]).map_err(|e| e.to_string())

@@ -6,17 +6,18 @@ use std::sync::atomic::Ordering;
 
 use super::entry::locked;
 use super::manager::Manager;
+use super::mirror::Mirror;
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, Writers,
 };
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
-use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
+use crate::control::{ApiError, Deletion, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
 use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
     fn version(&self) -> VersionInfo {
         VersionInfo::of_this_build(
-            vec![Strategy::CopyOnWrite, Strategy::WriteLogging],
+            vec![Strategy::CopyOnWrite, Strategy::WriteLogging, Strategy::WriteMirroring],
             vec![Writers::Request, Writers::Connection],
         )
     }
@@ -30,9 +31,6 @@ impl Service for Manager {
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
-        if config.mirror.is_some() {
-            return Err(unsupported(format!("disk {disk}: a mirror")));
-        }
         self.put(disk, config)
     }
 
@@ -40,14 +38,12 @@ impl Service for Manager {
         self.remove_disk(disk, force)
     }
 
-    fn mirror_disk(&self, disk: &Name, _path: &Path) -> Result<api::Disk, ApiError> {
-        self.disk(disk)?;
-        Err(unsupported(format!("disk {disk}: a second leg")))
+    fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<api::Disk, ApiError> {
+        self.mirror(disk, path)
     }
 
-    fn unmirror_disk(&self, disk: &Name, _leg: Option<&Path>) -> Result<api::Disk, ApiError> {
-        self.disk(disk)?;
-        Err(ApiError::no_second_leg(disk))
+    fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<api::Disk, ApiError> {
+        self.unmirror(disk, leg)
     }
 
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
@@ -71,7 +67,7 @@ impl Service for Manager {
 
     fn delete_snapshot(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
         options.check(reference, self.get_snapshot(reference)?.strategy)?;
-        self.delete(reference, options.force)
+        self.delete(reference, options)
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
@@ -105,7 +101,7 @@ impl Service for Manager {
                 disk: disk.name.clone(),
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
-                legs: Vec::new(),
+                legs: locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             });
             for snapshot in disk.snapshots() {
                 let count = |c: fn(&crate::mirror::Version) -> &std::sync::atomic::AtomicU64| {
@@ -127,10 +123,6 @@ impl Service for Manager {
     fn events(&self) -> Arc<EventBus> {
         self.bus.clone()
     }
-}
-
-fn unsupported(what: String) -> ApiError {
-    ApiError::new(ErrorCode::Unsupported, format!("{what} is not supported"))
 }
 
 // Both rooms count in the same order and the same buckets.

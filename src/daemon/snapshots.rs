@@ -32,7 +32,7 @@ struct Ready {
     /// What the records say after the cut, but for its epoch.
     pending: DiskRecord,
     /// The layer that was made for it.
-    made: (Uuid, PathBuf),
+    made: Option<(Uuid, PathBuf)>,
 }
 
 impl Manager {
@@ -72,7 +72,7 @@ impl Manager {
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         let mut prepared = Vec::new();
         let mut entries = Vec::new();
-        let made: Vec<_> = ready.iter().map(|one| one.made.clone()).collect();
+        let made: Vec<_> = ready.iter().filter_map(|one| one.made.clone()).collect();
         for one in ready {
             locked(&one.disk.snapshots).push(one.entry.clone());
             prepared.push(one.prepared);
@@ -158,6 +158,7 @@ impl Manager {
             broken: None,
             deleting: false,
             stopped: false,
+            keep_image: false,
             saved: None,
             saved_table: None,
         };
@@ -173,7 +174,11 @@ impl Manager {
             drain: Mutex::new(None),
         });
         let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live };
-        let made = (if strategy == Strategy::WriteLogging { new_live } else { entry.id }, made);
+        let made = match strategy {
+            Strategy::CopyOnWrite => Some((entry.id, made)),
+            Strategy::WriteLogging => Some((new_live, made)),
+            Strategy::WriteMirroring => None, // It is the disk's own leg.
+        };
         Ok(Ready { disk: disk.clone(), entry, prepared, pending, made })
     }
 
@@ -200,7 +205,11 @@ impl Manager {
                 let layer = self.make_log(&path, new_live, &disk.config, geometry)?;
                 Ok((NewLayer::Live { layer }, path))
             }
-            Strategy::WriteMirroring => Err(ApiError::no_second_leg(&disk.name)),
+            Strategy::WriteMirroring => {
+                let (frozen, live) = self.split(disk)?;
+                let path = frozen.path().to_owned();
+                Ok((NewLayer::Split { frozen, live }, path))
+            }
         }
     }
 
@@ -234,7 +243,7 @@ impl Manager {
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
         let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
-        let made: Vec<_> = ready.iter().map(|r| r.made.clone()).collect();
+        let made: Vec<_> = ready.iter().filter_map(|r| r.made.clone()).collect();
         self.forget(&entries, &made);
         error
     }
@@ -245,6 +254,8 @@ impl Manager {
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
+        // A leg that was split for nothing comes back.
+        disks.iter().for_each(|disk| self.resume_mirror(disk));
         match self.persist(&disks) {
             Ok(()) => made.iter().for_each(|(id, image)| self.remove_layer(*id, image)),
             // The records still name the files.

@@ -125,7 +125,7 @@ impl Manager {
             // A disk's own image that was changed is served as it is, if nothing lies above it.
             let usable = lost.is_none() || (needed && slot.snapshot.is_none() && slot.owns_all);
             let layer = match usable {
-                true => self.open_layer(&slot, (base, config, geometry, trust), is_at_or_above),
+                true => self.open_layer(&slot, (base, config, geometry, trust), is_at_or_above, is_newest),
                 false => Err(lost.clone().unwrap_or_default()),
             };
             match layer {
@@ -152,8 +152,9 @@ impl Manager {
         slot: &Slot,
         (base, config, geometry, trust): (&Backing, &DiskConfig, &Geometry, Trust),
         is_at_or_above: bool,
+        is_newest: bool,
     ) -> Result<Layer, String> {
-        if slot.owns_all && slot.image == config.path {
+        if slot.owns_all && is_newest {
             return Ok(Layer::full(base.clone()));
         }
         let is_file = std::fs::symlink_metadata(&slot.image).map(|m| m.is_file()).unwrap_or(false);

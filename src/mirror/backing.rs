@@ -58,6 +58,24 @@ impl Backing {
         }
     }
 
+    /// Whether a sync has failed, so that nobody knows what is stored.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        match self {
+            Backing::One(image) => image.is_poisoned(),
+            Backing::Pair(pair) => pair.is_poisoned(),
+        }
+    }
+
+    /// Bytes of storage in use, if the container can tell; of a mirror, on one leg.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> Option<u64> {
+        match self {
+            Backing::One(image) => image.allocated_bytes(),
+            Backing::Pair(pair) => pair.allocated_bytes(),
+        }
+    }
+
     /// Where it is, for messages.
     #[must_use]
     pub fn path(&self) -> &std::path::Path {

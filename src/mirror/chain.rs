@@ -289,9 +289,15 @@ impl Chain {
     /// The version whose layer has the bytes of `block` as `index` shows it.
     #[must_use]
     pub fn resolve(&self, index: VersionIndex, block: BlockIndex) -> VersionIndex {
+        self.resolve_without(index, block, &[])
+    }
+
+    /// As [`Chain::resolve`], when the entries that the versions `gone` have for the block are deleted.
+    #[must_use]
+    pub fn resolve_without(&self, index: VersionIndex, block: BlockIndex, gone: &[VersionIndex]) -> VersionIndex {
         let pivot = self.pivot_of(index);
         let mut at = index;
-        while at != pivot && !self.links[at].layer.owns(block) {
+        while at != pivot && (gone.contains(&at) || !self.links[at].layer.owns(block)) {
             if at < pivot {
                 at += 1;
             } else {

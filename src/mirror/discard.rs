@@ -43,8 +43,16 @@ impl Disk {
     }
 
     async fn discard_part(&self, queue: &IoQueue, epoch: Epoch, blocks: BlockRange) -> Result<(), RequestError> {
-        let _guard = self.locks.acquire(blocks, Mode::Shared).await;
-        let chain = self.chain();
+        let excludes = |chain: &Chain| chain.links().iter().any(|l| l.layer.image.excludes());
+        let mut mode = if excludes(&self.chain()) { Mode::Exclusive } else { Mode::Shared };
+        let (_guard, chain) = loop {
+            let guard = self.locks.acquire(blocks, mode).await;
+            let chain = self.chain();
+            if mode == Mode::Exclusive || !excludes(&chain) {
+                break (guard, chain);
+            }
+            mode = Mode::Exclusive;
+        };
         let writer = chain.at_epoch(epoch);
         let mut next = blocks.start;
         while next < blocks.end {

@@ -103,6 +103,21 @@ impl Pair {
         &self.core.path
     }
 
+    /// Whether a sync has failed on every leg that is in sync.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        let state = self.core.state.load();
+        state.in_sync().all(|place| image_of(&state, place).is_poisoned())
+    }
+
+    /// Bytes of storage in use on the leg that is read, if its container can tell.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> Option<u64> {
+        let state = self.core.state.load();
+        let place = state.in_sync().next()?;
+        image_of(&state, place).allocated_bytes()
+    }
+
     /// How many bytes one bit of the bitmap stands for.
     #[must_use]
     pub fn region_bytes(&self) -> u32 {

@@ -88,6 +88,9 @@ impl BlockPlan {
         plan.others.sort_unstable();
         // From the pivot outwards: a version whose entry is gone must not show that of one between it and the pivot.
         plan.supersedes.sort_unstable_by_key(|&i| i.abs_diff(chain.pivot_of(i)));
+        if planted::is(Defect::SupersedesFromOutside) {
+            plan.supersedes.reverse();
+        }
         plan
     }
 

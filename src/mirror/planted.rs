@@ -45,11 +45,25 @@ pub enum Defect {
     SplitNotMirrored,
     /// Connections are pinned only after the counter has moved.
     PinAfterCut,
+    /// Connections are cut over only after the counter has moved.
+    CutOverAfterMove,
+    /// Entries that a write replaces are deleted from the far end of the chain towards the pivot.
+    SupersedesFromOutside,
+    /// A write does not take back the discard of its block that was put off.
+    DiscardNotForgotten,
+    /// The place of a deleted entry below the pivot keeps its old bytes.
+    PlaceNotEmptied,
+    /// Zeros that go into a full image or a log are not written over what is there.
+    ZerosNotCopied,
+    /// The place of a deleted entry is given back although the block has an entry again.
+    ReclaimBlindly,
+    /// A read of a full image does not look whether it was given to a newer version meanwhile.
+    NoRetireRecheck,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 20] = [
+    pub const ALL: [Defect; 27] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -70,6 +84,13 @@ impl Defect {
         Defect::SupersededEntryKept,
         Defect::SplitNotMirrored,
         Defect::PinAfterCut,
+        Defect::CutOverAfterMove,
+        Defect::SupersedesFromOutside,
+        Defect::DiscardNotForgotten,
+        Defect::PlaceNotEmptied,
+        Defect::ZerosNotCopied,
+        Defect::ReclaimBlindly,
+        Defect::NoRetireRecheck,
     ];
 }
 

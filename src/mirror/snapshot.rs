@@ -145,9 +145,31 @@ impl ChainEditor {
             return Err(TooManyDraining);
         }
         let coming = self.clock.current().next();
+        if planted::is(Defect::CutOverAfterMove) {
+            self.clock.advance()?;
+        }
         let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
-        self.clock.advance()?;
+        if !planted::is(Defect::CutOverAfterMove) {
+            self.clock.advance()?;
+        }
         Ok(changes.iter().map(PinChange::count).sum())
+    }
+
+    /// Puts another view of the same bytes in the place of the disk's full image. Returns the epoch that must drain before
+    /// nobody goes by the old one.
+    ///
+    /// # Errors
+    /// When too many older cuts still drain; nothing has changed then.
+    pub fn replace_full_image(&self, disk: &Disk, image: Backing) -> Result<Epoch, TooManyDraining> {
+        let _editing = lock(&self.editing);
+        if !self.clock.can_advance() {
+            return Err(TooManyDraining);
+        }
+        let chain = disk.chain();
+        let mut links = chain.links().to_vec();
+        links[chain.pivot_of(chain.live())].layer.image = image;
+        disk.chain.store(Arc::new(Chain::new(links)));
+        Ok(self.clock.advance()?.previous())
     }
 
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
@@ -258,7 +280,9 @@ impl Disk {
         let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(None) };
         if !table.get(block) {
             // A guest's write came before us.
-        } else if owner != retiring {
+        } else if owner < retiring {
+            self.give_to_older(queue, &chain, one, Copy { from: owner, to: retiring }).await;
+        } else if owner > retiring {
             self.fold(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
         } else if retiring < chain.pivot_of(retiring) {
             self.hand_to_older(queue, &chain, retiring, block).await;
@@ -296,9 +320,9 @@ impl Disk {
         Ok(())
     }
 
-    /// Moves one entry into the full image that its version takes over, after saving what an older version reads there.
+    /// Moves one entry of a log into the full image below, after saving what an older version reads there.
     async fn fold(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) -> Result<(), String> {
-        if copy.from > copy.to && !planted::is(Defect::FoldWithoutPreserve) {
+        if !planted::is(Defect::FoldWithoutPreserve) {
             while let Some(to) = chain.nearest_reader(copy.to, one.start) {
                 let save = Copy { from: chain.resolve(to, one.start), to };
                 match self.copy_blocks(queue, chain, one, save).await {
@@ -308,10 +332,17 @@ impl Disk {
             }
         }
         self.copy_blocks(queue, chain, one, copy).await?;
-        if copy.from > copy.to {
-            self.drop_entries(queue, chain, copy.from, one).await;
-        }
+        self.drop_entries(queue, chain, copy.from, one).await;
         Ok(())
+    }
+
+    /// Moves one entry of an older version into the full image of a frozen pivot, which that version takes over. If it
+    /// cannot be put there the older version is lost; those that read the entry through it get it themselves.
+    async fn give_to_older(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) {
+        if let Err(reason) = self.copy_blocks(queue, chain, one, copy).await {
+            self.break_version(chain.version(copy.from), &reason);
+            self.hand_to_older(queue, chain, copy.from, one.start).await;
+        }
     }
 }
 

@@ -127,7 +127,7 @@ impl Disk {
                 self.break_version(chain.version(lost), &reason);
                 plan = decide(&chain).0;
             }
-            if self.discards.count() > 0 {
+            if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
                 self.discards.clear(part.blocks); // What is written now is wanted.
             }
             let result = self.carry_out(queue, &chain, &plan, &part).await;
@@ -177,7 +177,7 @@ impl Disk {
         let old = Arc::new(old);
         let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
         let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
-        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) {
+        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) && !planted::is(Defect::ZerosNotCopied) {
             to.zero(queue, at, len, true).await.map_err(|e| e.to_string())?;
         }
         let writes = pieces.into_iter().map(|piece| {
@@ -339,14 +339,17 @@ impl Disk {
             }
             return;
         }
+        if planted::is(Defect::PlaceNotEmptied) {
+            return;
+        }
         // A place without an entry must be a hole: zeros that are saved later are not written.
         if let Err(e) = layer.image.zero(queue, at, len, true).await {
             self.break_version(chain.version(index), &format!("blocks could not be given back: {e}"));
         }
     }
 
-    /// A write to one target failed. If the live version reads there, the guest must know. If only frozen versions do,
-    /// they are broken and the guest notices nothing.
+    /// A write to one target failed. If the live version reads there, now or when the superseded entries are deleted, the
+    /// guest must know. If only frozen versions do, they are broken and the guest notices nothing.
     fn absorb(
         &self,
         chain: &Chain,
@@ -355,7 +358,7 @@ impl Disk {
         target: VersionIndex,
         error: ImageError,
     ) -> Result<(), RequestError> {
-        let shows = |version, block| chain.resolve(version, block) == target;
+        let shows = |version, block| chain.resolve_without(version, block, &run.plan.supersedes) == target;
         let is_home = target == run.plan.home && (run.plan.adopts || run.plan.fill_from.is_some());
         if is_home || run.blocks.iter().any(|block| shows(chain.live(), block)) {
             return Err(error.into());

@@ -90,6 +90,9 @@ pub struct SnapshotRecord {
     pub broken: Option<String>,
     /// Whether it is being deleted.
     pub deleting: bool,
+    /// Whether its image is left as it is when it is deleted, instead of going back to the mirror.
+    #[serde(default)]
+    pub keep_image: bool,
     /// Whether its deletion was stopped by the user, and waits to be resumed.
     #[serde(default)]
     pub stopped: bool,
@@ -98,6 +101,27 @@ pub struct SnapshotRecord {
     /// The seal of its table's durable copy.
     #[serde(default)]
     pub saved_table: Option<Uuid>,
+}
+
+/// A leg of a mirror, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LegRecord {
+    /// Its stable name.
+    pub id: Uuid,
+    /// Its image.
+    pub path: std::path::PathBuf,
+    /// How it looked at the last clean stop.
+    #[serde(default)]
+    pub saved: Option<Fingerprint>,
+}
+
+/// A mirror, as it is remembered. Which of its legs are good is in its write-intent bitmap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorRecord {
+    /// The stable name of the bitmap.
+    pub bitmap: Uuid,
+    /// One or two.
+    pub legs: Vec<LegRecord>,
 }
 
 /// A disk, as it is remembered.
@@ -123,6 +147,12 @@ pub struct DiskRecord {
     /// Whether the mirror was split when the live version began.
     #[serde(default)]
     pub live_splits: bool,
+    /// Its mirror, if it has one.
+    #[serde(default)]
+    pub mirror: Option<MirrorRecord>,
+    /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
+    #[serde(default)]
+    pub former_legs: Vec<std::path::PathBuf>,
     /// The boot in which the disk is served: what the run directory has is believed in that boot only.
     #[serde(default)]
     pub boot: Option<Uuid>,

@@ -153,6 +153,7 @@ impl Daemon {
         }
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        without_our_files(&mut command);
         command
     }
 
@@ -251,6 +252,7 @@ impl Daemon {
     pub(crate) fn cli(&self, args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
         command.arg("--control").arg(self.control()).args(args).stdin(Stdio::null());
+        without_our_files(&mut command);
         command.output().unwrap()
     }
 
@@ -363,6 +365,19 @@ impl Drop for Daemon {
             println!("--- the daemon's log, last lines:\n{}\n---", lines[from..].join("\n"));
         }
     }
+}
+
+/// The client library's sockets are not closed on exec: a child of another test would keep a connection open that this
+/// test has closed.
+fn without_our_files(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    let close = || {
+        // SAFETY: a plain system call; it marks descriptors of this forked child only.
+        let rc = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        if rc == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: close() only makes a system call.
+    unsafe { command.pre_exec(close) };
 }
 
 /// The control socket, for another thread.

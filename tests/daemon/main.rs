@@ -13,6 +13,7 @@ mod harness;
 mod images;
 mod lifecycle;
 mod load;
+mod mirror;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;

@@ -1,731 +1,20 @@
-//! Random runs against one array a version (design: "The oracle").
-//!
-//! A sector is a tag, repeated; the array holds for each sector the set of tags it may show. A set has more than one
-//! member only where the guest left the order open (overlapping requests in flight) or gave the bytes away (discards).
+//! Random runs against one array a version: many seeds, on two threads, and what they must have reached together.
 
-use std::cell::RefCell;
-use std::collections::BTreeSet;
-use std::ops::Range;
-use std::rc::Rc;
-use std::sync::Arc;
-use std::time::Duration;
+use halfsilver::mirror::Writers;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
-    PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
-};
-use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
+use crate::run::{Run, Shape};
+use crate::sim::Rng;
+use crate::world::Counts;
 
-use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
+/// Requests of guests in the usual run.
+const OPERATIONS_MIN: u64 = 1_000_000;
+const SEEDS: u64 = 5000;
+const STEPS: usize = 300;
+/// Every so many seeds there is also a run with two disks.
+const GROUP_EVERY: u64 = 3;
+const THREADS: u64 = 2;
 
-const VERSIONS_MAX: usize = 8;
-/// Old requests that stay for long.
-const HELD_MAX: usize = 3;
-const FRONTENDS_MAX: usize = 4;
-const LANES: usize = 2;
-
-/// What the disk of a run is made of.
-#[derive(Clone, Copy)]
-struct Shape {
-    block: usize,
-    live_alignment: u32,
-    /// Of every frozen image; None: each cut gets one of its own choice.
-    frozen_alignment: Option<u32>,
-    faults: bool,
-    strategies: Strategies,
-}
-
-/// Which strategy the cuts of a run have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Strategies {
-    CopyOnWrite,
-    WriteLogging,
-    Mixed,
-}
-
-impl Shape {
-    /// Seeds take turns, so that every combination comes up within a few hundred of them.
-    fn of(seed: u64) -> Shape {
-        let block = [4096, 4096, 8192, 4096, 65536, 4096, 16384][usize::try_from(seed % 7).unwrap()];
-        let (live_alignment, frozen_alignment) =
-            [(512, Some(512)), (512, None), (512, Some(4096)), (4096, None), (4096, Some(4096))]
-                [usize::try_from(seed % 5).unwrap()];
-        let strategies = match seed % 4 {
-            0 => Strategies::CopyOnWrite,
-            1 => Strategies::WriteLogging,
-            _ => Strategies::Mixed,
-        };
-        Shape { block, live_alignment, frozen_alignment, faults: seed % 3 == 2, strategies }
-    }
-
-    fn table(self, sectors: usize) -> Table {
-        Disk::table_in_memory((sectors * SECTOR) as u64, u32::try_from(self.block).unwrap()).unwrap()
-    }
-}
-
-type Tags = BTreeSet<u64>;
-
-/// What one version may show.
-#[derive(Clone)]
-struct Array {
-    key: u64,
-    /// The last epoch that belongs to it; None for the live one.
-    ended: Option<Epoch>,
-    version: Option<Arc<Version>>,
-    image: Option<SimImage>,
-    sectors: Vec<Tags>,
-}
-
-impl Array {
-    /// Whether a change of `epoch` changes this version: every version from the change's own to the live one.
-    fn sees(&self, epoch: Epoch) -> bool {
-        self.ended.is_none_or(|ended| epoch <= ended)
-    }
-}
-
-/// A change in flight.
-struct Change {
-    id: u64,
-    epoch: Epoch,
-    sectors: Range<usize>,
-    tag: u64,
-    is_discard: bool,
-    /// Sectors on which another change was in flight at some time during this one.
-    contested: BTreeSet<usize>,
-}
-
-/// A read in flight and what each of its sectors may have shown so far.
-struct Watch {
-    id: u64,
-    keys: Vec<u64>,
-    first: usize,
-    allowed: Vec<Tags>,
-}
-
-/// What a run got to do: the rare states are counted, so that a test can insist on them.
-#[derive(Default, Debug, Clone)]
-pub struct Counts {
-    pub operations: u64,
-    pub cuts: u64,
-    pub deletes: u64,
-    pub deletes_in_the_middle: u64,
-    pub draining_changes: u64,
-    pub broken: u64,
-    pub refused_reads: u64,
-    pub discards: u64,
-    pub deferred: u64,
-    pub frozen_reads: u64,
-    pub preserved_blocks: u64,
-    pub holes_kept: u64,
-    pub logs: u64,
-    pub folds: u64,
-    pub held: u64,
-    pub by_connection: u64,
-    pub moved: u64,
-}
-
-impl Counts {
-    pub fn add(&mut self, other: &Counts) {
-        self.operations += other.operations;
-        self.cuts += other.cuts;
-        self.deletes += other.deletes;
-        self.deletes_in_the_middle += other.deletes_in_the_middle;
-        self.draining_changes += other.draining_changes;
-        self.broken += other.broken;
-        self.refused_reads += other.refused_reads;
-        self.discards += other.discards;
-        self.deferred += other.deferred;
-        self.frozen_reads += other.frozen_reads;
-        self.preserved_blocks += other.preserved_blocks;
-        self.holes_kept += other.holes_kept;
-        self.logs += other.logs;
-        self.folds += other.folds;
-        self.held += other.held;
-        self.by_connection += other.by_connection;
-        self.moved += other.moved;
-    }
-}
-
-#[derive(Default)]
-struct World {
-    arrays: Vec<Array>,
-    changes: Vec<Change>,
-    watches: Vec<Watch>,
-    counts: Counts,
-    failure: Option<String>,
-    next: u64,
-    /// Whether some image, perhaps of a version that is gone, was made to fail: older versions read through it.
-    any_fault: bool,
-}
-
-impl World {
-    fn fail(&mut self, what: String) {
-        self.failure.get_or_insert(what);
-    }
-
-    fn begin_change(&mut self, epoch: Epoch, sectors: Range<usize>, tag: u64, is_discard: bool) -> u64 {
-        self.next += 1;
-        if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("{}: change begins: epoch {epoch} sectors {sectors:?} tag {tag} discard {is_discard}", self.next);
-        }
-        let mut contested = BTreeSet::new();
-        for other in &mut self.changes {
-            for s in other.sectors.clone().filter(|s| sectors.contains(s)) {
-                other.contested.insert(s);
-                contested.insert(s);
-            }
-        }
-        for array in self.arrays.iter_mut().filter(|a| a.sees(epoch)) {
-            for s in sectors.clone() {
-                array.sectors[s].insert(tag);
-            }
-            for watch in self.watches.iter_mut().filter(|w| w.keys.contains(&array.key)) {
-                for s in sectors.clone() {
-                    if let Some(allowed) = s.checked_sub(watch.first).and_then(|i| watch.allowed.get_mut(i)) {
-                        allowed.insert(tag);
-                    }
-                }
-            }
-        }
-        self.changes.push(Change { id: self.next, epoch, sectors, tag, is_discard, contested });
-        self.next
-    }
-
-    fn end_change(&mut self, id: u64) {
-        let i = self.changes.iter().position(|c| c.id == id).unwrap();
-        let change = self.changes.swap_remove(i);
-        if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("{id}: change ends, contested {:?}", change.contested);
-        }
-        if change.is_discard {
-            return;
-        }
-        for array in self.arrays.iter_mut().filter(|a| a.sees(change.epoch)) {
-            for s in change.sectors.clone().filter(|s| !change.contested.contains(s)) {
-                array.sectors[s] = Tags::from([change.tag]);
-            }
-        }
-    }
-
-    fn begin_read(&mut self, keys: Vec<u64>, sectors: Range<usize>) -> u64 {
-        self.next += 1;
-        let mut allowed = vec![Tags::new(); sectors.len()];
-        for array in self.arrays.iter().filter(|a| keys.contains(&a.key)) {
-            for (set, s) in allowed.iter_mut().zip(sectors.clone()) {
-                set.extend(&array.sectors[s]);
-            }
-        }
-        self.watches.push(Watch { id: self.next, keys, first: sectors.start, allowed });
-        self.next
-    }
-
-    fn end_read(&mut self, id: u64, got: &[u8], what: &str) {
-        let i = self.watches.iter().position(|w| w.id == id).unwrap();
-        let watch = self.watches.swap_remove(i);
-        for (i, (sector, allowed)) in got.chunks(SECTOR).zip(&watch.allowed).enumerate() {
-            let s = watch.first + i;
-            match tag_of(sector) {
-                Some(tag) if allowed.contains(&tag) => {
-                    // A frozen version never changes again: what it has shown once, it shows for ever.
-                    if let [key] = watch.keys[..]
-                        && let Some(array) = self.arrays.iter_mut().find(|a| a.key == key)
-                        && array.version.as_ref().is_some_and(|v| v.is_quiesced())
-                    {
-                        array.sectors[s] = Tags::from([tag]);
-                    }
-                }
-                Some(tag) => self.fail(format!("{what}: sector {s} shows {tag}, allowed {allowed:?}")),
-                None => self.fail(format!("{what}: sector {s} is torn")),
-            }
-        }
-    }
-}
-
-fn tag_of(sector: &[u8]) -> Option<u64> {
-    let mut words = sector.chunks(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
-    let first = words.next()?;
-    words.all(|w| w == first).then_some(first)
-}
-
-fn filled(sectors: usize, tag: u64) -> GuestBuf {
-    let mut memory = AlignedBuf::zeroed(sectors * SECTOR);
-    memory.chunks_mut(8).for_each(|w| w.copy_from_slice(&tag.to_le_bytes()));
-    GuestBuf::from_owned(memory).0
-}
-
-fn frontend(disk: &Arc<Disk>) -> (Attachment, Vec<EpochLane>) {
-    let attachment = disk.attach_live().connect();
-    let lanes = (0..LANES).map(|_| attachment.lane()).collect();
-    (attachment, lanes)
-}
-
-/// One random run.
-struct Run {
-    rng: Rng,
-    world: Rc<RefCell<World>>,
-    scheduler: Scheduler,
-    queue: IoQueue,
-    clock: EpochClock,
-    editor: Arc<ChainEditor>,
-    disk: Arc<Disk>,
-    /// Frontends, each with its ways into the epochs.
-    frontends: Vec<(Attachment, Vec<EpochLane>)>,
-    /// What the housekeeping of the daemon enters by.
-    lane: EpochLane,
-    live_image: SimImage,
-    sectors: usize,
-    cuts: Vec<(Epoch, Arc<Version>)>,
-    shape: Shape,
-    /// Requests may still come that belong to the epochs of these.
-    held: Vec<Ticket>,
-}
-
-impl Run {
-    fn new(seed: u64, shape: Shape) -> Run {
-        sim::reset();
-        let clock = EpochClock::new(Epoch(1));
-        let editor = Arc::new(ChainEditor::new(clock.clone()));
-        Run::beside(seed, shape, clock, editor)
-    }
-
-    /// One more disk of the same daemon.
-    fn beside(seed: u64, shape: Shape, clock: EpochClock, editor: Arc<ChainEditor>) -> Run {
-        let mut rng = Rng::new(seed);
-        let blocks = if shape.block > 16384 { 1 + rng.below(3) } else { 3 + rng.below(8) };
-        // The last block is short now and then, in whole units of the images (as a file's size has to be).
-        let unit = shape.live_alignment.max(shape.frozen_alignment.unwrap_or(512)) as usize / SECTOR;
-        let tail = rng.below(shape.block / SECTOR / unit) * unit;
-        let sectors = blocks * shape.block / SECTOR + tail;
-        let live_image = SimImage::new("live", sectors * SECTOR, shape.live_alignment);
-        let options = DiskOptions {
-            image: Backing::One(Arc::new(live_image.clone())),
-            block_bytes: u32::try_from(shape.block).unwrap(),
-            read_only: false,
-            discards: shape.table(sectors),
-        };
-        let disk = Disk::new(clock.clone(), options);
-        let first = Array { key: 0, ended: None, version: None, image: None, sectors: vec![Tags::from([0]); sectors] };
-        let world = World { arrays: vec![first], next: 1, ..World::default() };
-        Run {
-            rng,
-            world: Rc::new(RefCell::new(world)),
-            scheduler: Scheduler::default(),
-            queue: IoQueue::simulated(),
-            frontends: vec![frontend(&disk)],
-            lane: clock.lane(),
-            editor,
-            clock,
-            disk,
-            live_image,
-            sectors,
-            cuts: Vec::new(),
-            shape,
-            held: Vec::new(),
-        }
-    }
-
-    fn range(&mut self) -> Range<usize> {
-        let first = self.rng.below(self.sectors);
-        let room = self.sectors - first;
-        let block = self.shape.block / SECTOR;
-        let longest = if self.rng.chance(70) { block + 2 } else { 5 * block };
-        let mut range = first..first + 1 + self.rng.below(room.min(longest));
-        if self.rng.chance(35) {
-            range.start = range.start / block * block; // Whole blocks.
-            range.end = range.end.next_multiple_of(block).min(self.sectors);
-        }
-        range
-    }
-
-    fn submit(&mut self) {
-        let range = self.range();
-        let frontend = self.rng.below(self.frontends.len());
-        let old = !self.held.is_empty() && self.rng.chance(30);
-        let ticket = match old {
-            true => self.held[self.rng.below(self.held.len())].again(),
-            false => self.frontends[frontend].1[self.rng.below(LANES)].enter(),
-        };
-        if !old && self.held.len() < HELD_MAX && self.rng.chance(4) {
-            self.held.push(ticket.again());
-        }
-        let epoch = ticket.epoch();
-        self.world.borrow_mut().counts.held += u64::from(old && self.clock.current() != epoch);
-        let (world, live, queue) = (self.world.clone(), self.frontends[frontend].0.clone(), self.queue.clone());
-        let at = ByteOffset((range.start * SECTOR) as u64);
-        let len = (range.len() * SECTOR) as u64;
-        world.borrow_mut().counts.operations += 1;
-        let kind = self.rng.below(100);
-        if kind < 25 {
-            let keys = world.borrow().arrays.iter().filter(|a| a.sees(epoch)).map(|a| a.key).collect();
-            let id = world.borrow_mut().begin_read(keys, range.clone());
-            self.scheduler.spawn(async move {
-                let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(usize::try_from(len).unwrap()));
-                let done = live.execute(&queue, &ticket, Request::Read { at, into }).await;
-                let mut world = world.borrow_mut();
-                match done {
-                    Ok(()) => world.end_read(id, &memory.to_vec(), "live read"),
-                    Err(e) => world.fail(format!("live read failed: {e}")),
-                }
-                drop(ticket);
-            });
-            return;
-        }
-        let (request, tag, discard) = match kind {
-            25..80 => {
-                let tag = world.borrow().next + 1;
-                (Request::Write { at, from: filled(range.len(), tag), durable: self.rng.chance(10) }, tag, false)
-            }
-            80..88 => {
-                let (unmap, durable) = (self.rng.chance(50), self.rng.chance(10));
-                (Request::WriteZeroes { at, len, unmap, durable }, 0, false)
-            }
-            88..96 => (Request::Discard { at, len }, 0, true),
-            _ => (Request::Flush, 0, true),
-        };
-        let is_flush = matches!(request, Request::Flush);
-        let id = (!is_flush).then(|| world.borrow_mut().begin_change(epoch, range, tag, discard));
-        world.borrow_mut().counts.discards += u64::from(discard && !is_flush);
-        let clock = self.clock.clone();
-        let disk = self.disk.clone();
-        self.scheduler.spawn(async move {
-            let draining = clock.current() != epoch;
-            let deferred = disk.discards().count();
-            let done = live.execute(&queue, &ticket, request).await;
-            let mut world = world.borrow_mut();
-            world.counts.draining_changes += u64::from(draining);
-            world.counts.deferred += disk.discards().count().saturating_sub(deferred);
-            if let Err(e) = done {
-                world.fail(format!("a guest's request failed: {e}"));
-            }
-            if let Some(id) = id {
-                world.end_change(id);
-            }
-            drop(ticket);
-        });
-    }
-
-    fn has_room(&self) -> bool {
-        self.world.borrow().arrays.len() < VERSIONS_MAX
-    }
-
-    fn cut(&mut self) {
-        self.make_room_in_the_clock();
-        if self.has_room() {
-            let (prepared, image) = self.prepare_cut();
-            let writers = if self.rng.chance(35) { Writers::Connection } else { Writers::Request };
-            let cut = self.editor.cut(vec![prepared], writers).unwrap();
-            self.world.borrow_mut().counts.by_connection += u64::from(writers == Writers::Connection);
-            self.note_cut(cut.ended, cut.frozen[0].clone(), image);
-        }
-    }
-
-    fn prepare_cut(&mut self) -> (PreparedSnapshot, SimImage) {
-        let size = self.sectors * SECTOR;
-        // A file that needs 4 KiB has a size in whole 4 KiB; others are used through the page cache.
-        let fits = size.is_multiple_of(4096);
-        let choice = if fits && self.rng.chance(50) { 4096 } else { 512 };
-        let image = SimImage::new("frozen", size, self.shape.frozen_alignment.unwrap_or(choice));
-        let logs = match self.shape.strategies {
-            _ if !self.disk.can_move_pivot() => true,
-            Strategies::CopyOnWrite => false,
-            Strategies::WriteLogging => true,
-            Strategies::Mixed => self.rng.chance(50),
-        };
-        self.world.borrow_mut().counts.logs += u64::from(logs);
-        // A log that cannot be written is the guest's trouble.
-        let faulty = !logs && self.shape.faults && self.rng.chance(25);
-        self.world.borrow_mut().any_fault |= faulty;
-        if faulty {
-            let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
-            image.fail_writes(errno, self.rng.below(6));
-        }
-        let (backing, table) = (Backing::One(Arc::new(image.clone())), Arc::new(self.shape.table(self.sectors)));
-        let prepared = PreparedSnapshot {
-            disk: self.disk.clone(),
-            layer: match logs {
-                true if self.rng.chance(30) => NewLayer::Live { layer: self.durable_log(backing, table) },
-                true => NewLayer::Live { layer: Layer::of(backing, table) },
-                false => NewLayer::Frozen { image: backing, table },
-            },
-            new_live: uuid::Uuid::from_u128(u128::from(self.rng.next())),
-        };
-        (prepared, image)
-    }
-
-    /// As the daemon makes logs: with a durable table, so that what is superseded is given back later.
-    fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
-        let bytes = DurableTable::image_bytes(table.blocks());
-        let durable = SimImage::new("durable", usize::try_from(bytes).unwrap(), 512);
-        let log = Rc::new(RefCell::new(None));
-        let (put, queue) = (log.clone(), self.queue.clone());
-        let freed = self.shape.table(self.sectors);
-        self.scheduler.spawn(async move {
-            let made = DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue);
-            *put.borrow_mut() = Some(Arc::new(Log { table: made.await.unwrap(), freed }));
-        });
-        while log.borrow().is_none() {
-            assert!(self.scheduler.step(&mut self.rng), "a log is never made");
-        }
-        let log = log.borrow_mut().take().unwrap();
-        Layer::logged(image, log)
-    }
-
-    /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
-    fn make_room_in_the_clock(&mut self) {
-        if !self.clock.can_advance() {
-            self.held.clear();
-        }
-    }
-
-    fn cut_over(&mut self) {
-        self.make_room_in_the_clock();
-        if !self.cuts.is_empty() && self.clock.can_advance() {
-            let ended = self.cuts[self.rng.below(self.cuts.len())].0;
-            let moved = self.editor.cut_over(&[&self.disk], ended).unwrap();
-            self.world.borrow_mut().counts.moved += moved as u64;
-        }
-    }
-
-    fn connect_or_leave(&mut self) {
-        if self.frontends.len() < FRONTENDS_MAX && self.rng.chance(60) {
-            self.frontends.push(frontend(&self.disk));
-        } else if self.frontends.len() > 1 {
-            drop(self.frontends.swap_remove(self.rng.below(self.frontends.len())));
-        }
-    }
-
-    fn note_cut(&mut self, ended: Epoch, version: Arc<Version>, image: SimImage) {
-        let mut world = self.world.borrow_mut();
-        world.counts.cuts += 1;
-        if std::env::var_os("ORACLE_TRACE").is_some() {
-            println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
-        }
-        world.next += 1;
-        let key = world.next;
-        let mut live = world.arrays.last().unwrap().clone();
-        let frozen = world.arrays.last_mut().unwrap();
-        frozen.ended = Some(ended);
-        frozen.version = Some(version.clone());
-        frozen.image = Some(image);
-        let old_key = std::mem::replace(&mut live.key, key);
-        world.arrays.push(live);
-        // A read that runs across the cut: the guest cannot tell whether it came before or after.
-        world.watches.iter_mut().filter(|w| w.keys.contains(&old_key)).for_each(|w| w.keys.push(key));
-        self.cuts.push((ended, version));
-    }
-
-    /// What the daemon does in the background: declares drained versions quiesced.
-    fn quiesce(&mut self) {
-        let (clock, disk) = (self.clock.clone(), self.disk.clone());
-        self.cuts.retain(|(ended, version)| {
-            let last = disk.connections().wait_free(*ended, Duration::ZERO);
-            let drained = last.is_some_and(|last| clock.is_drained(last));
-            if drained {
-                version.set_quiesced();
-            }
-            !drained
-        });
-    }
-
-    fn read_frozen(&mut self) {
-        let quiesced: Vec<(u64, Arc<Version>)> = self
-            .world
-            .borrow()
-            .arrays
-            .iter()
-            .filter_map(|a| Some((a.key, a.version.clone()?)))
-            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
-            .collect();
-        if quiesced.is_empty() {
-            return;
-        }
-        let (key, version) = quiesced[self.rng.below(quiesced.len())].clone();
-        let range = if self.rng.chance(20) { 0..self.sectors } else { self.range() };
-        self.spawn_frozen_read(key, version, range);
-    }
-
-    fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
-        let ticket = self.lane.enter();
-        let (world, queue) = (self.world.clone(), self.queue.clone());
-        let attachment = self.disk.attach_frozen(version.id);
-        let id = world.borrow_mut().begin_read(vec![key], range.clone());
-        self.scheduler.spawn(async move {
-            let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(range.len() * SECTOR));
-            let at = ByteOffset((range.start * SECTOR) as u64);
-            let done = attachment.execute(&queue, &ticket, Request::Read { at, into }).await;
-            let mut world = world.borrow_mut();
-            world.counts.frozen_reads += 1;
-            match done {
-                Ok(()) => world.end_read(id, &memory.to_vec(), &format!("read of version {key}")),
-                Err(RequestError::Broken(_)) if version.broken().is_some() || version.is_retiring() => {
-                    world.watches.retain(|w| w.id != id);
-                    world.counts.refused_reads += 1;
-                }
-                Err(e) => world.fail(format!("read of version {key} failed: {e}")),
-            }
-            drop(ticket);
-        });
-    }
-
-    /// Lets a quiesced version go, as the daemon's job does.
-    fn delete(&mut self) {
-        let candidates: Vec<(usize, Arc<Version>)> = self
-            .world
-            .borrow()
-            .arrays
-            .iter()
-            .enumerate()
-            .filter_map(|(i, a)| Some((i, a.version.clone()?)))
-            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
-            .collect();
-        if candidates.is_empty() {
-            return;
-        }
-        let (index, version) = candidates[self.rng.below(candidates.len())].clone();
-        self.make_room_in_the_clock();
-        if !self.clock.can_advance() {
-            return;
-        }
-        let ended = match self.editor.begin_retire(&self.disk, &version) {
-            Ok(ended) => ended,
-            Err(RetireError::Busy) => return,
-            Err(e) => panic!("{e}"),
-        };
-        let chain = self.disk.chain();
-        let at = chain.position(version.id).unwrap();
-        if std::env::var_os("ORACLE_TRACE").is_some() {
-            let began: Vec<_> = chain.links().iter().map(|l| l.version.began.0).collect();
-            println!("delete {at} of {began:?}, pivot {}", chain.pivot_of(at));
-        }
-        self.world.borrow_mut().counts.folds += u64::from(at == chain.pivot_of(at));
-        self.world.borrow_mut().counts.deletes_in_the_middle += u64::from(index > 0);
-        let (world, queue) = (self.world.clone(), self.queue.clone());
-        let (disk, editor) = (self.disk.clone(), self.editor.clone());
-        let (lane, block) = (self.clock.lane(), self.shape.block as u64);
-        self.scheduler.spawn(async move {
-            let pace = Arc::new(Pace::default());
-            let done = job::retire(queue.clone(), editor, disk.clone(), version.clone(), ended, pace).await;
-            if done != Ok(Outcome::Done) {
-                return world.borrow_mut().fail(format!("a deletion ended with {done:?}"));
-            }
-            {
-                let mut world = world.borrow_mut();
-                world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
-                world.counts.deletes += 1;
-                let p = version.preserved_blocks.load(std::sync::atomic::Ordering::Relaxed);
-                let b = version.preserved_bytes.load(std::sync::atomic::Ordering::Relaxed);
-                world.counts.preserved_blocks += p;
-                world.counts.holes_kept += u64::from(b < p * block);
-            }
-            let mut at = BlockIndex(0);
-            loop {
-                let ticket = lane.enter();
-                match disk.carry_out_discard(&queue, &ticket, at).await {
-                    Ok(Some(next)) => at = next,
-                    Ok(None) => break,
-                    Err(e) => return world.borrow_mut().fail(format!("carrying out discards: {e}")),
-                }
-            }
-        });
-    }
-
-    fn failure(&self) -> Option<String> {
-        self.world.borrow().failure.clone()
-    }
-
-    fn check_broken_only_where_faulty(&mut self) {
-        let world = &mut *self.world.borrow_mut();
-        let any_fault = world.any_fault;
-        let mut wrong = Vec::new();
-        for array in &world.arrays {
-            if let Some(reason) = array.version.as_ref().and_then(|v| v.broken()) {
-                world.counts.broken += 1;
-                if !any_fault {
-                    wrong.push(format!("version {} broke without a fault: {reason}", array.key));
-                }
-            }
-        }
-        wrong.into_iter().for_each(|w| world.fail(w));
-    }
-
-    fn step(&mut self) -> Result<(), String> {
-        match self.rng.below(100) {
-            0..45 => self.submit(),
-            45..50 => self.cut(),
-            50..60 => self.read_frozen(),
-            60..62 => self.delete(),
-            62..64 => self.connect_or_leave(),
-            64 => self.cut_over(),
-            65..67 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
-            _ => {}
-        }
-        for _ in 0..self.rng.below(9) {
-            self.scheduler.step(&mut self.rng);
-        }
-        self.quiesce();
-        self.failure().map_or(Ok(()), Err)
-    }
-
-    fn run(mut self, steps: usize) -> Result<Counts, String> {
-        for _ in 0..steps {
-            self.step()?;
-        }
-        self.finish()
-    }
-
-    /// No request comes any more that belongs to an old epoch.
-    fn rest(&mut self) {
-        self.held.clear();
-        self.frontends.truncate(1);
-        if let Some((ended, _)) = self.cuts.last() {
-            self.editor.cut_over(&[&self.disk], *ended).unwrap();
-        }
-    }
-
-    fn settle(&mut self) -> Result<(), String> {
-        self.rest();
-        if !self.scheduler.settle(&mut self.rng) {
-            return Err(format!("{} tasks hang", self.scheduler.tasks()));
-        }
-        self.quiesce();
-        self.failure().map_or(Ok(()), Err)
-    }
-
-    /// Everything ends; every version is read whole; then all snapshots go, and one raw image is left.
-    fn finish(mut self) -> Result<Counts, String> {
-        self.settle()?;
-        if !self.cuts.is_empty() {
-            return Err("a version does not drain".to_owned());
-        }
-        self.check_broken_only_where_faulty();
-        let frozen: Vec<(u64, Arc<Version>)> =
-            self.world.borrow().arrays.iter().filter_map(|a| Some((a.key, a.version.clone()?))).collect();
-        for (key, version) in frozen {
-            self.spawn_frozen_read(key, version, 0..self.sectors);
-        }
-        self.settle()?;
-        while self.world.borrow().arrays.len() > 1 {
-            self.delete();
-            self.settle()?;
-        }
-        let discards = self.disk.discards().count();
-        let mut world = self.world.borrow_mut();
-        if discards > 0 {
-            return Err(format!("{discards} discards were never carried out"));
-        }
-        let key = world.arrays[0].key;
-        let id = world.begin_read(vec![key], 0..self.sectors);
-        world.end_read(id, &self.live_image.bytes(), "the raw image in the end");
-        match world.failure.take() {
-            Some(failure) => Err(failure),
-            None => Ok(world.counts.clone()),
-        }
-    }
-}
-
-/// One run of the oracle from a seed.
+/// One run from a seed.
 pub fn run(seed: u64, steps: usize) -> Result<Counts, String> {
     Run::new(seed, Shape::of(seed)).run(steps)
 }
@@ -738,12 +27,12 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     let mut disks = [one, other];
     for _ in 0..steps {
         if rng.chance(5) && disks.iter().all(Run::has_room) {
-            let (prepared, images): (Vec<_>, Vec<_>) = disks.iter_mut().map(Run::prepare_cut).unzip();
             disks.iter_mut().for_each(Run::make_room_in_the_clock);
+            let prepared = disks.iter_mut().map(Run::prepare_cut).collect();
             let writers = if rng.chance(35) { Writers::Connection } else { Writers::Request };
             let cut = disks[0].editor.clone().cut(prepared, writers).unwrap();
-            for ((disk, image), version) in disks.iter_mut().zip(images).zip(cut.frozen) {
-                disk.note_cut(cut.ended, version, image);
+            for (disk, version) in disks.iter_mut().zip(cut.frozen) {
+                disk.note_cut(cut.ended, version);
             }
         }
         disks[rng.below(2)].step()?;
@@ -761,35 +50,43 @@ fn run_group(seed: u64, steps: usize) -> Result<Counts, String> {
     Ok(total)
 }
 
-fn seeds(usual: u64) -> std::ops::Range<u64> {
-    let seeds = std::env::var("ORACLE_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(usual);
-    let first = std::env::var("ORACLE_FIRST").ok().and_then(|s| s.parse().ok()).unwrap_or(0u64);
-    first..first + seeds
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|s| s.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
 }
 
-#[test]
-fn random_runs_of_two_disks_match_one_array_a_version() {
-    let _others = crate::ALONE.read().unwrap();
-    for seed in seeds(1000) {
-        if let Err(e) = run_group(seed, 400) {
-            panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}");
-        }
+/// Everything that belongs to one seed.
+fn try_seed(seed: u64) -> Counts {
+    let again = |e| panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}");
+    let mut counts = run(seed, STEPS).unwrap_or_else(again);
+    if seed.is_multiple_of(GROUP_EVERY) {
+        let again = |e: String| again(format!("two disks: {e}"));
+        counts.add(&run_group(seed, 2 * STEPS).unwrap_or_else(again));
     }
+    counts
 }
 
 #[test]
 fn random_runs_match_one_array_a_version() {
-    let _others = crate::ALONE.read().unwrap();
-    let range = seeds(3000);
-    let seeds = range.end - range.start;
+    let _undisturbed = crate::undisturbed();
+    let first = number("ORACLE_FIRST").unwrap_or(0);
+    let seeds = number("ORACLE_SEEDS").unwrap_or(SEEDS);
+    let threads: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            std::thread::spawn(move || {
+                let mut counts = Counts::default();
+                (first + thread..first + seeds)
+                    .step_by(usize::try_from(THREADS).unwrap())
+                    .for_each(|seed| counts.add(&try_seed(seed)));
+                counts
+            })
+        })
+        .collect();
     let mut total = Counts::default();
-    for seed in range {
-        match run(seed, 250) {
-            Ok(counts) => total.add(&counts),
-            Err(e) => panic!("seed {seed} (ORACLE_FIRST={seed} ORACLE_SEEDS=1 repeats it): {e}"),
-        }
+    for thread in threads {
+        total.add(&thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
     }
-    println!("{seeds} seeds: {total:?}");
+    println!("{seeds} seeds, {} operations: {total:?}", total.operations);
+    assert!(seeds < SEEDS || total.operations >= OPERATIONS_MIN, "{} operations are too few", total.operations);
     for (what, count) in [
         ("cuts", total.cuts),
         ("deletes", total.deletes),
@@ -802,6 +99,8 @@ fn random_runs_match_one_array_a_version() {
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
         ("logs", total.logs),
+        ("splits", total.splits),
+        ("splits of legs that were kept equal", total.splits_of_pairs),
         ("folds", total.folds),
         ("requests that came long after their epoch had ended", total.held),
         ("cuts by connection", total.by_connection),

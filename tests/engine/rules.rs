@@ -1,111 +1,12 @@
 //! Single rules of the mirror, step by step, each with the one situation that it is about.
 
-use std::sync::Arc;
-
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue, OpKind};
-use halfsilver::mirror::{
-    Backing, BlockPlan, ChainEditor, Copy, Cut, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot,
-    Request, RequestError, Ticket, Version, VersionId, Writers,
-};
+use halfsilver::image::AlignedBuf;
+use halfsilver::image::{ByteOffset, GuestBuf, OpKind};
+use halfsilver::mirror::{BlockPlan, Copy, Request, RequestError};
 use halfsilver::store::BlockIndex;
 
-use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
-
-const BLOCK: usize = 4096;
-const BLOCKS: usize = 4;
-
-/// A disk of four blocks, its frozen images, and a scheduler that runs each request to its end.
-struct Bench {
-    clock: EpochClock,
-    editor: ChainEditor,
-    disk: Arc<Disk>,
-    live: SimImage,
-    queue: IoQueue,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        Bench::with_blocks(u32::try_from(BLOCK).unwrap(), BLOCKS)
-    }
-
-    fn with_blocks(block_bytes: u32, blocks: usize) -> Bench {
-        sim::reset();
-        let live = SimImage::new("live", blocks * block_bytes as usize, 512);
-        let clock = EpochClock::new(Epoch(1));
-        let discards = Disk::table_in_memory(live.size_bytes(), block_bytes).unwrap();
-        let options =
-            DiskOptions { image: Backing::One(Arc::new(live.clone())), block_bytes, read_only: false, discards };
-        let disk = Disk::new(clock.clone(), options);
-        Bench { editor: ChainEditor::new(clock.clone()), clock, disk, live, queue: IoQueue::simulated() }
-    }
-
-    fn ticket(&self) -> Ticket {
-        self.clock.lane().enter()
-    }
-
-    fn cut(&self) -> (Cut, SimImage) {
-        let geometry = self.disk.geometry();
-        let image = SimImage::new("frozen", usize::try_from(geometry.size_bytes).unwrap(), 512);
-        let prepared = PreparedSnapshot {
-            disk: self.disk.clone(),
-            layer: NewLayer::Frozen {
-                image: Backing::One(Arc::new(image.clone())),
-                table: Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap()),
-            },
-            new_live: VersionId::new_v4(),
-        };
-        (self.editor.cut(vec![prepared], Writers::Request).unwrap(), image)
-    }
-
-    fn request(&self, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
-        self.on(self.disk.attach_live(), ticket, request)
-    }
-
-    fn start(&self, scheduler: &mut Scheduler, attachment: halfsilver::mirror::Attachment, request: Request) {
-        let (ticket, queue) = (self.ticket(), self.queue.clone());
-        scheduler.spawn(async move {
-            attachment.execute(&queue, &ticket, request).await.unwrap();
-        });
-    }
-
-    fn on(
-        &self,
-        attachment: halfsilver::mirror::Attachment,
-        ticket: &Ticket,
-        request: Request,
-    ) -> Result<(), RequestError> {
-        let ticket = ticket.again();
-        let answer = std::rc::Rc::new(std::cell::RefCell::new(None));
-        let (put, queue) = (answer.clone(), self.queue.clone());
-        let mut scheduler = Scheduler::default();
-        scheduler.spawn(async move {
-            let done = attachment.execute(&queue, &ticket, request).await;
-            *put.borrow_mut() = Some(done);
-        });
-        assert!(scheduler.settle(&mut Rng::new(7)), "the request hangs");
-        answer.borrow_mut().take().expect("the request has ended")
-    }
-
-    fn write(&self, ticket: &Ticket, sectors: std::ops::Range<usize>, fill: u8) {
-        let mut data = AlignedBuf::zeroed(sectors.len() * SECTOR);
-        data.fill(fill);
-        let at = ByteOffset((sectors.start * SECTOR) as u64);
-        let request = Request::Write { at, from: GuestBuf::from_owned(data).0, durable: false };
-        self.request(ticket, request).unwrap();
-    }
-
-    /// The first byte of each sector of a frozen version.
-    fn frozen(&self, version: &Version) -> Result<Vec<u8>, RequestError> {
-        let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCKS * BLOCK));
-        let read = Request::Read { at: ByteOffset(0), into };
-        self.on(self.disk.attach_frozen(version.id), &self.ticket(), read)?;
-        Ok(memory.to_vec().chunks(SECTOR).map(|s| s[0]).collect())
-    }
-
-    fn live(&self) -> Vec<u8> {
-        self.live.bytes().chunks(SECTOR).map(|s| s[0]).collect()
-    }
-}
+use crate::bench::{BLOCK, BLOCKS, Bench, write_of};
+use crate::sim::{Rng, SECTOR, Scheduler};
 
 #[test]
 fn a_first_write_saves_exactly_its_block() {
@@ -234,7 +135,7 @@ fn a_reader_of_the_frozen_version_does_not_delay_a_write() {
     let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCKS * BLOCK));
     let read = Request::Read { at: ByteOffset(0), into };
     let mut backup = Scheduler::default();
-    bench.start(&mut backup, bench.disk.attach_frozen(cut.frozen[0].id), read);
+    bench.start(&mut backup, bench.disk.attach_frozen(cut.frozen[0].id), bench.ticket(), read);
     assert!(backup.step(&mut Rng::new(1)), "the read is submitted to the live image");
     bench.live.hold_in_flight(true);
     bench.write(&bench.ticket(), 0..8, 2);
@@ -259,8 +160,8 @@ fn saving_a_block_holds_up_that_block_only() {
         let at = ByteOffset((sectors * SECTOR) as u64);
         Request::Write { at, from: GuestBuf::from_owned(data).0, durable: false }
     };
-    bench.start(&mut waiting, bench.disk.attach_live(), write(2, 0));
-    bench.start(&mut waiting, bench.disk.attach_live(), write(3, 1));
+    bench.start(&mut waiting, bench.disk.attach_live(), bench.ticket(), write(2, 0));
+    bench.start(&mut waiting, bench.disk.attach_live(), bench.ticket(), write(3, 1));
     assert!(!waiting.settle(&mut Rng::new(3)), "both wait for the block to be saved");
     assert_eq!(waiting.tasks(), 2);
     bench.write(&bench.ticket(), 9..10, 5);
@@ -308,4 +209,54 @@ fn a_draining_discard_does_not_take_what_a_newer_epoch_wrote() {
     bench.request(&old, Request::Discard { at: ByteOffset(0), len: BLOCK as u64 }).unwrap();
     assert_eq!(bench.disk.discards().count(), 0, "it would later take away what was read in between");
     assert_eq!(bench.live()[..8], [2; 8]);
+}
+
+/// Deleting the entry of the newer bytes would show what the write should have replaced: then rather the guest knows.
+#[test]
+fn an_entry_is_kept_when_the_bytes_that_replace_it_cannot_be_stored() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let old = bench.ticket();
+    bench.cut_to_log();
+    bench.write(&bench.ticket(), 0..16, 9);
+    bench.live.fail_writes(libc::EIO, 0);
+    // A whole block, and a part that goes to both images.
+    assert!(matches!(bench.request(&old, write_of(0..10, 5)), Err(RequestError::Image(_))));
+    assert_eq!(bench.read(&bench.ticket(), 0..8), [9; 8]);
+}
+
+/// The same on a leg that a frozen version took: it and who reads there are broken, and the guest notices nothing.
+#[test]
+fn who_would_read_on_a_leg_that_fails_is_broken() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let old = bench.ticket();
+    let (older, _) = bench.cut();
+    bench.write(&bench.ticket(), 0..16, 2);
+    let (split, leg) = bench.cut_to_split(&bench.live);
+    leg.fail_writes(libc::EIO, 0);
+    bench.write(&old, 0..8, 5);
+    assert!(older.frozen[0].broken().is_some(), "its own entry is deleted, and the leg does not have the bytes");
+    assert!(split.frozen[0].broken().is_some());
+    assert_eq!(bench.live()[..16], [[5; 8], [2; 8]].concat());
+}
+
+/// A deletion must come to its end, or no other snapshot of the disk could be deleted after it.
+#[test]
+fn a_leg_that_fails_can_be_deleted_and_costs_the_version_that_would_take_it_over() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (oldest, _) = bench.cut();
+    let (older, _) = bench.cut();
+    bench.write(&bench.ticket(), 0..16, 2);
+    let (split, leg) = bench.cut_to_split(&bench.live);
+    leg.fail_writes(libc::EIO, 1);
+    bench.retire(&split.frozen[0]);
+    assert!(older.frozen[0].broken().is_some(), "the leg took one of its two blocks");
+    assert_eq!(bench.frozen(&oldest.frozen[0]).unwrap(), [1; 32], "the one before got the other");
+    bench.retire(&older.frozen[0]);
+    assert_eq!(bench.frozen(&oldest.frozen[0]).map_err(|_| "lost"), Err("lost"), "it is next to take the leg over");
+    bench.retire(&oldest.frozen[0]);
+    assert_eq!(bench.disk.chain().links().len(), 1);
+    assert_eq!(bench.live(), [[2; 16], [1; 16]].concat());
 }

@@ -91,6 +91,15 @@ impl SimImage {
         }
     }
 
+    /// Another image with the same bytes and holes.
+    pub fn copy(&self, name: &str) -> SimImage {
+        let bytes = self.state.bytes.lock().unwrap();
+        let copy = SimImage::new(name, bytes.len(), self.state.alignment);
+        copy.state.bytes.lock().unwrap().copy_from_slice(&bytes);
+        copy.state.holes.lock().unwrap().clone_from(&self.state.holes.lock().unwrap());
+        copy
+    }
+
     /// Makes writes and zeroing fail with `errno` after `count` more of them.
     pub fn fail_writes(&self, errno: i32, count: usize) {
         *self.state.fail.lock().unwrap() = Some(errno);
@@ -110,6 +119,16 @@ impl SimImage {
     /// Keeps operations of this kind from moving, or lets all go on.
     pub fn hold(&self, kind: Option<OpKind>) {
         *self.state.held.lock().unwrap() = kind;
+    }
+
+    /// Keeps writes from moving, or lets all go on.
+    pub fn hold_writes(&self, held: bool) {
+        self.hold(held.then_some(OpKind::Write { durable: false }));
+    }
+
+    /// How many operations were started and have not ended.
+    pub fn in_flight(&self) -> usize {
+        PENDING.with_borrow(|p| p.iter().filter(|p| Arc::ptr_eq(&p.image, &self.state)).count())
     }
 
     /// Keeps the operations that are in flight now from moving, or lets them go on. Later ones move.
@@ -172,6 +191,22 @@ fn movable(p: &[Pending]) -> Vec<usize> {
 /// How many operations could move at the next [`step_io`].
 pub fn pending_io() -> usize {
     PENDING.with_borrow(|p| movable(p).len())
+}
+
+/// Keeps all operations that are in flight now from moving, or lets them go on. Returns how many there are.
+pub fn hold_all_in_flight(held: bool) -> usize {
+    PENDING.with_borrow_mut(|p| {
+        p.iter_mut().for_each(|p| p.held = held);
+        p.len()
+    })
+}
+
+/// Ends all operations that may move. Nobody is told before the next poll.
+pub fn finish_io() {
+    let mut rng = Rng::new(3);
+    while pending_io() > 0 {
+        step_io(&mut rng);
+    }
 }
 
 /// Moves some sectors of one operation in flight, and finishes it when all have moved.
@@ -266,17 +301,28 @@ impl Scheduler {
             return false;
         }
         if !ready.is_empty() && (io == 0 || rng.chance(60)) {
-            let i = ready[rng.below(ready.len())];
-            let task = &mut self.tasks[i];
-            task.ready.0.store(false, Ordering::SeqCst);
-            let waker = Waker::from(task.ready.clone());
-            if let Poll::Ready(()) = task.future.as_mut().poll(&mut Context::from_waker(&waker)) {
-                drop(self.tasks.swap_remove(i));
-            }
+            self.poll_one(ready[rng.below(ready.len())]);
         } else {
             step_io(rng);
         }
         true
+    }
+
+    fn poll_one(&mut self, i: usize) {
+        let task = &mut self.tasks[i];
+        task.ready.0.store(false, Ordering::SeqCst);
+        let waker = Waker::from(task.ready.clone());
+        if let Poll::Ready(()) = task.future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            drop(self.tasks.swap_remove(i));
+        }
+    }
+
+    /// Polls until no task is ready, and moves no operation. Returns whether all have ended.
+    pub fn poll(&mut self) -> bool {
+        while let Some(i) = self.tasks.iter().position(|task| task.ready.0.load(Ordering::SeqCst)) {
+            self.poll_one(i);
+        }
+        self.tasks.is_empty()
     }
 
     /// Runs everything to its end. False when tasks are left that nothing will wake.

@@ -82,13 +82,14 @@ fn mark(link: usize) -> u8 {
     u8::try_from(link + 1).unwrap()
 }
 
-/// Lets the others go on for a while, or not: what is between the pins and the counter may take any time.
+/// Lets the others go on for a while, or not: a cut may come at any time.
 fn pause() {
     let turns = if shuttle::rand::thread_rng().gen_bool(0.5) { 0 } else { 200 };
     (0..turns).for_each(|_| thread::yield_now());
 }
 
-/// The cut as the daemon makes it: the pins, then the counter.
+/// The cut as the daemon makes it: [`ChainEditor::cut`] sets the pins, then moves the counter, and has the defect that
+/// does it the other way round.
 fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
     let table = Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
     let layer = NewLayer::Frozen { image: Backing::One(memory()), table };
@@ -179,12 +180,17 @@ fn connections_stay_with_the_version_of_the_cut_until_they_leave() {
 #[test]
 fn planted_pins_after_the_cut_are_noticed() {
     let _alone = alone();
-    let noticed = [End::CutOver, End::Leaves].map(|end| {
-        plant(Some(Defect::PinAfterCut));
+    let cases = [
+        (Defect::PinAfterCut, End::CutOver),
+        (Defect::PinAfterCut, End::Leaves),
+        (Defect::CutOverAfterMove, End::CutOver),
+    ];
+    let noticed = cases.map(|(defect, end)| {
+        plant(Some(defect));
         let noticed = is_noticed(10 * ORDERS, move || one_order(end));
         plant(None);
-        println!("PinAfterCut, {end:?}: {}", if noticed { "noticed" } else { "not noticed" });
+        println!("{defect:?}, {end:?}: {}", if noticed { "noticed" } else { "not noticed" });
         noticed
     });
-    assert_eq!(noticed, [true, true]);
+    assert_eq!(noticed, [true; 3]);
 }

@@ -1,0 +1,519 @@
+//! Mirrored disks: their legs, made, opened, replaced, split and joined again (source 002 [0062]; figures 9 to 13).
+//!
+//! What always holds: which legs are good is said by the write-intent bitmap alone, which is durable before a write is
+//! acknowledged that some leg misses. The records say only where legs are. An image that was a leg and is none any more is
+//! remembered as such, so that it is not served as the disk by mistake.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::jobs::JobEntry;
+use super::layers::{block_on, open_image, remove_file};
+use super::manager::{Manager, image_error};
+use super::takeup::Trust;
+use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
+use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice, SnapshotRef};
+use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
+use crate::job::{self, Outcome};
+use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
+use crate::store::{DiskRecord, Fingerprint, LegRecord, MirrorRecord};
+
+/// How long a change of the mirror waits for the requests in flight.
+const DRAIN_WAIT: Duration = Duration::from_secs(30);
+
+/// The mirror of a served disk.
+pub(super) struct Mirror {
+    pub(super) bitmap: Uuid,
+    /// What the live version writes by.
+    pub(super) pair: Arc<Pair>,
+    pub(super) legs: Vec<(LegRecord, Option<SharedImage>)>,
+}
+
+impl Mirror {
+    pub(super) fn to_record(&self) -> MirrorRecord {
+        let legs = self.legs.iter().map(|(leg, _)| LegRecord { saved: None, ..leg.clone() }).collect();
+        MirrorRecord { bitmap: self.bitmap, legs }
+    }
+
+    fn state_of(&self, id: Uuid) -> Option<mirror::LegState> {
+        self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
+    }
+
+    pub(super) fn legs_to_api(&self) -> Vec<api::Leg> {
+        let status = self.pair.status();
+        let leg = |(record, _): &(LegRecord, Option<SharedImage>)| {
+            let found = status.iter().find(|leg| leg.id == record.id);
+            let (state, reason) = match found.map(|leg| leg.state.clone()) {
+                Some(mirror::LegState::InSync) => (LegState::InSync, None),
+                Some(mirror::LegState::Resynchronising) => (LegState::Resynchronising, None),
+                Some(mirror::LegState::Split) => (LegState::Split, None),
+                Some(mirror::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
+                None => (LegState::Failed, Some("it is not in use".to_owned())),
+            };
+            let remaining_bytes = found.map_or(0, |leg| leg.left_bytes);
+            api::Leg { path: record.path.clone(), state, reason, remaining_bytes }
+        };
+        self.legs.iter().map(leg).collect()
+    }
+}
+
+/// Tells of dropped legs, and breaks what was frozen on one.
+struct Legs {
+    disk: Name,
+    bus: Arc<EventBus>,
+    of: Weak<Disk>,
+    /// Where the legs are, also those that come later.
+    paths: Arc<std::sync::Mutex<Vec<(Uuid, PathBuf)>>>,
+}
+
+impl PairObserver for Legs {
+    fn leg_dropped(&self, leg: Uuid, reason: &str) {
+        let path = locked(&self.paths).iter().find(|(id, _)| *id == leg).map(|(_, path)| path.clone());
+        let path = path.unwrap_or_default();
+        if let Some(disk) = self.of.upgrade() {
+            let chain = disk.chain();
+            for link in &chain.links()[..chain.live()] {
+                if link.layer.image.path() == path && matches!(link.layer.image, Backing::One(_)) {
+                    disk.break_version(&link.version, reason);
+                }
+            }
+        }
+        self.bus.publish(Notice::of_disk(EventKind::LegFailed, &self.disk).with_leg(&path).because(reason));
+    }
+}
+
+/// The full image of a disk as it is opened, and its mirror.
+pub(super) struct Base {
+    pub(super) backing: Backing,
+    pub(super) mirror: Option<Mirror>,
+}
+
+fn pair_error(e: PairError) -> ApiError {
+    match e {
+        PairError::Image(e) => image_error(e),
+        e => ApiError::new(ErrorCode::MirrorNotInSync, e.to_string()),
+    }
+}
+
+fn in_ring<T: 'static>(work: impl AsyncFnOnce(IoQueue) -> Result<T, PairError> + 'static) -> Result<T, ApiError> {
+    block_on(work).map_err(|e| ApiError::new(ErrorCode::Io, e))?.map_err(pair_error)
+}
+
+/// The image of a leg, made if there is none.
+fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<SharedImage, ApiError> {
+    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+        log::info!("{} is made as a leg", path.display());
+        let direct = super::layers::direct_of(config);
+        match FileImage::create(path, size_bytes, direct) {
+            Ok(image) => return Ok(Arc::new(image)),
+            Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => remove_file(path),
+            Err(e) => return Err(image_error(e)),
+        }
+        return Ok(Arc::new(FileImage::create(path, size_bytes, Direct::Off).map_err(image_error)?));
+    }
+    let image = open_image(path, config, Trust::Saved).map_err(image_error)?;
+    if image.size_bytes() != size_bytes {
+        let message = format!(
+            "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
+            path.display(),
+            image.size_bytes()
+        );
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    Ok(image)
+}
+
+impl Manager {
+    fn bitmap_path(&self, id: Uuid) -> PathBuf {
+        self.places.log_table(id)
+    }
+
+    /// A pair of one leg; the other is attached later.
+    fn make_pair(&self, first: LegImage, block_bytes: u32) -> Result<(Uuid, Arc<Pair>), ApiError> {
+        let id = Uuid::new_v4();
+        let path = self.bitmap_path(id);
+        let bytes = Pair::bitmap_bytes(first.image.size_bytes(), block_bytes);
+        let bitmap: SharedImage = Arc::new(FileImage::create(&path, bytes, Direct::Off).map_err(image_error)?);
+        let made =
+            in_ring(async move |queue| Pair::create(first, bitmap, id, block_bytes, &queue).await).and_then(|pair| {
+                match crate::store::sync_directory_of(&path) {
+                    Ok(()) => Ok(pair),
+                    Err(e) => Err(ApiError::new(ErrorCode::Io, format!("{}: {e}", path.display()))),
+                }
+            });
+        made.map(|pair| (id, pair)).inspect_err(|_| remove_file(&path))
+    }
+
+    /// Opens the full image of a disk: its one image, or the legs of its mirror that are there and that nobody changed.
+    pub(super) fn open_base(
+        &self,
+        config: &DiskConfig,
+        record: Option<&DiskRecord>,
+        options: ImageOptions,
+    ) -> Result<Base, ApiError> {
+        let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
+        let Some((record, mirror)) = record.and_then(|r| Some((r, r.mirror.clone()?))) else {
+            let image = open(&config.path).map_err(image_error)?;
+            return Ok(Base { backing: Backing::One(image), mirror: None });
+        };
+        let (mut legs, mut images, mut why) = (Vec::new(), Vec::new(), None);
+        for leg in mirror.legs {
+            let is_frozen = record.snapshots.iter().any(|s| s.owns_all && s.image == leg.path);
+            let changed = record.saved.is_some() && leg.saved != Fingerprint::of(&leg.path).ok();
+            let image = match (is_frozen, changed) {
+                (true, _) => None,
+                (_, true) => {
+                    why.get_or_insert_with(|| {
+                        format!("{} was changed while the daemon was not running", leg.path.display())
+                    });
+                    None
+                }
+                _ => match open(&leg.path) {
+                    Ok(image) => Some(image),
+                    Err(e) => {
+                        why.get_or_insert_with(|| e.to_string());
+                        None
+                    }
+                },
+            };
+            images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
+            legs.push((leg, image));
+        }
+        if let Some(why) = &why {
+            log::error!("a leg is not used: {why}");
+        }
+        let (id, block_bytes) = (mirror.bitmap, config.block_size);
+        let path = self.bitmap_path(id);
+        let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
+        let bitmap: SharedImage = Arc::new(FileImage::open(&path, bitmap).map_err(image_error)?);
+        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await);
+        let pair = pair.map_err(|e| match &why {
+            Some(why) => ApiError { message: format!("{}; {why}", e.message), ..e },
+            None => e,
+        })?;
+        let mirror = Mirror { bitmap: id, pair: pair.clone(), legs };
+        Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
+    }
+
+    /// What a mirrored disk does once it is served: legs that are behind are brought up to date.
+    pub(super) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
+        self.watch_legs(disk);
+        let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
+            let split = mirror.legs.iter().find(|(leg, _)| mirror.state_of(leg.id) == Some(mirror::LegState::Split));
+            if let Some((leg, image)) = split {
+                // No snapshot holds it: a split that never came to be.
+                return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
+            }
+            let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {
+                mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising)
+            };
+            mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
+        });
+        let Some((pair, back)) = behind else { return };
+        if let Some(leg) = back {
+            let of = pair.clone();
+            if let Err(e) = in_ring(async move |queue| of.attach(&queue, leg, false).await) {
+                return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
+            }
+        }
+        self.start_resync(disk, pair);
+    }
+
+    fn watch_legs(&self, disk: &Arc<DiskEntry>) {
+        let mirror = locked(&disk.mirror);
+        let Some(mirror) = mirror.as_ref() else { return };
+        let paths: Vec<_> = mirror.legs.iter().map(|(leg, _)| (leg.id, leg.path.clone())).collect();
+        locked(&disk.leg_paths).extend(paths);
+        mirror.pair.observe(Arc::new(Legs {
+            disk: disk.name.clone(),
+            bus: self.bus.clone(),
+            of: Arc::downgrade(&disk.disk),
+            paths: disk.leg_paths.clone(),
+        }));
+    }
+
+    /// Gives a disk a second leg, or puts one in the place of a failed one.
+    pub(super) fn mirror(&self, name: &Name, path: &Path) -> Result<api::Disk, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.disk(name)?;
+        let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
+        if let Some(reason) = disk.failure() {
+            return Err(in_disk(ApiError::new(ErrorCode::DiskFailed, reason)));
+        }
+        if disk.config.readonly {
+            return Err(in_disk(ApiError::new(ErrorCode::InvalidConfig, "a read-only disk is not mirrored")));
+        }
+        self.add_leg(&disk, path).map_err(in_disk)?;
+        Ok(disk.to_api())
+    }
+
+    pub(super) fn add_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
+        if locked(&disk.mirror).is_none() {
+            self.make_mirror(disk)?;
+        }
+        let (pair, failed) = {
+            let mirror = locked(&disk.mirror);
+            let mirror = mirror.as_ref().expect("just made");
+            let mut failed = None;
+            for (leg, _) in &mirror.legs {
+                match (mirror.state_of(leg.id), leg.path == path) {
+                    (Some(mirror::LegState::InSync | mirror::LegState::Resynchronising), true) => return Ok(()),
+                    (Some(mirror::LegState::Split), _) => {
+                        let message = format!("its leg {} is held by a snapshot", leg.path.display());
+                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
+                            .with_action("delete that snapshot first; its leg then comes back by itself"));
+                    }
+                    (Some(mirror::LegState::Resynchronising), false) => {
+                        let message = format!("its leg {} is still being synchronised", leg.path.display());
+                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
+                    }
+                    (Some(mirror::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
+                    (Some(mirror::LegState::InSync), false) => {}
+                }
+            }
+            if failed.is_none() && mirror.legs.len() > 1 {
+                let message = "it has two good legs; let one go first: halfsilver disk unmirror";
+                return Err(ApiError::new(ErrorCode::Conflict, message));
+            }
+            (mirror.pair.clone(), failed)
+        };
+        if let Some(failed) = failed {
+            self.let_leg_go(disk, &failed)?;
+        }
+        let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
+        let image = leg_image(path, disk.disk.geometry().size_bytes, &disk.config)?;
+        if image.alignment().offset_bytes > pair.alignment().offset_bytes.max(512) {
+            let message = format!("{} needs larger units than the disk's other image", path.display());
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        }
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.legs.push((leg.clone(), Some(image.clone())));
+        }
+        locked(&disk.former_legs).retain(|former| former != path);
+        let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
+            let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
+            in_ring(async move |queue| of.attach(&queue, leg, true).await)
+        });
+        if let Err(e) = attached {
+            if let Some(mirror) = locked(&disk.mirror).as_mut() {
+                mirror.legs.retain(|(l, _)| l.id != leg.id);
+            }
+            self.persist(std::slice::from_ref(disk))?;
+            return Err(e);
+        }
+        locked(&disk.leg_paths).push((leg.id, leg.path));
+        self.start_resync(disk, pair);
+        Ok(())
+    }
+
+    /// Puts a pair with one leg in the place of the disk's one image.
+    fn make_mirror(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
+        let chain = disk.disk.chain();
+        let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
+            return Err(ApiError::new(ErrorCode::Internal, "it is mirrored already"));
+        };
+        let leg = LegRecord { id: Uuid::new_v4(), path: locked(&disk.path).clone(), saved: None };
+        let first = LegImage { id: leg.id, image: image.clone() };
+        let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
+        *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))] });
+        self.watch_legs(disk);
+        self.swap(disk, Backing::Pair(pair))
+    }
+
+    /// Swaps the view of the full image, and waits until nobody goes by the old one.
+    fn swap(&self, disk: &DiskEntry, image: Backing) -> Result<(), ApiError> {
+        let busy = |what: String| ApiError::new(ErrorCode::Unavailable, what);
+        let grace = self.editor.replace_full_image(&disk.disk, image).map_err(|e| busy(e.to_string()))?;
+        if self.clock.wait_drained(grace, DRAIN_WAIT) {
+            return Ok(());
+        }
+        Err(busy("requests are in flight that do not end; try again later".to_owned()))
+    }
+
+    fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
+        let pair = {
+            let mut mirror = locked(&disk.mirror);
+            let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+            mirror.legs.retain(|(l, _)| l.id != leg.id);
+            mirror.pair.clone()
+        };
+        locked(&disk.former_legs).push(leg.path.clone());
+        // Remembered as no leg any more before the pair forgets that it was one.
+        self.persist(std::slice::from_ref(disk))?;
+        let id = leg.id;
+        in_ring(async move |queue| pair.forget(&queue, id).await)
+    }
+
+    /// Lets a leg go; its file stays.
+    pub(super) fn unmirror(&self, name: &Name, path: Option<&Path>) -> Result<api::Disk, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.disk(name)?;
+        let (goes, stays) = {
+            let mirror = locked(&disk.mirror);
+            let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;
+            let goes = match path {
+                None => 1,
+                Some(path) => mirror.legs.iter().position(|(leg, _)| leg.path == path).ok_or_else(|| {
+                    ApiError::new(ErrorCode::InvalidRequest, format!("disk {name} has no leg {}", path.display()))
+                })?,
+            };
+            (mirror.legs[goes].clone(), mirror.legs[1 - goes].clone())
+        };
+        let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
+        if state(goes.0.id) == Some(mirror::LegState::Split) {
+            let message = format!("disk {name}: {} is held by a snapshot", goes.0.path.display());
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("delete the snapshot with --keep-image: its image then stays as it is"));
+        }
+        let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(mirror::LegState::InSync)) else {
+            let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
+            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
+        };
+        if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name && j.kind == JobKind::Mirror) {
+            job.pace.stop.store(true, std::sync::atomic::Ordering::Release);
+            if !job.wait(DRAIN_WAIT) {
+                return Err(ApiError::new(ErrorCode::Unavailable, format!("job {} does not stop; try again", job.id)));
+            }
+        }
+        // From here on only the leg that stays is the disk.
+        let old = locked(&disk.mirror).take();
+        locked(&disk.former_legs).push(goes.0.path.clone());
+        *locked(&disk.path) = stays.0.path;
+        if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
+            *locked(&disk.mirror) = old;
+            locked(&disk.former_legs).pop();
+            return Err(e);
+        }
+        self.swap(&disk, Backing::One(image))?;
+        if let Some(old) = old {
+            remove_file(&self.bitmap_path(old.bitmap));
+        }
+        Ok(disk.to_api())
+    }
+
+    pub(super) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+        let job = self.new_job(JobKind::Mirror, &disk.name, None);
+        self.run_resync(disk, pair, job);
+    }
+
+    /// Goes on with a synchronisation that was stopped or failed.
+    pub(super) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+        job.begin_again();
+        self.run_resync(disk, pair, job);
+        Ok(())
+    }
+
+    fn run_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>, job: Arc<JobEntry>) {
+        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
+        let started = self.start_thread("mirror", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let (of, pace, copy) = (disk.disk.clone(), ours.pace.clone(), pair.clone());
+            let done = block_on(async move |queue| job::resync(queue, of, copy, pace).await);
+            let (state, reason) = match done {
+                Ok(Ok(Outcome::Done)) => {
+                    let legs = locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
+                    if let Some(leg) = legs.last() {
+                        manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &disk.name).with_leg(&leg.path));
+                    }
+                    (JobState::Done, None)
+                }
+                Ok(Ok(Outcome::Stopped)) => (JobState::Stopped, None),
+                Ok(Err(e)) => (JobState::Failed, Some(e.to_string())),
+                Err(e) => (JobState::Failed, Some(e)),
+            };
+            manager.end_job(&ours, state, reason);
+        });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
+    }
+
+    /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
+    pub(super) fn split(&self, disk: &DiskEntry) -> Result<(Backing, Backing), ApiError> {
+        let pair = locked(&disk.mirror).as_ref().filter(|m| m.legs.len() == 2).map(|m| m.pair.clone());
+        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+        let of = pair.clone();
+        in_ring(async move |queue| of.prepare_split(&queue).await)
+            .map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })?;
+        let frozen = pair.second().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+        let live = pair.detached().map_err(pair_error)?;
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.pair = live.clone();
+        }
+        Ok((Backing::One(frozen.image), Backing::Pair(live)))
+    }
+
+    /// A leg comes back to the mirror, with what was written since it was split.
+    pub(super) fn rejoin(&self, disk: &Arc<DiskEntry>, path: &Path, image: SharedImage) -> Result<(), String> {
+        let (pair, id) = {
+            let mirror = locked(&disk.mirror);
+            let mirror = mirror.as_ref().ok_or("the disk has no mirror any more")?;
+            let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path).ok_or("it is no leg any more")?;
+            (mirror.pair.clone(), leg.id)
+        };
+        let (of, leg) = (pair.clone(), LegImage { id, image: image.clone() });
+        in_ring(async move |queue| of.attach(&queue, leg, false).await).map_err(|e| e.message)?;
+        if let Some(mirror) = locked(&disk.mirror).as_mut()
+            && let Some((_, place)) = mirror.legs.iter_mut().find(|(leg, _)| leg.id == id)
+        {
+            *place = Some(image);
+        }
+        self.start_resync(disk, pair);
+        Ok(())
+    }
+
+    /// What becomes of the leg that a write-mirroring snapshot had.
+    pub(super) fn after_split(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry, image: Option<SharedImage>) {
+        let (path, keep) = {
+            let record = locked(&entry.record);
+            (record.image.clone(), record.keep_image)
+        };
+        let reference: &SnapshotRef = &entry.reference;
+        let broken = entry.broken().is_some();
+        let done = match image.filter(|_| !keep) {
+            Some(image) if !broken => self.rejoin(disk, &path, image),
+            _ => {
+                let leg = locked(&disk.mirror)
+                    .as_ref()
+                    .and_then(|m| m.legs.iter().find(|(leg, _)| leg.path == path).map(|(leg, _)| leg.clone()));
+                leg.map_or(Ok(()), |leg| self.let_leg_go(disk, &leg).map_err(|e| e.message))
+            }
+        };
+        match done {
+            Ok(()) if keep => log::info!("snapshot {reference}: {} stays as it is", path.display()),
+            Ok(()) => {}
+            Err(e) => log::error!("snapshot {reference}: {} does not come back as a leg: {e}", path.display()),
+        }
+    }
+
+    /// Clears what the bitmaps need not remember any more, now and then.
+    pub(super) fn clean_mirrors(&self) {
+        for disk in self.all_disks() {
+            let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+            let Some(pair) = pair.filter(|p| p.marked_bytes() > 0) else { continue };
+            if disk.cleaning.swap(true, std::sync::atomic::Ordering::AcqRel) {
+                continue;
+            }
+            let of = disk.clone();
+            let started = self.start_thread("clean", move || {
+                let disk = of.disk.clone();
+                let done = block_on(async move |queue| pair.clean(&queue, disk.block_locks()).await);
+                if let Err(e) = done.and_then(|d| d.map_err(|e| e.to_string())) {
+                    log::warn!("disk {}: the write-intent bitmap is not cleaned: {e}", of.name);
+                }
+                of.cleaning.store(false, std::sync::atomic::Ordering::Release);
+            });
+            if started.is_err() {
+                disk.cleaning.store(false, std::sync::atomic::Ordering::Release);
+            }
+        }
+    }
+}

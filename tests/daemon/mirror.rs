@@ -1,0 +1,224 @@
+//! Mirrored disks from outside: legs that are kept equal, split, joined again, lost and replaced.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::client::tags;
+use crate::harness::{Daemon, Rng, seeds, wait_until};
+use crate::trouble::Mount;
+
+const SIZE: u64 = 8 << 20;
+const ALL: Range<usize> = 0..16384;
+
+fn mirrored() -> (Daemon, PathBuf) {
+    let mut daemon = Daemon::place();
+    daemon.make_image("vm0", SIZE);
+    let leg = daemon.path("leg.raw");
+    daemon.arg_disk("vm0", &format!("mirror={}", leg.display()));
+    daemon.start();
+    in_sync(&daemon);
+    (daemon, leg)
+}
+
+fn legs(daemon: &Daemon) -> Vec<(String, String)> {
+    let disk = daemon.show_disk("vm0");
+    let text = |v: &Value| v.as_str().unwrap().to_owned();
+    disk["legs"].as_array().unwrap().iter().map(|l| (text(&l["path"]), text(&l["state"]))).collect()
+}
+
+#[track_caller]
+fn in_sync(daemon: &Daemon) {
+    wait_until("both legs to be in sync", || {
+        let legs = legs(daemon);
+        legs.len() == 2 && legs.iter().all(|(_, state)| state == "in-sync")
+    });
+}
+
+fn raw(path: &std::path::Path) -> Vec<u64> {
+    tags(&std::fs::read(path).unwrap())
+}
+
+fn shows(daemon: &Daemon, what: &str) -> Vec<u64> {
+    tags(&daemon.content(what))
+}
+
+fn split(daemon: &Daemon, name: &str) -> Value {
+    let answer = daemon.api().create(name, &["vm0"], &json!({ "strategy": "write-mirroring", "wait": true }));
+    answer.ok();
+    answer.json()[0].clone()
+}
+
+#[test]
+fn writes_go_to_both_legs() {
+    let (mut daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    client.write(10..20, 2);
+    client.zero(100..200, true);
+    client.discard(300..400);
+    client.flush();
+    drop(client);
+    let live = shows(&daemon, "vm0");
+    assert_eq!(raw(&leg), live);
+    assert_eq!(raw(&daemon.image("vm0")), live);
+    daemon.restart();
+    in_sync(&daemon);
+    assert!(daemon.get("/v1/jobs").json().as_array().unwrap().is_empty(), "nothing was to be copied");
+    assert_eq!(shows(&daemon, "vm0"), live);
+    // A start that says nothing of the leg means what is there.
+    assert_eq!(daemon.send("PUT", "/v1/disks/vm0", &json!({"path": daemon.image("vm0")}).to_string()).status, 200);
+}
+
+#[test]
+fn without_a_second_leg_a_split_says_what_to_do() {
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    let refused = daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-mirroring" }));
+    assert_eq!(refused.refused(), "no-second-leg");
+    assert!(refused.body.contains("halfsilver disk mirror vm0 PATH"), "{}", refused.body);
+    assert_eq!(daemon.snapshots(), Vec::<Value>::new());
+}
+
+#[test]
+fn a_split_leg_is_vlun_a_and_comes_back_with_what_changed() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.restart(); // So that nothing is marked as written lately.
+    let mut client = daemon.client("vm0");
+    let snapshot = split(&daemon, "a");
+    assert_eq!(
+        (&snapshot["strategy"], snapshot["image"].as_str()),
+        (&json!("write-mirroring"), leg.to_str()),
+        "{snapshot}"
+    );
+    client.write(0..100, 2);
+    assert_eq!(raw(&leg), vec![1; ALL.end], "VLUN B's writes do not reach VLUN A");
+    assert_eq!(legs(&daemon)[1].1, "split");
+    assert_eq!(daemon.api().create("b", &["vm0"], &json!({ "strategy": "write-mirroring" })).status, 409);
+    // Both other strategies go on beside it.
+    daemon.snap("cow");
+    client.write(50..60, 3);
+    drop(client);
+    for how in ["stop", "kill"] {
+        match how {
+            "stop" => daemon.stop(),
+            _ => daemon.kill(),
+        }
+        daemon.start();
+        assert_eq!(shows(&daemon, "vm0@a"), vec![1; ALL.end], "{how}");
+        assert_eq!(shows(&daemon, "vm0@cow")[..101], [vec![2; 100], vec![1]].concat(), "{how}");
+        assert_eq!(shows(&daemon, "vm0")[49..61], [vec![2], vec![3; 10], vec![2]].concat(), "{how}");
+    }
+    daemon.delete("vm0@a");
+    in_sync(&daemon);
+    let jobs = daemon.get("/v1/jobs").json();
+    let job = jobs.as_array().unwrap().iter().find(|j| j["kind"] == "mirror").unwrap().clone();
+    assert!(job["total_bytes"].as_u64().unwrap() <= 2 << 20, "only what changed is copied: {job}");
+    daemon.delete("vm0@cow");
+    daemon.client("vm0").flush();
+    assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
+    split(&daemon, "again");
+    daemon.delete("vm0@again");
+}
+
+#[test]
+fn a_kept_image_becomes_an_independent_disk() {
+    let (daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    client.write(0..100, 2);
+    let done = daemon.cli(&["snapshot", "delete", "vm0@a", "--keep-image"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(legs(&daemon).len(), 1);
+    assert_eq!(raw(&leg), vec![1; ALL.end]);
+    daemon.send("PUT", "/v1/disks/copy", &json!({ "path": leg }).to_string()).ok();
+    assert_eq!(shows(&daemon, "copy"), vec![1; ALL.end]);
+    assert_eq!(
+        daemon.api().create("b", &["vm0"], &json!({ "strategy": "write-mirroring" })).refused(),
+        "no-second-leg"
+    );
+}
+
+#[test]
+fn after_a_kill_only_what_may_differ_is_copied() {
+    for seed in seeds("mirror kills", 3) {
+        let mut rng = Rng::new(seed);
+        let (mut daemon, leg) = mirrored();
+        let mut client = daemon.client("vm0");
+        client.write(ALL, 1);
+        let mut live = vec![1; ALL.end];
+        for _ in 0..3 {
+            for _ in 0..rng.below(40) {
+                let first = rng.below(ALL.end - 64);
+                let range = first..first + 1 + rng.below(64);
+                let tag = rng.next();
+                client.write(range.clone(), tag);
+                live[range].fill(tag);
+            }
+            drop(client);
+            daemon.kill();
+            daemon.start();
+            in_sync(&daemon);
+            assert_eq!(shows(&daemon, "vm0"), live, "seed {seed}");
+            client = daemon.client("vm0");
+        }
+        client.flush();
+        assert_eq!(raw(&leg), live, "seed {seed}");
+        assert_eq!(raw(&daemon.image("vm0")), live, "seed {seed}");
+    }
+}
+
+/// A leg without room for all of the disk is dropped; the guest notices nothing, and a new leg takes its place.
+#[test]
+fn a_leg_that_fails_is_dropped_and_replaced() {
+    let mut daemon = Daemon::place();
+    daemon.make_image("vm0", SIZE);
+    let mount = daemon.path("small");
+    let _small = Mount::tmpfs(&mount, "1m");
+    let leg = mount.join("leg.raw");
+    daemon.arg_disk("vm0", &format!("direct=off,mirror={}", leg.display()));
+    daemon.start();
+    in_sync(&daemon);
+    let events = daemon.events();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    client.flush();
+    assert_eq!(events.wait_for("LEG_FAILED", "vm0")["leg"].as_str(), leg.to_str());
+    assert_eq!(legs(&daemon)[1].1, "failed");
+    client.write(0..10, 2);
+    drop(client);
+    daemon.kill();
+    daemon.start();
+    assert_eq!(legs(&daemon)[1].1, "failed");
+    assert_eq!(shows(&daemon, "vm0")[..11], [vec![2; 10], vec![1]].concat());
+    let other = daemon.path("other.raw");
+    let done = daemon.cli(&["disk", "mirror", "vm0", other.to_str().unwrap(), "--wait"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    in_sync(&daemon);
+    daemon.client("vm0").flush();
+    assert_eq!(raw(&other), raw(&daemon.image("vm0")));
+}
+
+#[test]
+fn legs_are_added_and_let_go_while_the_disk_runs() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    let (first, second) = (daemon.image("vm0"), daemon.path("second.raw"));
+    let add = daemon.cli(&["disk", "mirror", "vm0", second.to_str().unwrap(), "--wait"]);
+    assert!(add.status.success(), "{}", String::from_utf8_lossy(&add.stderr));
+    client.write(5..6, 2);
+    let gone = daemon.cli(&["disk", "unmirror", "vm0", "--leg", first.to_str().unwrap()]);
+    assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
+    client.write(6..7, 3);
+    client.flush();
+    assert_eq!((raw(&first)[5..7].to_vec(), raw(&second)[5..7].to_vec()), (vec![2, 1], vec![2, 3]));
+    assert_eq!(daemon.show_disk("vm0")["path"].as_str(), second.to_str());
+    drop(client);
+    daemon.stop();
+    // The old image is not the disk any more, and is not taken for it.
+    let said = daemon.refused_start();
+    assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
+}

@@ -1,0 +1,200 @@
+//! Whatever reads or copies in the background makes a guest's write wait for no more than one block's copy: while its
+//! I/O of one block is held, writes of all other blocks end, and a write of that block waits for just that block.
+
+use std::sync::Arc;
+
+use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::mirror::{Ticket, Version};
+
+use crate::bench::{BLOCK, Bench, block};
+use crate::sim::{self, Rng, Scheduler};
+
+const BLOCKS: usize = 6;
+
+/// Something in the background, and how many blocks it has done.
+struct Background {
+    bench: Bench,
+    job: Scheduler,
+    done_blocks: Box<dyn Fn() -> u64>,
+    /// Requests of the guest go by this one.
+    guest: Ticket,
+    /// How many times in a row each block's I/O goes out: a read, then writes.
+    steps: usize,
+}
+
+fn bench() -> Bench {
+    let bench = Bench::with_blocks(u32::try_from(BLOCK).unwrap(), BLOCKS);
+    write_all(&bench, &bench.ticket(), 1);
+    bench
+}
+
+fn write_all(bench: &Bench, ticket: &Ticket, fill: u8) {
+    bench.write(ticket, 0..bench.sectors(), fill);
+}
+
+impl Background {
+    fn retires(bench: Bench, version: &Arc<Version>, steps: usize) -> Background {
+        let (job, pace) = bench.start_retiring(version);
+        let done_blocks = Box::new(move || pace.done_bytes.load(std::sync::atomic::Ordering::Relaxed) / BLOCK as u64);
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps }
+    }
+
+    /// Lets it begin its next I/O, and keeps that from moving.
+    fn begin_step(&mut self) -> usize {
+        assert!(!self.job.poll(), "it has ended already");
+        sim::hold_all_in_flight(true)
+    }
+
+    fn end_step(&self) {
+        sim::hold_all_in_flight(false);
+        sim::finish_io();
+    }
+
+    fn write(&self, at: usize, fill: u8) -> Scheduler {
+        self.bench.start_write(&self.guest, block(at), fill)
+    }
+
+    /// While the job is at each step of block 0, writes of all other blocks end.
+    fn lets_writes_of_other_blocks_through(mut self) {
+        for step in 0..self.steps {
+            assert!(self.begin_step() > 0, "step {step} has I/O");
+            assert_eq!((self.done_blocks)(), 0);
+            for at in 1..BLOCKS {
+                let fill = u8::try_from(10 * step + at).unwrap();
+                let whole = self.write(at, fill);
+                assert!(ends(whole), "step {step}: a write of block {at} waits");
+                // A part of a block, and a part that reaches into the next one.
+                let end = (8 * at + 11).min(self.bench.sectors());
+                let part = self.bench.start_write(&self.guest, 8 * at + 5..end, fill);
+                assert!(ends(part), "step {step}: a part of block {at} waits");
+            }
+            self.end_step();
+        }
+        assert!(self.job.settle(&mut Rng::new(2)));
+    }
+
+    /// A write of block 0 waits for the steps of block 0, and is done while the job stands still at block 1.
+    fn holds_up_a_write_for_one_block(mut self) {
+        assert!(self.begin_step() > 0);
+        let mut write = self.write(0, 7);
+        for step in 1..self.steps {
+            assert!(!write.settle(&mut Rng::new(4)), "it is alone on its block");
+            self.end_step();
+            assert!(self.begin_step() > 0, "step {step} has I/O");
+            assert_eq!((self.done_blocks)(), 0, "step {step} is about the same block");
+        }
+        assert!(!write.settle(&mut Rng::new(4)));
+        self.end_step();
+        assert!(self.begin_step() > 0, "the next block");
+        assert_eq!((self.done_blocks)(), 1);
+        assert!(ends(write), "it waits for a second block");
+        assert_eq!(self.bench.read(&self.guest, block(0)), [7; 8]);
+        self.end_step();
+        assert!(self.job.settle(&mut Rng::new(6)));
+        assert_eq!(self.bench.read(&self.guest, block(0)), [7; 8]);
+    }
+}
+
+fn ends(mut scheduler: Scheduler) -> bool {
+    scheduler.settle(&mut Rng::new(8))
+}
+
+fn check(make: impl Fn() -> Background) {
+    make().lets_writes_of_other_blocks_through();
+    make().holds_up_a_write_for_one_block();
+}
+
+/// Below the pivot: what the version that goes had saved, the next older one reads through it.
+#[test]
+fn handing_over_to_an_older_version_holds_up_one_block() {
+    check(|| {
+        let bench = bench();
+        bench.cut();
+        let (cut, _) = bench.cut();
+        write_all(&bench, &bench.ticket(), 2);
+        Background::retires(bench, &cut.frozen[0], 2)
+    });
+}
+
+/// Above the pivot: what a log has, the next log reads through it.
+#[test]
+fn handing_over_to_a_newer_version_holds_up_one_block() {
+    check(|| {
+        let bench = bench();
+        bench.cut_to_log();
+        write_all(&bench, &bench.ticket(), 2);
+        let (cut, _) = bench.cut_to_log();
+        Background::retires(bench, &cut.frozen[0], 2)
+    });
+}
+
+/// A read of the log, a write to the base, and giving back the entry's place.
+#[test]
+fn folding_a_log_holds_up_one_block() {
+    check(|| {
+        let bench = bench();
+        let (cut, _) = bench.cut_to_log();
+        write_all(&bench, &bench.ticket(), 2);
+        Background::retires(bench, &cut.frozen[0], 3)
+    });
+}
+
+/// As before, after the base's old bytes were read and saved for an older version.
+#[test]
+fn folding_a_log_over_a_saved_version_holds_up_one_block() {
+    check(|| {
+        let bench = bench();
+        let (older, _) = bench.cut();
+        let (cut, _) = bench.cut_to_log();
+        write_all(&bench, &bench.ticket(), 2);
+        assert_eq!(bench.frozen(&older.frozen[0]).unwrap(), vec![1; bench.sectors()]);
+        Background::retires(bench, &cut.frozen[0], 5)
+    });
+}
+
+#[test]
+fn carrying_out_discards_holds_up_one_block() {
+    check(|| {
+        let bench = bench();
+        let (cut, _) = bench.cut();
+        let len = bench.disk.geometry().size_bytes;
+        let discard = halfsilver::mirror::Request::Discard { at: halfsilver::image::ByteOffset(0), len };
+        bench.request(&bench.ticket(), discard).unwrap();
+        bench.retire(&cut.frozen[0]);
+        let put_off = bench.disk.discards().count();
+        assert_eq!(put_off, BLOCKS as u64);
+        let mut job = Scheduler::default();
+        let carry_out = job::carry_out_discards(bench.queue.clone(), bench.disk.clone(), Arc::new(Pace::default()));
+        job.spawn(async move { assert!(matches!(carry_out.await, Ok(Outcome::Done))) });
+        let disk = bench.disk.clone();
+        let done_blocks = Box::new(move || put_off - disk.discards().count());
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1 }
+    });
+}
+
+/// A backup that reads VLUN A makes no write wait, not even of the block that it reads; and it shows the old bytes.
+#[test]
+fn a_reader_of_vlun_a_holds_up_nobody() {
+    for to_log in [false, true] {
+        let bench = bench();
+        let (cut, _) = if to_log { bench.cut_to_log() } else { bench.cut() };
+        let frozen = bench.disk.attach_frozen(cut.frozen[0].id);
+        let guest = bench.ticket();
+        let (mut backup, shown) = bench.start_read(frozen, &guest, 0..bench.sectors());
+        for fill in 2..9 {
+            // It never gets to look at its table, or to read again, without a write coming first.
+            assert!(!backup.poll());
+            assert!(sim::hold_all_in_flight(true) > 0);
+            for at in 0..BLOCKS {
+                assert!(ends(bench.start_write(&guest, block(at), fill)), "a write of block {at} waits for the backup");
+            }
+            sim::hold_all_in_flight(false);
+            sim::finish_io();
+            if backup.poll() {
+                break;
+            }
+        }
+        assert!(backup.settle(&mut Rng::new(3)));
+        assert_eq!(shown(), vec![1; bench.sectors()]);
+    }
+}
