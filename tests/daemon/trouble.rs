@@ -169,6 +169,51 @@ fn no_space_for_what_a_deleted_neighbour_hands_over() {
     daemon.assert_only_disks_left();
 }
 
+/// A log has the only copy of what the guest writes, so the guest must hear of it; nothing else is lost.
+#[test]
+fn no_space_in_a_log_fails_the_guests_write_and_nothing_else() {
+    if !can_mount("no_space_in_a_log_fails_the_guests_write_and_nothing_else") {
+        return;
+    }
+    let mut daemon = Daemon::place();
+    daemon.make_image("vm0", SIZE);
+    daemon.arg_disk("vm0", "");
+    let _small = Mount::tmpfs(&daemon.path("small"), "1m");
+    daemon.start();
+    let mut client = daemon.client("vm0");
+    client.write(0..SECTORS, 1);
+    let log = daemon.path("small/a.log");
+    daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-logging", "image": log, "wait": true })).ok();
+    let queue = &mut client.queues[0];
+    let patience = crate::harness::PATIENCE;
+    let mut expected = vec![1; SECTORS];
+    let mut refused = Vec::new();
+    for at in (4..SECTORS - 100).step_by(100) {
+        if queue.try_write(at..at + 100, 2, patience) {
+            expected[at..at + 100].fill(2);
+        } else {
+            refused.push(at..at + 100);
+        }
+    }
+    assert!(!refused.is_empty() && refused.len() < SECTORS / 100 - 5, "{} writes were refused", refused.len());
+    assert!(queue.try_write(4..104, 3, patience), "what the log has already is written in place");
+    expected[4..104].fill(3);
+    let check = |seen: Vec<u64>, when: &str| {
+        for (sector, tag) in seen.into_iter().enumerate() {
+            let may_be_new = refused.iter().any(|range| range.contains(&sector));
+            assert!(tag == expected[sector] || may_be_new && tag == 2, "{when}: sector {sector} is {tag}");
+        }
+    };
+    check(tags(&client.read_all()), "with the log");
+    assert_eq!(tags(&daemon.content("vm0@a")), vec![1; SECTORS]);
+    daemon.delete("vm0@a");
+    check(tags(&client.read_all()), "without it");
+    client.write(0..SECTORS, 4);
+    client.flush();
+    assert_eq!(tags(&client.read_all()), vec![4; SECTORS]);
+    daemon.assert_only_disks_left();
+}
+
 #[test]
 fn a_snapshot_that_finds_no_space_at_all_is_refused() {
     if !can_mount("a_snapshot_that_finds_no_space_at_all_is_refused") {

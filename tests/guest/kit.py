@@ -77,6 +77,10 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def allocated_bytes(path):
+    return os.stat(path).st_blocks * 512
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -71,7 +71,8 @@ class StandIn:
                 require("return" in answer, f"{command}: {answer}")
                 return answer["return"]
 
-    def snapshot_create(self, disk, name):
+    def snapshot_create(self, disk, name, strategy="copy-on-write"):
+        require(strategy == "copy-on-write", f"{self.name} has no {strategy}")
         # While the daemon stands still, the file holds every acknowledged write: a consistent cut.
         image = self.workspace.path / f"{disk.name}@{name}.image"
         self.child.signal(signal.SIGSTOP)
