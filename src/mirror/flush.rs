@@ -95,6 +95,11 @@ impl Disk {
         join_all(commits).await.into_iter().collect()
     }
 
+    /// Whether some bytes of the live version are where only a log's table says.
+    pub(super) fn has_logs(&self, chain: &Chain) -> bool {
+        logs_of(chain).next().is_some()
+    }
+
     /// Gives the place of a deleted entry back, unless the block has an entry again.
     async fn reclaim(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, block: BlockIndex) {
         let Some(log) = &chain.layer(index).log else { return };

@@ -225,9 +225,7 @@ impl Disk {
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
-        let mut logged = false;
         for run in &plan.runs {
-            logged |= run.plan.adopts || !run.plan.supersedes.is_empty();
             if run.plan.adopts
                 && let Owned::Table(table) = &chain.layer(run.plan.home).owned
             {
@@ -237,8 +235,8 @@ impl Disk {
                 self.drop_entries(queue, chain, index, run.blocks).await;
             }
         }
-        if logged && part.durable {
-            // Durable bytes are worth nothing without the entry that points to them.
+        if part.durable && self.has_logs(chain) {
+            // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
             self.flush_from(queue, chain, plan.writer).await?;
         }
         Ok(())

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, Layer, NewLayer, PreparedSnapshot,
-    Request, RequestError, Ticket, Version, VersionId, Writers,
+    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, RequestError, Ticket, Version, VersionId, Writers,
 };
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
@@ -65,6 +65,42 @@ impl Bench {
         let image = self.empty_image("log");
         let layer = Layer::of(Backing::One(Arc::new(image.clone())), self.table());
         (self.cut_with(NewLayer::Live { layer }), image)
+    }
+
+    /// Write logging as the daemon does it; the image is that of the log's durable table.
+    pub fn cut_to_durable_log(&self) -> (Cut, SimImage) {
+        let table = self.table();
+        let bytes = usize::try_from(DurableTable::image_bytes(table.blocks())).unwrap();
+        let durable = SimImage::new("durable", bytes, 512);
+        let (image, queue) = (durable.clone(), self.queue.clone());
+        let table = self.run(async move {
+            DurableTable::create(Arc::new(image), VersionId::nil(), table, [0; PAYLOAD_BYTES], &queue).await.unwrap()
+        });
+        let freed = Disk::table_in_memory(self.disk.geometry().size_bytes, self.disk.geometry().block_bytes).unwrap();
+        let log = Arc::new(Log { table, freed });
+        let layer = Layer::logged(Backing::One(Arc::new(self.empty_image("log"))), log);
+        (self.cut_with(NewLayer::Live { layer }), durable)
+    }
+
+    /// The blocks that a log's durable table has, as a start after a power cut would find them.
+    pub fn entries_of(&self, durable: &SimImage) -> Vec<u64> {
+        let (image, into, queue) = (durable.clone(), self.table(), self.queue.clone());
+        let (found, report) =
+            self.run(async move { DurableTable::load(Arc::new(image), VersionId::nil(), into, &queue).await.unwrap() });
+        assert!(report.damaged.is_empty());
+        (0..found.table().blocks()).filter(|&block| found.table().get(BlockIndex(block))).collect()
+    }
+
+    fn run<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+        let answer = Rc::new(RefCell::new(None));
+        let put = answer.clone();
+        let mut scheduler = Scheduler::default();
+        scheduler.spawn(async move {
+            let done = future.await;
+            *put.borrow_mut() = Some(done);
+        });
+        assert!(scheduler.settle(&mut Rng::new(7)), "it hangs");
+        answer.borrow_mut().take().expect("it has ended")
     }
 
     /// Write mirroring, when nothing is in flight; the image is the leg that the frozen version takes, equal until now

@@ -278,3 +278,28 @@ fn a_frozen_image_that_cannot_be_synced_breaks_all_who_read_there() {
     assert!(elsewhere.frozen[0].broken().is_none(), "on the other side of a split nobody reads there");
     bench.request(&bench.ticket(), Request::Flush).unwrap();
 }
+
+/// A durable write needs the entry that points to it, also if an earlier write made that, and also if it was deleted.
+#[test]
+fn a_durable_write_of_a_log_makes_earlier_entries_durable() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let old = bench.ticket();
+    let (_, durable) = bench.cut_to_durable_log();
+    let write = |ticket: &halfsilver::mirror::Ticket, block: usize, durable: bool| {
+        let from = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCK)).0;
+        bench.request(ticket, Request::Write { at: ByteOffset((block * BLOCK) as u64), from, durable }).unwrap();
+    };
+    let now = bench.ticket();
+    write(&now, 1, false);
+    assert_eq!(bench.entries_of(&durable), Vec::<u64>::new(), "nobody asked for it");
+    write(&now, 1, true);
+    assert_eq!(bench.entries_of(&durable), [1]);
+    write(&now, 2, false);
+    bench.request(&now, Request::Flush).unwrap();
+    assert_eq!(bench.entries_of(&durable), [1, 2]);
+    // A draining write deletes the entry (figure 16), and a durable one after it must not come back to it.
+    write(&old, 1, false);
+    write(&old, 1, true);
+    assert_eq!(bench.entries_of(&durable), [2]);
+}
