@@ -398,6 +398,9 @@ impl Manager {
     }
 
     pub(super) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+        if self.running_jobs().iter().any(|j| j.disk == disk.name && j.kind == JobKind::Mirror) {
+            return; // It copies whatever is marked, also what has just been.
+        }
         let job = self.new_job(JobKind::Mirror, &disk.name, None);
         self.run_resync(disk, pair, job);
     }

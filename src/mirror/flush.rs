@@ -65,8 +65,21 @@ impl Disk {
         let rest: Vec<VersionIndex> = way(chain, index).into_iter().filter(|i| !live.contains(i)).collect();
         if let Err(e) = self.flush_layers(queue, chain, &rest).await {
             self.break_version(chain.version(index), &e.to_string());
+            self.break_readers_of_failed(queue, chain, &rest).await;
         }
         Ok(())
+    }
+
+    /// Breaks every frozen version that reads in one of `layers` whose image cannot be synced: nobody knows what it has
+    /// on stable storage, whoever's bytes they are.
+    async fn break_readers_of_failed(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) {
+        for &layer in layers {
+            // An image whose sync has failed once says so ever after.
+            if let Err(e) = chain.layer(layer).image.sync(queue).await {
+                let readers = (0..chain.live()).filter(|&version| way(chain, version).contains(&layer));
+                readers.for_each(|version| self.break_version(chain.version(version), &e.to_string()));
+            }
+        }
     }
 
     async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {

@@ -286,3 +286,26 @@ fn a_lost_leg_is_not_removed_with_its_snapshot() {
     daemon.restart();
     assert!(leg.exists());
 }
+
+/// A group of which one disk cannot be split leaves the others' mirrors as they were.
+#[test]
+fn a_split_that_is_refused_for_another_disk_leaves_the_mirror() {
+    let (mut daemon, leg) = mirrored();
+    daemon.make_image("vm1", SIZE);
+    daemon.send("PUT", "/v1/disks/vm1", &json!({ "path": daemon.image("vm1") }).to_string()).ok();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    let refused = daemon.api().create("a", &["vm0", "vm1"], &json!({ "strategy": "write-mirroring" }));
+    assert_eq!(refused.refused(), "no-second-leg");
+    in_sync(&daemon);
+    client.write(0..10, 2);
+    client.flush();
+    assert_eq!(raw(&leg)[..11], [vec![2; 10], vec![1]].concat());
+    drop(client);
+    daemon.kill();
+    daemon.start();
+    in_sync(&daemon);
+    assert_eq!(shows(&daemon, "vm0")[..11], [vec![2; 10], vec![1]].concat());
+    split(&daemon, "b");
+    daemon.delete("vm0@b");
+}

@@ -260,3 +260,21 @@ fn a_leg_that_fails_can_be_deleted_and_costs_the_version_that_would_take_it_over
     assert_eq!(bench.disk.chain().links().len(), 1);
     assert_eq!(bench.live(), [[2; 16], [1; 16]].concat());
 }
+
+/// What older versions read on an image whose sync failed may not be on stable storage either.
+#[test]
+fn a_frozen_image_that_cannot_be_synced_breaks_all_who_read_there() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..32, 1);
+    let (elsewhere, _) = bench.cut();
+    bench.cut_to_split(&bench.live);
+    let (older, _) = bench.cut();
+    let old = bench.ticket();
+    let (newer, image) = bench.cut();
+    image.fail_syncs(libc::EIO);
+    bench.request(&old, Request::Flush).unwrap();
+    assert!(newer.frozen[0].broken().is_some(), "its own image");
+    assert!(older.frozen[0].broken().is_some(), "it reads there what the newer one has saved");
+    assert!(elsewhere.frozen[0].broken().is_none(), "on the other side of a split nobody reads there");
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+}

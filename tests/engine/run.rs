@@ -339,7 +339,10 @@ impl Run {
     fn make_faulty(&mut self, image: &SimImage) {
         self.world.borrow_mut().any_fault = true;
         let errno = if self.rng.chance(50) { libc::ENOSPC } else { libc::EIO };
-        image.fail_writes(errno, self.rng.below(6));
+        match self.rng.chance(30) {
+            true => image.fail_syncs(errno),
+            false => image.fail_writes(errno, self.rng.below(6)),
+        }
     }
 
     /// Adds a second leg, which is made equal while the guests go on.

@@ -59,6 +59,7 @@ struct State {
     fail: Mutex<Option<i32>>,
     fail_after: AtomicUsize,
     fail_zeroing: Mutex<Option<i32>>,
+    fail_syncs: Mutex<Option<i32>>,
     longest: AtomicUsize,
     poisoned: AtomicBool,
     path: PathBuf,
@@ -81,6 +82,7 @@ impl SimImage {
                 fail: Mutex::new(None),
                 fail_after: AtomicUsize::new(0),
                 fail_zeroing: Mutex::new(None),
+                fail_syncs: Mutex::new(None),
                 longest: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
                 path: PathBuf::from(name),
@@ -109,6 +111,11 @@ impl SimImage {
     /// Makes zeroing fail with `errno`, and nothing else.
     pub fn fail_zeroing(&self, errno: i32) {
         *self.state.fail_zeroing.lock().unwrap() = Some(errno);
+    }
+
+    /// Makes syncs fail with `errno`.
+    pub fn fail_syncs(&self, errno: i32) {
+        *self.state.fail_syncs.lock().unwrap() = Some(errno);
     }
 
     /// The longest buffer that was read into.
@@ -218,6 +225,10 @@ pub fn step_io(rng: &mut Rng) {
     let kind = op.ticket.kind();
     let changes = matches!(kind, OpKind::Write { .. } | OpKind::Zero { .. });
     if let (OpKind::Zero { .. }, Some(errno)) = (kind, *op.image.fail_zeroing.lock().unwrap()) {
+        op.ticket.finish(Err(io::Error::from_raw_os_error(errno)));
+        return;
+    }
+    if let (OpKind::Sync, Some(errno)) = (kind, *op.image.fail_syncs.lock().unwrap()) {
         op.ticket.finish(Err(io::Error::from_raw_os_error(errno)));
         return;
     }
