@@ -146,7 +146,16 @@ impl Daemon {
 
     fn serve_command(&self) -> Command {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
+        let boot_id = self.boot_id();
+        let mut command = if boot_id.exists() {
+            let mut unshare = Command::new("unshare");
+            let script =
+                format!("mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$0\" \"$@\"", boot_id.display());
+            unshare.args(["-m", "sh", "-c", &script]).arg(env!("CARGO_BIN_EXE_halfsilver"));
+            unshare
+        } else {
+            Command::new(env!("CARGO_BIN_EXE_halfsilver"))
+        };
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
             command.env("HALFSILVER_PLANT", defect);
@@ -221,7 +230,16 @@ impl Daemon {
         self.wait_exit();
     }
 
-    /// What a power cut does to the run directory of a daemon that was killed.
+    fn boot_id(&self) -> PathBuf {
+        self.path(&format!("{}-boot", self.name))
+    }
+
+    /// From now on the daemon finds itself in another boot of the machine. Needs root.
+    pub(crate) fn boot_again(&self) {
+        std::fs::write(self.boot_id(), format!("{}\n", uuid::Uuid::new_v4())).unwrap();
+    }
+
+    /// A run directory that somebody cleared after the daemon was killed.
     pub(crate) fn lose_run_tables(&self) {
         for table in names_in(&self.run_dir().join("tables")) {
             std::fs::remove_file(self.run_dir().join("tables").join(table)).unwrap();
