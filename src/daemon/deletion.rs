@@ -61,7 +61,10 @@ impl Manager {
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
-                let left = (!record.owns_all).then_some((entry.id, record.image));
+                let left = (!record.owns_all).then_some((entry.id, record.image.clone()));
+                if record.owns_all {
+                    self.lose_leg(&disk, &record.image)?;
+                }
                 self.gone(&disk, &entry, left)?;
                 return Ok(Deletion::Done);
             }

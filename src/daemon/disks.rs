@@ -166,6 +166,11 @@ impl Manager {
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
+        // Legs whose snapshots are lost, and were on their way out: nobody knows what they hold.
+        let is_lost = |(snapshot, version): &&(SnapshotRecord, Option<_>)| {
+            version.is_none() && snapshot.deleting && snapshot.owns_all
+        };
+        let lost_legs: Vec<_> = taken.snapshots.iter().filter(is_lost).map(|(s, _)| s.image.clone()).collect();
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
 
         // From here on the disk may change: the record must not say "saved" any more.
@@ -222,6 +227,11 @@ impl Manager {
             entry.disk.geometry().size_bytes,
             socket.display()
         );
+        for path in &lost_legs {
+            if let Err(e) = self.lose_leg(&entry, path) {
+                log::error!("disk {name}: {} is still remembered as a leg: {}", path.display(), e.message);
+            }
+        }
         self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
@@ -251,7 +261,9 @@ impl Manager {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
             clear_socket(&record);
-            self.remove_layer(record.id, &record.image);
+            if !record.owns_all {
+                self.remove_layer(record.id, &record.image); // A leg is not ours to remove.
+            }
             return None;
         }
         if let Some(reason) = &record.broken {

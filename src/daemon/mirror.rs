@@ -473,6 +473,15 @@ impl Manager {
         Ok(())
     }
 
+    /// Lets a leg go that does not come back, if there is one at `path`: by the bitmap alone nobody can tell any more what
+    /// it holds. Its file stays.
+    pub(super) fn lose_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
+        let leg = locked(&disk.mirror)
+            .as_ref()
+            .and_then(|m| m.legs.iter().find(|(leg, _)| leg.path == path).map(|(leg, _)| leg.clone()));
+        leg.map_or(Ok(()), |leg| self.let_leg_go(disk, &leg))
+    }
+
     /// What becomes of the leg that a write-mirroring snapshot had.
     pub(super) fn after_split(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry, image: Option<SharedImage>) {
         let (path, keep) = {
@@ -483,12 +492,7 @@ impl Manager {
         let broken = entry.broken().is_some();
         let done = match image.filter(|_| !keep) {
             Some(image) if !broken => self.rejoin(disk, &path, image),
-            _ => {
-                let leg = locked(&disk.mirror)
-                    .as_ref()
-                    .and_then(|m| m.legs.iter().find(|(leg, _)| leg.path == path).map(|(leg, _)| leg.clone()));
-                leg.map_or(Ok(()), |leg| self.let_leg_go(disk, &leg).map_err(|e| e.message))
-            }
+            _ => self.lose_leg(disk, &path).map_err(|e| e.message),
         };
         match done {
             Ok(()) if keep => log::info!("snapshot {reference}: {} stays as it is", path.display()),

@@ -1,13 +1,16 @@
 //! Flushes: what was acknowledged becomes durable, the bytes before the entries that point to them.
 //!
 //! A log's table is committed to its durable copy in these steps: look at the entries, sync the images, store the
-//! entries, sync them (design: Durability). Only then are places given back whose entries were deleted.
+//! entries, sync them (design: Durability). Only then are places given back whose entries were deleted. Several logs are
+//! looked at from the live version inwards, and stored from the pivot outwards.
+
+use std::pin::Pin;
 
 use super::chain::{Chain, Log, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::{Disk, Epoch, RequestError, VersionId};
+use super::{Backing, Disk, Epoch, RequestError, VersionId};
 use crate::image::{ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -82,17 +85,11 @@ impl Disk {
         }
     }
 
+    /// The layers are in order from the pivot on.
     async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
-        let sync_images = async || {
-            let syncs = layers.iter().map(|&i| chain.layer(i).image.sync(queue)).collect();
-            join_all(syncs).await.into_iter().collect::<Result<(), ImageError>>()
-        };
+        let images: Vec<&Backing> = layers.iter().map(|&i| &chain.layer(i).image).collect();
         let logs: Vec<&Log> = layers.iter().filter_map(|&i| chain.layer(i).log.as_deref()).collect();
-        if logs.is_empty() {
-            return sync_images().await;
-        }
-        let commits = logs.iter().map(|log| log.table.commit_after(queue, sync_images)).collect();
-        join_all(commits).await.into_iter().collect()
+        commit(queue, &images, &logs).await
     }
 
     /// Whether some bytes of the live version are where only a log's table says.
@@ -114,6 +111,23 @@ impl Disk {
             log::warn!("the space of superseded blocks is not given back: {e}");
         }
     }
+}
+
+/// Commits logs, the last one being the farthest from the pivot, after syncing the images.
+///
+/// A write to one log deletes entries of those that are farther out. So each log is looked at before those nearer to the
+/// pivot, and stored when they are: no deletion is durable before the entry that it makes way for.
+fn commit<'a>(
+    queue: &'a IoQueue,
+    images: &'a [&'a Backing],
+    logs: &'a [&'a Log],
+) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
+    Box::pin(async move {
+        match logs.split_last() {
+            Some((farthest, nearer)) => farthest.table.commit_after(queue, || commit(queue, images, nearer)).await,
+            None => join_all(images.iter().map(|image| image.sync(queue)).collect()).await.into_iter().collect(),
+        }
+    })
 }
 
 /// The layers that a version reads.

@@ -223,6 +223,70 @@ fn legs_are_added_and_let_go_while_the_disk_runs() {
     assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
 }
 
+/// Writes a byte in the middle of a file, as somebody who opens it by hand.
+fn touch(path: &std::path::Path) {
+    use std::os::unix::fs::FileExt;
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_at(&[7], SIZE / 2).unwrap();
+}
+
+/// The bitmap knows what the daemon wrote. What somebody else wrote it does not, so the leg is not made equal by it.
+#[test]
+fn a_split_leg_that_somebody_wrote_does_not_come_back_by_the_bitmap() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.restart();
+    split(&daemon, "a");
+    daemon.client("vm0").write(0..100, 2);
+    daemon.stop();
+    touch(&leg);
+    daemon.start();
+    daemon.assert_broken("vm0@a", "changed");
+    daemon.delete("vm0@a");
+    let kept = std::fs::read(&leg).unwrap();
+    for _ in 0..2 {
+        assert_eq!(legs(&daemon).len(), 1, "{:?}", legs(&daemon));
+        daemon.restart();
+    }
+    assert_eq!(std::fs::read(&leg).unwrap(), kept);
+    let added = daemon.cli(&["disk", "mirror", "vm0", leg.to_str().unwrap(), "--wait"]);
+    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+    daemon.client("vm0").flush();
+    assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
+}
+
+/// The deletion of a split snapshot is stopped half way, and then its image is lost: the image is still the user's.
+#[test]
+fn a_lost_leg_is_not_removed_with_its_snapshot() {
+    let (mut daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    daemon.snap("older");
+    client.write(ALL, 2);
+    split(&daemon, "a");
+    client.write(0..100, 3);
+    let api = daemon.api();
+    let deleting = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", ""));
+    let mut job = Value::Null;
+    wait_until("the job", || {
+        let jobs = daemon.get("/v1/jobs").json();
+        job = jobs.as_array().unwrap().iter().find(|j| j["snapshot"] == "a").cloned().unwrap_or_default();
+        !job.is_null()
+    });
+    daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "").ok();
+    assert!(deleting.join().unwrap().status >= 400, "the deletion says that it is not done");
+    drop(client);
+    daemon.stop();
+    touch(&leg);
+    daemon.start();
+    assert!(leg.exists(), "somebody's image was removed");
+    daemon.assert_broken("vm0@older", "lost");
+    assert_eq!(legs(&daemon).len(), 1);
+    assert_eq!(shows(&daemon, "vm0")[..101], [vec![3; 100], vec![2]].concat());
+    daemon.delete("vm0@older");
+    daemon.restart();
+    assert!(leg.exists());
+}
+
 /// A group of which one disk cannot be split leaves the others' mirrors as they were.
 #[test]
 fn a_split_that_is_refused_for_another_disk_leaves_the_mirror() {

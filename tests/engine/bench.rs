@@ -111,16 +111,16 @@ impl Bench {
         (self.cut_with(NewLayer::Split { frozen, live }), leg)
     }
 
-    fn cut_with(&self, layer: NewLayer) -> Cut {
+    pub fn cut_with(&self, layer: NewLayer) -> Cut {
         let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live: VersionId::new_v4() };
         self.editor.cut(vec![prepared], Writers::Request).unwrap()
     }
 
-    fn empty_image(&self, name: &str) -> SimImage {
+    pub fn empty_image(&self, name: &str) -> SimImage {
         SimImage::new(name, usize::try_from(self.disk.geometry().size_bytes).unwrap(), 512)
     }
 
-    fn table(&self) -> Arc<Table> {
+    pub fn table(&self) -> Arc<Table> {
         let geometry = self.disk.geometry();
         Arc::new(Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap())
     }

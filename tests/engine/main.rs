@@ -8,6 +8,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 mod bench;
 mod figures;
+mod flushes;
 mod oracle;
 mod rules;
 mod run;
