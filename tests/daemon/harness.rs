@@ -148,13 +148,13 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         let boot_id = self.boot_id();
         let mut command = if boot_id.exists() {
-            let mut unshare = Command::new("unshare");
+            let mut unshare = command("unshare");
             let script =
                 format!("mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$0\" \"$@\"", boot_id.display());
             unshare.args(["-m", "sh", "-c", &script]).arg(env!("CARGO_BIN_EXE_halfsilver"));
             unshare
         } else {
-            Command::new(env!("CARGO_BIN_EXE_halfsilver"))
+            command(env!("CARGO_BIN_EXE_halfsilver"))
         };
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
@@ -162,7 +162,6 @@ impl Daemon {
         }
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        without_our_files(&mut command);
         command
     }
 
@@ -268,9 +267,8 @@ impl Daemon {
 
     /// The command line, as a user has it.
     pub(crate) fn cli(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
+        let mut command = command(env!("CARGO_BIN_EXE_halfsilver"));
         command.arg("--control").arg(self.control()).args(args).stdin(Stdio::null());
-        without_our_files(&mut command);
         command.output().unwrap()
     }
 
@@ -324,17 +322,17 @@ impl Daemon {
 
     #[track_caller]
     pub(crate) fn client(&self, disk: &str) -> Client {
-        Client::connect(&self.socket(disk), 1, false).unwrap()
+        connect(&self.socket(disk), 1, false)
     }
 
     #[track_caller]
     pub(crate) fn client_with_queues(&self, disk: &str, queues: usize) -> Client {
-        Client::connect(&self.socket(disk), queues, false).unwrap()
+        connect(&self.socket(disk), queues, false)
     }
 
     #[track_caller]
     pub(crate) fn reader(&self, what: &str) -> Client {
-        Client::connect(&self.socket(what), 1, true).unwrap_or_else(|e| panic!("{what}: {e}"))
+        connect(&self.socket(what), 1, true)
     }
 
     /// All bytes of a disk or snapshot, through its socket.
@@ -385,10 +383,11 @@ impl Drop for Daemon {
     }
 }
 
-/// The client library's sockets are not closed on exec: a child of another test would keep a connection open that this
-/// test has closed.
-fn without_our_files(command: &mut Command) {
+/// A program to be run. The client library's sockets are not closed on exec: a child of another test would keep a
+/// connection open that this test has closed.
+pub(crate) fn command(program: impl AsRef<std::ffi::OsStr>) -> Command {
     use std::os::unix::process::CommandExt;
+    let mut command = Command::new(program);
     let close = || {
         // SAFETY: a plain system call; it marks descriptors of this forked child only.
         let rc = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
@@ -396,6 +395,20 @@ fn without_our_files(command: &mut Command) {
     };
     // SAFETY: close() only makes a system call.
     unsafe { command.pre_exec(close) };
+    command
+}
+
+/// Connects; a child of another test that has not got to its exec may hold the connection that was there before.
+#[track_caller]
+fn connect(socket: &Path, queues: usize, read_only: bool) -> Client {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match Client::connect(socket, queues, read_only) {
+            Ok(client) => return client,
+            Err(e) if Instant::now() >= deadline => panic!("{e}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
 }
 
 /// The control socket, for another thread.
@@ -550,7 +563,7 @@ pub(crate) fn allocated(path: &Path) -> u64 {
 /// Runs a program that must succeed; returns what it printed.
 #[track_caller]
 pub(crate) fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).stdin(Stdio::null()).output().unwrap();
+    let output = command(program).args(args).stdin(Stdio::null()).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {args:?}: {out}{err}");
     out.trim().to_owned()

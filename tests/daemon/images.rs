@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ const SECTORS: usize = 2048;
 
 /// Whether this program of QEMU's does it.
 fn qemu(program: &str, args: &[&str], image: &Path) -> Result<(), String> {
-    let output = Command::new(program).args(args).arg(image).stdin(Stdio::null()).output().unwrap();
+    let output = crate::harness::command(program).args(args).arg(image).stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
     if output.status.success() { Ok(()) } else { Err(text) }
 }
@@ -64,7 +64,7 @@ fn an_image_that_qemu_has_is_left_to_it() {
     let mut daemon = Daemon::place();
     let image = daemon.make_image("vm0", SIZE);
     daemon.arg_disk("vm0", "");
-    let mut qemu = Command::new("qemu-io")
+    let mut qemu = crate::harness::command("qemu-io")
         .args(["-f", "raw"])
         .arg(&image)
         .stdin(Stdio::piped())
@@ -178,7 +178,7 @@ struct Unmount(PathBuf);
 impl Drop for Unmount {
     fn drop(&mut self) {
         // It may be unmounted already.
-        Command::new("umount").arg("-l").arg(&self.0).output().ok();
+        crate::harness::command("umount").arg("-l").arg(&self.0).output().ok();
     }
 }
 
@@ -196,7 +196,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        Command::new("losetup").arg("-d").arg(&self.device).status().ok();
+        crate::harness::command("losetup").arg("-d").arg(&self.device).status().ok();
     }
 }
 
@@ -293,7 +293,7 @@ fn a_mounted_block_device_is_refused() {
     run("umount", &[place.to_str().unwrap()]);
     daemon.start();
     // And while it is served, nobody mounts it for writing.
-    let mount = Command::new("mount").arg(&device.device).arg(&place).output().unwrap();
+    let mount = crate::harness::command("mount").arg(&device.device).arg(&place).output().unwrap();
     assert!(!mount.status.success(), "a device in use was mounted");
     daemon.stop();
     drop(mounted);

@@ -1,7 +1,6 @@
 //! Trouble on the side of the snapshots: no space where their images are, and a file system that stands still.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -41,7 +40,7 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         // Lazily: a daemon that failed a test may still have files there.
-        let done = Command::new("umount").arg("-l").arg(&self.path).status();
+        let done = crate::harness::command("umount").arg("-l").arg(&self.path).status();
         if !done.is_ok_and(|s| s.success()) {
             println!("cannot unmount {}", self.path.display());
         }
