@@ -203,9 +203,10 @@ impl Manager {
     pub(super) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
         self.watch_legs(disk);
         let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
-            let split = mirror.legs.iter().find(|(leg, _)| mirror.state_of(leg.id) == Some(mirror::LegState::Split));
+            // If no snapshot holds it, it is a split that never came to be.
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(mirror::LegState::Split);
+            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path));
             if let Some((leg, image)) = split {
-                // No snapshot holds it: a split that never came to be.
                 return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
             }
             let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {

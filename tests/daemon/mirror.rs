@@ -222,3 +222,24 @@ fn legs_are_added_and_let_go_while_the_disk_runs() {
     let said = daemon.refused_start();
     assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
 }
+
+/// What was prepared for a snapshot that is refused is undone; the leg that an older one has is none of it.
+#[test]
+fn a_refused_snapshot_leaves_a_split_leg_alone() {
+    let (daemon, leg) = mirrored();
+    let other = daemon.make_image("vm1", SIZE);
+    daemon.send("PUT", "/v1/disks/vm1", &json!({ "path": other }).to_string()).ok();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    client.write(0..100, 2);
+    std::fs::write(daemon.snapshot_image("vm1@b"), "in the way").unwrap();
+    assert_eq!(daemon.api().create("b", &["vm0", "vm1"], &json!({})).status, 409);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(legs(&daemon)[1].1, "split");
+    assert_eq!(raw(&leg), vec![1; ALL.end]);
+    assert_eq!(shows(&daemon, "vm0@a"), vec![1; ALL.end]);
+    daemon.delete("vm0@a");
+    in_sync(&daemon);
+    assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
+}
