@@ -61,6 +61,10 @@ impl Manager {
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
+                if record.owns_all {
+                    // Nobody knows in what its leg differs from the other: it does not come back.
+                    self.after_split(&disk, &entry, None);
+                }
                 let left = (!record.owns_all).then_some((entry.id, record.image));
                 self.gone(&disk, &entry, left)?;
                 return Ok(Deletion::Done);

@@ -223,6 +223,13 @@ fn legs_are_added_and_let_go_while_the_disk_runs() {
     assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
 }
 
+/// Writes `tag` into a sector of an image behind the daemon's back.
+fn scribble(path: &std::path::Path, sector: u64, tag: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(&tag.to_le_bytes().repeat(64), sector * 512).unwrap();
+}
+
 /// What was prepared for a snapshot that is refused is undone; the leg that an older one has is none of it.
 #[test]
 fn a_refused_snapshot_leaves_a_split_leg_alone() {
@@ -240,6 +247,36 @@ fn a_refused_snapshot_leaves_a_split_leg_alone() {
     assert_eq!(raw(&leg), vec![1; ALL.end]);
     assert_eq!(shows(&daemon, "vm0@a"), vec![1; ALL.end]);
     daemon.delete("vm0@a");
+    in_sync(&daemon);
+    assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
+}
+
+/// A leg that somebody wrote differs in more than what was written to the disk since it was split.
+#[test]
+fn a_split_leg_that_was_changed_does_not_come_back_by_itself() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.restart();
+    split(&daemon, "a");
+    daemon.client("vm0").write(0..100, 2);
+    daemon.stop();
+    scribble(&leg, 9000, 77);
+    daemon.start();
+    daemon.assert_broken("vm0@a", "changed");
+    daemon.delete("vm0@a");
+    assert_eq!(legs(&daemon).len(), 1, "{:?}", legs(&daemon));
+    for how in ["stop", "kill"] {
+        match how {
+            "stop" => daemon.stop(),
+            _ => daemon.kill(),
+        }
+        daemon.forget_args();
+        daemon.start();
+        assert_eq!(legs(&daemon).len(), 1, "{how}");
+        assert_eq!(raw(&leg)[9000], 77, "{how}: it is left as it is");
+    }
+    let done = daemon.cli(&["disk", "mirror", "vm0", leg.to_str().unwrap(), "--wait"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     in_sync(&daemon);
     assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
 }
