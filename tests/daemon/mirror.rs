@@ -280,3 +280,33 @@ fn a_split_leg_that_was_changed_does_not_come_back_by_itself() {
     in_sync(&daemon);
     assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
 }
+
+/// The version that began with the split is lost: the next one begins with it.
+#[test]
+fn a_power_cut_leaves_what_was_split_before() {
+    let (mut daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    client.write(0..100, 2);
+    daemon.snap("cow");
+    client.write(0..50, 3);
+    client.flush();
+    let live = tags(&client.read_all());
+    drop(client);
+    daemon.kill();
+    daemon.lose_run_tables();
+    for _ in 0..2 {
+        daemon.start();
+        daemon.assert_broken("vm0@cow", "");
+        assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]));
+        daemon.kill();
+    }
+    daemon.start();
+    daemon.delete("vm0@cow");
+    daemon.restart();
+    assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]));
+    daemon.delete("vm0@a");
+    in_sync(&daemon);
+    assert_eq!(raw(&leg), live);
+}
