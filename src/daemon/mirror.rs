@@ -160,9 +160,14 @@ impl Manager {
             let image = open(&config.path).map_err(image_error)?;
             return Ok(Base { backing: Backing::One(image), mirror: None });
         };
+        // Those from before the last split; the full image of the newer ones is the mirror.
+        let split_off = match record.live_splits {
+            true => &record.snapshots[..],
+            false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
+        };
         let (mut legs, mut images, mut why) = (Vec::new(), Vec::new(), None);
         for leg in mirror.legs {
-            let is_frozen = record.snapshots.iter().any(|s| s.owns_all && s.image == leg.path);
+            let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
             let changed = record.saved.is_some() && leg.saved != Fingerprint::of(&leg.path).ok();
             let image = match (is_frozen, changed) {
                 (true, _) => None,

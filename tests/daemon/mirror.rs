@@ -281,6 +281,27 @@ fn a_split_leg_that_was_changed_does_not_come_back_by_itself() {
     assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
 }
 
+/// The full image of a logged snapshot is the mirror itself, not a leg that was split.
+#[test]
+fn a_log_on_a_mirror_leaves_both_legs_in_use() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-logging", "wait": true })).ok();
+    daemon.client("vm0").write(0..100, 2);
+    let live = shows(&daemon, "vm0");
+    for how in ["stop", "kill"] {
+        match how {
+            "stop" => daemon.stop(),
+            _ => daemon.kill(),
+        }
+        daemon.start();
+        in_sync(&daemon);
+        assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]), "{how}");
+    }
+    daemon.delete("vm0@a");
+    assert_eq!((raw(&leg), raw(&daemon.image("vm0"))), (live.clone(), live));
+}
+
 /// The version that began with the split is lost: the next one begins with it.
 #[test]
 fn a_power_cut_leaves_what_was_split_before() {
