@@ -331,3 +331,39 @@ fn a_power_cut_leaves_what_was_split_before() {
     in_sync(&daemon);
     assert_eq!(raw(&leg), live);
 }
+
+/// A deletion with --keep-image that was not over when the daemon stopped, and the image is in use elsewhere since.
+#[test]
+fn a_kept_image_is_never_removed() {
+    let (mut daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    daemon.api().create("log", &["vm0"], &json!({ "strategy": "write-logging", "wait": true })).ok();
+    client.write(ALL, 2);
+    drop(client);
+    let api = daemon.api();
+    let folding = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@log", ""));
+    let mut job = Value::Null;
+    wait_until("the fold to begin", || {
+        let jobs = daemon.get("/v1/jobs").json();
+        job = jobs.as_array().unwrap().iter().find(|j| j["kind"] == "fold").cloned().unwrap_or_default();
+        !job.is_null()
+    });
+    let path = format!("/v1/jobs/{}", job["id"]);
+    daemon.send("PATCH", &path, r#"{"delay_ms":3600000}"#).ok();
+    daemon.send("DELETE", &path, "").ok();
+    folding.join().unwrap();
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "");
+    assert_eq!(daemon.state("vm0@a"), "deleting");
+    daemon.stop();
+    scribble(&leg, 7, 77);
+    daemon.start();
+    let mut kept = vec![1; ALL.end];
+    kept[7] = 77;
+    assert!(leg.exists(), "the kept image is removed");
+    assert_eq!(raw(&leg), kept);
+    assert_eq!(shows(&daemon, "vm0"), vec![2; ALL.end]);
+    daemon.restart();
+    assert_eq!((legs(&daemon).len(), raw(&leg)), (1, kept));
+}
