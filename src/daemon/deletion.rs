@@ -130,6 +130,9 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         keep_image: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
+        if keep_image {
+            refuse_if_read_through(disk, entry)?;
+        }
         locked(&entry.record).keep_image = keep_image;
         locked(&entry.record).deleting = true;
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
@@ -268,6 +271,17 @@ impl Manager {
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
     }
+}
+
+/// An older snapshot that reads through it takes its image over: then that does not stay as it is.
+fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(), ApiError> {
+    let chain = disk.disk.chain();
+    let Some(older) = chain.position(entry.id).and_then(|index| chain.heir_of_pivot(index)) else { return Ok(()) };
+    let id = chain.version(older).id;
+    let older = disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference.to_string());
+    let message =
+        format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
+    Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
 }
 
 /// The leg that a version has alone, if it has one.

@@ -281,6 +281,25 @@ fn a_split_leg_that_was_changed_does_not_come_back_by_itself() {
     assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
 }
 
+/// When it goes, an older snapshot that reads through it gets its image: then that is not its content any more.
+#[test]
+fn an_image_is_not_kept_while_an_older_snapshot_needs_it() {
+    let (daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    daemon.snap("old");
+    client.write(0..100, 2);
+    split(&daemon, "a");
+    client.write(0..50, 3);
+    let refused = daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "");
+    assert_eq!((refused.status, refused.body.contains("vm0@old")), (409, true), "{}", refused.body);
+    let a = [vec![2; 100], vec![1; ALL.end - 100]].concat();
+    assert_eq!((shows(&daemon, "vm0@a"), shows(&daemon, "vm0@old")), (a.clone(), vec![1; ALL.end]));
+    daemon.delete("vm0@old");
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "").ok();
+    assert_eq!(raw(&leg), a);
+}
+
 /// The full image of a logged snapshot is the mirror itself, not a leg that was split.
 #[test]
 fn a_log_on_a_mirror_leaves_both_legs_in_use() {
