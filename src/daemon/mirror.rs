@@ -346,6 +346,11 @@ impl Manager {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
             mirror.legs.retain(|(l, _)| l.id != leg.id);
+            if let Some((stays, _)) = mirror.legs.first()
+                && *locked(&disk.path) == leg.path
+            {
+                locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
+            }
             mirror.pair.clone()
         };
         locked(&disk.former_legs).push(leg.path.clone());

@@ -351,6 +351,35 @@ fn a_power_cut_leaves_what_was_split_before() {
     assert_eq!(raw(&leg), live);
 }
 
+/// The disk goes by the leg that is left, also at the next start.
+#[test]
+fn a_first_leg_that_fails_is_replaced() {
+    let mut daemon = Daemon::place();
+    let mount = daemon.path("small");
+    let _small = Mount::tmpfs(&mount, "1m");
+    let first = mount.join("first.raw");
+    std::fs::File::create(&first).unwrap().set_len(SIZE).unwrap();
+    let (second, third) = (daemon.path("second.raw"), daemon.path("third.raw"));
+    daemon.arg_disk_at("vm0", &first, &format!("direct=off,mirror={}", second.display()));
+    daemon.start();
+    in_sync(&daemon);
+    daemon.client("vm0").write(ALL, 1);
+    wait_until("the first leg to fail", || legs(&daemon)[0].1 == "failed");
+    daemon.kill();
+    daemon.start();
+    assert_eq!(shows(&daemon, "vm0"), vec![1; ALL.end]);
+    let done = daemon.cli(&["disk", "mirror", "vm0", third.to_str().unwrap(), "--wait"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(daemon.show_disk("vm0")["path"].as_str(), second.to_str());
+    daemon.stop();
+    let said = daemon.refused_start();
+    assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
+    daemon.forget_args();
+    daemon.start();
+    in_sync(&daemon);
+    assert_eq!(shows(&daemon, "vm0"), vec![1; ALL.end]);
+}
+
 /// A deletion with --keep-image that was not over when the daemon stopped, and the image is in use elsewhere since.
 #[test]
 fn a_kept_image_is_never_removed() {
