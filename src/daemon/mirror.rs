@@ -291,6 +291,8 @@ impl Manager {
         if let Some(failed) = failed {
             self.let_leg_go(disk, &failed)?;
         }
+        // Also when it was tried before: a leg that is added must miss no write.
+        self.swap(disk, Backing::Pair(pair.clone()))?;
         let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
         let image = leg_image(path, disk.disk.geometry().size_bytes, &disk.config)?;
         if image.alignment().offset_bytes > pair.alignment().offset_bytes.max(512) {
@@ -317,7 +319,7 @@ impl Manager {
         Ok(())
     }
 
-    /// Puts a pair with one leg in the place of the disk's one image.
+    /// Makes a pair with the disk's one image as its only leg.
     fn make_mirror(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let chain = disk.disk.chain();
         let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
@@ -328,7 +330,7 @@ impl Manager {
         let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
         *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))] });
         self.watch_legs(disk);
-        self.swap(disk, Backing::Pair(pair))
+        Ok(())
     }
 
     /// Swaps the view of the full image, and waits until nobody goes by the old one.
