@@ -464,6 +464,18 @@ impl Manager {
         Ok((Backing::One(frozen.image), Backing::Pair(live)))
     }
 
+    /// A leg that failed after its split was prepared and before the cut: nothing was frozen on it yet.
+    pub(super) fn check_split(disk: &DiskEntry, entry: &SnapshotEntry, version: &mirror::Version) {
+        let path = locked(&entry.record).image.clone();
+        let state = locked(&disk.mirror).as_ref().and_then(|mirror| {
+            let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path)?;
+            mirror.state_of(leg.id)
+        });
+        if let Some(mirror::LegState::Failed(reason)) = state {
+            disk.disk.break_version(version, &reason);
+        }
+    }
+
     /// A leg comes back to the mirror, with what was written since it was split.
     pub(super) fn rejoin(&self, disk: &Arc<DiskEntry>, path: &Path, image: SharedImage) -> Result<(), String> {
         let (pair, id) = {
