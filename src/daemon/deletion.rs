@@ -207,7 +207,9 @@ impl Manager {
                 Err(RetireError::TooManyDraining(_)) => {}
                 Err(RetireError::Busy) => {
                     let jobs = locked(&self.jobs);
-                    let is_in_the_way = |j: &&Arc<JobEntry>| j.disk == disk.name && j.state() == JobState::Stopped;
+                    let is_in_the_way = |j: &&Arc<JobEntry>| {
+                        j.disk == disk.name && j.snapshot.is_some() && j.state() == JobState::Stopped
+                    };
                     if let Some(other) = jobs.values().find(is_in_the_way) {
                         return Err(format!("the deletion of another snapshot, job {}, was stopped", other.id));
                     }
