@@ -236,10 +236,21 @@ impl Manager {
         }
         {
             let _structure = locked(&self.structure);
-            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
+            let (is_split, keep) = {
+                let record = locked(&entry.record);
+                (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)
+            };
+            let comes_back = leg.is_some() && !keep && entry.broken().is_none();
+            // A leg that goes must not be taken for one that comes back, and one that is written again not for a
+            // snapshot: whenever the daemon is killed.
+            if is_split && !comes_back {
+                self.after_split(disk, entry, None);
+            }
+            let gone = self.gone(disk, entry, left);
+            if is_split && comes_back {
                 self.after_split(disk, entry, leg);
             }
-            self.gone(disk, entry, left).map_err(|e| e.to_string())?;
+            gone.map_err(|e| e.to_string())?;
         }
         if disk.disk.discards().count() > 0 {
             let (of, pace) = (disk.disk.clone(), job.pace.clone());

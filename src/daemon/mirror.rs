@@ -411,6 +411,9 @@ impl Manager {
     }
 
     pub(super) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+        if self.is_stopping() {
+            return; // The next start goes on with it.
+        }
         let job = self.new_job(JobKind::Mirror, &disk.name, None);
         self.run_resync(disk, pair, job);
     }
