@@ -61,10 +61,11 @@ impl Manager {
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
-                let left = (!record.owns_all).then_some((entry.id, record.image.clone()));
                 if record.owns_all {
-                    self.lose_leg(&disk, &record.image)?;
+                    // Nobody knows in what its leg differs from the other: it does not come back.
+                    self.after_split(&disk, &entry, None);
                 }
+                let left = (!record.owns_all).then_some((entry.id, record.image));
                 self.gone(&disk, &entry, left)?;
                 return Ok(Deletion::Done);
             }
@@ -72,6 +73,11 @@ impl Manager {
             let old_frontends = entry.old_frontends(&disk);
             match entry.state(&disk) {
                 // One whose job has failed or was stopped is tried again.
+                SnapshotState::Deleting | SnapshotState::Folding
+                    if keep_image && !std::mem::replace(&mut locked(&entry.record).keep_image, true) =>
+                {
+                    self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
+                }
                 SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(reference) {
                     Some(job) if job.state() == JobState::Running => break job,
                     Some(job) => break self.resume_deletion(&disk, &entry, job)?,
@@ -129,6 +135,9 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         keep_image: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
+        if keep_image {
+            refuse_if_read_through(disk, entry)?;
+        }
         locked(&entry.record).keep_image = keep_image;
         locked(&entry.record).deleting = true;
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
@@ -203,7 +212,9 @@ impl Manager {
                 Err(RetireError::TooManyDraining(_)) => {}
                 Err(RetireError::Busy) => {
                     let jobs = locked(&self.jobs);
-                    let is_in_the_way = |j: &&Arc<JobEntry>| j.disk == disk.name && j.state() == JobState::Stopped;
+                    let is_in_the_way = |j: &&Arc<JobEntry>| {
+                        j.disk == disk.name && j.snapshot.is_some() && j.state() == JobState::Stopped
+                    };
                     if let Some(other) = jobs.values().find(is_in_the_way) {
                         return Err(format!("the deletion of another snapshot, job {}, was stopped", other.id));
                     }
@@ -230,10 +241,21 @@ impl Manager {
         }
         {
             let _structure = locked(&self.structure);
-            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
+            let (is_split, keep) = {
+                let record = locked(&entry.record);
+                (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)
+            };
+            let comes_back = leg.is_some() && !keep && entry.broken().is_none();
+            // A leg that goes must not be taken for one that comes back, and one that is written again not for a
+            // snapshot: whenever the daemon is killed.
+            if is_split && !comes_back {
+                self.after_split(disk, entry, None);
+            }
+            let gone = self.gone(disk, entry, left);
+            if is_split && comes_back {
                 self.after_split(disk, entry, leg);
             }
-            self.gone(disk, entry, left).map_err(|e| e.to_string())?;
+            gone.map_err(|e| e.to_string())?;
         }
         if disk.disk.discards().count() > 0 {
             let (of, pace) = (disk.disk.clone(), job.pace.clone());
@@ -267,6 +289,17 @@ impl Manager {
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
     }
+}
+
+/// An older snapshot that reads through it takes its image over: then that does not stay as it is.
+fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(), ApiError> {
+    let chain = disk.disk.chain();
+    let Some(older) = chain.position(entry.id).and_then(|index| chain.heir_of_pivot(index)) else { return Ok(()) };
+    let id = chain.version(older).id;
+    let older = disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference.to_string());
+    let message =
+        format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
+    Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
 }
 
 /// The leg that a version has alone, if it has one.

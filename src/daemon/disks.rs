@@ -134,7 +134,7 @@ impl Manager {
             Some(record) => record.saved,
             None => Fingerprint::of(&config.path).ok(),
         };
-        let Base { backing, mirror } = self.open_base(config, record.as_ref(), options).map_err(in_disk)?;
+        let Base { backing, mut mirror } = self.open_base(config, record.as_ref(), options).map_err(in_disk)?;
         let unit = backing.alignment().offset_bytes;
         if unit > config.block_size {
             let message = format!(
@@ -166,17 +166,24 @@ impl Manager {
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
-        // Legs whose snapshots are lost, and were on their way out: nobody knows what they hold.
-        let is_lost = |(snapshot, version): &&(SnapshotRecord, Option<_>)| {
-            version.is_none() && snapshot.deleting && snapshot.owns_all
-        };
-        let lost_legs: Vec<_> = taken.snapshots.iter().filter(is_lost).map(|(s, _)| s.image.clone()).collect();
+        let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
+        let mut config = config.clone();
+        // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
+        for (lost, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
+            let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
+            let (gone, stays) =
+                std::mem::take(&mut mirror.legs).into_iter().partition(|(leg, _)| leg.path == lost.image);
+            mirror.legs = stays;
+            former_legs.extend(Vec::into_iter(gone).map(|(leg, _)| leg.path));
+            config.path.clone_from(&mirror.legs[0].0.path);
+            config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+        }
+        let config = &config;
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
 
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of(id, name, config, boot, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
-        let former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         unsaved.former_legs.clone_from(&former_legs);
         self.records.put([&unsaved]).map_err(record_error)?;
 
@@ -227,11 +234,6 @@ impl Manager {
             entry.disk.geometry().size_bytes,
             socket.display()
         );
-        for path in &lost_legs {
-            if let Err(e) = self.lose_leg(&entry, path) {
-                log::error!("disk {name}: {} is still remembered as a leg: {}", path.display(), e.message);
-            }
-        }
         self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
@@ -262,7 +264,7 @@ impl Manager {
             log::info!("snapshot {reference}: removing what an unfinished operation left");
             clear_socket(&record);
             if !record.owns_all {
-                self.remove_layer(record.id, &record.image); // A leg is not ours to remove.
+                self.remove_layer(record.id, &record.image); // A full image is the disk's own, or a leg.
             }
             return None;
         }

@@ -1,6 +1,6 @@
 //! A served disk and its snapshots, as the manager holds them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -238,6 +238,13 @@ impl DiskEntry {
         let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
         config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
         config
+    }
+
+    /// Whether a frozen version has this image for itself.
+    pub(super) fn holds_leg(&self, path: &Path) -> bool {
+        let chain = self.disk.chain();
+        let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
+        chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
     }
 
     /// The backing of its full image.

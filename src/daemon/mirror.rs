@@ -160,9 +160,14 @@ impl Manager {
             let image = open(&config.path).map_err(image_error)?;
             return Ok(Base { backing: Backing::One(image), mirror: None });
         };
+        // Those from before the last split; the full image of the newer ones is the mirror.
+        let split_off = match record.live_splits {
+            true => &record.snapshots[..],
+            false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
+        };
         let (mut legs, mut images, mut why) = (Vec::new(), Vec::new(), None);
         for leg in mirror.legs {
-            let is_frozen = record.snapshots.iter().any(|s| s.owns_all && s.image == leg.path);
+            let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
             let changed = record.saved.is_some() && leg.saved != Fingerprint::of(&leg.path).ok();
             let image = match (is_frozen, changed) {
                 (true, _) => None,
@@ -203,9 +208,10 @@ impl Manager {
     pub(super) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
         self.watch_legs(disk);
         let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
-            let split = mirror.legs.iter().find(|(leg, _)| mirror.state_of(leg.id) == Some(mirror::LegState::Split));
+            // If no snapshot holds it, it is a split that never came to be.
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(mirror::LegState::Split);
+            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path));
             if let Some((leg, image)) = split {
-                // No snapshot holds it: a split that never came to be.
                 return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
             }
             let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {
@@ -285,6 +291,8 @@ impl Manager {
         if let Some(failed) = failed {
             self.let_leg_go(disk, &failed)?;
         }
+        // Also when it was tried before: a leg that is added must miss no write.
+        self.swap(disk, Backing::Pair(pair.clone()))?;
         let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
         let image = leg_image(path, disk.disk.geometry().size_bytes, &disk.config)?;
         if image.alignment().offset_bytes > pair.alignment().offset_bytes.max(512) {
@@ -311,7 +319,7 @@ impl Manager {
         Ok(())
     }
 
-    /// Puts a pair with one leg in the place of the disk's one image.
+    /// Makes a pair with the disk's one image as its only leg.
     fn make_mirror(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let chain = disk.disk.chain();
         let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
@@ -322,7 +330,7 @@ impl Manager {
         let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
         *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))] });
         self.watch_legs(disk);
-        self.swap(disk, Backing::Pair(pair))
+        Ok(())
     }
 
     /// Swaps the view of the full image, and waits until nobody goes by the old one.
@@ -340,6 +348,11 @@ impl Manager {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
             mirror.legs.retain(|(l, _)| l.id != leg.id);
+            if let Some((stays, _)) = mirror.legs.first()
+                && *locked(&disk.path) == leg.path
+            {
+                locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
+            }
             mirror.pair.clone()
         };
         locked(&disk.former_legs).push(leg.path.clone());
@@ -381,6 +394,11 @@ impl Manager {
                 return Err(ApiError::new(ErrorCode::Unavailable, format!("job {} does not stop; try again", job.id)));
             }
         }
+        // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
+        if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
+            let id = goes.0.id;
+            in_ring(async move |queue| pair.let_go(&queue, id).await)?;
+        }
         // From here on only the leg that stays is the disk.
         let old = locked(&disk.mirror).take();
         locked(&disk.former_legs).push(goes.0.path.clone());
@@ -398,6 +416,9 @@ impl Manager {
     }
 
     pub(super) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+        if self.is_stopping() {
+            return; // The next start goes on with it.
+        }
         if self.running_jobs().iter().any(|j| j.disk == disk.name && j.kind == JobKind::Mirror) {
             return; // It copies whatever is marked, also what has just been.
         }
@@ -452,6 +473,18 @@ impl Manager {
             mirror.pair = live.clone();
         }
         Ok((Backing::One(frozen.image), Backing::Pair(live)))
+    }
+
+    /// A leg that failed after its split was prepared and before the cut: nothing was frozen on it yet.
+    pub(super) fn check_split(disk: &DiskEntry, entry: &SnapshotEntry, version: &mirror::Version) {
+        let path = locked(&entry.record).image.clone();
+        let state = locked(&disk.mirror).as_ref().and_then(|mirror| {
+            let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path)?;
+            mirror.state_of(leg.id)
+        });
+        if let Some(mirror::LegState::Failed(reason)) = state {
+            disk.disk.break_version(version, &reason);
+        }
     }
 
     /// A leg comes back to the mirror, with what was written since it was split.

@@ -96,6 +96,9 @@ impl Manager {
             if recorded.is_err() {
                 disk.disk.break_version(version, "the cut could not be recorded");
             }
+            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
+                Manager::check_split(disk, entry, version);
+            }
             log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
         }

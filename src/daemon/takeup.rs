@@ -113,6 +113,7 @@ impl Manager {
         is_newest: bool,
         taken: &mut Taken,
     ) -> Result<(), ApiError> {
+        let (splits, known) = (segment.first().is_some_and(|s| s.splits), taken.links.len());
         let pivot = segment.iter().position(|s| s.owns_all);
         let mut lost: Option<String> = match (pivot, trust) {
             (None, _) => Some("its records name no full image".to_owned()),
@@ -143,6 +144,10 @@ impl Manager {
                     lost.get_or_insert_with(|| READS_THROUGH.to_owned());
                 }
             }
+        }
+        // When the version that began with the split is lost, the next one begins with it.
+        if let Some(oldest) = taken.links[known..].last_mut() {
+            oldest.splits = splits;
         }
         Ok(())
     }

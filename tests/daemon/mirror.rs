@@ -223,68 +223,197 @@ fn legs_are_added_and_let_go_while_the_disk_runs() {
     assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
 }
 
-/// Writes a byte in the middle of a file, as somebody who opens it by hand.
-fn touch(path: &std::path::Path) {
+/// Writes `tag` into a sector of an image behind the daemon's back.
+fn scribble(path: &std::path::Path, sector: u64, tag: u64) {
     use std::os::unix::fs::FileExt;
-    std::fs::OpenOptions::new().write(true).open(path).unwrap().write_at(&[7], SIZE / 2).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.write_all_at(&tag.to_le_bytes().repeat(64), sector * 512).unwrap();
 }
 
-/// The bitmap knows what the daemon wrote. What somebody else wrote it does not, so the leg is not made equal by it.
+/// What was prepared for a snapshot that is refused is undone; the leg that an older one has is none of it.
 #[test]
-fn a_split_leg_that_somebody_wrote_does_not_come_back_by_the_bitmap() {
+fn a_refused_snapshot_leaves_a_split_leg_alone() {
+    let (daemon, leg) = mirrored();
+    let other = daemon.make_image("vm1", SIZE);
+    daemon.send("PUT", "/v1/disks/vm1", &json!({ "path": other }).to_string()).ok();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    client.write(0..100, 2);
+    std::fs::write(daemon.snapshot_image("vm1@b"), "in the way").unwrap();
+    assert_eq!(daemon.api().create("b", &["vm0", "vm1"], &json!({})).status, 409);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(legs(&daemon)[1].1, "split");
+    assert_eq!(raw(&leg), vec![1; ALL.end]);
+    assert_eq!(shows(&daemon, "vm0@a"), vec![1; ALL.end]);
+    daemon.delete("vm0@a");
+    in_sync(&daemon);
+    assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
+}
+
+/// A leg that somebody wrote differs in more than what was written to the disk since it was split.
+#[test]
+fn a_split_leg_that_was_changed_does_not_come_back_by_itself() {
     let (mut daemon, leg) = mirrored();
     daemon.client("vm0").write(ALL, 1);
     daemon.restart();
     split(&daemon, "a");
     daemon.client("vm0").write(0..100, 2);
     daemon.stop();
-    touch(&leg);
+    scribble(&leg, 9000, 77);
     daemon.start();
     daemon.assert_broken("vm0@a", "changed");
     daemon.delete("vm0@a");
-    let kept = std::fs::read(&leg).unwrap();
-    for _ in 0..2 {
-        assert_eq!(legs(&daemon).len(), 1, "{:?}", legs(&daemon));
-        daemon.restart();
+    assert_eq!(legs(&daemon).len(), 1, "{:?}", legs(&daemon));
+    for how in ["stop", "kill"] {
+        match how {
+            "stop" => daemon.stop(),
+            _ => daemon.kill(),
+        }
+        daemon.forget_args();
+        daemon.start();
+        assert_eq!(legs(&daemon).len(), 1, "{how}");
+        assert_eq!(raw(&leg)[9000], 77, "{how}: it is left as it is");
     }
-    assert_eq!(std::fs::read(&leg).unwrap(), kept);
-    let added = daemon.cli(&["disk", "mirror", "vm0", leg.to_str().unwrap(), "--wait"]);
-    assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
-    daemon.client("vm0").flush();
+    let done = daemon.cli(&["disk", "mirror", "vm0", leg.to_str().unwrap(), "--wait"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    in_sync(&daemon);
     assert_eq!(raw(&leg), raw(&daemon.image("vm0")));
 }
 
-/// The deletion of a split snapshot is stopped half way, and then its image is lost: the image is still the user's.
+/// When it goes, an older snapshot that reads through it gets its image: then that is not its content any more.
 #[test]
-fn a_lost_leg_is_not_removed_with_its_snapshot() {
+fn an_image_is_not_kept_while_an_older_snapshot_needs_it() {
+    let (daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    daemon.snap("old");
+    client.write(0..100, 2);
+    split(&daemon, "a");
+    client.write(0..50, 3);
+    let refused = daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "");
+    assert_eq!((refused.status, refused.body.contains("vm0@old")), (409, true), "{}", refused.body);
+    let a = [vec![2; 100], vec![1; ALL.end - 100]].concat();
+    assert_eq!((shows(&daemon, "vm0@a"), shows(&daemon, "vm0@old")), (a.clone(), vec![1; ALL.end]));
+    daemon.delete("vm0@old");
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "").ok();
+    assert_eq!(raw(&leg), a);
+}
+
+/// The full image of a logged snapshot is the mirror itself, not a leg that was split.
+#[test]
+fn a_log_on_a_mirror_leaves_both_legs_in_use() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-logging", "wait": true })).ok();
+    daemon.client("vm0").write(0..100, 2);
+    let live = shows(&daemon, "vm0");
+    for how in ["stop", "kill"] {
+        match how {
+            "stop" => daemon.stop(),
+            _ => daemon.kill(),
+        }
+        daemon.start();
+        in_sync(&daemon);
+        assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]), "{how}");
+    }
+    daemon.delete("vm0@a");
+    assert_eq!((raw(&leg), raw(&daemon.image("vm0"))), (live.clone(), live));
+}
+
+/// The version that began with the split is lost: the next one begins with it.
+#[test]
+fn a_power_cut_leaves_what_was_split_before() {
     let (mut daemon, leg) = mirrored();
     let mut client = daemon.client("vm0");
     client.write(ALL, 1);
-    daemon.snap("older");
-    client.write(ALL, 2);
     split(&daemon, "a");
-    client.write(0..100, 3);
+    client.write(0..100, 2);
+    daemon.snap("cow");
+    client.write(0..50, 3);
+    client.flush();
+    let live = tags(&client.read_all());
+    drop(client);
+    daemon.kill();
+    daemon.lose_run_tables();
+    for _ in 0..2 {
+        daemon.start();
+        daemon.assert_broken("vm0@cow", "");
+        assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]));
+        daemon.kill();
+    }
+    daemon.start();
+    daemon.delete("vm0@cow");
+    daemon.restart();
+    assert_eq!((shows(&daemon, "vm0"), shows(&daemon, "vm0@a")), (live.clone(), vec![1; ALL.end]));
+    daemon.delete("vm0@a");
+    in_sync(&daemon);
+    assert_eq!(raw(&leg), live);
+}
+
+/// The disk goes by the leg that is left, also at the next start.
+#[test]
+fn a_first_leg_that_fails_is_replaced() {
+    let mut daemon = Daemon::place();
+    let mount = daemon.path("small");
+    let _small = Mount::tmpfs(&mount, "1m");
+    let first = mount.join("first.raw");
+    std::fs::File::create(&first).unwrap().set_len(SIZE).unwrap();
+    let (second, third) = (daemon.path("second.raw"), daemon.path("third.raw"));
+    daemon.arg_disk_at("vm0", &first, &format!("direct=off,mirror={}", second.display()));
+    daemon.start();
+    in_sync(&daemon);
+    daemon.client("vm0").write(ALL, 1);
+    wait_until("the first leg to fail", || legs(&daemon)[0].1 == "failed");
+    daemon.kill();
+    daemon.start();
+    assert_eq!(shows(&daemon, "vm0"), vec![1; ALL.end]);
+    let done = daemon.cli(&["disk", "mirror", "vm0", third.to_str().unwrap(), "--wait"]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(daemon.show_disk("vm0")["path"].as_str(), second.to_str());
+    daemon.stop();
+    let said = daemon.refused_start();
+    assert!(said.contains("was a leg") && said.contains(second.to_str().unwrap()), "{said}");
+    daemon.forget_args();
+    daemon.start();
+    in_sync(&daemon);
+    assert_eq!(shows(&daemon, "vm0"), vec![1; ALL.end]);
+}
+
+/// A deletion with --keep-image that was not over when the daemon stopped, and the image is in use elsewhere since.
+#[test]
+fn a_kept_image_is_never_removed() {
+    let (mut daemon, leg) = mirrored();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    split(&daemon, "a");
+    daemon.api().create("log", &["vm0"], &json!({ "strategy": "write-logging", "wait": true })).ok();
+    client.write(ALL, 2);
+    drop(client);
     let api = daemon.api();
-    let deleting = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", ""));
+    let folding = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@log", ""));
     let mut job = Value::Null;
-    wait_until("the job", || {
+    wait_until("the fold to begin", || {
         let jobs = daemon.get("/v1/jobs").json();
-        job = jobs.as_array().unwrap().iter().find(|j| j["snapshot"] == "a").cloned().unwrap_or_default();
+        job = jobs.as_array().unwrap().iter().find(|j| j["kind"] == "fold").cloned().unwrap_or_default();
         !job.is_null()
     });
-    daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "").ok();
-    assert!(deleting.join().unwrap().status >= 400, "the deletion says that it is not done");
-    drop(client);
+    let path = format!("/v1/jobs/{}", job["id"]);
+    daemon.send("PATCH", &path, r#"{"delay_ms":3600000}"#).ok();
+    daemon.send("DELETE", &path, "").ok();
+    folding.join().unwrap();
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "");
+    assert_eq!(daemon.state("vm0@a"), "deleting");
     daemon.stop();
-    touch(&leg);
+    scribble(&leg, 7, 77);
     daemon.start();
-    assert!(leg.exists(), "somebody's image was removed");
-    daemon.assert_broken("vm0@older", "lost");
-    assert_eq!(legs(&daemon).len(), 1);
-    assert_eq!(shows(&daemon, "vm0")[..101], [vec![3; 100], vec![2]].concat());
-    daemon.delete("vm0@older");
+    let mut kept = vec![1; ALL.end];
+    kept[7] = 77;
+    assert!(leg.exists(), "the kept image is removed");
+    assert_eq!(raw(&leg), kept);
+    assert_eq!(shows(&daemon, "vm0"), vec![2; ALL.end]);
     daemon.restart();
-    assert!(leg.exists());
+    assert_eq!((legs(&daemon).len(), raw(&leg)), (1, kept));
 }
 
 /// A group of which one disk cannot be split leaves the others' mirrors as they were.

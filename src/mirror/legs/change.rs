@@ -287,6 +287,23 @@ impl Pair {
         Ok(self.core.settle(queue, version).await?)
     }
 
+    /// Lets a leg go: from now on nothing counts on it, and that is durable when this returns. Its bytes stay.
+    ///
+    /// # Errors
+    /// `Refused` when no other leg is in sync; otherwise when the bitmap cannot be stored.
+    pub async fn let_go(&self, queue: &IoQueue, leg: Uuid) -> Result<(), PairError> {
+        let (gone, version) = self.core.alter(|state| {
+            let others = state.legs.iter().flatten().any(|l| l.id != leg && l.state == LegState::InSync);
+            if others {
+                let goes = state.legs.iter_mut().flatten().filter(|l| l.id == leg && l.state != LegState::Split);
+                goes.for_each(|l| l.state = LegState::Failed("it was let go".to_owned()));
+            }
+            others
+        });
+        self.core.settle(queue, version).await?;
+        if gone { Ok(()) } else { Err(refused("no other leg is in sync")) }
+    }
+
     /// Copies the next few blocks to the leg that is being synchronised, each under its own lock. Returns how many bytes
     /// are done with, or None when no region is left.
     ///
