@@ -148,10 +148,12 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         let boot_id = self.boot_id();
         let mut command = if boot_id.exists() {
+            // Private from /proc on, which is a mount also where the root is none (in a chroot).
             let mut unshare = command("unshare");
-            let script =
-                format!("mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$0\" \"$@\"", boot_id.display());
-            unshare.args(["-m", "sh", "-c", &script]).arg(env!("CARGO_BIN_EXE_halfsilver"));
+            let hide = format!("mount --bind {} /proc/sys/kernel/random/boot_id", boot_id.display());
+            let script = format!("mount --make-private /proc && {hide} && exec \"$0\" \"$@\"");
+            unshare.args(["-m", "--propagation", "unchanged", "sh", "-c", &script]);
+            unshare.arg(env!("CARGO_BIN_EXE_halfsilver"));
             unshare
         } else {
             command(env!("CARGO_BIN_EXE_halfsilver"))
