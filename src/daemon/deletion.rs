@@ -86,7 +86,7 @@ impl Manager {
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
                     if old_frontends > 0 && force {
-                        self.move_frontends(&disk, &entry)?;
+                        self.move_frontends(&entry)?;
                     } else if old_frontends > 0 {
                         let message = format!("{old_frontends} frontends still write snapshot {reference}");
                         return Err(ApiError::new(ErrorCode::SnapshotBusy, message)

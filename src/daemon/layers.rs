@@ -55,11 +55,7 @@ impl Manager {
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
         let image = create_image(path, config, geometry)?;
-        let made = self.make_log_tables(id, geometry).inspect_err(|_| {
-            remove_file(path);
-            remove_file(&self.places.run_table(id));
-            remove_file(&self.places.log_table(id));
-        });
+        let made = self.make_log_tables(id, geometry).inspect_err(|_| self.remove_layer(id, path));
         Ok(Layer::logged(Backing::One(image), Arc::new(made.map_err(table_error)?)))
     }
 

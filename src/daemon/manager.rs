@@ -134,7 +134,7 @@ impl Manager {
             log::error!("snapshot {} is broken: {reason}", snapshot.reference);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
             // Its old frontends go on with the live version, which has all that they wrote.
-            if let Err(e) = self.move_frontends(&disk, &snapshot) {
+            if let Err(e) = self.move_frontends(&snapshot) {
                 log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
             }
             // Not beside another change, whose record this one would undo; and the disk may have gone meanwhile.

@@ -208,6 +208,10 @@ impl Manager {
                 let layer = self.make_log(&path, new_live, &disk.config, geometry)?;
                 Ok((NewLayer::Live { layer }, path))
             }
+            Strategy::WriteMirroring if request.image.is_some() => {
+                let message = "image: a write-mirroring snapshot takes the disk's second leg, no other image";
+                Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("leave --image out"))
+            }
             Strategy::WriteMirroring => {
                 let (frozen, live) = self.split(disk)?;
                 let path = frozen.path().to_owned();
@@ -322,12 +326,12 @@ impl Manager {
     /// of what was overwritten do not, and so are not waited for.
     fn make_durable(&self, disk: &DiskEntry, version: &Arc<Version>) {
         let chain = disk.disk.chain();
-        let Some(index) = chain.position(version.id).filter(|&i| i >= chain.pivot_of(i)) else { return };
-        drop(chain);
+        if chain.position(version.id).is_none_or(|i| i < chain.pivot_of(i)) {
+            return;
+        }
         let (of, id) = (disk.disk.clone(), version.id);
         let done = block_on(async move |queue| of.make_durable(&queue, id).await);
         if let Err(e) = done.and_then(|done| done.map_err(|e| e.to_string())) {
-            log::debug!("version {index} of disk {}", disk.name);
             disk.disk.break_version(version, &format!("it could not be stored: {e}"));
         }
     }
@@ -346,12 +350,12 @@ impl Manager {
             }
             SnapshotState::Draining | SnapshotState::Broken => {}
         }
-        self.move_frontends(&disk, &entry)?;
+        self.move_frontends(&entry)?;
         Ok(entry.to_api(&disk))
     }
 
     /// The cutover itself: of all disks whose snapshots were taken at the same cut, so that they stay one moment.
-    pub(super) fn move_frontends(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(), ApiError> {
+    pub(super) fn move_frontends(&self, entry: &SnapshotEntry) -> Result<(), ApiError> {
         let (group, ended) = {
             let record = locked(&entry.record);
             (record.group, record.ended)
@@ -374,7 +378,6 @@ impl Manager {
                 }
             }
         }
-        let _ = disk;
         Ok(())
     }
 }

@@ -86,6 +86,8 @@ fn a_split_leg_is_vlun_a_and_comes_back_with_what_changed() {
     daemon.client("vm0").write(ALL, 1);
     daemon.restart(); // So that nothing is marked as written lately.
     let mut client = daemon.client("vm0");
+    let elsewhere = json!({ "strategy": "write-mirroring", "image": daemon.path("elsewhere.img") });
+    assert_eq!(daemon.api().create("a", &["vm0"], &elsewhere).refused(), "invalid-request");
     let snapshot = split(&daemon, "a");
     assert_eq!(
         (&snapshot["strategy"], snapshot["image"].as_str()),
