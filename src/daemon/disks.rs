@@ -11,11 +11,10 @@ use uuid::Uuid;
 
 use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
-use super::layers::{OLD_TRANSFERS_WAIT, direct_of, remove_file};
+use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
-use super::takeup::Taken;
-pub(super) use super::takeup::Trust;
+use super::takeup::{Taken, Trust, take_up};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
@@ -159,7 +158,8 @@ impl Manager {
                 {
                     log::warn!("disk {name}: discards that were put off are forgotten: {e}");
                 }
-                self.take_up_versions(record, &backing, config, &geometry, trust).map_err(in_disk)?
+                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
+                take_up(record, &backing, &config.path, trust, &layers).map_err(in_disk)?
             }
         };
         let options =
@@ -182,7 +182,7 @@ impl Manager {
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
 
         // From here on the disk may change: the record must not say "saved" any more.
-        let mut unsaved = record_of(id, name, config, boot, &disk.chain(), &snapshots);
+        let mut unsaved = record_of((id, name, boot), config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         unsaved.former_legs.clone_from(&former_legs);
         self.records.put([&unsaved]).map_err(record_error)?;

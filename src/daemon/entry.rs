@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::layers::space_of;
 use super::mirror::Mirror;
+use super::recording;
 use crate::control::api::{self, DiskConfig, DiskState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
@@ -110,18 +111,7 @@ impl SnapshotEntry {
 
     /// What is remembered of it. None if it is not frozen yet, or has left the chain already.
     fn to_record(&self, chain: &Chain) -> Option<SnapshotRecord> {
-        let mut record = locked(&self.record).clone();
-        if self.version.is_some() {
-            let index = chain.position(self.id).filter(|&i| i < chain.live())?;
-            let link = &chain.links()[index];
-            link.layer.image.path().clone_into(&mut record.image);
-            record.owns_all = matches!(link.layer.owned, Owned::All);
-            record.splits = link.splits;
-        }
-        if record.broken.is_none() {
-            record.broken = self.version.as_ref().and_then(|v| v.broken()).map(str::to_owned);
-        }
-        Some(record)
+        recording::of_snapshot(locked(&self.record).clone(), self.version.as_deref(), chain)
     }
 
     pub(super) fn to_api(&self, disk: &DiskEntry) -> api::Snapshot {
@@ -160,34 +150,14 @@ impl SnapshotEntry {
 
 /// What is remembered of a disk while it is served: where its versions are in this moment's chain.
 pub(super) fn record_of(
-    id: Uuid,
-    name: &Name,
+    (id, name, boot): (Uuid, &Name, Uuid),
     config: &DiskConfig,
-    boot: Uuid,
     chain: &Chain,
     snapshots: &[Arc<SnapshotEntry>],
 ) -> DiskRecord {
-    let live = &chain.links()[chain.live()];
-    let live_log = match &live.layer.owned {
-        Owned::All => None,
-        Owned::Table(_) => Some(live.layer.image.path().to_owned()),
-    };
-    DiskRecord {
-        id,
-        name: name.to_string(),
-        config: serde_json::to_value(config).expect("a configuration is plain data"),
-        live: live.version.id,
-        live_began: live.version.began.0,
-        live_log,
-        live_saved_table: None,
-        live_splits: live.splits,
-        mirror: None,
-        former_legs: Vec::new(),
-        boot: Some(boot),
-        snapshots: snapshots.iter().filter_map(|s| s.to_record(chain)).collect(),
-        saved: None,
-        saved_discards: None,
-    }
+    let config = serde_json::to_value(config).expect("a configuration is plain data");
+    let snapshots = snapshots.iter().filter_map(|s| s.to_record(chain)).collect();
+    recording::of_disk((id, name.as_str(), boot), config, chain, snapshots)
 }
 
 /// A served disk.
@@ -224,8 +194,8 @@ impl DiskEntry {
 
     /// What is remembered of it while it is served.
     pub(super) fn to_record(&self) -> DiskRecord {
-        let mut record =
-            record_of(self.id, &self.name, &self.config(), self.boot, &self.disk.chain(), &self.snapshots());
+        let of = (self.id, &self.name, self.boot);
+        let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
         record

@@ -8,15 +8,15 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::disks::Trust;
 use super::manager::{Manager, image_error, table_error};
+use super::takeup::{LayerSource, Trust};
 use crate::control::ApiError;
 use crate::control::api::DiskConfig;
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
 use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, VersionIndex};
-use crate::store::{DurableTable, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName};
+use crate::store::{DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName};
 
 /// How long a start waits for the transfers of a process that was killed.
 pub(super) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
@@ -95,25 +95,11 @@ impl Manager {
         }
     }
 
-    /// Opens what is saved for a frozen version again.
-    pub(super) fn open_frozen_layer(
-        &self,
-        record: &SnapshotRecord,
-        config: &DiskConfig,
-        geometry: &Geometry,
-        trust: Trust,
-    ) -> Result<Layer, String> {
-        let table = self.left_table(record.id, geometry, trust, record.saved_table)?;
-        let image = open_image(&record.image, config, trust).map_err(|e| e.to_string())?;
-        Ok(Layer::of(Backing::One(image), Arc::new(table)))
-    }
-
     /// Opens a log again. Its durable table is what remains after a power cut.
-    pub(super) fn open_log(
+    fn open_log(
         &self,
         (id, path, seal): (Uuid, &Path, Option<Uuid>),
-        config: &DiskConfig,
-        geometry: &Geometry,
+        (config, geometry): (&DiskConfig, &Geometry),
         trust: Trust,
     ) -> Result<Layer, String> {
         let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: lock_wait(trust) };
@@ -160,6 +146,38 @@ impl Manager {
         remove_file(&self.places.run_table(id));
         remove_file(&self.places.durable_table(id));
         remove_file(&self.places.log_table(id));
+    }
+}
+
+/// The layers of one disk, in our directories.
+pub(super) struct DiskLayers<'a> {
+    pub(super) manager: &'a Manager,
+    pub(super) config: &'a DiskConfig,
+    pub(super) geometry: &'a Geometry,
+    pub(super) trust: Trust,
+}
+
+impl LayerSource for DiskLayers<'_> {
+    fn is_file(&self, path: &Path) -> bool {
+        std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
+    }
+
+    fn fingerprint(&self, path: &Path) -> Option<Fingerprint> {
+        Fingerprint::of(path).ok()
+    }
+
+    fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
+        open_image(path, self.config, self.trust).map_err(|e| e.to_string())
+    }
+
+    fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
+        let table = self.manager.left_table(record.id, self.geometry, self.trust, record.saved_table)?;
+        let image = open_image(&record.image, self.config, self.trust).map_err(|e| e.to_string())?;
+        Ok(Layer::of(Backing::One(image), Arc::new(table)))
+    }
+
+    fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {
+        self.manager.open_log((id, path, seal), (self.config, self.geometry), self.trust)
     }
 }
 

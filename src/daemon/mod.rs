@@ -12,10 +12,11 @@ mod layers;
 mod manager;
 mod mirror;
 mod places;
+pub mod recording;
 mod save;
 mod service;
 mod snapshots;
-mod takeup;
+pub mod takeup;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use super::layers::block_on;
 use super::manager::{Manager, record_error};
+use super::recording;
 use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writers};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
@@ -165,7 +166,7 @@ impl Manager {
             saved: None,
             saved_table: None,
         };
-        let pending = pending(disk, &record, &layer, new_live);
+        let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {
             id: live.id,
             frontends: Frontends::new(&disk.name, Some(&reference), &self.bus),
@@ -380,31 +381,4 @@ impl Manager {
         }
         Ok(())
     }
-}
-
-/// What the records say after a cut, but for its epoch, which is 0: nobody has been told of the snapshot.
-fn pending(disk: &DiskEntry, snapshot: &SnapshotRecord, layer: &NewLayer, new_live: Uuid) -> DiskRecord {
-    let mut record = disk.to_record();
-    let mut snapshot = snapshot.clone();
-    let own_image = disk.disk.chain().links().last().map(|l| l.layer.image.path().to_owned()).unwrap_or_default();
-    match layer {
-        NewLayer::Frozen { image, .. } => {
-            image.path().clone_into(&mut snapshot.image);
-            snapshot.splits = std::mem::take(&mut record.live_splits);
-        }
-        NewLayer::Live { layer } => {
-            snapshot.image = own_image;
-            snapshot.owns_all = record.live_log.is_none();
-            snapshot.splits = std::mem::take(&mut record.live_splits);
-            record.live_log = Some(layer.image.path().to_owned());
-        }
-        NewLayer::Split { frozen, .. } => {
-            frozen.path().clone_into(&mut snapshot.image);
-            snapshot.owns_all = true;
-            snapshot.splits = std::mem::replace(&mut record.live_splits, true);
-        }
-    }
-    record.live = new_live;
-    record.snapshots.push(snapshot);
-    record
 }

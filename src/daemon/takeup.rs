@@ -7,16 +7,15 @@
 //! What always holds: a snapshot of which something is missing is broken and says why, and so are those that read through
 //! it. If the live version cannot be had, the disk is not served at all: an older content under its name would be a lie.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::layers::open_image;
-use super::manager::Manager;
-use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
-use crate::mirror::{Backing, Epoch, Geometry, Layer, Link, Owned, Version};
+use crate::image::SharedImage;
+use crate::mirror::{Backing, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage; \
@@ -29,7 +28,7 @@ const BROKE: &str = "it broke just before the daemon was killed; delete it and t
 
 /// How the daemon ended the last time, and so what is believed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Trust {
+pub enum Trust {
     /// It stopped cleanly, and the disk's image looks as it did then.
     Saved,
     /// It was killed in this boot.
@@ -41,7 +40,9 @@ pub(super) enum Trust {
 }
 
 impl Trust {
-    pub(super) fn of(record: &DiskRecord, looks: Option<Fingerprint>, boot: Uuid) -> Trust {
+    /// What is believed of a disk whose image looks like that, in the boot `boot`.
+    #[must_use]
+    pub fn of(record: &DiskRecord, looks: Option<Fingerprint>, boot: Uuid) -> Trust {
         match record.saved {
             Some(_) if record.saved == looks => Trust::Saved,
             Some(_) => Trust::Changed,
@@ -51,18 +52,47 @@ impl Trust {
     }
 }
 
+/// Where the layers of a remembered disk come from after an end of the daemon that it knows of. An error is the reason why
+/// one cannot be had.
+pub trait LayerSource {
+    /// Whether there is a plain file.
+    fn is_file(&self, path: &Path) -> bool;
+
+    /// How an image looks, if it is there.
+    fn fingerprint(&self, path: &Path) -> Option<Fingerprint>;
+
+    /// A full image beside the disk's own: a leg that a snapshot has for itself.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open_full(&self, path: &Path) -> Result<SharedImage, String>;
+
+    /// What is saved for a frozen version.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or not be believed after this end of the daemon.
+    fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String>;
+
+    /// The log at `path` of the version `id`, whose table was saved under `seal` at a clean stop.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or not be believed after this end of the daemon.
+    fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String>;
+}
+
 /// What is taken up of a disk.
-pub(super) struct Taken {
-    pub(super) links: Vec<Link>,
+pub struct Taken {
+    /// Oldest first; the last one is live.
+    pub links: Vec<Link>,
     /// Oldest first. Those without a version are lost.
-    pub(super) snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
+    pub snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
 }
 
 /// A version as it is remembered; without a snapshot it is the live one.
 struct Slot {
     id: Uuid,
     began: u64,
-    image: std::path::PathBuf,
+    image: PathBuf,
     owns_all: bool,
     splits: bool,
     snapshot: Option<SnapshotRecord>,
@@ -70,52 +100,55 @@ struct Slot {
 }
 
 impl Taken {
-    pub(super) fn of_new_disk(base: Backing) -> Taken {
+    /// A disk of which nothing is remembered.
+    #[must_use]
+    pub fn of_new_disk(base: Backing) -> Taken {
         let link = Link { version: Version::new(Uuid::new_v4(), Epoch(0)), layer: Layer::full(base), splits: false };
         Taken { links: vec![link], snapshots: Vec::new() }
     }
 }
 
-impl Manager {
-    /// The versions of a disk whose full image is `base`.
-    ///
-    /// # Errors
-    /// When what the live version needs is not there or cannot be believed.
-    pub(super) fn take_up_versions(
-        &self,
-        mut record: DiskRecord,
-        base: &Backing,
-        config: &DiskConfig,
-        geometry: &Geometry,
-        trust: Trust,
-    ) -> Result<Taken, ApiError> {
-        settle_pending(&mut record);
-        let mut taken = Taken { links: Vec::new(), snapshots: Vec::new() };
-        let mut slots = slots_of(record, config);
-        // From the newest segment to the oldest.
-        let mut is_newest = true;
-        while !slots.is_empty() {
-            let first = slots.iter().rposition(|s| s.splits).unwrap_or(0);
-            let segment = slots.split_off(first);
-            self.take_up_segment(segment, (base, config, geometry, trust), is_newest, &mut taken)?;
-            is_newest = false;
-        }
-        taken.links.reverse();
-        taken.snapshots.reverse();
-        Ok(taken)
+/// The versions of a disk whose full image is `base`, known as `path`.
+///
+/// # Errors
+/// When what the live version needs is not there or cannot be believed.
+pub fn take_up(
+    mut record: DiskRecord,
+    base: &Backing,
+    path: &Path,
+    trust: Trust,
+    source: &dyn LayerSource,
+) -> Result<Taken, ApiError> {
+    settle_pending(&mut record);
+    let mut taken = Taken { links: Vec::new(), snapshots: Vec::new() };
+    let mut slots = slots_of(record, path);
+    let way = TakeUp { base, trust, source };
+    // From the newest segment to the oldest.
+    let mut is_newest = true;
+    while !slots.is_empty() {
+        let first = slots.iter().rposition(|s| s.splits).unwrap_or(0);
+        let segment = slots.split_off(first);
+        way.segment(segment, is_newest, &mut taken)?;
+        is_newest = false;
     }
+    taken.links.reverse();
+    taken.snapshots.reverse();
+    Ok(taken)
+}
 
+/// What stays the same while a disk's versions are taken up.
+struct TakeUp<'a> {
+    base: &'a Backing,
+    trust: Trust,
+    source: &'a dyn LayerSource,
+}
+
+impl TakeUp<'_> {
     /// From the newest version to the oldest; appends.
-    fn take_up_segment(
-        &self,
-        segment: Vec<Slot>,
-        (base, config, geometry, trust): (&Backing, &DiskConfig, &Geometry, Trust),
-        is_newest: bool,
-        taken: &mut Taken,
-    ) -> Result<(), ApiError> {
+    fn segment(&self, segment: Vec<Slot>, is_newest: bool, taken: &mut Taken) -> Result<(), ApiError> {
         let (splits, known) = (segment.first().is_some_and(|s| s.splits), taken.links.len());
         let pivot = segment.iter().position(|s| s.owns_all);
-        let mut lost: Option<String> = match (pivot, trust) {
+        let mut lost: Option<String> = match (pivot, self.trust) {
             (None, _) => Some("its records name no full image".to_owned()),
             (_, Trust::Changed) => Some(CHANGED.to_owned()),
             _ => None,
@@ -126,11 +159,11 @@ impl Manager {
             // A disk's own image that was changed is served as it is, if nothing lies above it.
             let usable = lost.is_none() || (needed && slot.snapshot.is_none() && slot.owns_all);
             let layer = match usable {
-                true => self.open_layer(&slot, (base, config, geometry, trust), is_at_or_above, is_newest),
+                true => self.layer(&slot, is_at_or_above, is_newest),
                 false => Err(lost.clone().unwrap_or_default()),
             };
             match layer {
-                Ok(layer) => take(slot, layer, is_at_or_above, trust, taken),
+                Ok(layer) => take(slot, layer, is_at_or_above, self.trust, taken),
                 Err(why) if needed => {
                     let what = "its newest content is in a log that cannot be taken up";
                     return Err(ApiError::new(ErrorCode::DiskFailed, format!("{what}: {why}"))
@@ -152,37 +185,29 @@ impl Manager {
         Ok(())
     }
 
-    fn open_layer(
-        &self,
-        slot: &Slot,
-        (base, config, geometry, trust): (&Backing, &DiskConfig, &Geometry, Trust),
-        is_at_or_above: bool,
-        is_newest: bool,
-    ) -> Result<Layer, String> {
+    fn layer(&self, slot: &Slot, is_at_or_above: bool, is_newest: bool) -> Result<Layer, String> {
         if slot.owns_all && is_newest {
-            return Ok(Layer::full(base.clone()));
+            return Ok(Layer::full(self.base.clone()));
         }
-        let is_file = std::fs::symlink_metadata(&slot.image).map(|m| m.is_file()).unwrap_or(false);
-        if !is_file && !slot.owns_all {
+        if !slot.owns_all && !self.source.is_file(&slot.image) {
             return Err(format!("its image {} is missing or is not a file", slot.image.display()));
         }
-        if let (Trust::Saved, Some(snapshot)) = (trust, &slot.snapshot)
-            && (snapshot.saved.is_none() || snapshot.saved != Fingerprint::of(&slot.image).ok())
+        if let (Trust::Saved, Some(snapshot)) = (self.trust, &slot.snapshot)
+            && (snapshot.saved.is_none() || snapshot.saved != self.source.fingerprint(&slot.image))
         {
             return Err(format!("its image {} was changed while the daemon was not running", slot.image.display()));
         }
         if slot.owns_all {
-            let image = open_image(&slot.image, config, trust).map_err(|e| e.to_string())?;
-            return Ok(Layer::full(Backing::One(image)));
+            return Ok(Layer::full(Backing::One(self.source.open_full(&slot.image)?)));
         }
         if is_at_or_above {
-            return self.open_log((slot.id, &slot.image, slot.saved_table), config, geometry, trust);
+            return self.source.open_log(slot.id, &slot.image, slot.saved_table);
         }
         let snapshot = slot.snapshot.as_ref().ok_or("the live version has no layer")?;
-        if trust == Trust::PowerCut {
+        if self.trust == Trust::PowerCut {
             return Err(POWER_CUT.to_owned());
         }
-        self.open_frozen_layer(snapshot, config, geometry, trust)
+        self.source.open_frozen(snapshot)
     }
 }
 
@@ -220,12 +245,12 @@ fn settle_pending(record: &mut DiskRecord) {
     }
 }
 
-fn slots_of(record: DiskRecord, config: &DiskConfig) -> Vec<Slot> {
+fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
     let live = Slot {
         id: record.live,
         began: record.live_began,
         owns_all: record.live_log.is_none(),
-        image: record.live_log.unwrap_or_else(|| config.path.clone()),
+        image: record.live_log.unwrap_or_else(|| path.to_owned()),
         splits: record.live_splits,
         snapshot: None,
         saved_table: record.live_saved_table,

@@ -1,0 +1,92 @@
+//! What the records say of a disk: while it is served, and before a cut.
+//!
+//! What always holds: where a version's bytes are is said as it is in the chain of that moment; before a cut, as it will be
+//! after it, so that a start finds the same bytes whether the cut was made or not.
+//!
+//! What this does not do: store them.
+
+use uuid::Uuid;
+
+use crate::mirror::{Chain, NewLayer, Owned, Version};
+use crate::store::{DiskRecord, SnapshotRecord};
+
+/// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
+/// are in this moment's chain. Without a mirror.
+#[must_use]
+pub fn of_disk(
+    (id, name, boot): (Uuid, &str, Uuid),
+    config: serde_json::Value,
+    chain: &Chain,
+    snapshots: Vec<SnapshotRecord>,
+) -> DiskRecord {
+    let live = &chain.links()[chain.live()];
+    let live_log = match &live.layer.owned {
+        Owned::All => None,
+        Owned::Table(_) => Some(live.layer.image.path().to_owned()),
+    };
+    DiskRecord {
+        id,
+        name: name.to_owned(),
+        config,
+        live: live.version.id,
+        live_began: live.version.began.0,
+        live_log,
+        live_saved_table: None,
+        live_splits: live.splits,
+        mirror: None,
+        former_legs: Vec::new(),
+        boot: Some(boot),
+        snapshots,
+        saved: None,
+        saved_discards: None,
+    }
+}
+
+/// What is remembered of a snapshot; without a version it is only a record. None if it is not frozen yet, or has left the
+/// chain already.
+#[must_use]
+pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain: &Chain) -> Option<SnapshotRecord> {
+    if version.is_some() {
+        let index = chain.position(record.id).filter(|&i| i < chain.live())?;
+        let link = &chain.links()[index];
+        link.layer.image.path().clone_into(&mut record.image);
+        record.owns_all = matches!(link.layer.owned, Owned::All);
+        record.splits = link.splits;
+    }
+    if record.broken.is_none() {
+        record.broken = version.and_then(Version::broken).map(str::to_owned);
+    }
+    Some(record)
+}
+
+/// What the records say after a cut of the disk that `record` and `chain` describe, but for its epoch, which is 0: nobody
+/// has been told of the snapshot.
+#[must_use]
+pub fn before_cut(
+    mut record: DiskRecord,
+    chain: &Chain,
+    mut snapshot: SnapshotRecord,
+    layer: &NewLayer,
+    new_live: Uuid,
+) -> DiskRecord {
+    match layer {
+        NewLayer::Frozen { image, .. } => {
+            image.path().clone_into(&mut snapshot.image);
+            snapshot.splits = std::mem::take(&mut record.live_splits);
+        }
+        NewLayer::Live { layer } => {
+            chain.layer(chain.live()).image.path().clone_into(&mut snapshot.image);
+            snapshot.owns_all = record.live_log.is_none();
+            snapshot.splits = std::mem::take(&mut record.live_splits);
+            record.live_log = Some(layer.image.path().to_owned());
+        }
+        NewLayer::Split { frozen, .. } => {
+            frozen.path().clone_into(&mut snapshot.image);
+            snapshot.owns_all = true;
+            snapshot.splits = std::mem::replace(&mut record.live_splits, true);
+        }
+    }
+    record.live = new_live;
+    record.snapshots.push(snapshot);
+    record
+}
