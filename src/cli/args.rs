@@ -78,7 +78,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) run_dir: Option<PathBuf>,
     /// A disk to serve: name=vm1,path=vm1.raw, and if wanted mirror=other.raw, socket=vm1.sock, queues=2, direct=off,
-    /// readonly=on, shared=on, serial=S and block-size=4K, all joined by commas; a comma inside a value is written twice
+    /// readonly=on, shared=on, durability=power, serial=S and block-size=4K, all joined by commas; a comma inside a value is
+    /// written twice
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     pub(super) disks: Vec<RawDisk>,
 }
@@ -142,6 +143,9 @@ pub(super) struct DiskAddArgs {
     /// Let several frontends be connected at the same time
     #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", require_equals = true)]
     pub(super) shared: Option<String>,
+    /// What snapshots outlive: process, the daemon's end; power, also a power cut, at the price of syncs at first writes
+    #[arg(long, value_name = "process|power")]
+    pub(super) durability: Option<String>,
     /// What the guest sees as the serial
     #[arg(long)]
     pub(super) serial: Option<String>,

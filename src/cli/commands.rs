@@ -129,6 +129,7 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
         ("direct", args.direct),
         ("readonly", args.readonly),
         ("shared", args.shared),
+        ("durability", args.durability),
         ("serial", args.serial),
         ("block-size", args.block_size),
     ];

@@ -58,6 +58,16 @@ words! {
 }
 
 words! {
+    /// What the content of snapshots outlives. The disk itself outlives both.
+    Durability {
+        /// The daemon's end, also by a kill. After a power cut a copy-on-write snapshot is broken and says so.
+        Process = "process",
+        /// A power cut too: what is saved for a snapshot is on stable storage before it is overwritten.
+        Power = "power",
+    }
+}
+
+words! {
     /// Whether a disk can be used.
     DiskState {
         /// It answers on its socket.
@@ -201,6 +211,8 @@ pub struct Snapshot {
     pub name: Name,
     /// How it is stored.
     pub strategy: Strategy,
+    /// What it outlives once it is quiesced, as it is stored now.
+    pub durability: Durability,
     /// Which writes belong to it.
     pub writers: Writers,
     /// Where it is in its life.

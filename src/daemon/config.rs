@@ -16,10 +16,10 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::control::Name;
-use crate::control::api::DiskConfig;
+use crate::control::api::{DiskConfig, Durability};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 
-const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, serial, block-size";
+const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size";
 
 /// Everything the daemon needs to know to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,6 +227,7 @@ pub struct RawDisk {
     direct: Option<Switch>,
     readonly: Option<Switch>,
     shared: Option<Switch>,
+    durability: Option<Durability>,
     serial: Option<String>,
     block_size: Option<Size>,
 }
@@ -249,6 +250,7 @@ impl RawDisk {
         config.direct = self.direct.map_or(config.direct, |Switch(on)| on);
         config.readonly = self.readonly.map_or(config.readonly, |Switch(on)| on);
         config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
+        config.durability = self.durability.unwrap_or(config.durability);
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
         config.serial = self.serial;
         config.check().map_err(|error| error.message)?;
@@ -275,6 +277,7 @@ impl RawDisk {
             "direct" => value.parse().and_then(|switch| once(&mut self.direct, switch)),
             "readonly" => value.parse().and_then(|switch| once(&mut self.readonly, switch)),
             "shared" => value.parse().and_then(|switch| once(&mut self.shared, switch)),
+            "durability" => value.parse().and_then(|durability| once(&mut self.durability, durability)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
             _ => return Err(format!("{key:?} is not a key; the keys are {KEYS}")),

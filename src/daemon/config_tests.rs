@@ -26,12 +26,13 @@ fn file(text: &str) -> Result<FileConfig, String> {
 
 #[test]
 fn a_disk_with_every_key() {
-    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K";
+    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,durability=power,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K";
     let spec = disk(text).unwrap();
     assert_eq!(spec.name.as_str(), "vm1");
     let mut want = DiskConfig::new("/images/vm1.raw");
     want.socket = Some("/s/vm1.sock".into());
     (want.queues, want.direct, want.shared, want.block_size) = (2, false, true, 65_536);
+    want.durability = Durability::Power;
     want.mirror = Some("/other/vm1.raw".into());
     want.serial = Some("S 1".to_owned());
     assert_eq!(spec.config, want);
@@ -68,6 +69,7 @@ fn each_refusal_names_the_key() {
         ("name=a,path=p,mirror=./p", "mirror: /images/./p is the disk's path already"),
         ("name=a,path=p,mirror=m,readonly=on", "mirror: a disk with readonly=on cannot have one"),
         ("name=a,path=p,shared=1", "shared: \"1\" is neither on nor off"),
+        ("name=a,path=p,durability=disk", "durability: \"disk\" is not one of process, power"),
         ("name=A,path=p", "name: \"A\" is not a name"),
         ("name=,path=p", "name: a name cannot be empty"),
         ("name=a,name=a,path=p", "name: is given twice"),
@@ -128,6 +130,7 @@ name = "vm1"
 path = "vm1.raw"
 mirror = "copy/vm1.raw"
 shared = true
+durability = "power"
 queues = 4
 direct = "off"
 block-size = "8K"
@@ -145,6 +148,7 @@ block-size = 4096
     assert_eq!(vm1.config.path, Path::new("/etc/halfsilver/vm1.raw"));
     assert_eq!(vm1.config.mirror.as_deref(), Some(Path::new("/etc/halfsilver/copy/vm1.raw")));
     assert_eq!((vm1.config.queues, vm1.config.direct, vm1.config.shared), (4, false, true));
+    assert_eq!((vm1.config.durability, vm2.config.durability), (Durability::Power, Durability::Process));
     assert_eq!((vm2.config.readonly, vm2.config.shared, &vm2.config.mirror), (true, false, &None));
     assert_eq!((vm1.config.block_size, vm2.config.block_size), (8192, 4096));
 }

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::layers::space_of;
 use super::mirror::Mirror;
 use super::recording;
-use crate::control::api::{self, DiskConfig, DiskState, SnapshotState};
+use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
@@ -126,12 +126,14 @@ impl SnapshotEntry {
             Owned::Table(table) => table.count() * u64::from(geometry.block_bytes),
         });
         let image = index.map_or(record.image, |i| space_of(&chain, i).0);
+        let durable = index.map_or(record.durable, |i| chain.layer(i).saved.is_some() || i >= chain.pivot_of(i));
         api::Snapshot {
             id: self.id,
             group: record.group,
             disk: self.reference.disk.clone(),
             name: self.reference.name.clone(),
             strategy: record.strategy.parse().unwrap_or(api::Strategy::CopyOnWrite),
+            durability: if durable { Durability::Power } else { Durability::Process },
             writers: record.writers.parse().unwrap_or(api::Writers::Request),
             state,
             reason,
@@ -254,6 +256,7 @@ impl DiskEntry {
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
             allocated_bytes: self.base().allocated_bytes().unwrap_or(size_bytes),
             shared: self.config.shared,
+            durability: self.config.durability,
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
         }
     }

@@ -10,12 +10,12 @@ use uuid::Uuid;
 
 use super::manager::{Manager, image_error, table_error};
 use super::takeup::{LayerSource, Trust};
-use crate::control::ApiError;
-use crate::control::api::DiskConfig;
+use crate::control::api::{DiskConfig, Durability};
+use crate::control::{ApiError, ErrorCode};
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
-use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, VersionIndex};
+use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
 use crate::store::{DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName};
 
 /// How long a start waits for the transfers of a process that was killed.
@@ -41,9 +41,14 @@ impl Manager {
         config: &DiskConfig,
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
-        let image = create_image(path, config, geometry)?;
-        let table = self.make_run_table(id, geometry).inspect_err(|_| remove_file(path)).map_err(table_error)?;
-        Ok(Layer::of(Backing::One(image), Arc::new(table)))
+        let image = Backing::One(create_image(path, config, geometry)?);
+        let made = match config.durability {
+            Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
+            Durability::Power => self
+                .make_durable_table(id, geometry)
+                .map(|table| Layer::saved(image, Arc::new(Saved { table, revoke: self.revoke(id) }))),
+        };
+        made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
     }
 
     /// An empty log for what is written to a live version, whose table is durable from now on.
@@ -55,11 +60,14 @@ impl Manager {
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
         let image = create_image(path, config, geometry)?;
-        let made = self.make_log_tables(id, geometry).inspect_err(|_| self.remove_layer(id, path));
-        Ok(Layer::logged(Backing::One(image), Arc::new(made.map_err(table_error)?)))
+        let made = self
+            .make_durable_table(id, geometry)
+            .and_then(|table| Ok(Log { table, freed: Table::in_memory(geometry.blocks())? }));
+        let log = made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)?;
+        Ok(Layer::logged(Backing::One(image), Arc::new(log)))
     }
 
-    fn make_log_tables(&self, id: Uuid, geometry: &Geometry) -> Result<Log, TableError> {
+    fn make_durable_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
         let table = Arc::new(self.make_run_table(id, geometry)?);
         let path = self.places.log_table(id);
         let size = DurableTable::image_bytes(geometry.blocks());
@@ -70,74 +78,24 @@ impl Manager {
         let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
         crate::store::sync_directory_of(&path)
             .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
-        Ok(Log { table, freed: Table::in_memory(geometry.blocks())? })
+        Ok(table)
+    }
+
+    /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
+    /// needs no room, unlike writing the word "broken" where there is none.
+    fn revoke(&self, id: Uuid) -> Revoke {
+        let (path, given_up) = (self.places.log_table(id), self.places.given_up_table(id));
+        Box::new(move || {
+            let renamed = match std::fs::rename(&path, &given_up) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+                _ => crate::store::sync_directory_of(&path),
+            };
+            renamed.map_err(|e| format!("{} cannot be renamed: {e}", path.display()))
+        })
     }
 
     fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Table, TableError> {
         Table::create(&self.places.run_table(id), geometry.blocks(), TableName::of_this_boot(id)?)
-    }
-
-    /// The table of a version as it was left: by a clean stop, or by a daemon that was killed in this boot.
-    fn left_table(&self, id: Uuid, geometry: &Geometry, trust: Trust, seal: Option<Uuid>) -> Result<Table, String> {
-        match trust {
-            Trust::Saved => {
-                let table = self.make_run_table(id, geometry).map_err(|e| e.to_string())?;
-                let seal = seal.ok_or("its table was not saved")?;
-                table.load(&self.places.durable_table(id), seal).map_err(|e| e.to_string())?;
-                Ok(table)
-            }
-            Trust::SameBoot => {
-                let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
-                Table::open(&self.places.run_table(id), geometry.blocks(), name).map_err(|e| e.to_string())
-            }
-            Trust::PowerCut => Err("its table was not on stable storage".to_owned()),
-            Trust::Changed => Err("the disk's image was changed while the daemon was not running".to_owned()),
-        }
-    }
-
-    /// Opens a log again. Its durable table is what remains after a power cut.
-    fn open_log(
-        &self,
-        (id, path, seal): (Uuid, &Path, Option<Uuid>),
-        (config, geometry): (&DiskConfig, &Geometry),
-        trust: Trust,
-    ) -> Result<Layer, String> {
-        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: lock_wait(trust) };
-        let place = self.places.log_table(id);
-        let durable: SharedImage = Arc::new(FileImage::open(&place, options).map_err(|e| e.to_string())?);
-        let table = match self.left_table(id, geometry, trust, seal) {
-            Ok(table) => {
-                let table = Arc::new(table);
-                block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)?
-                    .map_err(|e| e.to_string())?
-                    .0
-            }
-            Err(why) => {
-                if trust != Trust::PowerCut {
-                    log::warn!("log {}: {why}; what was flushed last is taken", path.display());
-                }
-                // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
-                let filling = self.places.run_table(id).with_extension("filling");
-                let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
-                let table = Table::create(&filling, geometry.blocks(), name).map_err(|e| e.to_string())?;
-                let table = Arc::new(table);
-                let loaded = block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)?;
-                let (table, report) = loaded.map_err(|e| e.to_string())?;
-                if let Some(range) = report.damaged.first() {
-                    return Err(format!(
-                        "{} is damaged: nobody knows whether {} of the disk's blocks, from block {} on, are in the log",
-                        place.display(),
-                        report.damaged.iter().map(|r| r.count()).sum::<u64>(),
-                        range.start.0
-                    ));
-                }
-                std::fs::rename(&filling, self.places.run_table(id)).map_err(|e| e.to_string())?;
-                table
-            }
-        };
-        let image = open_image(path, config, trust).map_err(|e| e.to_string())?;
-        let freed = Table::in_memory(geometry.blocks()).map_err(|e| e.to_string())?;
-        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
 
     /// Removes a layer that was made here: its image and its tables.
@@ -146,6 +104,7 @@ impl Manager {
         remove_file(&self.places.run_table(id));
         remove_file(&self.places.durable_table(id));
         remove_file(&self.places.log_table(id));
+        remove_file(&self.places.given_up_table(id));
     }
 }
 
@@ -155,6 +114,72 @@ pub(super) struct DiskLayers<'a> {
     pub(super) config: &'a DiskConfig,
     pub(super) geometry: &'a Geometry,
     pub(super) trust: Trust,
+}
+
+impl DiskLayers<'_> {
+    /// The table of a version as it was left: by a clean stop, or by a daemon that was killed in this boot.
+    fn left_table(&self, id: Uuid, seal: Option<Uuid>) -> Result<Table, String> {
+        match self.trust {
+            Trust::Saved => {
+                let table = self.manager.make_run_table(id, self.geometry).map_err(|e| e.to_string())?;
+                let seal = seal.ok_or("its table was not saved")?;
+                table.load(&self.manager.places.durable_table(id), seal).map_err(|e| e.to_string())?;
+                Ok(table)
+            }
+            Trust::SameBoot => {
+                let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
+                let path = self.manager.places.run_table(id);
+                Table::open(&path, self.geometry.blocks(), name).map_err(|e| e.to_string())
+            }
+            Trust::PowerCut => Err("its table was not on stable storage".to_owned()),
+            Trust::Changed => Err("the disk's image was changed while the daemon was not running".to_owned()),
+        }
+    }
+
+    /// The table of a version that has a durable one: as it was left, or else as it was committed last.
+    fn durable_table(&self, (id, image): (Uuid, &Path), left: Result<Table, String>) -> Result<DurableTable, String> {
+        let place = self.manager.places.log_table(id);
+        match left {
+            Ok(table) => {
+                let (table, durable) = (Arc::new(table), self.open_durable(&place)?);
+                let resumed = block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)?;
+                resumed.map(|(table, _)| table).map_err(|e| e.to_string())
+            }
+            Err(why) => {
+                if self.trust != Trust::PowerCut {
+                    log::warn!("{}: {why}; what was made durable last is taken", image.display());
+                }
+                self.committed_table((id, image), &place)
+            }
+        }
+    }
+
+    fn open_durable(&self, place: &Path) -> Result<SharedImage, String> {
+        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: lock_wait(self.trust) };
+        Ok(Arc::new(FileImage::open(place, options).map_err(|e| e.to_string())?))
+    }
+
+    /// A table as it was committed last to the durable copy at `place`.
+    fn committed_table(&self, (id, image): (Uuid, &Path), place: &Path) -> Result<DurableTable, String> {
+        let (places, durable) = (&self.manager.places, self.open_durable(place)?);
+        // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
+        let filling = places.run_table(id).with_extension("filling");
+        let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
+        let table = Arc::new(Table::create(&filling, self.geometry.blocks(), name).map_err(|e| e.to_string())?);
+        let loaded = block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)?;
+        let (table, report) = loaded.map_err(|e| e.to_string())?;
+        if let Some(range) = report.damaged.first() {
+            return Err(format!(
+                "{} is damaged: nobody knows whether {} of the disk's blocks, from block {} on, are in {}",
+                place.display(),
+                report.damaged.iter().map(|r| r.count()).sum::<u64>(),
+                range.start.0,
+                image.display()
+            ));
+        }
+        std::fs::rename(&filling, places.run_table(id)).map_err(|e| e.to_string())?;
+        Ok(table)
+    }
 }
 
 impl LayerSource for DiskLayers<'_> {
@@ -171,13 +196,36 @@ impl LayerSource for DiskLayers<'_> {
     }
 
     fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
-        let table = self.manager.left_table(record.id, self.geometry, self.trust, record.saved_table)?;
+        let left = self.left_table(record.id, record.saved_table);
         let image = open_image(&record.image, self.config, self.trust).map_err(|e| e.to_string())?;
-        Ok(Layer::of(Backing::One(image), Arc::new(table)))
+        let image = Backing::One(image);
+        let is_lost = record.broken.is_some() || left.as_ref().is_ok_and(Table::is_broken);
+        if !record.durable || (is_lost && left.is_ok()) {
+            return Ok(Layer::of(image, Arc::new(left?)));
+        }
+        let given_up = self.manager.places.given_up_table(record.id);
+        if given_up.exists() {
+            // Older ones still read through it.
+            let table = self.committed_table((record.id, &record.image), &given_up)?.table().clone();
+            table.mark_broken();
+            return Ok(Layer::of(image, table));
+        }
+        let table = self.durable_table((record.id, &record.image), left)?;
+        let saved = Saved { table, revoke: self.manager.revoke(record.id) };
+        // Writes go by its entries from now on, and those that were made just before a kill may not be durable yet.
+        let bytes = image.clone();
+        let committed = block_on(async move |queue| {
+            let done = saved.table.commit_after(&queue, || bytes.sync(&queue)).await;
+            done.map(|()| saved).map_err(|e| e.to_string())
+        })??;
+        Ok(Layer::saved(image, Arc::new(committed)))
     }
 
     fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {
-        self.manager.open_log((id, path, seal), (self.config, self.geometry), self.trust)
+        let table = self.durable_table((id, path), self.left_table(id, seal))?;
+        let image = open_image(path, self.config, self.trust).map_err(|e| e.to_string())?;
+        let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
+        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
 }
 
@@ -214,7 +262,13 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
         }
         other => other,
     };
-    Ok(Arc::new(created.map_err(image_error)?))
+    let created = created.map_err(image_error)?;
+    // The records are about to name it: after a power cut it must be there.
+    crate::store::sync_directory_of(path).map_err(|e| {
+        remove_file(path);
+        ApiError::new(ErrorCode::Io, format!("{} cannot be made durable: {e}", path.display()))
+    })?;
+    Ok(Arc::new(created))
 }
 
 /// Opens a layer's image as its disk's is opened.

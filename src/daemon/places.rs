@@ -97,10 +97,16 @@ impl Places {
         self.state_dir.join("images").join(format!("{reference}.img"))
     }
 
-    /// The durable table of a log, which is committed while the log is in use.
+    /// The durable table of a log, or of a snapshot that outlives a power cut: committed while it is in use.
     #[must_use]
     pub fn log_table(&self, id: Uuid) -> PathBuf {
         self.state_dir.join("tables").join(format!("{id}.log"))
+    }
+
+    /// What becomes of the durable table of a snapshot that is given up: older ones still read by it.
+    #[must_use]
+    pub fn given_up_table(&self, id: Uuid) -> PathBuf {
+        self.log_table(id).with_extension("lost")
     }
 
     /// Where the log of a live version goes when nothing else is said. It has no snapshot's name: it may outlive the
@@ -127,7 +133,7 @@ impl Places {
         let is_stray_table = |path: &Path| {
             let is_ours = path
                 .extension()
-                .is_some_and(|e| e == "table" || e == "new" || e == "bits" || e == "log" || e == "filling");
+                .is_some_and(|e| ["table", "new", "bits", "log", "lost", "filling"].iter().any(|ours| e == *ours));
             let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
             is_ours && id.is_some_and(|id| !ids.contains(&id))
         };

@@ -52,6 +52,8 @@ pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain:
         link.layer.image.path().clone_into(&mut record.image);
         record.owns_all = matches!(link.layer.owned, Owned::All);
         record.splits = link.splits;
+        // Also of one that was given up: its table is still there for older ones.
+        record.durable = !record.owns_all && (record.durable || link.layer.saved.is_some());
     }
     if record.broken.is_none() {
         record.broken = version.and_then(Version::broken).map(str::to_owned);
@@ -70,8 +72,9 @@ pub fn before_cut(
     new_live: Uuid,
 ) -> DiskRecord {
     match layer {
-        NewLayer::Frozen { image, .. } => {
-            image.path().clone_into(&mut snapshot.image);
+        NewLayer::Frozen { layer } => {
+            layer.image.path().clone_into(&mut snapshot.image);
+            snapshot.durable = layer.saved.is_some();
             snapshot.splits = std::mem::take(&mut record.live_splits);
         }
         NewLayer::Live { layer } => {

@@ -18,7 +18,7 @@ use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writer
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::mirror::{self, Epoch, NewLayer, Owned, PreparedSnapshot, Version};
+use crate::mirror::{self, Epoch, NewLayer, PreparedSnapshot, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
@@ -156,6 +156,7 @@ impl Manager {
             image: made.clone(),
             owns_all: false,
             splits: false,
+            durable: false,
             socket,
             created_ms: Timestamp::now().unix_ms(),
             quiesced_ms: None,
@@ -201,8 +202,7 @@ impl Manager {
                 let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
                 let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
                 let layer = self.make_frozen_layer(&path, frozen, &disk.config, geometry)?;
-                let Owned::Table(table) = layer.owned else { unreachable!("what is saved is in a table") };
-                Ok((NewLayer::Frozen { image: layer.image, table }, path))
+                Ok((NewLayer::Frozen { layer }, path))
             }
             Strategy::WriteLogging => {
                 let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
@@ -323,16 +323,11 @@ impl Manager {
         }
     }
 
-    /// What a full image or a log shows of a version outlives a power cut from now on, if it must: copies that were saved
-    /// of what was overwritten do not, and so are not waited for.
+    /// What a version shows outlives a power cut from now on, if it is one of those that do.
     fn make_durable(&self, disk: &DiskEntry, version: &Arc<Version>) {
-        let chain = disk.disk.chain();
-        if chain.position(version.id).is_none_or(|i| i < chain.pivot_of(i)) {
-            return;
-        }
         let (of, id) = (disk.disk.clone(), version.id);
         let done = block_on(async move |queue| of.make_durable(&queue, id).await);
-        if let Err(e) = done.and_then(|done| done.map_err(|e| e.to_string())) {
+        if let Err(e) = done.and_then(|done| done) {
             disk.disk.break_version(version, &format!("it could not be stored: {e}"));
         }
     }

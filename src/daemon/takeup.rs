@@ -2,7 +2,7 @@
 //!
 //! What is believed depends on how the daemon ended. After a clean stop: everything, if it still looks as it was left. After
 //! a kill in this boot: the tables in the run directory, which the kernel kept. After a power cut: what was made
-//! durable: full images, and logs as of their last flush; not what was saved for snapshots meanwhile.
+//! durable: full images, logs as of their last flush, and what was saved for snapshots of disks with durability=power.
 //!
 //! What always holds: a snapshot of which something is missing is broken and says why, and so are those that read through
 //! it. If the live version cannot be had, the disk is not served at all: an older content under its name would be a lie.
@@ -19,12 +19,12 @@ use crate::mirror::{Backing, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage; \
-     delete this snapshot and take another";
+     delete this snapshot and take another (on a disk with durability=power it would have been kept)";
 const UNFINISHED: &str = "the host went down before all of it was on stable storage; delete it and take another";
 const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
      delete this snapshot and take another";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
-const BROKE: &str = "it broke just before the daemon was killed; delete it and take another";
+const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
 
 /// How the daemon ended the last time, and so what is believed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -163,7 +163,7 @@ impl TakeUp<'_> {
                 false => Err(lost.clone().unwrap_or_default()),
             };
             match layer {
-                Ok(layer) => take(slot, layer, is_at_or_above, self.trust, taken),
+                Ok(layer) => take(slot, layer, self.trust, taken),
                 Err(why) if needed => {
                     let what = "its newest content is in a log that cannot be taken up";
                     return Err(ApiError::new(ErrorCode::DiskFailed, format!("{what}: {why}"))
@@ -171,6 +171,7 @@ impl TakeUp<'_> {
                 }
                 Err(why) => {
                     if let Some(mut snapshot) = slot.snapshot {
+                        log::debug!("snapshot {} cannot be taken up: {why}", snapshot.name);
                         snapshot.broken.get_or_insert(why);
                         taken.snapshots.push((snapshot, None));
                     }
@@ -204,7 +205,7 @@ impl TakeUp<'_> {
             return self.source.open_log(slot.id, &slot.image, slot.saved_table);
         }
         let snapshot = slot.snapshot.as_ref().ok_or("the live version has no layer")?;
-        if self.trust == Trust::PowerCut {
+        if self.trust == Trust::PowerCut && !snapshot.durable {
             return Err(POWER_CUT.to_owned());
         }
         self.source.open_frozen(snapshot)
@@ -212,7 +213,7 @@ impl TakeUp<'_> {
 }
 
 /// Appends a version that is all there.
-fn take(slot: Slot, layer: Layer, is_at_or_above: bool, trust: Trust, taken: &mut Taken) {
+fn take(slot: Slot, layer: Layer, trust: Trust, taken: &mut Taken) {
     let version = Version::new(slot.id, Epoch(slot.began));
     if let Some(mut snapshot) = slot.snapshot {
         version.set_quiesced();
@@ -221,7 +222,7 @@ fn take(slot: Slot, layer: Layer, is_at_or_above: bool, trust: Trust, taken: &mu
         {
             snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
         }
-        if trust == Trust::PowerCut && is_at_or_above && snapshot.quiesced_ms.is_none() {
+        if trust == Trust::PowerCut && snapshot.quiesced_ms.is_none() {
             snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
         }
         // Nobody is left who could change it.

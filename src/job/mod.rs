@@ -103,7 +103,7 @@ pub async fn retire(
             return Ok(Outcome::Stopped);
         }
     }
-    disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
+    disk.settle(&queue, version.id).await?;
     editor.finish_retire(&disk, version.id);
     Ok(Outcome::Done)
 }

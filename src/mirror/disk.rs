@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
-use crate::image::{ByteOffset, IoQueue, SharedImage};
+use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
 /// What a part of a request copies at most, if its blocks are not larger.
@@ -215,10 +215,17 @@ impl Disk {
 
     /// Breaks a frozen version and says so once.
     pub fn break_version(&self, version: &Version, reason: &str) {
-        // In the table first: a daemon that is killed now must not find the version whole.
         let chain = self.chain();
-        if let Some(Owned::Table(table)) = chain.position(version.id).map(|i| &chain.layer(i).owned) {
-            table.mark_broken();
+        if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
+            // In the table first: a daemon that is killed now must not find the version whole.
+            if let Owned::Table(table) = &layer.owned {
+                table.mark_broken();
+            }
+            if let Some(saved) = layer.saved.as_ref().filter(|_| version.broken().is_none())
+                && let Err(e) = (saved.revoke)()
+            {
+                log::error!("a power cut before this is recorded would show a snapshot as whole that is broken: {e}");
+            }
         }
         if version.set_broken(reason) {
             log::error!("a snapshot is broken: {reason}");
@@ -226,6 +233,22 @@ impl Disk {
                 observer.version_broken(version.id, reason);
             }
         }
+    }
+}
+
+impl Disk {
+    /// Breaks a version that cannot keep what is about to be overwritten. That it is broken is durable before it is so, if
+    /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
+    pub(super) fn give_up(&self, chain: &Chain, index: VersionIndex, reason: &str) -> Result<(), ImageError> {
+        let layer = chain.layer(index);
+        if let Some(saved) = &layer.saved {
+            (saved.revoke)().map_err(|e| {
+                let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
+                ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)
+            })?;
+        }
+        self.break_version(chain.version(index), reason);
+        Ok(())
     }
 }
 

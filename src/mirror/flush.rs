@@ -44,14 +44,52 @@ impl Disk {
         Ok(self.flush_layers(queue, &chain, &way(&chain, chain.live())).await?)
     }
 
-    /// Makes durable what a version shows.
+    /// Makes durable what a version shows, if it is to outlive a power cut: one at or above the pivot, or one whose layer
+    /// is saved durably. It should be quiesced, or about to be.
     ///
     /// # Errors
     /// When an image refuses.
-    pub async fn make_durable(&self, queue: &IoQueue, id: VersionId) -> Result<(), RequestError> {
+    pub async fn make_durable(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
         let chain = self.chain();
         let Some(index) = chain.position(id) else { return Ok(()) };
-        Ok(self.flush_layers(queue, &chain, &way(&chain, index)).await?)
+        let is_below = index < chain.pivot_of(index);
+        if is_below && chain.layer(index).saved.is_none() {
+            return Ok(());
+        }
+        let way = way(&chain, index);
+        self.flush_layers(queue, &chain, &way).await.map_err(|e| e.to_string())?;
+        for layer in way {
+            self.commit_saved(queue, &chain, layer).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes durable what was saved for a version, the bytes before the entries, if it is to outlive a power cut. The
+    /// overwrite of what was saved comes after that. Those who ask at the same time share the syncs.
+    pub(super) async fn commit_saved(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex) -> Result<(), String> {
+        let layer = chain.layer(index);
+        let Some(saved) = &layer.saved else { return Ok(()) };
+        saved.table.commit_after(queue, || layer.image.sync(queue)).await.map_err(|e| e.to_string())
+    }
+
+    /// Makes durable what a version has handed over before it leaves its chain, and its layer with it.
+    ///
+    /// # Errors
+    /// When an image refuses that the live version needs. A frozen version that cannot take it over is broken.
+    pub async fn settle(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
+        let chain = self.chain();
+        let Some(index) = chain.position(id) else { return Ok(()) };
+        let segment = chain.segment_of(index);
+        if index >= segment.pivot {
+            let layers: Vec<VersionIndex> = (segment.pivot..=segment.last).collect();
+            self.flush_layers(queue, &chain, &layers).await.map_err(|e| e.to_string())?;
+        }
+        for older in segment.first..index.min(segment.pivot) {
+            if let Err(reason) = self.commit_saved(queue, &chain, older).await {
+                self.give_up(&chain, older, &reason).map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes durable what the live version and version `index` read: their layers, on their ways to the pivot. Takes no

@@ -23,7 +23,7 @@ mod snapshot;
 mod write;
 
 pub use backing::Backing;
-pub use chain::{Chain, Layer, Link, Log, Owned, Segment, Version, VersionId, VersionIndex};
+pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
 pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};

@@ -27,10 +27,8 @@ pub enum NewLayer {
     /// Copy-on-write: the full image goes with the live version, the frozen one gets an empty image for what is
     /// saved (002 [0092]; figure 21).
     Frozen {
-        /// An empty image of the disk's size.
-        image: Backing,
-        /// An empty table.
-        table: Arc<Table>,
+        /// An empty image of the disk's size, with an empty table.
+        layer: Layer,
     },
     /// Write logging: the full image stays with the frozen version, the live one gets an empty image for what is
     /// written (002 [0074], [0076]; figure 14).
@@ -227,9 +225,9 @@ impl Disk {
         let last = links.last_mut().expect("a chain is never empty");
         let frozen = last.version.clone();
         let (layer, splits) = match prepared.layer {
-            NewLayer::Frozen { image, table } => {
+            NewLayer::Frozen { layer } => {
                 assert!(movable, "the full image is moved while a log lies above it");
-                (std::mem::replace(&mut last.layer, Layer::of(image, table)), false)
+                (std::mem::replace(&mut last.layer, layer), false)
             }
             NewLayer::Live { layer } => (layer, false),
             NewLayer::Split { frozen, live } => {
@@ -281,11 +279,11 @@ impl Disk {
         if !table.get(block) {
             // A guest's write came before us.
         } else if owner < retiring {
-            self.give_to_older(queue, &chain, one, Copy { from: owner, to: retiring }).await;
+            self.give_to_older(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
         } else if owner > retiring {
             self.fold(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
         } else if retiring < chain.pivot_of(retiring) {
-            self.hand_to_older(queue, &chain, retiring, block).await;
+            self.hand_to_older(queue, &chain, retiring, block).await?;
         } else {
             self.hand_to_newer(queue, &chain, retiring, block).await?;
         }
@@ -294,14 +292,25 @@ impl Disk {
 
     /// Below the pivot the nearest older version reads here. One that cannot take the block is lost; then the next older
     /// one reads here.
-    async fn hand_to_older(&self, queue: &IoQueue, chain: &Chain, retiring: VersionIndex, block: BlockIndex) {
+    async fn hand_to_older(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        retiring: VersionIndex,
+        block: BlockIndex,
+    ) -> Result<(), String> {
         let one = BlockRange::one(block);
         while let Some(heir) = chain.nearest_reader(retiring, block) {
             match self.copy_blocks(queue, chain, one, Copy { from: retiring, to: heir }).await {
-                Ok(()) => return set(chain, heir, one),
-                Err(reason) => self.break_version(chain.version(heir), &reason),
+                // Durable with the rest ([`Disk::settle`]): until then the entry that it was copied from is.
+                Ok(()) => {
+                    set(chain, heir, one);
+                    break;
+                }
+                Err(reason) => self.give_up(chain, heir, &reason).map_err(|e| e.to_string())?,
             }
         }
+        Ok(())
     }
 
     /// Above the pivot the next newer version reads here, and the live one through it.
@@ -325,9 +334,19 @@ impl Disk {
         if !planted::is(Defect::FoldWithoutPreserve) {
             while let Some(to) = chain.nearest_reader(copy.to, one.start) {
                 let save = Copy { from: chain.resolve(to, one.start), to };
-                match self.copy_blocks(queue, chain, one, save).await {
-                    Ok(()) => set(chain, to, one),
-                    Err(reason) => self.break_version(chain.version(to), &reason),
+                let saved = match self.copy_blocks(queue, chain, one, save).await {
+                    Ok(()) => {
+                        set(chain, to, one);
+                        self.commit_saved(queue, chain, to).await
+                    }
+                    failed => failed,
+                };
+                if let Err(reason) = saved {
+                    // Those that read through it must not count on what no power cut would leave.
+                    if let Owned::Table(table) = &chain.layer(to).owned {
+                        table.clear(one);
+                    }
+                    self.give_up(chain, to, &reason).map_err(|e| e.to_string())?;
                 }
             }
         }
@@ -338,11 +357,12 @@ impl Disk {
 
     /// Moves one entry of an older version into the full image of a frozen pivot, which that version takes over. If it
     /// cannot be put there the older version is lost; those that read the entry through it get it themselves.
-    async fn give_to_older(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) {
+    async fn give_to_older(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) -> Result<(), String> {
         if let Err(reason) = self.copy_blocks(queue, chain, one, copy).await {
-            self.break_version(chain.version(copy.from), &reason);
-            self.hand_to_older(queue, chain, copy.from, one.start).await;
+            self.give_up(chain, copy.from, &reason).map_err(|e| e.to_string())?;
+            self.hand_to_older(queue, chain, copy.from, one.start).await?;
         }
+        Ok(())
     }
 }
 

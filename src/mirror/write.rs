@@ -124,7 +124,7 @@ impl Disk {
                 continue;
             }
             while let Err((lost, reason)) = self.preserve(queue, &chain, &plan).await {
-                self.break_version(chain.version(lost), &reason);
+                self.give_up(&chain, lost, &reason)?;
                 plan = decide(&chain).0;
             }
             if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
@@ -151,6 +151,16 @@ impl Disk {
             }
             if !planted::is(Defect::BitAfterOverwrite) {
                 set_preserved(chain, plan);
+            }
+            let mut saved: Vec<VersionIndex> = plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
+            saved.sort_unstable();
+            saved.dedup();
+            for to in saved {
+                if let Err(e) = self.commit_saved(queue, chain, to).await {
+                    // Those that read through it must not count on what no power cut would leave.
+                    take_back(chain, plan, to);
+                    return Err((to, e));
+                }
             }
         }
         Ok(())
@@ -437,6 +447,13 @@ fn set_preserved(chain: &Chain, plan: &WritePlan) {
         {
             table.set(run.blocks);
         }
+    }
+}
+
+fn take_back(chain: &Chain, plan: &WritePlan, to: VersionIndex) {
+    if let Owned::Table(table) = &chain.layer(to).owned {
+        let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to);
+        plan.runs.iter().filter(of_it).for_each(|run| table.clear(run.blocks));
     }
 }
 

@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 /// The format of the records. A later one is refused rather than guessed at.
-const FORMAT: u64 = 2;
-/// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill.
+const FORMAT: u64 = 3;
+/// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
+/// no snapshots that outlive a power cut by themselves.
 const FORMAT_FIRST: u64 = 1;
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const DISKS: TableDefinition<&str, &[u8]> = TableDefinition::new("disks");
@@ -80,6 +81,9 @@ pub struct SnapshotRecord {
     /// Whether the mirror was split when it began, so that it shares no bytes with older ones.
     #[serde(default)]
     pub splits: bool,
+    /// Whether what is saved for it outlives a power cut, with a durable table. Only below the full image.
+    #[serde(default)]
+    pub durable: bool,
     /// Its socket.
     pub socket: std::path::PathBuf,
     /// When the cut was, in milliseconds since 1970.
@@ -191,7 +195,8 @@ impl Records {
             match found {
                 None => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
                 Some(FORMAT) => {}
-                // From now on an older program must not touch it: it would take a log for nothing.
+                // From now on an older program must not touch it: it would take a log for nothing, or overwrite what a
+                // durable snapshot reads.
                 Some(FORMAT_FIRST..FORMAT) => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
                 Some(found) => return Err(RecordError::Format { found }),
             }

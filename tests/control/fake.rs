@@ -167,6 +167,7 @@ impl Service for Fake {
             snapshots: 0,
             allocated_bytes: 0,
             shared: config.shared,
+            durability: config.durability,
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
         };
         state.disks.push((config.clone(), served.clone()));
@@ -252,6 +253,7 @@ impl Service for Fake {
                 disk: disk.clone(),
                 name: request.name.clone(),
                 strategy,
+                durability: served.durability,
                 writers: request.writers,
                 state: SnapshotState::Draining,
                 reason: None,

@@ -33,7 +33,7 @@ fn a_disk_comes_and_goes() {
     assert_eq!(created.status, 201);
     let disk = created.json();
     for key in "id name path socket size_bytes block_size queues direct readonly serial state reason connected \
-        frontends epoch snapshots allocated_bytes shared legs"
+        frontends epoch snapshots allocated_bytes shared durability legs"
         .split_whitespace()
     {
         assert!(disk.get(key).is_some(), "{key} in {disk}");
@@ -69,7 +69,7 @@ fn a_snapshot_comes_and_goes() {
     assert_eq!((&snapshots[0]["disk"], &snapshots[1]["disk"]), (&json!("vm2"), &json!("vm1")));
     assert_eq!(snapshots[0]["group"], snapshots[1]["group"]);
     for key in "id disk name strategy writers state reason epoch socket image block_size owned_bytes size_bytes \
-        created_at quiesced_at group old_frontends"
+        created_at quiesced_at group old_frontends durability"
         .split_whitespace()
     {
         assert!(snapshots[0].get(key).is_some(), "{key} in {snapshots}");

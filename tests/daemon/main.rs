@@ -9,6 +9,7 @@
 
 mod chain;
 mod client;
+mod durability;
 mod harness;
 mod images;
 mod lifecycle;

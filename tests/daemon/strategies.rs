@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use crate::client::{Client, tags};
 use crate::harness::{Daemon, Rng, from_env, seeds, wait_until};
 
-const SIZE: u64 = 1 << 20;
-const ALL: Range<usize> = 0..2048;
+pub(crate) const SIZE: u64 = 1 << 20;
+pub(crate) const ALL: Range<usize> = 0..2048;
 
 fn logging() -> Value {
     json!({ "strategy": "write-logging", "wait": true })
@@ -22,7 +22,7 @@ fn log_snapshot(daemon: &Daemon, name: &str) -> Value {
     snapshot
 }
 
-fn shows(daemon: &Daemon, what: &str) -> Vec<u64> {
+pub(crate) fn shows(daemon: &Daemon, what: &str) -> Vec<u64> {
     tags(&daemon.content(what))
 }
 
@@ -101,7 +101,7 @@ fn while_a_log_is_there_every_snapshot_is_one() {
 
 /// How a daemon may end.
 #[derive(Clone, Copy, Debug)]
-enum End {
+pub(crate) enum End {
     Stop,
     Kill,
     /// Killed, and the run directory's tables with it.
@@ -110,7 +110,7 @@ enum End {
     PowerCut,
 }
 
-fn end(daemon: &mut Daemon, how: End) {
+pub(crate) fn end(daemon: &mut Daemon, how: End) {
     match how {
         End::Stop => daemon.stop(),
         End::Kill | End::Cleared | End::PowerCut => daemon.kill(),
@@ -248,9 +248,19 @@ fn a_fold_is_stopped_and_resumed_also_across_restarts() {
 /// Random writes, snapshots of both strategies, deletions in any order, and ends of every kind in between.
 #[test]
 fn mixed_chains_survive_whatever_comes() {
-    for seed in seeds("mixed chains", 2) {
+    mixed_chains(&["mixed chains", ""], &[End::Stop, End::Kill, End::Kill]);
+}
+
+/// On a disk with durability=power also power cuts are survived by all, if what was written last was flushed.
+#[test]
+fn mixed_durable_chains_survive_whatever_comes() {
+    mixed_chains(&["mixed durable chains", "durability=power"], &[End::Kill, End::PowerCut, End::Cleared]);
+}
+
+fn mixed_chains([name, options]: &[&str; 2], ends: &[End; 3]) {
+    for seed in seeds(name, 2) {
         let mut rng = Rng::new(seed);
-        let mut daemon = Daemon::with_disks(&[SIZE], "");
+        let mut daemon = Daemon::with_disks(&[SIZE], options);
         let mut live = vec![0; ALL.end];
         let mut frozen: Vec<(String, Vec<u64>)> = Vec::new();
         for step in 0..from_env("HALFSILVER_STEPS", 60) {
@@ -262,6 +272,7 @@ fn mixed_chains_survive_whatever_comes() {
                 client.write(range.clone(), tag);
                 live[range].fill(tag);
             }
+            client.flush();
             drop(client);
             match rng.below(10) {
                 0..4 if frozen.len() < 8 => {
@@ -275,8 +286,7 @@ fn mixed_chains_survive_whatever_comes() {
                     let (gone, _) = frozen.remove(rng.below(frozen.len()));
                     daemon.delete(&gone);
                 }
-                6 => end(&mut daemon, End::Stop),
-                7..9 => end(&mut daemon, End::Kill),
+                at @ 6..9 => end(&mut daemon, ends[at - 6]),
                 _ => {}
             }
             assert_eq!(shows(&daemon, "vm0"), live, "seed {seed} step {step}");

@@ -56,8 +56,8 @@ impl Bench {
     /// Copy-on-write; the image is the frozen version's.
     pub fn cut(&self) -> (Cut, SimImage) {
         let image = self.empty_image("frozen");
-        let layer = NewLayer::Frozen { image: Backing::One(Arc::new(image.clone())), table: self.table() };
-        (self.cut_with(layer), image)
+        let layer = Layer::of(Backing::One(Arc::new(image.clone())), self.table());
+        (self.cut_with(NewLayer::Frozen { layer }), image)
     }
 
     /// Write logging; the image is the live version's.

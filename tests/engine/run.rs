@@ -11,7 +11,7 @@ use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState, Log,
-    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
+    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Saved, Ticket, Version, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
@@ -313,7 +313,9 @@ impl Run {
                     self.make_faulty(&image);
                 }
                 let table = Arc::new(self.shape.table(self.sectors));
-                NewLayer::Frozen { image: Backing::One(Arc::new(image)), table }
+                let (image, durable) = (Backing::One(Arc::new(image)), self.rng.chance(30));
+                let layer = if durable { self.saved(image, table) } else { Layer::of(image, table) };
+                NewLayer::Frozen { layer }
             }
             // A log that cannot be written is the guest's trouble, so no faults.
             Strategy::WriteLogging => {
@@ -403,14 +405,33 @@ impl Run {
 
     /// As the daemon makes logs: with a durable table, so that what is superseded is given back later.
     fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
+        let durable = self.new_durable(&table);
+        let table = self.durable_table(durable, table);
+        Layer::logged(image, Arc::new(Log { table, freed: self.shape.table(self.sectors) }))
+    }
+
+    /// As the daemon makes what outlives a power cut.
+    fn saved(&mut self, image: Backing, table: Arc<Table>) -> Layer {
+        self.world.borrow_mut().counts.saved_durably += 1;
+        let durable = self.new_durable(&table);
+        let made = self.durable_table(durable.clone(), table);
+        if self.shape.faults && self.rng.chance(25) {
+            self.make_faulty(&durable);
+        }
+        Layer::saved(image, Arc::new(Saved { table: made, revoke: Box::new(|| Ok(())) }))
+    }
+
+    fn new_durable(&self, table: &Table) -> SimImage {
         let bytes = DurableTable::image_bytes(table.blocks());
-        let durable = SimImage::new("durable", usize::try_from(bytes).unwrap(), 512);
+        SimImage::new("durable", usize::try_from(bytes).unwrap(), 512)
+    }
+
+    fn durable_table(&mut self, durable: SimImage, table: Arc<Table>) -> DurableTable {
         let queue = self.queue.clone();
         let made = async move {
             DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue).await.unwrap()
         };
-        let table = wait(&mut self.scheduler, &mut self.rng, made);
-        Layer::logged(image, Arc::new(Log { table, freed: self.shape.table(self.sectors) }))
+        wait(&mut self.scheduler, &mut self.rng, made)
     }
 
     /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.

@@ -11,8 +11,8 @@ use std::time::Duration;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, NewLayer, PreparedSnapshot,
-    Request, Writers,
+    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, NewLayer,
+    PreparedSnapshot, Request, Writers,
 };
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -92,7 +92,7 @@ fn pause() {
 /// does it the other way round.
 fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
     let table = Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
-    let layer = NewLayer::Frozen { image: Backing::One(memory()), table };
+    let layer = NewLayer::Frozen { layer: Layer::of(Backing::One(memory()), table) };
     let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: uuid::Uuid::new_v4() };
     pause();
     editor.cut(vec![prepared], Writers::Connection).unwrap()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
-    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, NewLayer, PreparedSnapshot, Request, Writers,
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, NewLayer, PreparedSnapshot, Request, Writers,
 };
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
@@ -158,8 +158,7 @@ fn one_order() {
     let group = disks.iter().map(|disk| PreparedSnapshot {
         disk: disk.clone(),
         layer: NewLayer::Frozen {
-            image: Backing::One(memory()),
-            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+            layer: Layer::of(Backing::One(memory()), Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap())),
         },
         new_live: uuid::Uuid::new_v4(),
     });

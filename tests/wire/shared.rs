@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use halfsilver::mirror::{Backing, ChainEditor, Cut, Disk, NewLayer, PreparedSnapshot, Writers};
+use halfsilver::mirror::{Backing, ChainEditor, Cut, Disk, Layer, NewLayer, PreparedSnapshot, Writers};
 use halfsilver::vhost_user::{Direction, FRONTENDS_MAX, NoObserver, ServeOptions, SocketSource, serve};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -207,8 +207,7 @@ fn cut(server: &TestServer) -> Cut {
     let prepared = PreparedSnapshot {
         disk: server.disk.clone(),
         layer: NewLayer::Frozen {
-            image: Backing::One(image),
-            table: Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap()),
+            layer: Layer::of(Backing::One(image), Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap())),
         },
         new_live: uuid::Uuid::new_v4(),
     };

@@ -9,8 +9,8 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::{
-    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, LegState, QUEUES_MAX, SERIAL_LEN_MAX, check_absolute, check_socket,
-    invalid,
+    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, LegState, QUEUES_MAX, SERIAL_LEN_MAX, check_absolute,
+    check_socket, invalid,
 };
 use crate::control::error::ApiError;
 use crate::control::name::Name;
@@ -49,6 +49,9 @@ pub struct DiskConfig {
     /// Whether several frontends may be connected at the same time.
     #[serde(default)]
     pub shared: bool,
+    /// What snapshots outlive that are taken from now on.
+    #[serde(default = "process")]
+    pub durability: Durability,
 }
 
 fn one() -> u16 {
@@ -61,6 +64,10 @@ fn yes() -> bool {
 
 fn block_size_min() -> u32 {
     BLOCK_SIZE_MIN
+}
+
+fn process() -> Durability {
+    Durability::Process
 }
 
 impl DiskConfig {
@@ -76,6 +83,7 @@ impl DiskConfig {
             serial: None,
             block_size: block_size_min(),
             shared: false,
+            durability: process(),
         }
     }
 
@@ -164,6 +172,8 @@ pub struct Disk {
     pub allocated_bytes: u64,
     /// Whether several frontends may be connected at the same time.
     pub shared: bool,
+    /// What snapshots outlive that are taken from now on.
+    pub durability: Durability,
     /// The images that are kept equal; empty when the disk has no mirror.
     pub legs: Vec<Leg>,
 }

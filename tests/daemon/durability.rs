@@ -1,0 +1,154 @@
+//! Disks with durability=power: what copy-on-write saved outlives whatever happens to the host.
+//!
+//! The page cache is kept here, so what these tests show is what is believed and what is not; the order of writes and
+//! syncs is held by the crash states of `tests/crash`.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::client::tags;
+use crate::harness::{Daemon, can_mount, names_in};
+use crate::strategies::{ALL, End, SIZE, end, shows};
+use crate::trouble::Mount;
+
+fn power() -> Daemon {
+    Daemon::with_disks(&[SIZE], "durability=power")
+}
+
+fn durabilities(daemon: &Daemon) -> Vec<Value> {
+    daemon.snapshots().iter().map(|s| s["durability"].clone()).collect()
+}
+
+#[test]
+fn copies_outlive_every_end() {
+    for how in [End::Stop, End::Kill, End::Cleared, End::PowerCut] {
+        let mut daemon = power();
+        assert_eq!(daemon.show_disk("vm0")["durability"], "power");
+        let mut expected = Vec::new();
+        let mut client = daemon.client("vm0");
+        client.write(ALL, 1);
+        for round in 0..4 {
+            let name = format!("s{round}");
+            daemon.snap(&name);
+            expected.push((format!("vm0@{name}"), tags(&client.read_all())));
+            client.write(100 * round..100 * round + 150, 10 + round as u64);
+            client.zero(1000 + 16 * round..1016 + 16 * round, true);
+        }
+        assert_eq!(durabilities(&daemon), vec![json!("power"); 4]);
+        let live = tags(&client.read_all());
+        drop(client);
+        for round in 0..2 {
+            end(&mut daemon, how);
+            assert_eq!(shows(&daemon, "vm0"), live, "{how:?}");
+            for (reference, content) in &expected {
+                assert_eq!(daemon.state(reference), "quiesced", "{how:?}: {}", daemon.show(reference));
+                assert_eq!(shows(&daemon, reference), *content, "{how:?} {round}: {reference}");
+            }
+        }
+        let mut client = daemon.client("vm0");
+        client.write(ALL, 99);
+        drop(client);
+        for at in [2, 0, 1, 0] {
+            let (gone, content) = expected.remove(at);
+            assert_eq!(shows(&daemon, &gone), content, "{how:?}: {gone}");
+            daemon.delete(&gone);
+            end(&mut daemon, how);
+            for (reference, content) in &expected {
+                assert_eq!(shows(&daemon, reference), *content, "{how:?}: {reference} without {gone}");
+            }
+        }
+        assert_eq!(shows(&daemon, "vm0"), vec![99; ALL.end]);
+        daemon.assert_only_disks_left();
+    }
+}
+
+#[test]
+fn a_switch_counts_for_the_snapshots_that_come() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    daemon.snap("old");
+    daemon.client("vm0").write(0..10, 2);
+    daemon.stop();
+    daemon.forget_args();
+    daemon.arg_disk("vm0", "durability=power");
+    daemon.start();
+    let before = shows(&daemon, "vm0");
+    daemon.snap("new");
+    daemon.client("vm0").write(0..20, 3);
+    assert_eq!(durabilities(&daemon), ["process", "power"]);
+    assert_eq!((shows(&daemon, "vm0@old"), shows(&daemon, "vm0@new")), (vec![1; ALL.end], before.clone()));
+    end(&mut daemon, End::PowerCut);
+    daemon.assert_broken("vm0@old", "durability=power");
+    assert_eq!(shows(&daemon, "vm0@new"), before);
+    assert_eq!(shows(&daemon, "vm0")[..21], [vec![3; 20], vec![1]].concat());
+}
+
+/// One that was not quiesced when the power went is not whole, and those that read through it are.
+#[test]
+fn what_drained_at_a_power_cut_is_broken() {
+    let mut daemon = power();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    daemon.snap("old");
+    client.write(0..100, 2);
+    daemon.api().create("drains", &["vm0"], &json!({ "writers": "connection" })).ok();
+    client.write(50..150, 3);
+    assert_eq!(daemon.state("vm0@drains"), "draining");
+    let live = tags(&client.read_all());
+    daemon.kill();
+    drop(client);
+    daemon.boot_again();
+    daemon.start();
+    daemon.assert_broken("vm0@drains", "the host went down");
+    assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end]);
+    assert_eq!(shows(&daemon, "vm0"), live);
+    daemon.delete("vm0@drains");
+    assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end]);
+}
+
+/// A snapshot that cannot be kept is given up durably before the guest's write goes on; those that read through it stay.
+fn given_up(small: impl FnOnce(&Path) -> Mount, how: End) {
+    let mut daemon = Daemon::place();
+    daemon.make_image("vm0", SIZE);
+    daemon.arg_disk("vm0", "durability=power");
+    let _small = small(&daemon.path("small"));
+    daemon.start();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 1);
+    daemon.snap("old");
+    client.write(0..100, 2);
+    let image = daemon.path("small/b.img");
+    daemon.api().create("b", &["vm0"], &json!({ "image": image, "wait": true })).ok();
+    let events = daemon.events();
+    for at in (0..2000).step_by(100) {
+        client.write(at..at + 100, 3);
+    }
+    let live = tags(&client.read_all());
+    events.wait_for("SNAPSHOT_BROKEN", "vm0@b");
+    let tables = names_in(&daemon.state_dir().join("tables"));
+    assert!(tables.iter().any(|name| name.ends_with(".lost")), "{tables:?}");
+    assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end]);
+    drop(client);
+    for _ in 0..2 {
+        end(&mut daemon, how);
+        assert_eq!(shows(&daemon, "vm0"), live, "{how:?}");
+        assert_eq!(daemon.state("vm0@b"), "broken", "{how:?}");
+        assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end], "{how:?}");
+    }
+    daemon.client("vm0").write(ALL, 4);
+    daemon.delete("vm0@b");
+    end(&mut daemon, how);
+    assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end], "{how:?}");
+    daemon.delete("vm0@old");
+    daemon.assert_only_disks_left();
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_kept_is_given_up_and_nothing_else_is() {
+    if can_mount("a_snapshot_that_cannot_be_kept_is_given_up_and_nothing_else_is") {
+        for how in [End::Stop, End::Kill, End::Cleared, End::PowerCut] {
+            given_up(|path| Mount::tmpfs(path, "256k"), how);
+        }
+    }
+}
