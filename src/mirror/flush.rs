@@ -80,13 +80,23 @@ impl Disk {
         let chain = self.chain();
         let Some(index) = chain.position(id) else { return Ok(()) };
         let segment = chain.segment_of(index);
-        if index >= segment.pivot {
-            let layers: Vec<VersionIndex> = (segment.pivot..=segment.last).collect();
-            self.flush_layers(queue, &chain, &layers).await.map_err(|e| e.to_string())?;
+        let older = segment.first..index.min(segment.pivot);
+        let layers: Vec<VersionIndex> = (segment.pivot..=segment.last).collect();
+        if segment.last == chain.live() && index >= segment.pivot {
+            self.flush_layers(queue, &chain, &layers).await.map_err(text)?;
+        } else if index >= segment.pivot
+            && !older.is_empty()
+            && let Err(e) = self.flush_layers(queue, &chain, &layers).await
+        {
+            // Only they are to read the full image.
+            return older
+                .into_iter()
+                .try_for_each(|version| self.give_up(&chain, version, &e.to_string()))
+                .map_err(text);
         }
-        for older in segment.first..index.min(segment.pivot) {
-            if let Err(reason) = self.commit_saved(queue, &chain, older).await {
-                self.give_up(&chain, older, &reason).map_err(|e| e.to_string())?;
+        for version in older {
+            if let Err(reason) = self.commit_saved(queue, &chain, version).await {
+                self.give_up(&chain, version, &reason).map_err(text)?;
             }
         }
         Ok(())
@@ -166,6 +176,10 @@ fn commit<'a>(
             None => join_all(images.iter().map(|image| image.sync(queue)).collect()).await.into_iter().collect(),
         }
     })
+}
+
+fn text(e: ImageError) -> String {
+    e.to_string()
 }
 
 /// The layers that a version reads.
