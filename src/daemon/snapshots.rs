@@ -287,13 +287,17 @@ impl Manager {
                 continue; // Its disk has been removed, and must not come back with it.
             }
             locked(&entry.drain).get_or_insert(drain);
+            // Durable before anybody is told: from then on a power cut must not break it.
+            let quiesced_ms = Some(Timestamp::now().unix_ms());
+            let mut record = disk.to_record();
+            record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
+            if let Err(e) = self.records.put([&record]) {
+                log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
+            }
             if entry.broken().is_none() && !self.is_stopping() {
                 self.open_socket(disk, entry);
             }
-            locked(&entry.record).quiesced_ms = Some(Timestamp::now().unix_ms());
-            if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-                log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
-            }
+            locked(&entry.record).quiesced_ms = quiesced_ms;
             if entry.broken().is_none() {
                 log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
                 self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));

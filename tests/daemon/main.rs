@@ -18,6 +18,7 @@ mod mirror;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
+mod power;
 mod restart;
 mod strategies;
 mod trouble;
