@@ -82,6 +82,10 @@ pub(super) struct ServeArgs {
     /// written twice
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     pub(super) disks: Vec<RawDisk>,
+    /// Take of this disk what was flushed last, as after a power cut, when the run directory was lost with the newest
+    /// entries of its log; guests that were running on it must be started anew
+    #[arg(long, value_name = "DISK")]
+    pub(super) take_flushed: Vec<Name>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -94,8 +94,8 @@ fn dispatch(cli: Cli) -> Result<(), CliError> {
 }
 
 fn serve(args: ServeArgs, control: Option<PathBuf>, environment: &Environment) -> Result<(), CliError> {
-    let ServeArgs { config, state_dir, run_dir, disks } = args;
-    let config = ServeOptions { config, control, state_dir, run_dir, disks }.resolve(environment)?;
+    let ServeArgs { config, state_dir, run_dir, disks, take_flushed } = args;
+    let config = ServeOptions { config, control, state_dir, run_dir, disks, take_flushed }.resolve(environment)?;
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     daemon::serve(config).map_err(|error| CliError::Failed(error.to_string()))
 }

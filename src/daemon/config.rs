@@ -32,6 +32,8 @@ pub struct ServeConfig {
     pub run_dir: PathBuf,
     /// The disks, those of the file first; no two share a name or a socket. Their `socket` is always set.
     pub disks: Vec<DiskSpec>,
+    /// Disks of which what was flushed last is taken, as if the machine had gone down.
+    pub take_flushed: Vec<Name>,
 }
 
 /// A named disk, as `--disk` and a `[[disk]]` table describe it.
@@ -150,6 +152,8 @@ pub struct ServeOptions {
     pub run_dir: Option<PathBuf>,
     /// `--disk`, as often as it was given.
     pub disks: Vec<RawDisk>,
+    /// `--take-flushed`, as often as it was given.
+    pub take_flushed: Vec<Name>,
 }
 
 impl ServeOptions {
@@ -180,7 +184,7 @@ impl ServeOptions {
             disk.config.socket = Some(disk.config.socket_or_default(&run_dir, &disk.name));
         }
         check_sockets(&control, &disks)?;
-        Ok(ServeConfig { control, state_dir, run_dir, disks })
+        Ok(ServeConfig { control, state_dir, run_dir, disks, take_flushed: self.take_flushed })
     }
 }
 

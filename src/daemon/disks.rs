@@ -27,11 +27,12 @@ impl Manager {
     ///
     /// # Errors
     /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
-    pub(super) fn take_up(&self, given: &[DiskSpec]) -> Result<(), ApiError> {
+    pub(super) fn take_up(&self, given: &[DiskSpec], take_flushed: &[Name]) -> Result<(), ApiError> {
         let _structure = locked(&self.structure);
         self.places.remove_strays(&self.records.disks().map_err(record_error)?);
         for spec in given {
-            self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config))?;
+            let take_flushed = take_flushed.contains(&spec.name);
+            self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;
         }
         for record in self.records.disks().map_err(record_error)? {
             let name: Name = record.name.parse()?;
@@ -40,7 +41,7 @@ impl Manager {
             }
             let config: DiskConfig = serde_json::from_value(record.config)
                 .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
-            if let Err(e) = self.add_disk(&name, &config) {
+            if let Err(e) = self.add_disk(&name, &config, take_flushed.contains(&name)) {
                 log::error!("{e}; its record and snapshots are kept, and other disks are served");
                 self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
             }
@@ -59,7 +60,7 @@ impl Manager {
             let message = format!("disk {name} exists and is configured differently");
             return Err(ApiError::new(ErrorCode::DiskExists, message));
         }
-        let entry = self.add_disk(name, &config)?;
+        let entry = self.add_disk(name, &config, false)?;
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
@@ -120,7 +121,7 @@ impl Manager {
             .with_action("serve it as before and delete the snapshots first, or use another name"))
     }
 
-    fn add_disk(&self, name: &Name, config: &DiskConfig) -> Result<Arc<DiskEntry>, ApiError> {
+    fn add_disk(&self, name: &Name, config: &DiskConfig, take_flushed: bool) -> Result<Arc<DiskEntry>, ApiError> {
         let record = self.record_of(name, config)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         let direct = direct_of(config);
@@ -152,7 +153,10 @@ impl Manager {
         let taken = match record.clone() {
             None => Taken::of_new_disk(backing.clone()),
             Some(record) => {
-                let trust = Trust::of(&record, looks, boot);
+                let trust = match Trust::of(&record, looks, boot) {
+                    Trust::SameBoot if take_flushed => Trust::PowerCut,
+                    trust => trust,
+                };
                 if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
                     && let Err(e) = discards.load(&self.places.durable_table(id), seal)
                 {
@@ -165,7 +169,7 @@ impl Manager {
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
-        disk.observe(Arc::new(BrokenVersions(self.broken.clone())));
+        disk.observe(Arc::new(BrokenVersions { tell: self.broken.clone(), places: self.places.clone() }));
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.

@@ -102,6 +102,7 @@ impl Manager {
     pub(super) fn remove_layer(&self, id: Uuid, image: &Path) {
         remove_file(image);
         remove_file(&self.places.run_table(id));
+        remove_file(&self.places.broken_mark(id));
         remove_file(&self.places.durable_table(id));
         remove_file(&self.places.log_table(id));
         remove_file(&self.places.given_up_table(id));
@@ -191,6 +192,11 @@ impl LayerSource for DiskLayers<'_> {
         Fingerprint::of(path).ok()
     }
 
+    fn broke(&self, id: Uuid) -> Option<String> {
+        let left = self.trust == Trust::SameBoot;
+        left.then(|| std::fs::read_to_string(self.manager.places.broken_mark(id)).ok()).flatten()
+    }
+
     fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
         open_image(path, self.config, self.trust).map_err(|e| e.to_string())
     }
@@ -222,7 +228,15 @@ impl LayerSource for DiskLayers<'_> {
     }
 
     fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {
-        let table = self.durable_table((id, path), self.left_table(id, seal))?;
+        let left = self.left_table(id, seal);
+        if let (Trust::SameBoot, Err(why)) = (self.trust, &left) {
+            // The guest may go on: what it was told is written must not be gone without a word.
+            return Err(format!(
+                "{why}; without it what was written after the last flush is lost. Put it back, or stop the guests, start \
+                 with --take-flushed DISK, and start the guests anew"
+            ));
+        }
+        let table = self.durable_table((id, path), left)?;
         let image = open_image(path, self.config, self.trust).map_err(|e| e.to_string())?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))

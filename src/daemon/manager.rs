@@ -29,7 +29,7 @@ const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Runs the disks.
 pub struct Manager {
-    pub(super) places: Places,
+    pub(super) places: Arc<Places>,
     pub(super) records: Records,
     pub(super) clock: EpochClock,
     pub(super) editor: Arc<ChainEditor>,
@@ -47,11 +47,24 @@ pub struct Manager {
 }
 
 /// Passes broken versions on from data-path threads to the housekeeper.
-pub(super) struct BrokenVersions(pub(super) Sender<VersionId>);
+pub(super) struct BrokenVersions {
+    pub(super) tell: Sender<VersionId>,
+    pub(super) places: Arc<Places>,
+}
 
 impl DiskObserver for BrokenVersions {
+    fn version_breaks(&self, version: VersionId, reason: &str) {
+        let mark = self.places.broken_mark(version);
+        if let Err(e) = std::fs::write(&mark, reason) {
+            log::error!(
+                "{} cannot be made; a kill now would lose the word that a snapshot is broken: {e}",
+                mark.display()
+            );
+        }
+    }
+
     fn version_broken(&self, version: VersionId, _reason: &str) {
-        if self.0.send(version).is_err() {
+        if self.tell.send(version).is_err() {
             log::debug!("a version broke while the daemon ends");
         }
     }
@@ -67,7 +80,7 @@ impl Manager {
         let clock = EpochClock::new(first_epoch(&records.disks()?));
         let (broken, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
-            places,
+            places: Arc::new(places),
             records,
             editor: Arc::new(ChainEditor::new(clock.clone())),
             clock,

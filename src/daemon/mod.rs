@@ -88,7 +88,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
 }
 
 fn start(manager: &Arc<Manager>, config: &ServeConfig) -> Result<Server, ServeError> {
-    manager.take_up(&config.disks)?;
+    manager.take_up(&config.disks, &config.take_flushed)?;
     Ok(Server::start(&config.control, manager.clone())?)
 }
 

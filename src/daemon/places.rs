@@ -109,6 +109,12 @@ impl Places {
         self.log_table(id).with_extension("lost")
     }
 
+    /// Says why a version broke, to whoever comes after a kill of the daemon.
+    #[must_use]
+    pub fn broken_mark(&self, id: Uuid) -> PathBuf {
+        self.run_dir.join("tables").join(format!("{id}.broken"))
+    }
+
     /// Where the log of a live version goes when nothing else is said. It has no snapshot's name: it may outlive the
     /// snapshot for which it was made.
     #[must_use]
@@ -137,13 +143,18 @@ impl Places {
             let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
             is_ours && id.is_some_and(|id| !ids.contains(&id))
         };
+        let versions: HashSet<Uuid> = snapshots().map(|s| s.id).collect();
+        let is_stray_mark = |path: &Path| {
+            let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
+            path.extension().is_some_and(|e| e == "broken") && id.is_some_and(|id| !versions.contains(&id))
+        };
         let is_stray_image = |path: &Path| {
             let reference = path.file_stem().and_then(|s| s.to_str()?.parse::<SnapshotRef>().ok());
             path.extension().is_some_and(|e| e == "img")
                 && reference.is_some_and(|r| !references.contains(&r.to_string()))
         };
         remove_if(&self.state_dir.join("tables"), is_stray_table);
-        remove_if(&self.run_dir.join("tables"), is_stray_table);
+        remove_if(&self.run_dir.join("tables"), |path| is_stray_table(path) || is_stray_mark(path));
         remove_if(&self.state_dir.join("images"), |path| is_stray_image(path) || is_stray_table(path));
     }
 

@@ -61,6 +61,11 @@ pub trait LayerSource {
     /// How an image looks, if it is there.
     fn fingerprint(&self, path: &Path) -> Option<Fingerprint>;
 
+    /// Why a version broke before the daemon was killed, if it did.
+    fn broke(&self, _id: Uuid) -> Option<String> {
+        None
+    }
+
     /// A full image beside the disk's own: a leg that a snapshot has for itself.
     ///
     /// # Errors
@@ -163,7 +168,7 @@ impl TakeUp<'_> {
                 false => Err(lost.clone().unwrap_or_default()),
             };
             match layer {
-                Ok(layer) => take(slot, layer, self.trust, taken),
+                Ok(layer) => self.take(slot, layer, taken),
                 Err(why) if needed => {
                     let what = "its newest content is in a log that cannot be taken up";
                     return Err(ApiError::new(ErrorCode::DiskFailed, format!("{what}: {why}"))
@@ -210,29 +215,32 @@ impl TakeUp<'_> {
         }
         self.source.open_frozen(snapshot)
     }
-}
 
-/// Appends a version that is all there.
-fn take(slot: Slot, layer: Layer, trust: Trust, taken: &mut Taken) {
-    let version = Version::new(slot.id, Epoch(slot.began));
-    if let Some(mut snapshot) = slot.snapshot {
-        version.set_quiesced();
-        if let Owned::Table(table) = &layer.owned
-            && table.is_broken()
-        {
-            snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
+    /// Appends a version that is all there.
+    fn take(&self, slot: Slot, layer: Layer, taken: &mut Taken) {
+        let version = Version::new(slot.id, Epoch(slot.began));
+        if let Some(mut snapshot) = slot.snapshot {
+            version.set_quiesced();
+            if let Some(reason) = self.source.broke(slot.id) {
+                snapshot.broken.get_or_insert(reason);
+            }
+            if let Owned::Table(table) = &layer.owned
+                && table.is_broken()
+            {
+                snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
+            }
+            if self.trust == Trust::PowerCut && snapshot.quiesced_ms.is_none() {
+                snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
+            }
+            // Nobody is left who could change it.
+            snapshot.quiesced_ms.get_or_insert_with(|| Timestamp::now().unix_ms());
+            if let Some(reason) = &snapshot.broken {
+                version.set_broken(reason.clone());
+            }
+            taken.snapshots.push((snapshot, Some(version.clone())));
         }
-        if trust == Trust::PowerCut && snapshot.quiesced_ms.is_none() {
-            snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
-        }
-        // Nobody is left who could change it.
-        snapshot.quiesced_ms.get_or_insert_with(|| Timestamp::now().unix_ms());
-        if let Some(reason) = &snapshot.broken {
-            version.set_broken(reason.clone());
-        }
-        taken.snapshots.push((snapshot, Some(version.clone())));
+        taken.links.push(Link { version, layer, splits: slot.splits });
     }
-    taken.links.push(Link { version, layer, splits: slot.splits });
 }
 
 /// A cut that was prepared: whether it came to be or not, there may be bytes of the new live version. The snapshot, of which

@@ -71,6 +71,9 @@ impl Geometry {
 
 /// Who is told what happens to a disk's versions. Called on data-path threads: be quick.
 pub trait DiskObserver: Send + Sync {
+    /// A frozen version is about to be broken, and why. Whoever comes after a kill of this process must find it so.
+    fn version_breaks(&self, _version: VersionId, _reason: &str) {}
+
     /// A frozen version was broken, and why.
     fn version_broken(&self, version: VersionId, reason: &str);
 }
@@ -216,8 +219,11 @@ impl Disk {
     /// Breaks a frozen version and says so once.
     pub fn break_version(&self, version: &Version, reason: &str) {
         let chain = self.chain();
+        // All of this first: a daemon that is killed now must not find the version whole.
+        if let Some(observer) = self.observer.get().filter(|_| version.broken().is_none()) {
+            observer.version_breaks(version.id, reason);
+        }
         if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
-            // In the table first: a daemon that is killed now must not find the version whole.
             if let Owned::Table(table) = &layer.owned {
                 table.mark_broken();
             }

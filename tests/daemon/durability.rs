@@ -128,6 +128,9 @@ fn given_up(small: impl FnOnce(&Path) -> Mount, how: End) {
     events.wait_for("SNAPSHOT_BROKEN", "vm0@b");
     let tables = names_in(&daemon.state_dir().join("tables"));
     assert!(tables.iter().any(|name| name.ends_with(".lost")), "{tables:?}");
+    let id = daemon.show("vm0@b")["id"].as_str().unwrap().to_owned();
+    let mark = daemon.run_dir().join("tables").join(format!("{id}.broken"));
+    assert!(std::fs::read_to_string(mark).unwrap().contains("No space"));
     assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end]);
     drop(client);
     for _ in 0..2 {
@@ -141,6 +144,24 @@ fn given_up(small: impl FnOnce(&Path) -> Mount, how: End) {
     end(&mut daemon, how);
     assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end], "{how:?}");
     daemon.delete("vm0@old");
+    daemon.assert_only_disks_left();
+}
+
+/// A version whose image is a full one has no table that could say that it broke just before a kill.
+#[test]
+fn the_mark_of_a_broken_version_is_believed_after_a_kill() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    let options = json!({ "strategy": "write-logging", "wait": true });
+    daemon.api().create("a", &["vm0"], &options).ok();
+    let id = daemon.show("vm0@a")["id"].as_str().unwrap().to_owned();
+    daemon.kill();
+    std::fs::write(daemon.run_dir().join("tables").join(format!("{id}.broken")), "a write did not arrive").unwrap();
+    daemon.start();
+    daemon.assert_broken("vm0@a", "a write did not arrive");
+    assert_eq!(shows(&daemon, "vm0"), vec![1; ALL.end]);
+    daemon.delete("vm0@a");
+    daemon.restart();
     daemon.assert_only_disks_left();
 }
 

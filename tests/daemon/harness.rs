@@ -95,6 +95,10 @@ impl Daemon {
         self.args.extend(["--disk".to_owned(), format!("name={disk},path={}{comma}{options}", image.display())]);
     }
 
+    pub(crate) fn arg(&mut self, arg: &str) {
+        self.args.push(arg.to_owned());
+    }
+
     pub(crate) fn forget_args(&mut self) {
         self.args.clear();
     }
