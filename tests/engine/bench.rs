@@ -69,6 +69,15 @@ impl Bench {
 
     /// Write logging as the daemon does it; the image is that of the log's durable table.
     pub fn cut_to_durable_log(&self) -> (Cut, SimImage) {
+        let (table, durable) = self.durable_table();
+        let freed = Disk::table_in_memory(self.disk.geometry().size_bytes, self.disk.geometry().block_bytes).unwrap();
+        let log = Arc::new(Log { table, freed });
+        let layer = Layer::logged(Backing::One(Arc::new(self.empty_image("log"))), log);
+        (self.cut_with(NewLayer::Live { layer }), durable)
+    }
+
+    /// An empty durable table, and its image.
+    pub fn durable_table(&self) -> (DurableTable, SimImage) {
         let table = self.table();
         let bytes = usize::try_from(DurableTable::image_bytes(table.blocks())).unwrap();
         let durable = SimImage::new("durable", bytes, 512);
@@ -76,10 +85,7 @@ impl Bench {
         let table = self.run(async move {
             DurableTable::create(Arc::new(image), VersionId::nil(), table, [0; PAYLOAD_BYTES], &queue).await.unwrap()
         });
-        let freed = Disk::table_in_memory(self.disk.geometry().size_bytes, self.disk.geometry().block_bytes).unwrap();
-        let log = Arc::new(Log { table, freed });
-        let layer = Layer::logged(Backing::One(Arc::new(self.empty_image("log"))), log);
-        (self.cut_with(NewLayer::Live { layer }), durable)
+        (table, durable)
     }
 
     /// The blocks that a log's durable table has, as a start after a power cut would find them.

@@ -12,6 +12,7 @@ mod flushes;
 mod oracle;
 mod rules;
 mod run;
+mod saved;
 mod sim;
 mod strategies;
 mod waits;

@@ -61,6 +61,7 @@ struct State {
     fail_zeroing: Mutex<Option<i32>>,
     fail_syncs: Mutex<Option<i32>>,
     longest: AtomicUsize,
+    syncs: AtomicUsize,
     poisoned: AtomicBool,
     path: PathBuf,
     alignment: u32,
@@ -84,6 +85,7 @@ impl SimImage {
                 fail_zeroing: Mutex::new(None),
                 fail_syncs: Mutex::new(None),
                 longest: AtomicUsize::new(0),
+                syncs: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
                 path: PathBuf::from(name),
                 alignment,
@@ -121,6 +123,11 @@ impl SimImage {
     /// The longest buffer that was read into.
     pub fn longest_read(&self) -> usize {
         self.state.longest.load(Ordering::SeqCst)
+    }
+
+    /// How many syncs were asked for.
+    pub fn syncs(&self) -> usize {
+        self.state.syncs.load(Ordering::SeqCst)
     }
 
     /// Keeps operations of this kind from moving, or lets all go on.
@@ -173,6 +180,9 @@ impl Image for SimImage {
         let unit = self.state.alignment as usize;
         assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
         assert!(len.is_multiple_of(SECTOR) && at + len <= self.state.bytes.lock().unwrap().len(), "outside the image");
+        if ticket.kind() == OpKind::Sync {
+            self.state.syncs.fetch_add(1, Ordering::SeqCst);
+        }
         if ticket.kind() == OpKind::Read {
             self.state.longest.fetch_max(len, Ordering::SeqCst);
         }

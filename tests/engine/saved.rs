@@ -1,0 +1,102 @@
+//! What is saved for a version that outlives a power cut: bytes, entry, overwrite, in this order, with shared syncs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use halfsilver::image::OpKind;
+use halfsilver::mirror::{Backing, Cut, Layer, NewLayer, Saved};
+
+use crate::bench::{Bench, block, write_of};
+use crate::sim::{self, Rng, Scheduler, SimImage};
+
+/// A frozen version whose table is durable, its images, and whether it was given up.
+struct Frozen {
+    cut: Cut,
+    image: SimImage,
+    durable: SimImage,
+    given_up: Arc<AtomicBool>,
+}
+
+fn cut(bench: &Bench, can_be_given_up: bool) -> Frozen {
+    let (image, given_up) = (bench.empty_image("frozen"), Arc::new(AtomicBool::new(false)));
+    let (table, durable) = bench.durable_table();
+    let flag = given_up.clone();
+    let revoke = Box::new(move || {
+        flag.store(can_be_given_up, Ordering::SeqCst);
+        if can_be_given_up { Ok(()) } else { Err("no".to_owned()) }
+    });
+    let layer = Layer::saved(Backing::One(Arc::new(image.clone())), Arc::new(Saved { table, revoke }));
+    Frozen { cut: bench.cut_with(NewLayer::Frozen { layer }), image, durable, given_up }
+}
+
+#[test]
+fn the_overwrite_waits_for_the_bytes_and_the_entry() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (frozen, mut rng) = (cut(&bench, true), Rng::new(1));
+    for held in [&frozen.image, &frozen.durable] {
+        let at = if std::ptr::eq(held, &raw const frozen.image) { 0 } else { 1 };
+        held.hold(Some(OpKind::Sync));
+        let mut write = bench.start_write(&bench.ticket(), block(at), 2);
+        while write.step(&mut rng) {}
+        assert_eq!(write.tasks(), 1, "the write waits");
+        assert_eq!(bench.live()[block(at)], [1; 8], "nothing is overwritten yet");
+        held.hold(None);
+        assert!(write.settle(&mut rng));
+        assert_eq!(bench.live()[block(at)], [2; 8]);
+        assert!(bench.entries_of(&frozen.durable).contains(&(at as u64)));
+    }
+    assert_eq!(bench.entries_of(&frozen.durable), [0, 1]);
+    frozen.cut.frozen[0].set_quiesced();
+    assert_eq!(bench.frozen(&frozen.cut.frozen[0]).unwrap(), vec![1; bench.sectors()]);
+}
+
+#[test]
+fn writes_at_the_same_time_share_the_syncs() {
+    const WRITES: usize = 64;
+    let mut most = 0;
+    for seed in 0..50 {
+        let bench = Bench::with_blocks(4096, WRITES);
+        bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+        let frozen = cut(&bench, true);
+        let before = frozen.image.syncs() + frozen.durable.syncs();
+        let mut scheduler = Scheduler::default();
+        for at in 0..WRITES {
+            bench.start(&mut scheduler, bench.disk.attach_live(), bench.ticket(), write_of(block(at), 2));
+        }
+        // All are there before the first is done with, as with a deep queue.
+        scheduler.poll();
+        sim::finish_io();
+        assert!(scheduler.settle(&mut Rng::new(seed)));
+        assert_eq!(bench.entries_of(&frozen.durable).len(), WRITES);
+        most = most.max(frozen.image.syncs() + frozen.durable.syncs() - before);
+    }
+    println!("{most} syncs for {WRITES} first writes");
+    assert!(most <= WRITES / 4, "{most} syncs for {WRITES} writes");
+}
+
+#[test]
+fn what_cannot_be_saved_is_given_up_before_the_overwrite() {
+    for (fail_image, errno) in [(true, libc::ENOSPC), (true, libc::EIO), (false, libc::ENOSPC), (false, libc::EIO)] {
+        for can_be_given_up in [true, false] {
+            let bench = Bench::new();
+            bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+            let frozen = cut(&bench, can_be_given_up);
+            bench.write(&bench.ticket(), block(0), 2);
+            let failing = if fail_image { &frozen.image } else { &frozen.durable };
+            failing.fail_syncs(errno);
+            let done = bench.request(&bench.ticket(), write_of(block(1), 2));
+            let version = &frozen.cut.frozen[0];
+            version.set_quiesced();
+            assert_eq!(done.is_ok(), can_be_given_up, "{done:?}");
+            assert_eq!(frozen.given_up.load(Ordering::SeqCst), can_be_given_up);
+            assert_eq!(version.broken().is_some(), can_be_given_up);
+            if !can_be_given_up {
+                assert_eq!(bench.live()[block(1)], [1; 8], "what cannot be saved is not overwritten");
+                assert_eq!(bench.frozen(version).unwrap(), vec![1; bench.sectors()]);
+            }
+            // An older one would not count on an entry that is not durable.
+            assert!(!bench.entry(0, 1), "the entry that could not be committed was taken back");
+        }
+    }
+}
