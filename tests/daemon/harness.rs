@@ -25,6 +25,8 @@ thread_local! {
 pub(crate) struct Daemon {
     pub(crate) dir: Arc<TempDir>,
     name: String,
+    /// Whose run directory it has: its own, unless told otherwise.
+    run: String,
     child: Option<Child>,
     args: Vec<String>,
 }
@@ -60,7 +62,7 @@ impl Daemon {
     /// A place in the temporary directory, with nothing in it and no daemon yet.
     pub(crate) fn place() -> Daemon {
         let dir = Arc::new(tempfile::Builder::new().prefix("hs-").tempdir().unwrap());
-        Daemon { dir, name: "d".to_owned(), child: None, args: Vec::new() }
+        Daemon { dir, name: "d".to_owned(), run: "d".to_owned(), child: None, args: Vec::new() }
     }
 
     /// A daemon with disks vm0, vm1 … of these sizes, filled with nothing.
@@ -76,7 +78,14 @@ impl Daemon {
 
     /// Another daemon in the same directory, with a state and run directory of its own.
     pub(crate) fn beside(&self, name: &str) -> Daemon {
-        Daemon { dir: self.dir.clone(), name: name.to_owned(), child: None, args: Vec::new() }
+        Daemon { dir: self.dir.clone(), name: name.to_owned(), run: name.to_owned(), child: None, args: Vec::new() }
+    }
+
+    /// Another daemon with a state directory of its own in this one's run directory.
+    pub(crate) fn beside_in_run_dir(&self, name: &str) -> Daemon {
+        let mut other = self.beside(name);
+        other.run.clone_from(&self.run);
+        other
     }
 
     pub(crate) fn make_image(&self, disk: &str, size: u64) -> PathBuf {
@@ -112,7 +121,7 @@ impl Daemon {
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
-        self.path(&format!("{}-run", self.name))
+        self.path(&format!("{}-run", self.run))
     }
 
     /// The socket of a disk or of `disk@snapshot`.
@@ -167,11 +176,22 @@ impl Daemon {
         command
     }
 
+    /// Starts the daemon, and waits for nothing.
+    pub(crate) fn spawn(&mut self) {
+        assert!(self.child.is_none());
+        self.child = Some(self.serve_command().spawn().unwrap());
+    }
+
     /// Starts the daemon and waits until it serves.
     #[track_caller]
     pub(crate) fn start(&mut self) {
-        assert!(self.child.is_none());
-        self.child = Some(self.serve_command().spawn().unwrap());
+        self.spawn();
+        self.wait_up();
+    }
+
+    /// Waits until it serves.
+    #[track_caller]
+    pub(crate) fn wait_up(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while !self.is_up() {
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
@@ -364,7 +384,7 @@ impl Daemon {
         assert!(tables.iter().all(|t| own.contains(t)), "{tables:?}");
         assert_eq!(names_in(&self.run_dir().join("tables")), of("id", ".bits"));
         let mut sockets = of("name", ".sock");
-        sockets.extend(["control.sock".to_owned(), "tables".to_owned()]);
+        sockets.extend(["control.sock", "lock", "tables"].map(str::to_owned));
         sockets.sort();
         assert_eq!(names_in(&self.run_dir()), sockets);
     }
