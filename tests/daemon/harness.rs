@@ -203,7 +203,7 @@ impl Daemon {
         }
     }
 
-    fn is_up(&self) -> bool {
+    pub(crate) fn is_up(&self) -> bool {
         UnixStream::connect(self.control()).is_ok() && self.get("/v1/status").status == 200
     }
 
@@ -223,6 +223,29 @@ impl Daemon {
     pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: kill touches no memory; the child is ours and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.pid() as i32, signal) }, 0);
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// Fails if it has ended.
+    #[track_caller]
+    pub(crate) fn require_running(&mut self) {
+        if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+            self.child = None;
+            panic!("the daemon ended with {status}:\n{}", self.log_text());
+        }
+    }
+
+    /// Whether it has ended, by this signal and nothing else.
+    #[track_caller]
+    pub(crate) fn has_died_by(&mut self, signal: i32) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
+        self.child = None;
+        assert_eq!(status.signal(), Some(signal), "the daemon ended with {status}:\n{}", self.log_text());
+        true
     }
 
     #[track_caller]

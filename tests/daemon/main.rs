@@ -11,6 +11,7 @@ mod chain;
 mod client;
 mod harness;
 mod images;
+mod kills;
 mod lifecycle;
 mod load;
 mod mirror;
@@ -18,6 +19,12 @@ mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
 mod restart;
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
+#[path = "../wire/ring.rs"]
+mod ring;
 mod strategies;
 mod trouble;
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
+#[path = "../wire/vmm.rs"]
+mod vmm;
 mod watch;

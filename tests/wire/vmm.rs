@@ -6,14 +6,15 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{Result, VhostBackend};
+use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
+use vhost::{Error, Result, VhostBackend};
 
 use super::ring::{F_PROTOCOL, GUEST_BASE, Guest, GuestMemory, MEMORY_BYTES};
 
@@ -59,7 +60,9 @@ pub struct Survivor {
 }
 
 fn open(socket: &Path) -> Result<Frontend> {
-    let frontend = Frontend::connect(socket, 16)?;
+    // Not by its own connect(), which sleeps before it tries a refused socket again.
+    let stream = UnixStream::connect(socket).map_err(|e| Error::VhostUserProtocol(ProtocolError::SocketConnect(e)))?;
+    let frontend = Frontend::from_stream(stream, 16);
     for which in [rustix::net::sockopt::Timeout::Recv, rustix::net::sockopt::Timeout::Send] {
         // SAFETY: the descriptor is open for as long as the frontend, which outlives this borrow.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(frontend.as_raw_fd()) };
