@@ -11,7 +11,7 @@ use crate::harness::{from_env, seeds};
 
 #[test]
 fn kills_at_any_moment_under_load_are_not_the_guests_problem() {
-    let kills = from_env("HALFSILVER_KILLS", 200) as usize;
+    let kills = from_env("HALFSILVER_KILLS", 250) as usize;
     let seed = seeds("kills", 1)[0];
     let counts = run::run(seed, kills);
     println!("seed {seed}: {counts:#?}");

@@ -102,20 +102,26 @@ impl Counts {
         *self.amid.entry(what).or_default() += 1;
     }
 
+    /// The first rare state that was not seen.
+    fn missing(&self) -> Option<String> {
+        let kind = KINDS.into_iter().map(name_of).find(|kind| !self.in_flight.contains_key(kind));
+        let amid = AMID.into_iter().find(|what| !self.amid.contains_key(what));
+        let strategy = STRATEGIES.into_iter().find(|s| !self.taken.contains_key(*s));
+        let said = |what: &str, which: &str| format!("{what}: {which}");
+        kind.map(|k| said("nothing of this kind was in flight", k))
+            .or_else(|| amid.map(|a| said("no kill amid", a)))
+            .or_else(|| strategy.map(|s| said("no snapshot by", s)))
+            .or_else(|| (self.groups == 0).then(|| said("no snapshot of", "a group")))
+            .or_else(|| {
+                (self.commands_lost_and_done == 0).then(|| said("no lost answer of", "a command that was done"))
+            })
+            .or_else(|| (self.commands_lost_and_not_done == 0).then(|| said("no lost answer of", "one that was not")))
+    }
+
     /// Every rare state was seen.
     pub(super) fn require_all_reached(&self) {
-        for kind in KINDS {
-            assert!(self.in_flight.contains_key(name_of(kind)), "no {kind:?} was in flight at any kill");
-        }
-        for what in AMID {
-            assert!(self.amid.contains_key(what), "no kill amid: {what}");
-        }
-        for strategy in STRATEGIES {
-            assert!(self.taken.contains_key(strategy), "no snapshot was taken by {strategy}");
-        }
-        let rare = [self.groups, self.commands_lost_and_done, self.commands_lost_and_not_done, self.outlived];
-        assert!(rare.iter().all(|&n| n > 0), "some state was never reached: {rare:?}");
-        assert!(self.deaths_max > 1, "no request has outlived two daemons");
+        assert_eq!(self.missing(), None);
+        assert!(self.outlived > 0 && self.deaths_max > 1, "no request has outlived two daemons");
     }
 }
 
@@ -146,7 +152,8 @@ struct Run {
 pub(super) fn run(seed: u64, kills: usize) -> Counts {
     let mut run = Run::new(seed);
     let began = Instant::now();
-    while run.counts.kills < kills {
+    // A little longer if something rare has not been reached.
+    while run.counts.kills < kills || (run.counts.missing().is_some() && run.counts.kills < 4 * kills) {
         let plan = run.plan();
         match plan {
             Plan::Start => run.life_that_does_not_begin(),
@@ -265,19 +272,11 @@ impl Run {
         if plan == Plan::Drain && self.rng.chance(40) {
             self.load_for(short);
             self.order_cutover();
-            after = self.rng.below(1500);
+            after = self.rng.below(700);
         }
         self.kill_after(Duration::from_micros(after as u64));
         while !self.is_dead() {
             self.load_once();
-        }
-        if let Some(underway) = &self.underway {
-            match &underway.command {
-                Command::Create { references, .. } if references.len() > 1 => amid.push("create of a group"),
-                Command::Create { .. } => amid.push("create"),
-                Command::Delete { .. } => amid.push("delete"),
-                Command::Cutover => amid.push("cutover"),
-            }
         }
         amid.into_iter().for_each(|what| self.counts.amid(what));
         self.bury();
@@ -407,8 +406,6 @@ impl Run {
         if self.underway.is_some() || is_pinned || self.known.len() >= SNAPSHOTS_MAX {
             return;
         }
-        self.names += 1;
-        let name = format!("s{}", self.names);
         let disks = match self.rng.below(6) {
             0 | 1 => vec![0, 1],
             2 => vec![0],
@@ -419,6 +416,12 @@ impl Run {
             (0..8, _) => STRATEGIES[0],
             _ => STRATEGIES[1],
         };
+        self.order_create_of(disks, strategy, pins);
+    }
+
+    fn order_create_of(&mut self, disks: Vec<usize>, strategy: &str, pins: bool) {
+        self.names += 1;
+        let name = format!("s{}", self.names);
         let references: Vec<_> = disks.iter().map(|&d| format!("{}@{name}", DISKS[d])).collect();
         for (&disk, reference) in disks.iter().zip(&references) {
             self.world.begin_cut(disk, reference.clone());
@@ -486,6 +489,14 @@ impl Run {
     /// A command's answer. Status 599 is none: the daemon died over it.
     fn answered(&mut self, command: Command, answer: &Answer) {
         let is_lost = answer.status == 599;
+        if is_lost {
+            self.counts.amid(match &command {
+                Command::Create { references, .. } if references.len() > 1 => "create of a group",
+                Command::Create { .. } => "create",
+                Command::Delete { .. } => "delete",
+                Command::Cutover => "cutover",
+            });
+        }
         match command {
             Command::Create { references, pins } if (200..300).contains(&answer.status) => {
                 let shown = answer.json();
@@ -593,15 +604,7 @@ impl Run {
         self.settle_command();
         self.order_cutover();
         self.settle_command();
-        let began = Instant::now();
-        while self.vms.iter().any(|vm| vm.in_flight() > 0) {
-            assert!(began.elapsed() < PATIENCE, "requests are not answered");
-            let answered: usize = self.vms.iter_mut().map(|vm| vm.poll(&mut self.world)).sum();
-            if answered == 0 {
-                std::thread::sleep(Duration::from_micros(50));
-            }
-        }
-        self.vms.iter().for_each(Vm::require_quiet);
+        self.drain();
         let going: Vec<_> = self.known.iter().filter(|(_, k)| **k == Known::Going).map(|(r, _)| r.clone()).collect();
         for reference in going {
             self.daemon.api().wait_gone(&reference);
@@ -624,6 +627,40 @@ impl Run {
             vm.read_all(&mut self.world);
             assert!(vm.in_flight() == 0, "{}", DISKS[disk]);
         }
+        if self.rng.chance(50) {
+            self.begin_anew();
+        }
+    }
+
+    /// Every request is answered, and no answer is too many.
+    fn drain(&mut self) {
+        let began = Instant::now();
+        while self.vms.iter().any(|vm| vm.in_flight() > 0) {
+            assert!(began.elapsed() < PATIENCE, "requests are not answered");
+            let answered: usize = self.vms.iter_mut().map(|vm| vm.poll(&mut self.world)).sum();
+            if answered == 0 {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        self.vms.iter().for_each(Vm::require_quiet);
+    }
+
+    /// Without snapshots and with both legs every strategy can be had, and not only another log.
+    fn begin_anew(&mut self) {
+        self.delete_all();
+        self.complete_mirror();
+        wait_until("both legs to be in sync", || in_sync(&self.daemon));
+        self.order_create_of(vec![1], STRATEGIES[2], false);
+        self.settle_command();
+    }
+
+    fn delete_all(&mut self) {
+        let mut all: Vec<_> = self.known.keys().cloned().collect();
+        while !all.is_empty() {
+            let reference = all.swap_remove(self.rng.below(all.len()));
+            self.daemon.delete(&reference);
+            self.forget(&reference);
+        }
     }
 
     /// A leg that an older snapshot has taken over with the one that went is not the disk's any more: it gets it again, if
@@ -645,12 +682,8 @@ impl Run {
     /// All snapshots go, the daemon stops, and the raw images alone are the disks.
     fn end(mut self) -> Counts {
         self.rest();
-        let mut all: Vec<_> = self.known.keys().cloned().collect();
-        while !all.is_empty() {
-            let reference = all.swap_remove(self.rng.below(all.len()));
-            self.daemon.delete(&reference);
-            self.forget(&reference);
-        }
+        self.drain();
+        self.delete_all();
         self.complete_mirror();
         wait_until("both legs to be in sync", || in_sync(&self.daemon));
         for vm in &mut self.vms {
