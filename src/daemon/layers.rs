@@ -12,6 +12,7 @@ use super::disks::Trust;
 use super::manager::{Manager, image_error, table_error};
 use crate::control::ApiError;
 use crate::control::api::DiskConfig;
+use crate::crash;
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
@@ -196,7 +197,9 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
         }
         other => other,
     };
-    Ok(Arc::new(created.map_err(image_error)?))
+    let created = created.map_err(image_error)?;
+    crash::point("after an image was made");
+    Ok(Arc::new(created))
 }
 
 /// Opens a layer's image as its disk's is opened.
@@ -223,6 +226,7 @@ fn in_table(path: &Path, e: &ImageError) -> TableError {
 
 /// Removes a file that is ours. That it is gone already is fine.
 pub(super) fn remove_file(path: &Path) {
+    crash::point("before a file is removed");
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::error!("cannot remove {}: {e}", path.display()),
         _ => {}

@@ -29,6 +29,8 @@ pub(crate) struct Daemon {
     run: String,
     child: Option<Child>,
     args: Vec<String>,
+    /// The next one that is started kills itself at this point (src/crash.rs).
+    pub(crate) crash_at: Option<String>,
 }
 
 /// What the control socket answered.
@@ -62,7 +64,7 @@ impl Daemon {
     /// A place in the temporary directory, with nothing in it and no daemon yet.
     pub(crate) fn place() -> Daemon {
         let dir = Arc::new(tempfile::Builder::new().prefix("hs-").tempdir().unwrap());
-        Daemon { dir, name: "d".to_owned(), run: "d".to_owned(), child: None, args: Vec::new() }
+        Daemon { dir, name: "d".to_owned(), run: "d".to_owned(), child: None, args: Vec::new(), crash_at: None }
     }
 
     /// A daemon with disks vm0, vm1 … of these sizes, filled with nothing.
@@ -78,7 +80,14 @@ impl Daemon {
 
     /// Another daemon in the same directory, with a state and run directory of its own.
     pub(crate) fn beside(&self, name: &str) -> Daemon {
-        Daemon { dir: self.dir.clone(), name: name.to_owned(), run: name.to_owned(), child: None, args: Vec::new() }
+        Daemon {
+            dir: self.dir.clone(),
+            name: name.to_owned(),
+            run: name.to_owned(),
+            child: None,
+            args: Vec::new(),
+            crash_at: None,
+        }
     }
 
     /// Another daemon with a state directory of its own in this one's run directory.
@@ -171,6 +180,9 @@ impl Daemon {
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
             command.env("HALFSILVER_PLANT", defect);
         }
+        if let Some(at) = &self.crash_at {
+            command.env("HALFSILVER_CRASH_AT", at);
+        }
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command
@@ -236,6 +248,15 @@ impl Daemon {
             self.child = None;
             panic!("the daemon ended with {status}:\n{}", self.log_text());
         }
+    }
+
+    /// Whether it has ended, and well.
+    #[track_caller]
+    pub(crate) fn has_stopped(&mut self) -> bool {
+        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
+        self.child = None;
+        assert!(status.success(), "the daemon ended with {status}:\n{}", self.log_text());
+        true
     }
 
     /// Whether it has ended, by this signal and nothing else.

@@ -4,6 +4,10 @@
 //! `vm.rs` is the guest, `run.rs` kills, `../oracle.rs` knows what every version may show. HALFSILVER_KILLS asks for longer
 //! runs (`scripts/kills`).
 
+mod counts;
+#[cfg(feature = "planted")]
+mod points;
+mod restarts;
 mod run;
 mod vm;
 

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::vm::{KINDS, Kind, Vm};
+use super::counts::{Counts, STRATEGIES, name_of};
+use super::vm::{KINDS, Vm};
 use crate::client::tags;
 use crate::harness::{Answer, Daemon, PATIENCE, Rng, wait_until};
 use crate::oracle::{Array, DISKS, Phase, World};
@@ -39,6 +40,17 @@ enum Plan {
     Resync,
 }
 
+/// What comes after a rest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rest {
+    Only,
+    /// All snapshots go, and a leg is split off.
+    Anew,
+    /// All snapshots go.
+    #[cfg_attr(not(feature = "planted"), allow(dead_code, reason = "for the sweep of points"))]
+    Clean,
+}
+
 /// What is known of a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Known {
@@ -64,82 +76,11 @@ struct Underway {
     answer: Receiver<Answer>,
 }
 
-/// What a run got to do.
-#[derive(Default, Debug)]
-pub(super) struct Counts {
-    kills: usize,
-    in_flight: BTreeMap<&'static str, usize>,
-    /// Kills amid something, by name.
-    amid: BTreeMap<&'static str, usize>,
-    taken: BTreeMap<String, usize>,
-    groups: usize,
-    commands_lost_and_done: usize,
-    commands_lost_and_not_done: usize,
-    outlived: usize,
-    deaths_max: usize,
-    answered: u64,
-    snapshots_checked: usize,
-}
-
-const AMID: [&str; 11] = [
-    "start",
-    "connecting",
-    "load",
-    "create",
-    "create of a group",
-    "draining",
-    "cutover",
-    "delete",
-    "merge",
-    "fold",
-    "resync",
-];
-const STRATEGIES: [&str; 3] = ["copy-on-write", "write-logging", "write-mirroring"];
-
-impl Counts {
-    fn amid(&mut self, what: &'static str) {
-        assert!(AMID.contains(&what));
-        *self.amid.entry(what).or_default() += 1;
-    }
-
-    /// The first rare state that was not seen.
-    fn missing(&self) -> Option<String> {
-        let kind = KINDS.into_iter().map(name_of).find(|kind| !self.in_flight.contains_key(kind));
-        let amid = AMID.into_iter().find(|what| !self.amid.contains_key(what));
-        let strategy = STRATEGIES.into_iter().find(|s| !self.taken.contains_key(*s));
-        let said = |what: &str, which: &str| format!("{what}: {which}");
-        kind.map(|k| said("nothing of this kind was in flight", k))
-            .or_else(|| amid.map(|a| said("no kill amid", a)))
-            .or_else(|| strategy.map(|s| said("no snapshot by", s)))
-            .or_else(|| (self.groups == 0).then(|| said("no snapshot of", "a group")))
-            .or_else(|| {
-                (self.commands_lost_and_done == 0).then(|| said("no lost answer of", "a command that was done"))
-            })
-            .or_else(|| (self.commands_lost_and_not_done == 0).then(|| said("no lost answer of", "one that was not")))
-    }
-
-    /// Every rare state was seen.
-    pub(super) fn require_all_reached(&self) {
-        assert_eq!(self.missing(), None);
-        assert!(self.outlived > 0 && self.deaths_max > 1, "no request has outlived two daemons");
-    }
-}
-
-fn name_of(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Read => "read",
-        Kind::Write => "write",
-        Kind::WriteZeroes => "write-zeroes",
-        Kind::Discard => "discard",
-        Kind::Flush => "flush",
-    }
-}
-
-struct Run {
-    daemon: Daemon,
+pub(super) struct Run {
+    pub(super) daemon: Daemon,
     rng: Rng,
-    world: World,
-    vms: Vec<Vm>,
+    pub(super) world: World,
+    pub(super) vms: Vec<Vm>,
     known: BTreeMap<String, Known>,
     underway: Option<Underway>,
     names: usize,
@@ -170,7 +111,7 @@ pub(super) fn run(seed: u64, kills: usize) -> Counts {
 }
 
 impl Run {
-    fn new(seed: u64) -> Run {
+    pub(super) fn new(seed: u64) -> Run {
         let mut rng = Rng::new(seed);
         let mut daemon = Daemon::place();
         let block = ["4K", "4K", "16K"][rng.below(3)];
@@ -294,7 +235,7 @@ impl Run {
     }
 
     /// Starts a daemon, unless one runs, and connects everybody to it again.
-    fn ensure_alive(&mut self) {
+    pub(super) fn ensure_alive(&mut self) {
         if self.daemon.is_running() {
             return;
         }
@@ -326,12 +267,12 @@ impl Run {
         });
     }
 
-    fn is_dead(&mut self) -> bool {
+    pub(super) fn is_dead(&mut self) -> bool {
         self.daemon.has_died_by(libc::SIGKILL)
     }
 
     /// After a death: what was answered is answered, all else is owed by the next daemon.
-    fn bury(&mut self) {
+    pub(super) fn bury(&mut self) {
         self.counts.kills += 1;
         for vm in &mut self.vms {
             let open = vm.bereaved(&mut self.world);
@@ -348,7 +289,7 @@ impl Run {
         self.world.freeze(|a| known.get(&a.name) != Some(&Known::Asked));
     }
 
-    fn load_once(&mut self) {
+    pub(super) fn load_once(&mut self) {
         let mut answered = 0;
         for vm in &mut self.vms {
             vm.submit(6, &mut self.rng, &mut self.world);
@@ -360,7 +301,7 @@ impl Run {
         }
     }
 
-    fn load_for(&mut self, time: Duration) {
+    pub(super) fn load_for(&mut self, time: Duration) {
         let began = Instant::now();
         while began.elapsed() < time {
             self.load_once();
@@ -392,7 +333,21 @@ impl Run {
         }
     }
 
-    fn settle_command(&mut self) {
+    /// A clean stop.
+    pub(super) fn stop(&mut self) {
+        self.daemon.stop();
+        self.bury();
+    }
+
+    #[cfg(feature = "planted")]
+    pub(super) fn order_delete_oldest_of(&mut self, disk: usize) {
+        let reference = self.known.keys().find(|r| r.starts_with(&format!("{}@", DISKS[disk]))).cloned();
+        if let Some(reference) = reference {
+            self.order_delete(reference);
+        }
+    }
+
+    pub(super) fn settle_command(&mut self) {
         let began = Instant::now();
         while self.underway.is_some() {
             assert!(began.elapsed() < PATIENCE, "a command takes too long");
@@ -419,7 +374,7 @@ impl Run {
         self.order_create_of(disks, strategy, pins);
     }
 
-    fn order_create_of(&mut self, disks: Vec<usize>, strategy: &str, pins: bool) {
+    pub(super) fn order_create_of(&mut self, disks: Vec<usize>, strategy: &str, pins: bool) {
         self.names += 1;
         let name = format!("s{}", self.names);
         let references: Vec<_> = disks.iter().map(|&d| format!("{}@{name}", DISKS[d])).collect();
@@ -443,10 +398,14 @@ impl Run {
             return None;
         }
         let reference = there.swap_remove(self.rng.below(there.len()));
+        self.order_delete(reference);
+        self.slow_job(|kind| matches!(kind, "fold" | "merge"))
+    }
+
+    fn order_delete(&mut self, reference: String) {
         self.known.insert(reference.clone(), Known::AskedToGo);
         let path = format!("/v1/snapshots/{reference}");
         self.send(Command::Delete { reference }, "DELETE", path, String::new());
-        self.slow_job(|kind| matches!(kind, "fold" | "merge"))
     }
 
     fn slow_resync(&mut self) -> Option<&'static str> {
@@ -475,7 +434,7 @@ impl Run {
         None
     }
 
-    fn order_cutover(&mut self) {
+    pub(super) fn order_cutover(&mut self) {
         let pinned = self.world.arrays.iter().find(|a| a.phase == Phase::Pinned).map(|a| a.name.clone());
         if let Some(reference) = pinned.filter(|_| self.underway.is_none()) {
             // From now on a write may belong to it, or not any more.
@@ -600,6 +559,11 @@ impl Run {
 
     /// Everything comes to rest: all requests are answered, all jobs done, and every version is read.
     fn rest(&mut self) {
+        let then = if self.rng.chance(50) { Rest::Anew } else { Rest::Only };
+        self.rest_and(then);
+    }
+
+    pub(super) fn rest_and(&mut self, then: Rest) {
         self.ensure_alive();
         self.settle_command();
         self.order_cutover();
@@ -627,8 +591,10 @@ impl Run {
             vm.read_all(&mut self.world);
             assert!(vm.in_flight() == 0, "{}", DISKS[disk]);
         }
-        if self.rng.chance(50) {
-            self.begin_anew();
+        match then {
+            Rest::Only => {}
+            Rest::Anew => self.begin_anew(),
+            Rest::Clean => self.be_clean(),
         }
     }
 
@@ -647,11 +613,15 @@ impl Run {
 
     /// Without snapshots and with both legs every strategy can be had, and not only another log.
     fn begin_anew(&mut self) {
+        self.be_clean();
+        self.order_create_of(vec![1], STRATEGIES[2], false);
+        self.settle_command();
+    }
+
+    fn be_clean(&mut self) {
         self.delete_all();
         self.complete_mirror();
         wait_until("both legs to be in sync", || in_sync(&self.daemon));
-        self.order_create_of(vec![1], STRATEGIES[2], false);
-        self.settle_command();
     }
 
     fn delete_all(&mut self) {
