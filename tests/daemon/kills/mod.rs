@@ -21,3 +21,9 @@ fn kills_at_any_moment_under_load_are_not_the_guests_problem() {
     println!("seed {seed}: {counts:#?}");
     counts.require_all_reached();
 }
+
+/// A short run, for planted defects.
+#[cfg(feature = "planted")]
+pub(crate) fn one_run(seed: u64, kills: usize) {
+    println!("{} kills", run::run(seed, kills).kills);
+}
