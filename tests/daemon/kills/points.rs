@@ -33,7 +33,7 @@ const POINTS: [&str; 17] = [
 /// After so many times at one point not every one is a death: a deletion goes on for long.
 const DENSE: usize = 5;
 /// And after so many it has been seen enough.
-const TIMES_MAX: usize = 30;
+const TIMES_MAX: usize = 16;
 
 /// One life that is the same again and again, but for the point at which it ends.
 struct Sweep {
