@@ -18,7 +18,7 @@ reconnect_option() {
     local version major minor
     version=$("$qemu" --version | sed -n 's/^QEMU emulator version \([0-9]*\)\.\([0-9]*\).*/\1 \2/p')
     read -r major minor <<<"${version:-0 0}"
-    if [ "$major" -gt 9 ] || { [ "$major" -eq 9 ] && [ "$minor" -ge 2 ]; }; then echo reconnect-ms=1000; else echo reconnect=1; fi
+    if [ "$major" -gt 9 ] || { [ "$major" -eq 9 ] && [ "$minor" -ge 2 ]; }; then echo reconnect-ms=100; else echo reconnect=1; fi
 }
 
 # Sets `base`: a machine whose memory a vhost-user backend can map, and the accelerator to go with it.

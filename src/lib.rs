@@ -5,17 +5,19 @@
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
 //! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
-//! | `store`      | durable records, and tables of blocks                     | image                         |
+//! | `store`      | durable records, and tables of blocks                     | image, crash                  |
 //! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
-//! | `job`        | paced background copying over `mirror`                    | mirror, store, image          |
+//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, crash   |
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`) |
 //! | `sync`       | the synchronisation types that a model may replace        | –                             |
+//! | `crash`      | points at which a test kills the program                  | –                             |
 
 pub mod cli;
 pub mod control;
+mod crash;
 pub mod daemon;
 pub mod image;
 pub mod job;

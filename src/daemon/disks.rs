@@ -169,7 +169,7 @@ impl Manager {
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
-        disk.observe(Arc::new(BrokenVersions { tell: self.broken.clone(), places: self.places.clone() }));
+        disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.

@@ -12,6 +12,7 @@ use super::manager::{Manager, image_error, table_error};
 use super::takeup::{LayerSource, Trust};
 use crate::control::api::{DiskConfig, Durability};
 use crate::control::{ApiError, ErrorCode};
+use crate::crash;
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
@@ -277,6 +278,7 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
         other => other,
     };
     let created = created.map_err(image_error)?;
+    crash::point("after an image was made");
     // The records are about to name it: after a power cut it must be there.
     crate::store::sync_directory_of(path).map_err(|e| {
         remove_file(path);
@@ -309,6 +311,7 @@ fn in_table(path: &Path, e: &ImageError) -> TableError {
 
 /// Removes a file that is ours. That it is gone already is fine.
 pub(super) fn remove_file(path: &Path) {
+    crash::point("before a file is removed");
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::error!("cannot remove {}: {e}", path.display()),
         _ => {}

@@ -41,14 +41,22 @@ pub struct Manager {
     pub(super) structure: Mutex<()>,
     pub(super) stopping: AtomicBool,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
-    pub(super) broken: Sender<VersionId>,
+    pub(super) house: Sender<HouseNews>,
     /// For the threads that the manager starts itself.
     pub(super) me: Weak<Manager>,
 }
 
+/// What the housekeeper is told.
+pub(super) enum HouseNews {
+    /// A data-path thread found that a version is broken.
+    Broken(VersionId),
+    /// The daemon is going down.
+    Stopping,
+}
+
 /// Passes broken versions on from data-path threads to the housekeeper.
 pub(super) struct BrokenVersions {
-    pub(super) tell: Sender<VersionId>,
+    pub(super) tell: Sender<HouseNews>,
     pub(super) places: Arc<Places>,
 }
 
@@ -64,7 +72,7 @@ impl DiskObserver for BrokenVersions {
     }
 
     fn version_broken(&self, version: VersionId, _reason: &str) {
-        if self.tell.send(version).is_err() {
+        if self.tell.send(HouseNews::Broken(version)).is_err() {
             log::debug!("a version broke while the daemon ends");
         }
     }
@@ -78,7 +86,7 @@ impl Manager {
     pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
         let records = Records::open(&places.records())?;
         let clock = EpochClock::new(first_epoch(&records.disks()?));
-        let (broken, inbox) = channel();
+        let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
             places: Arc::new(places),
             records,
@@ -91,7 +99,7 @@ impl Manager {
             structure: Mutex::new(()),
             stopping: AtomicBool::new(false),
             threads: Mutex::default(),
-            broken,
+            house,
             me: me.clone(),
         });
         let keeper = manager.me.clone();
@@ -173,13 +181,15 @@ impl Manager {
 }
 
 /// What data-path threads must not do themselves: recording and telling.
-fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<VersionId>) {
+fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
     let mut last_clean = Instant::now();
     loop {
         let news = inbox.recv_timeout(Duration::from_millis(500));
         let Some(manager) = manager.upgrade() else { return };
         match news {
-            Ok(version) => manager.tell_broken(version),
+            Ok(HouseNews::Broken(version)) => manager.tell_broken(version),
+            // Guests wait for the next daemon; what is still to be told is in the records that are saved.
+            Ok(HouseNews::Stopping) => return,
             Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
             Err(RecvTimeoutError::Timeout) => {
                 manager.tell_failures();

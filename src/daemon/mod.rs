@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use config::ServeConfig;
+use manager::HouseNews;
 pub use manager::Manager;
 pub use places::{PlaceError, Places};
 
@@ -110,6 +111,9 @@ impl Manager {
             for snapshot in disk.snapshots() {
                 drop(locked(&snapshot.server).take());
             }
+        }
+        if self.house.send(HouseNews::Stopping).is_err() {
+            log::debug!("the housekeeper has left already");
         }
         for thread in std::mem::take(&mut *locked(&self.threads)) {
             if thread.join().is_err() {

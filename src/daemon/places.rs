@@ -1,6 +1,7 @@
 //! Where the daemon keeps things: the state directory, which survives, and the run directory, which need not.
 //!
-//! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory.
+//! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory, and
+//! one a run directory: what another one keeps in it would look like strays.
 
 use std::collections::HashSet;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -19,7 +20,7 @@ use crate::store::DiskRecord;
 pub struct Places {
     state_dir: PathBuf,
     run_dir: PathBuf,
-    _lock: File,
+    _locks: Vec<File>,
 }
 
 /// A directory cannot be used.
@@ -41,13 +42,15 @@ pub enum PlaceError {
         /// Why, and what to do.
         what: String,
     },
-    /// Another daemon has the state directory.
-    #[error("{} is in use by another halfsilver{holder}; stop it first, or use another --state-dir", path.display())]
+    /// Another daemon has the directory.
+    #[error("{} is in use by another halfsilver{holder}; stop it first, or use another {option}", path.display())]
     InUse {
-        /// The state directory.
+        /// The directory.
         path: PathBuf,
         /// The holder, as far as it is known.
         holder: String,
+        /// The option that names another one.
+        option: &'static str,
     },
 }
 
@@ -55,7 +58,7 @@ impl Places {
     /// Makes, checks and locks the directories.
     ///
     /// # Errors
-    /// When one cannot be made or is not safe, or another daemon has the state directory.
+    /// When one cannot be made or is not safe, or another daemon has it.
     pub fn open(state_dir: &Path, run_dir: &Path) -> Result<Places, PlaceError> {
         for dir in [state_dir, run_dir] {
             make(dir, true)?;
@@ -63,8 +66,11 @@ impl Places {
         for dir in [state_dir.join("tables"), state_dir.join("images"), run_dir.join("tables")] {
             make(&dir, false)?;
         }
-        let lock = lock(state_dir)?;
-        Ok(Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _lock: lock })
+        let mut locks = vec![lock(state_dir, "--state-dir")?];
+        if !is_same(state_dir, run_dir)? {
+            locks.push(lock(run_dir, "--run-dir")?);
+        }
+        Ok(Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _locks: locks })
     }
 
     /// The run directory.
@@ -195,8 +201,16 @@ fn make(dir: &Path, top: bool) -> Result<(), PlaceError> {
     Ok(())
 }
 
-fn lock(state_dir: &Path) -> Result<File, PlaceError> {
-    let path = state_dir.join("lock");
+fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
+    let look = |dir: &Path| {
+        let meta = std::fs::metadata(dir).map_err(|source| PlaceError::Io { path: dir.to_owned(), source })?;
+        Ok((meta.dev(), meta.ino()))
+    };
+    Ok(look(one)? == look(other)?)
+}
+
+fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError> {
+    let path = dir.join("lock");
     let error = |source: io::Error| PlaceError::Io { path: path.clone(), source };
     let mut file = OpenOptions::new()
         .read(true)
@@ -213,7 +227,7 @@ fn lock(state_dir: &Path) -> Result<File, PlaceError> {
             let mut holder = String::new();
             file.read_to_string(&mut holder).map_err(error)?;
             let holder = holder.trim().parse::<u32>().map(|pid| format!(" (process {pid})")).unwrap_or_default();
-            return Err(PlaceError::InUse { path: state_dir.to_owned(), holder });
+            return Err(PlaceError::InUse { path: dir.to_owned(), holder, option });
         }
         Err(e) => return Err(error(e.into())),
     }

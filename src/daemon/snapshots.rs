@@ -18,6 +18,7 @@ use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writer
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::crash;
 use crate::mirror::{self, Epoch, NewLayer, PreparedSnapshot, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
@@ -84,10 +85,12 @@ impl Manager {
             Writers::Connection => mirror::Writers::Connection,
         };
         // A cut is refused before it changes anything; the entries then go as in undo().
+        crash::point("before the cut");
         let cut = self.editor.cut(prepared, writers).map_err(|e| {
             self.forget(&entries, &made);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
+        crash::point("after the cut");
         let at = Instant::now();
         for (_, entry) in &entries {
             locked(&entry.record).ended = cut.ended.0;
@@ -294,6 +297,7 @@ impl Manager {
             if let Err(e) = self.records.put([&record]) {
                 log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
             }
+            crash::point("before a snapshot is opened");
             if entry.broken().is_none() && !self.is_stopping() {
                 self.open_socket(disk, entry);
             }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::crash;
 use crate::image::IoQueue;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{ChainEditor, Disk, Epoch, RequestError, Version};
@@ -99,10 +100,12 @@ pub async fn retire(
         };
         let Some(next) = next else { break };
         at = next;
+        crash::point("between two blocks of a deletion");
         if !pace.step(&queue, block_bytes).await {
             return Ok(Outcome::Stopped);
         }
     }
+    crash::point("after the last block of a deletion");
     disk.settle(&queue, version.id).await?;
     editor.finish_retire(&disk, version.id);
     Ok(Outcome::Done)

@@ -17,6 +17,7 @@ use std::task::{Poll, Waker};
 use uuid::Uuid;
 
 use super::{BlockIndex, BlockRange, Table, TableError};
+use crate::crash;
 use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, SharedImage, join_all, read_exact_at,
     sync, write_all_at,
@@ -267,6 +268,7 @@ impl DurableTable {
                 break;
             }
             wrote = true;
+            crash::point("before a durable table is written");
             self.write_runs(queue, runs).await?;
         }
         if let Some(payload) = header {
@@ -274,7 +276,12 @@ impl DurableTable {
             self.write(queue, ByteOffset(0), owned(&sector)).await?;
             wrote = true;
         }
-        if wrote { sync(&*self.image, queue).await } else { Ok(()) }
+        if wrote {
+            crash::point("before a durable table is synced");
+            sync(&*self.image, queue).await?;
+            crash::point("after a durable table was synced");
+        }
+        Ok(())
     }
 
     /// The sectors of a run as they are now.

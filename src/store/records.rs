@@ -11,6 +11,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::crash;
+
 /// The format of the records. A later one is refused rather than guessed at.
 const FORMAT: u64 = 3;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
@@ -255,7 +257,10 @@ impl Records {
                     table.insert(disk.name.as_str(), value.as_slice()).map_err(RecordError::of)?;
                 }
             }
-            change.commit().map_err(RecordError::of)
+            crash::point("before records are committed");
+            change.commit().map_err(RecordError::of)?;
+            crash::point("after records were committed");
+            Ok(())
         })
     }
 
@@ -267,7 +272,10 @@ impl Records {
         self.with(|database| {
             let change = database.begin_write().map_err(RecordError::of)?;
             change.open_table(DISKS).map_err(RecordError::of)?.remove(name).map_err(RecordError::of)?;
-            change.commit().map_err(RecordError::of)
+            crash::point("before records are committed");
+            change.commit().map_err(RecordError::of)?;
+            crash::point("after records were committed");
+            Ok(())
         })
     }
 }

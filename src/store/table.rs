@@ -23,6 +23,8 @@ use uuid::Uuid;
 use super::run_header::{self, BROKEN, FLAGS_WORD, PAGE_BYTES, RunHeader, TableName};
 use super::{BlockIndex, BlockRange};
 
+use crate::crash;
+
 const PAGE_BITS: u64 = PAGE_BYTES as u64 * 8;
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
 
@@ -105,7 +107,9 @@ impl Table {
             _ => {}
         }
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(error)?;
+        crash::point("before a table's file has its size");
         file.set_len(Self::mapping_bytes(blocks) as u64).map_err(error)?;
+        crash::point("before a table's file has its header");
         // Last: a file that was not finished is not believed.
         file.write_all_at(&RunHeader { blocks, name }.page(), 0).map_err(error)?;
         Self::map(path, &file, blocks)
@@ -389,8 +393,11 @@ impl Table {
             out.write_all(&bytes).map_err(error)?;
         }
         let file = out.into_inner().map_err(|e| error(e.into_error()))?;
+        crash::point("before a saved table is synced");
         file.sync_all().map_err(error)?;
+        crash::point("before a saved table gets its name");
         std::fs::rename(&beside, path).map_err(error)?;
+        crash::point("before the name of a saved table is synced");
         sync_directory_of(path).map_err(error)?;
         Ok(seal)
     }

@@ -109,8 +109,8 @@ impl Ring {
             .ok_or(RingFault::Size(entries))
     }
 
-    /// A ring that goes on at avail index `base`. With inflight tracking it goes on after what was taken before, and
-    /// the heads that were not answered are returned too, in their order.
+    /// A ring that goes on at avail index `base`. With inflight tracking it goes on after what was taken before, whatever
+    /// the base, and the heads that were not answered are returned too, in their order.
     ///
     /// # Errors
     /// When a part of it is not in the guest's memory, or not aligned, or the inflight region has too few entries.
@@ -143,9 +143,8 @@ impl Ring {
         let mut unanswered = Vec::new();
         if let Some(inflight) = &mut ring.inflight {
             unanswered = inflight.recover(ring.next_used, setup.entries);
-        }
-        if !unanswered.is_empty() {
-            // After a crash nobody knows the avail index any more; but what was taken is what was used and what was not.
+            // What was taken is what was used and what was not. After a crash no frontend knows better: QEMU says what
+            // was used, cloud-hypervisor what is announced, which may be more than was taken.
             let count = u16::try_from(unanswered.len()).expect("no more than entries");
             ring.next_avail = ring.next_used.wrapping_add(count);
             ring.loaded_avail = ring.next_avail;

@@ -254,6 +254,10 @@ impl Loop {
                         self.rules = *rules;
                         self.enabled = true;
                         self.set_kick(Some(kick));
+                        // An earlier daemon may have died between its last answer and the call that told of it.
+                        if let Some(call) = &self.call {
+                            call.signal();
+                        }
                         Ok(0)
                     }
                     Err(fault) => Err(fault),
@@ -336,13 +340,11 @@ impl Loop {
             if !self.enabled || self.stopping.is_some() || self.kick.is_none() {
                 return false;
             }
-            let Some(mut ring) = self.ring.take() else { return false };
             self.rules.durable = self.context.durable.load(Ordering::Acquire);
+            self.begin_unanswered();
+            let Some(mut ring) = self.ring.take() else { return false };
             let started = Instant::now();
             let lane = self.lane.clone();
-            for head in std::mem::take(&mut self.unanswered) {
-                self.begin(&ring, head, lane.enter(), started);
-            }
             let taken = intake(&lane, &mut ring, |ring, head, ticket| self.begin(ring, head, ticket, started));
             let fault = ring.take_fault();
             self.ring = Some(ring);
@@ -361,6 +363,16 @@ impl Loop {
             }
         }
         true
+    }
+
+    /// Starts again what an earlier daemon took and did not answer, in its order.
+    fn begin_unanswered(&mut self) {
+        let Some(ring) = self.ring.take_if(|_| !self.unanswered.is_empty()) else { return };
+        let (lane, started) = (self.lane.clone(), Instant::now());
+        for head in std::mem::take(&mut self.unanswered) {
+            self.begin(&ring, head, lane.enter(), started);
+        }
+        self.ring = Some(ring);
     }
 
     /// Reads and validates one request, and starts it.
@@ -454,6 +466,10 @@ impl Loop {
     }
 
     fn finish_stop(&mut self) {
+        if self.stopping.is_some() {
+            // They are behind the base that is told, even if the ring is stopped before it was served.
+            self.begin_unanswered();
+        }
         if self.shared.in_flight.get() > 0 || self.waiting.is_some() || self.stopping.is_none() {
             return;
         }

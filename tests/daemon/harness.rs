@@ -25,8 +25,12 @@ thread_local! {
 pub(crate) struct Daemon {
     pub(crate) dir: Arc<TempDir>,
     name: String,
+    /// Whose run directory it has: its own, unless told otherwise.
+    run: String,
     child: Option<Child>,
     args: Vec<String>,
+    /// The next one that is started kills itself at this point (src/crash.rs).
+    pub(crate) crash_at: Option<String>,
 }
 
 /// What the control socket answered.
@@ -60,7 +64,7 @@ impl Daemon {
     /// A place in the temporary directory, with nothing in it and no daemon yet.
     pub(crate) fn place() -> Daemon {
         let dir = Arc::new(tempfile::Builder::new().prefix("hs-").tempdir().unwrap());
-        Daemon { dir, name: "d".to_owned(), child: None, args: Vec::new() }
+        Daemon { dir, name: "d".to_owned(), run: "d".to_owned(), child: None, args: Vec::new(), crash_at: None }
     }
 
     /// A daemon with disks vm0, vm1 … of these sizes, filled with nothing.
@@ -76,7 +80,21 @@ impl Daemon {
 
     /// Another daemon in the same directory, with a state and run directory of its own.
     pub(crate) fn beside(&self, name: &str) -> Daemon {
-        Daemon { dir: self.dir.clone(), name: name.to_owned(), child: None, args: Vec::new() }
+        Daemon {
+            dir: self.dir.clone(),
+            name: name.to_owned(),
+            run: name.to_owned(),
+            child: None,
+            args: Vec::new(),
+            crash_at: None,
+        }
+    }
+
+    /// Another daemon with a state directory of its own in this one's run directory.
+    pub(crate) fn beside_in_run_dir(&self, name: &str) -> Daemon {
+        let mut other = self.beside(name);
+        other.run.clone_from(&self.run);
+        other
     }
 
     pub(crate) fn make_image(&self, disk: &str, size: u64) -> PathBuf {
@@ -116,7 +134,7 @@ impl Daemon {
     }
 
     pub(crate) fn run_dir(&self) -> PathBuf {
-        self.path(&format!("{}-run", self.name))
+        self.path(&format!("{}-run", self.run))
     }
 
     /// The socket of a disk or of `disk@snapshot`.
@@ -166,16 +184,30 @@ impl Daemon {
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
             command.env("HALFSILVER_PLANT", defect);
         }
+        if let Some(at) = &self.crash_at {
+            command.env("HALFSILVER_CRASH_AT", at);
+        }
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command
     }
 
+    /// Starts the daemon, and waits for nothing.
+    pub(crate) fn spawn(&mut self) {
+        assert!(self.child.is_none());
+        self.child = Some(self.serve_command().spawn().unwrap());
+    }
+
     /// Starts the daemon and waits until it serves.
     #[track_caller]
     pub(crate) fn start(&mut self) {
-        assert!(self.child.is_none());
-        self.child = Some(self.serve_command().spawn().unwrap());
+        self.spawn();
+        self.wait_up();
+    }
+
+    /// Waits until it serves.
+    #[track_caller]
+    pub(crate) fn wait_up(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         while !self.is_up() {
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
@@ -187,7 +219,7 @@ impl Daemon {
         }
     }
 
-    fn is_up(&self) -> bool {
+    pub(crate) fn is_up(&self) -> bool {
         UnixStream::connect(self.control()).is_ok() && self.get("/v1/status").status == 200
     }
 
@@ -207,6 +239,38 @@ impl Daemon {
     pub(crate) fn signal(&self, signal: i32) {
         // SAFETY: kill touches no memory; the child is ours and has not been waited for.
         assert_eq!(unsafe { libc::kill(self.pid() as i32, signal) }, 0);
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// Fails if it has ended.
+    #[track_caller]
+    pub(crate) fn require_running(&mut self) {
+        if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
+            self.child = None;
+            panic!("the daemon ended with {status}:\n{}", self.log_text());
+        }
+    }
+
+    /// Whether it has ended, and well.
+    #[track_caller]
+    pub(crate) fn has_stopped(&mut self) -> bool {
+        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
+        self.child = None;
+        assert!(status.success(), "the daemon ended with {status}:\n{}", self.log_text());
+        true
+    }
+
+    /// Whether it has ended, by this signal and nothing else.
+    #[track_caller]
+    pub(crate) fn has_died_by(&mut self, signal: i32) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
+        self.child = None;
+        assert_eq!(status.signal(), Some(signal), "the daemon ended with {status}:\n{}", self.log_text());
+        true
     }
 
     #[track_caller]
@@ -368,7 +432,7 @@ impl Daemon {
         assert!(tables.iter().all(|t| own.contains(t)), "{tables:?}");
         assert_eq!(names_in(&self.run_dir().join("tables")), of("id", ".bits"));
         let mut sockets = of("name", ".sock");
-        sockets.extend(["control.sock".to_owned(), "tables".to_owned()]);
+        sockets.extend(["control.sock", "lock", "tables"].map(str::to_owned));
         sockets.sort();
         assert_eq!(names_in(&self.run_dir()), sockets);
     }

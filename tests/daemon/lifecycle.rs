@@ -26,6 +26,34 @@ fn a_second_daemon_is_told_who_has_the_state_directory() {
 }
 
 #[test]
+fn a_second_daemon_is_told_who_has_the_run_directory() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let mut client = daemon.client("vm0");
+    client.write(0..2048, 1);
+    daemon.snap("a");
+    client.write(100..200, 2);
+    drop(client);
+    let mut other = daemon.beside_in_run_dir("other");
+    other.make_image("vm1", SIZE);
+    other.arg_disk("vm1", "");
+    let refusal = other.refused_start();
+    let run_dir = daemon.run_dir().display().to_string();
+    assert!(refusal.contains(&format!("{run_dir} is in use by another halfsilver")), "{refusal}");
+    assert!(refusal.contains(&format!("process {}", daemon.pid())), "{refusal}");
+    assert!(refusal.contains("--run-dir"), "{refusal}");
+    // What the first one has there is not taken for what somebody left.
+    daemon.kill();
+    daemon.start();
+    assert_eq!(daemon.state("vm0@a"), "quiesced", "{}", daemon.show("vm0@a"));
+    assert_eq!(tags(&daemon.content("vm0@a")), vec![1; 2048]);
+    assert_eq!(tags(&daemon.content("vm0"))[99..201], [vec![1], vec![2; 100], vec![1]].concat());
+    // One that is left by a stop may be had.
+    daemon.stop();
+    other.start();
+    other.stop();
+}
+
+#[test]
 fn two_snapshots_of_one_name() {
     let daemon = Daemon::with_disks(&[SIZE, SIZE], "");
     let a = daemon.snap("a");

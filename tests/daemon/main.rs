@@ -12,6 +12,7 @@ mod client;
 mod durability;
 mod harness;
 mod images;
+mod kills;
 mod lifecycle;
 mod load;
 mod mirror;
@@ -20,6 +21,12 @@ mod oracle;
 mod planted;
 mod power;
 mod restart;
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
+#[path = "../wire/ring.rs"]
+mod ring;
 mod strategies;
 mod trouble;
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
+#[path = "../wire/vmm.rs"]
+mod vmm;
 mod watch;

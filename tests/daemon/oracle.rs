@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::client::{Client, SECTOR, SLOT, SLOTS, tag_of};
 use crate::harness::{Api, Daemon, PATIENCE, Rng, from_env, seeds, wait_until};
 
-const DISKS: [&str; 2] = ["vm0", "vm1"];
+pub(crate) const DISKS: [&str; 2] = ["vm0", "vm1"];
 const QUEUES: [usize; 2] = [3, 2];
 const SNAPSHOTS_MAX: usize = 5;
 /// Requests at once on one queue.
@@ -29,19 +29,21 @@ fn insert(tags: &mut Tags, tag: u64) {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
+pub(crate) enum Phase {
     Live,
     /// The cut was asked for and not yet answered: changes may or may not belong to it.
     Cutting,
+    /// Whoever was connected at the cut writes it together with the live version.
+    Pinned,
     Frozen,
 }
 
 /// What one version may show.
-struct Array {
-    name: String,
-    disk: usize,
-    phase: Phase,
-    sectors: Vec<Tags>,
+pub(crate) struct Array {
+    pub(crate) name: String,
+    pub(crate) disk: usize,
+    pub(crate) phase: Phase,
+    pub(crate) sectors: Vec<Tags>,
 }
 
 /// A change in flight.
@@ -53,6 +55,8 @@ struct Change {
     is_discard: bool,
     /// Sectors on which another change was in flight at some time during this one.
     contested: BTreeSet<usize>,
+    /// The arrays that it changes surely.
+    sure: Vec<String>,
 }
 
 /// A read in flight, and what each of its sectors may have shown so far.
@@ -64,19 +68,25 @@ struct Watch {
 }
 
 #[derive(Default)]
-struct World {
-    arrays: Vec<Array>,
+pub(crate) struct World {
+    pub(crate) arrays: Vec<Array>,
     changes: Vec<Change>,
     watches: Vec<Watch>,
-    next: u64,
+    pub(crate) next: u64,
 }
 
 impl World {
-    fn array(&mut self, name: &str) -> &mut Array {
+    pub(crate) fn array(&mut self, name: &str) -> &mut Array {
         self.arrays.iter_mut().find(|a| a.name == name).unwrap()
     }
 
-    fn begin_change(&mut self, disk: usize, sectors: Range<usize>, tag: Option<u64>, is_discard: bool) -> (u64, u64) {
+    pub(crate) fn begin_change(
+        &mut self,
+        disk: usize,
+        sectors: Range<usize>,
+        tag: Option<u64>,
+        is_discard: bool,
+    ) -> (u64, u64) {
         self.next += 1;
         let (id, tag) = (self.next, tag.unwrap_or(self.next));
         let mut contested = BTreeSet::new();
@@ -96,30 +106,36 @@ impl World {
                 }
             }
         }
-        self.changes.push(Change { id, disk, sectors, tag, is_discard, contested });
+        let is_sure = |a: &&Array| a.disk == disk && matches!(a.phase, Phase::Live | Phase::Pinned);
+        let sure = self.arrays.iter().filter(is_sure).map(|a| a.name.clone()).collect();
+        self.changes.push(Change { id, disk, sectors, tag, is_discard, contested, sure });
         (id, tag)
     }
 
-    fn end_change(&mut self, id: u64) {
+    pub(crate) fn end_change(&mut self, id: u64) {
         let i = self.changes.iter().position(|c| c.id == id).unwrap();
         let change = self.changes.swap_remove(i);
         if change.is_discard {
             return;
         }
-        let live = self.array(DISKS[change.disk]);
-        for s in change.sectors.filter(|s| !change.contested.contains(s)) {
-            live.sectors[s] = vec![change.tag];
+        // One that was let go of meanwhile may have been so before the change was carried out.
+        let is_still = |a: &Array| matches!(a.phase, Phase::Live | Phase::Pinned);
+        let changed = |a: &&mut Array| is_still(a) && change.sure.contains(&a.name);
+        for array in self.arrays.iter_mut().filter(changed) {
+            for s in change.sectors.clone().filter(|s| !change.contested.contains(s)) {
+                array.sectors[s] = vec![change.tag];
+            }
         }
     }
 
-    fn begin_read(&mut self, name: &str, sectors: Range<usize>) -> u64 {
+    pub(crate) fn begin_read(&mut self, name: &str, sectors: Range<usize>) -> u64 {
         self.next += 1;
         let allowed = self.array(name).sectors[sectors.clone()].to_vec();
         self.watches.push(Watch { id: self.next, name: name.to_owned(), first: sectors.start, allowed });
         self.next
     }
 
-    fn end_read(&mut self, id: u64, got: &[u8]) {
+    pub(crate) fn end_read(&mut self, id: u64, got: &[u8]) {
         let i = self.watches.iter().position(|w| w.id == id).unwrap();
         let Watch { name, first, allowed, .. } = self.watches.swap_remove(i);
         let array = self.array(&name);
@@ -132,13 +148,18 @@ impl World {
         }
     }
 
-    fn check_all(&mut self, name: &str, content: &[u8]) {
+    pub(crate) fn check_all(&mut self, name: &str, content: &[u8]) {
         let id = self.begin_read(name, 0..content.len() / SECTOR);
         self.end_read(id, content);
     }
 
+    /// Nothing changes these any more.
+    pub(crate) fn freeze(&mut self, is_one: impl Fn(&Array) -> bool) {
+        self.arrays.iter_mut().filter(|a| a.phase != Phase::Live && is_one(a)).for_each(|a| a.phase = Phase::Frozen);
+    }
+
     /// From here on, changes may or may not belong to this snapshot.
-    fn begin_cut(&mut self, disk: usize, name: String) {
+    pub(crate) fn begin_cut(&mut self, disk: usize, name: String) {
         let sectors = self.array(DISKS[disk]).sectors.clone();
         self.arrays.push(Array { name, disk, phase: Phase::Cutting, sectors });
     }

@@ -3,7 +3,7 @@
 use std::panic::catch_unwind;
 
 use crate::harness::{PLANT, from_env, seeds};
-use crate::{chain, oracle};
+use crate::{chain, kills, oracle};
 
 /// What the oracle can be expected to see in a few seconds of real time. Races of single instructions are for the model
 /// tests. That a draining write reaches the older version's copy cannot be seen from outside at all: a write that was on
@@ -36,4 +36,12 @@ fn planted_defects_of_the_mirror_are_noticed() {
 #[test]
 fn planted_cut_of_each_disk_by_itself_is_noticed() {
     assert!(noticed("CutPerDisk", |seed| chain::one_run(seed, 60)));
+}
+
+/// What is wrong only while frontends stay with a snapshot, or only with what a restart takes up.
+#[test]
+fn planted_defects_are_noticed_between_kills() {
+    for defect in ["DrainNotMirrored", "DeleteWithoutHandover"] {
+        assert!(noticed(defect, |seed| kills::one_run(seed, 60)), "{defect} is not noticed");
+    }
 }

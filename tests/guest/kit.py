@@ -350,7 +350,7 @@ def _kvm_boots():
 def reconnect_option():
     """Since QEMU 9.2 the pause between two attempts to reconnect is given in milliseconds."""
     version = re.search(r"version (\d+)\.(\d+)", run("qemu-system-x86_64", "--version").stdout)
-    return "reconnect-ms=1000" if (int(version[1]), int(version[2])) >= (9, 2) else "reconnect=1"
+    return "reconnect-ms=100" if (int(version[1]), int(version[2])) >= (9, 2) else "reconnect=1"
 
 
 class Port:

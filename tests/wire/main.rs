@@ -1,7 +1,7 @@
 //! The vhost-user-blk socket as frontends see it: real sockets, real shared memory, real threads.
 //!
 //! `ring` drives rings by hand, `blkio` is a client that somebody else wrote, the `hostile_*` tables send what nobody
-//! should, `shared` has several frontends on one socket. Every test runs alone (it counts descriptors and threads of this process).
+//! should, `inflight` and `vmm` outlive the daemon, `shared` has several frontends on one socket. Every test runs alone (it counts descriptors and threads of this process).
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs, unreachable_pub)]
 
@@ -9,9 +9,11 @@ mod blkio_client;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_requests;
+mod inflight;
 mod program;
 mod ring;
 mod session;
 mod shared;
 mod sigbus;
 mod support;
+mod vmm;

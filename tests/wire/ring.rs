@@ -56,7 +56,7 @@ pub struct GuestMemory {
 
 impl GuestMemory {
     pub fn new(base: u64, len: u64) -> GuestMemory {
-        let file = super::support::memfd(len).unwrap();
+        let file = memfd(len).unwrap();
         let mapping = MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), len as usize).unwrap();
         GuestMemory { file, mapping, base }
     }
@@ -93,7 +93,7 @@ impl GuestMemory {
         self.mapping.as_ptr() as u64 + (at - self.base)
     }
 
-    fn word(&self, at: u64) -> &AtomicU16 {
+    pub fn word(&self, at: u64) -> &AtomicU16 {
         // SAFETY: place() checked the range; the rings are aligned; the mapping lives as long as self.
         unsafe { AtomicU16::from_ptr(self.place(at, 2).cast()) }
     }
@@ -249,6 +249,14 @@ impl Guest {
         self.memory.word(self.queues[queue].at + USED + 2).load(Ordering::Acquire)
     }
 
+    pub fn used_at(&self, queue: usize) -> u64 {
+        self.queues[queue].at + USED + 2
+    }
+
+    pub fn avail_index(&self, queue: usize) -> u16 {
+        self.memory.word(self.queues[queue].at + AVAIL + 2).load(Ordering::Acquire)
+    }
+
     /// The next used entry, if there is one.
     pub fn poll_used(&mut self, queue: usize) -> Option<(u32, u32)> {
         let index = self.used_index(queue);
@@ -342,4 +350,12 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
     bytes[12..16].copy_from_slice(&flags.to_le_bytes());
     bytes
+}
+
+/// A file in memory, as frontends share.
+pub fn memfd(len: u64) -> std::io::Result<File> {
+    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let file = File::from(fd);
+    file.set_len(len)?;
+    Ok(file)
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -266,12 +265,4 @@ pub fn threads() -> usize {
     let is_ours = |name: &str| name.starts_with("vu-") || name.starts_with("serve-") || name.trim_end() == "q0";
     let name = |task: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(task.ok()?.path().join("comm")).ok();
     std::fs::read_dir("/proc/self/task").unwrap().filter_map(name).filter(|n| is_ours(n)).count()
-}
-
-/// A file in memory, as frontends share.
-pub fn memfd(len: u64) -> io::Result<std::fs::File> {
-    let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC)?;
-    let file = std::fs::File::from(fd);
-    file.set_len(len)?;
-    Ok(file)
 }
