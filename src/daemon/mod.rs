@@ -3,6 +3,7 @@
 //! [`config`] turns the command line and the configuration file into a [`ServeConfig`]; [`serve`] runs it: directories
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
+pub mod check;
 pub mod config;
 mod deletion;
 mod disks;
@@ -15,6 +16,7 @@ mod places;
 mod save;
 mod service;
 mod snapshots;
+mod strays;
 mod takeup;
 
 use std::sync::Arc;

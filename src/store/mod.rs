@@ -20,5 +20,5 @@ pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use records::{
     DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError, Records, SnapshotRecord,
 };
-pub use run_header::TableName;
+pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};

@@ -316,7 +316,7 @@ impl Records {
 }
 
 /// What [`Records::examine`] found.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ExaminedRecords {
     /// Its format; None before the first commit.
     pub format: Option<u64>,
