@@ -201,7 +201,7 @@ impl<'a> Examination<'a> {
             recovers: false,
         };
         of.look_at_directories();
-        of.look_at_records()?;
+        of.look_at_records();
         Ok(of)
     }
 
@@ -272,22 +272,19 @@ impl<'a> Examination<'a> {
         }
     }
 
-    fn look_at_records(&mut self) -> Result<(), ServeError> {
+    fn look_at_records(&mut self) {
         let path = self.places.records();
         let restore = "put a good copy of it back; without it nobody knows what the other files are";
         let examined = match Records::examine(&path) {
             Ok(Some(examined)) => examined,
             Ok(None) => {
-                self.look_at_strays(&[], &ExaminedRecords::default())?;
+                self.look_at_strays(&[], &ExaminedRecords::default());
                 if let Err(e) = self.places.refuse_lost_records() {
                     self.problem(&path, format!("a start would refuse: {e}"), restore);
                 }
-                return Ok(());
+                return;
             }
-            Err(e) => {
-                self.problem(&path, format!("a start would refuse: {e}"), restore);
-                return Ok(());
-            }
+            Err(e) => return self.problem(&path, format!("a start would refuse: {e}"), restore),
         };
         if examined.is_unclean {
             self.recovers = true;
@@ -303,14 +300,13 @@ impl<'a> Examination<'a> {
         let all_read = records.len() == examined.disks.len();
         self.look_at_names(&path, &records);
         if all_read {
-            self.look_at_strays(&records, &examined)?;
+            self.look_at_strays(&records, &examined);
         }
         for record in &records {
             let checked = disk::examine(self, record);
             self.disks.push(checked);
         }
         self.records = records;
-        Ok(())
     }
 
     /// Names and UUIDs must be unique, and versions in order.
@@ -333,8 +329,14 @@ impl<'a> Examination<'a> {
         }
     }
 
-    fn look_at_strays(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) -> Result<(), ServeError> {
-        let strays = self.places.strays(records, &examined.dropped)?;
+    fn look_at_strays(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) {
+        let strays = match self.places.strays(records, &examined.dropped) {
+            Ok(strays) => strays,
+            Err(e) => {
+                let state_dir = self.places.state_dir().to_owned();
+                return self.problem(&state_dir, format!("a start would refuse: {e}"), "see to it that it can be read");
+            }
+        };
         for path in &strays.removable {
             self.note(path, "an unfinished operation left it", "nothing: the next start removes it");
         }
@@ -346,7 +348,6 @@ impl<'a> Examination<'a> {
             );
         }
         self.removable = strays.removable;
-        Ok(())
     }
 
     /// Does what cannot lose anything. Returns what was done.

@@ -104,7 +104,7 @@ impl Manager {
         trust: Trust,
     ) -> Result<Layer, String> {
         let table = self.left_table(record.id, geometry, trust, record.saved_table)?;
-        let image = open_image(&record.image, config, trust).map_err(|e| e.to_string())?;
+        let image = open_whole(&record.image, config, geometry, trust)?;
         Ok(Layer::of(Backing::One(image), Arc::new(table)))
     }
 
@@ -149,7 +149,7 @@ impl Manager {
                 table
             }
         };
-        let image = open_image(path, config, trust).map_err(|e| e.to_string())?;
+        let image = open_whole(path, config, geometry, trust)?;
         let freed = Table::in_memory(geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
@@ -211,6 +211,20 @@ pub(super) fn open_image(path: &Path, config: &DiskConfig, trust: Trust) -> Resu
         other => other,
     };
     image.map(|image| Arc::new(image) as SharedImage)
+}
+
+/// The same, if it has the size of the disk: what is cut off would read as an error, or as zeros.
+pub(super) fn open_whole(
+    path: &Path,
+    config: &DiskConfig,
+    geometry: &Geometry,
+    trust: Trust,
+) -> Result<SharedImage, String> {
+    let image = open_image(path, config, trust).map_err(|e| e.to_string())?;
+    match image.size_bytes() == geometry.size_bytes {
+        true => Ok(image),
+        false => Err(format!("its image {} has {} bytes, not the disk's", path.display(), image.size_bytes())),
+    }
 }
 
 pub(super) fn direct_of(config: &DiskConfig) -> Direct {

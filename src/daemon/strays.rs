@@ -76,11 +76,13 @@ pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
             }
         }
     }
-    for paths in unnamed.into_values() {
-        match paths.iter().any(|path| holds_something(path)) {
-            true => strays.kept.extend(paths),
-            false => strays.removable.extend(paths),
-        }
+    let (full, empty): (Vec<_>, Vec<_>) =
+        unnamed.into_values().partition(|paths| paths.iter().any(|path| holds_something(path)));
+    strays.kept.extend(full.into_iter().flatten());
+    // Where something is kept the records may be others than those of these files, and an empty image of a snapshot is
+    // missed when they come back.
+    if strays.kept.is_empty() {
+        strays.removable.extend(empty.into_iter().flatten());
     }
     strays.removable.sort();
     strays.kept.sort();

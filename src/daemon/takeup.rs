@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::layers::open_image;
+use super::layers::open_whole;
 use super::manager::Manager;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
@@ -172,7 +172,7 @@ impl Manager {
             return Err(format!("its image {} was changed while the daemon was not running", slot.image.display()));
         }
         if slot.owns_all {
-            let image = open_image(&slot.image, config, trust).map_err(|e| e.to_string())?;
+            let image = open_whole(&slot.image, config, geometry, trust)?;
             return Ok(Layer::full(Backing::One(image)));
         }
         if is_at_or_above {

@@ -144,20 +144,24 @@ impl Daemon {
         self.child.as_ref().unwrap().id()
     }
 
+    /// The program, in the boot of the machine that the daemon finds itself in.
+    fn program(&self) -> Command {
+        let boot_id = self.boot_id();
+        if !boot_id.exists() {
+            return command(env!("CARGO_BIN_EXE_halfsilver"));
+        }
+        // Private from /proc on, which is a mount also where the root is none (in a chroot).
+        let mut unshare = command("unshare");
+        let hide = format!("mount --bind {} /proc/sys/kernel/random/boot_id", boot_id.display());
+        let script = format!("mount --make-private /proc && {hide} && exec \"$0\" \"$@\"");
+        unshare.args(["-m", "--propagation", "unchanged", "sh", "-c", &script]);
+        unshare.arg(env!("CARGO_BIN_EXE_halfsilver"));
+        unshare
+    }
+
     fn serve_command(&self) -> Command {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
-        let boot_id = self.boot_id();
-        let mut command = if boot_id.exists() {
-            // Private from /proc on, which is a mount also where the root is none (in a chroot).
-            let mut unshare = command("unshare");
-            let hide = format!("mount --bind {} /proc/sys/kernel/random/boot_id", boot_id.display());
-            let script = format!("mount --make-private /proc && {hide} && exec \"$0\" \"$@\"");
-            unshare.args(["-m", "--propagation", "unchanged", "sh", "-c", &script]);
-            unshare.arg(env!("CARGO_BIN_EXE_halfsilver"));
-            unshare
-        } else {
-            command(env!("CARGO_BIN_EXE_halfsilver"))
-        };
+        let mut command = self.program();
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
             command.env("HALFSILVER_PLANT", defect);
@@ -165,6 +169,14 @@ impl Daemon {
         command.args(&self.args).env_remove("HALFSILVER_CONTROL").env_remove("NOTIFY_SOCKET").env("RUST_LOG", "info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command
+    }
+
+    /// `halfsilver check` of this daemon's directories.
+    pub(crate) fn check(&self, args: &[&str]) -> Output {
+        let mut command = self.program();
+        command.args(["check", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
+        command.args(args).env_remove("HALFSILVER_CONTROL").stdin(Stdio::null());
+        command.output().unwrap()
     }
 
     /// Starts the daemon and waits until it serves.
