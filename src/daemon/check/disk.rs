@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::super::layers::{block_on, direct_of};
-use super::super::takeup::Trust;
 use super::verdict::{self, Found, Lost, Place, Slot};
 use super::{CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::Name;
 use crate::control::api::DiskConfig;
+use crate::daemon::layers::{block_on, direct_of};
+use crate::daemon::takeup::Trust;
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, SharedImage};
 use crate::mirror::{LegImage, LegState, Pair, PairFacts};
 use crate::store::{

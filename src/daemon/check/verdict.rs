@@ -1,13 +1,13 @@
 //! What a start would do with the versions of a disk, given what was found of each layer. Pure.
 //!
-//! The rules are those of [`super::super::takeup`], which carries them out.
+//! The rules are those of `daemon/takeup.rs`, which carries them out.
 
 use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use super::super::takeup::Trust;
 use super::{CheckedSnapshot, SnapshotVerdict};
+use crate::daemon::takeup::Trust;
 use crate::store::{DiskRecord, SnapshotRecord};
 
 const CHANGED: &str = "the disk's image was changed while the daemon was not running";
