@@ -7,6 +7,7 @@ use std::rc::{Rc, Weak};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 mod bench;
+mod faults;
 mod figures;
 mod flushes;
 mod oracle;
