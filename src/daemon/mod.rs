@@ -149,7 +149,10 @@ impl Signals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
+            let mut blocked = set;
+            // A write beyond the limit of file sizes is to be an error of that write, not the end of all disks.
+            libc::sigaddset(&raw mut blocked, libc::SIGXFSZ);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, std::ptr::null_mut())
         };
         if rc == 0 { Ok(Signals(set)) } else { Err(ServeError::System(format!("cannot block signals: error {rc}"))) }
     }

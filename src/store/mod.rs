@@ -10,6 +10,8 @@
 
 mod block;
 mod durable;
+#[cfg(test)]
+mod flip_tests;
 mod intact;
 mod records;
 mod run_header;

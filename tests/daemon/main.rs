@@ -10,6 +10,7 @@
 mod chain;
 mod check;
 mod client;
+mod faults;
 mod harness;
 mod images;
 mod lifecycle;

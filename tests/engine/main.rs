@@ -9,6 +9,7 @@ use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 mod bench;
 mod faults;
 mod figures;
+mod flips;
 mod flushes;
 mod oracle;
 mod rules;

@@ -136,6 +136,11 @@ impl SimImage {
         self.state.fail_after.store(count, Ordering::SeqCst);
     }
 
+    /// Flips a bit, as a bad medium does.
+    pub fn flip(&self, bit: usize) {
+        self.state.bytes.lock().unwrap()[bit / 8] ^= 1 << (bit % 8);
+    }
+
     /// The next `times` operations of this kind meet a fault.
     pub fn inject(&self, by: Met, fault: Fault, times: usize) {
         *self.state.injected.lock().unwrap() = Some(Injected { by, fault, times, met: 0 });
