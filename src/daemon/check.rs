@@ -279,6 +279,7 @@ impl<'a> Examination<'a> {
             Ok(Some(examined)) => examined,
             Ok(None) => {
                 self.look_at_strays(&[], &ExaminedRecords::default());
+                self.removable.clear(); // When the records come back they may name them.
                 if let Err(e) = self.places.refuse_lost_records() {
                     self.problem(&path, format!("a start would refuse: {e}"), restore);
                 }

@@ -68,7 +68,7 @@ pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for dir in places.own_dirs() {
         for path in entries(&dir)? {
-            match name_of(&path, &dir == &places.images_dir()) {
+            match name_of(&path, dir == places.images_dir()) {
                 Some(name) if names.used.contains(&name) => {}
                 Some(name) if names.free.contains(&name) => strays.removable.push(path),
                 Some(name) => unnamed.entry(name).or_default().push(path),
