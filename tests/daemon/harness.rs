@@ -202,9 +202,22 @@ impl Daemon {
     /// Starts a daemon that must refuse; returns what it said.
     #[track_caller]
     pub(crate) fn refused_start(&self) -> String {
-        let output = self.serve_command().stderr(Stdio::piped()).output().unwrap();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{text}");
+        let mut child = self.serve_command().stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("a start that should be refused goes on");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut text = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(status.code(), Some(1), "{text}");
         text
     }
 
