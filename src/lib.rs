@@ -11,7 +11,7 @@
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
-//! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`) |
+//! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
 //! | `sync`       | the synchronisation types that a model may replace        | –                             |
 //! | `crash`      | points at which a test kills the program                  | –                             |
 

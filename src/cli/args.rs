@@ -32,6 +32,11 @@ pub(super) struct Cli {
 pub(super) enum Command {
     /// Run the daemon
     Serve(ServeArgs),
+    /// Examine a state directory while no daemon runs: what is wrong, what is safe, what to do
+    ///
+    /// Says for each disk and each snapshot what a start would do with it. Changes nothing without --repair. Exit status 1
+    /// when something is wrong.
+    Check(CheckArgs),
     #[command(flatten)]
     Client(ClientCommand),
     /// Print a shell's completion script
@@ -86,6 +91,22 @@ pub(super) struct ServeArgs {
     /// entries of its log; guests that were running on it must be started anew
     #[arg(long, value_name = "DISK")]
     pub(super) take_flushed: Vec<Name>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// The configuration file of the daemon, for its state-dir and run-dir
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Where records and tables are [default: /var/lib/halfsilver, or $XDG_STATE_HOME/halfsilver]
+    #[arg(long, value_name = "DIR")]
+    pub(super) state_dir: Option<PathBuf>,
+    /// Where sockets are [default: /run/halfsilver, or $XDG_RUNTIME_DIR/halfsilver]
+    #[arg(long, value_name = "DIR")]
+    pub(super) run_dir: Option<PathBuf>,
+    /// Repair what can be repaired without losing anything, and say what was
+    #[arg(long)]
+    pub(super) repair: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,6 +5,7 @@
 //! quietly. No policy lives here: the daemon decides, this shows.
 
 mod args;
+mod check_page;
 mod client;
 mod commands;
 mod output;
@@ -18,8 +19,9 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use crate::daemon;
+use crate::daemon::check::{CheckOptions, check};
 use crate::daemon::config::{ConfigError, Environment, ServeOptions};
-use args::{Cli, Command, ServeArgs};
+use args::{CheckArgs, Cli, Command, ServeArgs};
 use output::Output;
 
 /// Why a command did not end with status 0.
@@ -81,6 +83,7 @@ fn dispatch(cli: Cli) -> Result<(), CliError> {
     let control = cli.control.filter(|path| !path.as_os_str().is_empty());
     match cli.command {
         Command::Serve(args) => serve(args, control, &environment),
+        Command::Check(args) => examine(args, &output, &environment),
         Command::Completions { shell } => completions(shell),
         Command::Man { dir } => man(dir.as_deref()),
         Command::Client(command) => {
@@ -98,6 +101,19 @@ fn serve(args: ServeArgs, control: Option<PathBuf>, environment: &Environment) -
     let config = ServeOptions { config, control, state_dir, run_dir, disks, take_flushed }.resolve(environment)?;
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     daemon::serve(config).map_err(|error| CliError::Failed(error.to_string()))
+}
+
+fn examine(args: CheckArgs, output: &Output, environment: &Environment) -> Result<(), CliError> {
+    let CheckArgs { config, state_dir, run_dir, repair } = args;
+    let places = ServeOptions { config, state_dir, run_dir, ..ServeOptions::default() }.resolve(environment)?;
+    let options = CheckOptions { state_dir: places.state_dir, run_dir: places.run_dir, repair };
+    let report = check(&options).map_err(|error| CliError::Failed(error.to_string()))?;
+    output.show(&report, check_page::page)?;
+    if report.ok {
+        return Ok(());
+    }
+    let state_dir = report.state_dir.display();
+    Err(CliError::Failed(format!("{}: {}", state_dir, check_page::verdict(&report))))
 }
 
 fn completions(shell: clap_complete::Shell) -> Result<(), CliError> {

@@ -29,7 +29,6 @@ impl Manager {
     /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
     pub(super) fn take_up(&self, given: &[DiskSpec], take_flushed: &[Name]) -> Result<(), ApiError> {
         let _structure = locked(&self.structure);
-        self.places.remove_strays(&self.records.disks().map_err(record_error)?);
         for spec in given {
             let take_flushed = take_flushed.contains(&spec.name);
             self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;

@@ -199,13 +199,12 @@ impl LayerSource for DiskLayers<'_> {
     }
 
     fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
-        open_image(path, self.config, self.trust).map_err(|e| e.to_string())
+        open_whole(path, self.config, self.geometry, self.trust)
     }
 
     fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
         let left = self.left_table(record.id, record.saved_table);
-        let image = open_image(&record.image, self.config, self.trust).map_err(|e| e.to_string())?;
-        let image = Backing::One(image);
+        let image = Backing::One(open_whole(&record.image, self.config, self.geometry, self.trust)?);
         let is_lost = record.broken.is_some() || left.as_ref().is_ok_and(Table::is_broken);
         if !record.durable || (is_lost && left.is_ok()) {
             return Ok(Layer::of(image, Arc::new(left?)));
@@ -238,7 +237,7 @@ impl LayerSource for DiskLayers<'_> {
             ));
         }
         let table = self.durable_table((id, path), left)?;
-        let image = open_image(path, self.config, self.trust).map_err(|e| e.to_string())?;
+        let image = open_whole(path, self.config, self.geometry, self.trust)?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
@@ -299,6 +298,20 @@ pub(super) fn open_image(path: &Path, config: &DiskConfig, trust: Trust) -> Resu
         other => other,
     };
     image.map(|image| Arc::new(image) as SharedImage)
+}
+
+/// The same, if it has the size of the disk: what is cut off would read as an error, or as zeros.
+pub(super) fn open_whole(
+    path: &Path,
+    config: &DiskConfig,
+    geometry: &Geometry,
+    trust: Trust,
+) -> Result<SharedImage, String> {
+    let image = open_image(path, config, trust).map_err(|e| e.to_string())?;
+    match image.size_bytes() == geometry.size_bytes {
+        true => Ok(image),
+        false => Err(format!("its image {} has {} bytes, not the disk's", path.display(), image.size_bytes())),
+    }
 }
 
 pub(super) fn direct_of(config: &DiskConfig) -> Direct {

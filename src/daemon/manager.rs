@@ -82,10 +82,17 @@ impl Manager {
     /// A manager without disks.
     ///
     /// # Errors
-    /// When the records cannot be opened, or the system has no room for a thread.
+    /// When the records are lost or cannot be opened, or the system has no room for a thread.
     pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
+        places.refuse_lost_records()?;
         let records = Records::open(&places.records())?;
-        let clock = EpochClock::new(first_epoch(&records.disks()?));
+        let disks = records.disks()?;
+        let dropped = records.dropped()?;
+        places.remove_strays(&disks, &dropped)?;
+        if !dropped.is_empty() {
+            records.forget_dropped()?;
+        }
+        let clock = EpochClock::new(first_epoch(&disks));
         let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
             places: Arc::new(places),

@@ -3,6 +3,7 @@
 //! [`config`] turns the command line and the configuration file into a [`ServeConfig`]; [`serve`] runs it: directories
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
+pub mod check;
 pub mod config;
 mod deletion;
 mod disks;
@@ -16,6 +17,7 @@ pub mod recording;
 mod save;
 mod service;
 mod snapshots;
+mod strays;
 pub mod takeup;
 
 use std::sync::Arc;
@@ -152,7 +154,10 @@ impl Signals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
+            let mut blocked = set;
+            // A write beyond the limit of file sizes is to be an error of that write, not the end of all disks.
+            libc::sigaddset(&raw mut blocked, libc::SIGXFSZ);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, std::ptr::null_mut())
         };
         if rc == 0 { Ok(Signals(set)) } else { Err(ServeError::System(format!("cannot block signals: error {rc}"))) }
     }

@@ -3,7 +3,7 @@
 //! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory, and
 //! one a run directory: what another one keeps in it would look like strays.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
-use crate::control::SnapshotRef;
+use super::strays;
 use crate::store::DiskRecord;
 
 /// The directories, checked and locked.
@@ -20,6 +20,7 @@ use crate::store::DiskRecord;
 pub struct Places {
     state_dir: PathBuf,
     run_dir: PathBuf,
+    // None for who only looks.
     _locks: Vec<File>,
 }
 
@@ -41,6 +42,24 @@ pub enum PlaceError {
         path: PathBuf,
         /// Why, and what to do.
         what: String,
+    },
+    /// The records are not there, but what they would speak of is.
+    #[error(
+        "{} {what}, but there are files that only records can tell of, such as {}; put the records back, or see \
+         'halfsilver check', or move {} out of the way to begin with nothing",
+        records.display(),
+        example.display(),
+        state_dir.display()
+    )]
+    RecordsLost {
+        /// The store of records.
+        records: PathBuf,
+        /// What is the matter with it.
+        what: &'static str,
+        /// One of the files.
+        example: PathBuf,
+        /// The state directory.
+        state_dir: PathBuf,
     },
     /// Another daemon has the directory.
     #[error("{} is in use by another halfsilver{holder}; stop it first, or use another {option}", path.display())]
@@ -71,6 +90,16 @@ impl Places {
             locks.push(lock(run_dir, "--run-dir")?);
         }
         Ok(Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _locks: locks })
+    }
+
+    /// The same places for who only looks: nothing is made and nothing is locked.
+    pub(super) fn to_look_at(state_dir: &Path, run_dir: &Path) -> Places {
+        Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _locks: Vec::new() }
+    }
+
+    /// The state directory.
+    pub(super) fn state_dir(&self) -> &Path {
+        &self.state_dir
     }
 
     /// The run directory.
@@ -128,57 +157,82 @@ impl Places {
         self.state_dir.join("images").join(format!("{id}.log"))
     }
 
-    /// Removes the tables and images of snapshots that no record knows: what a daemon left that was killed after it
+    /// Our directories in which files have names that records know.
+    pub(super) fn own_dirs(&self) -> [PathBuf; 3] {
+        [self.state_dir.join("tables"), self.images_dir(), self.run_dir.join("tables")]
+    }
+
+    /// Where images go when nothing else is said.
+    pub(super) fn images_dir(&self) -> PathBuf {
+        self.state_dir.join("images")
+    }
+
+    /// Refuses when there are no records, but files that may be the only copy of what records once told of: to go on
+    /// would mean to serve something else under the name of what is lost.
+    ///
+    /// # Errors
+    /// When that is so, or a directory cannot be read.
+    pub fn refuse_lost_records(&self) -> Result<(), PlaceError> {
+        let records = self.records();
+        match std::fs::metadata(&records) {
+            Ok(meta) if meta.len() > 0 => Ok(()),
+            Ok(_) => self.refuse_kept("is empty", &self.strays(&[], &BTreeSet::new())?),
+            Err(_) => self.refuse_kept("is missing", &self.strays(&[], &BTreeSet::new())?),
+        }
+    }
+
+    fn refuse_kept(&self, what: &'static str, strays: &strays::Strays) -> Result<(), PlaceError> {
+        // What is only in the run directory goes with the next boot anyhow.
+        match strays.kept.iter().find(|path| path.starts_with(&self.state_dir)) {
+            None => Ok(()),
+            Some(example) => Err(PlaceError::RecordsLost {
+                records: self.records(),
+                what,
+                example: example.clone(),
+                state_dir: self.state_dir.clone(),
+            }),
+        }
+    }
+
+    /// What no record names.
+    ///
+    /// # Errors
+    /// When a directory cannot be read.
+    pub(super) fn strays(
+        &self,
+        disks: &[DiskRecord],
+        dropped: &BTreeSet<String>,
+    ) -> Result<strays::Strays, PlaceError> {
+        strays::find(self, disks, dropped).map_err(|source| PlaceError::Io { path: self.state_dir.clone(), source })
+    }
+
+    /// Removes the tables and images that no record names and nobody misses: what a daemon left that was killed after it
     /// had made them and before they were recorded, or after they were forgotten and before they were removed.
     ///
-    /// Only files that are named as ours are looked at, and only in our own directories.
-    pub fn remove_strays(&self, disks: &[DiskRecord]) {
-        let snapshots = || disks.iter().flat_map(|d| &d.snapshots);
-        // Who has a full image has no table.
-        let logs = disks.iter().filter(|d| d.live_log.is_some()).map(|d| d.live);
-        let bitmaps = disks.iter().filter_map(|d| Some(d.mirror.as_ref()?.bitmap));
-        let parts = snapshots().filter(|s| !s.owns_all).map(|s| s.id);
-        let ids: HashSet<Uuid> = disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(parts).collect();
-        // By name and not by path: the directory may have been moved since.
-        let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
-        let references: HashSet<String> = disks.iter().flat_map(named).collect();
-        let is_stray_table = |path: &Path| {
-            let is_ours = path
-                .extension()
-                .is_some_and(|e| ["table", "new", "bits", "log", "lost", "filling"].iter().any(|ours| e == *ours));
-            let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
-            is_ours && id.is_some_and(|id| !ids.contains(&id))
-        };
-        let versions: HashSet<Uuid> = snapshots().map(|s| s.id).collect();
-        let is_stray_mark = |path: &Path| {
-            let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
-            path.extension().is_some_and(|e| e == "broken") && id.is_some_and(|id| !versions.contains(&id))
-        };
-        let is_stray_image = |path: &Path| {
-            let reference = path.file_stem().and_then(|s| s.to_str()?.parse::<SnapshotRef>().ok());
-            path.extension().is_some_and(|e| e == "img")
-                && reference.is_some_and(|r| !references.contains(&r.to_string()))
-        };
-        remove_if(&self.state_dir.join("tables"), is_stray_table);
-        remove_if(&self.run_dir.join("tables"), |path| is_stray_table(path) || is_stray_mark(path));
-        remove_if(&self.state_dir.join("images"), |path| is_stray_image(path) || is_stray_table(path));
+    /// # Errors
+    /// When there are no records at all, but files that may be missed.
+    pub fn remove_strays(&self, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
+        let strays = self.strays(disks, dropped)?;
+        if disks.is_empty() {
+            self.refuse_kept("names no disk", &strays)?;
+        }
+        for path in &strays.removable {
+            log::info!("removing {}, which an unfinished operation left", path.display());
+            super::layers::remove_file(path);
+        }
+        for path in &strays.kept {
+            log::error!(
+                "{} is named by no record, and may be the only copy of something: it is kept; see 'halfsilver check'",
+                path.display()
+            );
+        }
+        Ok(())
     }
 
     /// Where a snapshot's socket goes when nothing else is said.
     #[must_use]
     pub fn snapshot_socket(&self, reference: &impl std::fmt::Display) -> PathBuf {
         self.run_dir.join(format!("{reference}.sock"))
-    }
-}
-
-fn remove_if(dir: &Path, is_stray: impl Fn(&Path) -> bool) {
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) => return log::warn!("cannot look for strays in {}: {e}", dir.display()),
-    };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| is_stray(path)) {
-        log::info!("removing {}, which an unfinished operation left", path.display());
-        super::layers::remove_file(&path);
     }
 }
 
@@ -209,7 +263,8 @@ fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
     Ok(look(one)? == look(other)?)
 }
 
-fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError> {
+/// Locks a directory, and says in the file who has it. `option` names another one.
+pub(super) fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError> {
     let path = dir.join("lock");
     let error = |source: io::Error| PlaceError::Io { path: path.clone(), source };
     let mut file = OpenOptions::new()
@@ -223,15 +278,18 @@ fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError> {
         .map_err(error)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut holder = String::new();
-            file.read_to_string(&mut holder).map_err(error)?;
-            let holder = holder.trim().parse::<u32>().map(|pid| format!(" (process {pid})")).unwrap_or_default();
-            return Err(PlaceError::InUse { path: dir.to_owned(), holder, option });
-        }
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(dir, option, file).map_err(error)?),
         Err(e) => return Err(error(e.into())),
     }
     file.set_len(0).map_err(error)?;
     writeln!(file, "{}", std::process::id()).map_err(error)?;
     Ok(file)
+}
+
+/// That somebody else holds this lock.
+pub(super) fn in_use(dir: &Path, option: &'static str, mut lock: File) -> io::Result<PlaceError> {
+    let mut holder = String::new();
+    lock.read_to_string(&mut holder)?;
+    let holder = holder.trim().parse::<u32>().map(|pid| format!(" (process {pid})")).unwrap_or_default();
+    Ok(PlaceError::InUse { path: dir.to_owned(), holder, option })
 }

@@ -70,6 +70,24 @@ impl FileImage {
         Self::finish_open(file, path, options, is_block, mode)
     }
 
+    /// Opens a file or block device as it would be opened for writing, and with the same locks, but only to read: to
+    /// find out whether it could be.
+    ///
+    /// # Errors
+    /// As for [`FileImage::open`].
+    pub fn probe(path: &Path, direct: Direct) -> Result<FileImage, ImageError> {
+        let meta = std::fs::metadata(path).map_err(|e| open_error(path, &e))?;
+        let is_block = meta.file_type().is_block_device();
+        if !is_block && !meta.is_file() {
+            let message = "it is neither a regular file nor a block device";
+            return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
+        }
+        let claim = if is_block { libc::O_EXCL } else { 0 };
+        let options = ImageOptions { direct, read_only: true, lock_wait: Duration::ZERO };
+        let file = open_with(path, options, libc::O_CLOEXEC | libc::O_NOCTTY | claim)?;
+        Self::finish_open(file, path, options, is_block, LockMode::Write)
+    }
+
     /// Creates a sparse file of `size_bytes`, mode 0600, open for writing and locked. Fails if the name is taken,
     /// also by a dangling symbolic link.
     ///

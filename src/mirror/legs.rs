@@ -10,10 +10,12 @@
 //! that two writes to a block cannot land in different order on the legs (figure 13).
 
 mod change;
+mod examine;
 mod intent;
 mod state;
 
 pub use change::CopyCursor;
+pub use examine::PairFacts;
 pub use state::{LegImage, LegState, LegStatus};
 
 use std::path::{Path, PathBuf};

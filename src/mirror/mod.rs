@@ -27,7 +27,7 @@ pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version,
 pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
-pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairObserver, REGION_BYTES_MIN};
+pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairFacts, PairObserver, REGION_BYTES_MIN};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
 pub use plan::{BlockPlan, Copy, Run, WritePlan};
 pub use request::{Request, RequestError};

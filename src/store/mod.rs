@@ -10,12 +10,17 @@
 
 mod block;
 mod durable;
+#[cfg(test)]
+mod flip_tests;
+mod intact;
 mod records;
 mod run_header;
 mod table;
 
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
-pub use records::{DiskRecord, Fingerprint, LegRecord, MirrorRecord, RecordError, Records, SnapshotRecord};
-pub use run_header::TableName;
+pub use records::{
+    DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError, Records, SnapshotRecord,
+};
+pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};

@@ -2,24 +2,27 @@
 //!
 //! Each change is one committed transaction: after a crash the records are those of some moment. A disk's record says
 //! whether its tables were saved at a clean stop, and how the images looked then; a start that finds anything else must
-//! not vouch for the snapshots.
+//! not vouch for the snapshots. Before a file is opened it is examined ([`intact`]), and each record has a checksum of its
+//! own: damage is found and named, and an older commit is never taken for the newest.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, WriteTransaction};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::intact::{self, Content, DISKS, DROPPED, META};
 use crate::crash;
 
 /// The format of the records. A later one is refused rather than guessed at.
 const FORMAT: u64 = 3;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
-/// no snapshots that outlive a power cut by themselves.
+/// no checksums, and no snapshots that outlive a power cut by themselves.
 const FORMAT_FIRST: u64 = 1;
-const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
-const DISKS: TableDefinition<&str, &[u8]> = TableDefinition::new("disks");
+/// The first format whose records have checksums.
+const FORMAT_SEALED: u64 = 3;
 
 /// The records could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +35,17 @@ pub enum RecordError {
     Format {
         /// What they say.
         found: u64,
+    },
+    /// The file is not what a commit left.
+    #[error(
+        "records: {} is damaged: {what}; put a good copy of it back, and see 'halfsilver check' for what else there is",
+        path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
     },
     /// A record cannot be understood.
     #[error("records: the record of disk {disk} is damaged: {what}")]
@@ -189,23 +203,29 @@ impl Records {
     }
 
     fn open_database(path: &Path) -> Result<Database, RecordError> {
-        let database = Database::create(path).map_err(RecordError::of)?;
-        let change = database.begin_write().map_err(RecordError::of)?;
-        {
-            let mut meta = change.open_table(META).map_err(RecordError::of)?;
-            let found = meta.get("format").map_err(RecordError::of)?.map(|v| v.value());
-            match found {
-                None => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
-                Some(FORMAT) => {}
-                // From now on an older program must not touch it: it would take a log for nothing, or overwrite what a
-                // durable snapshot reads.
-                Some(FORMAT_FIRST..FORMAT) => drop(meta.insert("format", FORMAT).map_err(RecordError::of)?),
-                Some(found) => return Err(RecordError::Format { found }),
-            }
-            change.open_table(DISKS).map_err(RecordError::of)?;
+        let found = Self::read_file(path)?.map(|whole| whole.content).unwrap_or_default();
+        check_format(found.format)?;
+        let database = intact::guarded(|| Database::create(path).map_err(|e| e.to_string()))
+            .map_err(|e| RecordError::Store(format!("{}: {e}", path.display())))?;
+        let opened = intact::content_of(&database).map_err(RecordError::Store)?;
+        let wanted = found.sealed()?;
+        if wanted != opened {
+            // An older format; or a commit that was whole although the power went before the header named it.
+            wanted.store(begin(&database)?)?;
         }
-        change.commit().map_err(RecordError::of)?;
         Ok(database)
+    }
+
+    /// What is in the file, found out without changing it. None when there is none.
+    fn read_file(path: &Path) -> Result<Option<intact::Whole>, RecordError> {
+        let bytes = match std::fs::read(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(RecordError::Store(format!("cannot read {}: {e}", path.display()))),
+            Ok(bytes) if bytes.is_empty() => return Ok(None),
+            Ok(bytes) => bytes,
+        };
+        let unreadable = |what| RecordError::Unreadable { path: path.to_owned(), what };
+        intact::read(&bytes).map(Some).map_err(unreadable)
     }
 
     /// Works with the store; one that has failed is opened anew the next time.
@@ -236,9 +256,7 @@ impl Records {
         let mut disks = Vec::new();
         for entry in table.iter().map_err(RecordError::of)? {
             let (name, value) = entry.map_err(RecordError::of)?;
-            let damaged =
-                |e: serde_json::Error| RecordError::Damaged { disk: name.value().into(), what: e.to_string() };
-            disks.push(serde_json::from_slice(value.value()).map_err(damaged)?);
+            disks.push(decode(Some(FORMAT), name.value(), value.value())?);
         }
         Ok(disks)
     }
@@ -249,13 +267,9 @@ impl Records {
     /// When the store refuses; nothing has changed then.
     pub fn put<'a>(&self, disks: impl IntoIterator<Item = &'a DiskRecord>) -> Result<(), RecordError> {
         self.with(|database| {
-            let change = database.begin_write().map_err(RecordError::of)?;
-            {
-                let mut table = change.open_table(DISKS).map_err(RecordError::of)?;
-                for disk in disks {
-                    let value = serde_json::to_vec(disk).map_err(|e| RecordError::Store(e.to_string()))?;
-                    table.insert(disk.name.as_str(), value.as_slice()).map_err(RecordError::of)?;
-                }
+            let change = begin(database)?;
+            for disk in disks {
+                replace(&change, &disk.name, Some(disk))?;
             }
             crash::point("before records are committed");
             change.commit().map_err(RecordError::of)?;
@@ -270,13 +284,174 @@ impl Records {
     /// When the store refuses.
     pub fn remove(&self, name: &str) -> Result<(), RecordError> {
         self.with(|database| {
-            let change = database.begin_write().map_err(RecordError::of)?;
-            change.open_table(DISKS).map_err(RecordError::of)?.remove(name).map_err(RecordError::of)?;
+            let change = begin(database)?;
+            replace(&change, name, None)?;
             crash::point("before records are committed");
             change.commit().map_err(RecordError::of)?;
             crash::point("after records were committed");
             Ok(())
         })
+    }
+
+    /// The names ([`DiskRecord::names`]) of what was recorded once and let go since: its files need not be kept.
+    ///
+    /// # Errors
+    /// When the store refuses.
+    pub fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
+        self.with(|database| intact::content_of(database).map(|content| content.dropped).map_err(RecordError::Store))
+    }
+
+    /// Forgets what was let go, after its files were removed.
+    ///
+    /// # Errors
+    /// When the store refuses.
+    pub fn forget_dropped(&self) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            change.delete_table(DROPPED).map_err(RecordError::of)?;
+            change.open_table(DROPPED).map_err(RecordError::of)?;
+            change.commit().map_err(RecordError::of)
+        })
+    }
+
+    /// Looks at a store without changing it. None when there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read, is damaged as a whole, or was written by another version.
+    pub fn examine(path: &Path) -> Result<Option<ExaminedRecords>, RecordError> {
+        let Some(intact::Whole { content, is_unclean }) = Self::read_file(path)? else { return Ok(None) };
+        check_format(content.format)?;
+        let disks = content.disks.iter().map(|(name, value)| decode(content.format, name, value)).collect();
+        Ok(Some(ExaminedRecords { format: content.format, is_unclean, disks, dropped: content.dropped }))
+    }
+}
+
+/// What [`Records::examine`] found.
+#[derive(Debug, Default)]
+pub struct ExaminedRecords {
+    /// Its format; None before the first commit.
+    pub format: Option<u64>,
+    /// Whether its last writer was killed.
+    pub is_unclean: bool,
+    /// By name.
+    pub disks: Vec<Result<DiskRecord, RecordError>>,
+    /// As [`Records::dropped`].
+    pub dropped: BTreeSet<String>,
+}
+
+/// A change in two phases: what the file says is the newest commit has been on stable storage.
+fn begin(database: &Database) -> Result<WriteTransaction, RecordError> {
+    let mut change = database.begin_write().map_err(RecordError::of)?;
+    change.set_two_phase_commit(true);
+    Ok(change)
+}
+
+/// Puts a record in the place of the one that is there. What only the old one names is let go.
+fn replace(change: &WriteTransaction, name: &str, record: Option<&DiskRecord>) -> Result<(), RecordError> {
+    let mut disks = change.open_table(DISKS).map_err(RecordError::of)?;
+    let mut dropped = change.open_table(DROPPED).map_err(RecordError::of)?;
+    let old = disks.get(name).map_err(RecordError::of)?.map(|value| decode(Some(FORMAT), name, value.value()));
+    let before = old.transpose()?.map(|old| old.names()).unwrap_or_default();
+    let now = record.map(DiskRecord::names).unwrap_or_default();
+    for gone in before.difference(&now) {
+        dropped.insert(gone.as_str(), ()).map_err(RecordError::of)?;
+    }
+    for kept in &now {
+        dropped.remove(kept.as_str()).map_err(RecordError::of)?;
+    }
+    match record {
+        Some(record) => drop(disks.insert(name, encode(record)?.as_slice()).map_err(RecordError::of)?),
+        None => drop(disks.remove(name).map_err(RecordError::of)?),
+    }
+    Ok(())
+}
+
+fn check_format(found: Option<u64>) -> Result<(), RecordError> {
+    match found {
+        None | Some(FORMAT_FIRST..=FORMAT) => Ok(()),
+        Some(found) => Err(RecordError::Format { found }),
+    }
+}
+
+/// CRC-32 of the name, a zero and the JSON, in eight hexadecimal digits; a space; the JSON.
+fn seal(name: &str, json: &[u8]) -> Vec<u8> {
+    let mut sealed = format!("{:08x} ", checksum(name, json)).into_bytes();
+    sealed.extend_from_slice(json);
+    sealed
+}
+
+fn checksum(name: &str, json: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    [name.as_bytes(), &[0], json].into_iter().for_each(|part| crc.update(part));
+    crc.finalize()
+}
+
+fn encode(disk: &DiskRecord) -> Result<Vec<u8>, RecordError> {
+    let json = serde_json::to_vec(disk).map_err(|e| RecordError::Store(e.to_string()))?;
+    Ok(seal(&disk.name, &json))
+}
+
+fn decode(format: Option<u64>, name: &str, value: &[u8]) -> Result<DiskRecord, RecordError> {
+    let damaged = |what: String| RecordError::Damaged { disk: name.to_owned(), what };
+    let json = match format {
+        Some(1..FORMAT_SEALED) => value,
+        _ => {
+            let json = value.get(9..).unwrap_or_default();
+            if value != seal(name, json) {
+                return Err(damaged("it does not match its checksum".to_owned()));
+            }
+            json
+        }
+    };
+    let record: DiskRecord = serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
+    if record.name != name {
+        return Err(damaged(format!("it is the record of {}", record.name)));
+    }
+    Ok(record)
+}
+
+impl Content {
+    /// The same in the format of this program. Nothing is lost: what cannot be understood is an error.
+    fn sealed(&self) -> Result<Content, RecordError> {
+        let mut sealed = Content { format: Some(FORMAT), ..self.clone() };
+        for (name, value) in &mut sealed.disks {
+            let old = decode(self.format, name, value)?;
+            if self.format < Some(FORMAT_SEALED) {
+                *value = encode(&old)?;
+            }
+        }
+        Ok(sealed)
+    }
+
+    /// Makes it everything that the store has.
+    fn store(&self, change: WriteTransaction) -> Result<(), RecordError> {
+        change.delete_table(DISKS).map_err(RecordError::of)?;
+        change.delete_table(DROPPED).map_err(RecordError::of)?;
+        {
+            let mut meta = change.open_table(META).map_err(RecordError::of)?;
+            let format = self.format.unwrap_or(FORMAT);
+            meta.insert("format", format).map_err(RecordError::of)?;
+            let mut disks = change.open_table(DISKS).map_err(RecordError::of)?;
+            for (name, value) in &self.disks {
+                disks.insert(name.as_str(), value.as_slice()).map_err(RecordError::of)?;
+            }
+            let mut dropped = change.open_table(DROPPED).map_err(RecordError::of)?;
+            for name in &self.dropped {
+                dropped.insert(name.as_str(), ()).map_err(RecordError::of)?;
+            }
+        }
+        change.commit().map_err(RecordError::of)
+    }
+}
+
+impl DiskRecord {
+    /// The names of everything that has files of its own in our directories: of each table its UUID, of a snapshot's
+    /// image `disk@name`.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<String> {
+        let own = [Some(self.id), Some(self.live), self.mirror.as_ref().map(|m| m.bitmap)];
+        let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
+        ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).collect()
     }
 }
 
@@ -292,3 +467,7 @@ impl Fingerprint {
         Ok(Fingerprint { size_bytes: meta.len(), modified_ns })
     }
 }
+
+#[cfg(test)]
+#[path = "records_tests.rs"]
+mod tests;

@@ -3,9 +3,10 @@
 //! A run table is trusted only in the boot that made it: what is in the page cache outlives a process, not the machine.
 //! Nothing here knows what the bits mean; all of it is checked before the bits are mapped.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::SeekFrom;
@@ -113,4 +114,50 @@ pub(super) fn pages_with_data(file: &File, pages: usize) -> io::Result<Vec<Range
         found.extend((first < last).then_some(first..last.min(pages)));
         at = end;
     }
+}
+
+/// What a run table has, found out without mapping it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RunTableFacts {
+    /// How many bits are set.
+    pub ones: u64,
+    /// Whether it says that it cannot be vouched for.
+    pub is_broken: bool,
+}
+
+/// Looks at a run table without changing it, as [`super::Table::open`] would.
+///
+/// # Errors
+/// As there.
+pub fn examine_run_table(path: &Path, blocks: u64, name: TableName) -> Result<RunTableFacts, TableError> {
+    let error = |e: io::Error| TableError::Io { path: path.to_owned(), message: e.to_string() };
+    let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
+    let file =
+        OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(error)?;
+    let pages = blocks.div_ceil(PAGE_BYTES as u64 * 8).max(1);
+    let meta = file.metadata().map_err(error)?;
+    if !meta.is_file() || meta.len() != (pages + 1) * PAGE_BYTES as u64 {
+        return Err(damaged("it does not have the size of such a table"));
+    }
+    let mut page = [0; PAGE_BYTES];
+    file.read_exact_at(&mut page, 0).map_err(error)?;
+    RunHeader { blocks, name }.check(&page).map_err(damaged)?;
+    let flags = u64::from_ne_bytes(page[FLAGS_WORD * 8..FLAGS_WORD * 8 + 8].try_into().expect("eight bytes"));
+    let mut facts = RunTableFacts { ones: 0, is_broken: flags & BROKEN != 0 };
+    let pages = usize::try_from(pages).expect("tables fit the address space");
+    for number in pages_with_data(&file, pages).map_err(error)?.into_iter().flatten() {
+        file.read_exact_at(&mut page, (number as u64 + 1) * PAGE_BYTES as u64).map_err(error)?;
+        for (word, bytes) in (number as u64 * 512..).zip(page.chunks_exact(8)) {
+            let bits = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
+            let beyond = match blocks.saturating_sub(word * 64) {
+                some @ 0..64 => bits >> some != 0,
+                _ => false,
+            };
+            if beyond {
+                return Err(damaged("it has bits of blocks that the disk does not have"));
+            }
+            facts.ones += u64::from(bits.count_ones());
+        }
+    }
+    Ok(facts)
 }

@@ -166,20 +166,24 @@ impl Daemon {
         self.child.as_ref().unwrap().id()
     }
 
+    /// The program, in the boot of the machine that the daemon finds itself in.
+    fn program(&self) -> Command {
+        let boot_id = self.boot_id();
+        if !boot_id.exists() {
+            return command(env!("CARGO_BIN_EXE_halfsilver"));
+        }
+        // Private from /proc on, which is a mount also where the root is none (in a chroot).
+        let mut unshare = command("unshare");
+        let hide = format!("mount --bind {} /proc/sys/kernel/random/boot_id", boot_id.display());
+        let script = format!("mount --make-private /proc && {hide} && exec \"$0\" \"$@\"");
+        unshare.args(["-m", "--propagation", "unchanged", "sh", "-c", &script]);
+        unshare.arg(env!("CARGO_BIN_EXE_halfsilver"));
+        unshare
+    }
+
     fn serve_command(&self) -> Command {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
-        let boot_id = self.boot_id();
-        let mut command = if boot_id.exists() {
-            // Private from /proc on, which is a mount also where the root is none (in a chroot).
-            let mut unshare = command("unshare");
-            let hide = format!("mount --bind {} /proc/sys/kernel/random/boot_id", boot_id.display());
-            let script = format!("mount --make-private /proc && {hide} && exec \"$0\" \"$@\"");
-            unshare.args(["-m", "--propagation", "unchanged", "sh", "-c", &script]);
-            unshare.arg(env!("CARGO_BIN_EXE_halfsilver"));
-            unshare
-        } else {
-            command(env!("CARGO_BIN_EXE_halfsilver"))
-        };
+        let mut command = self.program();
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
         if let Some(defect) = PLANT.with(|p| p.borrow().clone()) {
             command.env("HALFSILVER_PLANT", defect);
@@ -196,6 +200,14 @@ impl Daemon {
     pub(crate) fn spawn(&mut self) {
         assert!(self.child.is_none());
         self.child = Some(self.serve_command().spawn().unwrap());
+    }
+
+    /// `halfsilver check` of this daemon's directories.
+    pub(crate) fn check(&self, args: &[&str]) -> Output {
+        let mut command = self.program();
+        command.args(["check", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());
+        command.args(args).env_remove("HALFSILVER_CONTROL").stdin(Stdio::null());
+        command.output().unwrap()
     }
 
     /// Starts the daemon and waits until it serves.
@@ -226,9 +238,22 @@ impl Daemon {
     /// Starts a daemon that must refuse; returns what it said.
     #[track_caller]
     pub(crate) fn refused_start(&self) -> String {
-        let output = self.serve_command().stderr(Stdio::piped()).output().unwrap();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{text}");
+        let mut child = self.serve_command().stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("a start that should be refused goes on");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut text = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(status.code(), Some(1), "{text}");
         text
     }
 

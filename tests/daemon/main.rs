@@ -8,8 +8,10 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
 mod chain;
+mod check;
 mod client;
 mod durability;
+mod faults;
 mod harness;
 mod images;
 mod kills;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer,
+    Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, Layer, LegImage, Log, NewLayer, Pair,
     PreparedSnapshot, Request, RequestError, Ticket, Version, VersionId, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
@@ -40,12 +40,27 @@ impl Bench {
         sim::reset();
         let live = SimImage::new("live", blocks * block_bytes as usize, 512);
         let clock = EpochClock::new(Epoch(1));
-        let discards = Disk::table_in_memory(live.size_bytes(), block_bytes).unwrap();
-        let options =
-            DiskOptions { image: Backing::One(Arc::new(live.clone())), block_bytes, read_only: false, discards };
-        let disk = Disk::new(clock.clone(), options);
+        let disk = disk_of(Backing::One(Arc::new(live.clone())), block_bytes, &clock);
         let editor = Arc::new(ChainEditor::new(clock.clone()));
         Bench { editor, clock, disk, live, queue: IoQueue::simulated(), _undisturbed: undisturbed }
+    }
+
+    /// The same disk on two legs that are still to be made equal; the images are the second leg and the bitmap.
+    pub fn mirrored() -> (Bench, Arc<Pair>, SimImage, SimImage) {
+        let mut bench = Bench::new();
+        let block_bytes = u32::try_from(BLOCK).unwrap();
+        let bitmap_bytes = usize::try_from(Pair::bitmap_bytes(bench.live.size_bytes(), block_bytes)).unwrap();
+        let (second, bitmap) = (bench.empty_image("second"), SimImage::new("bitmap", bitmap_bytes, 512));
+        let leg = |n, image: &SimImage| LegImage { id: VersionId::from_u128(n), image: Arc::new(image.clone()) };
+        let (legs, of, queue) = ([leg(1, &bench.live), leg(2, &second)], bitmap.clone(), bench.queue.clone());
+        let pair = bench.run(async move {
+            let [first, second] = legs;
+            let pair = Pair::create(first, Arc::new(of), VersionId::nil(), block_bytes, &queue).await.unwrap();
+            pair.attach(&queue, second, true).await.unwrap();
+            pair
+        });
+        bench.disk = disk_of(Backing::Pair(pair.clone()), block_bytes, &bench.clock);
+        (bench, pair, second, bitmap)
     }
 
     /// What a request that comes now is given.
@@ -69,11 +84,17 @@ impl Bench {
 
     /// Write logging as the daemon does it; the image is that of the log's durable table.
     pub fn cut_to_durable_log(&self) -> (Cut, SimImage) {
+        let (cut, _, durable) = self.cut_to_log_with_table();
+        (cut, durable)
+    }
+
+    /// The same; the images are the log and that of its durable table.
+    pub fn cut_to_log_with_table(&self) -> (Cut, SimImage, SimImage) {
         let (table, durable) = self.durable_table();
         let freed = Disk::table_in_memory(self.disk.geometry().size_bytes, self.disk.geometry().block_bytes).unwrap();
-        let log = Arc::new(Log { table, freed });
-        let layer = Layer::logged(Backing::One(Arc::new(self.empty_image("log"))), log);
-        (self.cut_with(NewLayer::Live { layer }), durable)
+        let (image, log) = (self.empty_image("log"), Arc::new(Log { table, freed }));
+        let layer = Layer::logged(Backing::One(Arc::new(image.clone())), log);
+        (self.cut_with(NewLayer::Live { layer }), image, durable)
     }
 
     /// An empty durable table, and its image.
@@ -97,7 +118,7 @@ impl Bench {
         (0..found.table().blocks()).filter(|&block| found.table().get(BlockIndex(block))).collect()
     }
 
-    fn run<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+    pub fn run<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
         let answer = Rc::new(RefCell::new(None));
         let put = answer.clone();
         let mut scheduler = Scheduler::default();
@@ -221,6 +242,11 @@ impl Bench {
     pub fn retire(&self, version: &Arc<Version>) {
         assert!(self.start_retiring(version).0.settle(&mut Rng::new(5)), "a version does not go");
     }
+}
+
+fn disk_of(image: Backing, block_bytes: u32, clock: &EpochClock) -> Arc<Disk> {
+    let discards = Disk::table_in_memory(image.size_bytes(), block_bytes).unwrap();
+    Disk::new(clock.clone(), DiskOptions { image, block_bytes, read_only: false, discards })
 }
 
 /// The sectors of a block.

@@ -7,7 +7,9 @@ use std::rc::{Rc, Weak};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 mod bench;
+mod faults;
 mod figures;
+mod flips;
 mod flushes;
 mod oracle;
 mod rules;

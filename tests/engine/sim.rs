@@ -54,8 +54,35 @@ thread_local! {
     static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
 }
 
+/// An answer that an image gives instead of doing what it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// An error, and nothing is done.
+    Errno(i32),
+    /// Only so many sectors are done.
+    Short(usize),
+}
+
+/// What a fault is met by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Met {
+    Read,
+    Write,
+    Zero,
+    Sync,
+}
+
+#[derive(Clone, Copy)]
+struct Injected {
+    by: Met,
+    fault: Fault,
+    times: usize,
+    met: usize,
+}
+
 struct State {
     bytes: Mutex<Vec<u8>>,
+    injected: Mutex<Option<Injected>>,
     fail: Mutex<Option<i32>>,
     fail_after: AtomicUsize,
     fail_zeroing: Mutex<Option<i32>>,
@@ -80,6 +107,7 @@ impl SimImage {
         SimImage {
             state: Arc::new(State {
                 bytes: Mutex::new(vec![0; size]),
+                injected: Mutex::new(None),
                 fail: Mutex::new(None),
                 fail_after: AtomicUsize::new(0),
                 fail_zeroing: Mutex::new(None),
@@ -108,6 +136,21 @@ impl SimImage {
     pub fn fail_writes(&self, errno: i32, count: usize) {
         *self.state.fail.lock().unwrap() = Some(errno);
         self.state.fail_after.store(count, Ordering::SeqCst);
+    }
+
+    /// Flips a bit, as a bad medium does.
+    pub fn flip(&self, bit: usize) {
+        self.state.bytes.lock().unwrap()[bit / 8] ^= 1 << (bit % 8);
+    }
+
+    /// The next `times` operations of this kind meet a fault.
+    pub fn inject(&self, by: Met, fault: Fault, times: usize) {
+        *self.state.injected.lock().unwrap() = Some(Injected { by, fault, times, met: 0 });
+    }
+
+    /// Takes the fault away again. Returns how often it was met.
+    pub fn heal(&self) -> usize {
+        self.state.injected.lock().unwrap().take().map_or(0, |i| i.met)
     }
 
     /// Makes zeroing fail with `errno`, and nothing else.
@@ -201,6 +244,23 @@ impl Image for SimImage {
     }
 }
 
+impl State {
+    /// The fault that an operation of this kind meets now.
+    fn meets(&self, kind: OpKind) -> Option<Fault> {
+        let by = match kind {
+            OpKind::Read => Met::Read,
+            OpKind::Write { .. } => Met::Write,
+            OpKind::Zero { .. } => Met::Zero,
+            OpKind::Sync => Met::Sync,
+            _ => return None,
+        };
+        let mut injected = self.injected.lock().unwrap();
+        let injected = injected.as_mut().filter(|i| i.by == by && i.met < i.times)?;
+        injected.met += 1;
+        Some(injected.fault)
+    }
+}
+
 fn movable(p: &[Pending]) -> Vec<usize> {
     (0..p.len()).filter(|&i| !p[i].held && *p[i].image.held.lock().unwrap() != Some(p[i].ticket.kind())).collect()
 }
@@ -253,7 +313,18 @@ pub fn step_io(rng: &mut Rng) {
             op.image.fail_after.store(left - 1, Ordering::SeqCst);
         }
     }
-    let moves = if rng.chance(50) { op.left.len() } else { rng.below(op.left.len() + 1) };
+    let mut short = None;
+    if op.left.len() == op.len / SECTOR {
+        match op.image.meets(kind) {
+            Some(Fault::Errno(errno)) => return op.ticket.finish(Err(io::Error::from_raw_os_error(errno))),
+            Some(Fault::Short(sectors)) => {
+                op.left.truncate(sectors);
+                short = Some(sectors * SECTOR);
+            }
+            None => {}
+        }
+    }
+    let moves = if short.is_some() || rng.chance(50) { op.left.len() } else { rng.below(op.left.len() + 1) };
     let at = usize::try_from(op.ticket.at().0).unwrap();
     for _ in 0..moves {
         let sector = op.left.swap_remove(rng.below(op.left.len()));
@@ -276,10 +347,11 @@ pub fn step_io(rng: &mut Rng) {
         }
     }
     if op.left.is_empty() {
+        let done = short.unwrap_or(op.len);
         if kind == OpKind::Read {
-            op.ticket.copy_in(&op.data);
+            op.ticket.copy_in(&op.data[..done]);
         }
-        op.ticket.finish(Ok(op.len));
+        op.ticket.finish(Ok(done));
     } else {
         PENDING.with_borrow_mut(|p| p.push(op));
     }

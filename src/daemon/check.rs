@@ -1,0 +1,400 @@
+//! `halfsilver check`: what is in a state directory, what a start would do with it, and what is wrong.
+//!
+//! What always holds:
+//! - Nobody else has the directory meanwhile. Without `repair` nothing is changed, and nothing is made.
+//! - What is repaired cannot lose anything: no image, log, durable table or record is ever removed that is not let go.
+//!
+//! What is not done here: to decide what a start does with a disk; that is in [`verdict`].
+
+mod disk;
+mod verdict;
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::ServeError;
+use super::places::{self, PlaceError, Places};
+use crate::store::{DiskRecord, ExaminedRecords, Records, TableName};
+
+/// What to examine.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// Whether to repair what can be repaired without a loss.
+    pub repair: bool,
+}
+
+/// Everything that was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckReport {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// Whether nothing is wrong.
+    pub ok: bool,
+    /// By name.
+    pub disks: Vec<CheckedDisk>,
+    /// What is wrong or worth knowing, beside what is said of disks and snapshots.
+    pub findings: Vec<Finding>,
+    /// What was repaired.
+    pub repaired: Vec<String>,
+}
+
+/// What a start would do with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskVerdict {
+    /// With everything that was acknowledged.
+    Served,
+    /// With what was flushed.
+    ServedAsFlushed,
+    /// Not at all.
+    NotServed,
+}
+
+/// What a start would do with a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotVerdict {
+    /// It is whole.
+    Kept,
+    /// Its deletion goes on.
+    Deleting,
+    /// It cannot be vouched for.
+    Broken,
+    /// It stays as it is until its disk is served.
+    Waits,
+}
+
+/// A disk, and what a start would do with it.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckedDisk {
+    /// Its name.
+    pub name: String,
+    /// Its image, as far as it is known.
+    pub path: Option<PathBuf>,
+    /// How the daemon ended, as far as this disk tells.
+    pub ended: String,
+    /// What a start would do.
+    pub verdict: DiskVerdict,
+    /// Why, if not everything is as it was.
+    pub reason: Option<String>,
+    /// What to do then.
+    pub action: Option<String>,
+    /// Oldest first.
+    pub snapshots: Vec<CheckedSnapshot>,
+}
+
+/// A snapshot, and what a start would do with it.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckedSnapshot {
+    /// `disk@name`.
+    pub snapshot: String,
+    /// What a start would do.
+    pub verdict: SnapshotVerdict,
+    /// Why, if it is not kept.
+    pub reason: Option<String>,
+    /// What to do then.
+    pub action: Option<String>,
+    /// Whether nothing that could be put back would change that.
+    #[serde(skip)]
+    pub(super) for_good: bool,
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Severity {
+    /// Something is wrong.
+    Problem,
+    /// Nothing is wrong, but it is good to know.
+    Note,
+}
+
+/// Something that was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// Where.
+    pub path: PathBuf,
+    /// What.
+    pub what: String,
+    /// What to do.
+    pub action: String,
+}
+
+const DO_REPAIR: &str = "run 'halfsilver check --repair'";
+
+/// Examines, and repairs if that is wanted.
+///
+/// # Errors
+/// When a daemon is running, the directory is not there, or the system refuses.
+pub fn check(options: &CheckOptions) -> Result<CheckReport, ServeError> {
+    let CheckOptions { state_dir, run_dir, repair } = options;
+    let there = std::fs::metadata(state_dir);
+    there.map_err(|source| PlaceError::Io { path: state_dir.clone(), source })?;
+    let places = Places::to_look_at(state_dir, run_dir);
+    let _lock = match repair {
+        true => Some(places::lock(state_dir, "--state-dir")?),
+        false => lock_to_look(state_dir)?,
+    };
+    let examined = Examination::of(&places)?;
+    if !repair {
+        return Ok(examined.into_report(Vec::new()));
+    }
+    let repaired = examined.repair()?;
+    Ok(Examination::of(&places)?.into_report(repaired))
+}
+
+/// Keeps daemons away without changing the file that they lock. Where none is, no daemon has ever run.
+fn lock_to_look(state_dir: &Path) -> Result<Option<File>, PlaceError> {
+    let path = state_dir.join("lock");
+    let error = |source: std::io::Error| PlaceError::Io { path: path.clone(), source };
+    let file = match OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(error)?,
+    };
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(places::in_use(state_dir, "--state-dir", file).map_err(error)?),
+        Err(e) => Err(error(e.into())),
+    }
+}
+
+/// What was found, and what can be done about it.
+struct Examination<'a> {
+    places: &'a Places,
+    boot: Uuid,
+    findings: Vec<Finding>,
+    disks: Vec<CheckedDisk>,
+    /// What is recorded of those disks, as far as it can be read.
+    records: Vec<DiskRecord>,
+    /// Files and directories whose mode is too wide, and the mode that they should have.
+    modes: Vec<(PathBuf, u32)>,
+    removable: Vec<PathBuf>,
+    /// Whether redb has something to put in order.
+    recovers: bool,
+}
+
+impl<'a> Examination<'a> {
+    fn of(places: &'a Places) -> Result<Examination<'a>, ServeError> {
+        let boot = TableName::of_this_boot(Uuid::nil()).map_err(|e| ServeError::System(e.to_string()))?.boot;
+        let mut of = Examination {
+            places,
+            boot,
+            findings: Vec::new(),
+            disks: Vec::new(),
+            records: Vec::new(),
+            modes: Vec::new(),
+            removable: Vec::new(),
+            recovers: false,
+        };
+        of.look_at_directories();
+        of.look_at_records();
+        Ok(of)
+    }
+
+    fn into_report(self, repaired: Vec<String>) -> CheckReport {
+        let is_good = |disk: &CheckedDisk| {
+            disk.verdict != DiskVerdict::NotServed
+                && disk.snapshots.iter().all(|s| s.verdict != SnapshotVerdict::Broken)
+        };
+        let ok = self.findings.iter().all(|f| f.severity == Severity::Note) && self.disks.iter().all(is_good);
+        let (state_dir, run_dir) = (self.places.state_dir().to_owned(), self.places.run_dir().to_owned());
+        CheckReport { state_dir, run_dir, ok, disks: self.disks, findings: self.findings, repaired }
+    }
+
+    fn found(&mut self, severity: Severity, path: &Path, what: impl Into<String>, action: impl Into<String>) {
+        let finding = Finding { severity, path: path.to_owned(), what: what.into(), action: action.into() };
+        if !self.findings.contains(&finding) {
+            self.findings.push(finding);
+        }
+    }
+
+    fn problem(&mut self, path: &Path, what: impl Into<String>, action: impl Into<String>) {
+        self.found(Severity::Problem, path, what, action);
+    }
+
+    fn note(&mut self, path: &Path, what: impl Into<String>, action: impl Into<String>) {
+        self.found(Severity::Note, path, what, action);
+    }
+
+    /// Modes and owners of what the daemon made, by the rules of [`Places::open`].
+    fn look_at_directories(&mut self) {
+        let me = rustix::process::geteuid().as_raw();
+        let [tables, images, run_tables] = self.places.own_dirs();
+        let (state, run) = (self.places.state_dir().to_owned(), self.places.run_dir().to_owned());
+        for (dir, is_top) in [(state, true), (run, true), (tables, false), (images, false), (run_tables, false)] {
+            let meta = if is_top { std::fs::metadata(&dir) } else { std::fs::symlink_metadata(&dir) };
+            let meta = match meta {
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue, // Made by the next start.
+                Err(e) => {
+                    self.problem(&dir, format!("it cannot be looked at: {e}"), "see to it that it can be");
+                    continue;
+                }
+                Ok(meta) => meta,
+            };
+            if !meta.is_dir() {
+                self.problem(&dir, "it is not a directory", "put the directory back; no daemon starts like this");
+            } else if meta.uid() != me && meta.uid() != 0 {
+                self.problem(&dir, format!("it belongs to user {}", meta.uid()), "give it back with chown");
+            } else if meta.mode() & 0o022 != 0 {
+                self.problem(&dir, "other users may write to it; no daemon starts like this", DO_REPAIR);
+                self.modes.push((dir.clone(), meta.mode() & 0o7755));
+            }
+            for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+                let Ok(meta) = entry.metadata() else { continue };
+                if !meta.is_file() {
+                    continue;
+                }
+                if meta.uid() != me {
+                    self.problem(
+                        &entry.path(),
+                        format!("it belongs to user {}", meta.uid()),
+                        "give it back with chown",
+                    );
+                } else if meta.mode() & 0o077 != 0 {
+                    self.problem(&entry.path(), "other users may read or write it", DO_REPAIR);
+                    self.modes.push((entry.path(), 0o600));
+                }
+            }
+        }
+    }
+
+    fn look_at_records(&mut self) {
+        let path = self.places.records();
+        let restore = "put a good copy of it back; without it nobody knows what the other files are";
+        let examined = match Records::examine(&path) {
+            Ok(Some(examined)) => examined,
+            Ok(None) => {
+                self.look_at_strays(&[], &ExaminedRecords::default());
+                self.removable.clear(); // When the records come back they may name them.
+                if let Err(e) = self.places.refuse_lost_records() {
+                    self.problem(&path, format!("a start would refuse: {e}"), restore);
+                }
+                return;
+            }
+            Err(e) => return self.problem(&path, format!("a start would refuse: {e}"), restore),
+        };
+        if examined.is_unclean {
+            self.recovers = true;
+            self.note(&path, "its last writer was killed", "nothing: the next start puts it in order");
+        }
+        let mut records = Vec::new();
+        for record in &examined.disks {
+            match record {
+                Ok(record) => records.push(record.clone()),
+                Err(e) => self.problem(&path, format!("a start would refuse: {e}"), restore),
+            }
+        }
+        let all_read = records.len() == examined.disks.len();
+        self.look_at_names(&path, &records);
+        if all_read {
+            self.look_at_strays(&records, &examined);
+        }
+        for record in &records {
+            let checked = disk::examine(self, record);
+            self.disks.push(checked);
+        }
+        self.records = records;
+    }
+
+    /// Names and UUIDs must be unique, and versions in order.
+    fn look_at_names(&mut self, path: &Path, records: &[DiskRecord]) {
+        let mut seen: BTreeMap<Uuid, String> = BTreeMap::new();
+        let ids = |d: &DiskRecord| {
+            let of_disk = [(d.id, format!("disk {}", d.name)), (d.live, format!("the live version of {}", d.name))];
+            let of_snapshots = d.snapshots.iter().map(|s| (s.id, format!("{}@{}", d.name, s.name)));
+            of_disk.into_iter().chain(of_snapshots).collect::<Vec<_>>()
+        };
+        for (id, whose) in records.iter().flat_map(ids) {
+            if let Some(other) = seen.insert(id, whose.clone()) {
+                self.problem(path, format!("{other} and {whose} have the same id {id}"), "put a good copy of it back");
+            }
+        }
+        for record in records {
+            for what in verdict::contradictions(record) {
+                self.problem(path, format!("disk {}: {what}", record.name), "put a good copy of it back");
+            }
+        }
+    }
+
+    fn look_at_strays(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) {
+        let strays = match self.places.strays(records, &examined.dropped) {
+            Ok(strays) => strays,
+            Err(e) => {
+                let state_dir = self.places.state_dir().to_owned();
+                return self.problem(&state_dir, format!("a start would refuse: {e}"), "see to it that it can be read");
+            }
+        };
+        for path in &strays.removable {
+            self.note(path, "an unfinished operation left it", "nothing: the next start removes it");
+        }
+        for path in &strays.kept {
+            self.problem(
+                path,
+                "no record names it, and there is something in it: it may be the only copy of what a guest wrote",
+                "put the records back that name it; if you are sure that nobody needs it, remove it yourself",
+            );
+        }
+        self.removable = strays.removable;
+    }
+
+    /// Does what cannot lose anything. Returns what was done.
+    fn repair(self) -> Result<Vec<String>, ServeError> {
+        let mut done = Vec::new();
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| PlaceError::Io { path, source }
+        };
+        for (path, mode) in &self.modes {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode)).map_err(io(path))?;
+            done.push(format!("{}: its mode is {mode:o} now", path.display()));
+        }
+        for path in &self.removable {
+            std::fs::remove_file(path).map_err(io(path))?;
+            done.push(format!("{}: removed", path.display()));
+        }
+        let broken = self.broken_for_good();
+        if self.recovers || !broken.is_empty() {
+            let records = Records::open(&self.places.records())?;
+            if self.recovers {
+                done.push(format!("{}: put in order", self.places.records().display()));
+            }
+            if !broken.is_empty() {
+                records.put(broken.iter().map(|(record, _)| record))?;
+                done.extend(broken.into_iter().flat_map(|(_, said)| said));
+            }
+        }
+        Ok(done)
+    }
+
+    /// Records of disks with snapshots that can never be believed, with the reason in them; and what to say of it.
+    fn broken_for_good(&self) -> Vec<(DiskRecord, Vec<String>)> {
+        let mut changed = Vec::new();
+        for (record, checked) in self.records.iter().zip(&self.disks) {
+            let (mut record, mut said) = (record.clone(), Vec::new());
+            for (snapshot, checked) in record.snapshots.iter_mut().zip(&checked.snapshots) {
+                if let (true, None, Some(reason)) = (checked.for_good, &snapshot.broken, &checked.reason) {
+                    snapshot.broken = Some(reason.clone());
+                    said.push(format!("{}: marked as broken: {reason}", checked.snapshot));
+                }
+            }
+            if !said.is_empty() {
+                changed.push((record, said));
+            }
+        }
+        changed
+    }
+}
