@@ -17,7 +17,9 @@ use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
 use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
-use crate::store::{DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName};
+use crate::store::{
+    DurableTable, Fingerprint, LoadReport, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName,
+};
 
 /// How long a start waits for the transfers of a process that was killed.
 pub(super) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
@@ -170,14 +172,8 @@ impl DiskLayers<'_> {
         let table = Arc::new(Table::create(&filling, self.geometry.blocks(), name).map_err(|e| e.to_string())?);
         let loaded = block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)?;
         let (table, report) = loaded.map_err(|e| e.to_string())?;
-        if let Some(range) = report.damaged.first() {
-            return Err(format!(
-                "{} is damaged: nobody knows whether {} of the disk's blocks, from block {} on, are in {}",
-                place.display(),
-                report.damaged.iter().map(|r| r.count()).sum::<u64>(),
-                range.start.0,
-                image.display()
-            ));
+        if let Some(what) = damage_of(place, image, &report) {
+            return Err(what);
         }
         std::fs::rename(&filling, places.run_table(id)).map_err(|e| e.to_string())?;
         Ok(table)
@@ -231,16 +227,33 @@ impl LayerSource for DiskLayers<'_> {
         let left = self.left_table(id, seal);
         if let (Trust::SameBoot, Err(why)) = (self.trust, &left) {
             // The guest may go on: what it was told is written must not be gone without a word.
-            return Err(format!(
-                "{why}; without it what was written after the last flush is lost. Put it back, or stop the guests, start \
-                 with --take-flushed DISK, and start the guests anew"
-            ));
+            return Err(without_run_table(why));
         }
         let table = self.durable_table((id, path), left)?;
         let image = open_whole(path, self.config, self.geometry, self.trust)?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
+}
+
+/// What of a durable table cannot be read.
+pub(super) fn damage_of(place: &Path, image: &Path, report: &LoadReport) -> Option<String> {
+    let range = report.damaged.first()?;
+    let blocks = report.damaged.iter().map(|r| r.count()).sum::<u64>();
+    Some(format!(
+        "{} is damaged: it does not tell whether {blocks} of the disk's blocks, from block {} on, are in {}",
+        place.display(),
+        range.start.0,
+        image.display()
+    ))
+}
+
+/// Why a log is not served in the boot in which its run table was lost.
+pub(super) fn without_run_table(why: &str) -> String {
+    format!(
+        "{why}; without it what was written after the last flush is lost. Put it back, or stop the guests, start with \
+         --take-flushed DISK, and start the guests anew"
+    )
 }
 
 /// The file that a version's content takes room in beside the full image: for one whose layer has everything, or that lies

@@ -145,6 +145,11 @@ impl ConfigSpace {
         self.config.wce == 1
     }
 
+    /// As if the driver had written the writeback byte.
+    pub(super) fn set_writeback(&mut self, writeback: bool) {
+        self.config.wce = u8::from(writeback);
+    }
+
     /// Back to writeback, as at the start.
     pub(super) fn reset(&mut self) {
         self.config.wce = 1;

@@ -27,6 +27,8 @@ const LAST_BATCH_HEAD_AT: usize = 12;
 const USED_IDX_AT: usize = 14;
 const STATES_AT: usize = 16;
 const STATE_BYTES: usize = 16;
+/// In an unused byte of the first head of the first queue: what the guest said of its cache. No frontend says it again.
+const WRITETHROUGH_AT: usize = STATES_AT + 1;
 const NEXT_IN_STATE: usize = 6;
 const COUNTER_IN_STATE: usize = 8;
 const VERSION: u16 = 1;
@@ -110,6 +112,18 @@ impl InflightRegion {
             }
         }
         Ok(region)
+    }
+
+    /// Whether the guest had switched to writethrough.
+    pub(super) fn is_writethrough(self: &Arc<Self>) -> bool {
+        self.clone().queue(0).is_some_and(|part| part.byte(WRITETHROUGH_AT).load(Ordering::Acquire) == 1)
+    }
+
+    /// Remembers whether the guest has switched to writethrough, for the next daemon.
+    pub(super) fn note_writethrough(self: &Arc<Self>, writethrough: bool) {
+        if let Some(part) = self.clone().queue(0) {
+            part.byte(WRITETHROUGH_AT).store(u8::from(writethrough), Ordering::Release);
+        }
     }
 
     /// One queue's part, if the region has it.

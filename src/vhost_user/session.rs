@@ -164,6 +164,13 @@ impl Session {
         }
     }
 
+    /// Leaves what the guest said of its cache to the next daemon.
+    fn note_cache(&self) {
+        if let Some(region) = &self.inflight {
+            region.note_writethrough(!self.config.is_writeback());
+        }
+    }
+
     fn update_durable(&self) {
         let durable = Rules::must_be_durable(self.features, self.config.is_writeback());
         self.durable.store(durable, Ordering::Release);
@@ -438,6 +445,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             return Err(refuse(format!("config space at {offset}+{} cannot be written so", buf.len())));
         }
         self.update_durable();
+        self.note_cache();
         Ok(())
     }
 
@@ -477,7 +485,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
         let (queues, entries) = (inflight.num_queues, inflight.queue_size);
         let region = InflightRegion::open(file, offset, bytes, queues, entries, self.vrings.len()).map_err(failed)?;
+        // The guest said so to an earlier daemon, and goes by it.
+        if region.is_writethrough() {
+            self.config.set_writeback(false);
+            self.update_durable();
+        }
         self.inflight = Some(region);
+        self.note_cache();
         Ok(())
     }
 

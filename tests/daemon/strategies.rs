@@ -120,7 +120,17 @@ pub(crate) fn end(daemon: &mut Daemon, how: End) {
         End::PowerCut => daemon.boot_again(),
         End::Stop | End::Kill => {}
     }
+    let told = serde_json::from_slice::<Value>(&daemon.check(&["--json"]).stdout).unwrap();
     daemon.start();
+    // What `check` said of each snapshot is what has become of it.
+    for said in told["disks"][0]["snapshots"].as_array().unwrap() {
+        let (name, verdict) = (said["snapshot"].as_str().unwrap(), said["verdict"].as_str().unwrap());
+        let found = daemon.snapshots().into_iter().find(|s| format!("vm0@{}", s["name"].as_str().unwrap()) == name);
+        match (verdict, found.as_ref().map(|s| s["state"].as_str().unwrap())) {
+            ("kept", Some("quiesced")) | ("broken", Some("broken")) | ("deleting", _) => {}
+            other => panic!("{name} after {how:?}: {other:?}, {told}"),
+        }
+    }
 }
 
 #[test]

@@ -9,7 +9,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use vhost::VhostBackend;
-use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 
 use super::ring::*;
 use super::support::*;
@@ -306,5 +307,30 @@ fn cloud_hypervisor_connects_and_connects_again() {
         }
         let content = server.image.content();
         assert!((0..8).all(|i| content[(round as usize * 8 + i) * 512] == round as u8));
+    }
+}
+
+/// No frontend says it again, and the guest goes by it: a write that it was told of must outlive a power cut.
+#[test]
+fn a_guest_that_switched_to_writethrough_stays_there() {
+    let _alone = alone();
+    for vmm in VMMS {
+        let server = TestServer::new(1, false);
+        let durable = || server.image.durable_writes.load(SeqCst);
+        let mut survivor = Survivor::connect(&server.socket(), 1, ENTRIES, vmm).unwrap();
+        let again = |survivor: &mut Survivor| {
+            hang_up(survivor);
+            server.wait_idle();
+            survivor.reconnect(&server.socket()).unwrap();
+            let before = durable();
+            survivor.guest.write_sectors(0, &[1; 512]);
+            durable() - before
+        };
+        assert_eq!(again(&mut survivor), 0, "{vmm:?}: writeback, as at the start");
+        survivor.guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+        assert_eq!(again(&mut survivor), 1, "{vmm:?}");
+        assert_eq!(again(&mut survivor), 1, "{vmm:?}: also the second time");
+        survivor.guest.frontend.set_config(32, VhostUserConfigFlags::WRITABLE, &[1]).unwrap();
+        assert_eq!(again(&mut survivor), 0, "{vmm:?}: and it may switch back");
     }
 }

@@ -7,7 +7,7 @@ use super::verdict::{self, Found, Lost, Place, Slot};
 use super::{CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::Name;
 use crate::control::api::DiskConfig;
-use crate::daemon::layers::{block_on, direct_of};
+use crate::daemon::layers::{block_on, damage_of, direct_of, without_run_table};
 use crate::daemon::takeup::Trust;
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, SharedImage};
 use crate::mirror::{LegImage, LegState, Pair, PairFacts};
@@ -15,6 +15,7 @@ use crate::store::{
     DiskRecord, DurableTable, Fingerprint, LoadReport, MirrorRecord, Table, TableError, TableName, examine_run_table,
 };
 
+const MENDED: &str = "nothing: its other copy is whole, and the next start writes it anew";
 const PUT_BACK: &str = "put back what is missing; nothing has been changed";
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage";
 
@@ -257,10 +258,16 @@ fn look_at_layer(
         let found = look_at_log(of, slot, shape, trust).map_err(lost)?;
         return opened().map(|()| found);
     }
-    if trust == Trust::PowerCut {
+    let is_durable = slot.snapshot.as_ref().is_some_and(|s| s.durable);
+    if trust == Trust::PowerCut && !is_durable {
         return Err(Lost { why: POWER_CUT.to_owned(), for_good: true });
     }
-    let is_broken = look_at_table(of, slot, shape, trust).map_err(lost)?;
+    let left = look_at_table(of, slot, shape, trust);
+    let is_broken = match is_durable {
+        true => look_at_saved(of, slot, shape, left),
+        false => left,
+    };
+    let is_broken = is_broken.map_err(lost)?;
     opened().map(|()| Found { is_broken, ..Found::default() })
 }
 
@@ -276,37 +283,47 @@ fn look_at_table(of: &Examination, slot: &Slot, shape: Shape, trust: Trust) -> R
         Trust::SameBoot => {
             let name = TableName { id: slot.id, boot: of.boot };
             let facts = examine_run_table(&of.places.run_table(slot.id), shape.blocks(), name);
-            facts.map(|facts| facts.is_broken).map_err(|e| e.to_string())
+            let is_marked = of.places.broken_mark(slot.id).exists();
+            facts.map(|facts| facts.is_broken || is_marked).map_err(|e| e.to_string())
         }
         Trust::PowerCut => Err("its table was not on stable storage".to_owned()),
         Trust::Changed => Err("the disk's image was changed while the daemon was not running".to_owned()),
     }
 }
 
-/// A log's tables: its durable one is what counts when the other is not believed.
+/// The tables of a snapshot that outlives a power cut. Returns whether they say that it is broken.
+fn look_at_saved(of: &mut Examination, slot: &Slot, shape: Shape, left: Result<bool, String>) -> Result<bool, String> {
+    let is_recorded = slot.snapshot.as_ref().is_some_and(|s| s.broken.is_some());
+    if left.as_ref().is_ok_and(|is_broken| *is_broken || is_recorded) {
+        return left;
+    }
+    let given_up = of.places.given_up_table(slot.id);
+    if given_up.exists() {
+        // Older ones still read through it.
+        return look_at_durable(&given_up, slot, shape)?.map_or(Ok(true), Err);
+    }
+    let path = of.places.log_table(slot.id);
+    match (left, look_at_durable(&path, slot, shape)?) {
+        (Ok(_), Some(what)) => of.problem(&path, what, MENDED),
+        (Err(_), Some(what)) => return Err(what),
+        (_, None) => {}
+    }
+    Ok(false)
+}
+
+/// A log's tables: its durable one is what counts when the machine went down.
 fn look_at_log(of: &mut Examination, slot: &Slot, shape: Shape, trust: Trust) -> Result<Found, String> {
-    let (id, path) = (slot.id, of.places.log_table(slot.id));
-    let image: SharedImage = Arc::new(FileImage::probe(&path, Direct::Off).map_err(|e| e.to_string())?);
-    let table = Arc::new(Table::in_memory(shape.blocks()).map_err(|e| e.to_string())?);
-    let loaded = block_on(async move |queue| -> Result<LoadReport, TableError> {
-        Ok(DurableTable::load(image, id, table, &queue).await?.1)
-    })?;
-    let report = loaded.map_err(|e| e.to_string())?;
-    let damaged = report.damaged.first().map(|range| {
-        let blocks = report.damaged.iter().map(|r| r.count()).sum::<u64>();
-        let first = range.start.0;
-        format!(
-            "{} is damaged: it does not tell whether {blocks} of the disk's blocks, from block {first} on, are in the log",
-            path.display()
-        )
-    });
+    let path = of.places.log_table(slot.id);
+    let damaged = look_at_durable(&path, slot, shape)?;
     match (look_at_table(of, slot, shape, trust), damaged) {
-        (Ok(is_broken), None) => Ok(Found { is_broken, is_as_flushed: false }),
-        (Ok(is_broken), Some(what)) => {
-            of.problem(&path, what, "nothing: its other copy is whole, and the next start writes it anew");
+        (Ok(is_broken), damaged) => {
+            if let Some(what) = damaged {
+                of.problem(&path, what, MENDED);
+            }
             Ok(Found { is_broken, is_as_flushed: false })
         }
         (Err(_), Some(what)) => Err(what),
+        (Err(why), None) if trust == Trust::SameBoot => Err(without_run_table(&why)),
         (Err(why), None) => {
             if trust != Trust::PowerCut {
                 let what = format!("the log's newest table is lost: {why}");
@@ -315,4 +332,16 @@ fn look_at_log(of: &mut Examination, slot: &Slot, shape: Shape, trust: Trust) ->
             Ok(Found { is_broken: false, is_as_flushed: true })
         }
     }
+}
+
+/// A durable table as it is stored. Returns what of it is damaged.
+fn look_at_durable(path: &Path, slot: &Slot, shape: Shape) -> Result<Option<String>, String> {
+    let id = slot.id;
+    let image: SharedImage = Arc::new(FileImage::probe(path, Direct::Off).map_err(|e| e.to_string())?);
+    let table = Arc::new(Table::in_memory(shape.blocks()).map_err(|e| e.to_string())?);
+    let loaded = block_on(async move |queue| -> Result<LoadReport, TableError> {
+        Ok(DurableTable::load(image, id, table, &queue).await?.1)
+    })?;
+    let report = loaded.map_err(|e| e.to_string())?;
+    Ok(damage_of(path, &slot.image, &report))
 }

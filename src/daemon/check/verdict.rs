@@ -152,7 +152,7 @@ pub(super) fn what_a_start_would_do(
                 Ok(_) => {}
             }
             if let Some(snapshot) = slot.snapshot {
-                outcome.snapshots.push(of_snapshot(&record.name, &snapshot, trust, place, found));
+                outcome.snapshots.push(of_snapshot(&record.name, &snapshot, trust, found));
             }
         }
         is_newest = false;
@@ -172,16 +172,10 @@ pub(super) fn wait(snapshot: &mut CheckedSnapshot) {
     snapshot.for_good = false;
 }
 
-fn of_snapshot(
-    disk: &str,
-    record: &SnapshotRecord,
-    trust: Trust,
-    place: Place,
-    found: Result<Found, Lost>,
-) -> CheckedSnapshot {
+fn of_snapshot(disk: &str, record: &SnapshotRecord, trust: Trust, found: Result<Found, Lost>) -> CheckedSnapshot {
     // The cut of one that is pending was never announced.
     let goes = record.deleting || record.ended == 0;
-    let unfinished = trust == Trust::PowerCut && place.is_at_or_above && record.quiesced_ms.is_none() && !goes;
+    let unfinished = trust == Trust::PowerCut && record.quiesced_ms.is_none() && !goes;
     let trouble = match (&record.broken, found) {
         (Some(reason), _) => Some(Lost { why: reason.clone(), for_good: false }),
         (None, Err(lost)) => Some(lost),
