@@ -48,6 +48,9 @@ pub struct FileImage {
 /// Guest sectors; a disk's size is a multiple of this (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
+/// The last transfers of a process that was killed keep its locks for a moment.
+const PROBE_WAIT: Duration = Duration::from_secs(2);
+
 impl FileImage {
     /// Opens and locks an existing raw file or block device.
     ///
@@ -83,7 +86,7 @@ impl FileImage {
             return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
         }
         let claim = if is_block { libc::O_EXCL } else { 0 };
-        let options = ImageOptions { direct, read_only: true, lock_wait: Duration::ZERO };
+        let options = ImageOptions { direct, read_only: true, lock_wait: PROBE_WAIT };
         let file = open_with(path, options, libc::O_CLOEXEC | libc::O_NOCTTY | claim)?;
         Self::finish_open(file, path, options, is_block, LockMode::Write)
     }

@@ -476,7 +476,7 @@ fn damage_of_a_kill() -> Vec<Damage> {
             flip(&run_table(d, id_of(d, "vm0", "a")), 4096 + 40);
             None
         }),
-        damage("log's run table: missing", "newest table is lost", |d| remove(&run_table(d, record(d, "vm0").live))),
+        damage("log's run table: missing", "--take-flushed", |d| remove(&run_table(d, record(d, "vm0").live))),
     ]
 }
 

@@ -294,7 +294,7 @@ fn no_space_to_stop() -> [String; 3] {
     std::fs::remove_file(filler).unwrap();
     daemon.start();
     assert_eq!(daemon.client("vm0").tag(0), 2);
-    daemon.assert_broken("vm0@a", "broke");
+    daemon.assert_broken("vm0@a", "could not be saved");
     let state = daemon.state("vm0@a");
     daemon.stop();
     [format!("exit {}", status.code().unwrap()), "-".to_owned(), state]
