@@ -12,6 +12,9 @@ mod flushes;
 mod oracle;
 mod rules;
 mod run;
+#[path = "../common/schedule.rs"]
+#[allow(dead_code, reason = "each test uses a part of it")]
+mod schedule;
 mod sim;
 mod strategies;
 mod waits;

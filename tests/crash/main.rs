@@ -1,0 +1,16 @@
+//! Crash states under the engine: a simulated host that ends at every step, and what is found afterwards.
+
+#![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
+
+mod daemon;
+mod host;
+mod judge;
+#[path = "../common/media.rs"]
+#[allow(dead_code, reason = "each test uses a part of it")]
+mod media;
+mod oracle;
+mod run;
+#[path = "../common/schedule.rs"]
+#[allow(dead_code, reason = "each test uses a part of it")]
+mod schedule;
+mod states;
