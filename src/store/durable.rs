@@ -67,6 +67,8 @@ pub struct DurableTable {
 struct State {
     payload: Payload,
     header_changed: bool,
+    /// Whether a process before this one may have written what it had not synced yet: reading it proves nothing.
+    left_unsynced: bool,
     running: bool,
     /// Commits that have begun, and the last one that is done.
     begun: u64,
@@ -165,6 +167,7 @@ impl DurableTable {
         let state = State {
             payload,
             header_changed: false,
+            left_unsynced: true,
             running: false,
             begun: 0,
             done: 0,
@@ -250,9 +253,9 @@ impl DurableTable {
     }
 
     async fn run(&self, queue: &IoQueue, first: impl AsyncFn() -> Result<(), ImageError>) -> Result<(), ImageError> {
-        let header = {
+        let (header, left_unsynced) = {
             let mut state = self.lock();
-            std::mem::take(&mut state.header_changed).then_some(state.payload)
+            (std::mem::take(&mut state.header_changed).then_some(state.payload), state.left_unsynced)
         };
         let (mut from, mut wrote) = (0, false);
         loop {
@@ -274,7 +277,11 @@ impl DurableTable {
             self.write(queue, ByteOffset(0), owned(&sector)).await?;
             wrote = true;
         }
-        if wrote { sync(&*self.image, queue).await } else { Ok(()) }
+        if wrote || left_unsynced {
+            sync(&*self.image, queue).await?;
+            self.lock().left_unsynced = false;
+        }
+        Ok(())
     }
 
     /// The sectors of a run as they are now.
