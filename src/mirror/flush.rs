@@ -6,11 +6,11 @@
 
 use std::pin::Pin;
 
-use super::chain::{Chain, Log, VersionIndex};
+use super::chain::{Chain, Layer, Log, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::{Backing, Disk, Epoch, RequestError, VersionId};
+use super::{Disk, Epoch, RequestError, VersionId};
 use crate::image::{ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -87,9 +87,8 @@ impl Disk {
 
     /// The layers are in order from the pivot on.
     async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
-        let images: Vec<&Backing> = layers.iter().map(|&i| &chain.layer(i).image).collect();
-        let logs: Vec<&Log> = layers.iter().filter_map(|&i| chain.layer(i).log.as_deref()).collect();
-        commit(queue, &images, &logs).await
+        let layers: Vec<&Layer> = layers.iter().map(|&i| chain.layer(i)).collect();
+        commit(queue, &layers).await
     }
 
     /// Whether some bytes of the live version are where only a log's table says.
@@ -113,19 +112,25 @@ impl Disk {
     }
 }
 
-/// Commits logs, the last one being the farthest from the pivot, after syncing the images.
+/// Syncs the images of layers and commits their tables, the last one being the farthest from the pivot.
 ///
 /// A write to one log deletes entries of those that are farther out. So each log is looked at before those nearer to the
-/// pivot, and stored when they are: no deletion is durable before the entry that it makes way for.
+/// pivot, and stored when they are: no deletion is durable before the entry that it makes way for. Each log has its own
+/// image synced between looking and storing: a commit of a nearer one may be shared with somebody who began it for fewer
+/// layers, and syncs only theirs.
 fn commit<'a>(
     queue: &'a IoQueue,
-    images: &'a [&'a Backing],
-    logs: &'a [&'a Log],
+    layers: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
-        match logs.split_last() {
-            Some((farthest, nearer)) => farthest.table.commit_after(queue, || commit(queue, images, nearer)).await,
-            None => join_all(images.iter().map(|image| image.sync(queue)).collect()).await.into_iter().collect(),
+        let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
+        let first = async || {
+            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> = Box::pin(farthest.image.sync(queue));
+            join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
+        };
+        match &farthest.log {
+            Some(log) => log.table.commit_after(queue, first).await,
+            None => first().await,
         }
     })
 }
