@@ -16,10 +16,10 @@ use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, LegImage,
-    LegState, Log, NewLayer, Owned, Pair, PreparedSnapshot, RetireError, Version, VersionId, Writers,
+    LegState, Link, Log, NewLayer, Owned, Pair, PreparedSnapshot, RetireError, Version, VersionId, Writers,
 };
 use halfsilver::store::{
-    DiskRecord, DurableTable, Fingerprint, LegRecord, MirrorRecord, PAYLOAD_BYTES, SnapshotRecord, Table,
+    BlockIndex, DiskRecord, DurableTable, Fingerprint, LegRecord, MirrorRecord, PAYLOAD_BYTES, SnapshotRecord, Table,
 };
 use uuid::Uuid;
 
@@ -691,6 +691,30 @@ impl Daemon {
         let chain = self.disk.chain();
         let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
         chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
+    }
+
+    /// Who owns which blocks, for people.
+    pub fn describe(&self) -> String {
+        let chain = self.disk.chain();
+        let describe = |link: &Link| {
+            let bits = match &link.layer.owned {
+                Owned::All => "all".to_owned(),
+                Owned::Table(table) => {
+                    let bit = |block| if table.get(BlockIndex(block)) { '1' } else { '0' };
+                    (0..table.blocks()).map(bit).collect()
+                }
+            };
+            let record =
+                self.entries.borrow().iter().find(|e| e.id == link.version.id).map(|e| e.record.borrow().clone());
+            let what = record.map_or_else(String::new, |r| {
+                let quiesced = if r.quiesced_ms.is_some() { ", quiesced" } else { "" };
+                let deleting = if r.deleting { ", being deleted" } else { "" };
+                format!(" {} until {}{quiesced}{deleting}, broken: {:?}", r.strategy, r.ended, r.broken)
+            });
+            format!("\n  {} [{bits}] in {}{what}", link.version.id, link.layer.image.path().display())
+        };
+        let chain: String = chain.links().iter().map(describe).collect();
+        format!("legs {:?}{chain}", self.legs())
     }
 
     /// The states of the legs and their paths.

@@ -26,18 +26,7 @@ pub fn find(
     let (host, of) = (Rc::new(RefCell::new(host)), oracle.clone());
     let opened = run(rng, async move { Daemon::open(host, of, shape, Rc::default(), Begun::default()).await });
     let daemon = opened.map_err(|e| format!("it does not start: {e}"))?;
-    if std::env::var_os("CRASH_TRACE").is_some() {
-        println!("{end:?}: {:#?}", daemon.host.borrow().record);
-        for link in daemon.disk.chain().links() {
-            let t = match &link.layer.owned {
-                halfsilver::mirror::Owned::All => "all".to_owned(),
-                halfsilver::mirror::Owned::Table(t) => {
-                    (0..t.blocks()).map(|b| if t.get(halfsilver::store::BlockIndex(b)) { '1' } else { '0' }).collect()
-                }
-            };
-            println!("  {} {t} {}", link.version.id, link.layer.image.path().display());
-        }
-    }
+    crate::trace(|| format!("after {end:?}: {}", daemon.describe()));
     told(&daemon, &oracle.borrow())?;
     legs_are_equal(&daemon)?;
     if end.is_power_cut() && entries_of_logs(&daemon) > 0 {

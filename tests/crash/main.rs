@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 
+use std::sync::OnceLock;
+
 mod daemon;
 mod host;
 mod judge;
@@ -14,3 +16,11 @@ mod run;
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
 mod states;
+
+/// Tells what happens when `CRASH_TRACE` is set.
+fn trace(what: impl FnOnce() -> String) {
+    static TRACES: OnceLock<bool> = OnceLock::new();
+    if *TRACES.get_or_init(|| std::env::var_os("CRASH_TRACE").is_some()) {
+        println!("{}", what());
+    }
+}

@@ -95,6 +95,7 @@ impl Oracle {
     pub fn begin_change(&mut self, epoch: Epoch, sectors: Range<usize>, kind: Kind, durable: bool) -> u64 {
         self.next += 1;
         let number = self.next;
+        crate::trace(|| format!("change {number} of sectors {sectors:?} begins in epoch {epoch}, durable: {durable}"));
         let entry = if kind == Kind::Write { number } else { number | ZEROS };
         let overlaps = |c: &&Change| c.sectors.start < sectors.end && sectors.start < c.sectors.end;
         let beside = self.changes.iter().filter(overlaps).map(|c| c.number).collect();
@@ -109,6 +110,7 @@ impl Oracle {
     pub fn end_change(&mut self, number_of: u64) {
         let at = self.changes.iter().position(|c| c.number == number_of).expect("a change in flight");
         let change = self.changes.swap_remove(at);
+        crate::trace(|| format!("change {number_of} ends, beside {:?}", change.beside));
         if change.kind == Kind::Discard {
             return;
         }
@@ -128,12 +130,14 @@ impl Oracle {
 
     /// It was acknowledged: what was acknowledged before it began, or came later, is what a power cut leaves.
     pub fn end_flush(&mut self, flush: &Flush) {
+        crate::trace(|| format!("a flush of what was done at change {} ends", flush.upto));
         for (set, now) in self.durable.iter_mut().zip(&flush.now) {
             set.retain(|e| number(*e) > flush.upto || now.contains(e));
         }
     }
 
     pub fn cut(&mut self, ended: Epoch, new_live: Uuid) {
+        crate::trace(|| format!("a cut ends epoch {ended}: {} is frozen, {new_live} is live", self.live.id));
         let mut frozen = self.live.clone();
         frozen.ended = Some(ended);
         self.live.id = new_live;

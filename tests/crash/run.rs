@@ -236,6 +236,7 @@ impl Machine {
         let found = judge::find(left, &self.oracle, end, self.shape, &mut rng, &self.counts).map_err(what)?;
         let Some(host) = next else { return Ok(()) };
         let actions = 6 + rng.below(24);
+        crate::trace(|| format!("--- goes on at depth {} after {end:?} at step {}", self.depth + 1, self.steps));
         let then = Machine::on(host, found, rng, self.shape, self.depth + 1, self.counts.clone());
         then.run(actions).map_err(|e| what(format!("\n  then {e}")))
     }
