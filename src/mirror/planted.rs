@@ -59,11 +59,13 @@ pub enum Defect {
     ReclaimBlindly,
     /// A read of a full image does not look whether it was given to a newer version meanwhile.
     NoRetireRecheck,
+    /// A cleaning of the write-intent bitmap does not notice that another one took the note of a write away.
+    CleansSideBySide,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 27] = [
+    pub const ALL: [Defect; 28] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -91,6 +93,7 @@ impl Defect {
         Defect::ZerosNotCopied,
         Defect::ReclaimBlindly,
         Defect::NoRetireRecheck,
+        Defect::CleansSideBySide,
     ];
 }
 

@@ -394,18 +394,19 @@ impl Pair {
             if !state.cleans() {
                 break;
             }
-            let (idle, next) = core.intent.idle_regions(at, CLEANED_MAX);
-            from = next;
-            if idle.is_empty() {
+            let idle = core.intent.idle_regions(at, CLEANED_MAX);
+            from = idle.next;
+            if idle.regions.is_empty() {
                 continue;
             }
-            for &region in &idle {
+            for &region in &idle.regions {
                 wait_for_holders(locks, self.blocks_of(region)).await;
             }
             self.sync(queue).await?;
             // Both legs were there all the time, so both have stored what was written before.
             let holds = || core.state.load().version == state.version;
-            cleaned += idle.into_iter().filter(|&region| core.intent.clear_if_idle(region, holds)).count() as u64;
+            let clear = |region: &&BlockIndex| core.intent.clear_if_idle(**region, &idle, holds);
+            cleaned += idle.regions.iter().filter(clear).count() as u64;
             core.intent.durable.commit(queue).await?;
         }
         Ok(cleaned)
