@@ -22,11 +22,10 @@ impl Disk {
     pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
         let chain = self.chain();
         // Before the commit: only what was deleted until now is deleted durably when it is done.
-        let freed: Vec<_> = logs_of(&chain).map(|(index, log)| (index, some_freed(log))).collect();
+        let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
         self.flush_from(queue, &chain, chain.at_epoch(epoch)).await?;
-        for (index, block) in freed.into_iter().flat_map(|(index, blocks)| blocks.into_iter().map(move |b| (index, b)))
-        {
-            self.reclaim(queue, &chain, index, block).await;
+        for place in freed {
+            self.reclaim(queue, &chain, place).await;
         }
         Ok(())
     }
@@ -96,20 +95,39 @@ impl Disk {
         logs_of(chain).next().is_some()
     }
 
-    /// Gives the place of a deleted entry back, unless the block has an entry again.
-    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, block: BlockIndex) {
-        let Some(log) = &chain.layer(index).log else { return };
-        let one = BlockRange::one(block);
+    fn some_freed(&self, index: VersionIndex, log: &Log) -> Vec<Freed> {
+        let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
+        let blocks = std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX);
+        let freed = |block| Freed { index, block, generation: self.locks.generation(BlockRange::one(block)) };
+        blocks.map(freed).collect()
+    }
+
+    /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
+    /// durable although it is deleted again: then the place waits for the next flush.
+    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
+        let Some(log) = &chain.layer(place.index).log else { return };
+        let one = BlockRange::one(place.block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
+        let is_same = self.locks.generation(one) == place.generation || planted::is(Defect::ReclaimFreedAgain);
+        if !is_same && !log.table.table().get(place.block) {
+            return;
+        }
         log.freed.clear(one);
-        if log.table.table().get(block) && !planted::is(Defect::ReclaimBlindly) {
+        if log.table.table().get(place.block) && !planted::is(Defect::ReclaimBlindly) {
             return;
         }
         let (at, len) = self.geometry.bytes(one);
-        if let Err(e) = chain.layer(index).image.release(queue, at, len).await {
+        if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
             log::warn!("the space of superseded blocks is not given back: {e}");
         }
     }
+}
+
+/// The place of a deleted entry, and the generation of its block's lock after that.
+struct Freed {
+    index: VersionIndex,
+    block: BlockIndex,
+    generation: u64,
 }
 
 /// Syncs the images of layers and commits their tables, the last one being the farthest from the pivot.
@@ -143,9 +161,4 @@ fn way(chain: &Chain, index: VersionIndex) -> Vec<VersionIndex> {
 
 fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Log)> {
     way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log.as_deref()?)))
-}
-
-fn some_freed(log: &Log) -> Vec<BlockIndex> {
-    let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
-    std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX).collect()
 }

@@ -61,11 +61,13 @@ pub enum Defect {
     NoRetireRecheck,
     /// A cleaning of the write-intent bitmap does not notice that another one took the note of a write away.
     CleansSideBySide,
+    /// The place of a deleted entry is given back although the block had another entry since, which is durable.
+    ReclaimFreedAgain,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 28] = [
+    pub const ALL: [Defect; 29] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -94,6 +96,7 @@ impl Defect {
         Defect::ReclaimBlindly,
         Defect::NoRetireRecheck,
         Defect::CleansSideBySide,
+        Defect::ReclaimFreedAgain,
     ];
 }
 
