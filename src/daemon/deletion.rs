@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -204,13 +205,19 @@ impl Manager {
     }
 
     /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.
-    fn begin_retire(&self, disk: &DiskEntry, entry: &SnapshotEntry, job: &JobEntry) -> Result<Option<Epoch>, String> {
+    fn begin_retire<'a>(
+        &self,
+        disk: &'a DiskEntry,
+        entry: &SnapshotEntry,
+        job: &JobEntry,
+    ) -> Result<Option<(Epoch, Turn<'a>)>, String> {
         let version = entry.version.as_ref().expect("only versions in a chain are retired");
         loop {
-            match self.editor.begin_retire(&disk.disk, version) {
-                Ok(grace) => return Ok(Some(grace)),
-                Err(RetireError::TooManyDraining(_)) => {}
-                Err(RetireError::Busy) => {
+            let turn = Turn::take(&disk.retires);
+            match turn.as_ref().map(|_| self.editor.begin_retire(&disk.disk, version)) {
+                Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
+                None | Some(Err(RetireError::TooManyDraining(_))) => {}
+                Some(Err(RetireError::Busy)) => {
                     let jobs = locked(&self.jobs);
                     let is_in_the_way = |j: &&Arc<JobEntry>| {
                         j.disk == disk.name && j.snapshot.is_some() && j.state() == JobState::Stopped
@@ -223,13 +230,14 @@ impl Manager {
             if job.pace.is_stopped() {
                 return Ok(None);
             }
+            drop(turn);
             std::thread::sleep(TURN);
         }
     }
 
     /// The job of a deletion, on a thread and ring of its own.
     fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
-        let Some(grace) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
+        let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
         let version = entry.version.clone().expect("only versions in a chain are retired");
         // What is not needed any more when it has gone.
         let left = left_behind(disk, entry.id);
@@ -257,6 +265,7 @@ impl Manager {
             }
             gone.map_err(|e| e.to_string())?;
         }
+        drop(turn);
         if disk.disk.discards().count() > 0 {
             let (of, pace) = (disk.disk.clone(), job.pace.clone());
             match block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
@@ -288,6 +297,21 @@ impl Manager {
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
+    }
+}
+
+/// The turn of a deletion among those of its disk, until this is dropped.
+struct Turn<'a>(&'a AtomicBool);
+
+impl Turn<'_> {
+    fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
+        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 

@@ -221,6 +221,7 @@ impl Manager {
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             leg_paths: Arc::default(),
+            retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
             server,
             frontends,

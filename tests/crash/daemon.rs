@@ -505,7 +505,7 @@ impl Daemon {
 
     /// `Manager::retire`, the job of a deletion.
     async fn run_deletion(&self, entry: Rc<Entry>) {
-        let turn = self.turn.lock().await;
+        let mut turn = Some(self.turn.lock().await);
         let version = entry.version.clone().unwrap();
         let grace = loop {
             match self.editor.begin_retire(&self.disk, &version) {
@@ -523,7 +523,9 @@ impl Daemon {
             Ok(Outcome::Done) => {}
             other => return self.fail(format!("a deletion ended with {other:?}")),
         }
-        drop(turn);
+        if self.shape.slip == Some(Slip::NextBeforeRecord) {
+            turn = None;
+        }
         {
             let _structure = self.structure.lock().await;
             let is_split = entry.record.borrow().strategy == Strategy::WriteMirroring.name();
@@ -543,6 +545,7 @@ impl Daemon {
                 }
             }
         }
+        drop(turn);
         if self.disk.discards().count() > 0 {
             let _phase = self.phases.begin("discards that were put off");
             let done = job::carry_out_discards(self.queue.clone(), self.disk.clone(), pace).await;

@@ -55,6 +55,7 @@ pub enum Slip {
     QuiescedNotStored,
     DrainedNotStored,
     DeletionNotRecorded,
+    NextBeforeRecord,
     LegBackBeforeRecord,
     RemovedBeforeRecord,
     LegNotNamed,
