@@ -104,6 +104,7 @@ pub async fn retire(
         }
     }
     disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
+    disk.store_for_older(&queue, version.id).await;
     editor.finish_retire(&disk, version.id);
     Ok(Outcome::Done)
 }

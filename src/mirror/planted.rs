@@ -63,11 +63,13 @@ pub enum Defect {
     CleansSideBySide,
     /// The place of a deleted entry is given back although the block had another entry since, which is durable.
     ReclaimFreedAgain,
+    /// A full image goes to an older version before what was written into it is on stable storage.
+    GivenUnstored,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 29] = [
+    pub const ALL: [Defect; 30] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -97,6 +99,7 @@ impl Defect {
         Defect::NoRetireRecheck,
         Defect::CleansSideBySide,
         Defect::ReclaimFreedAgain,
+        Defect::GivenUnstored,
     ];
 }
 

@@ -346,6 +346,24 @@ impl Disk {
     }
 }
 
+impl Disk {
+    /// Makes the full image of a frozen pivot durable before an older version takes it over: the records say then that all
+    /// of it is there. An older one for which that cannot be done is lost.
+    pub async fn store_for_older(&self, queue: &IoQueue, id: VersionId) {
+        let chain = self.chain();
+        let Some(index) = chain.position(id) else { return };
+        let Some(heir) = chain.heir_of_pivot(index).filter(|&heir| heir < index) else { return };
+        if planted::is(Defect::GivenUnstored) {
+            return;
+        }
+        if let Err(e) = chain.layer(index).image.sync(queue).await {
+            (0..=heir).filter(|&i| chain.segment_of(i) == chain.segment_of(index)).for_each(|i| {
+                self.break_version(chain.version(i), &format!("it could not be stored: {e}"));
+            });
+        }
+    }
+}
+
 /// Whose entries must move before the version at `index` can go.
 fn moving_table(chain: &Chain, index: VersionIndex) -> Option<(VersionIndex, &Arc<Table>)> {
     let owner = match &chain.layer(index).owned {
