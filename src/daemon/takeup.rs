@@ -172,6 +172,8 @@ impl TakeUp<'_> {
                 Err(why) => {
                     if let Some(mut snapshot) = slot.snapshot {
                         snapshot.broken.get_or_insert(why);
+                        // Each by itself: when one is deleted, the others must not be taken for the segment before.
+                        snapshot.splits = splits;
                         taken.snapshots.push((snapshot, None));
                     }
                     lost.get_or_insert_with(|| READS_THROUGH.to_owned());
