@@ -18,7 +18,7 @@ use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writer
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
-use crate::mirror::{self, Epoch, NewLayer, Owned, PreparedSnapshot, Version};
+use crate::mirror::{self, Disk, Epoch, NewLayer, Owned, PreparedSnapshot, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
@@ -275,7 +275,7 @@ impl Manager {
     pub(super) fn quiesced(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], drain: Duration) {
         for (disk, entry) in entries {
             if let Some(version) = &entry.version {
-                self.make_durable(disk, version);
+                store_shown(&disk.disk, version);
             }
         }
         let _structure = locked(&self.structure);
@@ -323,20 +323,6 @@ impl Manager {
         }
     }
 
-    /// What a full image or a log shows of a version outlives a power cut from now on, if it must: copies that were saved
-    /// of what was overwritten do not, and so are not waited for.
-    fn make_durable(&self, disk: &DiskEntry, version: &Arc<Version>) {
-        let chain = disk.disk.chain();
-        if chain.position(version.id).is_none_or(|i| i < chain.pivot_of(i)) {
-            return;
-        }
-        let (of, id) = (disk.disk.clone(), version.id);
-        let done = block_on(async move |queue| of.make_durable(&queue, id).await);
-        if let Err(e) = done.and_then(|done| done.map_err(|e| e.to_string())) {
-            disk.disk.break_version(version, &format!("it could not be stored: {e}"));
-        }
-    }
-
     /// Moves the frontends that still write a snapshot over to the live version.
     pub(super) fn cut_over(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
         let _structure = locked(&self.structure);
@@ -380,5 +366,19 @@ impl Manager {
             }
         }
         Ok(())
+    }
+}
+
+/// What a full image or a log shows of a version outlives a power cut from now on, if it must: copies that were saved of
+/// what was overwritten do not, and so are not waited for.
+pub(super) fn store_shown(disk: &Arc<Disk>, version: &Arc<Version>) {
+    let chain = disk.chain();
+    if chain.position(version.id).is_none_or(|i| i < chain.pivot_of(i)) {
+        return;
+    }
+    let (of, id) = (disk.clone(), version.id);
+    let done = block_on(async move |queue| of.make_durable(&queue, id).await);
+    if let Err(e) = done.and_then(|done| done.map_err(|e| e.to_string())) {
+        disk.break_version(version, &format!("it could not be stored: {e}"));
     }
 }
