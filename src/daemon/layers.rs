@@ -55,7 +55,9 @@ impl Manager {
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
         let image = create_image(path, config, geometry)?;
-        let made = self.make_log_tables(id, geometry).inspect_err(|_| self.remove_layer(id, path));
+        let made = store_file(&image)
+            .and_then(|()| self.make_log_tables(id, geometry))
+            .inspect_err(|_| self.remove_layer(id, path));
         Ok(Layer::logged(Backing::One(image), Arc::new(made.map_err(table_error)?)))
     }
 
@@ -215,6 +217,16 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
         other => other,
     };
     Ok(Arc::new(created.map_err(image_error)?))
+}
+
+/// A new file is there with its name and its size, also after a power cut.
+pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
+    let path = image.path().to_owned();
+    let of = image.clone();
+    let failed = |message: String| TableError::Io { path: path.clone(), message };
+    let synced = block_on(async move |queue| crate::image::sync(&*of, &queue).await);
+    synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
+    crate::store::sync_directory_of(&path).map_err(|e| failed(e.to_string()))
 }
 
 /// Opens a layer's image as its disk's is opened.

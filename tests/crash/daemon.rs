@@ -285,6 +285,7 @@ impl Daemon {
     /// The rest of a start: the end of `Manager::add_disk`.
     pub async fn go_on(&self) {
         let _phase = self.phases.begin("a start");
+        // In `Manager::add_disk`, before the record
         if self.shape.slip != Some(Slip::DrainedNotStored) {
             for version in self.drained_at_the_end.borrow().iter() {
                 self.disk.make_durable(&self.queue, *version).await.unwrap();
@@ -453,7 +454,7 @@ impl Daemon {
     /// `Manager::quiesced`.
     async fn quiesced(&self, entry: &Rc<Entry>) {
         let _phase = self.phases.begin("a snapshot's becoming quiesced");
-        // `Manager::make_durable`
+        // `snapshots::store_shown`
         let chain = self.disk.chain();
         let must = chain.position(entry.id).is_some_and(|i| i >= chain.pivot_of(i));
         if must
