@@ -12,13 +12,13 @@ use uuid::Uuid;
 
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
-use super::layers::block_on;
+use super::layers::{block_on, remove_file};
 use super::manager::Manager;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
-use crate::mirror::{Backing, Epoch, Owned, RetireError};
+use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -291,7 +291,13 @@ impl Manager {
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
-            self.remove_layer(id, &image);
+            if has_table(&disk.disk.chain(), id) {
+                // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
+                remove_file(&image);
+                remove_file(&self.places.log_table(id));
+            } else {
+                self.remove_layer(id, &image);
+            }
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference);
@@ -324,6 +330,11 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
     let message =
         format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
+}
+
+/// Whether a version has a layer with a table.
+fn has_table(chain: &Chain, id: Uuid) -> bool {
+    chain.position(id).is_some_and(|index| matches!(chain.layer(index).owned, Owned::Table(_)))
 }
 
 /// The leg that a version has alone, if it has one.
