@@ -5,13 +5,14 @@
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
 //! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
-//! | `store`      | durable records, and tables of blocks                     | image                         |
-//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
+//! | `store`      | durable records, and tables of blocks                     | image, planted                |
+//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync, planted   |
 //! | `job`        | paced background copying over `mirror`                    | mirror, store, image          |
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`) |
+//! | `planted`    | defects that tests switch on, in no release               | –                             |
 //! | `sync`       | the synchronisation types that a model may replace        | –                             |
 
 pub mod cli;
@@ -20,6 +21,7 @@ pub mod daemon;
 pub mod image;
 pub mod job;
 pub mod mirror;
+pub mod planted;
 pub mod store;
 mod sync;
 pub mod vhost_user;

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
 use crate::image::SharedImage;
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
@@ -223,7 +224,8 @@ fn take(slot: Slot, layer: Layer, is_at_or_above: bool, trust: Trust, taken: &mu
         {
             snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
         }
-        if trust == Trust::PowerCut && is_at_or_above && snapshot.quiesced_ms.is_none() {
+        let is_unfinished = snapshot.quiesced_ms.is_none() && !planted::is(Defect::UnfinishedKept);
+        if trust == Trust::PowerCut && is_at_or_above && is_unfinished {
             snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
         }
         // Nobody is left who could change it.
@@ -242,7 +244,7 @@ fn settle_pending(record: &mut DiskRecord) {
     let newest = record.snapshots.iter().flat_map(|s| [s.began, s.ended]).chain([record.live_began]).max();
     if let Some(pending) = record.snapshots.last_mut().filter(|s| s.ended == 0) {
         pending.ended = newest.unwrap_or(0) + 1;
-        pending.deleting = true;
+        pending.deleting = !planted::is(Defect::PendingKept);
         record.live_began = pending.ended + 1;
     }
 }

@@ -23,6 +23,12 @@ impl Disk {
         let chain = self.chain();
         // Before the commit: only what was deleted until now is deleted durably when it is done.
         let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
+        if planted::is(Defect::ReclaimBeforeStored) {
+            for place in freed {
+                self.reclaim(queue, &chain, place).await;
+            }
+            return self.flush_from(queue, &chain, chain.at_epoch(epoch)).await;
+        }
         self.flush_from(queue, &chain, chain.at_epoch(epoch)).await?;
         for place in freed {
             self.reclaim(queue, &chain, place).await;
@@ -87,7 +93,7 @@ impl Disk {
     /// The layers are in order from the pivot on.
     async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
         let layers: Vec<&Layer> = layers.iter().map(|&i| chain.layer(i)).collect();
-        commit(queue, &layers).await
+        commit(queue, &layers, &layers).await
     }
 
     /// Whether some bytes of the live version are where only a log's table says.
@@ -139,17 +145,38 @@ struct Freed {
 fn commit<'a>(
     queue: &'a IoQueue,
     layers: &'a [&'a Layer],
+    all: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
         let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
-        let first = async || {
-            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> = Box::pin(farthest.image.sync(queue));
-            join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
+        let image = || -> Pin<Box<dyn Future<Output = Result<(), ImageError>>>> {
+            match () {
+                () if planted::is(Defect::BitsBeforeBytes) => Box::pin(async { Ok(()) }),
+                () if planted::is(Defect::ImagesByTheNearest) => Box::pin(async move {
+                    let images = if nearer.is_empty() { all } else { &[] };
+                    join_all(images.iter().map(|layer| layer.image.sync(queue)).collect()).await.into_iter().collect()
+                }),
+                () => Box::pin(farthest.image.sync(queue)),
+            }
+        };
+        let first = async || -> Result<(), ImageError> {
+            if planted::is(Defect::LogsInWrongOrder) {
+                return image().await;
+            }
+            join_all(vec![image(), commit(queue, nearer, all)]).await.into_iter().collect()
         };
         match &farthest.log {
+            Some(_) if planted::is(Defect::FlushWithoutCommit) => first().await,
             Some(log) => log.table.commit_after(queue, first).await,
             None => first().await,
+        }?;
+        if planted::is(Defect::LogsInWrongOrder) {
+            return commit(queue, nearer, all).await;
         }
+        if planted::is(Defect::BitsBeforeBytes) {
+            return farthest.image.sync(queue).await;
+        }
+        Ok(())
     })
 }
 

@@ -314,6 +314,9 @@ impl Disk {
     ) -> Result<(), String> {
         let (one, heir) = (BlockRange::one(block), retiring + 1);
         if !chain.layer(heir).owns(block) {
+            if planted::is(Defect::HandOverBitFirst) {
+                set(chain, heir, one);
+            }
             self.copy_blocks(queue, chain, one, Copy { from: retiring, to: heir }).await?;
             set(chain, heir, one);
         }
@@ -330,6 +333,9 @@ impl Disk {
                     Err(reason) => self.break_version(chain.version(to), &reason),
                 }
             }
+        }
+        if planted::is(Defect::FoldDropsFirst) {
+            self.drop_entries(queue, chain, copy.from, one).await;
         }
         self.copy_blocks(queue, chain, one, copy).await?;
         self.drop_entries(queue, chain, copy.from, one).await;

@@ -21,6 +21,7 @@ use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, SharedImage, join_all, read_exact_at,
     sync, write_all_at,
 };
+use crate::planted::{self, Defect};
 
 /// What a crash may leave old or new as a whole.
 const SECTOR_BYTES: usize = 512;
@@ -151,7 +152,8 @@ impl DurableTable {
     ) -> Result<(DurableTable, LoadReport), TableError> {
         let mut stale = Vec::new();
         let compare = |sector: u64, words: Option<[u64; SECTOR_WORDS]>| -> std::io::Result<()> {
-            stale.extend((words != Some(words_of(&table, sector))).then_some(sector));
+            let is_stale = !planted::is(Defect::ResumedBlindly) && words != Some(words_of(&table, sector));
+            stale.extend(is_stale.then_some(sector));
             Ok(())
         };
         let report = scan(&image, id, table.blocks(), queue, compare).await?;
@@ -220,7 +222,8 @@ impl DurableTable {
             if let Some(earlier) = &state.failed {
                 return Err(self.refusal(&format!("an earlier commit failed: {earlier}")));
             }
-            state.begun + 1
+            let shares = planted::is(Defect::CommitSharesRunning) && state.running;
+            if shares { state.begun } else { state.begun + 1 }
         };
         match poll_fn(|cx| self.poll_turn(wanted, cx.waker())).await {
             Turn::Done(result) => return result,
@@ -261,7 +264,7 @@ impl DurableTable {
         loop {
             let sectors = self.table.take_changes(&mut from, BATCH_SECTORS);
             let runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run)));
-            let runs: Vec<(u64, AlignedBuf)> = runs.collect();
+            let mut runs: Vec<(u64, AlignedBuf)> = runs.collect();
             if wrote && runs.is_empty() {
                 break;
             }
@@ -270,6 +273,9 @@ impl DurableTable {
                 break;
             }
             wrote = true;
+            if planted::is(Defect::CommitOfLaterBits) {
+                runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run))).collect();
+            }
             self.write_runs(queue, runs).await?;
         }
         if let Some(payload) = header {
@@ -277,7 +283,7 @@ impl DurableTable {
             self.write(queue, ByteOffset(0), owned(&sector)).await?;
             wrote = true;
         }
-        if wrote || left_unsynced {
+        if (wrote || left_unsynced && !planted::is(Defect::LeftUnsynced)) && !planted::is(Defect::CommitWithoutSync) {
             sync(&*self.image, queue).await?;
             self.lock().left_unsynced = false;
         }

@@ -568,7 +568,14 @@ impl Daemon {
         }
         self.persist().await;
         if let Some((id, image)) = left {
-            self.remove_layer(id, &image);
+            let chain = self.disk.chain();
+            let has_table = chain.position(id).is_some_and(|at| matches!(chain.layer(at).owned, Owned::Table(_)));
+            if has_table && self.shape.slip != Some(Slip::TableInUseRemoved) {
+                self.host.borrow_mut().remove_file(&image);
+                self.host.borrow_mut().remove_file(&log_table(id));
+            } else {
+                self.remove_layer(id, &image);
+            }
         }
         forget();
         self.fact(entry.id, |fact| fact.deleted = true);

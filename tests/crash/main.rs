@@ -4,7 +4,10 @@
 
 use std::sync::OnceLock;
 
+#[path = "../common/alone.rs"]
+mod alone;
 mod daemon;
+mod defects;
 mod host;
 mod judge;
 #[path = "../common/media.rs"]

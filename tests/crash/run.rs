@@ -51,6 +51,7 @@ pub enum Slip {
     NoPendingRecord,
     LogImageNotStored,
     TableNotNamed,
+    LegNotNamed,
     SplitNotPrepared,
     QuiescedNotStored,
     DrainedNotStored,
@@ -58,7 +59,34 @@ pub enum Slip {
     NextBeforeRecord,
     LegBackBeforeRecord,
     RemovedBeforeRecord,
-    LegNotNamed,
+    TableInUseRemoved,
+}
+
+impl Slip {
+    pub const ALL: [Slip; 12] = [
+        Slip::NoPendingRecord,
+        Slip::LogImageNotStored,
+        Slip::TableNotNamed,
+        Slip::LegNotNamed,
+        Slip::SplitNotPrepared,
+        Slip::QuiescedNotStored,
+        Slip::DrainedNotStored,
+        Slip::DeletionNotRecorded,
+        Slip::NextBeforeRecord,
+        Slip::LegBackBeforeRecord,
+        Slip::RemovedBeforeRecord,
+        Slip::TableInUseRemoved,
+    ];
+}
+
+/// The legs of a mirror when a run begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Legs {
+    Equal,
+    /// The second one is still to be copied.
+    Behind,
+    /// The second one is still to be added.
+    One,
 }
 
 /// What the disk of a run is made of, and what is done with it.
@@ -67,8 +95,8 @@ pub struct Shape {
     pub block: u32,
     pub sectors: usize,
     pub strategies: [usize; 3],
-    /// Whether there are two legs, and whether the second one is still to be copied.
-    pub pair: Option<bool>,
+    /// Which legs there are, if it is mirrored.
+    pub legs: Option<Legs>,
     /// Whether copy-on-write snapshots outlive a power cut.
     pub saved_outlive: bool,
     pub slip: Option<Slip>,
@@ -88,9 +116,13 @@ impl Shape {
             4 => [10, 90, 0],
             _ => [35, 45, 20],
         };
-        let pair = (strategies[2] > 0).then(|| rng.chance(25));
+        let legs = (strategies[2] > 0).then(|| match rng.below(100) {
+            0..50 => Legs::Equal,
+            50..70 => Legs::Behind,
+            _ => Legs::One,
+        });
         let sectors = blocks * block as usize / SECTOR + tail;
-        Shape { block, sectors, strategies, pair, saved_outlive: false, slip: None }
+        Shape { block, sectors, strategies, legs, saved_outlive: false, slip: None }
     }
 }
 
@@ -310,11 +342,11 @@ impl Machine {
                 }
             }
             73..76 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
-            76..80 if self.shape.pair.is_some() => {
+            76..80 if self.shape.legs.is_some() => {
                 let daemon = daemon.clone();
                 self.scheduler.spawn(async move { daemon.clean().await });
             }
-            80..83 if self.shape.pair.is_some() => {
+            80..83 if self.shape.legs.is_some() => {
                 let daemon = daemon.clone();
                 self.scheduler.spawn(async move { daemon.add_leg().await });
             }
@@ -420,7 +452,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
     let mut host = Host { boot: Uuid::from_u128(1), names: 100, ..Host::default() };
     let bytes = oracle::initial(shape.sectors);
     host.put_file("legs/0".as_ref(), bytes.clone());
-    let mirror = shape.pair.map(|is_behind| {
+    let mirror = shape.legs.map(|legs| {
         let (ids, bitmap) = ([Uuid::from_u128(10), Uuid::from_u128(11)], Uuid::from_u128(12));
         let (first, second) = (Medium::with("first", bytes.clone()), Medium::new("second", bytes.len()));
         let leg = |id: Uuid, medium: &Medium| LegImage { id, image: Arc::new(medium.clone()) };
@@ -430,8 +462,10 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         run(rng, async move {
             let queue = IoQueue::simulated();
             let pair = Pair::create(one, of, bitmap, shape.block, &queue).await.unwrap();
-            pair.attach(&queue, other, true).await.unwrap();
-            if is_behind {
+            if legs != Legs::One {
+                pair.attach(&queue, other, true).await.unwrap();
+            }
+            if legs != Legs::Equal {
                 return;
             }
             let discards = Disk::table_in_memory(pair.size_bytes(), shape.block).unwrap();
@@ -440,10 +474,13 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
             let disk = Disk::new(EpochClock::new(Epoch(1)), options);
             resync(queue, disk, pair, Arc::new(Pace::default())).await.unwrap();
         });
-        host.put_file("legs/1".as_ref(), second.bytes());
+        if legs != Legs::One {
+            host.put_file("legs/1".as_ref(), second.bytes());
+        }
         host.put_file(format!("tables/{bitmap}.log").as_ref(), table.bytes());
-        let legs =
-            ids.iter().enumerate().map(|(at, &id)| LegRecord { id, path: format!("legs/{at}").into(), saved: None });
+        let count = if legs == Legs::One { 1 } else { 2 };
+        let leg = |(at, id)| LegRecord { id, path: format!("legs/{at}").into(), saved: None };
+        let legs = ids.into_iter().enumerate().take(count).map(leg);
         MirrorRecord { bitmap, legs: legs.collect() }
     });
     host.record = Some(DiskRecord {

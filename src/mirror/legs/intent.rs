@@ -67,7 +67,9 @@ impl Intent {
                 return Ok(());
             }
             let cleared = self.set(regions).map_err(full)?;
-            self.durable.commit(queue).await?;
+            if !planted::is(Defect::IntentNotStored) {
+                self.durable.commit(queue).await?;
+            }
             self.ready.prepare(regions).map_err(full)?;
             let counts = lock(&self.changing);
             // Who does not hold the locks may be so slow that the bits are cleared again.
@@ -150,7 +152,8 @@ impl Intent {
         self.ready.clear(one);
         fence(Ordering::SeqCst);
         let looked_again = counts.looked != found.look && !planted::is(Defect::CleansSideBySide);
-        let clear = !looked_again && !self.recent.get(region) && !self.to_copy.get(region) && holds();
+        let is_recent = self.recent.get(region) && !planted::is(Defect::CleansRecent);
+        let clear = !looked_again && !is_recent && !self.to_copy.get(region) && holds();
         if clear {
             counts.cleared += 1;
             self.bits().clear(one);
@@ -161,6 +164,9 @@ impl Intent {
 
 /// Waits until everybody who holds a lock of these blocks now has let it go. Holds each for no time.
 pub(super) async fn wait_for_holders(locks: &BlockLocks, blocks: BlockRange) {
+    if planted::is(Defect::CleansUnderWriters) {
+        return;
+    }
     for block in blocks.iter() {
         drop(locks.acquire(BlockRange::one(block), Mode::Exclusive).await);
     }
