@@ -14,6 +14,7 @@ mod judge;
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod media;
 mod oracle;
+mod records;
 mod run;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
