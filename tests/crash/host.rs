@@ -18,6 +18,9 @@ use uuid::Uuid;
 use crate::media::{self, Medium};
 use crate::schedule::Rng;
 
+/// How often others may go on while records are put: it takes as long as some transfers.
+const PUT_STEPS: usize = 6;
+
 #[derive(Clone)]
 pub struct File {
     pub medium: Medium,
@@ -139,7 +142,9 @@ impl Host {
         let old = host.borrow_mut().putting.replace(record);
         assert!(old.is_none(), "records are put one after the other");
         media::count_change();
-        yield_now().await;
+        for _ in 0..PUT_STEPS {
+            yield_now().await;
+        }
         let mut host = host.borrow_mut();
         host.record = host.putting.take();
         media::count_change();

@@ -126,6 +126,19 @@ impl Shape {
     }
 }
 
+impl Shape {
+    /// Logs on a disk of two blocks: what needs many changes of one block.
+    pub fn of_logs(seed: u64) -> Shape {
+        Shape { block: 4096, sectors: 16, strategies: [15, 85, 0], legs: None, ..Shape::of(seed) }
+    }
+
+    /// A mirror that gets its second leg.
+    #[cfg(feature = "planted")]
+    pub fn of_new_leg(seed: u64) -> Shape {
+        Shape { strategies: [40, 20, 40], legs: Some(Legs::One), ..Shape::of(seed) }
+    }
+}
+
 /// How often something was seen, by name.
 #[derive(Default, Clone)]
 pub struct Counts(pub BTreeMap<String, u64>);
