@@ -287,8 +287,8 @@ impl Daemon {
         let _phase = self.phases.begin("a start");
         // In `Manager::add_disk`, before the record
         if self.shape.slip != Some(Slip::DrainedNotStored) {
-            for version in self.drained_at_the_end.borrow().iter() {
-                self.disk.make_durable(&self.queue, *version).await.unwrap();
+            for version in self.drained_at_the_end.take() {
+                self.disk.make_durable(&self.queue, version).await.unwrap();
             }
         }
         self.put(self.to_record()).await;
