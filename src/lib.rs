@@ -5,13 +5,14 @@
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
 //! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
-//! | `store`      | durable records, and tables of blocks                     | image, crash                  |
-//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
-//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, crash   |
+//! | `store`      | durable records, and tables of blocks                     | image, planted, crash         |
+//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync, planted   |
+//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, planted, crash |
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
+//! | `planted`    | defects that tests switch on, in no release               | –                             |
 //! | `sync`       | the synchronisation types that a model may replace        | –                             |
 //! | `crash`      | points at which a test kills the program                  | –                             |
 
@@ -22,6 +23,7 @@ pub mod daemon;
 pub mod image;
 pub mod job;
 pub mod mirror;
+pub mod planted;
 pub mod store;
 mod sync;
 pub mod vhost_user;

@@ -5,19 +5,20 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
-use super::layers::block_on;
+use super::layers::{block_on, remove_file};
 use super::manager::Manager;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
-use crate::mirror::{Backing, Epoch, Owned, RetireError};
+use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -204,13 +205,19 @@ impl Manager {
     }
 
     /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.
-    fn begin_retire(&self, disk: &DiskEntry, entry: &SnapshotEntry, job: &JobEntry) -> Result<Option<Epoch>, String> {
+    fn begin_retire<'a>(
+        &self,
+        disk: &'a DiskEntry,
+        entry: &SnapshotEntry,
+        job: &JobEntry,
+    ) -> Result<Option<(Epoch, Turn<'a>)>, String> {
         let version = entry.version.as_ref().expect("only versions in a chain are retired");
         loop {
-            match self.editor.begin_retire(&disk.disk, version) {
-                Ok(grace) => return Ok(Some(grace)),
-                Err(RetireError::TooManyDraining(_)) => {}
-                Err(RetireError::Busy) => {
+            let turn = Turn::take(&disk.retires);
+            match turn.as_ref().map(|_| self.editor.begin_retire(&disk.disk, version)) {
+                Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
+                None | Some(Err(RetireError::TooManyDraining(_))) => {}
+                Some(Err(RetireError::Busy)) => {
                     let jobs = locked(&self.jobs);
                     let is_in_the_way = |j: &&Arc<JobEntry>| {
                         j.disk == disk.name && j.snapshot.is_some() && j.state() == JobState::Stopped
@@ -223,13 +230,14 @@ impl Manager {
             if job.pace.is_stopped() {
                 return Ok(None);
             }
+            drop(turn);
             std::thread::sleep(TURN);
         }
     }
 
     /// The job of a deletion, on a thread and ring of its own.
     fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
-        let Some(grace) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
+        let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
         let version = entry.version.clone().expect("only versions in a chain are retired");
         // What is not needed any more when it has gone.
         let left = left_behind(disk, entry.id);
@@ -257,6 +265,7 @@ impl Manager {
             }
             gone.map_err(|e| e.to_string())?;
         }
+        drop(turn);
         if disk.disk.discards().count() > 0 {
             let (of, pace) = (disk.disk.clone(), job.pace.clone());
             match block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
@@ -282,12 +291,33 @@ impl Manager {
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
-            self.remove_layer(id, &image);
+            if has_table(&disk.disk.chain(), id) {
+                // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
+                remove_file(&image);
+                remove_file(&self.places.log_table(id));
+            } else {
+                self.remove_layer(id, &image);
+            }
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
+    }
+}
+
+/// The turn of a deletion among those of its disk, until this is dropped.
+struct Turn<'a>(&'a AtomicBool);
+
+impl Turn<'_> {
+    fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
+        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 
@@ -300,6 +330,11 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
     let message =
         format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
+}
+
+/// Whether a version has a layer with a table.
+fn has_table(chain: &Chain, id: Uuid) -> bool {
+    chain.position(id).is_some_and(|index| matches!(chain.layer(index).owned, Owned::Table(_)))
 }
 
 /// The leg that a version has alone, if it has one.

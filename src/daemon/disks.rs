@@ -14,6 +14,7 @@ use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
+use super::snapshots::store_shown;
 use super::takeup::{Taken, Trust, take_up};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
@@ -183,6 +184,14 @@ impl Manager {
         }
         let config = &config;
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
+        // Those that drained when the last daemon was killed never change again. The records say so next, and a later
+        // power cut believes it.
+        let drained = record.iter().flat_map(|r| &r.snapshots).filter(|s| s.quiesced_ms.is_none());
+        for drained in drained {
+            if let Some(version) = snapshots.iter().find(|s| s.id == drained.id).and_then(|s| s.version.as_ref()) {
+                store_shown(&disk, version);
+            }
+        }
 
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), config, &disk.chain(), &snapshots);
@@ -224,6 +233,7 @@ impl Manager {
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             leg_paths: Arc::default(),
+            retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
             server,
             frontends,

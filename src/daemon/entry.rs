@@ -177,6 +177,9 @@ pub(super) struct DiskEntry {
     pub(super) former_legs: Mutex<Vec<PathBuf>>,
     /// Where legs are, for messages.
     pub(super) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
+    /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
+    /// would be folded below a log that a restart still finds.
+    pub(super) retires: AtomicBool,
     /// Whether somebody is at the write-intent bitmap.
     pub(super) cleaning: AtomicBool,
     pub(super) server: ServerHandle,

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::manager::{Manager, image_error, table_error};
 use super::takeup::{LayerSource, Trust};
+use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
-use crate::control::{ApiError, ErrorCode};
 use crate::crash;
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
@@ -291,12 +291,20 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
     };
     let created = created.map_err(image_error)?;
     crash::point("after an image was made");
-    // The records are about to name it: after a power cut it must be there.
-    crate::store::sync_directory_of(path).map_err(|e| {
-        remove_file(path);
-        ApiError::new(ErrorCode::Io, format!("{} cannot be made durable: {e}", path.display()))
-    })?;
-    Ok(Arc::new(created))
+    let created: SharedImage = Arc::new(created);
+    // The records are about to name it.
+    store_file(&created).inspect_err(|_| remove_file(path)).map_err(table_error)?;
+    Ok(created)
+}
+
+/// A new file is there with its name and its size, also after a power cut.
+pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
+    let path = image.path().to_owned();
+    let of = image.clone();
+    let failed = |message: String| TableError::Io { path: path.clone(), message };
+    let synced = block_on(async move |queue| crate::image::sync(&*of, &queue).await);
+    synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
+    crate::store::sync_directory_of(&path).map_err(|e| failed(e.to_string()))
 }
 
 /// Opens a layer's image as its disk's is opened.

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
-use super::layers::{block_on, open_image, remove_file};
-use super::manager::{Manager, image_error};
+use super::layers::{block_on, open_image, remove_file, store_file};
+use super::manager::{Manager, image_error, table_error};
 use super::takeup::Trust;
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice, SnapshotRef};
@@ -108,12 +108,15 @@ fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<Shared
     if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
         log::info!("{} is made as a leg", path.display());
         let direct = super::layers::direct_of(config);
-        match FileImage::create(path, size_bytes, direct) {
-            Ok(image) => return Ok(Arc::new(image)),
-            Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => remove_file(path),
-            Err(e) => return Err(image_error(e)),
-        }
-        return Ok(Arc::new(FileImage::create(path, size_bytes, Direct::Off).map_err(image_error)?));
+        let made = match FileImage::create(path, size_bytes, direct) {
+            Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => {
+                FileImage::create(path, size_bytes, Direct::Off)
+            }
+            made => made,
+        };
+        let image: SharedImage = Arc::new(made.map_err(image_error)?);
+        store_file(&image).map_err(table_error)?;
+        return Ok(image);
     }
     let image = open_image(path, config, Trust::Saved).map_err(image_error)?;
     if image.size_bytes() != size_bytes {

@@ -19,7 +19,7 @@ use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::mirror::{self, Epoch, NewLayer, PreparedSnapshot, Version};
+use crate::mirror::{self, Disk, Epoch, NewLayer, PreparedSnapshot, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
@@ -278,7 +278,7 @@ impl Manager {
     pub(super) fn quiesced(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], drain: Duration) {
         for (disk, entry) in entries {
             if let Some(version) = &entry.version {
-                self.make_durable(disk, version);
+                store_shown(&disk.disk, version);
             }
         }
         let _structure = locked(&self.structure);
@@ -331,15 +331,6 @@ impl Manager {
         }
     }
 
-    /// What a version shows outlives a power cut from now on, if it is one of those that do.
-    fn make_durable(&self, disk: &DiskEntry, version: &Arc<Version>) {
-        let (of, id) = (disk.disk.clone(), version.id);
-        let done = block_on(async move |queue| of.make_durable(&queue, id).await);
-        if let Err(e) = done.and_then(|done| done) {
-            disk.disk.break_version(version, &format!("it could not be stored: {e}"));
-        }
-    }
-
     /// Moves the frontends that still write a snapshot over to the live version.
     pub(super) fn cut_over(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
         let _structure = locked(&self.structure);
@@ -383,5 +374,14 @@ impl Manager {
             }
         }
         Ok(())
+    }
+}
+
+/// What a version shows outlives a power cut from now on, if it is one of those that do.
+pub(super) fn store_shown(disk: &Arc<Disk>, version: &Arc<Version>) {
+    let (of, id) = (disk.clone(), version.id);
+    let done = block_on(async move |queue| of.make_durable(&queue, id).await);
+    if let Err(e) = done.and_then(|done| done) {
+        disk.break_version(version, &format!("it could not be stored: {e}"));
     }
 }

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
 use crate::image::SharedImage;
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Epoch, Layer, Link, Owned, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
@@ -178,6 +179,8 @@ impl TakeUp<'_> {
                     if let Some(mut snapshot) = slot.snapshot {
                         log::debug!("snapshot {} cannot be taken up: {why}", snapshot.name);
                         snapshot.broken.get_or_insert(why);
+                        // Each by itself: when one is deleted, the others must not be taken for the segment before.
+                        snapshot.splits = splits;
                         taken.snapshots.push((snapshot, None));
                     }
                     lost.get_or_insert_with(|| READS_THROUGH.to_owned());
@@ -229,7 +232,8 @@ impl TakeUp<'_> {
             {
                 snapshot.broken.get_or_insert_with(|| BROKE.to_owned());
             }
-            if self.trust == Trust::PowerCut && snapshot.quiesced_ms.is_none() {
+            let is_unfinished = snapshot.quiesced_ms.is_none() && !planted::is(Defect::UnfinishedKept);
+            if self.trust == Trust::PowerCut && is_unfinished {
                 snapshot.broken.get_or_insert_with(|| UNFINISHED.to_owned());
             }
             // Nobody is left who could change it.
@@ -249,7 +253,7 @@ fn settle_pending(record: &mut DiskRecord) {
     let newest = record.snapshots.iter().flat_map(|s| [s.began, s.ended]).chain([record.live_began]).max();
     if let Some(pending) = record.snapshots.last_mut().filter(|s| s.ended == 0) {
         pending.ended = newest.unwrap_or(0) + 1;
-        pending.deleting = true;
+        pending.deleting = !planted::is(Defect::PendingKept);
         record.live_began = pending.ended + 1;
     }
 }

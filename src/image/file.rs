@@ -106,7 +106,6 @@ impl FileImage {
             .map_err(|e| open_error(path, &e))?;
         let made = file
             .set_len(size_bytes)
-            .and_then(|()| file.sync_all()) // With its size; its name is made durable by whoever knows the directory.
             .map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))
             .and_then(|()| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO }));
         if made.is_err()

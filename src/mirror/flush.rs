@@ -6,11 +6,11 @@
 
 use std::pin::Pin;
 
-use super::chain::{Chain, Log, VersionIndex};
+use super::chain::{Chain, Layer, Log, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::{Backing, Disk, Epoch, RequestError, VersionId};
+use super::{Disk, Epoch, RequestError, VersionId};
 use crate::image::{ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -22,11 +22,16 @@ impl Disk {
     pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
         let chain = self.chain();
         // Before the commit: only what was deleted until now is deleted durably when it is done.
-        let freed: Vec<_> = logs_of(&chain).map(|(index, log)| (index, some_freed(log))).collect();
+        let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
+        if planted::is(Defect::ReclaimBeforeStored) {
+            for place in freed {
+                self.reclaim(queue, &chain, place).await;
+            }
+            return self.flush_from(queue, &chain, chain.at_epoch(epoch)).await;
+        }
         self.flush_from(queue, &chain, chain.at_epoch(epoch)).await?;
-        for (index, block) in freed.into_iter().flat_map(|(index, blocks)| blocks.into_iter().map(move |b| (index, b)))
-        {
-            self.reclaim(queue, &chain, index, block).await;
+        for place in freed {
+            self.reclaim(queue, &chain, place).await;
         }
         Ok(())
     }
@@ -86,6 +91,7 @@ impl Disk {
             self.flush_layers(queue, &chain, &layers).await.map_err(text)?;
         } else if index >= segment.pivot
             && !older.is_empty()
+            && !planted::is(Defect::GivenUnstored)
             && let Err(e) = self.flush_layers(queue, &chain, &layers).await
         {
             // Only they are to read the full image.
@@ -135,9 +141,8 @@ impl Disk {
 
     /// The layers are in order from the pivot on.
     async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
-        let images: Vec<&Backing> = layers.iter().map(|&i| &chain.layer(i).image).collect();
-        let logs: Vec<&Log> = layers.iter().filter_map(|&i| chain.layer(i).log.as_deref()).collect();
-        commit(queue, &images, &logs).await
+        let layers: Vec<&Layer> = layers.iter().map(|&i| chain.layer(i)).collect();
+        commit(queue, &layers, &layers).await
     }
 
     /// Whether some bytes of the live version are where only a log's table says.
@@ -145,36 +150,82 @@ impl Disk {
         logs_of(chain).next().is_some()
     }
 
-    /// Gives the place of a deleted entry back, unless the block has an entry again.
-    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, block: BlockIndex) {
-        let Some(log) = &chain.layer(index).log else { return };
-        let one = BlockRange::one(block);
+    fn some_freed(&self, index: VersionIndex, log: &Log) -> Vec<Freed> {
+        let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
+        let blocks = std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX);
+        let freed = |block| Freed { index, block, generation: self.locks.generation(BlockRange::one(block)) };
+        blocks.map(freed).collect()
+    }
+
+    /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
+    /// durable although it is deleted again: then the place waits for the next flush.
+    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
+        let Some(log) = &chain.layer(place.index).log else { return };
+        let one = BlockRange::one(place.block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
+        let is_same = self.locks.generation(one) == place.generation || planted::is(Defect::ReclaimFreedAgain);
+        if !is_same && !log.table.table().get(place.block) {
+            return;
+        }
         log.freed.clear(one);
-        if log.table.table().get(block) && !planted::is(Defect::ReclaimBlindly) {
+        if log.table.table().get(place.block) && !planted::is(Defect::ReclaimBlindly) {
             return;
         }
         let (at, len) = self.geometry.bytes(one);
-        if let Err(e) = chain.layer(index).image.release(queue, at, len).await {
+        if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
             log::warn!("the space of superseded blocks is not given back: {e}");
         }
     }
 }
 
-/// Commits logs, the last one being the farthest from the pivot, after syncing the images.
+/// The place of a deleted entry, and the generation of its block's lock after that.
+struct Freed {
+    index: VersionIndex,
+    block: BlockIndex,
+    generation: u64,
+}
+
+/// Syncs the images of layers and commits their tables, the last one being the farthest from the pivot.
 ///
 /// A write to one log deletes entries of those that are farther out. So each log is looked at before those nearer to the
-/// pivot, and stored when they are: no deletion is durable before the entry that it makes way for.
+/// pivot, and stored when they are: no deletion is durable before the entry that it makes way for. Each log has its own
+/// image synced between looking and storing: a commit of a nearer one may be shared with somebody who began it for fewer
+/// layers, and syncs only theirs.
 fn commit<'a>(
     queue: &'a IoQueue,
-    images: &'a [&'a Backing],
-    logs: &'a [&'a Log],
+    layers: &'a [&'a Layer],
+    all: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
-        match logs.split_last() {
-            Some((farthest, nearer)) => farthest.table.commit_after(queue, || commit(queue, images, nearer)).await,
-            None => join_all(images.iter().map(|image| image.sync(queue)).collect()).await.into_iter().collect(),
+        let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
+        let image = || -> Pin<Box<dyn Future<Output = Result<(), ImageError>>>> {
+            match () {
+                () if planted::is(Defect::BitsBeforeBytes) => Box::pin(async { Ok(()) }),
+                () if planted::is(Defect::ImagesByTheNearest) => Box::pin(async move {
+                    let images = if nearer.is_empty() { all } else { &[] };
+                    join_all(images.iter().map(|layer| layer.image.sync(queue)).collect()).await.into_iter().collect()
+                }),
+                () => Box::pin(farthest.image.sync(queue)),
+            }
+        };
+        let first = async || -> Result<(), ImageError> {
+            if planted::is(Defect::LogsInWrongOrder) {
+                return image().await;
+            }
+            join_all(vec![image(), commit(queue, nearer, all)]).await.into_iter().collect()
+        };
+        match &farthest.log {
+            Some(_) if planted::is(Defect::FlushWithoutCommit) => first().await,
+            Some(log) => log.table.commit_after(queue, first).await,
+            None => first().await,
+        }?;
+        if planted::is(Defect::LogsInWrongOrder) {
+            return commit(queue, nearer, all).await;
         }
+        if planted::is(Defect::BitsBeforeBytes) {
+            return farthest.image.sync(queue).await;
+        }
+        Ok(())
     })
 }
 
@@ -190,9 +241,4 @@ fn way(chain: &Chain, index: VersionIndex) -> Vec<VersionIndex> {
 
 fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Log)> {
     way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log.as_deref()?)))
-}
-
-fn some_freed(log: &Log) -> Vec<BlockIndex> {
-    let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
-    std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX).collect()
 }

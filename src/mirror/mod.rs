@@ -16,12 +16,12 @@ mod join;
 mod legs;
 mod lock;
 mod plan;
-pub mod planted;
 mod read;
 mod request;
 mod snapshot;
 mod write;
 
+pub use crate::planted;
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
 pub use connection::{Connection, Connections, PinChange};

@@ -323,6 +323,9 @@ impl Disk {
     ) -> Result<(), String> {
         let (one, heir) = (BlockRange::one(block), retiring + 1);
         if !chain.layer(heir).owns(block) {
+            if planted::is(Defect::HandOverBitFirst) {
+                set(chain, heir, one);
+            }
             self.copy_blocks(queue, chain, one, Copy { from: retiring, to: heir }).await?;
             set(chain, heir, one);
         }
@@ -349,6 +352,9 @@ impl Disk {
                     self.give_up(chain, to, &reason).map_err(|e| e.to_string())?;
                 }
             }
+        }
+        if planted::is(Defect::FoldDropsFirst) {
+            self.drop_entries(queue, chain, copy.from, one).await;
         }
         self.copy_blocks(queue, chain, one, copy).await?;
         self.drop_entries(queue, chain, copy.from, one).await;

@@ -55,6 +55,13 @@ struct Part {
     durable: bool,
 }
 
+impl Part {
+    /// Whether its bytes are on stable storage when they are written.
+    fn stores(&self) -> bool {
+        self.durable && !planted::is(Defect::DurableWriteCached)
+    }
+}
+
 /// The data of a part that goes to several places, or to a place where the edges must be filled.
 enum Stable {
     Bytes(Arc<AlignedBuf>),
@@ -218,16 +225,19 @@ impl Disk {
                 table.prepare(run.blocks).map_err(full)?;
             }
         }
+        if planted::is(Defect::EntryBeforeBytes) {
+            self.settle_entries(queue, chain, plan).await;
+        }
         match plan.single_target() {
             Some(target) if !is_misaligned(chain, plan, part) => {
                 let image = &chain.layer(target).image;
                 match &part.data {
                     Data::Guest(guest) => {
-                        image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
+                        image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.stores()).await?;
                     }
                     Data::Zeros { unmap, .. } => {
                         write_zeros(image, queue, part.at, part.len, *unmap).await?;
-                        if part.durable {
+                        if part.durable && !planted::is(Defect::DurableZerosCached) {
                             image.sync(queue).await?;
                         }
                     }
@@ -235,6 +245,18 @@ impl Disk {
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
+        if !planted::is(Defect::EntryBeforeBytes) {
+            self.settle_entries(queue, chain, plan).await;
+        }
+        if part.durable && self.has_logs(chain) && !planted::is(Defect::DurableWithoutEntry) {
+            // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
+            self.flush_from(queue, chain, plan.writer).await?;
+        }
+        Ok(())
+    }
+
+    /// The bytes are there: entries follow, and those that they supersede go.
+    async fn settle_entries(&self, queue: &IoQueue, chain: &Chain, plan: &WritePlan) {
         for run in &plan.runs {
             if run.plan.adopts
                 && let Owned::Table(table) = &chain.layer(run.plan.home).owned
@@ -245,11 +267,6 @@ impl Disk {
                 self.drop_entries(queue, chain, index, run.blocks).await;
             }
         }
-        if part.durable && self.has_logs(chain) {
-            // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
-            self.flush_from(queue, chain, plan.writer).await?;
-        }
-        Ok(())
     }
 
     /// Writes to all targets of each run. A guest that changes its memory meanwhile cannot make them differ.
@@ -312,11 +329,12 @@ impl Disk {
         match stable {
             Stable::Bytes(bytes) => {
                 let range = usize_of(from.0 - part.at.0)..usize_of(to - part.at.0);
-                image.write(queue, from, IoBuf::Shared(bytes.clone(), range), part.durable).await
+                image.write(queue, from, IoBuf::Shared(bytes.clone(), range), part.stores()).await
             }
             Stable::Zeros { unmap } => {
                 write_zeros(image, queue, from, to - from.0, *unmap).await?;
-                if part.durable { image.sync(queue).await } else { Ok(()) }
+                let stores = part.durable && !planted::is(Defect::DurableZerosCached);
+                if stores { image.sync(queue).await } else { Ok(()) }
             }
         }
     }
@@ -332,7 +350,7 @@ impl Disk {
         table.clear(blocks);
         self.locks.advance_generation(blocks);
         let (at, len) = self.geometry.bytes(blocks);
-        if let Some(log) = &layer.log {
+        if let (Some(log), false) = (&layer.log, planted::is(Defect::FreedAtOnce)) {
             // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
             match log.freed.prepare(blocks) {
                 Ok(()) => log.freed.set(blocks),
@@ -410,7 +428,7 @@ async fn overlay(
         }
         Stable::Zeros { .. } => whole[place].fill(0),
     }
-    image.write(queue, cover.0, IoBuf::Owned(whole), part.durable).await
+    image.write(queue, cover.0, IoBuf::Owned(whole), part.stores()).await
 }
 
 /// Zeroes a range: whole units by the container, the edges by writing.

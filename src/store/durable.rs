@@ -22,6 +22,7 @@ use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, SharedImage, join_all, read_exact_at,
     sync, write_all_at,
 };
+use crate::planted::{self, Defect};
 
 /// What a crash may leave old or new as a whole.
 const SECTOR_BYTES: usize = 512;
@@ -68,6 +69,8 @@ pub struct DurableTable {
 struct State {
     payload: Payload,
     header_changed: bool,
+    /// Whether a process before this one may have written what it had not synced yet: reading it proves nothing.
+    left_unsynced: bool,
     running: bool,
     /// Commits that have begun, and the last one that is done.
     begun: u64,
@@ -150,7 +153,8 @@ impl DurableTable {
     ) -> Result<(DurableTable, LoadReport), TableError> {
         let mut stale = Vec::new();
         let compare = |sector: u64, words: Option<[u64; SECTOR_WORDS]>| -> std::io::Result<()> {
-            stale.extend((words != Some(words_of(&table, sector))).then_some(sector));
+            let is_stale = !planted::is(Defect::ResumedBlindly) && words != Some(words_of(&table, sector));
+            stale.extend(is_stale.then_some(sector));
             Ok(())
         };
         let report = scan(&image, id, table.blocks(), queue, compare).await?;
@@ -166,6 +170,7 @@ impl DurableTable {
         let state = State {
             payload,
             header_changed: false,
+            left_unsynced: true,
             running: false,
             begun: 0,
             done: 0,
@@ -218,7 +223,8 @@ impl DurableTable {
             if let Some(earlier) = &state.failed {
                 return Err(self.refusal(&format!("an earlier commit failed: {earlier}")));
             }
-            state.begun + 1
+            let shares = planted::is(Defect::CommitSharesRunning) && state.running;
+            if shares { state.begun } else { state.begun + 1 }
         };
         match poll_fn(|cx| self.poll_turn(wanted, cx.waker())).await {
             Turn::Done(result) => return result,
@@ -251,15 +257,15 @@ impl DurableTable {
     }
 
     async fn run(&self, queue: &IoQueue, first: impl AsyncFn() -> Result<(), ImageError>) -> Result<(), ImageError> {
-        let header = {
+        let (header, left_unsynced) = {
             let mut state = self.lock();
-            std::mem::take(&mut state.header_changed).then_some(state.payload)
+            (std::mem::take(&mut state.header_changed).then_some(state.payload), state.left_unsynced)
         };
         let (mut from, mut wrote) = (0, false);
         loop {
             let sectors = self.table.take_changes(&mut from, BATCH_SECTORS);
             let runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run)));
-            let runs: Vec<(u64, AlignedBuf)> = runs.collect();
+            let mut runs: Vec<(u64, AlignedBuf)> = runs.collect();
             if wrote && runs.is_empty() {
                 break;
             }
@@ -269,6 +275,9 @@ impl DurableTable {
             }
             wrote = true;
             crash::point("before a durable table is written");
+            if planted::is(Defect::CommitOfLaterBits) {
+                runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run))).collect();
+            }
             self.write_runs(queue, runs).await?;
         }
         if let Some(payload) = header {
@@ -276,10 +285,11 @@ impl DurableTable {
             self.write(queue, ByteOffset(0), owned(&sector)).await?;
             wrote = true;
         }
-        if wrote {
+        if (wrote || left_unsynced && !planted::is(Defect::LeftUnsynced)) && !planted::is(Defect::CommitWithoutSync) {
             crash::point("before a durable table is synced");
             sync(&*self.image, queue).await?;
             crash::point("after a durable table was synced");
+            self.lock().left_unsynced = false;
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ pub struct Bench {
     /// The full image that the disk began with.
     pub live: SimImage,
     pub queue: IoQueue,
-    _undisturbed: Option<crate::Others>,
+    _undisturbed: Option<crate::alone::Others>,
 }
 
 impl Bench {

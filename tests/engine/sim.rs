@@ -1,4 +1,4 @@
-//! Simulated images and a scheduler that decides every order from a seed.
+//! Simulated images, for the scheduler that decides every order from a seed.
 //!
 //! Checked by it: orders of polls and of I/O completions, transfers that are visible sector by sector before they
 //! complete, errors and lack of space on chosen images. Not checked: memory ordering between threads (see the
@@ -6,39 +6,17 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Wake, Waker};
 
 use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
 
+pub use crate::schedule::Rng;
+use crate::schedule::{self, Device};
+
 pub const SECTOR: usize = 512;
-
-/// xorshift64*: small, and the same everywhere.
-#[derive(Clone)]
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from((self.next() >> 33) % n as u64).unwrap()
-    }
-    pub fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-}
 
 struct Pending {
     image: Arc<State>,
@@ -357,73 +335,19 @@ pub fn step_io(rng: &mut Rng) {
     }
 }
 
-struct Flag(AtomicBool);
+/// The images in flight.
+pub struct Sim;
 
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::SeqCst);
+impl Device for Sim {
+    fn pending() -> usize {
+        pending_io()
+    }
+    fn step(rng: &mut Rng) {
+        step_io(rng);
     }
 }
 
-struct Task {
-    future: Pin<Box<dyn Future<Output = ()>>>,
-    ready: Arc<Flag>,
-}
-
-/// Polls tasks in an order that the seed decides.
-#[derive(Default)]
-pub struct Scheduler {
-    tasks: Vec<Task>,
-}
-
-impl Scheduler {
-    pub fn spawn(&mut self, future: impl Future<Output = ()> + 'static) {
-        self.tasks.push(Task { future: Box::pin(future), ready: Arc::new(Flag(AtomicBool::new(true))) });
-    }
-
-    pub fn tasks(&self) -> usize {
-        self.tasks.len()
-    }
-
-    /// Polls one ready task or moves one operation. False when nothing can move.
-    pub fn step(&mut self, rng: &mut Rng) -> bool {
-        let ready: Vec<usize> =
-            (0..self.tasks.len()).filter(|&i| self.tasks[i].ready.0.load(Ordering::SeqCst)).collect();
-        let io = pending_io();
-        if ready.is_empty() && io == 0 {
-            return false;
-        }
-        if !ready.is_empty() && (io == 0 || rng.chance(60)) {
-            self.poll_one(ready[rng.below(ready.len())]);
-        } else {
-            step_io(rng);
-        }
-        true
-    }
-
-    fn poll_one(&mut self, i: usize) {
-        let task = &mut self.tasks[i];
-        task.ready.0.store(false, Ordering::SeqCst);
-        let waker = Waker::from(task.ready.clone());
-        if let Poll::Ready(()) = task.future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            drop(self.tasks.swap_remove(i));
-        }
-    }
-
-    /// Polls until no task is ready, and moves no operation. Returns whether all have ended.
-    pub fn poll(&mut self) -> bool {
-        while let Some(i) = self.tasks.iter().position(|task| task.ready.0.load(Ordering::SeqCst)) {
-            self.poll_one(i);
-        }
-        self.tasks.is_empty()
-    }
-
-    /// Runs everything to its end. False when tasks are left that nothing will wake.
-    pub fn settle(&mut self, rng: &mut Rng) -> bool {
-        while self.step(rng) {}
-        self.tasks.is_empty()
-    }
-}
+pub type Scheduler = schedule::Scheduler<Sim>;
 
 /// Forgets what an aborted run left behind.
 pub fn reset() {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use halfsilver::job::{Outcome, Pace, resync};
 use halfsilver::mirror::LegState;
 
-use crate::media::{Op, Rng, Scheduler, run};
+use crate::media::{Op, Scheduler, run};
+use crate::schedule::Rng;
 use crate::world::{How, Mirror, World, some_place};
 
 /// What happens beside the guest's writes.

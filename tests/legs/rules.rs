@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use halfsilver::job::{Outcome, Pace, resync};
 use halfsilver::mirror::{LegState, PairError};
 
-use crate::media::{Op, Rng, SECTOR, Scheduler, run};
+use crate::media::{Op, SECTOR, Scheduler, run};
+use crate::schedule::Rng;
 use crate::world::{BLOCK, How, Mirror, REGION, SIZE, World, leg_id, some_place};
 
 const HOWS: [How; 4] = [How::Write, How::Durable, How::Zero, How::Release];
@@ -68,7 +69,7 @@ fn both_legs_have_every_write() {
         let before = world.legs[0].bytes();
         let mut scheduler = Scheduler::default();
         load(&mut scheduler, &mirror, &mut rng);
-        scheduler.settle(&mut rng);
+        assert!(scheduler.settle(&mut rng), "it hangs");
         assert_equal(&world);
         let expected = mirror.oracle.borrow().apply(&before);
         assert!(world.legs[0].bytes() == expected, "not what was written");
@@ -122,7 +123,7 @@ fn a_leg_that_fails_is_dropped_before_the_write_is_acknowledged_and_comes_back_a
                     this.flush().await.unwrap();
                 }
             });
-            scheduler.settle(&mut rng);
+            assert!(scheduler.settle(&mut rng), "it hangs");
             let expected = mirror.oracle.borrow().apply(&before);
             assert!(read(&mirror, &mut rng, 0, SIZE).unwrap() == expected, "the guest must not notice");
             assert_eq!(mirror.observer.dropped(), if fails { vec![leg_id(place)] } else { vec![] });
@@ -246,7 +247,7 @@ fn guests_write_while_the_second_leg_is_copied() {
             let done = resync(this.queue.clone(), this.disk.clone(), this.pair.clone(), pace).await;
             assert_eq!(done.unwrap(), Outcome::Done);
         });
-        scheduler.settle(&mut rng);
+        assert!(scheduler.settle(&mut rng), "it hangs");
         assert_equal(&world);
         assert!(world.legs[0].bytes() == mirror.oracle.borrow().apply(&before));
         assert_eq!(mirror.states(), [LegState::InSync, LegState::InSync]);
@@ -282,7 +283,7 @@ fn a_leg_is_added_while_guests_write() {
         for _ in 0..rng.below(40) {
             scheduler.step(&mut rng);
         }
-        scheduler.settle(&mut rng);
+        assert!(scheduler.settle(&mut rng), "it hangs");
         assert_equal(&world);
         assert!(world.legs[0].bytes() == mirror.oracle.borrow().apply(&before));
         assert_eq!(mirror.states(), [LegState::InSync, LegState::InSync]);
@@ -306,7 +307,7 @@ fn a_stopped_copy_goes_on_where_it_was_also_after_a_power_cut() {
         assert!(scheduler.step(&mut rng));
     }
     pace.stop.store(true, Ordering::Release);
-    scheduler.settle(&mut rng);
+    assert!(scheduler.settle(&mut rng), "it hangs");
     assert_eq!(mirror.pair.status()[1].left_bytes, REGION as u64, "the region that is short counts as one");
     assert_eq!(mirror.pair.marked_bytes(), REGION as u64, "what was copied is struck off");
     drop(scheduler);

@@ -16,7 +16,8 @@ use halfsilver::mirror::{
 use halfsilver::store::BlockRange;
 use uuid::Uuid;
 
-use crate::media::{Medium, Rng, SECTOR, run};
+use crate::media::{Medium, SECTOR, run};
+use crate::schedule::Rng;
 
 pub const BLOCK: u32 = 64 << 10;
 pub const REGION: usize = 1 << 20;

@@ -16,6 +16,7 @@ use super::{Core, Pair, PairError, REGION_BYTES_MIN, image_of, join_all};
 use crate::image::{
     AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, write_all_at,
 };
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{BlockLocks, Disk, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
@@ -107,7 +108,8 @@ impl Pair {
             durable.table().set(regions);
         }
         let both = state.in_sync().count() == 2;
-        if let (true, Some(leg)) = (both && durable.table().count() > 0, &mut state.legs[1]) {
+        let may_differ = durable.table().count() > 0 && !planted::is(Defect::LegsTakenForEqual);
+        if let (true, Some(leg)) = (both && may_differ, &mut state.legs[1]) {
             leg.state = LegState::Resynchronising;
         }
         let pair = Pair::with(shape, block_bytes, durable, state)?;
@@ -191,7 +193,9 @@ impl Pair {
         if full {
             let all = BlockRange { start: BlockIndex(0), end: BlockIndex(regions_of(core.shape)) };
             core.intent.set(all).map_err(|e| core.full(&e))?;
-            core.intent.durable.commit(queue).await?;
+            if !planted::is(Defect::LegBeforeBits) {
+                core.intent.durable.commit(queue).await?;
+            }
         }
         let (added, _) = core.alter(|state| -> Result<(), PairError> {
             let place = place_for(state, leg.id, full)?;
@@ -228,6 +232,9 @@ impl Pair {
         });
         if !ready {
             return Err(refused("it is not possible to split it: not both legs are in sync"));
+        }
+        if planted::is(Defect::SplitNotStored) {
+            return Ok(());
         }
         Ok(self.core.settle(queue, version).await?)
     }
@@ -394,18 +401,21 @@ impl Pair {
             if !state.cleans() {
                 break;
             }
-            let (idle, next) = core.intent.idle_regions(at, CLEANED_MAX);
-            from = next;
-            if idle.is_empty() {
+            let idle = core.intent.idle_regions(at, CLEANED_MAX);
+            from = idle.next;
+            if idle.regions.is_empty() {
                 continue;
             }
-            for &region in &idle {
+            for &region in &idle.regions {
                 wait_for_holders(locks, self.blocks_of(region)).await;
             }
-            self.sync(queue).await?;
+            if !planted::is(Defect::CleansUnstored) {
+                self.sync(queue).await?;
+            }
             // Both legs were there all the time, so both have stored what was written before.
             let holds = || core.state.load().version == state.version;
-            cleaned += idle.into_iter().filter(|&region| core.intent.clear_if_idle(region, holds)).count() as u64;
+            let clear = |region: &&BlockIndex| core.intent.clear_if_idle(**region, &idle, holds);
+            cleaned += idle.regions.iter().filter(clear).count() as u64;
             core.intent.durable.commit(queue).await?;
         }
         Ok(cleaned)

@@ -8,6 +8,7 @@
 use std::sync::atomic::{Ordering, fence};
 
 use crate::image::{ImageError, ImageOp, IoQueue};
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{BlockLocks, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table, TableError};
 use crate::sync::{Mutex, lock};
@@ -30,6 +31,16 @@ pub(super) struct Intent {
 struct Counts {
     asked: u64,
     cleared: u64,
+    looked: u64,
+}
+
+/// Regions whose bits could be cleared.
+pub(super) struct Idle {
+    pub(super) regions: Vec<BlockIndex>,
+    /// Where to go on.
+    pub(super) next: Option<BlockIndex>,
+    /// Which look this was: nobody else may have taken the note of a write away since.
+    look: u64,
 }
 
 impl Intent {
@@ -56,7 +67,9 @@ impl Intent {
                 return Ok(());
             }
             let cleared = self.set(regions).map_err(full)?;
-            self.durable.commit(queue).await?;
+            if !planted::is(Defect::IntentNotStored) {
+                self.durable.commit(queue).await?;
+            }
             self.ready.prepare(regions).map_err(full)?;
             let counts = lock(&self.changing);
             // Who does not hold the locks may be so slow that the bits are cleared again.
@@ -110,31 +123,37 @@ impl Intent {
     }
 
     /// Regions from `from` on whose bits could be cleared: not to be copied any more, and not written since the last
-    /// time. Those that were are remembered as not recent. Returns where to go on.
-    pub(super) fn idle_regions(&self, from: BlockIndex, most: usize) -> (Vec<BlockIndex>, Option<BlockIndex>) {
-        let (mut idle, mut at) = (Vec::new(), from);
+    /// time. Those that were are remembered as not recent.
+    pub(super) fn idle_regions(&self, from: BlockIndex, most: usize) -> Idle {
+        let mut counts = lock(&self.changing);
+        counts.looked += 1;
+        let mut idle = Idle { regions: Vec::new(), next: None, look: counts.looked };
+        let mut at = from;
         while let Some(region) = self.bits().next_set(at) {
-            if idle.len() == most {
-                return (idle, Some(region));
+            if idle.regions.len() == most {
+                idle.next = Some(region);
+                return idle;
             }
             if self.recent.get(region) {
                 self.recent.clear(BlockRange::one(region));
             } else if !self.to_copy.get(region) {
-                idle.push(region);
+                idle.regions.push(region);
             }
             at = BlockIndex(region.0 + 1);
         }
-        (idle, None)
+        idle
     }
 
-    /// Clears the bit of a region if nobody has written to it since it was found idle. `holds` is asked where no bit
-    /// can be set meanwhile.
-    pub(super) fn clear_if_idle(&self, region: BlockIndex, holds: impl FnOnce() -> bool) -> bool {
+    /// Clears the bit of a region if nobody has written to it since it was found idle in that look, which is known only
+    /// if nobody has looked again. `holds` is asked where no bit can be set meanwhile.
+    pub(super) fn clear_if_idle(&self, region: BlockIndex, found: &Idle, holds: impl FnOnce() -> bool) -> bool {
         let one = BlockRange::one(region);
         let mut counts = lock(&self.changing);
         self.ready.clear(one);
         fence(Ordering::SeqCst);
-        let clear = !self.recent.get(region) && !self.to_copy.get(region) && holds();
+        let looked_again = counts.looked != found.look && !planted::is(Defect::CleansSideBySide);
+        let is_recent = self.recent.get(region) && !planted::is(Defect::CleansRecent);
+        let clear = !looked_again && !is_recent && !self.to_copy.get(region) && holds();
         if clear {
             counts.cleared += 1;
             self.bits().clear(one);
@@ -145,6 +164,9 @@ impl Intent {
 
 /// Waits until everybody who holds a lock of these blocks now has let it go. Holds each for no time.
 pub(super) async fn wait_for_holders(locks: &BlockLocks, blocks: BlockRange) {
+    if planted::is(Defect::CleansUnderWriters) {
+        return;
+    }
     for block in blocks.iter() {
         drop(locks.acquire(BlockRange::one(block), Mode::Exclusive).await);
     }

@@ -1,45 +1,22 @@
-//! Simulated media that remember what is on stable storage, and a scheduler that decides every order from a seed.
+//! Simulated media that remember what is on stable storage.
 //!
 //! Checked by it: orders of polls and completions, transfers that are visible in part before they complete, power cuts
 //! that lose, keep or age each unsynced sector on its own, errors of each kind of operation. Not checked: media that
 //! forget what they acknowledged; memory ordering between threads.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Wake, Waker};
 
 use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
 
+use crate::schedule::{Device, Rng};
+
 pub const SECTOR: usize = 512;
 type Sector = [u8; SECTOR];
-
-/// xorshift64*: small, and the same everywhere.
-#[derive(Clone)]
-pub struct Rng(u64);
-
-impl Rng {
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from((self.next() >> 33) % n as u64).unwrap()
-    }
-    pub fn chance(&mut self, percent: usize) -> bool {
-        self.below(100) < percent
-    }
-}
 
 /// Kinds of operations that can be made to fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,11 +54,14 @@ struct Pending {
     ticket: OpTicket,
     began: u64,
     left: Vec<usize>,
+    /// Sectors that have moved, and when.
+    moved: Vec<(usize, u64)>,
     data: Vec<u8>,
     len: usize,
 }
 
 thread_local! {
+    static CHANGES: Cell<u64> = const { Cell::new(0) };
     static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -133,21 +113,95 @@ impl Medium {
 
     /// What a power cut leaves: each sector as stored, or as some write since made it.
     pub fn after_power_cut(&self, rng: &mut Rng) -> Medium {
+        self.after_loss(|versions| rng.below(versions + 1))
+    }
+
+    /// The same, where `pick` says of each sector that was written since it was stored which of so many writes is there;
+    /// 0 is what was stored.
+    pub fn after_loss(&self, mut pick: impl FnMut(usize) -> usize) -> Medium {
         let state = self.lock();
         let mut bytes = state.stored.clone();
         for (sector, versions) in &state.unsynced {
-            let pick = rng.below(versions.len() + 1);
-            if pick > 0 {
-                bytes[sector * SECTOR..][..SECTOR].copy_from_slice(&versions[pick - 1].1);
+            let picked = pick(versions.len());
+            if picked > 0 {
+                bytes[sector * SECTOR..][..SECTOR].copy_from_slice(&versions[picked - 1].1);
             }
         }
         Medium::with(&self.path.display().to_string(), bytes)
     }
+
+    /// What a kill of the process leaves: everything that was written, stored or not. Each transfer in flight has still
+    /// arrived, or not.
+    pub fn after_kill(&self, rng: &mut Rng) -> Medium {
+        let state = self.lock();
+        let mut left = State {
+            now: state.now.clone(),
+            stored: state.stored.clone(),
+            unsynced: state.unsynced.clone(),
+            clock: state.clock,
+            syncs: state.syncs,
+            ..State::default()
+        };
+        drop(state);
+        PENDING.with_borrow(|pending| {
+            for op in pending.iter().filter(|op| Arc::ptr_eq(&op.medium.state, &self.state)) {
+                if rng.chance(50) {
+                    op.left.iter().for_each(|&sector| op.put(&mut left, sector));
+                }
+            }
+        });
+        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), path: self.path.clone() }
+    }
+
+    /// How many sectors were written and are not on stable storage.
+    pub fn unsynced_sectors(&self) -> usize {
+        self.lock().unsynced.len()
+    }
+}
+
+impl Pending {
+    fn put(&self, state: &mut State, sector: usize) {
+        let place = usize::try_from(self.ticket.at().0).unwrap() / SECTOR + sector;
+        match self.ticket.kind() {
+            OpKind::Write { .. } => {
+                state.put(place, self.data[sector * SECTOR..(sector + 1) * SECTOR].try_into().unwrap());
+            }
+            OpKind::Zero { .. } => state.put(place, [0; SECTOR]),
+            _ => {}
+        }
+    }
+}
+
+/// While this is kept the operations in flight wait beside, and nobody moves them.
+pub struct Aside(Vec<Pending>);
+
+/// Makes room for other media.
+pub fn set_aside() -> Aside {
+    Aside(PENDING.with_borrow_mut(std::mem::take))
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        let mut back = std::mem::take(&mut self.0);
+        PENDING.with_borrow_mut(|p| std::mem::swap(p, &mut back));
+        drop(back);
+    }
+}
+
+/// Grows with everything that changes what a power cut could leave.
+pub fn changes() -> u64 {
+    CHANGES.get()
+}
+
+/// Counts a change that is none of a medium.
+pub fn count_change() {
+    CHANGES.set(CHANGES.get() + 1);
 }
 
 impl State {
     fn put(&mut self, sector: usize, bytes: Sector) {
         self.now[sector * SECTOR..][..SECTOR].copy_from_slice(&bytes);
+        count_change();
         self.clock += 1;
         let clock = self.clock;
         self.unsynced.entry(sector).or_default().push((clock, bytes));
@@ -155,17 +209,31 @@ impl State {
     }
 
     /// Stores what was written until `clock`.
-    fn store(&mut self, clock: u64, sectors: Option<std::ops::Range<usize>>) {
+    fn store(&mut self, clock: u64) {
+        count_change();
         let stored = &mut self.stored;
-        self.unsynced.retain(|sector, versions| {
-            if sectors.as_ref().is_none_or(|s| s.contains(sector)) {
-                let upto = versions.iter().take_while(|(at, _)| *at <= clock).count();
-                if let Some((_, bytes)) = versions.drain(..upto).next_back() {
-                    stored[sector * SECTOR..][..SECTOR].copy_from_slice(&bytes);
-                }
-            }
+        self.unsynced.retain(|&sector, versions| {
+            store_one(stored, sector, versions, clock);
             !versions.is_empty()
         });
+    }
+
+    /// Stores what was written to one sector until `clock`.
+    fn store_sector(&mut self, sector: usize, clock: u64) {
+        count_change();
+        if let Some(versions) = self.unsynced.get_mut(&sector) {
+            store_one(&mut self.stored, sector, versions, clock);
+            if versions.is_empty() {
+                self.unsynced.remove(&sector);
+            }
+        }
+    }
+}
+
+fn store_one(stored: &mut [u8], sector: usize, versions: &mut Vec<(u64, Sector)>, clock: u64) {
+    let upto = versions.iter().take_while(|(at, _)| *at <= clock).count();
+    if let Some((_, bytes)) = versions.drain(..upto).next_back() {
+        stored[sector * SECTOR..][..SECTOR].copy_from_slice(&bytes);
     }
 }
 
@@ -190,7 +258,8 @@ impl Image for Medium {
             assert!(at + len <= state.now.len(), "outside the image");
             state.clock
         };
-        let pending = Pending { medium: self.clone(), ticket, began, left: (0..len / SECTOR).collect(), data, len };
+        let (left, moved) = ((0..len / SECTOR).collect(), Vec::new());
+        let pending = Pending { medium: self.clone(), ticket, began, left, moved, data, len };
         PENDING.with_borrow_mut(|p| p.push(pending));
     }
     fn path(&self) -> &Path {
@@ -249,12 +318,12 @@ fn step_io(rng: &mut Rng) {
     let offset = if moves == op.left.len() { 0 } else { rng.below(op.left.len() - moves) };
     let moved: Vec<usize> = op.left.drain(offset..offset + moves).collect();
     for sector in moved {
-        let (place, part) = ((at + sector) * SECTOR, sector * SECTOR..(sector + 1) * SECTOR);
-        match class {
-            Op::Read => op.data[part].copy_from_slice(&state.now[place..place + SECTOR]),
-            Op::Write => state.put(at + sector, op.data[part].try_into().unwrap()),
-            Op::Zero => state.put(at + sector, [0; SECTOR]),
-            Op::Sync => unreachable!(),
+        if class == Op::Read {
+            let place = (at + sector) * SECTOR;
+            op.data[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(&state.now[place..place + SECTOR]);
+        } else {
+            op.put(&mut state, sector);
+            op.moved.push((at + sector, state.clock));
         }
     }
     if !op.left.is_empty() {
@@ -266,12 +335,10 @@ fn step_io(rng: &mut Rng) {
         OpKind::Read => state.read += op.len,
         OpKind::Sync => {
             state.syncs += 1;
-            state.store(op.began, None);
+            state.store(op.began);
         }
-        OpKind::Write { durable: true } => {
-            let clock = state.clock;
-            state.store(clock, Some(at..at + op.len / SECTOR));
-        }
+        // Its own bytes, not what came to the same place later.
+        OpKind::Write { durable: true } => op.moved.iter().for_each(|&(place, at)| state.store_sector(place, at)),
         _ => {}
     }
     drop(state);
@@ -281,76 +348,24 @@ fn step_io(rng: &mut Rng) {
     op.ticket.finish(Ok(op.len));
 }
 
-struct Flag(AtomicBool);
+/// All media of this thread.
+pub struct Media;
 
-impl Wake for Flag {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::SeqCst);
+impl Device for Media {
+    fn pending() -> usize {
+        PENDING.with_borrow(Vec::len)
     }
-}
-
-struct Task {
-    future: Pin<Box<dyn Future<Output = ()>>>,
-    ready: Arc<Flag>,
-}
-
-/// Polls tasks in an order that the seed decides.
-#[derive(Default)]
-pub struct Scheduler {
-    tasks: Vec<Task>,
-}
-
-impl Scheduler {
-    pub fn spawn(&mut self, future: impl Future<Output = ()> + 'static) {
-        self.tasks.push(Task { future: Box::pin(future), ready: Arc::new(Flag(AtomicBool::new(true))) });
+    fn step(rng: &mut Rng) {
+        step_io(rng);
     }
-
-    /// Polls one ready task or moves one operation. False when nothing can move.
-    pub fn step(&mut self, rng: &mut Rng) -> bool {
-        let ready: Vec<usize> =
-            (0..self.tasks.len()).filter(|&i| self.tasks[i].ready.0.load(Ordering::SeqCst)).collect();
-        let io = pending_io();
-        if ready.is_empty() && io == 0 {
-            return false;
-        }
-        if !ready.is_empty() && (io == 0 || rng.chance(60)) {
-            let i = ready[rng.below(ready.len())];
-            let task = &mut self.tasks[i];
-            task.ready.0.store(false, Ordering::SeqCst);
-            let waker = Waker::from(task.ready.clone());
-            if let Poll::Ready(()) = task.future.as_mut().poll(&mut Context::from_waker(&waker)) {
-                drop(self.tasks.swap_remove(i));
-            }
-        } else {
-            step_io(rng);
-        }
-        true
-    }
-
-    /// Runs everything to its end.
-    pub fn settle(&mut self, rng: &mut Rng) {
-        while self.step(rng) {}
-        assert!(self.tasks.is_empty(), "{} tasks are left that nothing will wake", self.tasks.len());
-    }
-}
-
-impl Drop for Scheduler {
-    fn drop(&mut self) {
-        self.tasks.clear();
-        // What an aborted run left behind.
+    fn reset() {
         drop(PENDING.with_borrow_mut(std::mem::take));
     }
 }
 
+pub type Scheduler = crate::schedule::Scheduler<Media>;
+
 /// Runs one future to its end, alone.
 pub fn run<T: 'static>(rng: &mut Rng, future: impl Future<Output = T> + 'static) -> T {
-    let out = std::rc::Rc::new(RefCell::new(None));
-    let put = out.clone();
-    let mut scheduler = Scheduler::default();
-    scheduler.spawn(async move {
-        let value = future.await;
-        *put.borrow_mut() = Some(value);
-    });
-    scheduler.settle(rng);
-    out.take().unwrap()
+    crate::schedule::run::<Media, T>(rng, future)
 }

@@ -59,11 +59,75 @@ pub enum Defect {
     ReclaimBlindly,
     /// A read of a full image does not look whether it was given to a newer version meanwhile.
     NoRetireRecheck,
+    /// A cleaning of the write-intent bitmap does not notice that another one took the note of a write away.
+    CleansSideBySide,
+    /// The place of a deleted entry is given back although the block had another entry since, which is durable.
+    ReclaimFreedAgain,
+    /// A full image goes to an older version before what was written into it is on stable storage.
+    GivenUnstored,
+    /// A log's table is stored before its image is synced.
+    BitsBeforeBytes,
+    /// All images are synced by the commit of the log nearest to the pivot, which may be shared.
+    ImagesByTheNearest,
+    /// Logs are stored from the live version inwards.
+    LogsInWrongOrder,
+    /// A flush syncs images and stores no table.
+    FlushWithoutCommit,
+    /// The places of deleted entries are given back before the deletion is durable, by a flush.
+    ReclaimBeforeStored,
+    /// The place of a log's deleted entry is given back at once.
+    FreedAtOnce,
+    /// A durable write is acknowledged when it is in the cache.
+    DurableWriteCached,
+    /// Durable zeros are acknowledged before they are synced.
+    DurableZerosCached,
+    /// A durable write to a log does not store its entry.
+    DurableWithoutEntry,
+    /// Entries are made and deleted before the bytes that they announce are written.
+    EntryBeforeBytes,
+    /// A fold deletes the log's entry before the full image has the block.
+    FoldDropsFirst,
+    /// A log hands an entry over before its bytes.
+    HandOverBitFirst,
+    /// A version leaves its chain before what was handed over or folded is durable.
+    GoneBeforeCommit,
+    /// A sync of a mirror syncs its first leg only.
+    OneLegSynced,
+    /// A write begins before the bits of its regions are durable.
+    IntentNotStored,
+    /// A cleaning clears bits of regions that were written meanwhile.
+    CleansRecent,
+    /// A cleaning does not wait for writes that are under way.
+    CleansUnderWriters,
+    /// A cleaning does not sync the legs.
+    CleansUnstored,
+    /// Bits are cleared while the second leg is split.
+    CleansWhileSplit,
+    /// A leg is added before the bits of all regions are durable.
+    LegBeforeBits,
+    /// Two legs in sync are taken for equal after a crash, whatever the bits say.
+    LegsTakenForEqual,
+    /// A cut does not wait for the record of the split.
+    SplitNotStored,
+    /// A commit of a durable table does not sync it.
+    CommitWithoutSync,
+    /// A commit stores bits that were set after its first step.
+    CommitOfLaterBits,
+    /// Who asks for a commit shares the one that is running.
+    CommitSharesRunning,
+    /// A table that was read is taken for stored.
+    LeftUnsynced,
+    /// A table that outlived a process is not compared with its durable copy.
+    ResumedBlindly,
+    /// A snapshot that was not stored is kept after a power cut.
+    UnfinishedKept,
+    /// A snapshot that was prepared, and perhaps never cut, is kept.
+    PendingKept,
 }
 
 impl Defect {
     /// All of them, for tests that count.
-    pub const ALL: [Defect; 27] = [
+    pub const ALL: [Defect; 59] = [
         Defect::EpochBeforeAvail,
         Defect::NoEpochRecheck,
         Defect::CutPerDisk,
@@ -91,6 +155,38 @@ impl Defect {
         Defect::ZerosNotCopied,
         Defect::ReclaimBlindly,
         Defect::NoRetireRecheck,
+        Defect::CleansSideBySide,
+        Defect::ReclaimFreedAgain,
+        Defect::GivenUnstored,
+        Defect::BitsBeforeBytes,
+        Defect::ImagesByTheNearest,
+        Defect::LogsInWrongOrder,
+        Defect::FlushWithoutCommit,
+        Defect::ReclaimBeforeStored,
+        Defect::FreedAtOnce,
+        Defect::DurableWriteCached,
+        Defect::DurableZerosCached,
+        Defect::DurableWithoutEntry,
+        Defect::EntryBeforeBytes,
+        Defect::FoldDropsFirst,
+        Defect::HandOverBitFirst,
+        Defect::GoneBeforeCommit,
+        Defect::OneLegSynced,
+        Defect::IntentNotStored,
+        Defect::CleansRecent,
+        Defect::CleansUnderWriters,
+        Defect::CleansUnstored,
+        Defect::CleansWhileSplit,
+        Defect::LegBeforeBits,
+        Defect::LegsTakenForEqual,
+        Defect::SplitNotStored,
+        Defect::CommitWithoutSync,
+        Defect::CommitOfLaterBits,
+        Defect::CommitSharesRunning,
+        Defect::LeftUnsynced,
+        Defect::ResumedBlindly,
+        Defect::UnfinishedKept,
+        Defect::PendingKept,
     ];
 }
 

@@ -1,0 +1,824 @@
+//! The steps of the daemon in their order, on a simulated host. Each function names the one of `src/daemon/` whose order
+//! it has; what decides anything (`take_up`, `recording`, jobs, the engine) is the daemon's own code.
+//!
+//! Left out: sockets, events, stops, cutovers, and what follows from images that fail.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::sync::{Arc, Mutex};
+
+use halfsilver::daemon::recording;
+use halfsilver::daemon::takeup::{LayerSource, Taken, Trust, take_up};
+use halfsilver::image::{IoQueue, SharedImage};
+use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::mirror::{
+    Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, LegImage,
+    LegState, Link, Log, NewLayer, Owned, Pair, PreparedSnapshot, RetireError, Version, VersionId, Writers,
+};
+use halfsilver::store::{
+    BlockIndex, DiskRecord, DurableTable, Fingerprint, LegRecord, MirrorRecord, PAYLOAD_BYTES, SnapshotRecord, Table,
+};
+use uuid::Uuid;
+
+use crate::host::{Host, Lock, yield_now};
+use crate::media::{self, run, set_aside};
+use crate::oracle::{Fact, Oracle};
+use crate::run::{Shape, Slip, Strategy};
+use crate::schedule::Rng;
+
+/// Tasks that others have begun, for the scheduler.
+pub type Begun = Rc<RefCell<Vec<Pin<Box<dyn Future<Output = ()>>>>>>;
+
+/// A snapshot, as the daemon holds it (`entry::SnapshotEntry`).
+pub struct Entry {
+    pub id: Uuid,
+    pub record: RefCell<SnapshotRecord>,
+    pub version: Option<Arc<Version>>,
+}
+
+/// The mirror of a disk (`mirror::Mirror`).
+struct Mirror {
+    bitmap: Uuid,
+    pair: Arc<Pair>,
+    legs: Vec<(LegRecord, Option<SharedImage>)>,
+}
+
+impl Mirror {
+    fn to_record(&self) -> MirrorRecord {
+        MirrorRecord { bitmap: self.bitmap, legs: self.legs.iter().map(|(leg, _)| leg.clone()).collect() }
+    }
+
+    fn state_of(&self, id: Uuid) -> Option<LegState> {
+        self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
+    }
+}
+
+/// What goes on at a moment, by name and how often.
+#[derive(Default)]
+pub struct Phases(RefCell<BTreeMap<&'static str, usize>>);
+
+pub struct Phase(Rc<Phases>, &'static str);
+
+impl Phases {
+    pub fn begin(self: &Rc<Self>, name: &'static str) -> Phase {
+        *self.0.borrow_mut().entry(name).or_default() += 1;
+        Phase(self.clone(), name)
+    }
+
+    pub fn now(&self) -> Vec<&'static str> {
+        self.0.borrow().iter().filter(|(_, times)| **times > 0).map(|(name, _)| *name).collect()
+    }
+}
+
+impl Drop for Phase {
+    fn drop(&mut self) {
+        *self.0.0.borrow_mut().get_mut(self.1).unwrap() -= 1;
+    }
+}
+
+/// No image fails here, so no version breaks.
+#[derive(Default)]
+struct Broken(Mutex<Vec<String>>);
+
+impl DiskObserver for Broken {
+    fn version_broken(&self, version: VersionId, reason: &str) {
+        self.0.lock().unwrap().push(format!("version {version} broke without a fault: {reason}"));
+    }
+}
+
+/// A daemon that serves one disk.
+pub struct Daemon {
+    pub host: Rc<RefCell<Host>>,
+    pub oracle: Rc<RefCell<Oracle>>,
+    pub queue: IoQueue,
+    pub clock: EpochClock,
+    editor: Arc<ChainEditor>,
+    pub disk: Arc<Disk>,
+    pub entries: RefCell<Vec<Rc<Entry>>>,
+    pub phases: Rc<Phases>,
+    shape: Shape,
+    id: Uuid,
+    path: RefCell<PathBuf>,
+    mirror: RefCell<Option<Mirror>>,
+    former_legs: RefCell<Vec<PathBuf>>,
+    /// Snapshots that were not recorded as quiesced when the last daemon ended, and are now.
+    drained_at_the_end: RefCell<Vec<Uuid>>,
+    structure: Lock,
+    /// One deletion at a time (`Manager::begin_retire` waits for its turn).
+    turn: Lock,
+    resyncs: Cell<bool>,
+    cleans: Cell<bool>,
+    begun: Begun,
+    broken: Arc<Broken>,
+    me: Weak<Daemon>,
+}
+
+fn log_table(id: Uuid) -> PathBuf {
+    PathBuf::from(format!("tables/{id}.log"))
+}
+
+/// As `layers::DiskLayers`.
+struct Layers {
+    host: Rc<RefCell<Host>>,
+    trust: Trust,
+    blocks: u64,
+}
+
+impl Layers {
+    /// `Manager::left_table`.
+    fn left_table(&self, id: Uuid) -> Result<Arc<Table>, String> {
+        match self.trust {
+            Trust::SameBoot => self.host.borrow().run_tables.get(&id).cloned().ok_or_else(|| "no run table".to_owned()),
+            _ => Err("its table was not on stable storage".to_owned()),
+        }
+    }
+}
+
+impl LayerSource for Layers {
+    fn is_file(&self, path: &Path) -> bool {
+        self.host.borrow().files.contains_key(path)
+    }
+
+    fn fingerprint(&self, _path: &Path) -> Option<Fingerprint> {
+        None
+    }
+
+    fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
+        self.host.borrow().open(path)
+    }
+
+    fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
+        let table = self.left_table(record.id)?;
+        Ok(Layer::of(Backing::One(self.host.borrow().open(&record.image)?), table))
+    }
+
+    /// `Manager::open_log`. Nothing is changed, so nothing else goes on meanwhile.
+    fn open_log(&self, id: Uuid, path: &Path, _seal: Option<Uuid>) -> Result<Layer, String> {
+        let durable = self.host.borrow().open(&log_table(id))?;
+        let queue = IoQueue::simulated();
+        let _aside = set_aside();
+        let table = match self.left_table(id) {
+            Ok(table) => {
+                let resumed = async move { DurableTable::resume(durable, id, table, &queue).await };
+                run(&mut Rng::new(1), resumed).map_err(|e| e.to_string())?.0
+            }
+            Err(_) => {
+                let table = Arc::new(Table::in_memory(self.blocks).unwrap());
+                let into = table.clone();
+                let loaded = run(&mut Rng::new(1), async move { DurableTable::load(durable, id, into, &queue).await });
+                let (durable, report) = loaded.map_err(|e| e.to_string())?;
+                if !report.damaged.is_empty() {
+                    return Err(format!("{} is damaged", log_table(id).display()));
+                }
+                self.host.borrow_mut().run_tables.insert(id, table);
+                durable
+            }
+        };
+        let image = self.host.borrow().open(path)?;
+        let freed = Table::in_memory(self.blocks).unwrap();
+        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
+    }
+}
+
+/// `manager::first_epoch`.
+fn first_epoch(record: &DiskRecord) -> Epoch {
+    let used = record.snapshots.iter().map(|s| s.ended).chain([record.live_began]).max();
+    Epoch(used.unwrap_or(0) + 3)
+}
+
+/// `Places::remove_strays`.
+fn remove_strays(host: &mut Host) {
+    let Some(record) = host.record.clone() else { return };
+    let parts = record.snapshots.iter().filter(|s| !s.owns_all).map(|s| s.id);
+    let live = record.live_log.as_ref().map(|_| record.live);
+    let bitmap = record.mirror.as_ref().map(|m| m.bitmap);
+    let ids: Vec<Uuid> = parts.chain(live).chain(bitmap).collect();
+    let is_stray = |path: &Path| {
+        let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
+        (path.starts_with("tables") || path.starts_with("images")) && id.is_some_and(|id| !ids.contains(&id))
+    };
+    let strays: Vec<_> = host.files.keys().filter(|path| is_stray(path)).cloned().collect();
+    strays.iter().for_each(|path| host.remove_file(path));
+    host.run_tables.retain(|id, _| ids.contains(id));
+}
+
+impl Daemon {
+    /// The first part of a start, up to where the record is put that says that the disk is served: `Manager::take_up` and
+    /// `Manager::add_disk`.
+    pub async fn open(
+        host: Rc<RefCell<Host>>,
+        oracle: Rc<RefCell<Oracle>>,
+        shape: Shape,
+        phases: Rc<Phases>,
+        begun: Begun,
+    ) -> Result<Rc<Daemon>, String> {
+        let _phase = phases.begin("a start");
+        remove_strays(&mut host.borrow_mut());
+        let record = host.borrow().record.clone().ok_or("its record is gone")?;
+        let trust = Trust::of(&record, None, host.borrow().boot);
+        let path: PathBuf = record.config["path"].as_str().unwrap().into();
+        let queue = IoQueue::simulated();
+        let (backing, mut mirror) = open_base(&host, &record, &path, shape, &queue).await?;
+        let geometry = Geometry::of(&backing, shape.block);
+        let layers = Layers { host: host.clone(), trust, blocks: geometry.blocks() };
+        let taken = take_up(record.clone(), &backing, &path, trust, &layers).map_err(|e| e.message)?;
+        let clock = EpochClock::new(first_epoch(&record));
+        let discards = Table::in_memory(geometry.blocks()).unwrap();
+        let options = DiskOptions { image: backing, block_bytes: shape.block, read_only: false, discards };
+        let drained = record.snapshots.iter().filter(|s| s.quiesced_ms.is_none()).map(|s| s.id).collect();
+        let Taken { links, snapshots } = taken;
+        let disk = Disk::with_chain(clock.clone(), options, links);
+        let broken = Arc::new(Broken::default());
+        disk.observe(broken.clone());
+        let (mut former_legs, mut path) = (record.former_legs.clone(), path);
+        for (lost, _) in snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
+            let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
+            let (gone, stays) =
+                std::mem::take(&mut mirror.legs).into_iter().partition(|(leg, _)| leg.path == lost.image);
+            mirror.legs = stays;
+            former_legs.extend(Vec::into_iter(gone).map(|(leg, _)| leg.path));
+            path.clone_from(&mirror.legs[0].0.path);
+        }
+        let daemon = Rc::new_cyclic(|me| Daemon {
+            editor: Arc::new(ChainEditor::new(clock.clone())),
+            entries: RefCell::default(),
+            host,
+            oracle,
+            queue,
+            clock,
+            disk,
+            phases: phases.clone(),
+            shape,
+            id: record.id,
+            path: RefCell::new(path),
+            mirror: RefCell::new(mirror),
+            former_legs: RefCell::new(former_legs),
+            drained_at_the_end: RefCell::new(drained),
+            structure: Lock::default(),
+            turn: Lock::default(),
+            resyncs: Cell::new(false),
+            cleans: Cell::new(false),
+            begun,
+            broken,
+            me: me.clone(),
+        });
+        for (record, version) in snapshots {
+            daemon.take_entry(record, version);
+        }
+        Ok(daemon)
+    }
+
+    /// `Manager::entry_of`.
+    fn take_entry(&self, record: SnapshotRecord, version: Option<Arc<Version>>) {
+        if version.is_none() && record.deleting {
+            if !record.owns_all {
+                self.remove_layer(record.id, &record.image);
+            }
+            return;
+        }
+        self.entries.borrow_mut().push(Rc::new(Entry { id: record.id, record: RefCell::new(record), version }));
+    }
+
+    /// The rest of a start: the end of `Manager::add_disk`.
+    pub async fn go_on(&self) {
+        let _phase = self.phases.begin("a start");
+        // In `Manager::add_disk`, before the record
+        if self.shape.slip != Some(Slip::DrainedNotStored) {
+            for version in self.drained_at_the_end.take() {
+                self.disk.make_durable(&self.queue, version).await.unwrap();
+            }
+        }
+        self.put(self.to_record()).await;
+        self.resume_mirror().await;
+        // `Manager::resume_snapshot`
+        for entry in self.entries.borrow().clone() {
+            if entry.version.is_some() && entry.record.borrow().deleting {
+                let daemon = self.me();
+                self.begin(async move { daemon.run_deletion(entry).await });
+            }
+        }
+    }
+
+    fn me(&self) -> Rc<Daemon> {
+        self.me.upgrade().unwrap()
+    }
+
+    fn begin(&self, task: impl Future<Output = ()> + 'static) {
+        self.begun.borrow_mut().push(Box::pin(task));
+    }
+
+    fn fail(&self, what: String) {
+        self.broken.0.lock().unwrap().push(what);
+    }
+
+    /// What went wrong, if anything.
+    pub fn failure(&self) -> Option<String> {
+        self.broken.0.lock().unwrap().first().cloned()
+    }
+
+    fn fact(&self, id: Uuid, tell: impl FnOnce(&mut Fact)) {
+        if let Some(fact) = self.oracle.borrow_mut().facts.get_mut(&id) {
+            tell(fact);
+            media::count_change();
+        }
+    }
+
+    fn new_id(&self) -> Uuid {
+        let mut host = self.host.borrow_mut();
+        host.names += 1;
+        Uuid::from_u128(host.names)
+    }
+
+    /// `DiskEntry::to_record`.
+    pub fn to_record(&self) -> DiskRecord {
+        let chain = self.disk.chain();
+        let entries = self.entries.borrow();
+        let to_record = |e: &Rc<Entry>| recording::of_snapshot(e.record.borrow().clone(), e.version.as_deref(), &chain);
+        let snapshots = entries.iter().filter_map(to_record).collect();
+        let boot = self.host.borrow().boot;
+        let config = serde_json::json!({ "path": &*self.path.borrow() });
+        let mut record = recording::of_disk((self.id, "disk", boot), config, &chain, snapshots);
+        record.mirror = self.mirror.borrow().as_ref().map(Mirror::to_record);
+        record.former_legs = self.former_legs.borrow().clone();
+        record
+    }
+
+    async fn put(&self, record: DiskRecord) {
+        let _phase = self.phases.begin("a put of the records");
+        Host::put(&self.host, record).await;
+    }
+
+    /// `Manager::persist`. The structure is locked.
+    async fn persist(&self) {
+        self.put(self.to_record()).await;
+    }
+
+    /// `Manager::remove_layer`.
+    fn remove_layer(&self, id: Uuid, image: &Path) {
+        let mut host = self.host.borrow_mut();
+        host.remove_file(image);
+        host.run_tables.remove(&id);
+        host.remove_file(&log_table(id));
+    }
+
+    fn run_table(&self, id: Uuid) -> Arc<Table> {
+        let table = Arc::new(Table::in_memory(self.disk.geometry().blocks()).unwrap());
+        self.host.borrow_mut().run_tables.insert(id, table.clone());
+        table
+    }
+
+    /// `Manager::create`, for one disk.
+    pub async fn create(&self, asked: Strategy) {
+        let _structure = self.structure.lock().await;
+        let _phase = self.phases.begin("the creation of a snapshot");
+        // `Manager::prepare`
+        let chain = self.disk.chain();
+        let live = chain.version(chain.live()).clone();
+        let strategy = if self.disk.can_move_pivot() { asked } else { Strategy::WriteLogging };
+        let new_live = self.new_id();
+        let Some((layer, image)) = self.prepare_layer(strategy, live.id, new_live).await else { return };
+        let record = new_record(live.id, live.began, strategy, image);
+        let pending = recording::before_cut(self.to_record(), &self.disk.chain(), record.clone(), &layer, new_live);
+        let fact = Fact { strategy, created: false, quiesced: false, deletion_begun: false, deleted: false };
+        self.oracle.borrow_mut().facts.insert(live.id, fact);
+        if self.shape.slip != Some(Slip::NoPendingRecord) {
+            let _phase = self.phases.begin("a pending record");
+            self.put(pending).await;
+        }
+        // `Manager::cut`
+        let entry = Rc::new(Entry { id: live.id, record: RefCell::new(record), version: Some(live) });
+        self.entries.borrow_mut().push(entry.clone());
+        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live };
+        let cut = self.editor.cut(vec![prepared], Writers::Request).expect("few epochs drain");
+        self.oracle.borrow_mut().cut(cut.ended, new_live);
+        media::count_change();
+        entry.record.borrow_mut().ended = cut.ended.0;
+        self.persist().await;
+        self.fact(entry.id, |fact| fact.created = true);
+        let daemon = self.me();
+        self.begin(async move {
+            daemon.clock.drained(cut.ended).await;
+            daemon.quiesced(&entry).await;
+        });
+    }
+
+    /// `Manager::prepare_layer`: the layer, and its image if that is not the full one.
+    async fn prepare_layer(&self, strategy: Strategy, frozen: Uuid, live: Uuid) -> Option<(NewLayer, PathBuf)> {
+        let size = usize::try_from(self.disk.geometry().size_bytes).unwrap();
+        match strategy {
+            // `Manager::make_frozen_layer`
+            Strategy::CopyOnWrite => {
+                let path = PathBuf::from(format!("images/{frozen}.img"));
+                let image = Backing::One(Arc::new(self.host.borrow_mut().create_file(&path, size)));
+                Some((NewLayer::Frozen { image, table: self.run_table(frozen) }, path))
+            }
+            // `Manager::make_log`
+            Strategy::WriteLogging => {
+                let path = PathBuf::from(format!("images/{live}.log"));
+                let image: SharedImage = Arc::new(self.host.borrow_mut().create_file(&path, size));
+                if self.shape.slip != Some(Slip::LogImageNotStored) {
+                    halfsilver::image::sync(&*image, &self.queue).await.unwrap();
+                    Host::sync_directory_of(&self.host, &path).await;
+                }
+                let (table, place) = (self.run_table(live), log_table(live));
+                let bytes = usize::try_from(DurableTable::image_bytes(table.blocks())).unwrap();
+                let durable: SharedImage = Arc::new(self.host.borrow_mut().create_file(&place, bytes));
+                let freed = Table::in_memory(table.blocks()).unwrap();
+                let made = DurableTable::create(durable, live, table, [0; PAYLOAD_BYTES], &self.queue).await;
+                let table = made.unwrap();
+                if self.shape.slip != Some(Slip::TableNotNamed) {
+                    Host::sync_directory_of(&self.host, &place).await;
+                }
+                let layer = Layer::logged(Backing::One(image), Arc::new(Log { table, freed }));
+                Some((NewLayer::Live { layer }, path))
+            }
+            // `Manager::split`
+            Strategy::WriteMirroring => {
+                let _phase = self.phases.begin("a split");
+                let pair = self.mirror.borrow().as_ref().filter(|m| m.legs.len() == 2).map(|m| m.pair.clone())?;
+                if self.shape.slip != Some(Slip::SplitNotPrepared) {
+                    pair.prepare_split(&self.queue).await.ok()?;
+                }
+                let frozen = pair.second()?;
+                let live = pair.detached().map_err(|e| self.fail(e.to_string())).ok()?;
+                self.mirror.borrow_mut().as_mut()?.pair = live.clone();
+                let path = frozen.image.path().to_owned();
+                Some((NewLayer::Split { frozen: Backing::One(frozen.image), live: Backing::Pair(live) }, path))
+            }
+        }
+    }
+
+    /// `Manager::quiesced`.
+    async fn quiesced(&self, entry: &Rc<Entry>) {
+        let _phase = self.phases.begin("a snapshot's becoming quiesced");
+        // `snapshots::store_shown`
+        let chain = self.disk.chain();
+        let must = chain.position(entry.id).is_some_and(|i| i >= chain.pivot_of(i));
+        if must
+            && self.shape.slip != Some(Slip::QuiescedNotStored)
+            && let Err(e) = self.disk.make_durable(&self.queue, entry.id).await
+        {
+            self.fail(e.to_string());
+        }
+        let _structure = self.structure.lock().await;
+        entry.version.as_ref().unwrap().set_quiesced();
+        entry.record.borrow_mut().quiesced_ms = Some(1);
+        self.persist().await;
+        self.fact(entry.id, |fact| fact.quiesced = true);
+    }
+
+    /// The snapshots that could be deleted now.
+    pub fn deletable(&self) -> Vec<Rc<Entry>> {
+        let entries = self.entries.borrow();
+        let can = |e: &&Rc<Entry>| {
+            let drained = e.version.as_ref().is_none_or(|v| v.is_quiesced());
+            drained && !e.record.borrow().deleting
+        };
+        entries.iter().filter(can).cloned().collect()
+    }
+
+    /// `Manager::delete` and `Manager::begin_deletion`.
+    pub async fn delete(&self, entry: Rc<Entry>) {
+        {
+            let _structure = self.structure.lock().await;
+            if entry.record.borrow().deleting {
+                return;
+            }
+            self.fact(entry.id, |fact| fact.deletion_begun = true);
+            if entry.version.is_none() {
+                let record = entry.record.borrow().clone();
+                if record.owns_all {
+                    self.after_split(&entry, None).await;
+                }
+                self.gone(&entry, (!record.owns_all).then_some((entry.id, record.image))).await;
+                return;
+            }
+            entry.record.borrow_mut().deleting = true;
+            if self.shape.slip != Some(Slip::DeletionNotRecorded) {
+                self.persist().await;
+            }
+        }
+        self.run_deletion(entry).await;
+    }
+
+    /// `Manager::retire`, the job of a deletion.
+    async fn run_deletion(&self, entry: Rc<Entry>) {
+        let mut turn = Some(self.turn.lock().await);
+        let version = entry.version.clone().unwrap();
+        let grace = loop {
+            match self.editor.begin_retire(&self.disk, &version) {
+                Ok(grace) => break grace,
+                Err(RetireError::TooManyDraining(_)) => yield_now().await,
+                Err(RetireError::Busy) => return self.fail("two deletions at once".to_owned()),
+            }
+        };
+        let _phase = self.phases.begin(what_deletion(&self.disk.chain(), entry.id));
+        let left = left_behind(&self.disk.chain(), entry.id);
+        let leg = leg_of(&self.disk.chain(), entry.id);
+        let pace = Arc::new(Pace::default());
+        let (queue, editor, disk) = (self.queue.clone(), self.editor.clone(), self.disk.clone());
+        match job::retire(queue, editor, disk, version, grace, pace.clone()).await {
+            Ok(Outcome::Done) => {}
+            other => return self.fail(format!("a deletion ended with {other:?}")),
+        }
+        if self.shape.slip == Some(Slip::NextBeforeRecord) {
+            turn = None;
+        }
+        if self.shape.slip == Some(Slip::TableInUseRemoved) {
+            // The thread sleeps just here: that is when it matters.
+            for _ in 0..20 {
+                yield_now().await;
+            }
+        }
+        {
+            let _structure = self.structure.lock().await;
+            let is_split = entry.record.borrow().strategy == Strategy::WriteMirroring.name();
+            let is_broken =
+                entry.record.borrow().broken.is_some() || entry.version.as_ref().unwrap().broken().is_some();
+            let comes_back = leg.is_some() && !is_broken;
+            if is_split && !comes_back {
+                self.after_split(&entry, None).await;
+            }
+            if is_split && comes_back && self.shape.slip == Some(Slip::LegBackBeforeRecord) {
+                self.after_split(&entry, leg).await;
+                self.gone(&entry, left).await;
+            } else {
+                self.gone(&entry, left).await;
+                if is_split && comes_back {
+                    self.after_split(&entry, leg).await;
+                }
+            }
+        }
+        drop(turn);
+        if self.disk.discards().count() > 0 {
+            let _phase = self.phases.begin("discards that were put off");
+            let done = job::carry_out_discards(self.queue.clone(), self.disk.clone(), pace).await;
+            if let Err(e) = done {
+                self.fail(e.to_string());
+            }
+        }
+    }
+
+    /// `Manager::gone`.
+    async fn gone(&self, entry: &Rc<Entry>, left: Option<(Uuid, PathBuf)>) {
+        let _phase = self.phases.begin("the end of a deletion");
+        let forget = || self.entries.borrow_mut().retain(|e| !Rc::ptr_eq(e, entry));
+        if entry.version.is_none() {
+            forget();
+        }
+        if let (Some((id, image)), Some(Slip::RemovedBeforeRecord)) = (&left, self.shape.slip) {
+            self.remove_layer(*id, image);
+        }
+        self.persist().await;
+        if let Some((id, image)) = left {
+            let chain = self.disk.chain();
+            let has_table = chain.position(id).is_some_and(|at| matches!(chain.layer(at).owned, Owned::Table(_)));
+            if has_table && self.shape.slip != Some(Slip::TableInUseRemoved) {
+                self.host.borrow_mut().remove_file(&image);
+                self.host.borrow_mut().remove_file(&log_table(id));
+            } else {
+                self.remove_layer(id, &image);
+            }
+        }
+        forget();
+        self.fact(entry.id, |fact| fact.deleted = true);
+    }
+
+    /// `Manager::after_split`.
+    async fn after_split(&self, entry: &Entry, image: Option<SharedImage>) {
+        let _phase = self.phases.begin("a leg's coming back");
+        let path = entry.record.borrow().image.clone();
+        match image {
+            Some(image) => self.rejoin(&path, image).await,
+            None => self.lose_leg(&path).await,
+        }
+    }
+
+    /// `Manager::rejoin`.
+    async fn rejoin(&self, path: &Path, image: SharedImage) {
+        let found = self.mirror.borrow().as_ref().and_then(|m| {
+            let (leg, _) = m.legs.iter().find(|(leg, _)| leg.path == path)?;
+            Some((m.pair.clone(), leg.id))
+        });
+        let Some((pair, id)) = found else { return };
+        if let Err(e) = pair.attach(&self.queue, LegImage { id, image: image.clone() }, false).await {
+            return self.fail(format!("a leg does not come back: {e}"));
+        }
+        if let Some(mirror) = self.mirror.borrow_mut().as_mut() {
+            mirror.legs.iter_mut().filter(|(leg, _)| leg.id == id).for_each(|(_, place)| *place = Some(image.clone()));
+        }
+        self.start_resync(pair);
+    }
+
+    /// `Manager::lose_leg` and `Manager::let_leg_go`.
+    async fn lose_leg(&self, path: &Path) {
+        let found = self.mirror.borrow_mut().as_mut().and_then(|mirror| {
+            let at = mirror.legs.iter().position(|(leg, _)| leg.path == path)?;
+            Some((mirror.legs.remove(at).0, mirror.legs[0].0.path.clone(), mirror.pair.clone()))
+        });
+        let Some((gone, stays, pair)) = found else { return };
+        if *self.path.borrow() == gone.path {
+            *self.path.borrow_mut() = stays;
+        }
+        self.former_legs.borrow_mut().push(gone.path);
+        self.persist().await;
+        if let Err(e) = pair.forget(&self.queue, gone.id).await {
+            self.fail(e.to_string());
+        }
+    }
+
+    /// `Manager::add_leg`, where the mirror has lost its second leg.
+    pub async fn add_leg(&self) {
+        let _structure = self.structure.lock().await;
+        let pair = self.mirror.borrow().as_ref().filter(|m| m.legs.len() == 1).map(|m| m.pair.clone());
+        let Some(pair) = pair else { return };
+        let _phase = self.phases.begin("a new leg");
+        let id = self.new_id();
+        let path = PathBuf::from(format!("legs/{id}"));
+        let size = usize::try_from(self.disk.geometry().size_bytes).unwrap();
+        let image: SharedImage = Arc::new(self.host.borrow_mut().create_file(&path, size));
+        if self.shape.slip != Some(Slip::LegNotNamed) {
+            halfsilver::image::sync(&*image, &self.queue).await.unwrap();
+            Host::sync_directory_of(&self.host, &path).await;
+        }
+        let leg = LegRecord { id, path, saved: None };
+        self.mirror.borrow_mut().as_mut().unwrap().legs.push((leg, Some(image.clone())));
+        self.persist().await;
+        if let Err(e) = pair.attach(&self.queue, LegImage { id, image }, true).await {
+            return self.fail(format!("a leg cannot be added: {e}"));
+        }
+        self.start_resync(pair);
+    }
+
+    /// `Manager::start_resync`.
+    fn start_resync(&self, pair: Arc<Pair>) {
+        if self.resyncs.replace(true) {
+            return;
+        }
+        let daemon = self.me();
+        self.begin(async move {
+            let _phase = daemon.phases.begin("a resync");
+            let done = job::resync(daemon.queue.clone(), daemon.disk.clone(), pair, Arc::new(Pace::default())).await;
+            daemon.resyncs.set(false);
+            if !matches!(done, Ok(Outcome::Done)) {
+                daemon.fail(format!("a resync ended with {done:?}"));
+            }
+        });
+    }
+
+    /// `Manager::clean_mirrors`.
+    pub async fn clean(&self) {
+        let pair = self.mirror.borrow().as_ref().map(|m| m.pair.clone()).filter(|p| p.marked_bytes() > 0);
+        let Some(pair) = pair else { return };
+        if self.cleans.replace(true) {
+            return;
+        }
+        let _phase = self.phases.begin("a cleaning of the bitmap");
+        if let Err(e) = pair.clean(&self.queue, self.disk.block_locks()).await {
+            self.fail(e.to_string());
+        }
+        self.cleans.set(false);
+    }
+
+    /// `Manager::resume_mirror`.
+    async fn resume_mirror(&self) {
+        let behind = self.mirror.borrow().as_ref().and_then(|mirror| {
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(LegState::Split);
+            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !self.holds_leg(&leg.path));
+            if let Some((leg, image)) = split {
+                return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
+            }
+            let resyncs = |(leg, _): &&(LegRecord, _)| mirror.state_of(leg.id) == Some(LegState::Resynchronising);
+            mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
+        });
+        let Some((pair, back)) = behind else { return };
+        if let Some(leg) = back
+            && let Err(e) = pair.attach(&self.queue, leg, false).await
+        {
+            return self.fail(format!("a leg does not come back: {e}"));
+        }
+        self.start_resync(pair);
+    }
+
+    /// `DiskEntry::holds_leg`.
+    fn holds_leg(&self, path: &Path) -> bool {
+        let chain = self.disk.chain();
+        let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
+        chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
+    }
+
+    /// Who owns which blocks, for people.
+    pub fn describe(&self) -> String {
+        let chain = self.disk.chain();
+        let describe = |link: &Link| {
+            let bits = match &link.layer.owned {
+                Owned::All => "all".to_owned(),
+                Owned::Table(table) => {
+                    let bit = |block| if table.get(BlockIndex(block)) { '1' } else { '0' };
+                    (0..table.blocks()).map(bit).collect()
+                }
+            };
+            let record =
+                self.entries.borrow().iter().find(|e| e.id == link.version.id).map(|e| e.record.borrow().clone());
+            let what = record.map_or_else(String::new, |r| {
+                let quiesced = if r.quiesced_ms.is_some() { ", quiesced" } else { "" };
+                let deleting = if r.deleting { ", being deleted" } else { "" };
+                format!(" {} until {}{quiesced}{deleting}, broken: {:?}", r.strategy, r.ended, r.broken)
+            });
+            format!("\n  {} [{bits}] in {}{what}", link.version.id, link.layer.image.path().display())
+        };
+        let chain: String = chain.links().iter().map(describe).collect();
+        format!("legs {:?}{chain}", self.legs())
+    }
+
+    /// The states of the legs and their paths.
+    pub fn legs(&self) -> Vec<(PathBuf, LegState)> {
+        let mirror = self.mirror.borrow();
+        let Some(mirror) = mirror.as_ref() else { return Vec::new() };
+        let state = |leg: &LegRecord| Some((leg.path.clone(), mirror.state_of(leg.id)?));
+        mirror.legs.iter().filter_map(|(leg, _)| state(leg)).collect()
+    }
+}
+
+/// `Manager::open_base`.
+async fn open_base(
+    host: &Rc<RefCell<Host>>,
+    record: &DiskRecord,
+    path: &Path,
+    shape: Shape,
+    queue: &IoQueue,
+) -> Result<(Backing, Option<Mirror>), String> {
+    let Some(mirror) = record.mirror.clone() else {
+        return Ok((Backing::One(host.borrow().open(path)?), None));
+    };
+    let split_off = match record.live_splits {
+        true => &record.snapshots[..],
+        false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
+    };
+    let (mut legs, mut images) = (Vec::new(), Vec::new());
+    for leg in mirror.legs {
+        let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
+        let image = if is_frozen { None } else { host.borrow().open(&leg.path).ok() };
+        images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
+        legs.push((leg, image));
+    }
+    let bitmap = host.borrow().open(&log_table(mirror.bitmap))?;
+    let pair = Pair::open(&images, bitmap, mirror.bitmap, shape.block, queue).await.map_err(|e| e.to_string())?;
+    Ok((Backing::Pair(pair.clone()), Some(Mirror { bitmap: mirror.bitmap, pair, legs })))
+}
+
+fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> SnapshotRecord {
+    SnapshotRecord {
+        id,
+        group: id,
+        name: id.to_string(),
+        strategy: strategy.name().to_owned(),
+        writers: "request".to_owned(),
+        began: began.0,
+        ended: 0,
+        image,
+        owns_all: false,
+        splits: false,
+        socket: PathBuf::new(),
+        created_ms: 1,
+        quiesced_ms: None,
+        broken: None,
+        deleting: false,
+        keep_image: false,
+        stopped: false,
+        saved: None,
+        saved_table: None,
+    }
+}
+
+fn what_deletion(chain: &Chain, id: Uuid) -> &'static str {
+    let Some(at) = chain.position(id) else { return "a deletion" };
+    let segment = chain.segment_of(at);
+    match at {
+        at if at < segment.pivot => "a merge",
+        at if at > segment.pivot => "a hand-over to a newer log",
+        at if at < segment.last => "a fold",
+        at if at > segment.first => "a hand-over of a full image",
+        _ => "the end of a leg's snapshot",
+    }
+}
+
+/// `deletion::leg_of`.
+fn leg_of(chain: &Chain, id: Uuid) -> Option<SharedImage> {
+    let index = chain.position(id)?;
+    match (&chain.layer(index).owned, &chain.layer(index).image, chain.heir_of_pivot(index)) {
+        (Owned::All, Backing::One(image), None) => Some(image.clone()),
+        _ => None,
+    }
+}
+
+/// `deletion::left_behind`.
+fn left_behind(chain: &Chain, id: Uuid) -> Option<(Uuid, PathBuf)> {
+    let index = chain.position(id)?;
+    let at = chain.heir_of_pivot(index).unwrap_or(index);
+    let layer = chain.layer(at);
+    matches!(layer.owned, Owned::Table(_)).then(|| (chain.version(at).id, layer.image.path().to_owned()))
+}

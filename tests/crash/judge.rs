@@ -1,0 +1,147 @@
+//! What must be found after an end: by the oracle's arrays, by what somebody was told, and by the table in
+//! docs/on-disk-format.md ("What is believed depends on how the daemon ended").
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use halfsilver::store::SnapshotRecord;
+use uuid::Uuid;
+
+use crate::daemon::{Begun, Daemon, Entry};
+use crate::host::{End, Host};
+use crate::media::run;
+use crate::oracle::Oracle;
+use crate::run::{Counts, Shape, Strategy, entries_of_logs, legs_are_equal, read};
+use crate::schedule::Rng;
+
+/// Takes the disk up and looks at everything. Returns the specification from here on.
+pub fn find(
+    host: Host,
+    oracle: &Rc<RefCell<Oracle>>,
+    end: End,
+    shape: Shape,
+    rng: &mut Rng,
+    counts: &Rc<RefCell<Counts>>,
+) -> Result<Oracle, String> {
+    let (host, of) = (Rc::new(RefCell::new(host)), oracle.clone());
+    let opened = run(rng, async move { Daemon::open(host, of, shape, Rc::default(), Begun::default()).await });
+    let daemon = opened.map_err(|e| format!("it does not start: {e}"))?;
+    crate::trace(|| format!("after {end:?}: {}", daemon.describe()));
+    told(&daemon, &oracle.borrow())?;
+    legs_are_equal(&daemon)?;
+    if end.is_power_cut() && entries_of_logs(&daemon) > 0 {
+        counts.borrow_mut().add("entries of a log found after a power cut");
+    }
+    let bytes = read_live(&daemon, shape, rng)?;
+    let oracle = oracle.borrow();
+    let live = oracle.check_live(&bytes, end.is_power_cut()).map_err(|e| format!("the live version: {e}"))?;
+    let mut frozen = Vec::new();
+    for entry in daemon.entries.borrow().iter() {
+        let record = entry.record.borrow();
+        let is_whole = judge_kept(&record, &daemon, &oracle, end, shape)?;
+        if record.deleting || !is_whole {
+            continue;
+        }
+        counts.borrow_mut().add(if end.is_power_cut() {
+            "snapshots that outlived a power cut"
+        } else {
+            "snapshots that outlived a kill"
+        });
+        let bytes = read_frozen(&daemon, entry, shape, rng)?;
+        let what = |e| format!("the {} snapshot {}: {e}", record.strategy, entry.id);
+        frozen.push((entry.id, oracle.check_frozen(entry.id, &bytes).map_err(what)?));
+    }
+    let chain = daemon.disk.chain();
+    Ok(oracle.after((chain.version(chain.live()).id, live), end.is_power_cut(), frozen))
+}
+
+/// What somebody was told holds.
+fn told(daemon: &Daemon, oracle: &Oracle) -> Result<(), String> {
+    let entries = daemon.entries.borrow();
+    for (id, fact) in &oracle.facts {
+        let record = entries.iter().find(|e| e.id == *id).map(|e| e.record.borrow());
+        let wrong = match &record {
+            Some(_) if fact.deleted => "was deleted, and is back",
+            Some(record) if fact.quiesced && record.quiesced_ms.is_none() => "was quiesced, and is not",
+            None if fact.created && !fact.deletion_begun => "is gone",
+            _ => continue,
+        };
+        return Err(format!("the {} snapshot {id} {wrong}", fact.strategy.name()));
+    }
+    match entries.iter().find(|e| !oracle.facts.contains_key(&e.id)) {
+        Some(unknown) => Err(format!("a snapshot {} that nobody made", unknown.id)),
+        None => Ok(()),
+    }
+}
+
+/// Whether a snapshot is kept, after it was looked whether it must be or must not.
+fn judge_kept(
+    record: &SnapshotRecord,
+    daemon: &Daemon,
+    oracle: &Oracle,
+    end: End,
+    shape: Shape,
+) -> Result<bool, String> {
+    let is_whole = record.broken.is_none();
+    let says = |what: &str| {
+        let reason = record.broken.as_deref().unwrap_or("whole");
+        Err(format!("the {} snapshot {} {what}: {reason}", record.strategy, record.id))
+    };
+    if record.deleting {
+        return Ok(false);
+    }
+    let has_layer = daemon.disk.chain().position(record.id).is_some();
+    if is_whole && !has_layer {
+        return says("is said to be whole, and is not in the chain");
+    }
+    let fact = &oracle.facts[&record.id];
+    let was_whole = oracle.frozen.iter().any(|a| a.id == record.id);
+    if !end.is_power_cut() {
+        return if is_whole || !was_whole { Ok(is_whole) } else { says("did not outlive a kill") };
+    }
+    let outlives = match fact.strategy {
+        Strategy::CopyOnWrite => shape.saved_outlive,
+        Strategy::WriteLogging | Strategy::WriteMirroring => true,
+    };
+    if outlives && fact.quiesced && was_whole && !is_whole {
+        return says("did not outlive a power cut");
+    }
+    // Who got a full image of another one's has all of it.
+    if is_whole && !outlives && !record.owns_all {
+        return says("is said to have outlived a power cut");
+    }
+    Ok(is_whole)
+}
+
+fn read_live(daemon: &Rc<Daemon>, shape: Shape, rng: &mut Rng) -> Result<Vec<u8>, String> {
+    let of = daemon.clone();
+    run(rng, async move { read(&of.disk.attach_live(), &of.queue, &of.clock, shape.sectors).await })
+        .map_err(|e| format!("the live version cannot be read: {e}"))
+}
+
+fn read_frozen(daemon: &Rc<Daemon>, entry: &Entry, shape: Shape, rng: &mut Rng) -> Result<Vec<u8>, String> {
+    let (of, id): (_, Uuid) = (daemon.clone(), entry.id);
+    run(rng, async move { read(&of.disk.attach_frozen(id), &of.queue, &of.clock, shape.sectors).await })
+        .map_err(|e| format!("snapshot {id} cannot be read: {e}"))
+}
+
+/// Nothing goes on any more: everything shows what was written, and what had begun is done.
+pub fn at_rest(daemon: &Rc<Daemon>, shape: Shape, rng: &mut Rng) -> Result<(), String> {
+    let in_end = |e: String| format!("in the end {e}");
+    told(daemon, &daemon.oracle.borrow()).map_err(in_end)?;
+    legs_are_equal(daemon).map_err(in_end)?;
+    let bytes = read_live(daemon, shape, rng)?;
+    daemon.oracle.borrow().check_live(&bytes, false).map_err(|e| format!("in the end the live version: {e}"))?;
+    for entry in daemon.entries.borrow().iter() {
+        let record = entry.record.borrow();
+        if record.deleting {
+            return Err(format!("in the end snapshot {} is still being deleted", entry.id));
+        }
+        if record.broken.is_none() && entry.version.as_ref().is_some_and(|v| v.broken().is_none()) {
+            let bytes = read_frozen(daemon, entry, shape, rng)?;
+            let what = |e| format!("in the end the {} snapshot {}: {e}", record.strategy, entry.id);
+            daemon.oracle.borrow().check_frozen(entry.id, &bytes).map_err(what)?;
+        }
+    }
+    Ok(())
+}
