@@ -3,6 +3,8 @@
 //!
 //! Left out: sockets, events, stops, cutovers, and what follows from images that fail.
 
+mod legs;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,14 +17,13 @@ use halfsilver::daemon::takeup::{LayerSource, Taken, Trust, take_up};
 use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, LegImage,
-    LegState, Link, Log, NewLayer, Owned, Pair, PreparedSnapshot, RetireError, Version, VersionId, Writers,
+    Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
+    NewLayer, Owned, PreparedSnapshot, RetireError, Version, VersionId, Writers,
 };
-use halfsilver::store::{
-    BlockIndex, DiskRecord, DurableTable, Fingerprint, LegRecord, MirrorRecord, PAYLOAD_BYTES, SnapshotRecord, Table,
-};
+use halfsilver::store::{BlockIndex, DiskRecord, DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table};
 use uuid::Uuid;
 
+use self::legs::{Mirror, open_base};
 use crate::host::{Host, Lock, yield_now};
 use crate::media::{self, run, set_aside};
 use crate::oracle::{Fact, Oracle};
@@ -37,23 +38,6 @@ pub struct Entry {
     pub id: Uuid,
     pub record: RefCell<SnapshotRecord>,
     pub version: Option<Arc<Version>>,
-}
-
-/// The mirror of a disk (`mirror::Mirror`).
-struct Mirror {
-    bitmap: Uuid,
-    pair: Arc<Pair>,
-    legs: Vec<(LegRecord, Option<SharedImage>)>,
-}
-
-impl Mirror {
-    fn to_record(&self) -> MirrorRecord {
-        MirrorRecord { bitmap: self.bitmap, legs: self.legs.iter().map(|(leg, _)| leg.clone()).collect() }
-    }
-
-    fn state_of(&self, id: Uuid) -> Option<LegState> {
-        self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
-    }
 }
 
 /// What goes on at a moment, by name and how often.
@@ -587,129 +571,6 @@ impl Daemon {
         self.fact(entry.id, |fact| fact.deleted = true);
     }
 
-    /// `Manager::after_split`.
-    async fn after_split(&self, entry: &Entry, image: Option<SharedImage>) {
-        let _phase = self.phases.begin("a leg's coming back");
-        let path = entry.record.borrow().image.clone();
-        match image {
-            Some(image) => self.rejoin(&path, image).await,
-            None => self.lose_leg(&path).await,
-        }
-    }
-
-    /// `Manager::rejoin`.
-    async fn rejoin(&self, path: &Path, image: SharedImage) {
-        let found = self.mirror.borrow().as_ref().and_then(|m| {
-            let (leg, _) = m.legs.iter().find(|(leg, _)| leg.path == path)?;
-            Some((m.pair.clone(), leg.id))
-        });
-        let Some((pair, id)) = found else { return };
-        if let Err(e) = pair.attach(&self.queue, LegImage { id, image: image.clone() }, false).await {
-            return self.fail(format!("a leg does not come back: {e}"));
-        }
-        if let Some(mirror) = self.mirror.borrow_mut().as_mut() {
-            mirror.legs.iter_mut().filter(|(leg, _)| leg.id == id).for_each(|(_, place)| *place = Some(image.clone()));
-        }
-        self.start_resync(pair);
-    }
-
-    /// `Manager::lose_leg` and `Manager::let_leg_go`.
-    async fn lose_leg(&self, path: &Path) {
-        let found = self.mirror.borrow_mut().as_mut().and_then(|mirror| {
-            let at = mirror.legs.iter().position(|(leg, _)| leg.path == path)?;
-            Some((mirror.legs.remove(at).0, mirror.legs[0].0.path.clone(), mirror.pair.clone()))
-        });
-        let Some((gone, stays, pair)) = found else { return };
-        if *self.path.borrow() == gone.path {
-            *self.path.borrow_mut() = stays;
-        }
-        self.former_legs.borrow_mut().push(gone.path);
-        self.persist().await;
-        if let Err(e) = pair.forget(&self.queue, gone.id).await {
-            self.fail(e.to_string());
-        }
-    }
-
-    /// `Manager::add_leg`, where the mirror has lost its second leg.
-    pub async fn add_leg(&self) {
-        let _structure = self.structure.lock().await;
-        let pair = self.mirror.borrow().as_ref().filter(|m| m.legs.len() == 1).map(|m| m.pair.clone());
-        let Some(pair) = pair else { return };
-        let _phase = self.phases.begin("a new leg");
-        let id = self.new_id();
-        let path = PathBuf::from(format!("legs/{id}"));
-        let size = usize::try_from(self.disk.geometry().size_bytes).unwrap();
-        let image: SharedImage = Arc::new(self.host.borrow_mut().create_file(&path, size));
-        if self.shape.slip != Some(Slip::LegNotNamed) {
-            halfsilver::image::sync(&*image, &self.queue).await.unwrap();
-            Host::sync_directory_of(&self.host, &path).await;
-        }
-        let leg = LegRecord { id, path, saved: None };
-        self.mirror.borrow_mut().as_mut().unwrap().legs.push((leg, Some(image.clone())));
-        self.persist().await;
-        if let Err(e) = pair.attach(&self.queue, LegImage { id, image }, true).await {
-            return self.fail(format!("a leg cannot be added: {e}"));
-        }
-        self.start_resync(pair);
-    }
-
-    /// `Manager::start_resync`.
-    fn start_resync(&self, pair: Arc<Pair>) {
-        if self.resyncs.replace(true) {
-            return;
-        }
-        let daemon = self.me();
-        self.begin(async move {
-            let _phase = daemon.phases.begin("a resync");
-            let done = job::resync(daemon.queue.clone(), daemon.disk.clone(), pair, Arc::new(Pace::default())).await;
-            daemon.resyncs.set(false);
-            if !matches!(done, Ok(Outcome::Done)) {
-                daemon.fail(format!("a resync ended with {done:?}"));
-            }
-        });
-    }
-
-    /// `Manager::clean_mirrors`.
-    pub async fn clean(&self) {
-        let pair = self.mirror.borrow().as_ref().map(|m| m.pair.clone()).filter(|p| p.marked_bytes() > 0);
-        let Some(pair) = pair else { return };
-        if self.cleans.replace(true) {
-            return;
-        }
-        let _phase = self.phases.begin("a cleaning of the bitmap");
-        if let Err(e) = pair.clean(&self.queue, self.disk.block_locks()).await {
-            self.fail(e.to_string());
-        }
-        self.cleans.set(false);
-    }
-
-    /// `Manager::resume_mirror`.
-    async fn resume_mirror(&self) {
-        let behind = self.mirror.borrow().as_ref().and_then(|mirror| {
-            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(LegState::Split);
-            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !self.holds_leg(&leg.path));
-            if let Some((leg, image)) = split {
-                return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
-            }
-            let resyncs = |(leg, _): &&(LegRecord, _)| mirror.state_of(leg.id) == Some(LegState::Resynchronising);
-            mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
-        });
-        let Some((pair, back)) = behind else { return };
-        if let Some(leg) = back
-            && let Err(e) = pair.attach(&self.queue, leg, false).await
-        {
-            return self.fail(format!("a leg does not come back: {e}"));
-        }
-        self.start_resync(pair);
-    }
-
-    /// `DiskEntry::holds_leg`.
-    fn holds_leg(&self, path: &Path) -> bool {
-        let chain = self.disk.chain();
-        let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
-        chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
-    }
-
     /// Who owns which blocks, for people.
     pub fn describe(&self) -> String {
         let chain = self.disk.chain();
@@ -733,41 +594,6 @@ impl Daemon {
         let chain: String = chain.links().iter().map(describe).collect();
         format!("legs {:?}{chain}", self.legs())
     }
-
-    /// The states of the legs and their paths.
-    pub fn legs(&self) -> Vec<(PathBuf, LegState)> {
-        let mirror = self.mirror.borrow();
-        let Some(mirror) = mirror.as_ref() else { return Vec::new() };
-        let state = |leg: &LegRecord| Some((leg.path.clone(), mirror.state_of(leg.id)?));
-        mirror.legs.iter().filter_map(|(leg, _)| state(leg)).collect()
-    }
-}
-
-/// `Manager::open_base`.
-async fn open_base(
-    host: &Rc<RefCell<Host>>,
-    record: &DiskRecord,
-    path: &Path,
-    shape: Shape,
-    queue: &IoQueue,
-) -> Result<(Backing, Option<Mirror>), String> {
-    let Some(mirror) = record.mirror.clone() else {
-        return Ok((Backing::One(host.borrow().open(path)?), None));
-    };
-    let split_off = match record.live_splits {
-        true => &record.snapshots[..],
-        false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
-    };
-    let (mut legs, mut images) = (Vec::new(), Vec::new());
-    for leg in mirror.legs {
-        let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
-        let image = if is_frozen { None } else { host.borrow().open(&leg.path).ok() };
-        images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
-        legs.push((leg, image));
-    }
-    let bitmap = host.borrow().open(&log_table(mirror.bitmap))?;
-    let pair = Pair::open(&images, bitmap, mirror.bitmap, shape.block, queue).await.map_err(|e| e.to_string())?;
-    Ok((Backing::Pair(pair.clone()), Some(Mirror { bitmap: mirror.bitmap, pair, legs })))
 }
 
 fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> SnapshotRecord {
