@@ -18,7 +18,7 @@ use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
-    NewLayer, Owned, PreparedSnapshot, RetireError, Version, VersionId, Writers,
+    NewLayer, Owned, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,
 };
 use halfsilver::store::{BlockIndex, DiskRecord, DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table};
 use uuid::Uuid;
@@ -109,6 +109,7 @@ struct Layers {
     host: Rc<RefCell<Host>>,
     trust: Trust,
     blocks: u64,
+    slip: Option<Slip>,
 }
 
 impl Layers {
@@ -135,16 +136,39 @@ impl LayerSource for Layers {
     }
 
     fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
-        let table = self.left_table(record.id)?;
-        Ok(Layer::of(Backing::One(self.host.borrow().open(&record.image)?), table))
+        let image = Backing::One(self.host.borrow().open(&record.image)?);
+        if !record.durable {
+            return Ok(Layer::of(image, self.left_table(record.id)?));
+        }
+        let table = self.durable_table(record.id)?;
+        if self.slip == Some(Slip::SavedNotCommitted) {
+            return Ok(saved(image, table));
+        }
+        let (queue, bytes) = (IoQueue::simulated(), image.clone());
+        let _aside = set_aside();
+        let committed =
+            run(
+                &mut Rng::new(1),
+                async move { table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| table) },
+            );
+        Ok(saved(image, committed.map_err(|e| e.to_string())?))
     }
 
-    /// `Manager::open_log`. Nothing is changed, so nothing else goes on meanwhile.
     fn open_log(&self, id: Uuid, path: &Path, _seal: Option<Uuid>) -> Result<Layer, String> {
+        let table = self.durable_table(id)?;
+        let image = self.host.borrow().open(path)?;
+        let freed = Table::in_memory(self.blocks).unwrap();
+        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
+    }
+}
+
+impl Layers {
+    /// `DiskLayers::durable_table`. Nothing else goes on meanwhile.
+    fn durable_table(&self, id: Uuid) -> Result<DurableTable, String> {
         let durable = self.host.borrow().open(&log_table(id))?;
         let queue = IoQueue::simulated();
         let _aside = set_aside();
-        let table = match self.left_table(id) {
+        Ok(match self.left_table(id) {
             Ok(table) => {
                 let resumed = async move { DurableTable::resume(durable, id, table, &queue).await };
                 run(&mut Rng::new(1), resumed).map_err(|e| e.to_string())?.0
@@ -160,11 +184,13 @@ impl LayerSource for Layers {
                 self.host.borrow_mut().run_tables.insert(id, table);
                 durable
             }
-        };
-        let image = self.host.borrow().open(path)?;
-        let freed = Table::in_memory(self.blocks).unwrap();
-        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
+        })
     }
+}
+
+/// What outlives a power cut. No image fails here, so it is never given up.
+fn saved(image: Backing, table: DurableTable) -> Layer {
+    Layer::saved(image, Arc::new(Saved { table, revoke: Box::new(|| Err("no image fails here".to_owned())) }))
 }
 
 /// `manager::first_epoch`.
@@ -207,7 +233,7 @@ impl Daemon {
         let queue = IoQueue::simulated();
         let (backing, mut mirror) = open_base(&host, &record, &path, shape, &queue).await?;
         let geometry = Geometry::of(&backing, shape.block);
-        let layers = Layers { host: host.clone(), trust, blocks: geometry.blocks() };
+        let layers = Layers { host: host.clone(), trust, blocks: geometry.blocks(), slip: shape.slip };
         let taken = take_up(record.clone(), &backing, &path, trust, &layers).map_err(|e| e.message)?;
         let clock = EpochClock::new(first_epoch(&record));
         let discards = Table::in_memory(geometry.blocks()).unwrap();
@@ -396,27 +422,20 @@ impl Daemon {
             // `Manager::make_frozen_layer`
             Strategy::CopyOnWrite => {
                 let path = PathBuf::from(format!("images/{frozen}.img"));
-                let image = Backing::One(Arc::new(self.host.borrow_mut().create_file(&path, size)));
-                Some((NewLayer::Frozen { image, table: self.run_table(frozen) }, path))
+                let image = self.create_image(&path, size).await;
+                let layer = match self.shape.saved_outlive {
+                    false => Layer::of(image, self.run_table(frozen)),
+                    true => saved(image, self.make_durable_table(frozen).await),
+                };
+                Some((NewLayer::Frozen { layer }, path))
             }
             // `Manager::make_log`
             Strategy::WriteLogging => {
                 let path = PathBuf::from(format!("images/{live}.log"));
-                let image: SharedImage = Arc::new(self.host.borrow_mut().create_file(&path, size));
-                if self.shape.slip != Some(Slip::LogImageNotStored) {
-                    halfsilver::image::sync(&*image, &self.queue).await.unwrap();
-                    Host::sync_directory_of(&self.host, &path).await;
-                }
-                let (table, place) = (self.run_table(live), log_table(live));
-                let bytes = usize::try_from(DurableTable::image_bytes(table.blocks())).unwrap();
-                let durable: SharedImage = Arc::new(self.host.borrow_mut().create_file(&place, bytes));
-                let freed = Table::in_memory(table.blocks()).unwrap();
-                let made = DurableTable::create(durable, live, table, [0; PAYLOAD_BYTES], &self.queue).await;
-                let table = made.unwrap();
-                if self.shape.slip != Some(Slip::TableNotNamed) {
-                    Host::sync_directory_of(&self.host, &place).await;
-                }
-                let layer = Layer::logged(Backing::One(image), Arc::new(Log { table, freed }));
+                let image = self.create_image(&path, size).await;
+                let table = self.make_durable_table(live).await;
+                let freed = Table::in_memory(table.table().blocks()).unwrap();
+                let layer = Layer::logged(image, Arc::new(Log { table, freed }));
                 Some((NewLayer::Live { layer }, path))
             }
             // `Manager::split`
@@ -435,17 +454,36 @@ impl Daemon {
         }
     }
 
+    /// `layers::create_image`.
+    async fn create_image(&self, path: &Path, size: usize) -> Backing {
+        let image: SharedImage = Arc::new(self.host.borrow_mut().create_file(path, size));
+        if self.shape.slip != Some(Slip::ImageNotStored) {
+            halfsilver::image::sync(&*image, &self.queue).await.unwrap();
+            Host::sync_directory_of(&self.host, path).await;
+        }
+        Backing::One(image)
+    }
+
+    /// `Manager::make_durable_table`.
+    async fn make_durable_table(&self, id: Uuid) -> DurableTable {
+        let (table, place) = (self.run_table(id), log_table(id));
+        let bytes = usize::try_from(DurableTable::image_bytes(table.blocks())).unwrap();
+        let durable: SharedImage = Arc::new(self.host.borrow_mut().create_file(&place, bytes));
+        let made = DurableTable::create(durable, id, table, [0; PAYLOAD_BYTES], &self.queue).await;
+        if self.shape.slip != Some(Slip::TableNotNamed) {
+            Host::sync_directory_of(&self.host, &place).await;
+        }
+        made.unwrap()
+    }
+
     /// `Manager::quiesced`.
     async fn quiesced(&self, entry: &Rc<Entry>) {
         let _phase = self.phases.begin("a snapshot's becoming quiesced");
         // `snapshots::store_shown`
-        let chain = self.disk.chain();
-        let must = chain.position(entry.id).is_some_and(|i| i >= chain.pivot_of(i));
-        if must
-            && self.shape.slip != Some(Slip::QuiescedNotStored)
+        if self.shape.slip != Some(Slip::QuiescedNotStored)
             && let Err(e) = self.disk.make_durable(&self.queue, entry.id).await
         {
-            self.fail(e.to_string());
+            self.fail(e);
         }
         let _structure = self.structure.lock().await;
         entry.version.as_ref().unwrap().set_quiesced();
@@ -608,6 +646,7 @@ fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> Sna
         image,
         owns_all: false,
         splits: false,
+        durable: false,
         socket: PathBuf::new(),
         created_ms: 1,
         quiesced_ms: None,

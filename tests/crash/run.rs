@@ -49,7 +49,9 @@ impl Strategy {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Slip {
     NoPendingRecord,
-    LogImageNotStored,
+    ImageNotStored,
+    /// A start goes by entries that a kill left and that are not durable.
+    SavedNotCommitted,
     TableNotNamed,
     LegNotNamed,
     SplitNotPrepared,
@@ -63,9 +65,10 @@ pub enum Slip {
 }
 
 impl Slip {
-    pub const ALL: [Slip; 12] = [
+    pub const ALL: [Slip; 13] = [
         Slip::NoPendingRecord,
-        Slip::LogImageNotStored,
+        Slip::ImageNotStored,
+        Slip::SavedNotCommitted,
         Slip::TableNotNamed,
         Slip::LegNotNamed,
         Slip::SplitNotPrepared,
@@ -122,7 +125,7 @@ impl Shape {
             _ => Legs::One,
         });
         let sectors = blocks * block as usize / SECTOR + tail;
-        Shape { block, sectors, strategies, legs, saved_outlive: false, slip: None }
+        Shape { block, sectors, strategies, legs, saved_outlive: seed % 3 == 1, slip: None }
     }
 }
 
