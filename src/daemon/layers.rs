@@ -48,7 +48,7 @@ impl Manager {
         let made = match config.durability {
             Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
             Durability::Power => self
-                .make_durable_table(id, geometry)
+                .make_saved_table(id, geometry)
                 .map(|table| Layer::saved(image, Arc::new(Saved { table, revoke: self.revoke(id) }))),
         };
         made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
@@ -64,15 +64,21 @@ impl Manager {
     ) -> Result<Layer, ApiError> {
         let image = create_image(path, config, geometry)?;
         let made = self
-            .make_durable_table(id, geometry)
+            .make_durable_table(&self.places.log_table(id), id, geometry)
             .and_then(|table| Ok(Log { table, freed: Table::in_memory(geometry.blocks())? }));
         let log = made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)?;
         Ok(Layer::logged(Backing::One(image), Arc::new(log)))
     }
 
-    fn make_durable_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
-        let table = Arc::new(self.make_run_table(id, geometry)?);
-        let path = self.places.log_table(id);
+    fn make_saved_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
+        let path = self.places.saved_table(id);
+        // It is not frozen yet, so this is of a creation that a kill ended.
+        remove_file(&path);
+        self.make_durable_table(&path, id, geometry)
+    }
+
+    fn make_durable_table(&self, path: &Path, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
+        let (table, path) = (Arc::new(self.make_run_table(id, geometry)?), path.to_owned());
         let size = DurableTable::image_bytes(geometry.blocks());
         let image = FileImage::create(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
         let image: SharedImage = Arc::new(image);
@@ -87,7 +93,7 @@ impl Manager {
     /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
     /// needs no room, unlike writing the word "broken" where there is none.
     fn revoke(&self, id: Uuid) -> Revoke {
-        let (path, given_up) = (self.places.log_table(id), self.places.given_up_table(id));
+        let (path, given_up) = (self.places.saved_table(id), self.places.given_up_table(id));
         Box::new(move || {
             let renamed = match std::fs::rename(&path, &given_up) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
@@ -108,6 +114,7 @@ impl Manager {
         remove_file(&self.places.broken_mark(id));
         remove_file(&self.places.durable_table(id));
         remove_file(&self.places.log_table(id));
+        remove_file(&self.places.saved_table(id));
         remove_file(&self.places.given_up_table(id));
     }
 }
@@ -141,11 +148,15 @@ impl DiskLayers<'_> {
     }
 
     /// The table of a version that has a durable one: as it was left, or else as it was committed last.
-    fn durable_table(&self, (id, image): (Uuid, &Path), left: Result<Table, String>) -> Result<DurableTable, String> {
-        let place = self.manager.places.log_table(id);
+    fn durable_table(
+        &self,
+        (id, image): (Uuid, &Path),
+        place: &Path,
+        left: Result<Table, String>,
+    ) -> Result<DurableTable, String> {
         match left {
             Ok(table) => {
-                let (table, durable) = (Arc::new(table), self.open_durable(&place)?);
+                let (table, durable) = (Arc::new(table), self.open_durable(place)?);
                 let resumed = block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)?;
                 resumed.map(|(table, _)| table).map_err(|e| e.to_string())
             }
@@ -153,7 +164,7 @@ impl DiskLayers<'_> {
                 if self.trust != Trust::PowerCut {
                     log::warn!("{}: {why}; what was made durable last is taken", image.display());
                 }
-                self.committed_table((id, image), &place)
+                self.committed_table((id, image), place)
             }
         }
     }
@@ -212,7 +223,8 @@ impl LayerSource for DiskLayers<'_> {
             table.mark_broken();
             return Ok(Layer::of(image, table));
         }
-        let table = self.durable_table((record.id, &record.image), left)?;
+        let place = self.manager.places.saved_table(record.id);
+        let table = self.durable_table((record.id, &record.image), &place, left)?;
         let saved = Saved { table, revoke: self.manager.revoke(record.id) };
         // Writes go by its entries from now on, and those that were made just before a kill may not be durable yet.
         let bytes = image.clone();
@@ -229,7 +241,7 @@ impl LayerSource for DiskLayers<'_> {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(without_run_table(why));
         }
-        let table = self.durable_table((id, path), left)?;
+        let table = self.durable_table((id, path), &self.manager.places.log_table(id), left)?;
         let image = open_whole(path, self.config, self.geometry, self.trust)?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))

@@ -132,16 +132,23 @@ impl Places {
         self.state_dir.join("images").join(format!("{reference}.img"))
     }
 
-    /// The durable table of a log, or of a snapshot that outlives a power cut: committed while it is in use.
+    /// The durable table of a log, or a write-intent bitmap: committed while it is in use.
     #[must_use]
     pub fn log_table(&self, id: Uuid) -> PathBuf {
         self.state_dir.join("tables").join(format!("{id}.log"))
     }
 
-    /// What becomes of the durable table of a snapshot that is given up: older ones still read by it.
+    /// The durable table of a snapshot that outlives a power cut. A version may have had a log before it was frozen, whose
+    /// table still waits to be removed.
+    #[must_use]
+    pub fn saved_table(&self, id: Uuid) -> PathBuf {
+        self.state_dir.join("tables").join(format!("{id}.saved"))
+    }
+
+    /// What becomes of it when the snapshot is given up: older ones still read by it.
     #[must_use]
     pub fn given_up_table(&self, id: Uuid) -> PathBuf {
-        self.log_table(id).with_extension("lost")
+        self.saved_table(id).with_extension("lost")
     }
 
     /// Says why a version broke, to whoever comes after a kill of the daemon.

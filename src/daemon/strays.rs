@@ -106,7 +106,7 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
     match extension {
         "img" if is_image => stem.parse::<SnapshotRef>().ok().map(|reference| reference.to_string()),
         "log" => stem.parse::<Uuid>().ok().map(|id| id.to_string()),
-        "table" | "new" | "bits" | "filling" | "lost" | "broken" if !is_image => {
+        "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" if !is_image => {
             stem.parse::<Uuid>().ok().map(|id| id.to_string())
         }
         _ => None,
@@ -125,7 +125,7 @@ fn holds_something(path: &Path) -> bool {
         Some("new" | "filling") => return false, // Half of something that is whole elsewhere.
         Some("broken") => return false,
         Some("table") => SAVED_TABLE_AT,
-        Some("log" | "lost") if is_table => DURABLE_TABLE_AT,
+        Some("log" | "saved" | "lost") if is_table => DURABLE_TABLE_AT,
         Some("bits") => RUN_TABLE_AT,
         _ => 0,
     };

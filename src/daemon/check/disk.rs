@@ -302,7 +302,7 @@ fn look_at_saved(of: &mut Examination, slot: &Slot, shape: Shape, left: Result<b
         // Older ones still read through it.
         return look_at_durable(&given_up, slot, shape)?.map_or(Ok(true), Err);
     }
-    let path = of.places.log_table(slot.id);
+    let path = of.places.saved_table(slot.id);
     match (left, look_at_durable(&path, slot, shape)?) {
         (Ok(_), Some(what)) => of.problem(&path, what, MENDED),
         (Err(_), Some(what)) => return Err(what),
