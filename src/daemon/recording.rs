@@ -32,6 +32,7 @@ pub fn of_disk(
         live_began: live.version.began.0,
         live_log,
         live_saved_table: None,
+        live_saved: None,
         live_splits: live.splits,
         mirror: None,
         former_legs: Vec::new(),

@@ -64,6 +64,7 @@ impl Manager {
             snapshot.saved = looks(&snapshot.image).ok();
         }
         record.live_saved_table = seal_of(record.live);
+        record.live_saved = record.live_log.as_deref().and_then(|log| looks(log).ok());
         let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
         record.saved_discards = Some(discards.map_err(|e| e.to_string())?);
         for leg in record.mirror.iter_mut().flat_map(|m| &mut m.legs) {

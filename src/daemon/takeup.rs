@@ -103,6 +103,8 @@ struct Slot {
     splits: bool,
     snapshot: Option<SnapshotRecord>,
     saved_table: Option<Uuid>,
+    /// How a log looked at the last clean stop.
+    saved: Option<Fingerprint>,
 }
 
 impl Taken {
@@ -206,6 +208,9 @@ impl TakeUp<'_> {
         {
             return Err(format!("its image {} was changed while the daemon was not running", slot.image.display()));
         }
+        if self.trust == Trust::Saved && slot.saved.is_some() && slot.saved != self.source.fingerprint(&slot.image) {
+            return Err(format!("{} was changed while the daemon was not running", slot.image.display()));
+        }
         if slot.owns_all {
             return Ok(Layer::full(Backing::One(self.source.open_full(&slot.image)?)));
         }
@@ -267,6 +272,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         splits: record.live_splits,
         snapshot: None,
         saved_table: record.live_saved_table,
+        saved: record.live_saved,
     };
     let has_pivot = live.owns_all || record.snapshots.iter().any(|s| s.owns_all);
     debug_assert!(has_pivot, "somebody has the full image");
@@ -277,6 +283,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         owns_all: s.owns_all,
         splits: s.splits,
         saved_table: s.saved_table,
+        saved: None,
         snapshot: Some(s),
     });
     frozen.chain([live]).collect()

@@ -164,6 +164,9 @@ pub struct DiskRecord {
     /// The seal of the durable copy of the log's table, at a clean stop.
     #[serde(default)]
     pub live_saved_table: Option<Uuid>,
+    /// How the log looked at the last clean stop. Older records do not say.
+    #[serde(default)]
+    pub live_saved: Option<Fingerprint>,
     /// Whether the mirror was split when the live version began.
     #[serde(default)]
     pub live_splits: bool,

@@ -53,6 +53,7 @@ fn disk(name: &str) -> DiskRecord {
         live_began: 7,
         live_log: None,
         live_saved_table: None,
+        live_saved: None,
         live_splits: false,
         mirror: None,
         former_legs: Vec::new(),

@@ -362,7 +362,7 @@ fn damage_of_both() -> Vec<Damage> {
         }),
         damage("image: in use", "in use", |d| hold(&d.image("vm0"))),
         damage("log: missing", "missing", |d| remove(&log(d))),
-        damage("log: cut short", "not the disk's", |d| {
+        damage("log: cut short", ".log ", |d| {
             let time = std::fs::metadata(log(d)).unwrap().modified().unwrap();
             truncate(&log(d), SIZE / 2);
             OpenOptions::new().write(true).open(log(d)).unwrap().set_modified(time).unwrap();

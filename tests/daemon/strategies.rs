@@ -162,6 +162,21 @@ fn a_log_outlives_stops_kills_and_power_cuts() {
     }
 }
 
+#[test]
+fn a_log_that_was_changed_while_stopped_is_not_served() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    let log = log_snapshot(&daemon, "a")["image"].as_str().unwrap().to_owned();
+    daemon.client("vm0").write(0..100, 2);
+    daemon.stop();
+    let whole = std::fs::read(&log).unwrap();
+    std::fs::write(&log, &whole).unwrap();
+    let told = serde_json::from_slice::<Value>(&daemon.check(&["--json"]).stdout).unwrap();
+    assert_eq!(told["disks"][0]["verdict"], "not-served", "{told}");
+    let said = daemon.refused_start();
+    assert!(said.contains("was changed while the daemon was not running"), "{said}");
+}
+
 /// Without the run table nobody knows what was written to the log since the last flush, and the guest may go on.
 #[test]
 fn a_log_without_its_run_table_is_served_only_on_demand() {

@@ -244,6 +244,9 @@ fn look_at_layer(
     {
         return Err(lost(format!("its image {image} was changed while the daemon was not running")));
     }
+    if trust == Trust::Saved && slot.saved.is_some() && slot.saved != Fingerprint::of(&slot.image).ok() {
+        return Err(lost(format!("{image} was changed while the daemon was not running")));
+    }
     let opened = || {
         let opened = probe(&slot.image, config, true).map_err(|e| lost(e.to_string()))?;
         match opened.size_bytes() == shape.size_bytes {

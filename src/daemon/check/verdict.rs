@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{CheckedSnapshot, SnapshotVerdict};
 use crate::daemon::takeup::Trust;
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
 const CHANGED: &str = "the disk's image was changed while the daemon was not running";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost";
@@ -24,6 +24,8 @@ pub(super) struct Slot {
     pub(super) splits: bool,
     pub(super) snapshot: Option<SnapshotRecord>,
     pub(super) saved_table: Option<Uuid>,
+    /// How a log looked at the last clean stop.
+    pub(super) saved: Option<Fingerprint>,
 }
 
 /// Where a version lies in its segment.
@@ -69,6 +71,7 @@ pub(super) fn slots_of(record: &DiskRecord, path: &std::path::Path) -> Vec<Slot>
         splits: record.live_splits,
         snapshot: None,
         saved_table: record.live_saved_table,
+        saved: record.live_saved,
     };
     let frozen = record.snapshots.iter().map(|s| Slot {
         id: s.id,
@@ -76,6 +79,7 @@ pub(super) fn slots_of(record: &DiskRecord, path: &std::path::Path) -> Vec<Slot>
         owns_all: s.owns_all,
         splits: s.splits,
         saved_table: s.saved_table,
+        saved: None,
         snapshot: Some(s.clone()),
     });
     frozen.chain([live]).collect()
