@@ -116,7 +116,7 @@ pub(super) enum DiskCommand {
     /// Show one disk
     Show { disk: Name },
     /// Serve a disk; doing so twice with the same configuration is no error
-    Add(DiskAddArgs),
+    Add(Box<DiskAddArgs>),
     /// Stop serving a disk; its image stays
     Remove {
         disk: Name,

@@ -49,7 +49,7 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             output.show(&disk, disk_fields)
         }
         DiskCommand::Add(args) => {
-            let DiskSpec { name, config } = disk_spec(args, directory).map_err(CliError::Usage)?;
+            let DiskSpec { name, config } = disk_spec(*args, directory).map_err(CliError::Usage)?;
             let disk: Disk = client.put(Method::PUT, &format!("/v1/disks/{name}"), &config)?.json()?;
             output.show(&disk, disk_fields)
         }

@@ -507,6 +507,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         live_began: 0,
         live_log: None,
         live_saved_table: None,
+        live_saved: None,
         live_splits: false,
         mirror,
         former_legs: Vec::new(),
