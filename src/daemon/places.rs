@@ -255,7 +255,7 @@ fn make(dir: &Path, top: bool) -> Result<(), PlaceError> {
     Ok(())
 }
 
-fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
+pub(super) fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
     let look = |dir: &Path| {
         let meta = std::fs::metadata(dir).map_err(|source| PlaceError::Io { path: dir.to_owned(), source })?;
         Ok((meta.dev(), meta.ino()))

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -592,4 +592,18 @@ fn a_log_that_older_records_do_not_name_is_kept() {
     daemon.delete("vm0@b");
     daemon.assert_only_disks_left();
     daemon.stop();
+}
+
+/// A run directory may be another daemon's.
+#[test]
+fn a_repair_leaves_the_run_directory_of_a_running_daemon_alone() {
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.snap("a");
+    let other = daemon.beside_in_run_dir("other");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(other.state_dir()).unwrap();
+    let tables = names_in(&daemon.run_dir().join("tables"));
+    let refused = other.check(&["--repair"]);
+    assert_eq!(names_in(&daemon.run_dir().join("tables")), tables, "{refused:?}");
+    let errors = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && errors.contains("is in use by another halfsilver"), "{errors}");
 }
