@@ -607,3 +607,36 @@ fn a_repair_leaves_the_run_directory_of_a_running_daemon_alone() {
     let errors = String::from_utf8(refused.stderr).unwrap();
     assert!(!refused.status.success() && errors.contains("is in use by another halfsilver"), "{errors}");
 }
+
+/// What says that a version broke is known to an examination, of whatever layer it is.
+#[test]
+fn the_marks_of_broken_versions_are_looked_at() {
+    for (durability, strategy) in
+        [("process", "write-logging"), ("process", "copy-on-write"), ("power", "copy-on-write")]
+    {
+        for is_power_cut in [false, true] {
+            let mut daemon = Daemon::with_disks(&[SIZE], &format!("durability={durability}"));
+            daemon.client("vm0").write(0..SECTORS, 1);
+            daemon.api().create("a", &["vm0"], &json!({ "strategy": strategy, "wait": true })).ok();
+            let id = daemon.show("vm0@a")["id"].as_str().unwrap().to_owned();
+            daemon.kill();
+            if is_power_cut && (durability, strategy) == ("process", "copy-on-write") {
+                continue; // Broken anyhow.
+            }
+            if is_power_cut {
+                daemon.boot_again();
+            }
+            let mark = daemon.run_dir().join("tables").join(format!("{id}.broken"));
+            std::fs::write(mark, "a write did not arrive").unwrap();
+            std::fs::set_permissions(
+                daemon.run_dir().join("tables").join(format!("{id}.broken")),
+                std::fs::Permissions::from_mode(0o600),
+            )
+            .unwrap();
+            let (report, _) = examine(&daemon);
+            assert_eq!(verdict(&report, "vm0@a"), "broken", "{durability} {strategy} {is_power_cut}");
+            assert!(snapshots_of(&report)[0]["reason"] == "a write did not arrive", "{report}");
+            start_agrees(&mut daemon, &report, &format!("{durability} {strategy} {is_power_cut}"));
+        }
+    }
+}
