@@ -145,9 +145,9 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, ServeError> {
     let there = std::fs::metadata(state_dir);
     there.map_err(|source| PlaceError::Io { path: state_dir.clone(), source })?;
     let places = Places::to_look_at(state_dir, run_dir);
-    let _lock = match repair {
-        true => Some(places::lock(state_dir, "--state-dir")?),
-        false => lock_to_look(state_dir)?,
+    let _locks = match repair {
+        true => lock_to_repair(state_dir, run_dir)?,
+        false => lock_to_look(state_dir)?.into_iter().collect(),
     };
     let examined = Examination::of(&places)?;
     if !repair {
@@ -155,6 +155,16 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, ServeError> {
     }
     let repaired = examined.repair()?;
     Ok(Examination::of(&places)?.into_report(repaired))
+}
+
+/// Keeps daemons away from both: the run directory may be that of one with another state directory, whose tables no record
+/// here names.
+fn lock_to_repair(state_dir: &Path, run_dir: &Path) -> Result<Vec<File>, PlaceError> {
+    let mut locks = vec![places::lock(state_dir, "--state-dir")?];
+    if run_dir.is_dir() && !places::is_same(state_dir, run_dir)? {
+        locks.push(places::lock(run_dir, "--run-dir")?);
+    }
+    Ok(locks)
 }
 
 /// Keeps daemons away without changing the file that they lock. Where none is, no daemon has ever run.

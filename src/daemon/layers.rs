@@ -147,15 +147,19 @@ impl DiskLayers<'_> {
         }
     }
 
-    /// The table of a version that has a durable one: as it was left, or else as it was committed last.
+    /// The table of a version that has a durable one at `place`: as it was left, or else as it was committed last.
     fn durable_table(
         &self,
         (id, image): (Uuid, &Path),
         place: &Path,
         left: Result<Table, String>,
+        is_lost: bool,
     ) -> Result<DurableTable, String> {
         match left {
             Ok(table) => {
+                if is_lost {
+                    table.mark_broken();
+                }
                 let (table, durable) = (Arc::new(table), self.open_durable(place)?);
                 let resumed = block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)?;
                 resumed.map(|(table, _)| table).map_err(|e| e.to_string())
@@ -164,7 +168,7 @@ impl DiskLayers<'_> {
                 if self.trust != Trust::PowerCut {
                     log::warn!("{}: {why}; what was made durable last is taken", image.display());
                 }
-                self.committed_table((id, image), place)
+                self.committed_table((id, image), place, is_lost)
             }
         }
     }
@@ -175,7 +179,7 @@ impl DiskLayers<'_> {
     }
 
     /// A table as it was committed last to the durable copy at `place`.
-    fn committed_table(&self, (id, image): (Uuid, &Path), place: &Path) -> Result<DurableTable, String> {
+    fn committed_table(&self, (id, image): (Uuid, &Path), place: &Path, is_lost: bool) -> Result<DurableTable, String> {
         let (places, durable) = (&self.manager.places, self.open_durable(place)?);
         // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
         let filling = places.run_table(id).with_extension("filling");
@@ -185,6 +189,9 @@ impl DiskLayers<'_> {
         let (table, report) = loaded.map_err(|e| e.to_string())?;
         if let Some(what) = damage_of(place, image, &report) {
             return Err(what);
+        }
+        if is_lost {
+            table.table().mark_broken(); // Under this name nobody has to ask again.
         }
         std::fs::rename(&filling, places.run_table(id)).map_err(|e| e.to_string())?;
         Ok(table)
@@ -201,8 +208,7 @@ impl LayerSource for DiskLayers<'_> {
     }
 
     fn broke(&self, id: Uuid) -> Option<String> {
-        let left = self.trust == Trust::SameBoot;
-        left.then(|| std::fs::read_to_string(self.manager.places.broken_mark(id)).ok()).flatten()
+        self.manager.places.why_broken(id)
     }
 
     fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
@@ -212,21 +218,19 @@ impl LayerSource for DiskLayers<'_> {
     fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
         let left = self.left_table(record.id, record.saved_table);
         let image = Backing::One(open_whole(&record.image, self.config, self.geometry, self.trust)?);
-        let is_lost = record.broken.is_some() || left.as_ref().is_ok_and(Table::is_broken);
-        if !record.durable || (is_lost && left.is_ok()) {
+        if !record.durable {
             return Ok(Layer::of(image, Arc::new(left?)));
         }
-        let given_up = self.manager.places.given_up_table(record.id);
-        if given_up.exists() {
-            // Older ones still read through it.
-            let table = self.committed_table((record.id, &record.image), &given_up)?.table().clone();
-            table.mark_broken();
-            return Ok(Layer::of(image, table));
-        }
-        let place = self.manager.places.saved_table(record.id);
-        let table = self.durable_table((record.id, &record.image), &place, left)?;
+        let (places, id) = (&self.manager.places, record.id);
+        let given_up = places.given_up_table(id);
+        let is_given_up = given_up.exists();
+        // Older ones still read through one that was given up, by a table that is as durable as theirs.
+        let place = if is_given_up { given_up } else { places.saved_table(id) };
+        let is_lost = is_given_up || (left.is_err() && is_only_in_memory(record, self.trust));
+        let table = self.durable_table((id, &record.image), &place, left, is_lost)?;
         let saved = Saved { table, revoke: self.manager.revoke(record.id) };
-        // Writes go by its entries from now on, and those that were made just before a kill may not be durable yet.
+        // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
+        // over, may not be durable yet.
         let bytes = image.clone();
         let committed = block_on(async move |queue| {
             let done = saved.table.commit_after(&queue, || bytes.sync(&queue)).await;
@@ -241,7 +245,8 @@ impl LayerSource for DiskLayers<'_> {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(without_run_table(why));
         }
-        let table = self.durable_table((id, path), &self.manager.places.log_table(id), left)?;
+        let place = self.manager.places.saved_table(id);
+        let table = self.durable_table((id, path), &place, left, false)?;
         let image = open_whole(path, self.config, self.geometry, self.trust)?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
@@ -258,6 +263,12 @@ pub(super) fn damage_of(place: &Path, image: &Path, report: &LoadReport) -> Opti
         range.start.0,
         image.display()
     ))
+}
+
+/// Whether what a daemon knew of a snapshot is nowhere if its run table is gone: requests that drain take entries of newer
+/// versions away in memory only.
+pub(super) fn is_only_in_memory(record: &SnapshotRecord, trust: Trust) -> bool {
+    trust == Trust::SameBoot && record.quiesced_ms.is_none()
 }
 
 /// Why a log is not served in the boot in which its run table was lost.

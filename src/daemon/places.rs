@@ -157,6 +157,13 @@ impl Places {
         self.run_dir.join("tables").join(format!("{id}.broken"))
     }
 
+    /// What the mark of a broken version says. It is true whatever came after it: no version becomes whole again.
+    pub(super) fn why_broken(&self, id: Uuid) -> Option<String> {
+        let reason = std::fs::read(self.broken_mark(id)).ok()?;
+        let reason = String::from_utf8_lossy(&reason).trim_matches(['\0', ' ', '\n']).to_owned();
+        Some(if reason.is_empty() { super::takeup::BROKE.to_owned() } else { reason })
+    }
+
     /// Where the log of a live version goes when nothing else is said. It has no snapshot's name: it may outlive the
     /// snapshot for which it was made.
     #[must_use]
@@ -262,7 +269,7 @@ fn make(dir: &Path, top: bool) -> Result<(), PlaceError> {
     Ok(())
 }
 
-fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
+pub(super) fn is_same(one: &Path, other: &Path) -> Result<bool, PlaceError> {
     let look = |dir: &Path| {
         let meta = std::fs::metadata(dir).map_err(|source| PlaceError::Io { path: dir.to_owned(), source })?;
         Ok((meta.dev(), meta.ino()))

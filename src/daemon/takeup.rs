@@ -25,7 +25,7 @@ const UNFINISHED: &str = "the host went down before all of it was on stable stor
 const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
      delete this snapshot and take another";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
-const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
+pub(super) const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
 
 /// How the daemon ended the last time, and so what is believed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,7 +62,7 @@ pub trait LayerSource {
     /// How an image looks, if it is there.
     fn fingerprint(&self, path: &Path) -> Option<Fingerprint>;
 
-    /// Why a version broke before the daemon was killed, if it did.
+    /// Why a version broke before the daemon or the host went down, if it is known.
     fn broke(&self, _id: Uuid) -> Option<String> {
         None
     }

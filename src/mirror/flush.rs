@@ -100,8 +100,17 @@ impl Disk {
                 .try_for_each(|version| self.give_up(&chain, version, &e.to_string()))
                 .map_err(text);
         }
-        for version in older {
+        let mut lost = None;
+        for version in older.clone() {
             if let Err(reason) = self.commit_saved(queue, &chain, version).await {
+                lost = Some((version, reason));
+            }
+        }
+        let Some((newest, reason)) = lost else { return Ok(()) };
+        // What it was handed is read by older ones through it, and no power cut would leave it. One that does not outlive
+        // a power cut has what it needs.
+        for version in older.take_while(|&version| version <= newest) {
+            if version == newest || chain.layer(version).saved.is_some() {
                 self.give_up(&chain, version, &reason).map_err(text)?;
             }
         }

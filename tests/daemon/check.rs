@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -592,4 +592,51 @@ fn a_log_that_older_records_do_not_name_is_kept() {
     daemon.delete("vm0@b");
     daemon.assert_only_disks_left();
     daemon.stop();
+}
+
+/// A run directory may be another daemon's.
+#[test]
+fn a_repair_leaves_the_run_directory_of_a_running_daemon_alone() {
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.snap("a");
+    let other = daemon.beside_in_run_dir("other");
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(other.state_dir()).unwrap();
+    let tables = names_in(&daemon.run_dir().join("tables"));
+    let refused = other.check(&["--repair"]);
+    assert_eq!(names_in(&daemon.run_dir().join("tables")), tables, "{refused:?}");
+    let errors = String::from_utf8(refused.stderr).unwrap();
+    assert!(!refused.status.success() && errors.contains("is in use by another halfsilver"), "{errors}");
+}
+
+/// What says that a version broke is known to an examination, of whatever layer it is.
+#[test]
+fn the_marks_of_broken_versions_are_looked_at() {
+    for (durability, strategy) in
+        [("process", "write-logging"), ("process", "copy-on-write"), ("power", "copy-on-write")]
+    {
+        for is_power_cut in [false, true] {
+            let mut daemon = Daemon::with_disks(&[SIZE], &format!("durability={durability}"));
+            daemon.client("vm0").write(0..SECTORS, 1);
+            daemon.api().create("a", &["vm0"], &json!({ "strategy": strategy, "wait": true })).ok();
+            let id = daemon.show("vm0@a")["id"].as_str().unwrap().to_owned();
+            daemon.kill();
+            if is_power_cut && (durability, strategy) == ("process", "copy-on-write") {
+                continue; // Broken anyhow.
+            }
+            if is_power_cut {
+                daemon.boot_again();
+            }
+            let mark = daemon.run_dir().join("tables").join(format!("{id}.broken"));
+            std::fs::write(mark, "a write did not arrive").unwrap();
+            std::fs::set_permissions(
+                daemon.run_dir().join("tables").join(format!("{id}.broken")),
+                std::fs::Permissions::from_mode(0o600),
+            )
+            .unwrap();
+            let (report, _) = examine(&daemon);
+            assert_eq!(verdict(&report, "vm0@a"), "broken", "{durability} {strategy} {is_power_cut}");
+            assert!(snapshots_of(&report)[0]["reason"] == "a write did not arrive", "{report}");
+            start_agrees(&mut daemon, &report, &format!("{durability} {strategy} {is_power_cut}"));
+        }
+    }
 }

@@ -173,3 +173,66 @@ fn a_snapshot_that_cannot_be_kept_is_given_up_and_nothing_else_is() {
         }
     }
 }
+
+/// What a deletion handed to a snapshot that broke afterwards is read by older ones for good.
+#[test]
+fn what_was_handed_to_a_snapshot_that_broke_outlives_a_kill_and_a_power_cut() {
+    if !can_mount("what_was_handed_to_a_snapshot_that_broke_outlives_a_kill_and_a_power_cut") {
+        return;
+    }
+    for how in [End::Kill, End::Stop] {
+        let mut daemon = Daemon::place();
+        daemon.make_image("vm0", SIZE);
+        daemon.arg_disk("vm0", "durability=power");
+        let _small = Mount::tmpfs(&daemon.path("small"), "256k");
+        daemon.start();
+        let mut client = daemon.client("vm0");
+        client.write(ALL, 1);
+        daemon.snap("old");
+        let image = daemon.path("small/b.img");
+        daemon.api().create("b", &["vm0"], &json!({ "image": image, "wait": true })).ok();
+        daemon.snap("goes");
+        client.write(0..2000, 2);
+        let live = tags(&client.read_all());
+        drop(client);
+        let events = daemon.events();
+        let api = daemon.api();
+        let deletion = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@goes", "").status);
+        events.wait_for("SNAPSHOT_BROKEN", "vm0@b");
+        end(&mut daemon, how);
+        assert!(matches!(deletion.join(), Ok(..) | Err(..)));
+        daemon.api().wait_gone("vm0@goes");
+        assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end], "{how:?}");
+        end(&mut daemon, End::PowerCut);
+        assert_eq!(shows(&daemon, "vm0"), live, "{how:?}");
+        assert_eq!(daemon.state("vm0@b"), "broken", "{how:?}");
+        assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end], "{how:?}");
+    }
+}
+
+/// What drains changes the entries of newer ones in memory only.
+#[test]
+fn what_drained_without_its_run_table_is_broken() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "durability=power,shared=on");
+    let mut first = daemon.client("vm0");
+    first.write(ALL, 1);
+    let pinned = json!({ "writers": "connection" });
+    daemon.api().create("a", &["vm0"], &pinned).ok();
+    let mut second = daemon.client("vm0");
+    daemon.api().create("b", &["vm0"], &pinned).ok();
+    let mut third = daemon.client("vm0");
+    third.write(0..64, 3);
+    // Of whole blocks: what is saved for b is not needed any more.
+    first.write(0..64, 2);
+    assert_eq!(tags(&second.read_all())[0..65], [vec![2; 64], vec![1]].concat());
+    assert_eq!([daemon.state("vm0@a"), daemon.state("vm0@b")], ["draining", "draining"]);
+    daemon.kill();
+    drop((first, second, third));
+    daemon.lose_run_tables();
+    let told: Value = serde_json::from_slice(&daemon.check(&["--json"]).stdout).unwrap();
+    daemon.start();
+    for (i, name) in ["a", "b"].into_iter().enumerate() {
+        daemon.assert_broken(&format!("vm0@{name}"), "");
+        assert_eq!(told["disks"][0]["snapshots"][i]["verdict"], "broken", "{told}");
+    }
+}

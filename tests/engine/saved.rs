@@ -100,3 +100,26 @@ fn what_cannot_be_saved_is_given_up_before_the_overwrite() {
         }
     }
 }
+
+/// What a deletion handed to a version that cannot store it is read by older ones, which must not count on it.
+#[test]
+fn those_that_read_what_a_deletion_handed_over_are_lost_with_it() {
+    for failing in 0..3 {
+        let bench = Bench::new();
+        bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+        let frozen: Vec<Frozen> = (0..4).map(|_| cut(&bench, true)).collect();
+        bench.write(&bench.ticket(), block(0), 2);
+        frozen.iter().for_each(|f| f.cut.frozen[0].set_quiesced());
+        frozen[failing].durable.fail_syncs(libc::EIO);
+        frozen[failing].image.fail_syncs(libc::EIO);
+        bench.retire(&frozen[3].cut.frozen[0]);
+        for (i, one) in frozen[..3].iter().enumerate() {
+            let version = &one.cut.frozen[0];
+            assert_eq!(version.broken().is_some(), i <= failing, "{failing}: {i}");
+            assert_eq!(one.given_up.load(Ordering::SeqCst), i <= failing, "{failing}: {i}");
+            if i > failing {
+                assert_eq!(bench.frozen(version).unwrap(), vec![1; bench.sectors()], "{failing}: {i}");
+            }
+        }
+    }
+}

@@ -7,7 +7,7 @@ use super::verdict::{self, Found, Lost, Place, Slot};
 use super::{CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::Name;
 use crate::control::api::DiskConfig;
-use crate::daemon::layers::{block_on, damage_of, direct_of, without_run_table};
+use crate::daemon::layers::{block_on, damage_of, direct_of, is_only_in_memory, without_run_table};
 use crate::daemon::takeup::Trust;
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, SharedImage};
 use crate::mirror::{LegImage, LegState, Pair, PairFacts};
@@ -224,7 +224,18 @@ fn look_at_discards(of: &mut Examination, record: &DiskRecord, trust: Trust, sha
     }
 }
 
+/// A layer, and what the mark of its version says.
 fn look_at_layer(
+    of: &mut Examination,
+    slot: &Slot,
+    place: Place,
+    by: (&DiskConfig, Shape, Trust),
+) -> Result<Found, Lost> {
+    let found = look_at_what_is_left(of, slot, place, by)?;
+    Ok(Found { broken: of.places.why_broken(slot.id).or(found.broken), ..found })
+}
+
+fn look_at_what_is_left(
     of: &mut Examination,
     slot: &Slot,
     place: Place,
@@ -267,11 +278,11 @@ fn look_at_layer(
     }
     let left = look_at_table(of, slot, shape, trust);
     let is_broken = match is_durable {
-        true => look_at_saved(of, slot, shape, left),
+        true => look_at_saved(of, slot, (shape, trust), left),
         false => left,
     };
     let is_broken = is_broken.map_err(lost)?;
-    opened().map(|()| Found { is_broken, ..Found::default() })
+    opened().map(|()| Found { broken: because(is_broken), ..Found::default() })
 }
 
 /// The table of a version as it was left. Returns whether it says that it is broken.
@@ -286,8 +297,7 @@ fn look_at_table(of: &Examination, slot: &Slot, shape: Shape, trust: Trust) -> R
         Trust::SameBoot => {
             let name = TableName { id: slot.id, boot: of.boot };
             let facts = examine_run_table(&of.places.run_table(slot.id), shape.blocks(), name);
-            let is_marked = of.places.broken_mark(slot.id).exists();
-            facts.map(|facts| facts.is_broken || is_marked).map_err(|e| e.to_string())
+            facts.map(|facts| facts.is_broken).map_err(|e| e.to_string())
         }
         Trust::PowerCut => Err("its table was not on stable storage".to_owned()),
         Trust::Changed => Err("the disk's image was changed while the daemon was not running".to_owned()),
@@ -295,23 +305,27 @@ fn look_at_table(of: &Examination, slot: &Slot, shape: Shape, trust: Trust) -> R
 }
 
 /// The tables of a snapshot that outlives a power cut. Returns whether they say that it is broken.
-fn look_at_saved(of: &mut Examination, slot: &Slot, shape: Shape, left: Result<bool, String>) -> Result<bool, String> {
-    let is_recorded = slot.snapshot.as_ref().is_some_and(|s| s.broken.is_some());
-    if left.as_ref().is_ok_and(|is_broken| *is_broken || is_recorded) {
-        return left;
-    }
+fn look_at_saved(
+    of: &mut Examination,
+    slot: &Slot,
+    (shape, trust): (Shape, Trust),
+    left: Result<bool, String>,
+) -> Result<bool, String> {
     let given_up = of.places.given_up_table(slot.id);
-    if given_up.exists() {
-        // Older ones still read through it.
-        return look_at_durable(&given_up, slot, shape)?.map_or(Ok(true), Err);
-    }
-    let path = of.places.saved_table(slot.id);
+    let is_given_up = given_up.exists();
+    let path = if is_given_up { given_up } else { of.places.saved_table(slot.id) };
+    let is_unknown = left.is_err() && slot.snapshot.as_ref().is_some_and(|s| is_only_in_memory(s, trust));
+    let is_broken = is_given_up || is_unknown || left == Ok(true);
     match (left, look_at_durable(&path, slot, shape)?) {
         (Ok(_), Some(what)) => of.problem(&path, what, MENDED),
         (Err(_), Some(what)) => return Err(what),
         (_, None) => {}
     }
-    Ok(false)
+    Ok(is_broken)
+}
+
+fn because(is_broken: bool) -> Option<String> {
+    is_broken.then(|| verdict::BROKE.to_owned())
 }
 
 /// A log's tables: its durable one is what counts when the machine went down.
@@ -323,7 +337,7 @@ fn look_at_log(of: &mut Examination, slot: &Slot, shape: Shape, trust: Trust) ->
             if let Some(what) = damaged {
                 of.problem(&path, what, MENDED);
             }
-            Ok(Found { is_broken, is_as_flushed: false })
+            Ok(Found { broken: because(is_broken), is_as_flushed: false })
         }
         (Err(_), Some(what)) => Err(what),
         (Err(why), None) if trust == Trust::SameBoot => Err(without_run_table(&why)),
@@ -332,7 +346,7 @@ fn look_at_log(of: &mut Examination, slot: &Slot, shape: Shape, trust: Trust) ->
                 let what = format!("the log's newest table is lost: {why}");
                 of.problem(&slot.image, what, "put it back before the next start, which takes what was flushed last");
             }
-            Ok(Found { is_broken: false, is_as_flushed: true })
+            Ok(Found { broken: None, is_as_flushed: true })
         }
     }
 }

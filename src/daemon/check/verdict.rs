@@ -12,7 +12,7 @@ use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
 
 const CHANGED: &str = "the disk's image was changed while the daemon was not running";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost";
-const BROKE: &str = "it broke just before the daemon was killed";
+pub(super) const BROKE: &str = "it broke just before the daemon or the host went down";
 const UNFINISHED: &str = "the host went down before all of it was on stable storage";
 const DELETE_IT: &str = "delete it and take another";
 
@@ -38,10 +38,10 @@ pub(super) struct Place {
 }
 
 /// A layer that is all there.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub(super) struct Found {
-    /// Its table says that it cannot be vouched for.
-    pub(super) is_broken: bool,
+    /// Why it cannot be vouched for, if its table or its mark says so.
+    pub(super) broken: Option<String>,
     /// Only what was flushed last is known.
     pub(super) is_as_flushed: bool,
 }
@@ -183,7 +183,7 @@ fn of_snapshot(disk: &str, record: &SnapshotRecord, trust: Trust, found: Result<
     let trouble = match (&record.broken, found) {
         (Some(reason), _) => Some(Lost { why: reason.clone(), for_good: false }),
         (None, Err(lost)) => Some(lost),
-        (None, Ok(found)) if found.is_broken => Some(Lost { why: BROKE.to_owned(), for_good: true }),
+        (None, Ok(Found { broken: Some(why), .. })) => Some(Lost { why, for_good: true }),
         (None, Ok(_)) if unfinished => Some(Lost { why: UNFINISHED.to_owned(), for_good: true }),
         (None, Ok(_)) => None,
     };
