@@ -245,7 +245,7 @@ impl LayerSource for DiskLayers<'_> {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(without_run_table(why));
         }
-        let place = self.manager.places.saved_table(id);
+        let place = self.manager.places.log_table(id);
         let table = self.durable_table((id, path), &place, left, false)?;
         let image = open_whole(path, self.config, self.geometry, self.trust)?;
         let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
