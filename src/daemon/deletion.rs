@@ -218,12 +218,8 @@ impl Manager {
                 Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
                 None | Some(Err(RetireError::TooManyDraining(_))) => {}
                 Some(Err(RetireError::Busy)) => {
-                    let jobs = locked(&self.jobs);
-                    let is_in_the_way = |j: &&Arc<JobEntry>| {
-                        j.disk == disk.name && j.snapshot.is_some() && j.state() == JobState::Stopped
-                    };
-                    if let Some(other) = jobs.values().find(is_in_the_way) {
-                        return Err(format!("the deletion of another snapshot, job {}, was stopped", other.id));
+                    if let Some((other, what)) = self.deletion_in_the_way(disk, entry.id) {
+                        return Err(format!("the deletion of another snapshot, job {other}, {what}"));
                     }
                 }
             }
@@ -232,6 +228,19 @@ impl Manager {
             }
             drop(turn);
             std::thread::sleep(TURN);
+        }
+    }
+
+    /// The job that deletes another version of the disk, if it does not go on by itself, and why.
+    fn deletion_in_the_way(&self, disk: &DiskEntry, id: Uuid) -> Option<(u64, &'static str)> {
+        let chain = disk.disk.chain();
+        let goes = chain.links().iter().map(|link| &link.version).find(|v| v.is_retiring() && v.id != id)?;
+        let other = disk.snapshots().into_iter().find(|s| s.id == goes.id)?;
+        let job = self.deletion_of(&other.reference)?;
+        match job.state() {
+            JobState::Stopped => Some((job.id, "was stopped")),
+            JobState::Failed => Some((job.id, "has failed")),
+            JobState::Running | JobState::Done => None,
         }
     }
 

@@ -142,7 +142,10 @@ impl Manager {
         self.check_place(&socket).map_err(in_snapshot)?;
 
         let asked = request.strategy.unwrap_or(Strategy::CopyOnWrite);
-        let strategy = if disk.disk.can_move_pivot() { asked } else { Strategy::WriteLogging };
+        // Just before a log is forgotten that has been folded, the records still name it, and by the name of the version
+        // that is to be frozen: whatever is made under that name would be in its place.
+        let has_log = !disk.disk.can_move_pivot() || self.places.log_table(live.id).exists();
+        let strategy = if has_log { Strategy::WriteLogging } else { asked };
         if strategy != asked {
             log::info!("snapshot {reference}: {strategy}, not {asked}: the disk's log is not folded yet");
         }

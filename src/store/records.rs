@@ -206,7 +206,12 @@ impl Records {
     }
 
     fn open_database(path: &Path) -> Result<Database, RecordError> {
-        let found = Self::read_file(path)?.map(|whole| whole.content).unwrap_or_default();
+        let mut found = Self::read_file(path)?;
+        if found.is_none() {
+            Self::make(path)?;
+            found = Self::read_file(path)?;
+        }
+        let found = found.map(|whole| whole.content).unwrap_or_default();
         check_format(found.format)?;
         let database = intact::guarded(|| Database::create(path).map_err(|e| e.to_string()))
             .map_err(|e| RecordError::Store(format!("{}: {e}", path.display())))?;
@@ -217,6 +222,22 @@ impl Records {
             wanted.store(begin(&database)?)?;
         }
         Ok(database)
+    }
+
+    /// Makes an empty store. It has its name when it is complete: redb does not open what it has begun to make.
+    fn make(path: &Path) -> Result<(), RecordError> {
+        let beside = path.with_extension("new");
+        let error = |e: std::io::Error| RecordError::Store(format!("cannot make {}: {e}", path.display()));
+        match std::fs::remove_file(&beside) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(error(e)),
+            _ => {}
+        }
+        let database = intact::guarded(|| Database::create(&beside).map_err(|e| e.to_string()))
+            .map_err(|e| RecordError::Store(format!("cannot make {}: {e}", path.display())))?;
+        Content::default().sealed()?.store(begin(&database)?)?;
+        drop(database);
+        std::fs::rename(&beside, path).map_err(error)?;
+        super::sync_directory_of(path).map_err(error)
     }
 
     /// What is in the file, found out without changing it. None when there is none.

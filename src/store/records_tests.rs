@@ -272,3 +272,18 @@ fn what_is_let_go_is_remembered_until_it_is_recorded_again_or_forgotten() {
     records.forget_dropped().unwrap();
     assert!(records.dropped().unwrap().is_empty() && records.disks().unwrap().is_empty());
 }
+
+/// redb does not open a file that it has only begun to make, so that is done beside the place.
+#[test]
+fn a_store_has_its_name_when_it_is_complete() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, beside) = (dir.path().join("records.redb"), dir.path().join("records.new"));
+    std::fs::write(&beside, vec![0; 1 << 20]).unwrap();
+    drop(Records::open(&path).unwrap());
+    assert!(path.exists() && !beside.exists(), "it is made beside its place, also where one was begun before");
+    let made = Records::examine(&path).unwrap().unwrap();
+    assert_eq!((made.format, made.disks.len()), (Some(FORMAT), 0));
+    // What an older program has only begun to make is refused, and not taken for an empty one.
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    assert!(Records::open(&path).is_err());
+}

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::client::tags;
 use crate::harness::{Daemon, can_mount, names_in};
 use crate::strategies::{ALL, End, SIZE, end, shows};
-use crate::trouble::Mount;
+use crate::trouble::{Mount, Standstill};
 
 fn power() -> Daemon {
     Daemon::with_disks(&[SIZE], "durability=power")
@@ -235,4 +235,54 @@ fn what_drained_without_its_run_table_is_broken() {
         daemon.assert_broken(&format!("vm0@{name}"), "");
         assert_eq!(told["disks"][0]["snapshots"][i]["verdict"], "broken", "{told}");
     }
+}
+
+/// The last step of a fold is to forget the log. A snapshot that comes just before leaves the log's tables alone.
+#[test]
+fn a_snapshot_just_before_a_log_is_forgotten_leaves_its_tables() {
+    if !can_mount("a_snapshot_just_before_a_log_is_forgotten_leaves_its_tables") {
+        return;
+    }
+    let mut daemon = Daemon::place();
+    for disk in ["vm0", "vm1"] {
+        daemon.make_image(disk, SIZE);
+        daemon.arg_disk(disk, "durability=power");
+    }
+    let _slow = Mount::ext4(&daemon.path("slow"), 8 << 20);
+    daemon.start();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-logging", "wait": true })).ok();
+    daemon.client("vm0").write(0..800, 2);
+    let (api, events) = (daemon.api(), daemon.events());
+    let deletion = std::thread::spawn(move || api.delete("vm0@a"));
+    events.wait_for("JOB_STARTED", "vm0");
+    let job = format!("/v1/jobs/{}", daemon.get("/v1/jobs").json()[0]["id"]);
+    daemon.send("PATCH", &job, r#"{"delay_ms":3600000}"#).ok();
+    // A change of another disk that takes long, then the snapshot, then the end of the fold: one after the other.
+    let standstill = Standstill::begin(&daemon.path("slow"));
+    let (api, image) = (daemon.api(), daemon.path("slow/other.img"));
+    let long = std::thread::spawn(move || api.create("other", &["vm1"], &json!({ "image": image })).status);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let api = daemon.api();
+    let between = std::thread::spawn(move || api.create("b", &["vm0"], &json!({ "wait": true })));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    daemon.send("PATCH", &job, r#"{"delay_ms":0}"#).ok();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    drop(standstill);
+    assert_eq!(long.join().unwrap(), 201);
+    between.join().unwrap().ok();
+    deletion.join().unwrap();
+    let mut client = daemon.client("vm0");
+    client.write(ALL, 3);
+    client.flush();
+    drop(client);
+    for how in [End::Kill, End::PowerCut] {
+        end(&mut daemon, how);
+        assert_eq!(shows(&daemon, "vm0"), vec![3; ALL.end]);
+        assert_eq!(shows(&daemon, "vm0@b"), [vec![2; 800], vec![1; ALL.end - 800]].concat());
+    }
+    daemon.delete("vm0@b");
+    daemon.delete("vm1@other");
+    daemon.restart();
+    daemon.assert_only_disks_left();
 }

@@ -213,6 +213,38 @@ fn no_space_in_a_log_fails_the_guests_write_and_nothing_else() {
     daemon.assert_only_disks_left();
 }
 
+/// A fold that finds no space fails. What waits for it says so instead of waiting, and goes on after it.
+#[test]
+fn a_deletion_does_not_wait_for_one_that_has_failed() {
+    if !can_mount("a_deletion_does_not_wait_for_one_that_has_failed") {
+        return;
+    }
+    let mut daemon = Daemon::place();
+    let small = Mount::tmpfs(&daemon.path("small"), "256k");
+    let image = daemon.path("small/vm0.raw");
+    std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+    daemon.arg_disk_at("vm0", &image, "");
+    daemon.start();
+    let log = json!({ "strategy": "write-logging", "wait": true });
+    daemon.api().create("a", &["vm0"], &log).ok();
+    daemon.client("vm0").write(0..SECTORS, 2);
+    daemon.api().create("b", &["vm0"], &log).ok();
+    let first = daemon.send("DELETE", "/v1/snapshots/vm0@a", "");
+    assert!(first.status >= 400 && first.body.contains("No space"), "{} {}", first.status, first.body);
+    let job = daemon.get("/v1/jobs").json()[0]["id"].clone();
+    let second = daemon.send("DELETE", "/v1/snapshots/vm0@b", "");
+    assert!(second.status >= 400, "{} {}", second.status, second.body);
+    assert!(second.body.contains(&format!("job {job}, has failed")), "{}", second.body);
+    assert_eq!(tags(&daemon.client("vm0").read_all()), vec![2; SECTORS]);
+    run("mount", &["-o", "remount,size=4m", daemon.path("small").to_str().unwrap()]);
+    daemon.delete("vm0@a");
+    daemon.delete("vm0@b");
+    assert_eq!(tags(&daemon.client("vm0").read_all()), vec![2; SECTORS]);
+    daemon.assert_only_disks_left();
+    daemon.stop();
+    drop(small);
+}
+
 #[test]
 fn a_snapshot_that_finds_no_space_at_all_is_refused() {
     if !can_mount("a_snapshot_that_finds_no_space_at_all_is_refused") {
@@ -236,10 +268,10 @@ fn a_snapshot_that_finds_no_space_at_all_is_refused() {
 }
 
 /// Stops all writing to a file system, until dropped.
-struct Standstill(PathBuf);
+pub(crate) struct Standstill(PathBuf);
 
 impl Standstill {
-    fn begin(path: &Path) -> Standstill {
+    pub(crate) fn begin(path: &Path) -> Standstill {
         run("fsfreeze", &["--freeze", path.to_str().unwrap()]);
         Standstill(path.to_owned())
     }
