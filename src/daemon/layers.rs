@@ -16,6 +16,7 @@ use crate::crash;
 use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
 use crate::store::{
     DurableTable, Fingerprint, LoadReport, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName,
@@ -79,8 +80,10 @@ impl Manager {
         let made =
             block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
         let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
-        crate::store::sync_directory_of(&path)
-            .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
+        if !planted::is(Defect::NewTableNotNamed) {
+            crate::store::sync_directory_of(&path)
+                .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
+        }
         Ok(table)
     }
 
@@ -225,7 +228,9 @@ impl LayerSource for DiskLayers<'_> {
 
     fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {
         let left = self.left_table(id, seal);
-        if let (Trust::SameBoot, Err(why)) = (self.trust, &left) {
+        if let (Trust::SameBoot, Err(why)) = (self.trust, &left)
+            && !planted::is(Defect::FlushedTakenUnasked)
+        {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(without_run_table(why));
         }
@@ -299,6 +304,9 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
 
 /// A new file is there with its name and its size, also after a power cut.
 pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
+    if planted::is(Defect::NewImageNotStored) {
+        return Ok(());
+    }
     let path = image.path().to_owned();
     let of = image.clone();
     let failed = |message: String| TableError::Io { path: path.clone(), message };
