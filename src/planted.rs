@@ -169,8 +169,6 @@ defects! {
     SectorsNotChecked,
     /// A saved table is not synced before it gets its name.
     SavedTableNotSynced,
-    /// The name of a saved table is not synced.
-    SavedNameNotSynced,
     /// The seal of a saved table is not compared with that of the records.
     SealNotCompared,
     /// The checksum of a saved table's page is not compared.
@@ -201,8 +199,6 @@ defects! {
     ShownNotStored,
     /// That a version is broken is not noted before the overwrite.
     BrokenNotMarked,
-    /// A block is let go by the chain of before its lock was held.
-    LetGoByOldChain,
     /// A block is let go although its entry went before its lock was held.
     LetGoOfOverwritten,
     /// Two versions of a disk are let go at the same time.
@@ -249,8 +245,6 @@ defects! {
     DeletionBeforeRecord,
     /// The files of a layer are removed before the records forget it.
     FilesBeforeRecord,
-    /// The run table of a version goes with a log that it had.
-    TableInUseGone,
     /// The state directory is not locked.
     StateDirNotLocked,
     /// The run directory is not locked.
@@ -263,10 +257,6 @@ defects! {
     OtherBootBelieved,
     /// A log without its run table is taken as of its last flush, unasked.
     FlushedTakenUnasked,
-    /// The name of a new durable table is not synced.
-    NewTableNotNamed,
-    /// A new image and its name are not synced before they are recorded.
-    NewImageNotStored,
     /// The records of a disk that is served still say that it was saved.
     StillSaved,
     /// A stop does not sync the disk's image.

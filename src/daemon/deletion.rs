@@ -297,7 +297,7 @@ impl Manager {
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
-            if has_table(&disk.disk.chain(), id) && !planted::is(Defect::TableInUseGone) {
+            if has_table(&disk.disk.chain(), id) {
                 // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
                 remove_file(&image);
                 remove_file(&self.places.log_table(id));

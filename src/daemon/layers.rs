@@ -80,10 +80,8 @@ impl Manager {
         let made =
             block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
         let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
-        if !planted::is(Defect::NewTableNotNamed) {
-            crate::store::sync_directory_of(&path)
-                .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
-        }
+        crate::store::sync_directory_of(&path)
+            .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
         Ok(table)
     }
 
@@ -304,9 +302,6 @@ fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result
 
 /// A new file is there with its name and its size, also after a power cut.
 pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
-    if planted::is(Defect::NewImageNotStored) {
-        return Ok(());
-    }
     let path = image.path().to_owned();
     let of = image.clone();
     let failed = |message: String| TableError::Io { path: path.clone(), message };

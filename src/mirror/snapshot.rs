@@ -274,7 +274,7 @@ impl Disk {
         let one = BlockRange::one(block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
         // Only now: a cut may have come in between.
-        let chain = if planted::is(Defect::LetGoByOldChain) { chain.clone() } else { self.chain() };
+        let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(None) };
         let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(None) };
         if !table.get(block) && !planted::is(Defect::LetGoOfOverwritten) {

@@ -401,9 +401,7 @@ impl Table {
         crash::point("before a saved table gets its name");
         std::fs::rename(&beside, path).map_err(error)?;
         crash::point("before the name of a saved table is synced");
-        if !planted::is(Defect::SavedNameNotSynced) {
-            sync_directory_of(path).map_err(error)?;
-        }
+        sync_directory_of(path).map_err(error)?;
         Ok(seal)
     }
 
