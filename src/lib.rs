@@ -4,11 +4,11 @@
 //!
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
-//! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
+//! | `image`      | bytes at positions; owns buffers until the kernel is done | planted                       |
 //! | `store`      | durable records, and tables of blocks                     | image, planted, crash         |
 //! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync, planted   |
 //! | `job`        | paced background copying over `mirror`                    | mirror, store, image, planted, crash |
-//! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image                 |
+//! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image, crash          |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |

@@ -1,12 +1,28 @@
 //! Deliberate defects, compiled in only with the feature `planted`, switched on one at a time by the tests that
 //! must notice them. Without the feature every check here is the constant `false`.
+//!
+//! `scripts/planted` reads the list of names below and fails when one of them is noticed by no test.
 
-/// A defect: one rule of the design left out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Defect {
+/// Makes the enum and the list of all that is in it.
+macro_rules! defects {
+    ($($(#[$what:meta])* $name:ident,)*) => {
+        /// A defect: one rule of the design left out.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Defect {
+            $($(#[$what])* $name,)*
+        }
+
+        impl Defect {
+            /// All of them.
+            pub const ALL: &[Defect] = &[$(Defect::$name,)*];
+        }
+    };
+}
+
+defects! {
     /// Rule 1: the epoch is entered before the avail index is loaded.
-    EpochBeforeAvail = 1,
+    EpochBeforeAvail,
     /// Rule 2: entering does not read the counter again.
     NoEpochRecheck,
     /// Rule 3: each disk of a group is cut at an epoch of its own.
@@ -123,98 +139,171 @@ pub enum Defect {
     UnfinishedKept,
     /// A snapshot that was prepared, and perhaps never cut, is kept.
     PendingKept,
+    /// Writes to an image whose sync has failed are accepted.
+    PoisonedWritten,
+    /// An image whose sync has failed is still zeroed.
+    PoisonedZeroed,
+    /// A durable write that failed leaves the image trusted.
+    FailedDurableWriteForgotten,
+    /// A sync that failed leaves the image trusted.
+    FailedSyncForgotten,
+    /// A sync is trusted although an earlier one failed.
+    SyncTriedAgain,
+    /// A sync is trusted although another one failed while it ran.
+    OtherSyncTrusted,
+    /// A short transfer is taken for a whole one.
+    ShortTransferTaken,
+    /// A durable write of an image is given to the kernel as any other.
+    DurableFlagLost,
+    /// Images are not locked.
+    ImageNotLocked,
+    /// Whether somebody else has an image is not looked at after it was locked.
+    ImageLockedBlindly,
+    /// The locks that a killed process still has are not waited for.
+    LocksNotWaitedFor,
+    /// A commit that failed is forgotten.
+    FailedCommitForgotten,
+    /// A commit that was abandoned is forgotten.
+    AbandonedCommitForgotten,
+    /// The checksum of a durable table's sector is not compared.
+    SectorsNotChecked,
+    /// A saved table is not synced before it gets its name.
+    SavedTableNotSynced,
+    /// The seal of a saved table is not compared with that of the records.
+    SealNotCompared,
+    /// The checksum of a saved table's page is not compared.
+    SavedPagesNotChecked,
+    /// Whose a run table is, and of which boot, is not looked at.
+    RunHeaderNotChecked,
+    /// Records are committed in one phase.
+    RecordsInOnePhase,
+    /// The checksum of a record is not compared.
+    RecordNotChecked,
+    /// An older commit of the records is taken when the newest one is damaged.
+    OlderCommitTaken,
+    /// An overwrite does not wait until what was saved is durable.
+    OverwriteBeforeSaved,
+    /// The entry of what was saved is committed before its bytes are synced.
+    SavedWithoutBytes,
+    /// A fold overwrites before what it saved is durable.
+    FoldBeforeSaved,
+    /// A version leaves its chain before what it handed over to an older one is durable.
+    HandOverNotStored,
+    /// The entry of what could not be saved durably is not taken back.
+    SavedEntryKept,
+    /// The entry of what a fold could not save durably is not taken back.
+    FoldedEntryKept,
+    /// A version that cannot be kept is given up in memory only.
+    GivenUpInMemory,
+    /// What a version shows is not stored before it is quiesced.
+    ShownNotStored,
+    /// That a version is broken is not noted before the overwrite.
+    BrokenNotMarked,
+    /// A block is let go although its entry went before its lock was held.
+    LetGoOfOverwritten,
+    /// Two versions of a disk are let go at the same time.
+    RetiresSideBySide,
+    /// A discard that was put off is carried out without the block's lock.
+    DiscardNotLocked,
+    /// A discard that was put off is carried out although the block was written meanwhile.
+    DiscardNotRechecked,
+    /// The deletion of an entry is not announced to readers.
+    GenerationNotAdvanced,
+    /// A request is started before it is marked as in flight.
+    InflightNotMarked,
+    /// A request is unmarked before its answer is visible.
+    InflightUnmarkedEarly,
+    /// Answers that became visible just before a death are given again.
+    BatchNotRecovered,
+    /// What was in flight is run again in another order.
+    RunAgainUnordered,
+    /// What was in flight is not run again.
+    UnansweredNotRun,
+    /// A ring that is stopped at once has not run what was in flight.
+    StoppedBeforeRunAgain,
+    /// The used index moves before the entry is written.
+    UsedIndexFirst,
+    /// Whether the driver wants to be told is looked at before the answers are visible.
+    CallDecidedEarly,
+    /// The wish to be kicked is expressed after the last look at the ring.
+    ArmedAfterLook,
+    /// The start of a ring does not tell of answers that nobody told of.
+    NoCallAfterStart,
+    /// A chain is taken again while it is in flight.
+    HeadTakenTwice,
+    /// A ring is stopped before its requests are done.
+    StoppedBeforeDrained,
+    /// A connection ends before its requests are done.
+    GoneBeforeDrained,
+    /// A cut is made before the records say what they would after it.
+    CutBeforeRecord,
+    /// A snapshot is announced as quiesced before that is recorded.
+    QuiescedBeforeRecord,
+    /// A snapshot that has become quiesced is recorded although its disk was removed.
+    QuiescedUnasked,
+    /// A deletion begins before it is recorded.
+    DeletionBeforeRecord,
+    /// The files of a layer are removed before the records forget it.
+    FilesBeforeRecord,
+    /// The state directory is not locked.
+    StateDirNotLocked,
+    /// The run directory is not locked.
+    RunDirNotLocked,
+    /// Whether a disk's image was changed between a stop and a start is not looked at.
+    ChangedDiskTaken,
+    /// Whether a snapshot's image was changed between a stop and a start is not looked at.
+    ChangedCopiesTaken,
+    /// What the run directory has is believed in another boot.
+    OtherBootBelieved,
+    /// A log without its run table is taken as of its last flush, unasked.
+    FlushedTakenUnasked,
+    /// The records of a disk that is served still say that it was saved.
+    StillSaved,
+    /// A stop does not sync the disk's image.
+    StopWithoutSync,
+    /// A stop saves before the last requests are done.
+    SavedBeforeDrained,
 }
 
-impl Defect {
-    /// All of them, for tests that count.
-    pub const ALL: [Defect; 59] = [
-        Defect::EpochBeforeAvail,
-        Defect::NoEpochRecheck,
-        Defect::CutPerDisk,
-        Defect::EpochPerPart,
-        Defect::LeaveEarly,
-        Defect::NoBlockLock,
-        Defect::AckFirst,
-        Defect::NoReadRecheck,
-        Defect::NoPlanRecheck,
-        Defect::BitAfterOverwrite,
-        Defect::DrainNotMirrored,
-        Defect::DiscardAtOnce,
-        Defect::DeleteWithoutHandover,
-        Defect::NoReadGeneration,
-        Defect::FoldWithoutPreserve,
-        Defect::FoldWithoutGrace,
-        Defect::NoFill,
-        Defect::SupersededEntryKept,
-        Defect::SplitNotMirrored,
-        Defect::PinAfterCut,
-        Defect::CutOverAfterMove,
-        Defect::SupersedesFromOutside,
-        Defect::DiscardNotForgotten,
-        Defect::PlaceNotEmptied,
-        Defect::ZerosNotCopied,
-        Defect::ReclaimBlindly,
-        Defect::NoRetireRecheck,
-        Defect::CleansSideBySide,
-        Defect::ReclaimFreedAgain,
-        Defect::GivenUnstored,
-        Defect::BitsBeforeBytes,
-        Defect::ImagesByTheNearest,
-        Defect::LogsInWrongOrder,
-        Defect::FlushWithoutCommit,
-        Defect::ReclaimBeforeStored,
-        Defect::FreedAtOnce,
-        Defect::DurableWriteCached,
-        Defect::DurableZerosCached,
-        Defect::DurableWithoutEntry,
-        Defect::EntryBeforeBytes,
-        Defect::FoldDropsFirst,
-        Defect::HandOverBitFirst,
-        Defect::GoneBeforeCommit,
-        Defect::OneLegSynced,
-        Defect::IntentNotStored,
-        Defect::CleansRecent,
-        Defect::CleansUnderWriters,
-        Defect::CleansUnstored,
-        Defect::CleansWhileSplit,
-        Defect::LegBeforeBits,
-        Defect::LegsTakenForEqual,
-        Defect::SplitNotStored,
-        Defect::CommitWithoutSync,
-        Defect::CommitOfLaterBits,
-        Defect::CommitSharesRunning,
-        Defect::LeftUnsynced,
-        Defect::ResumedBlindly,
-        Defect::UnfinishedKept,
-        Defect::PendingKept,
-    ];
-}
+/// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.
+#[cfg(feature = "planted")]
+const UNKNOWN: u8 = u8::MAX;
+#[cfg(feature = "planted")]
+const NONE: u8 = u8::MAX - 1;
 
 #[cfg(feature = "planted")]
-static ACTIVE: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+static ACTIVE: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(UNKNOWN);
 
 /// Switches one defect on, or all off. Process-wide: tests that use it run one at a time.
 #[cfg(feature = "planted")]
 pub fn plant(defect: Option<Defect>) {
-    ACTIVE.store(defect.map_or(0, |d| d as u8), std::sync::atomic::Ordering::SeqCst);
+    ACTIVE.store(defect.map_or(NONE, |d| d as u8), std::sync::atomic::Ordering::SeqCst);
 }
 
-/// Switches on the defect that HALFSILVER_PLANT names, for tests of the whole program.
+/// Switches on the defect that HALFSILVER_PLANT names, for programs and tests that switch on none themselves.
 ///
 /// # Panics
 /// When there is no defect of that name.
 #[cfg(feature = "planted")]
-pub fn plant_from_environment() {
-    let Ok(name) = std::env::var("HALFSILVER_PLANT") else { return };
-    let named = Defect::ALL.into_iter().find(|defect| format!("{defect:?}") == name);
-    plant(Some(named.unwrap_or_else(|| panic!("HALFSILVER_PLANT: there is no defect {name}"))));
+#[cold]
+fn plant_from_environment() -> u8 {
+    let named = std::env::var("HALFSILVER_PLANT").ok().map(|name| {
+        let named = Defect::ALL.iter().find(|defect| format!("{defect:?}") == name);
+        *named.unwrap_or_else(|| panic!("HALFSILVER_PLANT: there is no defect {name}"))
+    });
+    plant(named);
+    named.map_or(NONE, |d| d as u8)
 }
 
 /// Whether this rule is left out on purpose.
 #[cfg(feature = "planted")]
 #[must_use]
 pub fn is(defect: Defect) -> bool {
-    ACTIVE.load(std::sync::atomic::Ordering::Relaxed) == defect as u8
+    let active = match ACTIVE.load(std::sync::atomic::Ordering::Relaxed) {
+        UNKNOWN => plant_from_environment(),
+        known => known,
+    };
+    active == defect as u8
 }
 
 /// Whether this rule is left out on purpose: never.

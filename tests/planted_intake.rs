@@ -43,4 +43,7 @@ fn entering_before_loading_is_noticed() {
     let planted = epoch_of_a_late_request();
     plant(None);
     assert_eq!(planted, Epoch(1), "the planted defect does nothing");
+    println!(
+        "planted: EpochBeforeAvail: noticed by tests/planted_intake.rs: a request after the cut is in the old epoch"
+    );
 }

@@ -18,6 +18,7 @@ use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotStat
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -141,7 +142,9 @@ impl Manager {
         }
         locked(&entry.record).keep_image = keep_image;
         locked(&entry.record).deleting = true;
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+        if !planted::is(Defect::DeletionBeforeRecord)
+            && let Err(e) = self.persist(std::slice::from_ref(disk))
+        {
             locked(&entry.record).deleting = false;
             return Err(e);
         }
@@ -297,6 +300,9 @@ impl Manager {
             // Others are left out of the records as soon as they have left the chain.
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
+        if let Some((id, image)) = left.as_ref().filter(|_| planted::is(Defect::FilesBeforeRecord)) {
+            self.remove_layer(*id, image);
+        }
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
@@ -320,7 +326,7 @@ struct Turn<'a>(&'a AtomicBool);
 
 impl Turn<'_> {
     fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
-        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
+        (!retires.swap(true, Ordering::AcqRel) || planted::is(Defect::RetiresSideBySide)).then(|| Turn(retires))
     }
 }
 

@@ -19,6 +19,7 @@ use super::takeup::{Taken, Trust, take_up};
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
@@ -197,7 +198,9 @@ impl Manager {
         let mut unsaved = record_of((id, name, boot), config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         unsaved.former_legs.clone_from(&former_legs);
-        self.records.put([&unsaved]).map_err(record_error)?;
+        if !planted::is(Defect::StillSaved) {
+            self.records.put([&unsaved]).map_err(record_error)?;
+        }
 
         let frontends = Frontends::new(name, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();

@@ -20,6 +20,7 @@ use super::entry::{DiskEntry, locked};
 use super::jobs::JobEntry;
 use super::places::Places;
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
+use crate::crash;
 use crate::image::{ImageError, ImageErrorKind};
 use crate::mirror::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
 use crate::store::{DiskRecord, RecordError, Records, TableError};
@@ -165,6 +166,7 @@ impl Manager {
             if let Err(e) = self.move_frontends(&snapshot) {
                 log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
             }
+            crash::point("before it is recorded that a version is broken");
             // Not beside another change, whose record this one would undo; and the disk may have gone meanwhile.
             let _structure = locked(&self.structure);
             if self.disk(&disk.name).is_ok_and(|served| Arc::ptr_eq(&served, &disk))

@@ -29,6 +29,7 @@ pub use manager::Manager;
 pub use places::{PlaceError, Places};
 
 use crate::control::{ApiError, Server, ServerError};
+use crate::mirror::planted::{self, Defect};
 use crate::store::RecordError;
 use entry::locked;
 
@@ -108,6 +109,9 @@ impl Manager {
             job.pace.stop.store(true, Ordering::Release);
         }
         let disks: Vec<_> = std::mem::take(&mut *locked(&self.disks)).into_values().collect();
+        for disk in disks.iter().filter(|_| planted::is(Defect::SavedBeforeDrained)) {
+            self.save(disk).map_err(ServeError::Unsaved)?;
+        }
         for disk in &disks {
             disk.server.stop();
             for snapshot in disk.snapshots() {
@@ -132,6 +136,9 @@ impl Manager {
                 .map(|s| (disk.clone(), s))
                 .collect();
             self.quiesced(&draining, std::time::Duration::ZERO);
+            if planted::is(Defect::SavedBeforeDrained) {
+                continue;
+            }
             if let Err(e) = self.save(disk) {
                 unsaved = Some(format!("disk {} could not be saved: {e}", disk.name));
                 log::error!("{}", unsaved.as_deref().unwrap_or_default());

@@ -13,6 +13,7 @@ use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use super::strays;
+use crate::mirror::planted::{self, Defect};
 use crate::store::DiskRecord;
 
 /// The directories, checked and locked.
@@ -290,7 +291,12 @@ pub(super) fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError>
         .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(error)?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+    let free = match option {
+        "--state-dir" => planted::is(Defect::StateDirNotLocked),
+        _ => planted::is(Defect::RunDirNotLocked),
+    };
+    let how = if free { FlockOperation::Unlock } else { FlockOperation::NonBlockingLockExclusive };
+    match rustix::fs::flock(&file, how) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(dir, option, file).map_err(error)?),
         Err(e) => return Err(error(e.into())),

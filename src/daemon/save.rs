@@ -6,6 +6,7 @@ use super::entry::{DiskEntry, locked};
 use super::layers::block_on;
 use super::manager::Manager;
 use crate::image::IoQueue;
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Owned};
 use crate::store::Fingerprint;
 
@@ -15,7 +16,7 @@ impl Manager {
     /// # Errors
     /// When the live version could not be saved. A snapshot that could not is broken.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
-        if !disk.config.readonly {
+        if !disk.config.readonly && !planted::is(Defect::StopWithoutSync) {
             sync(disk.base())?;
         }
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());

@@ -19,6 +19,7 @@ use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{self, Disk, Epoch, NewLayer, PreparedSnapshot, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
@@ -59,7 +60,9 @@ impl Manager {
                 Err(e) => return Err(self.undo(&ready, e)),
             }
         }
-        if let Err(e) = self.records.put(ready.iter().map(|one| &one.pending)) {
+        if !planted::is(Defect::CutBeforeRecord)
+            && let Err(e) = self.records.put(ready.iter().map(|one| &one.pending))
+        {
             return Err(self.undo(&ready, record_error(e)));
         }
         self.cut(ready, &disks, request.writers)
@@ -289,7 +292,7 @@ impl Manager {
             if let Some(version) = &entry.version {
                 version.set_quiesced();
             }
-            if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
+            if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) && !planted::is(Defect::QuiescedUnasked) {
                 continue; // Its disk has been removed, and must not come back with it.
             }
             locked(&entry.drain).get_or_insert(drain);
@@ -297,7 +300,9 @@ impl Manager {
             let quiesced_ms = Some(Timestamp::now().unix_ms());
             let mut record = disk.to_record();
             record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
-            if let Err(e) = self.records.put([&record]) {
+            if !planted::is(Defect::QuiescedBeforeRecord)
+                && let Err(e) = self.records.put([&record])
+            {
                 log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
             }
             crash::point("before a snapshot is opened");

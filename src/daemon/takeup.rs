@@ -45,9 +45,9 @@ impl Trust {
     #[must_use]
     pub fn of(record: &DiskRecord, looks: Option<Fingerprint>, boot: Uuid) -> Trust {
         match record.saved {
-            Some(_) if record.saved == looks => Trust::Saved,
+            Some(_) if record.saved == looks || planted::is(Defect::ChangedDiskTaken) => Trust::Saved,
             Some(_) => Trust::Changed,
-            None if record.boot == Some(boot) => Trust::SameBoot,
+            None if record.boot == Some(boot) || planted::is(Defect::OtherBootBelieved) => Trust::SameBoot,
             None => Trust::PowerCut,
         }
     }
@@ -204,6 +204,7 @@ impl TakeUp<'_> {
             return Err(format!("its image {} is missing or is not a file", slot.image.display()));
         }
         if let (Trust::Saved, Some(snapshot)) = (self.trust, &slot.snapshot)
+            && !planted::is(Defect::ChangedCopiesTaken)
             && (snapshot.saved.is_none() || snapshot.saved != self.source.fingerprint(&slot.image))
         {
             return Err(format!("its image {} was changed while the daemon was not running", slot.image.display()));

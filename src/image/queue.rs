@@ -21,6 +21,7 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::{ByteOffset, Image, IoBuf, IoSegment};
+use crate::planted::{self, Defect};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,7 +224,9 @@ impl IoQueue {
             match slot.kind {
                 OpKind::Read | OpKind::Write { .. } => {
                     let single = if ticket.skip > 0 { None } else { slot.buf.single() };
-                    let flags = if slot.kind == (OpKind::Write { durable: true }) { libc::RWF_DSYNC } else { 0 };
+                    let is_durable =
+                        slot.kind == (OpKind::Write { durable: true }) && !planted::is(Defect::DurableFlagLost);
+                    let flags = if is_durable { libc::RWF_DSYNC } else { 0 };
                     if let Some((address, len)) = single {
                         let len = u32::try_from(len).expect("transfers are bounded far below 4 GiB");
                         if slot.kind == OpKind::Read {

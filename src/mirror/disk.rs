@@ -14,6 +14,7 @@ use arc_swap::ArcSwap;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
+use super::planted::{self, Defect};
 use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
 use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
@@ -220,11 +221,14 @@ impl Disk {
     pub fn break_version(&self, version: &Version, reason: &str) {
         let chain = self.chain();
         // All of this first: a daemon that is killed now must not find the version whole.
-        if let Some(observer) = self.observer.get().filter(|_| version.broken().is_none()) {
+        let marks = version.broken().is_none() && !planted::is(Defect::BrokenNotMarked);
+        if let Some(observer) = self.observer.get().filter(|_| marks) {
             observer.version_breaks(version.id, reason);
         }
         if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
-            if let Owned::Table(table) = &layer.owned {
+            if let Owned::Table(table) = &layer.owned
+                && !planted::is(Defect::BrokenNotMarked)
+            {
                 table.mark_broken();
             }
             if let Some(saved) = layer.saved.as_ref().filter(|_| version.broken().is_none())
@@ -247,7 +251,7 @@ impl Disk {
     /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
     pub(super) fn give_up(&self, chain: &Chain, index: VersionIndex, reason: &str) -> Result<(), ImageError> {
         let layer = chain.layer(index);
-        if let Some(saved) = &layer.saved {
+        if let Some(saved) = layer.saved.as_ref().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
             (saved.revoke)().map_err(|e| {
                 let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
                 ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)

@@ -182,7 +182,8 @@ impl ChainEditor {
             return Err(RetireError::TooManyDraining(TooManyDraining));
         }
         // Two at once would each go by a neighbour that the other takes away.
-        if disk.chain().links().iter().any(|l| l.version.is_retiring() && l.version.id != version.id) {
+        let other = |l: &Link| l.version.is_retiring() && l.version.id != version.id;
+        if disk.chain().links().iter().any(other) && !planted::is(Defect::RetiresSideBySide) {
             return Err(RetireError::Busy);
         }
         version.set_retiring();
@@ -276,7 +277,7 @@ impl Disk {
         let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(None) };
         let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(None) };
-        if !table.get(block) {
+        if !table.get(block) && !planted::is(Defect::LetGoOfOverwritten) {
             // A guest's write came before us.
         } else if owner < retiring {
             self.give_to_older(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
@@ -340,13 +341,18 @@ impl Disk {
                 let saved = match self.copy_blocks(queue, chain, one, save).await {
                     Ok(()) => {
                         set(chain, to, one);
-                        self.commit_saved(queue, chain, to).await
+                        match planted::is(Defect::FoldBeforeSaved) {
+                            true => Ok(()),
+                            false => self.commit_saved(queue, chain, to).await,
+                        }
                     }
                     failed => failed,
                 };
                 if let Err(reason) = saved {
                     // Those that read through it must not count on what no power cut would leave.
-                    if let Owned::Table(table) = &chain.layer(to).owned {
+                    if let Owned::Table(table) = &chain.layer(to).owned
+                        && !planted::is(Defect::FoldedEntryKept)
+                    {
                         table.clear(one);
                     }
                     self.give_up(chain, to, &reason).map_err(|e| e.to_string())?;

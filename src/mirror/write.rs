@@ -162,6 +162,9 @@ impl Disk {
             let mut saved: Vec<VersionIndex> = plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
             saved.sort_unstable();
             saved.dedup();
+            if planted::is(Defect::OverwriteBeforeSaved) {
+                saved.clear();
+            }
             for to in saved {
                 if let Err(e) = self.commit_saved(queue, chain, to).await {
                     // Those that read through it must not count on what no power cut would leave.
@@ -469,6 +472,9 @@ fn set_preserved(chain: &Chain, plan: &WritePlan) {
 }
 
 fn take_back(chain: &Chain, plan: &WritePlan, to: VersionIndex) {
+    if planted::is(Defect::SavedEntryKept) {
+        return;
+    }
     if let Owned::Table(table) = &chain.layer(to).owned {
         let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to);
         plan.runs.iter().filter(of_it).for_each(|run| table.clear(run.blocks));

@@ -17,6 +17,8 @@ use super::features::RING_ENTRIES_MAX;
 use super::inflight::InflightQueue;
 use super::intake::AvailSource;
 use super::memory::{FrontendAddress, MemoryMap};
+use crate::crash;
+use crate::mirror::planted::{self, Defect};
 
 /// Where a ring is and how it was negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,6 +201,10 @@ impl Ring {
         self.heads[usize::from(head / 64)] &= !(1 << (head % 64));
         let Some(places) = self.places else { return };
         let entry = ENTRIES + usize::from(self.next_used % self.setup.entries) * 4;
+        if planted::is(Defect::UsedIndexFirst) {
+            self.store(places.used, INDEX, self.next_used.wrapping_add(1));
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         // SAFETY: inside the used ring that locate() found, whose entries are 4-aligned; mapped while `self.memory` is.
         unsafe {
             let at = places.used.add(entry).cast::<u32>();
@@ -215,18 +221,35 @@ impl Ring {
     /// Makes the used entries visible, and says whether the driver wants to be told.
     pub(super) fn publish(&mut self) -> bool {
         let Some(places) = self.places.filter(|_| self.signalled_used != self.next_used) else { return false };
+        if planted::is(Defect::InflightUnmarkedEarly)
+            && let Some(inflight) = &self.inflight
+        {
+            inflight.end_batch(&self.batch, self.next_used);
+        }
+        crash::point("before answers are visible");
+        let early = planted::is(Defect::CallDecidedEarly).then(|| self.wants_call(places));
+        if early.is_some() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         self.store(places.used, INDEX, self.next_used);
+        crash::point("after answers became visible");
         if let Some(inflight) = &self.inflight {
             inflight.end_batch(&self.batch, self.next_used);
             self.batch.clear();
         }
         // The index must be visible before we look whether the driver sleeps (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
-        let old = std::mem::replace(&mut self.signalled_used, self.next_used);
+        let wants = early.unwrap_or_else(|| self.wants_call(places));
+        self.signalled_used = self.next_used;
+        wants
+    }
+
+    /// Whether the driver wants to be told of what was published since it was last asked.
+    fn wants_call(&self, places: Places) -> bool {
         if self.setup.event_idx {
             let event = self.load(places.avail, ENTRIES + usize::from(self.setup.entries), Ordering::Relaxed);
             // Whether the event index is among the entries just published.
-            self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(old)
+            self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(self.signalled_used)
         } else {
             u32::from(self.load(places.avail, FLAGS, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0
         }
@@ -235,6 +258,13 @@ impl Ring {
     /// Asks to be kicked for the next request. Returns whether there already is one.
     pub(super) fn arm(&mut self) -> bool {
         let Some(places) = self.places else { return false };
+        if planted::is(Defect::ArmedAfterLook) && self.load(places.avail, INDEX, Ordering::Relaxed) == self.next_avail {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            if self.setup.event_idx {
+                self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
+            }
+            return false;
+        }
         if self.setup.event_idx {
             self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
         }
@@ -279,12 +309,14 @@ impl AvailSource for Ring {
             return None;
         }
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        if self.heads[word] & bit != 0 {
+        if self.heads[word] & bit != 0 && !planted::is(Defect::HeadTakenTwice) {
             self.fault = Some(RingFault::HeadInFlight(head));
             return None;
         }
         self.heads[word] |= bit;
-        if let Some(inflight) = &mut self.inflight {
+        if let Some(inflight) = &mut self.inflight
+            && !planted::is(Defect::InflightNotMarked)
+        {
             inflight.begin(head);
         }
         self.next_avail = self.next_avail.wrapping_add(1);

@@ -30,6 +30,7 @@ use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
 use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
+use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Attachment, EpochLane, Ticket};
 
 /// How often a ring without a kick is looked at.
@@ -135,6 +136,9 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        if planted::is(Defect::GoneBeforeDrained) {
+            return;
+        }
         // Errors mean that the thread has ended already, which is what is wanted.
         drop(self.call(Command::Stop));
         drop(self.call(Command::Exit));
@@ -251,11 +255,14 @@ impl Loop {
                         }
                         self.ring = Some(ring);
                         self.unanswered = unanswered;
+                        if planted::is(Defect::UnansweredNotRun) {
+                            self.unanswered.clear();
+                        }
                         self.rules = *rules;
                         self.enabled = true;
                         self.set_kick(Some(kick));
                         // An earlier daemon may have died between its last answer and the call that told of it.
-                        if let Some(call) = &self.call {
+                        if let Some(call) = self.call.as_ref().filter(|_| !planted::is(Defect::NoCallAfterStart)) {
                             call.signal();
                         }
                         Ok(0)
@@ -466,11 +473,12 @@ impl Loop {
     }
 
     fn finish_stop(&mut self) {
-        if self.stopping.is_some() {
+        if self.stopping.is_some() && !planted::is(Defect::StoppedBeforeRunAgain) {
             // They are behind the base that is told, even if the ring is stopped before it was served.
             self.begin_unanswered();
         }
-        if self.shared.in_flight.get() > 0 || self.waiting.is_some() || self.stopping.is_none() {
+        let drains = self.shared.in_flight.get() > 0 && !planted::is(Defect::StoppedBeforeDrained);
+        if drains || self.waiting.is_some() || self.stopping.is_none() {
             return;
         }
         self.flush();

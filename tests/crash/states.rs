@@ -65,9 +65,6 @@ fn number(variable: &str) -> Option<u64> {
 #[test]
 fn whatever_a_crash_leaves_is_right() {
     let _undisturbed = crate::alone::undisturbed();
-    // To repeat what `defects.rs` has found.
-    #[cfg(feature = "planted")]
-    halfsilver::mirror::planted::plant_from_environment();
     let first = number("CRASH_FIRST").unwrap_or(0);
     let seeds = number("CRASH_SEEDS").unwrap_or(SEEDS);
     let threads: Vec<_> = (0..THREADS)

@@ -17,6 +17,7 @@ fn a_second_daemon_is_told_who_has_the_state_directory() {
     let refusal = daemon.refused_start();
     assert!(refusal.contains("is in use by another halfsilver"), "{refusal}");
     assert!(refusal.contains(&format!("process {}", daemon.pid())), "{refusal}");
+    assert!(refusal.contains("--state-dir"), "{refusal}");
     // The first one did not notice.
     assert_eq!(daemon.client("vm0").tag(9), 1);
     daemon.snap("a");
@@ -171,6 +172,22 @@ fn disks_come_and_go_while_the_daemon_runs() {
     run("qemu-io", &["-f", "raw", "-c", "write -P 3 0 4096", image.to_str().unwrap()]);
     daemon.send("PUT", "/v1/disks/vm1", &other).ok();
     assert_eq!(daemon.client("vm1").tag(0), 0x0303_0303_0303_0303);
+}
+
+#[test]
+fn a_disk_that_goes_while_its_snapshot_drains_does_not_come_back() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "shared=on");
+    let image = daemon.make_image("vm1", SIZE);
+    daemon.send("PUT", "/v1/disks/vm1", &json!({ "path": image, "shared": true }).to_string()).ok();
+    let old = daemon.client("vm1");
+    daemon.api().create("a", &["vm1"], &json!({ "writers": "connection" })).ok();
+    assert_eq!(daemon.state("vm1@a"), "draining");
+    daemon.send("DELETE", "/v1/disks/vm1?force=true", "").ok();
+    drop(old);
+    // Whoever waited for the snapshot has found it gone when all threads have ended.
+    daemon.restart();
+    assert_eq!(daemon.send("GET", "/v1/disks/vm1", "").status, 404);
+    daemon.assert_only_disks_left();
 }
 
 #[test]

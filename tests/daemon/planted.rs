@@ -1,4 +1,6 @@
 //! Do these tests notice when the daemon is wrong? Each defect is switched on in turn and must be noticed.
+//!
+//! Defects that one test by itself notices are in `tests/planted.list`; these need many runs, or a death at some point.
 
 use std::panic::catch_unwind;
 
@@ -10,13 +12,24 @@ use crate::{chain, kills, oracle};
 /// its way at the cut may belong to the snapshot or not.
 const BY_THE_ORACLE: [&str; 4] = ["NoBlockLock", "BitAfterOverwrite", "DiscardAtOnce", "DeleteWithoutHandover"];
 
+/// What shows when the daemon dies at some point, and under which strategy.
+const BY_DEATHS: [(&str, &str, &str); 4] = [
+    ("InflightUnmarkedEarly", "copy-on-write", "before answers are visible"),
+    ("InflightNotMarked", "copy-on-write", "before answers are visible"),
+    ("CutBeforeRecord", "write-logging", "after the cut"),
+    ("FilesBeforeRecord", "copy-on-write", "before records are committed"),
+];
+
 fn noticed(defect: &str, run: impl Fn(u64) + std::panic::RefUnwindSafe) -> bool {
     PLANT.set(Some(defect.to_owned()));
     let first = seeds(defect, 1)[0];
     let tries = from_env("HALFSILVER_TRIES", 12);
     let at = (0..tries).find(|i| catch_unwind(|| run(first + i)).is_err());
     PLANT.set(None);
-    println!("{defect}: noticed at try {at:?}");
+    match at {
+        Some(at) => println!("planted: {defect}: noticed by tests/daemon/planted.rs: seed {}", first + at),
+        None => println!("planted: {defect}: NOT NOTICED by tests/daemon/planted.rs in {tries} tries"),
+    }
     at.is_some()
 }
 
@@ -44,4 +57,14 @@ fn planted_defects_are_noticed_between_kills() {
     for defect in ["DrainNotMirrored", "DeleteWithoutHandover"] {
         assert!(noticed(defect, |seed| kills::one_run(seed, 60)), "{defect} is not noticed");
     }
+}
+
+#[test]
+fn planted_orders_are_noticed_by_deaths() {
+    let deaths = |seed, strategy, point| kills::points::deaths_at(seed, strategy, point, 20);
+    let unnoticed = BY_DEATHS
+        .into_iter()
+        .filter(|(defect, strategy, point)| !noticed(defect, |seed| deaths(seed, strategy, point)));
+    let unnoticed: Vec<_> = unnoticed.collect();
+    assert!(unnoticed.is_empty(), "unnoticed: {unnoticed:?}");
 }

@@ -458,3 +458,87 @@ fn what_was_promised_is_there_after_every_cut() {
 fn what_was_promised_by_a_mirror_is_there_after_every_cut() {
     power_cuts("what_was_promised_by_a_mirror_is_there_after_every_cut", true);
 }
+
+/// What is in the recorded device at this moment, and all that a cut then may make of it.
+fn cuts_here(recorded: Recorded, rng: &mut Rng, mut look: impl FnMut(&Path)) {
+    let now = recorded.position();
+    let log = recorded.finish();
+    let count = log.entries.iter().take_while(|entry| entry.end <= now).count();
+    for rest in [Rest::Nothing, Rest::SomeSectors, Rest::SomeSectors, Rest::All] {
+        println!("of the rest {rest:?}");
+        let (device, _) = log.cut(count, rest, rng);
+        look(&device);
+    }
+}
+
+#[test]
+fn what_a_clean_stop_has_saved_is_there_after_a_cut() {
+    let name = "what_a_clean_stop_has_saved_is_there_after_a_cut";
+    if !can_mount(name) {
+        return;
+    }
+    let (mut rng, mut daemon) = (Rng::new(seeds(name, 1)[0]), Daemon::place());
+    let path = daemon.state_dir().join("vm0.raw");
+    daemon.arg_disk_at("vm0", &path, "direct=off");
+    let recorded = Recorded::mount(&daemon.path("recorded"), &daemon.state_dir());
+    let image = File::create(&path).unwrap();
+    image.write_all_at(&vec![0; DISK_BYTES as usize], 0).unwrap();
+    image.sync_all().unwrap();
+    drop(image);
+    daemon.start();
+    let (mut client, mut expected) = (daemon.client("vm0"), Vec::new());
+    for (tag, range) in [(1, 0..SECTORS), (2, 10..50), (3, 30..200)] {
+        client.write(range, tag);
+        let snapshot = format!("s{tag}");
+        daemon.snap(&snapshot);
+        expected.push((format!("vm0@{snapshot}"), tags(&client.read_all())));
+    }
+    client.write(100..400, 4);
+    expected.push(("vm0".to_owned(), tags(&client.read_all())));
+    drop(client);
+    daemon.stop();
+    cuts_here(recorded, &mut rng, |device| {
+        let place = daemon.state_dir();
+        run("mount", &["-t", "ext4", "-o", "loop", device.to_str().unwrap(), place.to_str().unwrap()]);
+        let _mounted = Mounted(place);
+        daemon.lose_run_tables();
+        daemon.boot_again();
+        daemon.start();
+        for (what, content) in &expected {
+            assert!(what == "vm0" || daemon.state(what) == "quiesced", "{}", daemon.show(what));
+            assert_eq!(tags(&daemon.content(what)), *content, "{what}");
+        }
+        daemon.kill();
+    });
+}
+
+#[test]
+fn a_durable_write_is_on_the_medium_when_it_is_answered() {
+    use halfsilver::image::{
+        AlignedBuf, ByteOffset, Direct, Executor, FileImage, IoBuf, RingOptions, sync, write_all_at,
+    };
+    let name = "a_durable_write_is_on_the_medium_when_it_is_answered";
+    if !can_mount(name) {
+        return;
+    }
+    let (mut rng, daemon) = (Rng::new(seeds(name, 1)[0]), Daemon::place());
+    let recorded = Recorded::mount(&daemon.path("recorded"), &daemon.state_dir());
+    let (path, executor) = (daemon.state_dir().join("image"), Executor::new(RingOptions::default()).unwrap());
+    let (at, queue) = (path.clone(), executor.queue().clone());
+    let done = executor.block_on(async move {
+        let image = FileImage::create(&at, DISK_BYTES, Direct::Off)?;
+        sync(&image, &queue).await?;
+        File::open(at.parent().unwrap()).unwrap().sync_all().unwrap();
+        let mut bytes = AlignedBuf::zeroed(8192);
+        bytes.fill(7);
+        write_all_at(&image, &queue, ByteOffset(4096), IoBuf::Owned(bytes), true).await
+    });
+    done.unwrap().unwrap();
+    cuts_here(recorded, &mut rng, |device| {
+        let place = daemon.state_dir();
+        run("mount", &["-t", "ext4", "-o", "loop", device.to_str().unwrap(), place.to_str().unwrap()]);
+        let _mounted = Mounted(place);
+        let found = std::fs::read(&path).unwrap();
+        assert_eq!((found[4095], &found[4096..12288], found[12288]), (0, [7; 8192].as_slice(), 0));
+    });
+}

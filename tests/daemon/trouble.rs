@@ -136,6 +136,33 @@ fn no_space_on_a_snapshots_tmpfs() {
     }
 }
 
+/// What a version has lost is known to whoever comes after a death, however soon that is.
+#[cfg(feature = "planted")]
+#[test]
+fn planted_death_before_a_broken_version_is_recorded() {
+    if !can_mount("planted_death_before_a_broken_version_is_recorded") {
+        return;
+    }
+    let mut daemon = Daemon::place();
+    daemon.make_image("vm0", SIZE);
+    daemon.arg_disk("vm0", "");
+    let _small = Mount::tmpfs(&daemon.path("small"), "1m");
+    daemon.crash_at = Some("1:before it is recorded that a version is broken".to_owned());
+    daemon.start();
+    daemon.crash_at = None;
+    let mut client = daemon.client("vm0");
+    client.write(0..SECTORS, 1);
+    daemon.api().create("a", &["vm0"], &json!({ "image": daemon.path("small/a.img"), "wait": true })).ok();
+    for slot in 0..8 {
+        client.queues[0].submit_write(slot, slot * 500..slot * 500 + 500, 2, false);
+    }
+    wait_until("its death", || daemon.has_died_by(libc::SIGKILL));
+    drop(client);
+    daemon.start();
+    daemon.assert_broken("vm0@a", "");
+    assert_unreadable(&daemon, "vm0@a");
+}
+
 #[test]
 fn no_space_for_what_a_deleted_neighbour_hands_over() {
     if !can_mount("no_space_for_what_a_deleted_neighbour_hands_over") {

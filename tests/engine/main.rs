@@ -10,6 +10,7 @@ mod figures;
 mod flips;
 mod flushes;
 mod oracle;
+mod poison;
 mod rules;
 mod run;
 mod saved;

@@ -123,3 +123,19 @@ fn those_that_read_what_a_deletion_handed_over_are_lost_with_it() {
         }
     }
 }
+
+#[test]
+fn what_a_fold_cannot_save_is_taken_back() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let frozen = cut(&bench, true);
+    frozen.cut.frozen[0].set_quiesced();
+    let (pivot, _log) = bench.cut_to_log();
+    pivot.frozen[0].set_quiesced();
+    bench.write(&bench.ticket(), block(1), 2);
+    frozen.durable.fail_syncs(libc::EIO);
+    bench.retire(&pivot.frozen[0]);
+    assert!(frozen.cut.frozen[0].broken().is_some() && frozen.given_up.load(Ordering::SeqCst));
+    assert!(!bench.entry(0, 1), "the entry that could not be committed was taken back");
+    assert_eq!(bench.live()[block(1)], [2; 8]);
+}

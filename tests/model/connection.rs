@@ -189,7 +189,7 @@ fn planted_pins_after_the_cut_are_noticed() {
         plant(Some(defect));
         let noticed = is_noticed(10 * ORDERS, move || one_order(end));
         plant(None);
-        println!("{defect:?}, {end:?}: {}", if noticed { "noticed" } else { "not noticed" });
+        crate::report(defect, noticed, &format!("connection.rs ({end:?})"));
         noticed
     });
     assert_eq!(noticed, [true; 3]);

@@ -206,7 +206,7 @@ fn planted_rules_1_to_3_left_out_are_noticed() {
         plant(Some(defect));
         let noticed = is_noticed(10 * ORDERS, one_order);
         plant(None);
-        println!("{defect:?}: {}", if noticed { "noticed" } else { "not noticed" });
+        crate::report(defect, noticed, "cut.rs");
         !noticed
     });
     let unnoticed: Vec<_> = unnoticed.collect();

@@ -45,3 +45,9 @@ fn is_noticed(
 ) -> bool {
     std::panic::catch_unwind(move || explore(orders, test)).is_err()
 }
+
+/// One line of the list that `scripts/planted` prints.
+fn report(defect: halfsilver::mirror::planted::Defect, noticed: bool, file: &str) {
+    let how = if noticed { "noticed by" } else { "NOT NOTICED by" };
+    println!("planted: {defect:?}: {how} tests/model/{file}: some order of atomic operations");
+}

@@ -148,6 +148,40 @@ fn event_index_suppresses_both_ways() {
     until("the device calls without event index", || guest.queues[0].call.read().is_ok());
 }
 
+/// Whoever looks first and then says that it sleeps is forgotten; so both sides say it first.
+#[test]
+fn a_driver_that_sleeps_by_the_event_indices_is_never_forgotten() {
+    let _alone = alone();
+    let server = TestServer::new(1, false);
+    let mut guest = Guest::new(&server.socket(), 1);
+    guest.header(T_IN, 0);
+    let patience = Duration::from_secs(10);
+    for round in 0..300u16 {
+        guest.chain(0, 0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        let before = guest.avail_index(0);
+        guest.announce(0, 0);
+        std::sync::atomic::fence(SeqCst);
+        if guest.avail_event(0) == before {
+            guest.kick(0);
+        }
+        // Sometimes it finds the answer without sleeping, sometimes it falls asleep as the answer comes.
+        let (began, busy) = (Instant::now(), Duration::from_micros(u64::from(round) * 7 % 900));
+        while began.elapsed() < busy && guest.used_index(0) == before {
+            std::hint::spin_loop();
+        }
+        guest.set_used_event(0, before);
+        std::sync::atomic::fence(SeqCst);
+        let sleeps = guest.used_index(0) == before;
+        while sleeps && guest.queues[0].call.read().is_err() {
+            assert!(began.elapsed() < patience, "round {round}: it was forgotten");
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        assert_eq!(guest.wait_used(0).0, 0);
+        guest.set_used_event(0, before.wrapping_sub(100));
+        while guest.queues[0].call.read().is_ok() {}
+    }
+}
+
 #[test]
 fn a_batch_is_one_call() {
     let _alone = alone();

@@ -6,7 +6,7 @@
 
 mod counts;
 #[cfg(feature = "planted")]
-mod points;
+pub(crate) mod points;
 mod restarts;
 mod run;
 mod vm;

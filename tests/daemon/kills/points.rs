@@ -2,6 +2,7 @@
 //! deletions and folds, of a clean stop, under every strategy. The next daemon must go on from there.
 
 use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::counts::STRATEGIES;
@@ -10,7 +11,7 @@ use super::vm::Vm;
 use crate::harness::seeds;
 
 /// The points that a sweep must have come to.
-const POINTS: [&str; 17] = [
+const POINTS: [&str; 19] = [
     "before records are committed",
     "after records were committed",
     "before a saved table is synced",
@@ -28,12 +29,17 @@ const POINTS: [&str; 17] = [
     "before the cut",
     "after the cut",
     "before a snapshot is opened",
+    "before answers are visible",
+    "after answers became visible",
 ];
 
 /// After so many times at one point not every one is a death: a deletion goes on for long.
 const DENSE: usize = 5;
 /// And after so many it has been seen enough.
 const TIMES_MAX: usize = 16;
+
+/// Daemons that live at the same time.
+const THREADS: usize = 2;
 
 /// One life that is the same again and again, but for the point at which it ends.
 struct Sweep {
@@ -110,22 +116,41 @@ impl Sweep {
     }
 }
 
+/// Dies at a point again and again, later each time, until a life comes to its end before that. Up to which time.
+fn die_at(sweep: &mut Sweep, point: &str, times: usize) -> usize {
+    let mut count = 1;
+    while count <= times && sweep.life(point, count) {
+        count += 1 + count.saturating_sub(DENSE) / 2;
+    }
+    count
+}
+
+/// A few deaths at one point, for planted defects.
+pub(crate) fn deaths_at(seed: u64, strategy: &'static str, point: &str, times: usize) {
+    die_at(&mut Sweep::new(seed, strategy), point, times);
+}
+
 #[test]
 fn planted_deaths_at_every_durable_step_are_not_the_guests_problem() {
     let seed = seeds("points", 1)[0];
-    let mut hit = BTreeSet::new();
-    for (i, strategy) in STRATEGIES.into_iter().enumerate() {
-        let mut sweep = Sweep::new(seed + i as u64, strategy);
-        for point in POINTS {
-            let mut count = 1;
-            // Until a life comes to its end before that.
-            while count <= TIMES_MAX && sweep.life(point, count) {
-                count += 1 + count.saturating_sub(DENSE) / 2;
+    // Each with a daemon of its own, two at the same time.
+    let halves = POINTS.split_at(POINTS.len() / 2);
+    let parts = STRATEGIES.into_iter().flat_map(|strategy| [(strategy, halves.0), (strategy, halves.1)]);
+    let parts = Mutex::new(parts.enumerate());
+    let hit = Mutex::new(BTreeSet::new());
+    let work = || {
+        loop {
+            let Some((i, (strategy, points))) = parts.lock().unwrap().next() else { return };
+            let mut sweep = Sweep::new(seed + i as u64, strategy);
+            for &point in points {
+                let count = die_at(&mut sweep, point, TIMES_MAX);
+                println!("{strategy}: {point}: up to time {count}");
             }
-            println!("{strategy}: {point}: up to time {count}");
+            hit.lock().unwrap().extend(sweep.end());
         }
-        hit.extend(sweep.end());
-    }
+    };
+    std::thread::scope(|scope| (0..THREADS).for_each(|_| drop(scope.spawn(work))));
+    let hit = hit.into_inner().unwrap();
     let missed: Vec<_> = POINTS.into_iter().filter(|point| !hit.contains(*point)).collect();
     assert!(missed.is_empty(), "never died at: {missed:?}");
 }
