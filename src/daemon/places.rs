@@ -254,7 +254,12 @@ impl Places {
 /// Makes a directory of mode 0700. A user may give us a symbolic link for the top ones, but not for what we keep below.
 fn make(dir: &Path, top: bool) -> Result<(), PlaceError> {
     let error = |source| PlaceError::Io { path: dir.to_owned(), source };
+    let is_new = !dir.exists();
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(error)?;
+    if is_new {
+        // What is put into it must be found after a power cut.
+        crate::store::sync_directory_of(dir).map_err(error)?;
+    }
     let meta = if top { std::fs::metadata(dir) } else { std::fs::symlink_metadata(dir) }.map_err(error)?;
     let bad = |what: &str| Err(PlaceError::Unsafe { path: dir.to_owned(), what: what.to_owned() });
     let me = rustix::process::geteuid().as_raw();

@@ -22,6 +22,7 @@ mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
 mod power;
+mod random;
 mod restart;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/ring.rs"]
