@@ -235,16 +235,12 @@ defects! {
     StoppedBeforeDrained,
     /// A connection ends before its requests are done.
     GoneBeforeDrained,
-    /// A cut is made before the records say what they would after it.
-    CutBeforeRecord,
     /// A snapshot is announced as quiesced before that is recorded.
     QuiescedBeforeRecord,
     /// A snapshot that has become quiesced is recorded although its disk was removed.
     QuiescedUnasked,
     /// A deletion begins before it is recorded.
     DeletionBeforeRecord,
-    /// The files of a layer are removed before the records forget it.
-    FilesBeforeRecord,
     /// The state directory is not locked.
     StateDirNotLocked,
     /// The run directory is not locked.

@@ -300,9 +300,6 @@ impl Manager {
             // Others are left out of the records as soon as they have left the chain.
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
-        if let Some((id, image)) = left.as_ref().filter(|_| planted::is(Defect::FilesBeforeRecord)) {
-            self.remove_layer(*id, image);
-        }
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
         let persisted = self.persist(std::slice::from_ref(disk));
         if let (Ok(()), Some((id, image))) = (&persisted, left) {

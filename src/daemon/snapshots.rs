@@ -60,9 +60,7 @@ impl Manager {
                 Err(e) => return Err(self.undo(&ready, e)),
             }
         }
-        if !planted::is(Defect::CutBeforeRecord)
-            && let Err(e) = self.records.put(ready.iter().map(|one| &one.pending))
-        {
+        if let Err(e) = self.records.put(ready.iter().map(|one| &one.pending)) {
             return Err(self.undo(&ready, record_error(e)));
         }
         self.cut(ready, &disks, request.writers)
