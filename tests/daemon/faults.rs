@@ -247,11 +247,18 @@ fn no_space_to_create() -> [String; 3] {
     let refused = daemon.api().create("a", &["vm0"], &json!({ "wait": true }));
     let code = refused.refused();
     assert!(code == "no-space" || code == "io-error", "{}", refused.body);
-    assert_eq!(daemon.snapshots(), Vec::<Value>::new());
+    // The file of the records may have had room for the word that a cut is coming, and not for the one that it was made.
+    let was_cut = !daemon.snapshots().is_empty();
+    if was_cut {
+        daemon.assert_broken("vm0@a", "the cut could not be recorded");
+    }
     let mut client = daemon.client("vm0");
     let done = write(&mut client, 0..10, 2);
     drop(client);
     std::fs::remove_file(filler).unwrap();
+    if was_cut {
+        daemon.delete("vm0@a");
+    }
     // Whether the record got through nobody knows, so the image of `a` stays where it is until the next start.
     daemon.snap("b");
     daemon.client("vm0").write(0..10, 3);

@@ -239,6 +239,7 @@ impl Daemon {
     /// Starts a daemon that must refuse; returns what it said.
     #[track_caller]
     pub(crate) fn refused_start(&self) -> String {
+        let other_is_up = self.is_up();
         let mut child = self.serve_command().stderr(Stdio::piped()).spawn().unwrap();
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
@@ -246,7 +247,7 @@ impl Daemon {
                 break status;
             }
             // One that goes on is heard of at once, if no other one answers at its place.
-            if Instant::now() > deadline || self.child.is_none() && self.is_up() {
+            if Instant::now() > deadline || !other_is_up && self.is_up() {
                 child.kill().unwrap();
                 child.wait().unwrap();
                 panic!("a start that should be refused goes on");
