@@ -29,7 +29,7 @@ fn answer(done: bool) -> String {
 }
 
 fn write(client: &mut Client, sectors: std::ops::Range<usize>, tag: u64) -> bool {
-    client.queues[0].try_write(sectors, tag, PATIENCE)
+    client.queues[0].try_write(sectors, tag, *PATIENCE)
 }
 
 fn try_read(client: &mut Client, sector: usize) -> bool {

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -15,7 +15,8 @@ use tempfile::TempDir;
 use crate::client::Client;
 
 /// How long anything may take that should be quick. Generous: the machine may be busy.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) static PATIENCE: LazyLock<Duration> =
+    LazyLock::new(|| Duration::from_secs(from_env("HALFSILVER_PATIENCE", 60)));
 
 thread_local! {
     /// The deliberate defect that daemons started by this thread have.
@@ -221,7 +222,7 @@ impl Daemon {
     /// Waits until it serves.
     #[track_caller]
     pub(crate) fn wait_up(&mut self) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         while !self.is_up() {
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
                 self.child = None;
@@ -241,7 +242,7 @@ impl Daemon {
     pub(crate) fn refused_start(&self) -> String {
         let other_is_up = self.is_up();
         let mut child = self.serve_command().stderr(Stdio::piped()).spawn().unwrap();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {
                 break status;
@@ -303,7 +304,7 @@ impl Daemon {
 
     #[track_caller]
     pub(crate) fn wait_exit(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         loop {
             if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
                 self.child = None;
@@ -499,7 +500,7 @@ pub(crate) fn command(program: impl AsRef<std::ffi::OsStr>) -> Command {
 /// Connects; a child of another test that has not got to its exec may hold the connection that was there before.
 #[track_caller]
 fn connect(socket: &Path, queues: usize, read_only: bool) -> Client {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + *PATIENCE;
     loop {
         match Client::connect(socket, queues, read_only) {
             Ok(client) => return client,
@@ -538,7 +539,7 @@ impl Api {
 
     #[track_caller]
     pub(crate) fn delete(&self, reference: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         loop {
             let answer = self.send("DELETE", &format!("/v1/snapshots/{reference}"), "");
             match answer.status {
@@ -569,7 +570,7 @@ fn send(control: &Path, method: &str, path: &str, body: &str) -> Answer {
 
 fn try_send(control: &Path, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
     let mut stream = UnixStream::connect(control)?;
-    stream.set_read_timeout(Some(PATIENCE * 2))?;
+    stream.set_read_timeout(Some(*PATIENCE * 2))?;
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: halfsilver\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
         body.len()
@@ -622,7 +623,7 @@ impl Events {
             Some((disk, snapshot)) => (json!(disk), json!(snapshot)),
             None => (json!(about), Value::Null),
         };
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         let mut seen = self.seen.0.lock().unwrap();
         loop {
             let is_it = |e: &&Value| e["event"] == kind && e["disk"] == disk && e["snapshot"] == snapshot;
@@ -638,7 +639,7 @@ impl Events {
 
 #[track_caller]
 pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + *PATIENCE;
     while !is_so() {
         assert!(Instant::now() < deadline, "waited too long for {what}");
         std::thread::sleep(Duration::from_millis(5));

@@ -429,7 +429,7 @@ impl Run {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + *PATIENCE;
         while self.is_busy || !self.ports.iter().all(Port::is_idle) {
             for port in &mut self.ports {
                 port.poll(&mut self.world);

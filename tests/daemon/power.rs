@@ -342,7 +342,7 @@ fn some_writes(client: &mut Client, recorded: &Recorded, history: &mut History, 
         history.writes.push(Write { sectors, tag: tag + slot as u64, began, durable });
     }
     while queue.in_flight() > 0 {
-        let answers = queue.answers(crate::harness::PATIENCE);
+        let answers = queue.answers(*crate::harness::PATIENCE);
         assert!(!answers.is_empty() && answers.iter().all(|(_, ret)| *ret == 0), "{answers:?}");
     }
     let done = recorded.position();

@@ -82,7 +82,7 @@ fn no_space(mount: impl FnOnce(&Path) -> Mount) {
     }
     for queue in &mut client.queues {
         while queue.in_flight() > 0 {
-            let answers = queue.answers(crate::harness::PATIENCE);
+            let answers = queue.answers(*crate::harness::PATIENCE);
             assert!(!answers.is_empty() && answers.iter().all(|(_, ret)| *ret == 0), "a guest's write failed");
         }
     }
@@ -211,7 +211,7 @@ fn no_space_in_a_log_fails_the_guests_write_and_nothing_else() {
     let log = daemon.path("small/a.log");
     daemon.api().create("a", &["vm0"], &json!({ "strategy": "write-logging", "image": log, "wait": true })).ok();
     let queue = &mut client.queues[0];
-    let patience = crate::harness::PATIENCE;
+    let patience = *crate::harness::PATIENCE;
     let mut expected = vec![1; SECTORS];
     let mut refused = Vec::new();
     for at in (4..SECTORS - 100).step_by(100) {

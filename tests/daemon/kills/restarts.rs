@@ -31,7 +31,7 @@ fn restart(run: &mut Run) -> Duration {
     look(run);
     let (before, began) = (run.vms.iter().map(|vm| vm.answered).collect::<Vec<_>>(), Instant::now());
     while run.vms.iter().zip(&before).any(|(vm, before)| vm.answered < before + 100) {
-        assert!(began.elapsed() < PATIENCE, "a guest has no answer after a restart");
+        assert!(began.elapsed() < *PATIENCE, "a guest has no answer after a restart");
         run.load_once();
         look(run);
     }

@@ -242,7 +242,7 @@ impl Run {
         let began = Instant::now();
         self.daemon.spawn();
         while !self.vms.iter().all(Vm::is_connected) || !self.daemon.is_up() {
-            assert!(began.elapsed() < PATIENCE, "the daemon does not come back");
+            assert!(began.elapsed() < *PATIENCE, "the daemon does not come back");
             self.daemon.require_running();
             for vm in &mut self.vms {
                 vm.submit(1, &mut self.rng, &mut self.world);
@@ -281,7 +281,7 @@ impl Run {
             }
         }
         if let Some(underway) = self.underway.take() {
-            let answer = underway.answer.recv_timeout(PATIENCE).expect("a command hangs at a dead daemon");
+            let answer = underway.answer.recv_timeout(*PATIENCE).expect("a command hangs at a dead daemon");
             self.answered(underway.command, &answer);
         }
         // Nobody is left who would change a snapshot.
@@ -350,7 +350,7 @@ impl Run {
     pub(super) fn settle_command(&mut self) {
         let began = Instant::now();
         while self.underway.is_some() {
-            assert!(began.elapsed() < PATIENCE, "a command takes too long");
+            assert!(began.elapsed() < *PATIENCE, "a command takes too long");
             self.load_once();
         }
     }
@@ -602,7 +602,7 @@ impl Run {
     fn drain(&mut self) {
         let began = Instant::now();
         while self.vms.iter().any(|vm| vm.in_flight() > 0) {
-            assert!(began.elapsed() < PATIENCE, "requests are not answered");
+            assert!(began.elapsed() < *PATIENCE, "requests are not answered");
             let answered: usize = self.vms.iter_mut().map(|vm| vm.poll(&mut self.world)).sum();
             if answered == 0 {
                 std::thread::sleep(Duration::from_micros(50));
