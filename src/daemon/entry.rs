@@ -126,7 +126,9 @@ impl SnapshotEntry {
             Owned::Table(table) => table.count() * u64::from(geometry.block_bytes),
         });
         let image = index.map_or(record.image, |i| space_of(&chain, i).0);
-        let durable = index.map_or(record.durable, |i| chain.layer(i).saved.is_some() || i >= chain.pivot_of(i));
+        // It reads through newer ones up to the full image: if one of them is lost, so is it.
+        let outlives = |i| (i..chain.pivot_of(i)).all(|newer| chain.layer(newer).saved.is_some());
+        let durable = index.map_or(record.durable, outlives);
         api::Snapshot {
             id: self.id,
             group: record.group,

@@ -84,6 +84,27 @@ fn a_switch_counts_for_the_snapshots_that_come() {
     assert_eq!(shows(&daemon, "vm0")[..21], [vec![3; 20], vec![1]].concat());
 }
 
+/// What reads through a snapshot that a power cut takes does not outlive it either, and does not say so.
+#[test]
+fn a_switch_back_is_seen_in_what_reads_through_the_new_ones() {
+    let mut daemon = power();
+    daemon.client("vm0").write(ALL, 1);
+    daemon.snap("old");
+    daemon.client("vm0").write(0..10, 2);
+    daemon.stop();
+    daemon.forget_args();
+    daemon.arg_disk("vm0", "durability=process");
+    daemon.start();
+    assert_eq!(durabilities(&daemon), ["power"]);
+    daemon.snap("new");
+    daemon.client("vm0").write(20..30, 3);
+    assert_eq!(durabilities(&daemon), ["process", "process"]);
+    daemon.delete("vm0@new");
+    assert_eq!(durabilities(&daemon), ["power"]);
+    end(&mut daemon, End::PowerCut);
+    assert_eq!(shows(&daemon, "vm0@old"), vec![1; ALL.end]);
+}
+
 /// One that was not quiesced when the power went is not whole, and those that read through it are.
 #[test]
 fn what_drained_at_a_power_cut_is_broken() {

@@ -478,7 +478,13 @@ impl Run {
 fn random_requests_and_snapshots_against_an_array_a_version() {
     let steps = from_env("HALFSILVER_STEPS", 6000) as usize;
     let mut rare = [0; 8];
-    for seed in seeds("oracle", 3) {
+    let seeds = seeds("oracle", 3);
+    // What a few seeds do not come to, some more do.
+    let more = seeds.last().map_or(0, |last| last + 1);
+    for seed in seeds.iter().copied().chain(more..more + 4 * seeds.len() as u64) {
+        if seed >= more && rare.iter().all(|&n| n > 0) {
+            break;
+        }
         let c = one_run(seed, steps);
         println!("seed {seed}: {c:?}");
         let now = [
