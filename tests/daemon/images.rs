@@ -291,6 +291,12 @@ fn a_mounted_block_device_is_refused() {
     let refusal = daemon.refused_start();
     assert!(refusal.contains("mounted"), "{refusal}");
     run("umount", &[place.to_str().unwrap()]);
+    // The kernel lets go of the device a moment after the mount is gone.
+    let exclusive = || {
+        let mut options = std::fs::OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::custom_flags(options.read(true), libc::O_EXCL).open(&device.device)
+    };
+    crate::harness::wait_until("the device to be free", || exclusive().is_ok());
     daemon.start();
     // And while it is served, nobody mounts it for writing.
     let mount = crate::harness::command("mount").arg(&device.device).arg(&place).output().unwrap();
