@@ -2,13 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, lock};
+use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock};
 use crate::planted::{self, Defect};
 
 /// Whether transfers go around the page cache.
@@ -43,6 +43,8 @@ pub struct FileImage {
     path: PathBuf,
     size_bytes: u64,
     alignment: Alignment,
+    // Small transfers need no ring.
+    is_in_memory: bool,
     poisoned: AtomicBool,
 }
 
@@ -147,7 +149,9 @@ impl FileImage {
             };
             return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
         }
-        Ok(FileImage { file, path: path.to_owned(), size_bytes, alignment, poisoned: AtomicBool::new(false) })
+        let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
+        let poisoned = AtomicBool::new(false);
+        Ok(FileImage { file, path: path.to_owned(), size_bytes, alignment, is_in_memory, poisoned })
     }
 }
 
@@ -161,6 +165,9 @@ impl Image for FileImage {
     }
 
     fn start(&self, queue: &IoQueue, ticket: OpTicket) {
+        if self.is_in_memory && inline::fits(&ticket) {
+            return inline::carry_out(self.file.as_fd(), ticket);
+        }
         queue.submit_on_file(self.file.as_raw_fd(), ticket);
     }
 

@@ -13,6 +13,7 @@ mod buffer;
 mod error;
 mod executor;
 mod file;
+mod inline;
 mod join;
 mod lock;
 mod queue;

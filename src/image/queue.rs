@@ -93,6 +93,7 @@ struct Inner {
     in_flight: Cell<usize>,
     ring: RefCell<Option<IoUring>>,
     unsubmitted: Cell<bool>,
+    wakers: Cell<Vec<Waker>>,
 }
 
 /// One thread's queue of operations. Cloning gives another handle to the same queue.
@@ -153,6 +154,7 @@ impl IoQueue {
                 in_flight: Cell::new(0),
                 ring: RefCell::new(ring),
                 unsubmitted: Cell::new(false),
+                wakers: Cell::default(),
             }),
         }
     }
@@ -206,6 +208,13 @@ impl IoQueue {
         if waiting {
             self.push_raw(&opcode::AsyncCancel::new(user_data).build().user_data(CANCEL));
         }
+    }
+
+    /// Whether operations have finished that a [`IoQueue::turn`] would take without waiting.
+    #[must_use]
+    pub fn has_answers(&self) -> bool {
+        let mut ring = self.inner.ring.borrow_mut();
+        ring.as_mut().is_some_and(|ring| !ring.completion().is_empty() || kernel_has_work(ring))
     }
 
     /// Gives a ticket's operation to this queue's ring, as a transfer on `fd`.
@@ -268,19 +277,22 @@ impl IoQueue {
     pub fn turn(&self, wait: bool) -> io::Result<usize> {
         let mut ring = self.inner.ring.borrow_mut();
         let Some(ring) = ring.as_mut() else { return Ok(0) };
-        let want = usize::from(wait && ring.completion().is_empty());
-        loop {
-            match ring.submit_and_wait(want) {
-                Ok(_) => break,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                // Completions must be taken before more can be submitted.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => break,
-                Err(e) => return Err(e),
+        let has_answers = !ring.completion().is_empty();
+        if self.inner.unsubmitted.get() || (wait && !has_answers) || kernel_has_work(ring) {
+            let want = usize::from(wait && !has_answers);
+            loop {
+                match ring.submit_and_wait(want) {
+                    Ok(_) => break,
+                    Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                    // Completions must be taken before more can be submitted.
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => break,
+                    Err(e) => return Err(e),
+                }
             }
+            self.inner.unsubmitted.set(false);
         }
-        self.inner.unsubmitted.set(false);
         let mut n = 0;
-        let mut wakers = Vec::new();
+        let mut wakers = self.inner.wakers.take();
         for cqe in ring.completion() {
             if cqe.user_data() == CANCEL {
                 continue;
@@ -289,9 +301,8 @@ impl IoQueue {
             let (slot, generation) = unpack(cqe.user_data());
             wakers.extend(self.inner.finish(slot, generation, completion_result(&cqe)));
         }
-        for waker in wakers {
-            waker.wake();
-        }
+        wakers.drain(..).for_each(Waker::wake);
+        self.inner.wakers.set(wakers); // Keep the allocation.
         Ok(n)
     }
 
@@ -356,6 +367,12 @@ fn unpack(user_data: u64) -> (u32, u32) {
     #[allow(clippy::cast_possible_truncation)] // The low half is the slot.
     let slot = user_data as u32;
     (slot, (user_data >> 32) as u32)
+}
+
+/// Whether only a call can bring the completions that wait in the kernel.
+fn kernel_has_work(ring: &mut IoUring) -> bool {
+    let submission = ring.submission();
+    submission.taskrun() || submission.cq_overflow()
 }
 
 fn completion_result(cqe: &cqueue::Entry) -> i32 {
@@ -456,6 +473,22 @@ impl OpTicket {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Shows the memory that is still to be filled or written, without giving it to a ring.
+    pub(super) fn with_segments<R>(&self, f: impl FnOnce(&[IoSegment]) -> R) -> R {
+        let skip = self.skip;
+        self.with_slot(|slot| {
+            if let IoBuf::Guest(guest) = &slot.buf
+                && skip == 0
+            {
+                return f(guest.segments());
+            }
+            match slot.buf.single().filter(|_| skip == 0) {
+                Some((address, len)) => f(&[IoSegment { address, len }]),
+                None => f(&slot.buf.rest_segments(skip)),
+            }
+        })
     }
 
     /// A copy of the bytes to write.

@@ -85,6 +85,15 @@ impl Backing {
         }
     }
 
+    /// Whether bytes in these places can be written without those around them.
+    #[must_use]
+    pub fn takes(&self, at: ByteOffset, len: u64) -> bool {
+        let unit = u64::from(self.alignment().offset_bytes);
+        at.0.is_multiple_of(unit) && len.is_multiple_of(unit)
+    }
+
+    // What a mirror does is boxed below: every request's future would carry the room for it.
+
     /// Fills `buf` from `at` on. Gives the buffer back.
     ///
     /// # Errors
@@ -92,7 +101,7 @@ impl Backing {
     pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
         match self {
             Backing::One(image) => read_exact_at(&**image, queue, at, buf).await,
-            Backing::Pair(pair) => pair.read(queue, at, buf).await,
+            Backing::Pair(pair) => Box::pin(pair.read(queue, at, buf)).await,
         }
     }
 
@@ -103,7 +112,7 @@ impl Backing {
     pub async fn write(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf, durable: bool) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => write_all_at(&**image, queue, at, buf, durable).await,
-            Backing::Pair(pair) => pair.write(queue, at, buf, durable).await,
+            Backing::Pair(pair) => Box::pin(pair.write(queue, at, buf, durable)).await,
         }
     }
 
@@ -114,7 +123,7 @@ impl Backing {
     pub async fn zero(&self, queue: &IoQueue, at: ByteOffset, len: u64, unmap: bool) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => zero_range(&**image, queue, at, len, unmap).await,
-            Backing::Pair(pair) => pair.zero(queue, at, len, unmap).await,
+            Backing::Pair(pair) => Box::pin(pair.zero(queue, at, len, unmap)).await,
         }
     }
 
@@ -125,7 +134,7 @@ impl Backing {
     pub async fn release(&self, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => release_range(&**image, queue, at, len).await,
-            Backing::Pair(pair) => pair.release(queue, at, len).await,
+            Backing::Pair(pair) => Box::pin(pair.release(queue, at, len)).await,
         }
     }
 
@@ -136,7 +145,7 @@ impl Backing {
     pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
         match self {
             Backing::One(image) => sync(&**image, queue).await,
-            Backing::Pair(pair) => pair.sync(queue).await,
+            Backing::Pair(pair) => Box::pin(pair.sync(queue)).await,
         }
     }
 }

@@ -319,9 +319,9 @@ impl Attachment {
             }
             Request::Discard { at, len } => {
                 self.check_change(at, len)?;
-                disk.discard(queue, ticket.epoch(), at, len).await
+                Box::pin(disk.discard(queue, ticket.epoch(), at, len)).await
             }
-            Request::Flush if self.target == Target::Live => disk.flush(queue, ticket.epoch()).await,
+            Request::Flush if self.target == Target::Live => Box::pin(disk.flush(queue, ticket.epoch())).await,
             Request::Flush => Ok(()),
         }
     }

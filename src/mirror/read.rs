@@ -42,6 +42,18 @@ impl Disk {
                 return index_of(&self.chain(), target, epoch).map(drop);
             }
         }
+        // Boxed, so that requests which need no table do not carry the room for this.
+        Box::pin(self.read_through_tables(queue, target, epoch, at, into)).await
+    }
+
+    async fn read_through_tables(
+        &self,
+        queue: &IoQueue,
+        target: Target,
+        epoch: Epoch,
+        at: ByteOffset,
+        into: GuestBuf,
+    ) -> Result<(), RequestError> {
         let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
         let (mut done, len) = (0, into.len() as u64);
         while done < len {

@@ -101,6 +101,27 @@ impl Disk {
     }
 
     async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
+        if is_plain(&self.chain.load(), &part) && !planted::is(Defect::NoPlanRecheck) {
+            let _guard = self.locks.acquire(part.blocks, Mode::Shared).await;
+            // Again, now that nobody can copy these blocks.
+            let chain = self.chain();
+            if is_plain(&chain, &part) {
+                self.forget_discards(part.blocks);
+                return self.write_in_place(queue, &chain, 0, &part).await;
+            }
+        }
+        // Boxed, so that writes without all this do not carry the room for it.
+        Box::pin(self.write_by_plan(queue, epoch, part)).await
+    }
+
+    /// What is written now is wanted.
+    fn forget_discards(&self, blocks: BlockRange) {
+        if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
+            self.discards.clear(blocks);
+        }
+    }
+
+    async fn write_by_plan(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
         let decide = |chain: &Chain| {
             let is_whole = |block| {
                 let (at, len) = self.geometry.bytes(BlockRange::one(block));
@@ -134,9 +155,7 @@ impl Disk {
                 self.give_up(&chain, lost, &reason)?;
                 plan = decide(&chain).0;
             }
-            if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
-                self.discards.clear(part.blocks); // What is written now is wanted.
-            }
+            self.forget_discards(part.blocks);
             let result = self.carry_out(queue, &chain, &plan, &part).await;
             if planted::is(Defect::BitAfterOverwrite) {
                 set_preserved(&chain, &plan);
@@ -233,18 +252,7 @@ impl Disk {
         }
         match plan.single_target() {
             Some(target) if !is_misaligned(chain, plan, part) => {
-                let image = &chain.layer(target).image;
-                match &part.data {
-                    Data::Guest(guest) => {
-                        image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.stores()).await?;
-                    }
-                    Data::Zeros { unmap, .. } => {
-                        write_zeros(image, queue, part.at, part.len, *unmap).await?;
-                        if part.durable && !planted::is(Defect::DurableZerosCached) {
-                            image.sync(queue).await?;
-                        }
-                    }
-                }
+                self.write_in_place(queue, chain, target, part).await?;
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
@@ -254,6 +262,29 @@ impl Disk {
         if part.durable && self.has_logs(chain) && !planted::is(Defect::DurableWithoutEntry) {
             // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
             self.flush_from(queue, chain, plan.writer).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the part's bytes to one layer as they are.
+    async fn write_in_place(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        target: VersionIndex,
+        part: &Part,
+    ) -> Result<(), RequestError> {
+        let image = &chain.layer(target).image;
+        match &part.data {
+            Data::Guest(guest) => {
+                image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.stores()).await?;
+            }
+            Data::Zeros { unmap, .. } => {
+                Box::pin(write_zeros(image, queue, part.at, part.len, *unmap)).await?;
+                if part.durable && !planted::is(Defect::DurableZerosCached) {
+                    image.sync(queue).await?;
+                }
+            }
         }
         Ok(())
     }
@@ -401,11 +432,16 @@ impl Disk {
     }
 }
 
+/// Whether there is nothing but one image that takes the part as it is: the common case.
+fn is_plain(chain: &Chain, part: &Part) -> bool {
+    let image = &chain.layer(0).image;
+    chain.live() == 0 && !image.excludes() && image.takes(part.at, part.len)
+}
+
 /// Whether some image can take the part only together with bytes around it.
 fn is_misaligned(chain: &Chain, plan: &WritePlan, part: &Part) -> bool {
     plan.runs.iter().flat_map(|run| run.plan.targets()).any(|target| {
-        let unit = u64::from(chain.layer(target).image.alignment().offset_bytes);
-        !part.at.0.is_multiple_of(unit) || !part.len.is_multiple_of(unit)
+        !chain.layer(target).image.takes(part.at, part.len)
     })
 }
 

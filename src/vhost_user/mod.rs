@@ -14,6 +14,7 @@ mod features;
 mod inflight;
 mod intake;
 mod memory;
+mod polling;
 mod request;
 mod ring;
 mod server;

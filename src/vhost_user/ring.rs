@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::features::RING_ENTRIES_MAX;
 use super::inflight::InflightQueue;
@@ -85,16 +85,23 @@ pub(super) struct Ring {
     next_avail: u16,
     loaded_avail: u16,
     next_used: u16,
+    published_used: u16,
     signalled_used: u16,
+    #[cfg(feature = "planted")]
+    decided_early: Option<bool>,
     // One bit a head.
     heads: Vec<u64>,
     inflight: Option<InflightQueue>,
+    // Whether the driver is to kick. True at first: another backend may have left it so.
+    is_armed: bool,
     // Heads whose used entries wait to be published.
     batch: Vec<u16>,
     fault: Option<RingFault>,
 }
 
 // The rings' layout in 16-bit words: flags, index, then the entries (a used entry is four words), then the event index.
+#[allow(clippy::cast_possible_truncation)] // It is 1.
+const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
 const FLAGS: usize = 0;
 const INDEX: usize = 1;
 const ENTRIES: usize = 2;
@@ -133,15 +140,19 @@ impl Ring {
             next_avail: base,
             loaded_avail: base,
             next_used: 0,
+            published_used: 0,
             signalled_used: 0,
+            #[cfg(feature = "planted")]
+            decided_early: None,
             heads: vec![0; usize::from(setup.entries).div_ceil(64)],
             inflight,
+            is_armed: true,
             batch: Vec::new(),
             fault: None,
         };
         // The driver's view of what was used counts; after a drain it equals the base.
         ring.next_used = ring.load(places.used, INDEX, Ordering::Relaxed);
-        ring.signalled_used = ring.next_used;
+        (ring.published_used, ring.signalled_used) = (ring.next_used, ring.next_used);
         let mut unanswered = Vec::new();
         if let Some(inflight) = &mut ring.inflight {
             unanswered = inflight.recover(ring.next_used, setup.entries);
@@ -218,40 +229,63 @@ impl Ring {
         }
     }
 
-    /// Makes the used entries visible, and says whether the driver wants to be told.
-    pub(super) fn publish(&mut self) -> bool {
-        let Some(places) = self.places.filter(|_| self.signalled_used != self.next_used) else { return false };
+    /// Makes the used entries visible to a driver that looks. One that sleeps is told after [`Ring::wants_call`].
+    pub(super) fn publish(&mut self) {
+        let Some(places) = self.places.filter(|_| self.published_used != self.next_used) else { return };
         if planted::is(Defect::InflightUnmarkedEarly)
             && let Some(inflight) = &self.inflight
         {
             inflight.end_batch(&self.batch, self.next_used);
         }
         crash::point("before answers are visible");
-        let early = planted::is(Defect::CallDecidedEarly).then(|| self.wants_call(places));
-        if early.is_some() {
+        #[cfg(feature = "planted")]
+        if planted::is(Defect::CallDecidedEarly) {
+            self.decided_early = Some(self.is_call_wanted(places));
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         self.store(places.used, INDEX, self.next_used);
+        self.published_used = self.next_used;
         crash::point("after answers became visible");
         if let Some(inflight) = &self.inflight {
             inflight.end_batch(&self.batch, self.next_used);
             self.batch.clear();
         }
+    }
+
+    /// Whether the driver wants to be told of what was published since this was last asked.
+    pub(super) fn wants_call(&mut self) -> bool {
+        let Some(places) = self.places.filter(|_| self.signalled_used != self.published_used) else { return false };
         // The index must be visible before we look whether the driver sleeps (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
-        let wants = early.unwrap_or_else(|| self.wants_call(places));
-        self.signalled_used = self.next_used;
+        let wants = self.is_call_wanted(places);
+        #[cfg(feature = "planted")]
+        let wants = self.decided_early.take().unwrap_or(wants);
+        self.signalled_used = self.published_used;
         wants
     }
 
-    /// Whether the driver wants to be told of what was published since it was last asked.
-    fn wants_call(&self, places: Places) -> bool {
+    fn is_call_wanted(&self, places: Places) -> bool {
         if self.setup.event_idx {
             let event = self.load(places.avail, ENTRIES + usize::from(self.setup.entries), Ordering::Relaxed);
-            // Whether the event index is among the entries just published.
+            // Whether the event index is among the entries published since the last look.
             self.next_used.wrapping_sub(event).wrapping_sub(1) < self.next_used.wrapping_sub(self.signalled_used)
         } else {
             u32::from(self.load(places.avail, FLAGS, Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Whether a request is announced that was not taken yet.
+    pub(super) fn announces(&self) -> bool {
+        self.places.is_some_and(|places| self.load(places.avail, INDEX, Ordering::Relaxed) != self.next_avail)
+    }
+
+    /// Asks not to be kicked: the ring is being looked at. A driver with event indices does not kick again by itself.
+    pub(super) fn disarm(&mut self) {
+        if let Some(places) = self.places.filter(|_| self.is_armed) {
+            self.is_armed = false;
+            if !self.setup.event_idx {
+                self.store(places.used, FLAGS, NO_NOTIFY);
+            }
         }
     }
 
@@ -265,8 +299,11 @@ impl Ring {
             }
             return false;
         }
+        self.is_armed = true;
         if self.setup.event_idx {
             self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
+        } else {
+            self.store(places.used, FLAGS, 0);
         }
         // The wish must be visible before we look for requests that came without a kick.
         fence(Ordering::SeqCst);

@@ -25,6 +25,7 @@ use super::eventfd::EventFd;
 use super::inflight::InflightQueue;
 use super::intake::intake;
 use super::memory::{GuestAddress, MemoryMap};
+use super::polling::Polling;
 use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
 use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
@@ -37,6 +38,9 @@ use crate::mirror::{Attachment, EpochLane, Ticket};
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Passes over the ring before completions get their turn.
 const PASSES_MAX: usize = 4;
+/// Answers that are known while requests are still being taken become visible in groups of this many, so that the driver
+/// has something to do meanwhile.
+const ANSWERS_AT_ONCE: usize = 8;
 
 /// How the driver says that there is something in the ring.
 #[derive(Clone, Debug)]
@@ -186,6 +190,9 @@ struct Loop {
     err: Option<Arc<EventFd>>,
     enabled: bool,
     stopping: Option<mpsc::SyncSender<Answer>>,
+    polling: Polling,
+    // Since when there was nothing in the ring and nothing in flight.
+    idle_since: Option<Instant>,
     chain: RawChain,
     lane: Rc<EpochLane>,
     shared: Rc<Shared>,
@@ -219,6 +226,8 @@ impl Loop {
             err: None,
             enabled: false,
             stopping: None,
+            polling: Polling::default(),
+            idle_since: None,
             chain: RawChain::default(),
             lane: Rc::new(context.attachment.lane()),
             shared,
@@ -352,10 +361,22 @@ impl Loop {
             let Some(mut ring) = self.ring.take() else { return false };
             let started = Instant::now();
             let lane = self.lane.clone();
-            let taken = intake(&lane, &mut ring, |ring, head, ticket| self.begin(ring, head, ticket, started));
+            ring.disarm();
+            let taken = intake(&lane, &mut ring, |ring, head, ticket| {
+                self.begin(ring, head, ticket, started);
+                if self.shared.done.borrow().len() >= ANSWERS_AT_ONCE {
+                    self.answer(ring);
+                }
+            });
+            if taken > 0
+                && let Some(since) = self.idle_since.take()
+            {
+                self.polling.idled(started.duration_since(since));
+            }
             let fault = ring.take_fault();
+            flushed |= self.answer(&mut ring);
+            self.tell(&mut ring);
             self.ring = Some(ring);
-            flushed |= self.flush();
             if (taken > 0 || flushed || fault.is_some()) && self.is_poisoned() {
                 self.kick = None;
                 (self.context.close)("the frontend's memory file was made smaller than its regions");
@@ -365,11 +386,33 @@ impl Loop {
                 self.broken(&fault);
                 return false;
             }
-            if !self.ring.as_mut().is_some_and(Ring::arm) {
+            if !self.look() && !self.ring.as_mut().is_some_and(Ring::arm) {
                 return false;
             }
         }
         true
+    }
+
+    /// Looks for a while whether there is more in the ring, if that has been worth it lately.
+    fn look(&mut self) -> bool {
+        let Some(ring) = &self.ring else { return false };
+        if ring.announces() {
+            return true;
+        }
+        if self.shared.in_flight.get() > 0 {
+            return false;
+        }
+        let since = *self.idle_since.get_or_insert_with(Instant::now);
+        let window = self.polling.window();
+        while since.elapsed() < window {
+            for _ in 0..16 {
+                std::hint::spin_loop();
+                if ring.announces() {
+                    return true;
+                }
+            }
+        }
+        false
     }
 
     /// Starts again what an earlier daemon took and did not answer, in its order.
@@ -438,6 +481,18 @@ impl Loop {
 
     /// Puts the known answers on the used ring: one index update, and at most one call. Returns whether there were any.
     fn flush(&mut self) -> bool {
+        let Some(mut ring) = self.ring.take() else {
+            // Nobody to tell.
+            let mut done = self.shared.done.borrow_mut();
+            return !std::mem::take(&mut *done).is_empty();
+        };
+        let flushed = self.answer(&mut ring);
+        self.tell(&mut ring);
+        self.ring = Some(ring);
+        flushed
+    }
+
+    fn answer(&self, ring: &mut Ring) -> bool {
         let mut done = self.shared.done.borrow_mut();
         if done.is_empty() {
             return false;
@@ -445,23 +500,26 @@ impl Loop {
         let now = Instant::now();
         for d in done.iter() {
             let told = d.status_at.is_some_and(|at| d.memory.copy_in(at, &[d.status as u8]));
-            if let Some(ring) = self.ring.as_mut() {
-                ring.push_used(d.head, if told { d.written } else { 0 });
-            }
+            ring.push_used(d.head, if told { d.written } else { 0 });
             if let Some(direction) = d.direction {
                 let (ok, latency) = (d.status == Status::Ok, now.duration_since(d.started));
                 self.context.counters.record(direction, d.bytes, ok, latency);
                 self.context.observer.request_done(self.context.queue, direction, d.bytes, ok, latency);
             }
         }
-        if self.ring.as_mut().is_some_and(Ring::publish)
+        ring.publish();
+        // The tickets go here.
+        done.clear();
+        true
+    }
+
+    /// Wakes the driver if it sleeps and there are answers that it has not been told of.
+    fn tell(&self, ring: &mut Ring) {
+        if ring.wants_call()
             && let Some(call) = &self.call
         {
             call.signal();
         }
-        // The tickets go here.
-        done.clear();
-        true
     }
 
     fn broken(&mut self, fault: &RingFault) {
