@@ -210,6 +210,11 @@ impl IoQueue {
         }
     }
 
+    /// Submits what was started, without waiting.
+    pub fn submit(&self) {
+        self.inner.submit();
+    }
+
     /// Whether operations have finished that a [`IoQueue::turn`] would take without waiting.
     #[must_use]
     pub fn has_answers(&self) -> bool {
@@ -285,11 +290,11 @@ impl IoQueue {
                     Ok(_) => break,
                     Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
                     // Completions must be taken before more can be submitted.
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => break,
+                    Err(e) if is_passing(&e) => break,
                     Err(e) => return Err(e),
                 }
             }
-            self.inner.unsubmitted.set(false);
+            self.inner.unsubmitted.set(!ring.submission().is_empty());
         }
         let mut n = 0;
         let mut wakers = self.inner.wakers.take();
@@ -349,7 +354,7 @@ impl IoQueue {
             // first) cannot last: the kernel keeps overflowing completions in a list of its own.
             match ring.submit() {
                 Ok(_) => {}
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+                Err(e) if is_passing(&e) => {}
                 Err(e) => panic!("io_uring_enter failed while submitting: {e}"),
             }
         }
@@ -367,6 +372,11 @@ fn unpack(user_data: u64) -> (u32, u32) {
     #[allow(clippy::cast_possible_truncation)] // The low half is the slot.
     let slot = user_data as u32;
     (slot, (user_data >> 32) as u32)
+}
+
+/// Whether the kernel will take the submissions when it is asked again.
+fn is_passing(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN))
 }
 
 /// Whether only a call can bring the completions that wait in the kernel.
@@ -396,6 +406,18 @@ impl Inner {
         }
         self.in_flight.set(self.in_flight.get() - 1);
         waker
+    }
+
+    fn submit(&self) {
+        if !self.unsubmitted.get() {
+            return;
+        }
+        let mut ring = self.ring.borrow_mut();
+        let Some(ring) = ring.as_mut() else { return };
+        match ring.submit() {
+            Err(e) if !is_passing(&e) => log::error!("io_uring refused a submission: {e}"),
+            _ => self.unsubmitted.set(!ring.submission().is_empty()),
+        }
     }
 
     fn release(&self, slot: &mut Slot, index: u32) -> IoBuf {
@@ -579,12 +601,7 @@ impl Drop for Completion {
             return;
         }
         // The image may go as soon as we return, and with it a file that a held-back submission names by number.
-        if self.inner.unsubmitted.replace(false)
-            && let Some(ring) = self.inner.ring.borrow_mut().as_mut()
-            && let Err(e) = ring.submit()
-        {
-            log::error!("io_uring refused a submission: {e}");
-        }
+        self.inner.submit();
         let mut slots = self.inner.slots.borrow_mut();
         let slot = &mut slots[self.slot as usize];
         match &mut slot.state {

@@ -38,6 +38,8 @@ use crate::mirror::{Attachment, EpochLane, Ticket};
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Passes over the ring before completions get their turn.
 const PASSES_MAX: usize = 4;
+/// With more requests in flight than this, nobody looks for their answers: a deep queue hides a wake-up.
+const IN_FLIGHT_LOOK_MAX: usize = 2;
 /// Answers that are known while requests are still being taken become visible in groups of this many, so that the driver
 /// has something to do meanwhile.
 const ANSWERS_AT_ONCE: usize = 8;
@@ -178,6 +180,13 @@ struct Shared {
     complaints: RateLimit,
 }
 
+/// What a look at ring and queue has shown.
+enum Found {
+    Requests,
+    Answers,
+    Nothing,
+}
+
 struct Loop {
     // First: its completion must be gone before the executor's queue waits for what is in flight.
     waiting: Option<Completion>,
@@ -190,9 +199,12 @@ struct Loop {
     err: Option<Arc<EventFd>>,
     enabled: bool,
     stopping: Option<mpsc::SyncSender<Answer>>,
-    polling: Polling,
-    // Since when there was nothing in the ring and nothing in flight.
-    idle_since: Option<Instant>,
+    for_requests: Polling,
+    for_answers: Polling,
+    // When the driver was last given answers, if it has sent nothing since.
+    answered_at: Option<Instant>,
+    // When requests were last taken, if none has been answered since.
+    taken_at: Option<Instant>,
     chain: RawChain,
     lane: Rc<EpochLane>,
     shared: Rc<Shared>,
@@ -226,8 +238,10 @@ impl Loop {
             err: None,
             enabled: false,
             stopping: None,
-            polling: Polling::default(),
-            idle_since: None,
+            for_requests: Polling::default(),
+            for_answers: Polling::default(),
+            answered_at: None,
+            taken_at: None,
             chain: RawChain::default(),
             lane: Rc::new(context.attachment.lane()),
             shared,
@@ -362,17 +376,22 @@ impl Loop {
             let started = Instant::now();
             let lane = self.lane.clone();
             ring.disarm();
+            if ring.announces() {
+                if let Some(since) = self.answered_at.take() {
+                    self.for_requests.idled(started.duration_since(since));
+                }
+                self.taken_at = Some(started);
+            }
+            let mut told = false;
             let taken = intake(&lane, &mut ring, |ring, head, ticket| {
                 self.begin(ring, head, ticket, started);
                 if self.shared.done.borrow().len() >= ANSWERS_AT_ONCE {
                     self.answer(ring);
+                    if !std::mem::replace(&mut told, true) {
+                        self.tell(ring);
+                    }
                 }
             });
-            if taken > 0
-                && let Some(since) = self.idle_since.take()
-            {
-                self.polling.idled(started.duration_since(since));
-            }
             let fault = ring.take_fault();
             flushed |= self.answer(&mut ring);
             self.tell(&mut ring);
@@ -386,33 +405,48 @@ impl Loop {
                 self.broken(&fault);
                 return false;
             }
-            if !self.look() && !self.ring.as_mut().is_some_and(Ring::arm) {
-                return false;
+            match self.look() {
+                Found::Requests => {}
+                Found::Answers => return true,
+                Found::Nothing if self.ring.as_mut().is_some_and(Ring::arm) => {}
+                Found::Nothing => return false,
             }
         }
         true
     }
 
-    /// Looks for a while whether there is more in the ring, if that has been worth it lately.
-    fn look(&mut self) -> bool {
-        let Some(ring) = &self.ring else { return false };
+    /// Looks for a while whether there is more to do, if that has been worth it lately.
+    fn look(&mut self) -> Found {
+        let Some(ring) = &self.ring else { return Found::Nothing };
         if ring.announces() {
-            return true;
+            return Found::Requests;
         }
-        if self.shared.in_flight.get() > 0 {
-            return false;
+        let (in_flight, queue) = (self.shared.in_flight.get(), &self.shared.queue);
+        let (since, window) = match (self.answered_at, self.taken_at) {
+            // The driver was just given something to do.
+            (Some(at), _) => (at, self.for_requests.window()),
+            // A deeper queue hides our wake-up.
+            (None, Some(at)) if (1..=IN_FLIGHT_LOOK_MAX).contains(&in_flight) => (at, self.for_answers.window()),
+            _ => return Found::Nothing,
+        };
+        if window.is_zero() {
+            return Found::Nothing;
         }
-        let since = *self.idle_since.get_or_insert_with(Instant::now);
-        let window = self.polling.window();
-        while since.elapsed() < window {
-            for _ in 0..16 {
+        queue.submit();
+        loop {
+            for _ in 0..8 {
                 std::hint::spin_loop();
                 if ring.announces() {
-                    return true;
+                    return Found::Requests;
                 }
             }
+            if in_flight > 0 && queue.has_answers() {
+                return Found::Answers;
+            }
+            if since.elapsed() >= window {
+                return Found::Nothing;
+            }
         }
-        false
     }
 
     /// Starts again what an earlier daemon took and did not answer, in its order.
@@ -492,12 +526,16 @@ impl Loop {
         flushed
     }
 
-    fn answer(&self, ring: &mut Ring) -> bool {
+    fn answer(&mut self, ring: &mut Ring) -> bool {
         let mut done = self.shared.done.borrow_mut();
         if done.is_empty() {
             return false;
         }
         let now = Instant::now();
+        self.answered_at = Some(now);
+        if let Some(since) = self.taken_at.take() {
+            self.for_answers.idled(now.duration_since(since));
+        }
         for d in done.iter() {
             let told = d.status_at.is_some_and(|at| d.memory.copy_in(at, &[d.status as u8]));
             ring.push_used(d.head, if told { d.written } else { 0 });
