@@ -3,6 +3,7 @@
 //! Guest memory can change under us at any time, so nothing here ever makes a `&[u8]` of it: it is handed
 //! to the kernel, or copied once with raw pointers into memory of our own.
 
+use std::cell::RefCell;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -11,7 +12,22 @@ use std::sync::Arc;
 /// The alignment of [`AlignedBuf`]: a page, which satisfies every `O_DIRECT` device seen so far.
 const PAGE_BYTES: usize = 4096;
 
-/// Page-aligned memory of our own, zeroed when made.
+/// What a thread keeps of the memory that it is done with, in bytes and in pieces.
+const KEPT_BYTES_MAX: usize = 2 << 20;
+const KEPT_MAX: usize = 64;
+
+/// Memory that was in use before, to be used again by this thread.
+#[derive(Default)]
+struct Kept {
+    buffers: Vec<AlignedBuf>,
+    bytes: usize,
+}
+
+thread_local! {
+    static KEPT: RefCell<Kept> = RefCell::default();
+}
+
+/// Page-aligned memory of our own, always initialised.
 pub struct AlignedBuf {
     base: NonNull<u8>,
     len: usize,
@@ -31,6 +47,28 @@ impl AlignedBuf {
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
         AlignedBuf { base, len }
+    }
+
+    /// Memory of `len` bytes with any content, for a transfer that fills it. Copies of blocks come and go too often to be
+    /// zeroed each time.
+    #[must_use]
+    pub fn scratch(len: usize) -> AlignedBuf {
+        let again = KEPT.with_borrow_mut(|kept| {
+            let index = kept.buffers.iter().rposition(|b| b.len == len)?;
+            kept.bytes -= len;
+            Some(kept.buffers.swap_remove(index))
+        });
+        again.unwrap_or_else(|| AlignedBuf::zeroed(len))
+    }
+
+    /// Leaves the memory to the next [`AlignedBuf::scratch`] of this thread.
+    pub fn recycle(self) {
+        KEPT.with_borrow_mut(|kept| {
+            if kept.buffers.len() < KEPT_MAX && kept.bytes + self.len <= KEPT_BYTES_MAX {
+                kept.bytes += self.len;
+                kept.buffers.push(self);
+            }
+        });
     }
 
     fn layout(len: usize) -> Layout {
@@ -183,7 +221,7 @@ impl GuestBuf {
     /// Copies the guest's bytes out, once. What the guest changes afterwards is not seen.
     #[must_use]
     pub fn copy_out(&self) -> AlignedBuf {
-        let mut out = AlignedBuf::zeroed(self.len);
+        let mut out = AlignedBuf::scratch(self.len);
         let mut at = 0;
         for s in self.segments() {
             // SAFETY: the segment is mapped while `pin` lives; `out` has room for the sum of the lengths and is

@@ -18,6 +18,11 @@ use super::{Completion, IoQueue, RingOptions};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
+thread_local! {
+    // Asking the library for it counts references.
+    static THIS_THREAD: ThreadId = std::thread::current().id();
+}
+
 struct ReadyList {
     owner: ThreadId,
     tasks: Mutex<Vec<u32>>,
@@ -27,7 +32,7 @@ struct ReadyList {
 impl ReadyList {
     fn push(&self, task: u32) {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
-        if std::thread::current().id() != self.owner {
+        if THIS_THREAD.with(|id| *id) != self.owner {
             self.signal();
         }
     }
@@ -209,9 +214,12 @@ impl Executor {
             slot.state.queued.store(false, Ordering::Release);
             // A wake-up that came late, for a task that has ended, finds nothing to do.
             let Some(future) = slot.future.take() else { return true };
-            (future, slot.waker.clone())
+            // Taken and put back: a clone would count references.
+            (future, std::mem::replace(&mut slot.waker, Waker::noop().clone()))
         };
-        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+        let polled = future.as_mut().poll(&mut Context::from_waker(&waker));
+        self.slots.borrow_mut()[index as usize].waker = waker;
+        match polled {
             Poll::Pending => {
                 self.slots.borrow_mut()[index as usize].future = Some(future);
                 false

@@ -76,10 +76,15 @@ pub struct EpochClock {
     shared: Arc<Shared>,
 }
 
-/// One worker's way into epochs.
-pub struct EpochLane {
+// What a lane and its tickets share: one reference for each of them to count, not two.
+struct Way {
     shared: Arc<Shared>,
     lane: Arc<Lane>,
+}
+
+/// One worker's way into epochs.
+pub struct EpochLane {
+    way: Arc<Way>,
     connection: Option<Arc<Connection>>,
     // The epoch that was entered last, and the one in which its requests act: it stays so for the whole epoch.
     seen: Cell<Option<(Epoch, Epoch)>>,
@@ -88,8 +93,7 @@ pub struct EpochLane {
 /// Being inside an epoch. Dropping it leaves.
 #[must_use = "a ticket that is dropped at once protects nothing"]
 pub struct Ticket {
-    shared: Arc<Shared>,
-    lane: Arc<Lane>,
+    way: Arc<Way>,
     entered: Epoch,
     acts_in: Epoch,
     // Of a pinned request: it is there until the request is done.
@@ -126,7 +130,8 @@ impl EpochClock {
     pub(super) fn lane_of(&self, connection: Option<Arc<Connection>>) -> EpochLane {
         let lane = Arc::new(Lane { inside: std::array::from_fn(|_| AtomicU32::new(0)) });
         self.shared.lanes.write().unwrap_or_else(std::sync::PoisonError::into_inner).push(lane.clone());
-        EpochLane { shared: self.shared.clone(), lane, connection, seen: Cell::new(None) }
+        let way = Arc::new(Way { shared: self.shared.clone(), lane });
+        EpochLane { way, connection, seen: Cell::new(None) }
     }
 
     /// Moves the counter by one: the cut. Returns the new epoch. The caller makes sure that cuts do not run
@@ -200,13 +205,13 @@ impl EpochLane {
     /// Enters the current epoch. Load the avail index before you call this (rule 1).
     pub fn enter(&self) -> Ticket {
         loop {
-            let epoch = Epoch(self.shared.current.load(Ordering::SeqCst));
-            let count = &self.lane.inside[slot(epoch)];
+            let epoch = Epoch(self.way.shared.current.load(Ordering::SeqCst));
+            let count = &self.way.lane.inside[slot(epoch)];
             count.fetch_add(1, Ordering::SeqCst);
             // Orders the count before the second look: either the cut's drain sees the count, or we see the cut.
             fence(Ordering::SeqCst);
-            let mut ticket = Ticket::inside(&self.shared, &self.lane, epoch);
-            if planted::is(Defect::NoEpochRecheck) || self.shared.current.load(Ordering::SeqCst) == epoch.0 {
+            let mut ticket = Ticket::inside(&self.way, epoch);
+            if planted::is(Defect::NoEpochRecheck) || self.way.shared.current.load(Ordering::SeqCst) == epoch.0 {
                 if let Some(connection) = &self.connection {
                     self.act_by(connection, &mut ticket);
                 }
@@ -236,18 +241,17 @@ impl EpochLane {
 
 impl Drop for EpochLane {
     fn drop(&mut self) {
-        let mut lanes = self.shared.lanes.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut lanes = self.way.shared.lanes.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Tickets that outlive their lane keep counting: the lane goes only when nobody is inside.
-        lanes.retain(|l| !Arc::ptr_eq(l, &self.lane) || l.inside.iter().any(|c| c.load(Ordering::SeqCst) != 0));
+        lanes.retain(|l| !Arc::ptr_eq(l, &self.way.lane) || l.inside.iter().any(|c| c.load(Ordering::SeqCst) != 0));
     }
 }
 
 impl Ticket {
     /// For a lane that has just been counted into `epoch`.
-    fn inside(shared: &Arc<Shared>, lane: &Arc<Lane>, epoch: Epoch) -> Ticket {
+    fn inside(way: &Arc<Way>, epoch: Epoch) -> Ticket {
         Ticket {
-            shared: shared.clone(),
-            lane: lane.clone(),
+            way: way.clone(),
             entered: epoch,
             acts_in: epoch,
             pinned: None,
@@ -257,10 +261,10 @@ impl Ticket {
     }
 
     fn leave(&self) {
-        let left = self.lane.inside[slot(self.entered)].fetch_sub(1, Ordering::SeqCst) - 1;
-        if left == 0 && self.shared.current.load(Ordering::SeqCst) != self.entered.0 {
-            let wakers = std::mem::take(&mut *lock(&self.shared.drained.0));
-            self.shared.drained.1.notify_all();
+        let left = self.way.lane.inside[slot(self.entered)].fetch_sub(1, Ordering::SeqCst) - 1;
+        if left == 0 && self.way.shared.current.load(Ordering::SeqCst) != self.entered.0 {
+            let wakers = std::mem::take(&mut *lock(&self.way.shared.drained.0));
+            self.way.shared.drained.1.notify_all();
             wakers.into_iter().for_each(Waker::wake);
         }
     }
@@ -280,8 +284,8 @@ impl Ticket {
     /// One more ticket for the same epochs, for the next request that the same avail index announced.
     pub fn again(&self) -> Ticket {
         // This ticket keeps the epoch from draining, so no second look is needed.
-        self.lane.inside[slot(self.entered)].fetch_add(1, Ordering::SeqCst);
-        let mut ticket = Ticket::inside(&self.shared, &self.lane, self.entered);
+        self.way.lane.inside[slot(self.entered)].fetch_add(1, Ordering::SeqCst);
+        let mut ticket = Ticket::inside(&self.way, self.entered);
         (ticket.acts_in, ticket.pinned) = (self.acts_in, self.pinned.clone());
         ticket
     }
@@ -289,7 +293,7 @@ impl Ticket {
     /// The epoch that a request would enter now: what rule 4 forbids to use for the parts of one request.
     #[cfg(feature = "planted")]
     pub(super) fn epoch_of_now(&self) -> Epoch {
-        Epoch(self.shared.current.load(Ordering::SeqCst))
+        Epoch(self.way.shared.current.load(Ordering::SeqCst))
     }
 
     /// Leaves although the request is still running: what rule 4 forbids.

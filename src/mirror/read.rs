@@ -30,20 +30,23 @@ impl Disk {
         if into.is_empty() {
             return Ok(());
         }
-        {
-            let chain = self.chain();
-            let index = index_of(&chain, target, epoch)?;
-            if index == chain.pivot_of(index) {
-                chain.layer(index).image.read(queue, at, IoBuf::Guest(into)).await?;
-                if planted::is(Defect::NoRetireRecheck) {
-                    return Ok(());
-                }
-                // A frozen pivot on its way out is overwritten by the log above it.
-                return index_of(&self.chain(), target, epoch).map(drop);
+        if let Some(pivot) = self.pivot_shown(target, epoch)? {
+            pivot.read(queue, at, IoBuf::Guest(into)).await?;
+            if planted::is(Defect::NoRetireRecheck) {
+                return Ok(());
             }
+            // A frozen pivot on its way out is overwritten by the log above it.
+            return index_of(&self.chain.load(), target, epoch).map(drop);
         }
         // Boxed, so that requests which need no table do not carry the room for this.
         Box::pin(self.read_through_tables(queue, target, epoch, at, into)).await
+    }
+
+    /// The image of the version, if it owns every block.
+    fn pivot_shown(&self, target: Target, epoch: Epoch) -> Result<Option<Backing>, RequestError> {
+        let chain = self.chain.load();
+        let index = index_of(&chain, target, epoch)?;
+        Ok((index == chain.pivot_of(index)).then(|| chain.layer(index).image.clone()))
     }
 
     async fn read_through_tables(

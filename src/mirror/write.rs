@@ -210,7 +210,7 @@ impl Disk {
         if let Owned::Table(table) = &chain.layer(copy.to).owned {
             table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         }
-        let old = AlignedBuf::zeroed(usize_of(len));
+        let old = AlignedBuf::scratch(usize_of(len));
         let old = from.read(queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
@@ -225,6 +225,9 @@ impl Disk {
         });
         for done in join_all(writes.collect()).await {
             done.map_err(|e| e.to_string())?;
+        }
+        if let Ok(old) = Arc::try_unwrap(old) {
+            old.recycle();
         }
         let version = chain.version(copy.to);
         version.preserved_blocks.fetch_add(blocks.count(), std::sync::atomic::Ordering::Relaxed);

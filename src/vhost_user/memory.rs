@@ -17,6 +17,9 @@ use super::features::MEMORY_SLOTS_MAX;
 use super::sigbus::Guarded;
 use crate::image::IoSegment;
 
+/// Pieces of host memory; most requests have one.
+pub(super) type Segments = smallvec::SmallVec<[IoSegment; 4]>;
+
 const PAGE_BYTES: u64 = 4096;
 
 /// An address in the guest's physical memory, as descriptors have them.
@@ -162,7 +165,7 @@ impl MemoryMap {
 
     /// Adds the host memory of `len` bytes at a guest address to `out`. Regions that touch are one memory. False when
     /// a byte lies outside; `out` may then hold a part.
-    pub(super) fn translate(&self, at: GuestAddress, len: u64, out: &mut Vec<IoSegment>) -> bool {
+    pub(super) fn translate(&self, at: GuestAddress, len: u64, out: &mut Segments) -> bool {
         let Some(end) = at.0.checked_add(len) else { return false };
         let mut from = at.0;
         let mut index = self.regions.partition_point(|r| r.guest_end() <= from);
@@ -204,7 +207,7 @@ impl MemoryMap {
             unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
             return true;
         }
-        let mut segments = Vec::new();
+        let mut segments = Segments::new();
         if !self.translate(at, into.len() as u64, &mut segments) {
             return false;
         }
@@ -225,7 +228,7 @@ impl MemoryMap {
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
             return true;
         }
-        let mut segments = Vec::new();
+        let mut segments = Segments::new();
         if !self.translate(at, bytes.len() as u64, &mut segments) {
             return false;
         }
@@ -282,13 +285,13 @@ mod tests {
             .and_then(|m| m.with(spec(0x1000, 0x5000, 0x1000, 0), memfd(0x1000)))
             .and_then(|m| m.with(spec(0x4000, 0x1000, 0x1000, 0), memfd(0x1000)))
             .unwrap();
-        let mut out = Vec::new();
+        let mut out = Segments::new();
         assert!(map.translate(GuestAddress(0x1f00), 0x200, &mut out));
         assert_eq!(out.iter().map(|s| s.len).collect::<Vec<_>>(), [0x100, 0x100]);
         for (at, len, ok) in
             [(0xfff, 1, false), (0x1000, 0x2000, true), (0x2fff, 2, false), (0x4fff, 2, false), (u64::MAX, 2, false)]
         {
-            assert_eq!(map.translate(GuestAddress(at), len, &mut Vec::new()), ok, "{at:#x}+{len}");
+            assert_eq!(map.translate(GuestAddress(at), len, &mut Segments::new()), ok, "{at:#x}+{len}");
         }
         assert!(map.copy_in(GuestAddress(0x1ffe), b"abcd"));
         let mut back = [0; 4];

@@ -1,37 +1,46 @@
-//! How long to look at an idle ring before sleeping.
+//! How long a worker looks before it sleeps.
 //!
 //! A guest that waits for each answer before it sends the next request pays for two wake-ups a request: its own, and ours.
-//! Ours is saved by looking at the ring for a moment after an answer, during which the driver need not kick either.
+//! Ours is saved by looking at the ring for a moment after an answer, during which the driver need not kick either; and by
+//! looking for the answer of a single request, if that comes soon.
 //!
-//! What always holds: the moment is at most [`WINDOW_MAX`], and it shrinks to nothing as soon as one such moment was in
-//! vain, so an idle guest costs nothing. It knows no rings; the worker does the looking.
+//! What always holds: a look is bounded, there is at most one after each answer and one after each request, and looks that
+//! were in vain make the next ones shorter. So an idle guest costs nothing. It knows no rings; the worker does the looking.
 
 use std::time::Duration;
 
-/// The longest look. About what a guest needs from our interrupt to its next request.
-const WINDOW_MAX: Duration = Duration::from_micros(50);
-/// The first one.
+/// The first look.
 const WINDOW_MIN: Duration = Duration::from_micros(4);
+/// Who comes later than this many of the longest looks is not being waited for.
+const LOST: u32 = 8;
 
-/// The window of one ring.
-#[derive(Debug, Default)]
+/// How long to look for one kind of thing.
+#[derive(Debug)]
 pub(super) struct Polling {
     window: Duration,
+    window_max: Duration,
 }
 
 impl Polling {
+    /// Looks of at most `window_max`, and none at first.
+    pub(super) fn new(window_max: Duration) -> Polling {
+        Polling { window: Duration::ZERO, window_max }
+    }
+
     /// How long to look now; zero is not at all.
     pub(super) fn window(&self) -> Duration {
         self.window
     }
 
-    /// The ring was idle for this long, looks included, until the next request came.
-    pub(super) fn idled(&mut self, idle: Duration) {
-        if idle > WINDOW_MAX {
-            // A longer look would not have found it.
+    /// It took this long, looks included, until what was looked for came.
+    pub(super) fn took(&mut self, time: Duration) {
+        if time > self.window_max * LOST {
             self.window = Duration::ZERO;
-        } else if idle > self.window {
-            self.window = (self.window * 2).clamp(WINDOW_MIN, WINDOW_MAX);
+        } else if time > self.window_max {
+            // The longest look would not have found it.
+            self.window = if self.window > WINDOW_MIN { self.window / 2 } else { Duration::ZERO };
+        } else if time > self.window {
+            self.window = (self.window * 2).clamp(WINDOW_MIN, self.window_max);
         }
     }
 }
@@ -40,25 +49,25 @@ impl Polling {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_window_grows_to_what_is_needed_and_no_further() {
-        let mut polling = Polling::default();
-        assert_eq!(polling.window(), Duration::ZERO);
-        for _ in 0..20 {
-            polling.idled(Duration::from_micros(20));
-        }
-        assert_eq!(polling.window(), Duration::from_micros(32));
-        for _ in 0..20 {
-            polling.idled(Duration::from_micros(49));
-        }
-        assert_eq!(polling.window(), WINDOW_MAX);
+    const MAX: Duration = Duration::from_micros(50);
+
+    fn after(times_us: &[u64]) -> Duration {
+        let mut polling = Polling::new(MAX);
+        times_us.iter().for_each(|us| polling.took(Duration::from_micros(*us)));
+        polling.window()
     }
 
     #[test]
-    fn one_long_silence_ends_the_looking() {
-        let mut polling = Polling::default();
-        (0..20).for_each(|_| polling.idled(Duration::from_micros(30)));
-        polling.idled(Duration::from_millis(1));
-        assert_eq!(polling.window(), Duration::ZERO);
+    fn looks_become_as_long_as_they_must_and_no_longer() {
+        assert_eq!(after(&[]), Duration::ZERO);
+        assert_eq!(after(&[20; 9]), Duration::from_micros(32));
+        assert_eq!(after(&[49; 9]), MAX);
+    }
+
+    #[test]
+    fn looks_in_vain_become_shorter_until_there_are_none() {
+        assert_eq!(after(&[30, 30, 30, 30, 60]), Duration::from_micros(16));
+        assert_eq!(after(&[30, 30, 30, 30, 60, 60, 60, 60]), Duration::ZERO);
+        assert_eq!(after(&[30, 30, 30, 30, 1_000]), Duration::ZERO, "nobody is being waited for");
     }
 }

@@ -16,7 +16,7 @@ use super::features::{
     DISCARD, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX, REQUEST_BYTES_MAX, SECTOR_BYTES, SEGMENT_BYTES_MAX, SEGMENTS_MAX,
     SIZE_MAX, WRITE_ZEROES,
 };
-use super::memory::{GuestAddress, MemoryMap};
+use super::memory::{GuestAddress, MemoryMap, Segments};
 use super::stats::Direction;
 use crate::image::{ByteOffset, GuestBuf, IoSegment};
 use crate::mirror::Request;
@@ -244,7 +244,7 @@ fn transfer(
         return Err(Refusal::Request("more bytes than a request may have"));
     }
     let at = check_range(header.sector, len, rules)?;
-    let mut segments = Vec::with_capacity(pieces.len());
+    let mut segments = Segments::new();
     let mut count = 0;
     for piece in window(pieces, skip, len) {
         count += 1;

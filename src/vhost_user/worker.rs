@@ -38,6 +38,10 @@ use crate::mirror::{Attachment, EpochLane, Ticket};
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
 /// Passes over the ring before completions get their turn.
 const PASSES_MAX: usize = 4;
+/// About what a guest needs from our interrupt to its next request.
+const LOOK_FOR_REQUESTS_MAX: Duration = Duration::from_micros(50);
+/// About what a fast disk needs.
+const LOOK_FOR_ANSWERS_MAX: Duration = Duration::from_micros(80);
 /// With more requests in flight than this, nobody looks for their answers: a deep queue hides a wake-up.
 const IN_FLIGHT_LOOK_MAX: usize = 2;
 /// Answers that are known while requests are still being taken become visible in groups of this many, so that the driver
@@ -238,8 +242,8 @@ impl Loop {
             err: None,
             enabled: false,
             stopping: None,
-            for_requests: Polling::default(),
-            for_answers: Polling::default(),
+            for_requests: Polling::new(LOOK_FOR_REQUESTS_MAX),
+            for_answers: Polling::new(LOOK_FOR_ANSWERS_MAX),
             answered_at: None,
             taken_at: None,
             chain: RawChain::default(),
@@ -378,7 +382,7 @@ impl Loop {
             ring.disarm();
             if ring.announces() {
                 if let Some(since) = self.answered_at.take() {
-                    self.for_requests.idled(started.duration_since(since));
+                    self.for_requests.took(started.duration_since(since));
                 }
                 self.taken_at = Some(started);
             }
@@ -534,7 +538,7 @@ impl Loop {
         let now = Instant::now();
         self.answered_at = Some(now);
         if let Some(since) = self.taken_at.take() {
-            self.for_answers.idled(now.duration_since(since));
+            self.for_answers.took(now.duration_since(since));
         }
         for d in done.iter() {
             let told = d.status_at.is_some_and(|at| d.memory.copy_in(at, &[d.status as u8]));
