@@ -3,8 +3,8 @@
 //! Guest memory can change under us at any time, so nothing here ever makes a `&[u8]` of it: it is handed
 //! to the kernel, or copied once with raw pointers into memory of our own.
 
-use std::cell::RefCell;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;

@@ -443,9 +443,10 @@ fn is_plain(chain: &Chain, part: &Part) -> bool {
 
 /// Whether some image can take the part only together with bytes around it.
 fn is_misaligned(chain: &Chain, plan: &WritePlan, part: &Part) -> bool {
-    plan.runs.iter().flat_map(|run| run.plan.targets()).any(|target| {
-        !chain.layer(target).image.takes(part.at, part.len)
-    })
+    plan.runs
+        .iter()
+        .flat_map(|run| run.plan.targets())
+        .any(|target| !chain.layer(target).image.takes(part.at, part.len))
 }
 
 /// Reads `cover` from `source`, puts the part's bytes of `range` over it, and writes it to `image`.
