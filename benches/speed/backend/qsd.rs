@@ -1,0 +1,141 @@
+//! qemu-storage-daemon: a vhost-user-blk export of a raw file with an iothread, and its QMP monitor.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::child::{PATIENCE, Server};
+use crate::Result;
+use crate::place::Place;
+
+/// How it does its I/O.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Aio {
+    IoUring,
+    Native,
+}
+
+impl Aio {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Aio::IoUring => "io_uring",
+            Aio::Native => "native",
+        }
+    }
+}
+
+/// A running qemu-storage-daemon.
+pub(crate) struct Qsd {
+    socket: PathBuf,
+    monitor: Monitor,
+    server: Server,
+}
+
+impl Qsd {
+    /// Serves an image. Its lock is left out: the same image is served by the other backends.
+    pub(crate) fn start(place: &Place, label: &str, image: &Path, aio: Aio, queues: usize) -> Result<Qsd> {
+        let socket = place.run(&format!("qsd-{label}.sock"));
+        let qmp = place.run(&format!("qsd-{label}.qmp"));
+        let (image, aio) = (image.display(), aio.name());
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--object", "iothread,id=io0"]).args([
+            "--blockdev",
+            &format!("driver=file,node-name=disk0,filename={image},aio={aio},cache.direct=on,locking=off"),
+        ]);
+        let (at, iothread) = (socket.display(), "writable=on,iothread=io0");
+        command.args([
+            "--export",
+            &format!(
+                "type=vhost-user-blk,id=export0,node-name=disk0,addr.type=unix,addr.path={at},num-queues={queues},\
+                 {iothread}"
+            ),
+        ]);
+        command.args(["--chardev", &format!("socket,id=qmp0,path={},server=on,wait=off", qmp.display())]);
+        command.args(["--monitor", "chardev=qmp0"]);
+        let mut server = Server::start(command, &place.run(&format!("qsd-{label}.log")))?;
+        server.wait_for("qemu-storage-daemon", || socket.exists() && UnixStream::connect(&qmp).is_ok())?;
+        let monitor = Monitor::connect(&qmp)?;
+        Ok(Qsd { socket, monitor, server })
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.socket.clone()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
+    /// Begins to copy what is about to be overwritten into a file, which must be there and as long as the image.
+    pub(crate) fn begin_copy_before_write(&mut self, target: &Path, aio: Aio) -> Result<()> {
+        let file = json!({
+            "driver": "file", "node-name": "target0", "filename": target, "aio": aio.name(),
+            "cache": { "direct": true }, "locking": "off",
+        });
+        self.monitor.command("blockdev-add", &file)?;
+        let job = json!({ "job-id": "job0", "device": "disk0", "target": "target0", "sync": "none" });
+        self.monitor.command("blockdev-backup", &job)
+    }
+
+    /// Ends that, and lets the file go.
+    pub(crate) fn end_copy_before_write(&mut self) -> Result<()> {
+        self.monitor.command("job-cancel", &json!({ "id": "job0" }))?;
+        self.monitor.wait_for_no_job("job0")?;
+        self.monitor.command("blockdev-del", &json!({ "node-name": "target0" }))
+    }
+}
+
+/// The monitor: one command at a time. Events are skipped.
+struct Monitor {
+    from: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn connect(path: &Path) -> Result<Monitor> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut monitor = Monitor { from: BufReader::new(stream) };
+        monitor.line()?;
+        monitor.command("qmp_capabilities", &json!({}))?;
+        Ok(monitor)
+    }
+
+    fn line(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self.from.read_line(&mut line)? == 0 {
+            return Err("qemu-storage-daemon closed its monitor".into());
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        self.from.get_mut().write_all(text.as_bytes())?;
+        loop {
+            let mut answer = self.line()?;
+            if let Some(result) = answer.get_mut("return") {
+                return Ok(result.take());
+            }
+            if answer.get("error").is_some() {
+                return Err(format!("qemu-storage-daemon refused {command} {arguments}: {answer}").into());
+            }
+        }
+    }
+
+    fn command(&mut self, command: &str, arguments: &Value) -> Result<()> {
+        self.ask(command, arguments).map(drop)
+    }
+
+    fn wait_for_no_job(&mut self, id: &str) -> Result<()> {
+        loop {
+            let jobs = self.ask("query-jobs", &json!({}))?;
+            if !jobs.as_array().is_some_and(|jobs| jobs.iter().any(|job| job["id"] == id)) {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}

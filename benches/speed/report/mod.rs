@@ -1,0 +1,3 @@
+//! What is shown of the results.
+
+pub(crate) mod table;
