@@ -43,7 +43,7 @@ impl Server {
     }
 
     /// Waits until it is up.
-    pub(crate) fn wait_for(&mut self, what: &str, is_so: impl Fn() -> bool) -> Result<()> {
+    pub(crate) fn wait_for(&mut self, what: &str, mut is_so: impl FnMut() -> bool) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while !is_so() {
             stop::check()?;

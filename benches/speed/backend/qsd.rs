@@ -56,8 +56,13 @@ impl Qsd {
         command.args(["--chardev", &format!("socket,id=qmp0,path={},server=on,wait=off", qmp.display())]);
         command.args(["--monitor", "chardev=qmp0"]);
         let mut server = Server::start(command, &place.run(&format!("qsd-{label}.log")))?;
-        server.wait_for("qemu-storage-daemon", || socket.exists() && UnixStream::connect(&qmp).is_ok())?;
-        let monitor = Monitor::connect(&qmp)?;
+        // The monitor takes one connection, and another one only a while after that has ended.
+        let mut stream = None;
+        server.wait_for("qemu-storage-daemon", || {
+            stream = stream.take().or_else(|| UnixStream::connect(&qmp).ok());
+            stream.is_some() && socket.exists()
+        })?;
+        let monitor = Monitor::greet(stream.ok_or("no monitor")?)?;
         Ok(Qsd { socket, monitor, server })
     }
 
@@ -94,8 +99,7 @@ struct Monitor {
 }
 
 impl Monitor {
-    fn connect(path: &Path) -> Result<Monitor> {
-        let stream = UnixStream::connect(path)?;
+    fn greet(stream: UnixStream) -> Result<Monitor> {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut monitor = Monitor { from: BufReader::new(stream) };
         monitor.line()?;
