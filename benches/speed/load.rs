@@ -2,6 +2,7 @@
 //!
 //! Offsets come from a seed: in one round every backend is asked for the same blocks in the same order.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
@@ -31,9 +32,24 @@ pub(crate) struct Load {
     pub(crate) depth: usize,
     pub(crate) queues: usize,
     pub(crate) pattern: Pattern,
+    /// How long new requests are sent.
     pub(crate) duration: Duration,
+    /// Ends it earlier when it becomes true.
+    pub(crate) until: Option<Arc<AtomicBool>>,
     /// Whether the moment and latency of every single request is kept.
     pub(crate) trace: bool,
+}
+
+impl Load {
+    /// A load on one queue that goes anywhere.
+    pub(crate) fn random(op: Op, depth: usize, duration: Duration) -> Load {
+        let (bytes, queues, pattern) = (4096, 1, Pattern::Random);
+        Load { op, bytes, depth, queues, pattern, duration, until: None, trace: false }
+    }
+
+    fn is_over(&self, at: Duration) -> bool {
+        at > self.duration || self.until.as_ref().is_some_and(|until| until.load(Relaxed)) || stop::asked()
+    }
 }
 
 /// What a round showed.
@@ -163,7 +179,7 @@ fn run_lane(lane: &mut Lane, load: &Load, mut offsets: Offsets, barrier: &Barrie
         lane.wait(load.bytes, &mut done)?;
         let now = Instant::now();
         let at = now - began;
-        open = open && at <= load.duration && !stop::asked();
+        open = open && !load.is_over(at);
         for &slot in &done {
             let took = nanos(now - sent[slot]);
             measured.answered += 1;
@@ -183,7 +199,7 @@ fn run_lane(lane: &mut Lane, load: &Load, mut offsets: Offsets, barrier: &Barrie
             in_flight += 1;
         }
     }
-    if !open {
+    if !open && load.until.is_none() {
         measured.elapsed = load.duration;
     }
     lane.finish();

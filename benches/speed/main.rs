@@ -48,10 +48,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut results = Results::default();
     for &device in &settings.devices {
         eprintln!("{}:", device.name());
-        let stage = Stage::new(&settings, device, &mut results)?;
+        let mut stage = Stage::new(&settings, device, &mut results)?;
         for &case in &settings.cases {
             match case {
                 1 => cases::plain::run(&stage, &mut results)?,
+                2 => cases::first_writes::run(&mut stage, &mut results)?,
                 _ => {}
             }
         }

@@ -90,12 +90,7 @@ impl Settings {
     }
 
     /// The size of the prefilled image.
-    pub(crate) fn image_bytes(&self, device: Device) -> u64 {
-        match (device, self.quick) {
-            (Device::Shm, true) => 256 << 20,
-            (Device::Shm, false) => 1 << 30,
-            (Device::Disk, true) => 512 << 20,
-            (Device::Disk, false) => 2 << 30,
-        }
+    pub(crate) fn image_bytes(&self) -> u64 {
+        if self.quick { 512 << 20 } else { 2 << 30 }
     }
 }

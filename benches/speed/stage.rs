@@ -6,7 +6,7 @@ use crate::backend::halfsilver::Disk;
 use crate::backend::qsd::Aio;
 use crate::backend::{Backend, Halfsilver, Qsd};
 use crate::lane::{Connection, Op};
-use crate::load::{Load, Pattern};
+use crate::load::Load;
 use crate::place::{Device, Place};
 use crate::results::{Results, Row, Sample, Spread};
 use crate::settings::Settings;
@@ -27,18 +27,17 @@ pub(crate) struct Stage<'a> {
 impl<'a> Stage<'a> {
     /// Makes the image and starts everybody.
     pub(crate) fn new(settings: &'a Settings, device: Device, results: &mut Results) -> Result<Stage<'a>> {
-        let bytes = settings.image_bytes(device);
+        let bytes = settings.image_bytes();
         // Room for the image, copies for further builds, and what snapshots and backups take at most.
         let needed = bytes * (settings.builds.len() as u64 + 3);
         let place = Place::new(device, &settings.dir, needed)?;
         let image = place.prefilled("disk.raw", bytes)?;
         let aio = best_aio(settings, &place, &image, results)?;
-        let options = format!("queues={QUEUES_MAX}");
         let mut backends = Vec::new();
         for (i, build) in settings.builds.iter().enumerate() {
             // A daemon locks its image, so that a second one needs a copy.
             let own = if i == 0 { image.clone() } else { place.prefilled(&format!("{}.raw", build.name), bytes)? };
-            let daemon = Halfsilver::start(build, &place, "main", vec![Disk::new("vm0", &own, &options)])?;
+            let daemon = Halfsilver::start(build, &place, "main", QUEUES_MAX, vec![Disk::new("vm0", &own)])?;
             backends.push(Backend::Halfsilver(Box::new(daemon)));
         }
         backends.insert(1, Backend::Qsd(Qsd::start(&place, "main", &image, aio, QUEUES_MAX)?));
@@ -57,6 +56,37 @@ impl<'a> Stage<'a> {
     /// Connections to all contenders, in their order.
     pub(crate) fn connect(&self, queues: usize) -> Result<Vec<Connection>> {
         self.backends.iter().map(|b| Connection::open(&b.target(), queues)).collect()
+    }
+
+    /// The daemon at this place of the list.
+    pub(crate) fn daemon(&self, at: usize) -> Result<&Halfsilver> {
+        match &self.backends[at] {
+            Backend::Halfsilver(daemon) => Ok(daemon),
+            _ => Err("that contender is no halfsilver".into()),
+        }
+    }
+
+    pub(crate) fn daemon_mut(&mut self, at: usize) -> Result<&mut Halfsilver> {
+        match &mut self.backends[at] {
+            Backend::Halfsilver(daemon) => Ok(daemon),
+            _ => Err("that contender is no halfsilver".into()),
+        }
+    }
+
+    /// The places of all halfsilver builds in the list, and what is added to the names of the further ones.
+    pub(crate) fn daemons(&self) -> Vec<(usize, String)> {
+        let ours = self.backends.iter().enumerate().filter(|(_, b)| matches!(b, Backend::Halfsilver(_)));
+        ours.map(|(at, b)| (at, if at == 0 { String::new() } else { format!(" ({})", b.name()) })).collect()
+    }
+
+    /// The place of qemu-storage-daemon in the list.
+    pub(crate) const QSD: usize = 1;
+
+    pub(crate) fn qsd_mut(&mut self) -> Result<&mut Qsd> {
+        match &mut self.backends[Self::QSD] {
+            Backend::Qsd(qsd) => Ok(qsd),
+            _ => Err("that contender is no qemu-storage-daemon".into()),
+        }
     }
 
     /// Runs a load on everybody in turns, after one short turn each that is not counted.
@@ -119,7 +149,7 @@ fn best_aio(settings: &Settings, place: &Place, image: &std::path::Path, results
     let duration = settings.round.min(Duration::from_millis(300));
     for seed in 0..4 {
         for op in [Op::Read, Op::Write] {
-            let load = Load { op, bytes: 4096, depth: 32, queues: 1, pattern: Pattern::Random, duration, trace: false };
+            let load = Load::random(op, 32, duration);
             for (_, connection, rates) in &mut servers {
                 let measured = load::run(connection, &load, seed)?;
                 if seed > 0 {
