@@ -18,7 +18,7 @@ use crate::random::Rng;
 pub(crate) const DEPTH_MAX: usize = 128;
 /// The memory of one queue's requests. They lie side by side: a wide stride would share few sets of the caches.
 const LANE_BYTES: usize = 4 << 20;
-/// How long a request may take before the backend counts as dead.
+/// The longest that any request may take, if nothing else is said.
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// What a request does.
@@ -51,6 +51,8 @@ pub(crate) struct Lane {
     inner: Inner,
     /// `LANE_BYTES`, of which this lane's requests are the only users.
     memory: *mut u8,
+    /// How long a request may take before the backend counts as dead.
+    pub(crate) patience: Duration,
 }
 
 enum Inner {
@@ -66,6 +68,9 @@ struct Memory {
     at: *mut libc::c_void,
     bytes: usize,
 }
+
+// SAFETY: it only owns the mapping, until it is dropped; which thread does that makes no difference.
+unsafe impl Send for Memory {}
 
 impl Memory {
     fn new(bytes: usize) -> Result<Memory> {
@@ -134,7 +139,7 @@ impl Lane {
         // SAFETY: this lane's part of the mapping, which has no requests yet.
         let bytes = unsafe { std::slice::from_raw_parts_mut(memory, LANE_BYTES) };
         Rng::new(memory as u64).fill(bytes);
-        Lane { inner, memory }
+        Lane { inner, memory, patience: ANSWER }
     }
 
     /// In the thread that will drive it, before the clock starts.
@@ -188,7 +193,7 @@ impl Lane {
         match &mut self.inner {
             Inner::Queue(queue) => {
                 let mut out: [MaybeUninit<Completion>; DEPTH_MAX] = [const { MaybeUninit::uninit() }; DEPTH_MAX];
-                let mut patience = ANSWER;
+                let mut patience = self.patience;
                 let got = queue.do_io(&mut out, 1, Some(&mut patience), None).map_err(|e| format!("no answer: {e}"))?;
                 for completion in &out[..got] {
                     // SAFETY: do_io has filled the first `got`.

@@ -53,6 +53,10 @@ fn run(arguments: &Arguments) -> Result<()> {
             match case {
                 1 => cases::plain::run(&stage, &mut results)?,
                 2 => cases::first_writes::run(&mut stage, &mut results)?,
+                3 => cases::cut::run(&mut stage, &mut results)?,
+                5 => cases::many::run(&mut stage, &mut results)?,
+                6 => cases::scale::run(&mut stage, &mut results)?,
+                7 => cases::restart::run(&mut stage, &mut results)?,
                 _ => {}
             }
         }

@@ -4,12 +4,13 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::child::{PATIENCE, Server};
-use crate::Result;
 use crate::place::Place;
+use crate::{Result, stop};
 
 /// How it does its I/O.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -56,13 +57,8 @@ impl Qsd {
         command.args(["--chardev", &format!("socket,id=qmp0,path={},server=on,wait=off", qmp.display())]);
         command.args(["--monitor", "chardev=qmp0"]);
         let mut server = Server::start(command, &place.run(&format!("qsd-{label}.log")))?;
-        // The monitor takes one connection, and another one only a while after that has ended.
-        let mut stream = None;
-        server.wait_for("qemu-storage-daemon", || {
-            stream = stream.take().or_else(|| UnixStream::connect(&qmp).ok());
-            stream.is_some() && socket.exists()
-        })?;
-        let monitor = Monitor::greet(stream.ok_or("no monitor")?)?;
+        server.wait_for("qemu-storage-daemon", || socket.exists() && qmp.exists())?;
+        let monitor = Monitor::connect(&qmp)?;
         Ok(Qsd { socket, monitor, server })
     }
 
@@ -72,6 +68,10 @@ impl Qsd {
 
     pub(crate) fn pid(&self) -> u32 {
         self.server.pid()
+    }
+
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.server.kill()
     }
 
     /// Begins to copy what is about to be overwritten into a file, which must be there and as long as the image.
@@ -99,11 +99,25 @@ struct Monitor {
 }
 
 impl Monitor {
-    fn greet(stream: UnixStream) -> Result<Monitor> {
-        stream.set_read_timeout(Some(PATIENCE))?;
+    /// Connects and is greeted. A connection that comes while the daemon starts is now and then never greeted.
+    fn connect(path: &Path) -> Result<Monitor> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Monitor::greet(path) {
+                Ok(monitor) => return Ok(monitor),
+                Err(e) if Instant::now() > deadline || stop::asked() => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+
+    fn greet(path: &Path) -> Result<Monitor> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
         let mut monitor = Monitor { from: BufReader::new(stream) };
         monitor.line()?;
         monitor.command("qmp_capabilities", &json!({}))?;
+        monitor.from.get_ref().set_read_timeout(Some(PATIENCE))?;
         Ok(monitor)
     }
 
@@ -139,7 +153,7 @@ impl Monitor {
             if !jobs.as_array().is_some_and(|jobs| jobs.iter().any(|job| job["id"] == id)) {
                 return Ok(());
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }

@@ -1,4 +1,8 @@
 //! The cases, one file each. Each adds its rows to the results.
 
+pub(crate) mod cut;
 pub(crate) mod first_writes;
+pub(crate) mod many;
 pub(crate) mod plain;
+pub(crate) mod restart;
+pub(crate) mod scale;
