@@ -54,6 +54,7 @@ fn run(arguments: &Arguments) -> Result<()> {
                 1 => cases::plain::run(&stage, &mut results)?,
                 2 => cases::first_writes::run(&mut stage, &mut results)?,
                 3 => cases::cut::run(&mut stage, &mut results)?,
+                4 => cases::background::run(&mut stage, &mut results)?,
                 5 => cases::many::run(&mut stage, &mut results)?,
                 6 => cases::scale::run(&mut stage, &mut results)?,
                 7 => cases::restart::run(&mut stage, &mut results)?,

@@ -76,19 +76,39 @@ impl Qsd {
 
     /// Begins to copy what is about to be overwritten into a file, which must be there and as long as the image.
     pub(crate) fn begin_copy_before_write(&mut self, target: &Path, aio: Aio) -> Result<()> {
+        self.begin_backup(target, aio, "none")
+    }
+
+    /// Begins to copy all that is there at this moment.
+    pub(crate) fn begin_full_backup(&mut self, target: &Path, aio: Aio) -> Result<()> {
+        self.begin_backup(target, aio, "full")
+    }
+
+    fn begin_backup(&mut self, target: &Path, aio: Aio, sync: &str) -> Result<()> {
         let file = json!({
             "driver": "file", "node-name": "target0", "filename": target, "aio": aio.name(),
             "cache": { "direct": true }, "locking": "off",
         });
         self.monitor.command("blockdev-add", &file)?;
-        let job = json!({ "job-id": "job0", "device": "disk0", "target": "target0", "sync": "none" });
+        let job = json!({ "job-id": "job0", "device": "disk0", "target": "target0", "sync": sync });
         self.monitor.command("blockdev-backup", &job)
     }
 
-    /// Ends that, and lets the file go.
+    /// Bytes that the job has copied; None when it has ended.
+    pub(crate) fn progress(&mut self) -> Result<Option<u64>> {
+        let jobs = self.monitor.ask("query-jobs", &json!({}))?;
+        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == "job0"));
+        Ok(job.and_then(|job| job["current-progress"].as_u64()))
+    }
+
+    /// Ends that if it has not ended, and lets the file go.
     pub(crate) fn end_copy_before_write(&mut self) -> Result<()> {
-        self.monitor.command("job-cancel", &json!({ "id": "job0" }))?;
-        self.monitor.wait_for_no_job("job0")?;
+        if self.progress()?.is_some() {
+            self.monitor.command("job-cancel", &json!({ "id": "job0" }))?;
+            while self.progress()?.is_some() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
         self.monitor.command("blockdev-del", &json!({ "node-name": "target0" }))
     }
 }
@@ -145,15 +165,5 @@ impl Monitor {
 
     fn command(&mut self, command: &str, arguments: &Value) -> Result<()> {
         self.ask(command, arguments).map(drop)
-    }
-
-    fn wait_for_no_job(&mut self, id: &str) -> Result<()> {
-        loop {
-            let jobs = self.ask("query-jobs", &json!({}))?;
-            if !jobs.as_array().is_some_and(|jobs| jobs.iter().any(|job| job["id"] == id)) {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
     }
 }

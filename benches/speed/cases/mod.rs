@@ -1,5 +1,6 @@
 //! The cases, one file each. Each adds its rows to the results.
 
+pub(crate) mod background;
 pub(crate) mod cut;
 pub(crate) mod first_writes;
 pub(crate) mod many;
