@@ -99,6 +99,15 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    /// Takes down that qemu-storage-daemon did not get through a round, and starts another one.
+    pub(crate) fn qsd_failed(&mut self, row: &Row, why: &str, results: &mut Results) -> Result<()> {
+        let name = format!("qsd failed on {}, {}", row.device.name(), row.what);
+        eprintln!("  {name}: {why}");
+        let rounds = results.facts.get(&name).and_then(|fact| fact["rounds"].as_u64()).unwrap_or(0);
+        results.facts.insert(name, serde_json::json!({ "rounds": rounds + 1, "why": why }));
+        self.restart_qsd()
+    }
+
     /// Runs a load on everybody in turns, after one short turn each that is not counted.
     pub(crate) fn take_turns(
         &self,

@@ -76,29 +76,36 @@ impl Qsd {
 
     /// Begins to copy what is about to be overwritten into a file, which must be there and as long as the image.
     pub(crate) fn begin_copy_before_write(&mut self, target: &Path, aio: Aio) -> Result<()> {
-        self.begin_backup(target, aio, "none")
+        self.begin_backup(target, aio, json!({ "sync": "none" }))
     }
 
-    /// Begins to copy all that is there at this moment.
+    /// Begins to copy all that is there at this moment, at first next to nothing of it.
     pub(crate) fn begin_full_backup(&mut self, target: &Path, aio: Aio) -> Result<()> {
-        self.begin_backup(target, aio, "full")
+        self.begin_backup(target, aio, json!({ "sync": "full", "speed": 65536 }))
     }
 
-    fn begin_backup(&mut self, target: &Path, aio: Aio, sync: &str) -> Result<()> {
+    /// From now on it copies as fast as it can.
+    pub(crate) fn unleash(&mut self) -> Result<()> {
+        self.monitor.command("block-job-set-speed", &json!({ "device": "job0", "speed": 0 }))
+    }
+
+    fn begin_backup(&mut self, target: &Path, aio: Aio, mut job: Value) -> Result<()> {
         let file = json!({
             "driver": "file", "node-name": "target0", "filename": target, "aio": aio.name(),
             "cache": { "direct": true }, "locking": "off",
         });
         self.monitor.command("blockdev-add", &file)?;
-        let job = json!({ "job-id": "job0", "device": "disk0", "target": "target0", "sync": sync });
+        for (key, value) in [("job-id", "job0"), ("device", "disk0"), ("target", "target0")] {
+            job[key] = value.into();
+        }
         self.monitor.command("blockdev-backup", &job)
     }
 
-    /// Bytes that the job has copied; None when it has ended.
-    pub(crate) fn progress(&mut self) -> Result<Option<u64>> {
+    /// Bytes that the job has copied and will have copied in the end; None when it has ended.
+    pub(crate) fn progress(&mut self) -> Result<Option<(u64, u64)>> {
         let jobs = self.monitor.ask("query-jobs", &json!({}))?;
         let job = jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == "job0"));
-        Ok(job.and_then(|job| job["current-progress"].as_u64()))
+        Ok(job.and_then(|job| Some((job["current-progress"].as_u64()?, job["total-progress"].as_u64()?))))
     }
 
     /// Ends that if it has not ended, and lets the file go.

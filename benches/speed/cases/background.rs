@@ -3,16 +3,17 @@
 //! Each kind of work is a row of `WORKS`. A round has a turn with a snapshot and nothing else and a turn with the work
 //! beside the guest, each with a fresh snapshot; a turn ends when the work does, if that is earlier.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crate::backend::Halfsilver;
+use crate::backend::{Halfsilver, Qsd};
 use crate::lane::{Connection, Op};
 use crate::load::{self, Load, Pattern};
 use crate::results::{Results, Row, Sample, figures};
 use crate::stage::{Stage, progress};
-use crate::{Result, stop};
+use crate::{Result, cpu, stop};
 
 pub(crate) const CASE: u32 = 4;
 /// The request of backups, and of what fills a log.
@@ -34,6 +35,8 @@ const WORKS: [Work; 2] = [
     Work { name: "backup", strategy: "copy-on-write", fills: false, run: back_up },
     Work { name: "fold", strategy: "write-logging", fills: true, run: fold },
 ];
+/// How long QEMU's requests may take beside its backup.
+const PATIENCE_WITH_QSD: Duration = Duration::from_secs(10);
 const SNAPSHOT: &str = "vm0@beside";
 
 /// Reads the snapshot from its beginning on, again and again.
@@ -127,51 +130,69 @@ fn turn(stage: &Stage<'_>, at: usize, work: &Work, op: Op, round: usize, busy: b
     Ok(figures)
 }
 
-/// QEMU's own kind of backup copies into a file, which ours leaves to whoever reads. It begins before the load: see
-/// case 3 for why.
+/// QEMU's own kind of backup copies into a file, which ours leaves to whoever reads. It begins before the load: case 3
+/// shows why.
 fn of_qsd(stage: &mut Stage<'_>, op: Op, row: &Row, round: usize, results: &mut Results) -> Result<()> {
     for busy in [false, true] {
         let target = stage.place.image("beside.raw");
-        let mut connection = Connection::open(&stage.backends[Stage::QSD].target(), 1)?;
-        std::fs::File::create(&target)?.set_len(connection.bytes)?;
-        let (aio, began) = (stage.aio, Instant::now());
-        let over = Arc::new(AtomicBool::new(false));
-        let load = Load { until: Some(over.clone()), ..Load::random(op, 32, stage.settings.round) };
-        let before = stage.backends[Stage::QSD].cpu()?;
-        let qsd = stage.qsd_mut()?;
-        if busy {
-            qsd.begin_full_backup(&target, aio)?
-        } else {
-            qsd.begin_copy_before_write(&target, aio)?
-        }
-        let (measured, bytes) = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| load::run(&mut connection, &load, round as u64));
-            let mut bytes = Ok(0);
-            while !thread.is_finished() && !stop::asked() {
-                std::thread::sleep(Duration::from_millis(5));
-                match qsd.progress() {
-                    Ok(Some(done)) => bytes = Ok(done),
-                    Ok(None) => over.store(true, Relaxed),
-                    Err(e) => {
-                        over.store(true, Relaxed);
-                        bytes = Err(e);
-                    }
-                }
-            }
-            (thread.join().unwrap_or_else(|_| Err("the load panicked".into())), bytes)
-        });
-        let took = began.elapsed();
-        drop(connection);
-        qsd.end_copy_before_write()?;
+        let turn = turn_of_qsd(stage, op, round, busy, &target);
         std::fs::remove_file(&target)?;
-        let measured = measured?;
-        let cpu = stage.backends[Stage::QSD].cpu()?.saturating_sub(before);
-        let mut figures = figures(&measured, 4096, cpu);
-        if busy {
-            figures.push(("beside_mib_per_s", bytes? as f64 / f64::from(1 << 20) / took.as_secs_f64()));
-        }
         let backend = if busy { "qsd backup" } else { "qsd alone" };
-        results.add(Sample { row: row.clone(), backend: backend.to_owned(), round, figures });
+        match turn {
+            Ok(figures) => results.add(Sample { row: row.clone(), backend: backend.to_owned(), round, figures }),
+            Err(e) if stop::asked() => return Err(e),
+            Err(e) => stage.qsd_failed(row, &e.to_string(), results)?,
+        }
     }
     Ok(())
+}
+
+fn turn_of_qsd(stage: &mut Stage<'_>, op: Op, round: usize, busy: bool, target: &Path) -> Result<Figures> {
+    let mut connection = Connection::open(&stage.backends[Stage::QSD].target(), 1)?;
+    connection.lanes.iter_mut().for_each(|lane| lane.patience = PATIENCE_WITH_QSD);
+    std::fs::File::create(target)?.set_len(connection.bytes)?;
+    let over = Arc::new(AtomicBool::new(false));
+    let load = Load { until: Some(over.clone()), ..Load::random(op, 32, stage.settings.round) };
+    let aio = stage.aio;
+    let qsd = stage.qsd_mut()?;
+    if busy {
+        qsd.begin_full_backup(target, aio)?
+    } else {
+        qsd.begin_copy_before_write(target, aio)?
+    }
+    let before = cpu::of_process(qsd.pid())?;
+    let (measured, beside) = std::thread::scope(|scope| {
+        let thread = scope.spawn(|| load::run(&mut connection, &load, round as u64));
+        let beside = if busy { watch(qsd, &over, || thread.is_finished()) } else { Ok((0, Duration::ZERO)) };
+        (thread.join().unwrap_or_else(|_| Err("the load panicked".into())), beside)
+    });
+    let measured = measured?;
+    let cpu = cpu::of_process(qsd.pid())?.saturating_sub(before);
+    let mut figures = figures(&measured, 4096, cpu);
+    if busy {
+        let (bytes, at) = beside?;
+        figures.push(("beside_mib_per_s", bytes as f64 / f64::from(1 << 20) / at.as_secs_f64().max(1e-3)));
+    }
+    drop(connection);
+    qsd.end_copy_before_write()?;
+    Ok(figures)
+}
+
+/// Lets the backup run and follows it to its end or the load's; returns the bytes copied and when that was so.
+fn watch(qsd: &mut Qsd, over: &AtomicBool, load_is_over: impl Fn() -> bool) -> Result<(u64, Duration)> {
+    let began = Instant::now();
+    let mut seen = (0, began.elapsed());
+    let watched = (|| {
+        qsd.unleash()?;
+        while !load_is_over() && !stop::asked() {
+            match qsd.progress()? {
+                Some((done, all)) if done < all => seen = (done, began.elapsed()),
+                _ => break,
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    })();
+    over.store(true, Relaxed);
+    watched.map(|()| seen)
 }

@@ -17,6 +17,8 @@ pub(crate) const CASE: u32 = 3;
 pub(crate) const SLICE: Duration = Duration::from_millis(10);
 /// How long QEMU's requests may take while its copy job begins.
 const PATIENCE_WITH_QSD: Duration = Duration::from_secs(3);
+/// The file that QEMU's copy job copies into.
+const TARGET: &str = "copy-before-write.raw";
 const IN_A_ROW: usize = 100;
 
 pub(crate) const READS: &str = "the cut under 4K random read depth 32";
@@ -54,7 +56,8 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
                     Ok(seen) => seen,
                     // QEMU 7.2 waits for the export to be idle, which it never is, and now and then forgets requests.
                     Err(e) if contender.strategy.is_none() && !stop::asked() => {
-                        qsd_failed(stage, &row, &e.to_string(), results)?;
+                        stage.qsd_failed(&row, &e.to_string(), results)?;
+                        std::fs::remove_file(stage.place.image(TARGET)).ok();
                         continue;
                     }
                     Err(e) => return Err(format!("{what}, {}: {e}", contender.name).into()),
@@ -71,17 +74,6 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
         show(&row, results);
     }
     storm(stage, results)
-}
-
-/// Takes down that qemu-storage-daemon did not get through a round, and starts another one.
-fn qsd_failed(stage: &mut Stage<'_>, row: &Row, why: &str, results: &mut Results) -> Result<()> {
-    let name = format!("qsd failed on {}, {}", row.device.name(), row.what);
-    eprintln!("  {name}: {why}");
-    let rounds = results.facts.get(&name).and_then(|fact| fact["rounds"].as_u64()).unwrap_or(0);
-    results.facts.insert(name, json!({ "rounds": rounds + 1, "why": why }));
-    stage.restart_qsd()?;
-    std::fs::remove_file(stage.place.image("copy-before-write.raw")).ok();
-    Ok(())
 }
 
 fn show(row: &Row, results: &Results) {
@@ -186,7 +178,7 @@ fn turn(stage: &mut Stage<'_>, contender: &Contender, load: &Load, round: usize)
     let at = contender.backend;
     let mut connection = Connection::open(&stage.backends[at].target(), load.queues)?;
     load::run(&mut connection, &Load::random(Op::Read, 32, Duration::from_millis(20)), 0)?;
-    let target = stage.place.image("copy-before-write.raw");
+    let target = stage.place.image(TARGET);
     if contender.strategy.is_none() {
         std::fs::File::create(&target)?.set_len(connection.bytes)?;
         connection.lanes.iter_mut().for_each(|lane| lane.patience = PATIENCE_WITH_QSD);
