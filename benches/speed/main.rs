@@ -22,6 +22,7 @@ mod stage;
 mod stop;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Parser;
 
@@ -46,22 +47,32 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<()> {
     let settings = Settings::new(arguments);
     let mut results = Results::default();
+    let measured = measure(&settings, &mut results);
+    // What was measured before an error or Ctrl-C is shown all the same.
+    report::table::print(&results);
+    let claims = report::reach::compute(&results);
+    report::table::print_table(&report::reach::table(&claims));
+    report::write(&arguments.out, &settings, &results)?;
+    println!("\n{}", arguments.out.join("index.html").display());
+    measured?;
+    if arguments.docs {
+        report::docs::write(std::path::Path::new("docs/benchmark.md"), &settings, &claims, &results)?;
+    }
+    Ok(())
+}
+
+fn measure(settings: &Settings, results: &mut Results) -> Result<()> {
+    let began = Instant::now();
     for &device in &settings.devices {
         eprintln!("{}:", device.name());
-        let mut stage = Stage::new(&settings, device, &mut results)?;
-        for &case in &settings.cases {
-            match case {
-                1 => cases::plain::run(&stage, &mut results)?,
-                2 => cases::first_writes::run(&mut stage, &mut results)?,
-                3 => cases::cut::run(&mut stage, &mut results)?,
-                4 => cases::background::run(&mut stage, &mut results)?,
-                5 => cases::many::run(&mut stage, &mut results)?,
-                6 => cases::scale::run(&mut stage, &mut results)?,
-                7 => cases::restart::run(&mut stage, &mut results)?,
-                _ => {}
+        let mut stage = Stage::new(settings, device, results)?;
+        for (case, what, run) in cases::ALL {
+            if settings.cases.contains(&case) {
+                eprintln!("{} after {:.0} s: case {case}, {what}", device.name(), began.elapsed().as_secs_f64());
+                run(&mut stage, results).map_err(|e| format!("case {case}, {what}: {e}"))?;
             }
         }
     }
-    report::table::print(&results);
+    eprintln!("measured in {:.0} s", began.elapsed().as_secs_f64());
     Ok(())
 }

@@ -70,7 +70,7 @@ impl Spread {
         Some(Spread { median: at(0.5), low: at(0.25), high: at(0.75), rounds: values.len() })
     }
 
-    fn json(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         json!({ "median": self.median, "low": self.low, "high": self.high, "rounds": self.rounds })
     }
 }
@@ -131,6 +131,44 @@ impl Results {
         let of_round = |round| others.iter().find(|(r, _)| *r == round).map(|(_, v)| *v);
         let values = self.values(ours.0, ours.1, figure);
         Spread::of(values.into_iter().filter_map(|(round, v)| Some(v / of_round(round)?)).collect())
+    }
+
+    /// The backends that a backend of a row is held against: QEMU's counterpart, and the same thing with nothing in
+    /// its way.
+    pub(crate) fn references(&self, row: &Row, backend: &str) -> (Option<String>, Option<String>) {
+        let all = self.backends(row);
+        let there = |name: String| all.contains(&name).then_some(name).filter(|name| name != backend);
+        // A further build is held against its own figures.
+        let suffix = backend.find(" (also").map_or("", |at| &backend[at..]);
+        let own = |name: &str| there(format!("{name}{suffix}"));
+        let word = backend.strip_suffix(suffix).unwrap_or(backend);
+        let qsd = match row.case {
+            4 => there(format!("qsd {word}")),
+            _ => all.iter().find(|name| name.starts_with("qsd")).cloned().and_then(there),
+        };
+        let base = match row.case {
+            1 => own("io_uring"),
+            2 if word.contains("mirror") => own("mirror, no snapshot"),
+            2 => own("no snapshot").filter(|_| !word.starts_with("qsd")),
+            4 if word.starts_with("qsd") => own("qsd alone"),
+            4 => own("alone"),
+            5 => own("1 snapshot"),
+            _ => None,
+        };
+        (qsd, base)
+    }
+
+    /// The names of a row's figures.
+    pub(crate) fn figure_names(&self, row: &Row) -> Vec<&'static str> {
+        let mut names = Vec::new();
+        for sample in self.samples.iter().filter(|s| s.row == *row) {
+            for (name, _) in &sample.figures {
+                if !names.contains(name) {
+                    names.push(*name);
+                }
+            }
+        }
+        names
     }
 
     /// The row with these words, if it was measured.

@@ -58,7 +58,7 @@ fn idle(stage: &Stage<'_>, results: &mut Results) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn run(stage: &Stage<'_>, results: &mut Results) -> Result<()> {
+pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
     for queues in [1, 2] {
         let mut connections = stage.connect(queues)?;
         if queues == QUEUES_MAX {

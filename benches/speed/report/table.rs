@@ -1,68 +1,92 @@
-//! The table on the terminal: medians, and ratios with their quartiles.
+//! The results as tables of words, for the terminal, the page and the documentation.
 
-use crate::results::{Results, Row, Spread};
+use super::{number, ratio};
+use crate::results::{Results, Row};
 
-/// Ratios as people read them.
-fn ratio(spread: Option<Spread>) -> String {
-    spread.map_or_else(|| "-".to_owned(), |s| format!("{:.2} ({:.2}-{:.2})", s.median, s.low, s.high))
+/// A row of the results as a table: a title, a head and lines.
+pub(crate) struct Table {
+    pub(crate) title: String,
+    pub(crate) head: Vec<String>,
+    pub(crate) lines: Vec<Vec<String>>,
 }
 
-fn number(value: f64) -> String {
-    match value {
-        v if v >= 10_000.0 => format!("{:.1}k", v / 1000.0),
-        v if v >= 100.0 => format!("{v:.0}"),
-        v if v >= 10.0 => format!("{v:.1}"),
-        v => format!("{v:.2}"),
+pub(crate) fn title(row: &Row) -> String {
+    let s = if row.queues == 1 { "" } else { "s" };
+    format!("{} | {} | {} queue{s}", row.what, row.device.name(), row.queues)
+}
+
+const OF_LOAD: [(&str, &str); 8] = [
+    ("per_s", "req/s"),
+    ("mib_per_s", "MiB/s"),
+    ("p50_us", "p50 us"),
+    ("p99_us", "p99 us"),
+    ("p999_us", "p99.9 us"),
+    ("max_us", "max us"),
+    ("cpu_us", "CPU us/req"),
+    ("beside_mib_per_s", "beside MiB/s"),
+];
+
+pub(crate) fn of_row(results: &Results, row: &Row) -> Table {
+    let names = results.figure_names(row);
+    let is_load = names.contains(&"per_s");
+    let columns: Vec<(&str, String)> = if is_load {
+        let there = OF_LOAD.iter().filter(|(name, _)| names.contains(name));
+        there.map(|(name, title)| (*name, (*title).to_owned())).collect()
+    } else {
+        names.iter().map(|name| (*name, name.replace('_', " "))).collect()
+    };
+    let mut head = vec![String::new()];
+    head.extend(columns.iter().map(|(_, title)| title.clone()));
+    if is_load {
+        head.extend(["x qsd".to_owned(), base_title(row).to_owned()]);
+    }
+    let line = |backend: String| {
+        let mut cells = vec![backend.clone()];
+        for (name, _) in &columns {
+            let spread = results.spread(row, &backend, name);
+            cells.push(spread.map_or_else(|| "-".to_owned(), |s| number(s.median)));
+        }
+        if is_load {
+            let (qsd, base) = results.references(row, &backend);
+            for other in [qsd, base] {
+                cells.push(other.map_or_else(String::new, |o| ratio(results.ratio(row, &backend, &o, "per_s"))));
+            }
+        }
+        cells
+    };
+    let lines = results.backends(row).into_iter().map(line).collect();
+    Table { title: title(row), head, lines }
+}
+
+/// What the last column compares with.
+fn base_title(row: &Row) -> &'static str {
+    match row.case {
+        1 => "x io_uring",
+        2 => "x no snapshot",
+        4 => "x alone",
+        5 => "x 1 snapshot",
+        _ => "x base",
     }
 }
 
-fn line(results: &Results, row: &Row, backend: &str) -> Vec<String> {
-    let figure = |name| results.spread(row, backend, name).map_or_else(|| "-".to_owned(), |s| number(s.median));
-    let against = |other: &str| {
-        if backend == other { String::new() } else { ratio(results.ratio(row, backend, other, "per_s")) }
-    };
-    vec![
-        backend.to_owned(),
-        figure("per_s"),
-        figure("mib_per_s"),
-        figure("p50_us"),
-        figure("p99_us"),
-        figure("p999_us"),
-        figure("max_us"),
-        figure("cpu_us"),
-        against("qsd"),
-        against("io_uring"),
-    ]
-}
-
-const HEAD: [&str; 10] =
-    ["", "req/s", "MiB/s", "p50 us", "p99 us", "p99.9 us", "max us", "CPU us/req", "x qsd", "x io_uring"];
-
-/// Prints all rows with a rate.
+/// Prints all rows.
 pub(crate) fn print(results: &Results) {
     for row in results.rows() {
-        println!(
-            "\n{} | {} | {} queue{}",
-            row.what,
-            row.device.name(),
-            row.queues,
-            if row.queues == 1 { "" } else { "s" }
-        );
-        print_lines(&HEAD.map(str::to_owned));
-        for backend in results.backends(&row) {
-            print_lines(&line(results, &row, &backend));
-        }
+        print_table(&of_row(results, &row));
     }
 }
 
-fn print_lines(cells: &[String]) {
-    let mut text = String::new();
-    for (i, cell) in cells.iter().enumerate() {
-        match i {
-            0 => text.push_str(&format!("  {cell:24}")),
-            8.. => text.push_str(&format!(" {cell:>19}")),
-            _ => text.push_str(&format!(" {cell:>10}")),
+pub(crate) fn print_table(table: &Table) {
+    let Table { title, head, lines } = table;
+    println!("\n{title}");
+    let width = |i: usize| lines.iter().chain([head]).map(|l| l[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    for line in [head].into_iter().chain(lines) {
+        let mut text = String::from("  ");
+        for (i, cell) in line.iter().enumerate() {
+            let pad = " ".repeat(widths[i] - cell.chars().count());
+            text.push_str(&if i == 0 { format!("{cell}{pad}") } else { format!("  {pad}{cell}") });
         }
+        println!("{}", text.trim_end());
     }
-    println!("{}", text.trim_end());
 }
