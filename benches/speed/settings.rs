@@ -77,7 +77,7 @@ impl Settings {
         let mut builds = vec![Build { name: "halfsilver".to_owned(), binary }];
         let also = arguments.also.iter().enumerate();
         builds.extend(also.map(|(i, path)| Build { name: format!("also-{}", i + 1), binary: path.clone() }));
-        let round_ms = arguments.round_ms.unwrap_or(if arguments.quick { 150 } else { 1000 });
+        let round_ms = arguments.round_ms.unwrap_or(if arguments.quick { 100 } else { 1000 });
         Settings {
             quick: arguments.quick,
             cases: if arguments.cases.is_empty() { (1..=7).collect() } else { arguments.cases.clone() },
@@ -87,6 +87,11 @@ impl Settings {
             round: Duration::from_millis(round_ms),
             builds,
         }
+    }
+
+    /// Rounds of what the reach does not go by.
+    pub(crate) fn fewer_rounds(&self) -> usize {
+        if self.quick { self.rounds.min(2) } else { self.rounds }
     }
 
     /// The size of the prefilled image.

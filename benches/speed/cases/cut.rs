@@ -16,7 +16,7 @@ use crate::{Result, stop};
 pub(crate) const CASE: u32 = 3;
 pub(crate) const SLICE: Duration = Duration::from_millis(10);
 /// How long QEMU's requests may take while its copy job begins.
-const PATIENCE_WITH_QSD: Duration = Duration::from_secs(3);
+const PATIENCE_WITH_QSD: Duration = Duration::from_secs(2);
 /// The file that QEMU's copy job copies into.
 const TARGET: &str = "copy-before-write.raw";
 const IN_A_ROW: usize = 100;
@@ -45,7 +45,7 @@ fn contenders(stage: &Stage<'_>) -> Vec<Contender> {
 
 pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
     // Long enough for slices before, around and after the cut.
-    let duration = stage.settings.round.max(Duration::from_millis(300));
+    let duration = stage.settings.round.max(Duration::from_millis(200));
     let contenders = contenders(stage);
     for (what, op) in [(READS, Op::Read), (WRITES, Op::Write)] {
         let row = stage.row(CASE, what, 1);
@@ -209,7 +209,7 @@ fn turn(stage: &mut Stage<'_>, contender: &Contender, load: &Load, round: usize)
 /// A hundred snapshots, each as soon as the one before has been answered.
 fn storm(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
     let row = stage.row(CASE, STORM, 1);
-    for round in 0..stage.settings.rounds {
+    for round in 0..stage.settings.fewer_rounds() {
         for (at, suffix) in stage.daemons() {
             let daemon = stage.daemon(at)?;
             let mut connection = Connection::open(&stage.backends[at].target(), 1)?;

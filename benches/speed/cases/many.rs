@@ -52,6 +52,8 @@ fn turn(stage: &Stage<'_>, at: usize, count: usize, round: usize, name: &str, re
         load::run(&mut connection, &once(stage, part.to_vec()), 0)?;
     }
     let reads = Load::random(Op::Read, 32, stage.settings.round);
+    // One snapshot was preceded by one long burst of writes, thirty-two by many short ones: both begin alike now.
+    load::run(&mut connection, &Load { duration: stage.settings.round / 2, ..reads.clone() }, 0)?;
     add(READS, measure(backend, &mut connection, &reads, round as u64)?);
     let mut oldest = Connection::to_socket(&daemon.socket("vm0@s0"), 1, true)?;
     add(OLDEST, measure(backend, &mut oldest, &reads, round as u64)?);

@@ -27,7 +27,11 @@ fn loads(stage: &Stage<'_>, queues: usize) -> Vec<Named> {
     };
     let ops = [(Op::Read, "read"), (Op::Write, "write")];
     // In a quick run two queues are only looked at where they matter most.
-    let depths: &[usize] = if stage.settings.quick && queues > 1 { &[32] } else { &[1, 32, 128] };
+    let depths: &[usize] = match (stage.settings.quick, queues) {
+        (true, 1) => &[1, 32],
+        (true, _) => &[32],
+        (false, _) => &[1, 32, 128],
+    };
     for &depth in depths {
         for (op, name) in ops {
             add(format!("4K random {name} depth {depth}"), op, 4096, depth, Pattern::Random);

@@ -23,7 +23,7 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
         let how = if end == End::Stop { "SIGTERM" } else { "SIGKILL" };
         let what = format!("restart by {how}, {} snapshot", if with_snapshot { "one" } else { "no" });
         let row = stage.row(CASE, &what, 1);
-        for round in 0..stage.settings.rounds {
+        for round in 0..stage.settings.fewer_rounds() {
             for (at, _) in stage.daemons() {
                 let first_answer = of_daemon(stage, at, end, with_snapshot)?;
                 let backend = stage.backends[at].name().to_owned();

@@ -31,9 +31,11 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
             let mut add = |what: &str, figures| {
                 results.add(Sample { row: stage.row(CASE, what, 1), backend: build.name.clone(), round, figures });
             };
-            let label = format!("huge-{round}");
-            let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
-            add(HUGE, of_daemon(daemon)?);
+            if round < stage.settings.fewer_rounds() {
+                let label = format!("huge-{round}");
+                let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
+                add(HUGE, of_daemon(daemon)?);
+            }
             let mut disks = Vec::new();
             for i in 0..4 {
                 let path = stage.place.image(&format!("idle-{i}.raw"));
@@ -42,6 +44,9 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
             }
             let label = format!("four-{round}");
             add(FOUR_DISKS, idle(Halfsilver::start(build, &stage.place, &label, QUEUES_MAX, disks)?)?);
+        }
+        if round >= stage.settings.fewer_rounds() {
+            continue;
         }
         let qsd = Qsd::start(&stage.place, &format!("huge-{round}"), &image, stage.aio, 1)?;
         let figures = of_qsd(qsd, &stage.place.image("huge-target.raw"))?;
