@@ -300,7 +300,7 @@ fn rooms_use_only_what_their_row_allows() {
 
 #[test]
 fn files_have_headers_and_an_end() {
-    let files = rust_files("src").into_iter().chain(rust_files("tests"));
+    let files = ["src", "tests", "benches"].into_iter().flat_map(rust_files);
     let wrong: Vec<String> = files
         .flat_map(|(path, text)| form_complaints(&text).into_iter().map(move |what| format!("{path}: {what}")))
         .collect();
@@ -322,7 +322,7 @@ fn unsafe_is_where_the_list_says() {
 
 #[test]
 fn nothing_is_left_for_later() {
-    let folders = ["src", "tests", "docs", "scripts", "qemu"];
+    let folders = ["src", "tests", "benches", "docs", "scripts", "qemu"];
     let files = folders.iter().flat_map(|folder| files_below(folder)).chain(["README.md".into(), "Cargo.toml".into()]);
     let wrong: Vec<String> = files
         .filter_map(|path| Some((fs::read_to_string(root().join(&path)).ok()?, path)))

@@ -1,0 +1,182 @@
+//! What the project wants to reach, beside what was measured. Whether it is met is computed, never written by hand.
+
+use serde_json::{Value, json};
+
+use super::table::Table;
+use super::{number, ratio};
+use crate::cases::{cut, first_writes, many, plain, scale};
+use crate::place::Device;
+use crate::results::{Results, Spread};
+
+/// Medians of fewer rounds say nothing.
+const ROUNDS_MIN: usize = 5;
+
+/// Which side of the bound is wanted.
+#[derive(Clone, Copy)]
+enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+/// One thing to reach.
+pub(crate) struct Claim {
+    what: String,
+    unit: &'static str,
+    bound: Bound,
+    measured: Option<Spread>,
+}
+
+impl Claim {
+    fn verdict(&self) -> &'static str {
+        let Some(spread) = self.measured else { return "not measured" };
+        let met = match self.bound {
+            Bound::AtLeast(least) => spread.median >= least,
+            Bound::AtMost(most) => spread.median <= most,
+        };
+        match (spread.rounds < ROUNDS_MIN, met) {
+            (true, _) => "too few rounds",
+            (false, true) => "met",
+            (false, false) => "not met",
+        }
+    }
+
+    fn bound_text(&self) -> String {
+        match self.bound {
+            Bound::AtLeast(least) => format!("at least {least}{}", self.unit),
+            Bound::AtMost(most) => format!("at most {most}{}", self.unit),
+        }
+    }
+
+    fn measured_text(&self) -> String {
+        match self.measured {
+            Some(s) if s.median >= 10.0 => format!("{} ({}-{})", number(s.median), number(s.low), number(s.high)),
+            other => ratio(other),
+        }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "what": self.what, "bound": self.bound_text(), "measured": self.measured.map(Spread::json),
+            "verdict": self.verdict(),
+        })
+    }
+}
+
+/// All of it, in the order of the cases.
+pub(crate) fn compute(results: &Results) -> Vec<Claim> {
+    let mut claims = Vec::new();
+    of_plain(results, &mut claims);
+    of_first_writes(results, &mut claims);
+    of_cut(results, &mut claims);
+    of_many(results, &mut claims);
+    let row = results.find(scale::CASE, scale::FOUR_DISKS, Device::Shm, 1);
+    claims.push(Claim {
+        what: "resident memory, idle, 4 disks connected".to_owned(),
+        unit: " MiB",
+        bound: Bound::AtMost(40.0),
+        measured: row.and_then(|row| results.spread(&row, "halfsilver", "resident_mib")),
+    });
+    claims
+}
+
+fn of_plain(results: &Results, claims: &mut Vec<Claim>) {
+    let mut add = |device: Device, what: &str, other: &str, figure: &str, of: &str, bound| {
+        let row = results.find(plain::CASE, what, device, 1);
+        claims.push(Claim {
+            what: format!("{what}, {}: {of} against {other}", device.name()),
+            unit: " x",
+            bound,
+            measured: row.and_then(|row| results.ratio(&row, "halfsilver", other, figure)),
+        });
+    };
+    add(Device::Shm, "4K random read depth 32", "qsd", "per_s", "rate", Bound::AtLeast(2.2));
+    add(Device::Shm, "4K random read depth 32", "io_uring", "per_s", "rate", Bound::AtLeast(0.85));
+    add(Device::Shm, "4K random write depth 32", "qsd", "per_s", "rate", Bound::AtLeast(2.2));
+    for device in [Device::Shm, Device::Disk] {
+        for what in ["4K random read depth 1", "4K random write depth 1"] {
+            add(device, what, "qsd", "p50_us", "p50", Bound::AtMost(0.9));
+        }
+    }
+    let on_disk = [
+        "4K random read depth 32",
+        "4K random write depth 32",
+        "256K sequential read depth 8",
+        "256K sequential write depth 8",
+    ];
+    for what in on_disk {
+        add(Device::Disk, what, "io_uring", "per_s", "rate", Bound::AtLeast(0.95));
+        add(Device::Disk, what, "qsd", "cpu_us", "server CPU a request", Bound::AtMost(0.7));
+    }
+    for device in [Device::Shm, Device::Disk] {
+        let row = results.find(plain::CASE, plain::IDLE, device, 2);
+        claims.push(Claim {
+            what: format!("no spinning, {}: server CPU in an idle second", device.name()),
+            unit: " us",
+            bound: Bound::AtMost(1000.0),
+            measured: row.and_then(|row| results.spread(&row, "halfsilver", "idle_cpu_us_per_s")),
+        });
+    }
+}
+
+fn of_first_writes(results: &Results, claims: &mut Vec<Claim>) {
+    use first_writes::{COPY_ON_WRITE, NO_SNAPSHOT, QSD, WRITE_LOGGING};
+    let mut add = |device: Device, ours: &str, other: &str, figure: &str, of: &str, bound| {
+        let row = first_writes::reach_row(results, device);
+        claims.push(Claim {
+            what: format!("4K first writes depth 32, {}, {ours}: {of} against {other}", device.name()),
+            unit: " x",
+            bound,
+            measured: row.and_then(|row| results.ratio(&row, ours, other, figure)),
+        });
+    };
+    add(Device::Disk, COPY_ON_WRITE, QSD, "per_s", "rate", Bound::AtLeast(1.6));
+    add(Device::Shm, COPY_ON_WRITE, QSD, "per_s", "rate", Bound::AtLeast(4.0));
+    add(Device::Shm, COPY_ON_WRITE, QSD, "p999_us", "p99.9", Bound::AtMost(0.25));
+    add(Device::Disk, WRITE_LOGGING, NO_SNAPSHOT, "per_s", "rate", Bound::AtLeast(0.9));
+}
+
+fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
+    for device in [Device::Shm, Device::Disk] {
+        for what in [cut::READS, cut::WRITES] {
+            for strategy in ["copy-on-write", "write-logging"] {
+                let row = results.find(cut::CASE, what, device, 1);
+                let of = |figure| row.as_ref().and_then(|row| results.spread(row, strategy, figure));
+                claims.push(Claim {
+                    what: format!("{what}, {}, {strategy}: rate around it against before", device.name()),
+                    unit: " x",
+                    bound: Bound::AtLeast(0.9),
+                    measured: of("cut_ratio"),
+                });
+                claims.push(Claim {
+                    what: format!("{what}, {}, {strategy}: longest request against the longest before", device.name()),
+                    unit: " x",
+                    bound: Bound::AtMost(1.0),
+                    measured: of("longest_ratio"),
+                });
+            }
+        }
+    }
+}
+
+fn of_many(results: &Results, claims: &mut Vec<Claim>) {
+    for device in [Device::Shm, Device::Disk] {
+        for what in [many::READS, many::WRITES] {
+            let row = results.find(many::CASE, what, device, 1);
+            let ratio = row.and_then(|row| results.ratio(&row, &many::name(32), &many::name(1), "per_s"));
+            claims.push(Claim {
+                what: format!("{what}, {}: 32 snapshots against 1", device.name()),
+                unit: " x",
+                bound: Bound::AtLeast(0.95),
+                measured: ratio,
+            });
+        }
+    }
+}
+
+/// All of it as a table.
+pub(crate) fn table(claims: &[Claim]) -> Table {
+    let line =
+        |claim: &Claim| vec![claim.what.clone(), claim.bound_text(), claim.measured_text(), claim.verdict().to_owned()];
+    let head = ["", "wanted", "median (quartiles)", ""].map(str::to_owned).to_vec();
+    Table { title: "Reach".to_owned(), head, lines: claims.iter().map(line).collect() }
+}
