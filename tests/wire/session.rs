@@ -208,7 +208,14 @@ fn a_driver_that_sleeps_by_the_flags_is_never_forgotten() {
         fall_asleep: |guest, _| guest.set_avail_flags(0, 0),
         wake_up: |guest, _| guest.set_avail_flags(0, 1),
     };
-    nobody_is_forgotten(&mut Guest::with(&server.socket(), 1, F_EVENT_IDX), &by_flags);
+    let mut guest = Guest::with(&server.socket(), 1, F_EVENT_IDX);
+    nobody_is_forgotten(&mut guest, &by_flags);
+    // Stopped while it looks, or just after.
+    guest.announce(0, 0);
+    guest.kick(0);
+    guest.wait_used(0);
+    guest.frontend.get_vring_base(0).unwrap();
+    assert_eq!(guest.used_flags(0), 0, "the next backend is not kicked");
 }
 
 #[test]
