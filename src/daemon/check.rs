@@ -58,7 +58,7 @@ pub enum DiskVerdict {
     Served,
     /// With what was flushed.
     ServedAsFlushed,
-    /// Not at all.
+    /// Not at all; or it is a volume, and every request on it fails.
     NotServed,
 }
 
@@ -317,6 +317,7 @@ impl<'a> Examination<'a> {
             let checked = disk::examine(self, record);
             self.disks.push(checked);
         }
+        while disk::look_at_base(&mut self.disks, &records) {}
         self.records = records;
     }
 
