@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::disks::Opened;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
-use super::manager::{Manager, record_error, table_error};
+use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, SnapshotState, VolumeRequest, VolumeSource, VolumeState,
     Writers,
@@ -252,11 +252,13 @@ impl Manager {
             created_ms: Timestamp::now().unix_ms(),
         };
         let options = DiskOptions { image, block_bytes: config.block_size, read_only: false, discards };
+        let made = Disk::volume(self.clock.clone(), options, origin, (live, layer));
+        made.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         let opened = Opened {
             id,
             boot,
             config,
-            disk: Disk::volume(self.clock.clone(), options, origin, (live, layer)),
+            disk: made,
             mirror: None,
             former_legs: Vec::new(),
             volume: Some(volume),

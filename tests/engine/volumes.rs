@@ -17,7 +17,7 @@ use halfsilver::store::{DurableTable, PAYLOAD_BYTES, Table};
 use crate::bench::{Bench, write_of};
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
-const BLOCK: usize = 4096;
+const BLOCK: u32 = 4096;
 /// The last block is short.
 const SECTORS: usize = 6 * 8 + 3;
 const SEEDS: u64 = 400;
@@ -80,11 +80,11 @@ fn image(name: &str) -> SimImage {
 }
 
 fn table() -> Table {
-    Disk::table_in_memory((SECTORS * SECTOR) as u64, BLOCK as u32).unwrap()
+    Disk::table_in_memory((SECTORS * SECTOR) as u64, BLOCK).unwrap()
 }
 
 fn options(image: Backing) -> DiskOptions {
-    DiskOptions { image, block_bytes: BLOCK as u32, read_only: false, discards: table() }
+    DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: table() }
 }
 
 fn filled(sectors: usize, tag: u64) -> GuestBuf {
@@ -382,8 +382,8 @@ fn volume_of(bench: &Bench, source: &Arc<Disk>, version: &Version) -> (Arc<Disk>
     let image = bench.empty_image("volume");
     let layer = Layer::of(Backing::One(Arc::new(image.clone())), bench.table());
     let view = View::of(source.clone(), version.id, "disk@base");
-    let discards = Disk::table_in_memory(image.size_bytes(), BLOCK as u32).unwrap();
-    let options = DiskOptions { image: Backing::View(view), block_bytes: BLOCK as u32, read_only: false, discards };
+    let discards = Disk::table_in_memory(image.size_bytes(), BLOCK).unwrap();
+    let options = DiskOptions { image: Backing::View(view), block_bytes: BLOCK, read_only: false, discards };
     (Disk::volume(bench.clock.clone(), options, VersionId::new_v4(), (VersionId::new_v4(), layer)), image)
 }
 
