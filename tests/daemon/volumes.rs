@@ -416,11 +416,10 @@ fn planted_death_while_a_volume_is_made_or_deleted() {
             while !died && !daemon.is_up() {
                 died = daemon.has_died_by(libc::SIGKILL);
             }
-            let (mut was_made, mut was_deleted) = (false, false);
+            let mut was_deleted = false;
             if !died {
                 let answer = create(&daemon, "clone", "vm0@daily");
-                was_made = answer.status == 201;
-                if was_made {
+                if answer.status == 201 {
                     was_deleted = daemon.send("DELETE", "/v1/volumes/clone", "").status == 204;
                     while_deleted += u32::from(!was_deleted);
                 } else {
