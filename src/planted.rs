@@ -227,6 +227,8 @@ defects! {
     CallDecidedEarly,
     /// The wish to be kicked is expressed after the last look at the ring.
     ArmedAfterLook,
+    /// The driver without event indices is not asked to kick again.
+    KicksLeftOff,
     /// The start of a ring does not tell of answers that nobody told of.
     NoCallAfterStart,
     /// A chain is taken again while it is in flight.

@@ -16,6 +16,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/image/buffer.rs",
     "src/image/file.rs",
     "src/image/lock.rs",
+    "src/image/inline.rs",
     "src/image/queue.rs",
     "src/mirror/write.rs",
     "src/store/table.rs",

@@ -15,6 +15,9 @@ use crate::{Result, load, results, stop};
 /// The queues that disks and exports have.
 pub(crate) const QUEUES_MAX: usize = 2;
 
+/// The name of qemu-storage-daemon with `aio=io_uring` where `aio=native` is faster.
+pub(crate) const QSD_IO_URING: &str = "qsd, io_uring";
+
 /// A device under measurement.
 pub(crate) struct Stage<'a> {
     pub(crate) settings: &'a Settings,
@@ -57,6 +60,20 @@ impl<'a> Stage<'a> {
     /// Connections to all contenders, in their order.
     pub(crate) fn connect(&self, queues: usize) -> Result<Vec<Connection>> {
         self.backends.iter().map(|b| Connection::open(&b.target(), queues)).collect()
+    }
+
+    /// Adds the way of qemu-storage-daemon that is slower here, if that is the one with io_uring, which is what halfsilver
+    /// uses. To be taken away again by [`Stage::drop_other_qsd`].
+    pub(crate) fn add_other_qsd(&mut self) -> Result<()> {
+        if self.aio == Aio::Native {
+            let other = Qsd::start(&self.place, "other", &self.image, Aio::IoUring, QUEUES_MAX)?.named(QSD_IO_URING);
+            self.backends.push(Backend::Qsd(other));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn drop_other_qsd(&mut self) {
+        self.backends.retain(|b| b.name() != QSD_IO_URING);
     }
 
     /// The daemon at this place of the list.

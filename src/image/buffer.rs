@@ -13,7 +13,7 @@ use std::sync::Arc;
 const PAGE_BYTES: usize = 4096;
 
 /// What a thread keeps of the memory that it is done with, in bytes and in pieces.
-const KEPT_BYTES_MAX: usize = 2 << 20;
+const KEPT_BYTES_MAX: usize = 512 << 10;
 const KEPT_MAX: usize = 64;
 
 /// Memory that was in use before, to be used again by this thread.

@@ -5,7 +5,8 @@
 //! looking for the answer of a single request, if that comes soon.
 //!
 //! What always holds: a look is bounded, there is at most one after each answer and one after each request, and looks that
-//! were in vain make the next ones shorter. So an idle guest costs nothing. It knows no rings; the worker does the looking.
+//! were in vain make the next ones shorter. So an idle guest costs nothing (docs/decisions/0032-a-look-before-sleeping.md).
+//! It knows no rings; the worker does the looking.
 
 use std::time::Duration;
 

@@ -302,7 +302,7 @@ impl Ring {
         self.is_armed = true;
         if self.setup.event_idx {
             self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
-        } else {
+        } else if !planted::is(Defect::KicksLeftOff) {
             self.store(places.used, FLAGS, 0);
         }
         // The wish must be visible before we look for requests that came without a kick.

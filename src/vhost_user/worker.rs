@@ -582,7 +582,11 @@ impl Loop {
             return;
         }
         self.flush();
-        let base = self.ring.take().map_or(0, |r| r.base());
+        let base = self.ring.take().map_or(0, |mut ring| {
+            // Whoever serves the ring next finds a driver that kicks.
+            ring.arm();
+            ring.base()
+        });
         if let Some(reply) = self.stopping.take() {
             answer_to(&reply, Ok(base));
         }

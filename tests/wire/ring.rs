@@ -238,6 +238,16 @@ impl Guest {
         self.memory.word(q.at + AVAIL + 4 + u64::from(q.entries) * 2).store(index, Ordering::SeqCst);
     }
 
+    /// Asks not to be called, or to be called, without event indices.
+    pub fn set_avail_flags(&self, queue: usize, flags: u16) {
+        self.memory.word(self.queues[queue].at + AVAIL).store(flags, Ordering::SeqCst);
+    }
+
+    /// Whether the device asks not to be kicked, without event indices.
+    pub fn used_flags(&self, queue: usize) -> u16 {
+        self.memory.word(self.queues[queue].at + USED).load(Ordering::SeqCst)
+    }
+
     /// What the device asks to be kicked for.
     pub fn avail_event(&self, queue: usize) -> u16 {
         let q = &self.queues[queue];

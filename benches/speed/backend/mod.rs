@@ -26,7 +26,7 @@ impl Backend {
     pub(crate) fn name(&self) -> &str {
         match self {
             Backend::Halfsilver(daemon) => daemon.name(),
-            Backend::Qsd(_) => "qsd",
+            Backend::Qsd(server) => server.name(),
             Backend::Plain(_) => "io_uring",
         }
     }

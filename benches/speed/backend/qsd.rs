@@ -30,12 +30,23 @@ impl Aio {
 
 /// A running qemu-storage-daemon.
 pub(crate) struct Qsd {
+    name: String,
     socket: PathBuf,
     monitor: Monitor,
     server: Server,
 }
 
 impl Qsd {
+    /// The same server under another name in tables and results.
+    pub(crate) fn named(self, name: &str) -> Qsd {
+        Qsd { name: name.to_owned(), ..self }
+    }
+
+    /// The name in tables and results.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Serves an image. Its lock is left out: the same image is served by the other backends.
     pub(crate) fn start(place: &Place, label: &str, image: &Path, aio: Aio, queues: usize) -> Result<Qsd> {
         let socket = place.run(&format!("qsd-{label}.sock"));
@@ -59,7 +70,7 @@ impl Qsd {
         let mut server = Server::start(command, &place.run(&format!("qsd-{label}.log")))?;
         server.wait_for("qemu-storage-daemon", || socket.exists() && qmp.exists())?;
         let monitor = Monitor::connect(&qmp)?;
-        Ok(Qsd { socket, monitor, server })
+        Ok(Qsd { name: "qsd".to_owned(), socket, monitor, server })
     }
 
     pub(crate) fn socket(&self) -> PathBuf {

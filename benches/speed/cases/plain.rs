@@ -63,6 +63,7 @@ fn idle(stage: &Stage<'_>, results: &mut Results) -> Result<()> {
 }
 
 pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
+    stage.add_other_qsd()?;
     for queues in [1, 2] {
         let mut connections = stage.connect(queues)?;
         if queues == QUEUES_MAX {
@@ -72,5 +73,6 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
             stage.take_turns(&stage.row(CASE, &what, queues), &load, &mut connections, results)?;
         }
     }
+    stage.drop_other_qsd();
     Ok(())
 }

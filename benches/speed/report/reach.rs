@@ -7,6 +7,7 @@ use super::{number, ratio};
 use crate::cases::{cut, first_writes, many, plain, scale};
 use crate::place::Device;
 use crate::results::{Results, Spread};
+use crate::stage::QSD_IO_URING;
 
 /// Medians of fewer rounds say nothing.
 const ROUNDS_MIN: usize = 5;
@@ -90,8 +91,10 @@ fn of_plain(results: &Results, claims: &mut Vec<Claim>) {
         });
     };
     add(Device::Shm, "4K random read depth 32", "qsd", "per_s", "rate", Bound::AtLeast(2.2));
+    add(Device::Shm, "4K random read depth 32", QSD_IO_URING, "per_s", "rate", Bound::AtLeast(2.2));
     add(Device::Shm, "4K random read depth 32", "io_uring", "per_s", "rate", Bound::AtLeast(0.85));
     add(Device::Shm, "4K random write depth 32", "qsd", "per_s", "rate", Bound::AtLeast(2.2));
+    add(Device::Shm, "4K random write depth 32", QSD_IO_URING, "per_s", "rate", Bound::AtLeast(2.2));
     for device in [Device::Shm, Device::Disk] {
         for what in ["4K random read depth 1", "4K random write depth 1"] {
             add(device, what, "qsd", "p50_us", "p50", Bound::AtMost(0.9));
