@@ -29,7 +29,7 @@ const TURN: Duration = Duration::from_millis(20);
 impl Manager {
     /// Goes on with a snapshot after a restart.
     pub(super) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
-        let is_served = entry.version.is_some() && entry.broken().is_none();
+        let is_served = entry.version.is_some() && entry.broken().is_none() && disk.disk.base_broken().is_none();
         let (deleting, stopped) = {
             let record = locked(&entry.record);
             (record.deleting, record.stopped)

@@ -62,6 +62,7 @@ struct Counts {
     in_flight_at_cuts: u64,
     retired: u64,
     dropped: u64,
+    discarded: u64,
 }
 
 /// A read in flight: what each of its sectors may show, and where they will be.
@@ -324,12 +325,28 @@ impl Tree {
         }
     }
 
+    /// A discard gives the guest's own bytes away and nobody else's: they stay, or are zeros.
+    fn discard(&mut self) {
+        let (at, sectors) = (self.rng.below(self.nodes.len()), self.range());
+        let (offset, len) = (ByteOffset((sectors.start * SECTOR) as u64), (sectors.len() * SECTOR) as u64);
+        let (attachment, mut scheduler) = (self.nodes[at].disk.attach_live(), Scheduler::default());
+        self.start(&mut scheduler, attachment.clone(), Request::Discard { at: offset, len });
+        assert!(scheduler.settle(&mut self.rng));
+        let now = self.shown(attachment).unwrap();
+        for (sector, (got, old)) in now.iter().zip(&self.nodes[at].live).enumerate() {
+            assert!(got == old || *got == 0 && sectors.contains(&sector), "a discard: sector {sector} shows {got}");
+        }
+        self.counts.discarded += u64::from(now != self.nodes[at].live);
+        self.nodes[at].live = now;
+    }
+
     fn run(mut self) -> Counts {
         for _ in 0..STEPS {
             self.batch();
             match self.rng.below(10) {
                 0..3 => self.branch(),
                 3 => self.drop_volume(),
+                4 => self.discard(),
                 _ => {}
             }
             if self.rng.chance(30) {
@@ -362,9 +379,10 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         total.in_flight_at_cuts += counts.in_flight_at_cuts;
         total.retired += counts.retired;
         total.dropped += counts.dropped;
+        total.discarded += counts.discarded;
     }
     println!("trees of volumes: seeds {first} to {}: {total:?}", first + seeds - 1);
-    let Counts { volumes, cascaded, deepest, cuts, in_flight_at_cuts, retired, dropped, .. } = total;
+    let Counts { volumes, cascaded, deepest, cuts, in_flight_at_cuts, retired, dropped, discarded, .. } = total;
     for (what, reached) in [
         ("volumes", volumes > 0),
         ("volumes of volumes", cascaded > 0),
@@ -373,6 +391,7 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         ("requests in flight at a cut", in_flight_at_cuts > 0),
         ("deletions", retired > 0),
         ("volumes dropped", dropped > 0),
+        ("discards that were carried out", discarded > 0),
     ] {
         assert!(reached || seeds < 100, "no run reached: {what}");
     }
