@@ -5,8 +5,9 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::client::tags;
-use crate::harness::{Answer, Daemon, Rng, names_in, seeds, wait_until};
+use crate::harness::{Answer, Daemon, Rng, can_mount, names_in, seeds, wait_until};
 use crate::strategies::{ALL, End, SIZE, shows};
+use crate::trouble::Mount;
 
 fn create(daemon: &Daemon, name: &str, from: &str) -> Answer {
     daemon.send("POST", "/v1/volumes", &json!({ "name": name, "from": from }).to_string())
@@ -344,6 +345,33 @@ fn a_broken_snapshot_breaks_its_volumes() {
     daemon.delete("vm0@daily");
     assert_eq!(shows(&daemon, "vm0"), live);
     daemon.assert_only_disks_left();
+}
+
+/// The snapshot breaks while guests are at work: the volume is broken at once and says so, and the disk goes on.
+#[test]
+fn a_snapshot_that_breaks_takes_its_volumes_along() {
+    if !can_mount("a_snapshot_that_breaks_takes_its_volumes_along") {
+        return;
+    }
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    let _small = Mount::tmpfs(&daemon.path("small"), "256k");
+    let image = json!({ "image": daemon.path("small/daily.img"), "wait": true });
+    daemon.api().create("daily", &["vm0"], &image).ok();
+    made(&daemon, "clone", "vm0@daily");
+    let (events, mut guest) = (daemon.events(), daemon.client("clone"));
+    guest.write(0..8, 3);
+    daemon.client("vm0").write(ALL, 2);
+    events.wait_for("VOLUME_BROKEN", "clone");
+    let volume = show(&daemon, "clone");
+    assert!(volume["state"] == "broken" && volume["reason"].as_str().unwrap().contains("daily"), "{volume}");
+    // Also what it has itself.
+    guest.queues[0].submit_read(0, 0..8);
+    assert!(guest.queues[0].wait_one().1 < 0);
+    assert_eq!(shows(&daemon, "vm0"), vec![2; ALL.end]);
+    drop(guest);
+    delete(&daemon, "clone");
+    daemon.delete("vm0@daily");
 }
 
 /// Somebody wrote the disk while the daemon was stopped: its snapshots are not believed, nor is what stands on them.
