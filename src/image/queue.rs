@@ -347,8 +347,16 @@ impl IoQueue {
             // keeps them until finish() sees the completion; files stay open in their image, which the
             // awaiting task holds, or which Drop waits for.
             if unsafe { ring.submission().push(entry) }.is_ok() {
+                let waiting = ring.submission().len();
                 self.inner.unsubmitted.set(true);
-                return;
+                if waiting < SUBMITTED_AT_ONCE {
+                    return;
+                }
+                match ring.submit() {
+                    // What is refused now goes with the next turn.
+                    Err(e) if !is_passing(&e) => panic!("io_uring_enter failed while submitting: {e}"),
+                    _ => return self.inner.unsubmitted.set(!ring.submission().is_empty()),
+                }
             }
             // The submission queue is full: hand over what is there. EBUSY (completions to be taken
             // first) cannot last: the kernel keeps overflowing completions in a list of its own.
@@ -360,6 +368,10 @@ impl IoQueue {
         }
     }
 }
+
+/// This many operations are handed to the kernel without waiting for more, so that the device works on them while the
+/// next ones are prepared (docs/decisions/0032-a-look-before-sleeping.md).
+const SUBMITTED_AT_ONCE: usize = 8;
 
 /// `user_data` of cancel requests, whose own completions mean nothing to anybody.
 const CANCEL: u64 = u64::MAX;

@@ -42,7 +42,7 @@ const PASSES_MAX: usize = 4;
 const LOOK_FOR_REQUESTS_MAX: Duration = Duration::from_micros(50);
 /// About what a fast disk needs.
 const LOOK_FOR_ANSWERS_MAX: Duration = Duration::from_micros(80);
-/// With more requests in flight than this, nobody looks for their answers: a deep queue hides a wake-up.
+/// With more requests in flight than this nobody looks: a deeper queue hides a wake-up.
 const IN_FLIGHT_LOOK_MAX: usize = 2;
 /// Answers that are known while requests are still being taken become visible in groups of this many, so that the driver
 /// has something to do meanwhile.
@@ -426,11 +426,13 @@ impl Loop {
             return Found::Requests;
         }
         let (in_flight, queue) = (self.shared.in_flight.get(), &self.shared.queue);
+        if in_flight > IN_FLIGHT_LOOK_MAX {
+            return Found::Nothing;
+        }
         let (since, window) = match (self.answered_at, self.taken_at) {
             // The driver was just given something to do.
             (Some(at), _) => (at, self.for_requests.window()),
-            // A deeper queue hides our wake-up.
-            (None, Some(at)) if (1..=IN_FLIGHT_LOOK_MAX).contains(&in_flight) => (at, self.for_answers.window()),
+            (None, Some(at)) if in_flight > 0 => (at, self.for_answers.window()),
             _ => return Found::Nothing,
         };
         if window.is_zero() {
