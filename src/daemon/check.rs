@@ -81,8 +81,10 @@ pub enum SnapshotVerdict {
 pub struct CheckedDisk {
     /// Its name.
     pub name: String,
-    /// Its image, as far as it is known.
+    /// Its image, as far as it is known. None of a volume.
     pub path: Option<PathBuf>,
+    /// The snapshot that it stands on, if it is a volume.
+    pub from: Option<String>,
     /// How the daemon ended, as far as this disk tells.
     pub ended: String,
     /// What a start would do.

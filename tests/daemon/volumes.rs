@@ -315,6 +315,8 @@ fn a_broken_snapshot_breaks_its_volumes() {
     made(&daemon, "above", "one");
     daemon.client("one").write(0..8, 3);
     let told = end(&mut daemon, End::PowerCut);
+    let said = told["disks"].as_array().unwrap().iter().find(|d| d["name"] == "one").unwrap();
+    assert_eq!((&said["from"], &said["path"]), (&json!("vm0@daily"), &Value::Null));
     daemon.assert_broken("vm0@daily", "power");
     for name in ["one", "above"] {
         let volume = show(&daemon, name);

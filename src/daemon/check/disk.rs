@@ -37,10 +37,12 @@ impl Shape {
 /// Examines a disk and says what a start would do.
 pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk {
     let config: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
-    let path = config.as_ref().map(|c| c.path.clone());
+    let from = record.volume.as_ref().map(|volume| volume.from.clone());
+    let path = config.as_ref().filter(|_| from.is_none()).map(|c| c.path.clone());
     let mut checked = CheckedDisk {
         name: record.name.clone(),
         path,
+        from,
         ended: String::new(),
         verdict: DiskVerdict::NotServed,
         reason: None,
