@@ -261,6 +261,8 @@ defects! {
     StopWithoutSync,
     /// A stop saves before the last requests are done.
     SavedBeforeDrained,
+    /// A snapshot is deleted although a volume stands on it.
+    VolumeBaseDeleted,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

@@ -9,7 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::control::api::{JOB_DELAY_MS_MAX, Strategy, Writers};
+use crate::control::api::{JOB_DELAY_MS_MAX, Strategy, VolumeSource, Writers};
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
 
@@ -58,6 +58,9 @@ pub(super) enum ClientCommand {
     /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
+    /// Make, list and delete volumes: writable branches off snapshots
+    #[command(subcommand)]
+    Volume(VolumeCommand),
     /// List, pace, stop and resume background copying
     #[command(subcommand)]
     Job(JobCommand),
@@ -242,6 +245,42 @@ pub(super) struct SnapshotCreateArgs {
     /// Return only when it is quiesced and its socket is open
     #[arg(long)]
     pub(super) wait: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeCommand {
+    /// Make a volume that guests can write, off a snapshot of a disk or of another volume
+    ///
+    /// What is written to it goes to an image of its own. Neither the snapshot nor its disk changes, and the snapshot cannot
+    /// be deleted while the volume is there.
+    Create {
+        /// Its name; no disk may have the same
+        name: Name,
+        /// The snapshot; or a disk or volume, of which a snapshot with the volume's name is taken first
+        #[arg(long, value_name = "DISK@NAME|DISK")]
+        from: VolumeSource,
+        /// Its vhost-user socket [default: <run-dir>/<name>.sock]
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
+        /// The image for what is written to it; it must not exist
+        #[arg(long, value_name = "PATH")]
+        image: Option<PathBuf>,
+    },
+    /// List all volumes
+    List,
+    /// Show one volume
+    Show {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+    },
+    /// Delete a volume and what was written to it; the snapshot that it stands on stays
+    Delete {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// Even if a frontend is connected or it has snapshots
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

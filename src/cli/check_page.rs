@@ -53,7 +53,11 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
         DiskVerdict::NotServed => "cannot be served",
     };
     let path = disk.path.as_ref().map_or_else(String::new, |path| format!(" ({})", path.display()));
-    line(page, 0, &format!("disk {}{path}: {verdict}{}", disk.name, because(disk.reason.as_ref())));
+    let (what, path) = match &disk.from {
+        Some(from) => ("volume", format!(" (of {from})")),
+        None => ("disk", path),
+    };
+    line(page, 0, &format!("{what} {}{path}: {verdict}{}", disk.name, because(disk.reason.as_ref())));
     if !disk.ended.is_empty() {
         line(page, 1, &format!("it ended with {}", disk.ended));
     }

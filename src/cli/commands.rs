@@ -8,14 +8,18 @@ use hyper::{Method, StatusCode};
 use serde_json::json;
 
 use super::CliError;
-use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs};
+use super::args::{
+    ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs, VolumeCommand,
+};
 use super::client::{Client, query_value};
 use super::output::{Output, Progress, Spinner, text};
 use super::pages::{
     disk_fields, disk_table, event_line, job_fields, job_table, snapshot_fields, snapshot_table, status_page,
+    volume_fields, volume_table,
 };
 use crate::control::api::{
-    CreateSnapshots, Disk, Job, JobKind, JobPatch, JobState, LegState, MirrorRequest, Snapshot, SnapshotState, Status,
+    CreateSnapshots, CreateVolume, Disk, Job, JobKind, JobPatch, JobState, LegState, MirrorRequest, Snapshot,
+    SnapshotState, Status, Volume,
 };
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::{DiskSpec, RawDisk};
@@ -32,6 +36,7 @@ pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, dire
     match command {
         ClientCommand::Disk(command) => disk(command, client, output, directory),
         ClientCommand::Snapshot(command) => snapshot(command, client, output, directory),
+        ClientCommand::Volume(command) => volume(command, client, output, directory),
         ClientCommand::Job(command) => job(command, client, output),
         ClientCommand::Status { watch } => status(watch, client, output),
         ClientCommand::Events => client.follow(|event| output.follow(&event, event_line)),
@@ -254,6 +259,34 @@ fn refuse_ended(job: &Job) -> Result<(), CliError> {
             Err(CliError::Failed(format!("job {id} is stopped{because}; resume it: halfsilver job resume {id}")))
         }
         JobState::Failed => Err(CliError::Failed(format!("job {id} failed{because}; see the daemon's log"))),
+    }
+}
+
+fn volume(command: VolumeCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
+    match command {
+        VolumeCommand::Create { name, from, socket, image } => {
+            let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
+            let (socket, image) = (absolute(socket), absolute(image));
+            let request = CreateVolume { name: name.to_string(), from: from.to_string(), socket, image };
+            // The daemon would refuse the same; what is wrong with the arguments alone is a usage error.
+            request.validate().map_err(|error| CliError::Usage(error.to_string()))?;
+            let spinner = Spinner::start(format!("making volume {name}"));
+            let volume: Volume = client.put(Method::POST, "/v1/volumes", &request)?.json()?;
+            drop(spinner);
+            output.show(&volume, volume_fields)
+        }
+        VolumeCommand::List => {
+            let volumes: Vec<Volume> = client.get("/v1/volumes")?;
+            output.show(&volumes, |volumes| volume_table(volumes))
+        }
+        VolumeCommand::Show { volume } => {
+            let volume: Volume = client.get(&format!("/v1/volumes/{volume}"))?;
+            output.show(&volume, volume_fields)
+        }
+        VolumeCommand::Delete { volume, force } => {
+            client.delete(&format!("/v1/volumes/{volume}?force={force}"))?;
+            output.show(&json!({ "name": volume, "state": "deleted" }), |_| format!("{volume} deleted\n"))
+        }
     }
 }
 

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use super::output::{duration, fields, size, table, text};
 use crate::control::Event;
-use crate::control::api::{Disk, Job, Leg, LegState, Snapshot, Status};
+use crate::control::api::{Disk, Job, Leg, LegState, Snapshot, Status, Volume};
 
 pub(super) fn status_page(status: &Status) -> String {
-    let Status { state, version, pid, started_at, disks, snapshots, jobs } = status;
+    let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs } = status;
     let mut page = format!("halfsilver {} {state} since {started_at}, pid {pid}\n\n", version.version);
     page.push_str(&disk_table(disks));
     let legs = disks.iter().flat_map(|disk| disk.legs.iter().map(move |leg| (disk, leg)));
@@ -21,6 +21,10 @@ pub(super) fn status_page(status: &Status) -> String {
     if !snapshots.is_empty() {
         page.push('\n');
         page.push_str(&snapshot_table(snapshots));
+    }
+    if !volumes.is_empty() {
+        page.push('\n');
+        page.push_str(&volume_table(volumes));
     }
     if !jobs.is_empty() {
         page.push('\n');
@@ -106,6 +110,36 @@ pub(super) fn snapshot_fields(snapshot: &Snapshot) -> String {
         ("created", snapshot.created_at.to_string()),
         ("quiesced", text(snapshot.quiesced_at.map(|time| time.to_string()))),
         ("old frontends", snapshot.old_frontends.to_string()),
+    ])
+}
+
+pub(super) fn volume_table(volumes: &[Volume]) -> String {
+    let row = |volume: &Volume| {
+        let (owned, total) = (size(volume.owned_bytes), size(volume.size_bytes));
+        let (state, frontends) = (volume.state.to_string(), volume.frontends.to_string());
+        [volume.name.to_string(), state, volume.from.clone(), owned, total, frontends, path_text(&volume.socket)]
+    };
+    let heading = ["VOLUME", "STATE", "FROM", "OWNED", "SIZE", "FRONTENDS", "SOCKET"];
+    table(heading, volumes.iter().map(row).collect())
+}
+
+pub(super) fn volume_fields(volume: &Volume) -> String {
+    fields(&[
+        ("volume", volume.name.to_string()),
+        ("id", volume.id.to_string()),
+        ("from", volume.from.clone()),
+        ("from id", volume.from_id.to_string()),
+        ("state", volume.state.to_string()),
+        ("reason", text(volume.reason.as_ref())),
+        ("socket", path_text(&volume.socket)),
+        ("image", path_text(&volume.image)),
+        ("size", size(volume.size_bytes)),
+        ("owned", size(volume.owned_bytes)),
+        ("block size", size(volume.block_size.into())),
+        ("queues", volume.queues.to_string()),
+        ("frontends", volume.frontends.to_string()),
+        ("snapshots", volume.snapshots.to_string()),
+        ("created", volume.created_at.to_string()),
     ])
 }
 

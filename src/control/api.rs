@@ -6,6 +6,7 @@
 //! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
 
 mod disk;
+mod volume;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use super::timestamp::Timestamp;
 use super::words::words;
 
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
+pub use volume::{CreateVolume, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
 pub const API_VERSION: &str = "v1";
@@ -109,6 +111,16 @@ words! {
 }
 
 words! {
+    /// Whether a volume can be used.
+    VolumeState {
+        /// It answers on its socket.
+        Serving = "serving",
+        /// What it stands on or its own log cannot be trusted; its reason says why. Reads and writes fail.
+        Broken = "broken",
+    }
+}
+
+words! {
     /// What a job does.
     JobKind {
         /// Folds a write log back into the full image.
@@ -170,8 +182,10 @@ pub struct Status {
     pub started_at: Timestamp,
     /// All disks.
     pub disks: Vec<Disk>,
-    /// All snapshots.
+    /// All snapshots, those of volumes too.
     pub snapshots: Vec<Snapshot>,
+    /// All volumes.
+    pub volumes: Vec<Volume>,
     /// All jobs.
     pub jobs: Vec<Job>,
 }
@@ -394,7 +408,7 @@ impl JobPatch {
     }
 }
 
-/// The query of `DELETE /v1/disks/{disk}`.
+/// The query of `DELETE /v1/disks/{disk}` and `DELETE /v1/volumes/{volume}`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]

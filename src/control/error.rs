@@ -60,6 +60,8 @@ error_codes! {
     DiskNotFound = "disk-not-found", 404, "No such disk", "'halfsilver disk list' shows the disks";
     /// No snapshot of that name.
     SnapshotNotFound = "snapshot-not-found", 404, "No such snapshot", "'halfsilver snapshot list' shows the snapshots";
+    /// No volume of that name.
+    VolumeNotFound = "volume-not-found", 404, "No such volume", "'halfsilver volume list' shows the volumes";
     /// No job of that number.
     JobNotFound = "job-not-found", 404, "No such job", "'halfsilver job list' shows the jobs";
     /// The path exists, the method does not.
@@ -82,6 +84,10 @@ error_codes! {
     SnapshotBusy = "snapshot-busy", 409, "Snapshot in use", "disconnect its readers and try again, or force it";
     /// The snapshot is broken and cannot do this.
     SnapshotBroken = "snapshot-broken", 409, "Snapshot broken", "delete it and take another";
+    /// A volume of that name exists.
+    VolumeExists = "volume-exists", 409, "Volume exists", "delete it first, or use another name";
+    /// The volume has frontends or snapshots.
+    VolumeBusy = "volume-busy", 409, "Volume in use", "disconnect the guest and delete its snapshots first, or force it";
     /// A path, socket or image is in use by something else.
     Conflict = "conflict", 409, "Conflict", "choose another path, or stop what uses this one";
     /// The body is larger than the daemon reads.
@@ -137,6 +143,11 @@ impl ApiError {
     /// There is no such snapshot.
     pub fn snapshot_not_found(snapshot: impl fmt::Display) -> Self {
         Self::new(ErrorCode::SnapshotNotFound, format!("there is no snapshot {snapshot}"))
+    }
+
+    /// There is no such volume.
+    pub fn volume_not_found(volume: impl fmt::Display) -> Self {
+        Self::new(ErrorCode::VolumeNotFound, format!("there is no volume {volume}"))
     }
 
     /// There is no such job.

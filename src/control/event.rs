@@ -48,6 +48,12 @@ words! {
         SnapshotBroken = "SNAPSHOT_BROKEN",
         /// The snapshot is gone.
         SnapshotDeleted = "SNAPSHOT_DELETED",
+        /// A volume is there; it is named as a disk is.
+        VolumeCreated = "VOLUME_CREATED",
+        /// What the volume stands on, or its log, can no longer be trusted; see the reason.
+        VolumeBroken = "VOLUME_BROKEN",
+        /// The volume is gone.
+        VolumeDeleted = "VOLUME_DELETED",
         /// A job began, or went on after it was stopped.
         JobStarted = "JOB_STARTED",
         /// A job finished.
@@ -113,7 +119,7 @@ pub struct Event {
     pub time: Timestamp,
     /// What happened.
     pub event: EventKind,
-    /// The disk it is about.
+    /// The disk or volume it is about.
     pub disk: Option<Name>,
     /// The snapshot of that disk it is about.
     pub snapshot: Option<Name>,

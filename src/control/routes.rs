@@ -20,8 +20,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use utoipa::{IntoResponses, OpenApi};
 
 use super::api::{
-    CreateSnapshots, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, LegQuery,
-    LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo,
+    CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch,
+    LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
 };
 use super::error::{ApiError, ErrorCode, Problem};
 use super::event::{Event, Subscription};
@@ -72,6 +72,8 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
+        .route("/v1/volumes", get(list_volumes).post(create_volume))
+        .route("/v1/volumes/{volume}", get(get_volume).delete(delete_volume))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
         .route("/v1/jobs/{id}/resume", post(resume_job))
@@ -124,6 +126,7 @@ async fn status(State(context): State<Context>) -> Reply<Status> {
             started_at,
             disks: service.list_disks()?,
             snapshots: service.list_snapshots()?,
+            volumes: service.list_volumes()?,
             jobs: service.list_jobs()?,
         })
     };
@@ -300,6 +303,44 @@ async fn delete_snapshot(
     })
 }
 
+#[utoipa::path(get, path = "/v1/volumes", tag = "volumes",
+    responses((status = 200, description = "All volumes", body = [Volume]), Refused))]
+async fn list_volumes(State(context): State<Context>) -> Reply<Vec<Volume>> {
+    context.call(|service| service.list_volumes()).await.map(Json)
+}
+
+/// Makes a volume: a writable branch off a snapshot.
+#[utoipa::path(post, path = "/v1/volumes", tag = "volumes", request_body = CreateVolume,
+    responses((status = 201, description = "The volume, whose socket is open", body = Volume), Refused))]
+async fn create_volume(
+    State(context): State<Context>,
+    JsonBody(body): JsonBody<CreateVolume>,
+) -> Result<(StatusCode, Json<Volume>), ApiError> {
+    let request = body.validate()?;
+    let volume = context.call(move |service| service.create_volume(&request)).await?;
+    Ok((StatusCode::CREATED, Json(volume)))
+}
+
+#[utoipa::path(get, path = "/v1/volumes/{volume}", tag = "volumes", params(("volume" = Name, Path)),
+    responses((status = 200, description = "The volume", body = Volume), Refused))]
+async fn get_volume(State(context): State<Context>, path: PathText) -> Reply<Volume> {
+    let volume: Name = path?.parse()?;
+    context.call(move |service| service.get_volume(&volume)).await.map(Json)
+}
+
+/// Deletes a volume and what was written to it; its snapshot stays.
+#[utoipa::path(delete, path = "/v1/volumes/{volume}", tag = "volumes", params(("volume" = Name, Path), DeleteQuery),
+    responses((status = 204, description = "It is gone"), Refused))]
+async fn delete_volume(
+    State(context): State<Context>,
+    path: PathText,
+    options: QueryText<DeleteQuery>,
+) -> Result<StatusCode, ApiError> {
+    let (volume, force): (Name, bool) = (path?.parse()?, options?.force);
+    context.call(move |service| service.delete_volume(&volume, force)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 #[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
     responses((status = 200, description = "All jobs", body = [Job]), Refused))]
 async fn list_jobs(State(context): State<Context>) -> Reply<Vec<Job>> {
@@ -417,6 +458,10 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         get_snapshot,
         cut_over_snapshot,
         delete_snapshot,
+        list_volumes,
+        create_volume,
+        get_volume,
+        delete_volume,
         list_jobs,
         get_job,
         patch_job,

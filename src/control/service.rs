@@ -7,7 +7,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::api::{DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo};
+use super::api::{
+    DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo, Volume,
+    VolumeRequest,
+};
 use super::error::ApiError;
 use super::event::EventBus;
 use super::metrics::MetricsSnapshot;
@@ -70,7 +73,7 @@ pub trait Service: Send + Sync + 'static {
     /// Stops serving a disk; its image stays. With `force` also when frontends are connected or snapshots exist.
     ///
     /// # Errors
-    /// `disk-not-found`, `disk-busy`.
+    /// `disk-not-found`, `disk-busy`, also with `force` while volumes stand on its snapshots.
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError>;
 
     /// Gives a disk a second leg, or puts this one in the place of the failed one, and starts the job that synchronises
@@ -120,8 +123,35 @@ pub trait Service: Send + Sync + 'static {
     /// synchronised by what has changed since, unless it is to be kept.
     ///
     /// # Errors
-    /// `snapshot-not-found`, `snapshot-busy`, `io-error`, and `invalid-request` of [`DeleteSnapshotOptions::check`].
+    /// `snapshot-not-found`, `snapshot-busy`, also while volumes stand on it, `io-error`, and `invalid-request` of [`DeleteSnapshotOptions::check`].
     fn delete_snapshot(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError>;
+
+    /// Makes a volume: a writable branch off a snapshot, or off one that is taken for it first.
+    ///
+    /// # Errors
+    /// `volume-exists`, `disk-exists`, `disk-not-found`, `snapshot-not-found`, `snapshot-busy` if it is not quiesced,
+    /// `snapshot-broken`, `unsupported` if too many volumes would stand on each other, `conflict` if the image exists or
+    /// the socket is in use, and what [`Service::create_snapshots`] answers.
+    fn create_volume(&self, request: &VolumeRequest) -> Result<Volume, ApiError>;
+
+    /// All volumes, by name.
+    ///
+    /// # Errors
+    /// Only if the daemon cannot tell.
+    fn list_volumes(&self) -> Result<Vec<Volume>, ApiError>;
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// `volume-not-found`.
+    fn get_volume(&self, volume: &Name) -> Result<Volume, ApiError>;
+
+    /// Deletes a volume and what was written to it; with `force` also when frontends are connected or it has snapshots.
+    /// What it stands on stays.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `volume-busy`, also with `force` if other volumes stand on it.
+    fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError>;
 
     /// All jobs that run, and those that ended and are still of interest.
     ///

@@ -58,7 +58,7 @@ pub enum DiskVerdict {
     Served,
     /// With what was flushed.
     ServedAsFlushed,
-    /// Not at all.
+    /// Not at all; or it is a volume, and every request on it fails.
     NotServed,
 }
 
@@ -81,8 +81,10 @@ pub enum SnapshotVerdict {
 pub struct CheckedDisk {
     /// Its name.
     pub name: String,
-    /// Its image, as far as it is known.
+    /// Its image, as far as it is known. None of a volume.
     pub path: Option<PathBuf>,
+    /// The snapshot that it stands on, if it is a volume.
+    pub from: Option<String>,
     /// How the daemon ended, as far as this disk tells.
     pub ended: String,
     /// What a start would do.
@@ -317,6 +319,7 @@ impl<'a> Examination<'a> {
             let checked = disk::examine(self, record);
             self.disks.push(checked);
         }
+        while disk::look_at_base(&mut self.disks, &records) {}
         self.records = records;
     }
 

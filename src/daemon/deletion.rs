@@ -29,7 +29,7 @@ const TURN: Duration = Duration::from_millis(20);
 impl Manager {
     /// Goes on with a snapshot after a restart.
     pub(super) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
-        let is_served = entry.version.is_some() && entry.broken().is_none();
+        let is_served = entry.version.is_some() && entry.broken().is_none() && disk.disk.base_broken().is_none();
         let (deleting, stopped) = {
             let record = locked(&entry.record);
             (record.deleting, record.stopped)
@@ -60,6 +60,7 @@ impl Manager {
             self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+            self.refuse_if_stood_on(&entry, ErrorCode::SnapshotBusy)?;
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();

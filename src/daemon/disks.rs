@@ -16,13 +16,28 @@ use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
 use super::snapshots::store_shown;
 use super::takeup::{Taken, Trust, take_up};
+use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
+use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName, VolumeRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
+
+/// A disk or volume of which all is there.
+pub(super) struct Opened<'a> {
+    pub(super) id: Uuid,
+    pub(super) boot: Uuid,
+    pub(super) config: DiskConfig,
+    pub(super) disk: Arc<Disk>,
+    pub(super) mirror: Option<Mirror>,
+    pub(super) former_legs: Vec<PathBuf>,
+    pub(super) volume: Option<VolumeRecord>,
+    pub(super) snapshots: Vec<Arc<SnapshotEntry>>,
+    /// What the records have said of it.
+    pub(super) record: Option<&'a DiskRecord>,
+}
 
 impl Manager {
     /// Serves the disks that the configuration names, and those that are remembered from before.
@@ -35,7 +50,9 @@ impl Manager {
             let take_flushed = take_flushed.contains(&spec.name);
             self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;
         }
-        for record in self.records.disks().map_err(record_error)? {
+        let (volumes, disks): (Vec<_>, Vec<_>) =
+            self.records.disks().map_err(record_error)?.into_iter().partition(|record| record.volume.is_some());
+        for record in disks {
             let name: Name = record.name.parse()?;
             if self.disk(&name).is_ok() {
                 continue;
@@ -47,7 +64,7 @@ impl Manager {
                 self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
             }
         }
-        Ok(())
+        self.take_up_volumes(volumes, take_flushed)
     }
 
     pub(super) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -55,6 +72,9 @@ impl Manager {
         self.refuse_when_stopping()?;
         let config = self.completed(name, config);
         if let Ok(old) = self.disk(name) {
+            if old.volume.is_some() {
+                return Err(not_a_disk(name));
+            }
             if old.config() == config {
                 return Ok(PutOutcome::Unchanged(old.to_api()));
             }
@@ -86,6 +106,14 @@ impl Manager {
     fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
         let records = self.records.disks().map_err(record_error)?;
         let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
+        if let Some(volume) = &record.volume {
+            // What a volume's configuration has for a path is no path.
+            return if config.path.as_os_str() == volume.from.as_str() {
+                Ok(Some(record))
+            } else {
+                Err(not_a_disk(name))
+            };
+        }
         let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
         let legs: Vec<_> = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| &leg.path).collect();
         let is_known = |path: &PathBuf| match legs.is_empty() {
@@ -122,7 +150,12 @@ impl Manager {
             .with_action("serve it as before and delete the snapshots first, or use another name"))
     }
 
-    fn add_disk(&self, name: &Name, config: &DiskConfig, take_flushed: bool) -> Result<Arc<DiskEntry>, ApiError> {
+    pub(super) fn add_disk(
+        &self,
+        name: &Name,
+        config: &DiskConfig,
+        take_flushed: bool,
+    ) -> Result<Arc<DiskEntry>, ApiError> {
         let record = self.record_of(name, config)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         let direct = direct_of(config);
@@ -131,11 +164,16 @@ impl Manager {
         let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
         let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
         // Looked at before it is opened, because opening may count as a change. A mirror looks at its legs itself.
-        let looks = match record.as_ref().filter(|r| r.mirror.is_some()) {
+        // Whether what a volume stands on may be believed is said there.
+        let looks = match record.as_ref().filter(|r| r.mirror.is_some() || r.volume.is_some()) {
             Some(record) => record.saved,
             None => Fingerprint::of(&config.path).ok(),
         };
-        let Base { backing, mut mirror } = self.open_base(config, record.as_ref(), options).map_err(in_disk)?;
+        let volume = record.as_ref().and_then(|r| r.volume.clone());
+        let Base { backing, mut mirror } = match &volume {
+            Some(volume) => Base { backing: self.base_of(volume), mirror: None },
+            None => self.open_base(config, record.as_ref(), options).map_err(in_disk)?,
+        };
         let unit = backing.alignment().offset_bytes;
         if unit > config.block_size {
             let message = format!(
@@ -183,7 +221,6 @@ impl Manager {
             config.path.clone_from(&mirror.legs[0].0.path);
             config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
         }
-        let config = &config;
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
         // Those that drained when the last daemon was killed never change again. The records say so next, and a later
         // power cut believes it.
@@ -193,10 +230,35 @@ impl Manager {
                 store_shown(&disk, version);
             }
         }
+        let leg = config.mirror.clone();
+        let opened = Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record: record.as_ref() };
+        let entry = self.open_disk(name, opened)?;
+        self.resume_mirror(&entry);
+        for snapshot in entry.snapshots() {
+            self.resume_snapshot(&entry, &snapshot);
+        }
+        if let Some(path) = leg.filter(|_| locked(&entry.mirror).is_none())
+            && let Err(e) = self.add_leg(&entry, &path)
+        {
+            // Nothing was asked of it yet: it goes as if it had never come.
+            locked(&self.disks).remove(name);
+            entry.server.stop();
+            let gone = if record.is_some() { self.persist(&[entry]) } else { self.forget_disk(&entry) };
+            if let Err(e) = gone {
+                log::error!("disk {name}: {}", e.message);
+            }
+            return Err(in_disk(e));
+        }
+        Ok(entry)
+    }
 
+    /// Records that a disk is served, and serves it.
+    pub(super) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
+        let Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record } = opened;
         // From here on the disk may change: the record must not say "saved" any more.
-        let mut unsaved = record_of((id, name, boot), config, &disk.chain(), &snapshots);
+        let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
+        unsaved.volume.clone_from(&volume);
         unsaved.former_legs.clone_from(&former_legs);
         if !planted::is(Defect::StillSaved) {
             self.records.put([&unsaved]).map_err(record_error)?;
@@ -216,7 +278,7 @@ impl Manager {
         })
         .map_err(|e| {
             // Nothing has changed yet: what was remembered is still true.
-            let restored = match &record {
+            let restored = match record {
                 Some(record) => self.records.put([record]),
                 None => self.records.remove(name.as_str()),
             };
@@ -230,9 +292,10 @@ impl Manager {
             name: name.clone(),
             id,
             boot,
-            config: config.clone(),
-            disk,
             path: Mutex::new(config.path.clone()),
+            config,
+            disk,
+            volume,
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             leg_paths: Arc::default(),
@@ -246,26 +309,10 @@ impl Manager {
         locked(&self.disks).insert(name.clone(), entry.clone());
         log::info!(
             "disk {name}: serving {} ({} bytes) at {}",
-            config.path.display(),
+            entry.config.path.display(),
             entry.disk.geometry().size_bytes,
             socket.display()
         );
-        self.resume_mirror(&entry);
-        for snapshot in entry.snapshots() {
-            self.resume_snapshot(&entry, &snapshot);
-        }
-        if let Some(path) = config.mirror.as_ref().filter(|_| locked(&entry.mirror).is_none())
-            && let Err(e) = self.add_leg(&entry, path)
-        {
-            // Nothing was asked of it yet: it goes as if it had never come.
-            locked(&self.disks).remove(name);
-            entry.server.stop();
-            let gone = if record.is_some() { self.persist(&[entry]) } else { self.forget_disk(&entry) };
-            if let Err(e) = gone {
-                log::error!("disk {name}: {}", e.message);
-            }
-            return Err(in_disk(e));
-        }
         Ok(entry)
     }
 
@@ -299,7 +346,7 @@ impl Manager {
         }))
     }
 
-    fn remove_disk_files(&self, disk: &DiskEntry) {
+    pub(super) fn remove_disk_files(&self, disk: &DiskEntry) {
         remove_file(&self.places.durable_table(disk.id));
         remove_file(&self.places.run_table(disk.id));
         if let Some(mirror) = &*locked(&disk.mirror) {
@@ -316,8 +363,11 @@ impl Manager {
     pub(super) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
-        let entry = self.disk(name)?;
+        let entry = self.plain_disk(name)?;
         let busy = |message: String| Err(ApiError::new(ErrorCode::DiskBusy, message));
+        for snapshot in entry.snapshots() {
+            self.refuse_if_stood_on(&snapshot, ErrorCode::DiskBusy)?;
+        }
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("disk {name}: job {} is still working on it", job.id));
         }

@@ -14,7 +14,7 @@ use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::{DiskRecord, SnapshotRecord, VolumeRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -99,7 +99,9 @@ impl SnapshotEntry {
     pub(super) fn state(&self, disk: &DiskEntry) -> SnapshotState {
         let folds = self.folds(disk);
         let record = locked(&self.record);
-        let broken = record.broken.is_some() || self.version.as_ref().is_some_and(|v| v.broken().is_some());
+        let broken = record.broken.is_some()
+            || self.version.as_ref().is_some_and(|v| v.broken().is_some())
+            || disk.disk.base_broken().is_some();
         match (record.deleting, broken, record.quiesced_ms) {
             (true, ..) if folds => SnapshotState::Folding,
             (true, ..) => SnapshotState::Deleting,
@@ -116,7 +118,8 @@ impl SnapshotEntry {
 
     pub(super) fn to_api(&self, disk: &DiskEntry) -> api::Snapshot {
         let (state, old_frontends) = (self.state(disk), self.old_frontends(disk));
-        let reason = self.broken().or_else(|| locked(&self.socket_error).clone());
+        let broken = self.broken().or_else(|| disk.disk.base_broken());
+        let reason = broken.or_else(|| locked(&self.socket_error).clone());
         let record = locked(&self.record).clone();
         let geometry = disk.disk.geometry();
         let chain = disk.disk.chain();
@@ -173,6 +176,8 @@ pub(super) struct DiskEntry {
     /// As it is served: with the socket and the serial filled in.
     pub(super) config: DiskConfig,
     pub(super) disk: Arc<Disk>,
+    /// What it stands on, if it is a volume.
+    pub(super) volume: Option<VolumeRecord>,
     /// Its image, or of its legs the one that it is known by.
     pub(super) path: Mutex<PathBuf>,
     pub(super) mirror: Mutex<Option<Mirror>>,
@@ -203,6 +208,7 @@ impl DiskEntry {
     pub(super) fn to_record(&self) -> DiskRecord {
         let of = (self.id, &self.name, self.boot);
         let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
+        record.volume.clone_from(&self.volume);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
         record
@@ -231,6 +237,9 @@ impl DiskEntry {
     }
 
     pub(super) fn failure(&self) -> Option<String> {
+        if self.volume.is_some() {
+            return self.volume_failure();
+        }
         self.base().is_poisoned().then(|| {
             let path = locked(&self.path);
             format!("a sync of {} failed, so it is unknown what of the last writes is stored", path.display())

@@ -36,6 +36,8 @@ pub struct Manager {
     pub(super) editor: Arc<ChainEditor>,
     pub(super) bus: Arc<EventBus>,
     pub(super) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
+    /// Volumes that are remembered and cannot be served, and why.
+    pub(super) lost_volumes: Mutex<BTreeMap<Name, (DiskRecord, String)>>,
     pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     pub(super) next_job: AtomicU64,
     /// Held by whoever adds or removes disks or snapshots.
@@ -102,6 +104,7 @@ impl Manager {
             clock,
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
+            lost_volumes: Mutex::default(),
             jobs: Mutex::default(),
             next_job: AtomicU64::new(1),
             structure: Mutex::new(()),
@@ -183,7 +186,8 @@ impl Manager {
                 && !disk.failure_told.swap(true, Ordering::SeqCst)
             {
                 log::error!("disk {} has failed: {reason}", disk.name);
-                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name).because(reason));
+                let kind = if disk.volume.is_some() { EventKind::VolumeBroken } else { EventKind::DiskFailed };
+                self.bus.publish(Notice::of_disk(kind, &disk.name).because(reason));
             }
         }
     }

@@ -249,7 +249,7 @@ impl Manager {
     pub(super) fn mirror(&self, name: &Name, path: &Path) -> Result<api::Disk, ApiError> {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
-        let disk = self.disk(name)?;
+        let disk = self.disk_with_mirror(name)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         if let Some(reason) = disk.failure() {
             return Err(in_disk(ApiError::new(ErrorCode::DiskFailed, reason)));
@@ -369,7 +369,7 @@ impl Manager {
     pub(super) fn unmirror(&self, name: &Name, path: Option<&Path>) -> Result<api::Disk, ApiError> {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
-        let disk = self.disk(name)?;
+        let disk = self.disk_with_mirror(name)?;
         let (goes, stays) = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;

@@ -19,6 +19,7 @@ mod service;
 mod snapshots;
 mod strays;
 pub mod takeup;
+mod volumes;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -11,7 +11,7 @@ use crate::mirror::{Chain, NewLayer, Owned, Version};
 use crate::store::{DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
-/// are in this moment's chain. Without a mirror.
+/// are in this moment's chain. Without a mirror, and not a volume.
 #[must_use]
 pub fn of_disk(
     (id, name, boot): (Uuid, &str, Uuid),
@@ -35,6 +35,7 @@ pub fn of_disk(
         live_saved: None,
         live_splits: live.splits,
         mirror: None,
+        volume: None,
         former_legs: Vec::new(),
         boot: Some(boot),
         snapshots,

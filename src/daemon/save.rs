@@ -73,11 +73,13 @@ impl Manager {
         }
         let path = locked(&disk.path).clone();
         // Of a mirror each leg is looked at by itself.
-        record.saved = match record.mirror {
-            Some(_) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
-            None => Some(looks(&path)?),
+        record.saved = match (&record.mirror, &record.volume) {
+            // What a volume stands on is saved with its disk.
+            (_, Some(_)) => Some(Fingerprint { size_bytes: 0, modified_ns: 0 }),
+            (Some(_), None) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
+            (None, None) => Some(looks(&path)?),
         };
-        if let Some(log) = &record.live_log {
+        if let Some(log) = record.live_log.as_ref().filter(|_| record.volume.is_none()) {
             log::warn!(
                 "disk {}: its newest content is in the log {}, not in {} alone; it is put together when it is served again",
                 disk.name,

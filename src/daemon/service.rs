@@ -8,7 +8,8 @@ use super::entry::locked;
 use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, Writers,
+    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, VolumeRequest,
+    Writers,
 };
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use crate::control::{ApiError, Deletion, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
@@ -23,11 +24,11 @@ impl Service for Manager {
     }
 
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
-        Ok(self.all_disks().iter().map(|d| d.to_api()).collect())
+        Ok(self.all_disks().iter().filter(|d| d.volume.is_none()).map(|d| d.to_api()).collect())
     }
 
     fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
-        Ok(self.disk(disk)?.to_api())
+        Ok(self.plain_disk(disk)?.to_api())
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -68,6 +69,22 @@ impl Service for Manager {
     fn delete_snapshot(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
         options.check(reference, self.get_snapshot(reference)?.strategy)?;
         self.delete(reference, options)
+    }
+
+    fn create_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
+        self.make_volume(request)
+    }
+
+    fn list_volumes(&self) -> Result<Vec<api::Volume>, ApiError> {
+        Ok(self.all_volumes())
+    }
+
+    fn get_volume(&self, volume: &Name) -> Result<api::Volume, ApiError> {
+        self.all_volumes().into_iter().find(|v| v.name == *volume).ok_or_else(|| ApiError::volume_not_found(volume))
+    }
+
+    fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError> {
+        self.remove_volume(volume, force)
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {

@@ -229,7 +229,7 @@ impl Manager {
     }
 
     /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
-    fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
+    pub(super) fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
         let len = socket.as_os_str().len();
         let bad = |what: String| {
             let message = format!("its socket {} cannot be made: {what}", socket.display());

@@ -94,7 +94,7 @@ pub struct Taken {
     pub snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
 }
 
-/// A version as it is remembered; without a snapshot it is the live one.
+/// A version as it is remembered; without a snapshot it is the live one, or what a volume stands on.
 struct Slot {
     id: Uuid,
     began: u64,
@@ -116,7 +116,7 @@ impl Taken {
     }
 }
 
-/// The versions of a disk whose full image is `base`, known as `path`.
+/// The versions of a disk whose full image is `base`, known as `path`; of a volume that is what it stands on.
 ///
 /// # Errors
 /// When what the live version needs is not there or cannot be believed.
@@ -275,7 +275,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         saved_table: record.live_saved_table,
         saved: record.live_saved,
     };
-    let has_pivot = live.owns_all || record.snapshots.iter().any(|s| s.owns_all);
+    let has_pivot = live.owns_all || record.volume.is_some() || record.snapshots.iter().any(|s| s.owns_all);
     debug_assert!(has_pivot, "somebody has the full image");
     let frozen = record.snapshots.into_iter().map(|s| Slot {
         id: s.id,
@@ -287,5 +287,16 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         saved: None,
         snapshot: Some(s),
     });
-    frozen.chain([live]).collect()
+    // What a volume stands on has everything that it does not have itself; no request acts there.
+    let origin = record.volume.map(|volume| Slot {
+        id: volume.origin,
+        began: 0,
+        owns_all: true,
+        image: path.to_owned(),
+        splits: false,
+        snapshot: None,
+        saved_table: None,
+        saved: None,
+    });
+    origin.into_iter().chain(frozen).chain([live]).collect()
 }

@@ -1,15 +1,17 @@
-//! Where a layer's bytes are: in one image, or in two that are kept equal.
+//! Where a layer's bytes are: in one image, in two that are kept equal, or in a frozen version of another disk.
 //!
-//! The engine moves bytes only through here, so that what is below (one image, or legs that are kept equal) makes no
-//! difference to it.
+//! The engine moves bytes only through here, so that what is below makes no difference to it. A frozen version is the full
+//! image of a volume, whose live version is a log: nothing writes there.
 
 use std::sync::Arc;
 
-use super::Pair;
+use super::{Pair, View};
 use crate::image::{
-    Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync, write_all_at,
-    zero_range,
+    Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync,
+    write_all_at, zero_range,
 };
+
+const FROZEN: &str = "a frozen version never changes";
 
 /// The bytes of a layer.
 #[derive(Clone)]
@@ -18,6 +20,8 @@ pub enum Backing {
     One(SharedImage),
     /// Two legs of a mirror. Writes hold their blocks' locks exclusively.
     Pair(Arc<Pair>),
+    /// A frozen version of another disk. Only read.
+    View(Arc<View>),
 }
 
 impl Backing {
@@ -27,7 +31,8 @@ impl Backing {
         match (self, other) {
             (Backing::One(one), Backing::One(other)) => Arc::ptr_eq(one, other),
             (Backing::Pair(one), Backing::Pair(other)) => Arc::ptr_eq(one, other),
-            (Backing::One(_), Backing::Pair(_)) | (Backing::Pair(_), Backing::One(_)) => false,
+            (Backing::View(one), Backing::View(other)) => Arc::ptr_eq(one, other),
+            (Backing::One(_) | Backing::Pair(_) | Backing::View(_), _) => false,
         }
     }
 
@@ -35,7 +40,7 @@ impl Backing {
     #[must_use]
     pub fn excludes(&self) -> bool {
         match self {
-            Backing::One(_) => false,
+            Backing::One(_) | Backing::View(_) => false,
             Backing::Pair(_) => true,
         }
     }
@@ -46,6 +51,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.size_bytes(),
             Backing::Pair(pair) => pair.size_bytes(),
+            Backing::View(view) => view.size_bytes(),
         }
     }
 
@@ -55,6 +61,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.alignment(),
             Backing::Pair(pair) => pair.alignment(),
+            Backing::View(view) => view.alignment(),
         }
     }
 
@@ -64,6 +71,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.is_poisoned(),
             Backing::Pair(pair) => pair.is_poisoned(),
+            Backing::View(_) => false, // Nothing is stored here.
         }
     }
 
@@ -73,6 +81,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.allocated_bytes(),
             Backing::Pair(pair) => pair.allocated_bytes(),
+            Backing::View(_) => Some(0), // That is the other disk's.
         }
     }
 
@@ -82,6 +91,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.path(),
             Backing::Pair(pair) => pair.path(),
+            Backing::View(view) => view.path(),
         }
     }
 
@@ -102,6 +112,7 @@ impl Backing {
         match self {
             Backing::One(image) => read_exact_at(&**image, queue, at, buf).await,
             Backing::Pair(pair) => Box::pin(pair.read(queue, at, buf)).await,
+            Backing::View(view) => view.read(queue, at, buf).await,
         }
     }
 
@@ -113,6 +124,7 @@ impl Backing {
         match self {
             Backing::One(image) => write_all_at(&**image, queue, at, buf, durable).await,
             Backing::Pair(pair) => Box::pin(pair.write(queue, at, buf, durable)).await,
+            Backing::View(view) => Err(view.refusal(ImageOp::Write, FROZEN)),
         }
     }
 
@@ -124,6 +136,7 @@ impl Backing {
         match self {
             Backing::One(image) => zero_range(&**image, queue, at, len, unmap).await,
             Backing::Pair(pair) => Box::pin(pair.zero(queue, at, len, unmap)).await,
+            Backing::View(view) => Err(view.refusal(ImageOp::Zero, FROZEN)),
         }
     }
 
@@ -135,6 +148,7 @@ impl Backing {
         match self {
             Backing::One(image) => release_range(&**image, queue, at, len).await,
             Backing::Pair(pair) => Box::pin(pair.release(queue, at, len)).await,
+            Backing::View(view) => Err(view.refusal(ImageOp::Discard, FROZEN)),
         }
     }
 
@@ -146,6 +160,7 @@ impl Backing {
         match self {
             Backing::One(image) => sync(&**image, queue).await,
             Backing::Pair(pair) => Box::pin(pair.sync(queue)).await,
+            Backing::View(_) => Ok(()), // It was stored before anybody could stand on it.
         }
     }
 }

@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::planted::{self, Defect};
-use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket};
+use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket, View};
 use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -102,6 +102,8 @@ pub struct Disk {
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
+    /// What a volume stands on.
+    base: Option<Arc<View>>,
     read_only: bool,
 }
 
@@ -142,6 +144,10 @@ impl Disk {
     #[must_use]
     pub fn with_chain(clock: EpochClock, options: DiskOptions, links: Vec<Link>) -> Arc<Disk> {
         let geometry = Geometry::of(&options.image, options.block_bytes);
+        let base = match options.image {
+            Backing::View(view) => Some(view),
+            Backing::One(_) | Backing::Pair(_) => None,
+        };
         Arc::new(Disk {
             connections: Connections::new(clock.clone()),
             clock,
@@ -150,8 +156,21 @@ impl Disk {
             locks: BlockLocks::new(),
             discards: Arc::new(options.discards),
             observer: OnceLock::new(),
+            base,
             read_only: options.read_only,
         })
+    }
+
+    /// A new volume: what it stands on is its oldest version, and has everything; `live` is an empty log for what is
+    /// written to it.
+    #[must_use]
+    pub fn volume(clock: EpochClock, options: DiskOptions, origin: VersionId, live: (VersionId, Layer)) -> Arc<Disk> {
+        let version = Version::new(origin, super::Epoch(0));
+        version.set_quiesced();
+        let origin = Link { version, layer: Layer::full(options.image.clone()), splits: false };
+        // No request on it can be older.
+        let live = Link { version: Version::new(live.0, clock.current()), layer: live.1, splits: false };
+        Disk::with_chain(clock, options, vec![origin, live])
     }
 
     /// An empty table that fits a disk of this geometry, in memory only.
@@ -185,6 +204,18 @@ impl Disk {
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// What it stands on, if it is a volume.
+    #[must_use]
+    pub fn base(&self) -> Option<&Arc<View>> {
+        self.base.as_ref()
+    }
+
+    /// Why what it stands on cannot be read, if so. Then nothing of the volume is vouched for.
+    #[must_use]
+    pub fn base_broken(&self) -> Option<String> {
+        self.base.as_ref().and_then(|base| base.broken())
     }
 
     /// The connections to the live version.
@@ -304,6 +335,10 @@ impl Attachment {
     /// When the request does not fit the disk or cannot be carried out; the guest gets an I/O error.
     pub async fn execute(&self, queue: &IoQueue, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
         let disk = &*self.disk;
+        // Also what would not read it: half a volume is no volume.
+        if let Some(reason) = disk.base_broken() {
+            return Err(RequestError::Broken(reason));
+        }
         match request {
             Request::Read { at, into } => {
                 self.check(at, into.len() as u64)?;

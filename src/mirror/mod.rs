@@ -19,6 +19,7 @@ mod plan;
 mod read;
 mod request;
 mod snapshot;
+mod view;
 mod write;
 
 pub use crate::planted;
@@ -32,3 +33,4 @@ pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
 pub use plan::{BlockPlan, Copy, Run, WritePlan};
 pub use request::{Request, RequestError};
 pub use snapshot::{ChainEditor, Cut, NewLayer, PreparedSnapshot, RetireError, Writers};
+pub use view::{VOLUMES_DEEP_MAX, View};

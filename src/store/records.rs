@@ -18,9 +18,10 @@ use crate::crash;
 use crate::planted::{self, Defect};
 
 /// The format of the records. A later one is refused rather than guessed at.
-const FORMAT: u64 = 3;
+const FORMAT: u64 = 4;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
-/// no checksums, and no snapshots that outlive a power cut by themselves.
+/// no checksums, and no snapshots that outlive a power cut by themselves. The third one has no volumes: who knows only that
+/// one would delete what they stand on.
 const FORMAT_FIRST: u64 = 1;
 /// The first format whose records have checksums.
 const FORMAT_SEALED: u64 = 3;
@@ -145,6 +146,21 @@ pub struct MirrorRecord {
     pub legs: Vec<LegRecord>,
 }
 
+/// What a volume stands on, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// The stable name of the snapshot's version.
+    pub snapshot: Uuid,
+    /// The snapshot as the user calls it, `disk@name`.
+    pub from: String,
+    /// The stable name of the volume's oldest version, which shows the snapshot.
+    pub origin: Uuid,
+    /// Its size in bytes, should the snapshot be lost.
+    pub size_bytes: u64,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
 /// A disk, as it is remembered.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
@@ -174,6 +190,9 @@ pub struct DiskRecord {
     /// Its mirror, if it has one.
     #[serde(default)]
     pub mirror: Option<MirrorRecord>,
+    /// What it stands on, if it is a volume.
+    #[serde(default)]
+    pub volume: Option<VolumeRecord>,
     /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
     #[serde(default)]
     pub former_legs: Vec<std::path::PathBuf>,

@@ -56,6 +56,7 @@ fn disk(name: &str) -> DiskRecord {
         live_saved: None,
         live_splits: false,
         mirror: None,
+        volume: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
         snapshots: vec![snapshot(name, "a", 3), snapshot(name, "b", 5)],
@@ -218,7 +219,7 @@ fn a_record_checks_itself_and_its_name() {
     }
 }
 
-/// As an older program wrote it: plain JSON, one phase.
+/// As an older program wrote it: one phase, and plain JSON before there were checksums.
 fn older_file(path: &Path, format: u64, disks: &[DiskRecord]) {
     let database = Database::create(path).unwrap();
     let change = database.begin_write().unwrap();
@@ -226,7 +227,11 @@ fn older_file(path: &Path, format: u64, disks: &[DiskRecord]) {
     {
         let mut table = change.open_table(DISKS).unwrap();
         for disk in disks {
-            table.insert(disk.name.as_str(), serde_json::to_vec(disk).unwrap().as_slice()).unwrap();
+            let mut json = serde_json::to_value(disk).unwrap();
+            json.as_object_mut().unwrap().remove("volume");
+            let json = serde_json::to_vec(&json).unwrap();
+            let value = if format < FORMAT_SEALED { json } else { seal(&disk.name, &json) };
+            table.insert(disk.name.as_str(), value.as_slice()).unwrap();
         }
     }
     change.commit().unwrap();
@@ -236,7 +241,7 @@ fn older_file(path: &Path, format: u64, disks: &[DiskRecord]) {
 fn older_formats_are_read_and_become_this_one_and_later_ones_are_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let disks: Vec<DiskRecord> = ["vm0", "vm1"].map(disk).into();
-    for format in FORMAT_FIRST..FORMAT_SEALED {
+    for format in FORMAT_FIRST..FORMAT {
         let path = dir.path().join(format!("format-{format}"));
         older_file(&path, format, &disks);
         let examined = Records::examine(&path).unwrap().unwrap();

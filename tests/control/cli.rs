@@ -60,7 +60,7 @@ fn one_line(output: &Output) -> String {
 #[test]
 fn lists_are_arrays_and_the_rest_are_objects() {
     let rig = Rig::new();
-    for line in ["--json disk list", "snapshot --json list", "job list --json"] {
+    for line in ["--json disk list", "snapshot --json list", "volume list --json", "job list --json"] {
         assert_eq!(rig.done(line), "[]\n");
     }
     let disk = rig.json("disk add name=vm1,path=vm1.raw,queues=2 --json");
@@ -79,6 +79,17 @@ fn lists_are_arrays_and_the_rest_are_objects() {
     assert_eq!((&both[0]["disk"], &both[1]["disk"]), (&json!("vm1"), &json!("vm2")));
     assert_eq!(rig.json("snapshot list --json").as_array().unwrap().len(), 3);
     assert_eq!(rig.json("snapshot show vm1@daily --json"), one);
+    let volume = rig.json("volume create --json clone --from vm1@daily --image clone.img");
+    assert_eq!(
+        (&volume["name"], &volume["from"], &volume["from_id"]),
+        (&json!("clone"), &json!("vm1@daily"), &one["id"])
+    );
+    assert_eq!(volume["image"], rig.directory.path().join("clone.img").to_str().unwrap());
+    assert_eq!(rig.json("volume show clone --json"), volume);
+    assert_eq!(rig.json("volume list --json"), json!([volume]));
+    assert_eq!(rig.json("volume create now --from vm2 --json")["from"], "vm2@now");
+    assert_eq!(rig.json("status --json")["volumes"][0], volume);
+    assert_eq!(rig.json("volume delete clone --json"), json!({ "name": "clone", "state": "deleted" }));
     let gone = rig.json("snapshot delete vm1@daily --force --json");
     assert_eq!(gone, json!({ "disk": "vm1", "name": "daily", "state": "deleted" }));
     assert_eq!(rig.json("disk remove vm1 --force --json"), json!({ "name": "vm1", "state": "removed" }));
@@ -456,4 +467,21 @@ fn a_closed_stdout_is_no_error() {
         assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{line}");
     }
     assert!(rig.fake.get_disk(&name("vm1")).is_ok());
+}
+
+#[test]
+fn volumes_are_shown_and_refused_in_one_line() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    let page = rig.done("volume create clone --from vm1@daily");
+    assert!(page.contains("from        vm1@daily\n") && page.contains("state       serving\n"), "{page}");
+    let list = rig.done("volume list");
+    assert_eq!(list.lines().next(), Some("VOLUME  STATE    FROM       OWNED  SIZE     FRONTENDS  SOCKET"));
+    assert!(rig.done("status").contains("clone   serving  vm1@daily"));
+    assert!(rig.fails("volume create clone --from vm1").contains("volume clone exists; delete it first"));
+    assert!(rig.fails("volume show none").contains("there is no volume none"));
+    assert!(rig.fails("volume create x --from vm1@none").contains("there is no snapshot vm1@none"));
+    assert_eq!(rig.done("volume delete clone"), "clone deleted\n");
+    for line in ["volume create clone", "volume create A --from vm1", "volume create clone --from vm1@", "volume"] {
+        assert_eq!(rig.run(line).status.code(), Some(2), "{line}");
+    }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use halfsilver::control::api::{
     DeleteSnapshotOptions, Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Leg, LegState, Snapshot,
-    SnapshotRequest, SnapshotState, Strategy, VersionInfo, Writers,
+    SnapshotRequest, SnapshotState, Strategy, VersionInfo, Volume, VolumeRequest, VolumeSource, VolumeState, Writers,
 };
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use halfsilver::control::timestamp::Timestamp;
@@ -26,6 +26,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 struct State {
     disks: Vec<(DiskConfig, Disk)>,
     snapshots: Vec<Snapshot>,
+    volumes: Vec<Volume>,
     jobs: Vec<Job>,
     forbidden: Option<Strategy>,
 }
@@ -311,6 +312,59 @@ impl Service for Fake {
             self.begin_job(8, JobKind::Mirror, &snapshot.disk, None);
         }
         Ok(Deletion::Done)
+    }
+
+    fn create_volume(&self, request: &VolumeRequest) -> Result<Volume, ApiError> {
+        let VolumeRequest { name, from, socket, image } = request;
+        if self.get_volume(name).is_ok() {
+            return Err(ApiError::new(ErrorCode::VolumeExists, format!("volume {name} exists")));
+        }
+        let (from, from_id, size_bytes) = match from {
+            VolumeSource::Snapshot(snapshot) => {
+                let found = self.get_snapshot(snapshot)?;
+                (snapshot.to_string(), found.id, found.size_bytes)
+            }
+            VolumeSource::Now(disk) => (format!("{disk}@{name}"), Uuid::new_v4(), self.get_disk(disk)?.size_bytes),
+        };
+        let volume = Volume {
+            id: Uuid::new_v4(),
+            name: name.clone(),
+            from,
+            from_id,
+            state: VolumeState::Serving,
+            reason: None,
+            socket: socket.clone().unwrap_or_else(|| format!("/run/fake/{name}.sock").into()),
+            image: image.clone().unwrap_or_else(|| format!("/var/fake/{name}.log").into()),
+            size_bytes,
+            block_size: 4096,
+            owned_bytes: 0,
+            queues: 1,
+            connected: false,
+            frontends: 0,
+            snapshots: 0,
+            created_at: Timestamp::now(),
+        };
+        self.state.lock().unwrap().volumes.push(volume.clone());
+        self.bus.publish(Notice::of_disk(EventKind::VolumeCreated, name));
+        Ok(volume)
+    }
+
+    fn list_volumes(&self) -> Result<Vec<Volume>, ApiError> {
+        Ok(self.state.lock().unwrap().volumes.clone())
+    }
+
+    fn get_volume(&self, volume: &Name) -> Result<Volume, ApiError> {
+        let volumes = self.list_volumes()?;
+        volumes.into_iter().find(|other| other.name == *volume).ok_or_else(|| ApiError::volume_not_found(volume))
+    }
+
+    fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError> {
+        let found = self.get_volume(volume)?;
+        if !force && found.from.ends_with("@busy") {
+            return Err(ApiError::new(ErrorCode::VolumeBusy, format!("volume {volume} has a frontend connected")));
+        }
+        self.state.lock().unwrap().volumes.retain(|other| other.name != *volume);
+        Ok(())
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {

@@ -324,7 +324,7 @@ fn oversize_bodies_are_refused() {
 #[test]
 fn what_is_not_there() {
     let rig = Rig::new();
-    for target in ["/", "/v1", "/v1/", "/v2/disks", "/v1/disks/vm1/x", "/v1/volumes", "/metrics/x"] {
+    for target in ["/", "/v1", "/v1/", "/v2/disks", "/v1/disks/vm1/x", "/v1/volumes/", "/metrics/x"] {
         assert_eq!(rig.refused("GET", target, "")["code"], "not-found", "{target}");
     }
     let answer = rig.send("POST", "/v1/disks/vm1", "{}");

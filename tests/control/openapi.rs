@@ -18,7 +18,11 @@ fn every_route_and_no_other_is_described() {
     assert_eq!(described, routed);
 
     for (path, operations) in document["paths"].as_object().unwrap() {
-        let target = path.replace("{disk}", "none").replace("{snapshot}", "no@ne").replace("{id}", "0");
+        let target = path
+            .replace("{disk}", "none")
+            .replace("{snapshot}", "no@ne")
+            .replace("{id}", "0")
+            .replace("{volume}", "none");
         for method in ["GET", "PUT", "POST", "PATCH", "DELETE"] {
             if (path.as_str(), method) == ("/v1/events", "GET") {
                 continue;
@@ -47,6 +51,8 @@ fn every_operation_describes_its_refusals() {
         "DiskConfig",
         "Snapshot",
         "CreateSnapshots",
+        "Volume",
+        "CreateVolume",
         "Job",
         "JobPatch",
         "Event",
@@ -58,6 +64,7 @@ fn every_operation_describes_its_refusals() {
     let words = &document["components"]["schemas"]["SnapshotState"]["enum"];
     assert_eq!(words, &serde_json::json!(["draining", "quiesced", "folding", "deleting", "broken"]));
     for (schema, words) in [
+        ("VolumeState", serde_json::json!(["serving", "broken"])),
         ("LegState", serde_json::json!(["in-sync", "resynchronising", "failed", "split"])),
         ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror"])),
     ] {
@@ -70,6 +77,7 @@ fn every_query_key_is_described() {
     let document = Rig::new().get("/v1/openapi.json").json();
     for (path, method, keys) in [
         ("/v1/disks/{disk}", "delete", &["force"][..]),
+        ("/v1/volumes/{volume}", "delete", &["force"]),
         ("/v1/disks/{disk}/mirror", "delete", &["leg"]),
         ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image"]),
         ("/v1/snapshots/{snapshot}/cutover", "post", &["wait"]),

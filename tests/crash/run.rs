@@ -510,6 +510,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         live_saved: None,
         live_splits: false,
         mirror,
+        volume: None,
         former_legs: Vec::new(),
         boot: Some(host.boot),
         snapshots: Vec::new(),

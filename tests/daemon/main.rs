@@ -32,4 +32,5 @@ mod trouble;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
 mod vmm;
+mod volumes;
 mod watch;

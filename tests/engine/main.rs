@@ -19,6 +19,7 @@ mod saved;
 mod schedule;
 mod sim;
 mod strategies;
+mod volumes;
 mod waits;
 mod world;
 

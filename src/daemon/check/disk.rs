@@ -17,6 +17,8 @@ use crate::store::{
 
 const MENDED: &str = "nothing: its other copy is whole, and the next start writes it anew";
 const PUT_BACK: &str = "put back what is missing; nothing has been changed";
+const PUT_BACK_OR_DELETE: &str =
+    "put back what is missing before the next start, or delete the volume: every request on it fails";
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage";
 
 /// What a disk's layers are measured by.
@@ -35,10 +37,12 @@ impl Shape {
 /// Examines a disk and says what a start would do.
 pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk {
     let config: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
-    let path = config.as_ref().map(|c| c.path.clone());
+    let from = record.volume.as_ref().map(|volume| volume.from.clone());
+    let path = config.as_ref().filter(|_| from.is_none()).map(|c| c.path.clone());
     let mut checked = CheckedDisk {
         name: record.name.clone(),
         path,
+        from,
         ended: String::new(),
         verdict: DiskVerdict::NotServed,
         reason: None,
@@ -54,9 +58,9 @@ pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk 
         let action = "put a good copy of records.redb back";
         return refuse(checked, "its name or configuration cannot be understood".to_owned(), action);
     };
-    let looks = match &record.mirror {
-        Some(_) => record.saved,
-        None => Fingerprint::of(&config.path).ok(),
+    let looks = match (&record.mirror, &record.volume) {
+        (Some(_), _) | (_, Some(_)) => record.saved,
+        (None, None) => Fingerprint::of(&config.path).ok(),
     };
     let trust = Trust::of(record, looks, of.boot);
     checked.ended = ended(trust).to_owned();
@@ -101,6 +105,35 @@ fn waiting(disk: &DiskRecord, name: &str, broken: Option<&String>) -> CheckedSna
     CheckedSnapshot { snapshot, verdict, reason: broken.cloned(), action: None, for_good: false }
 }
 
+/// Says of each volume whether what it stands on would be there. Returns whether anything has changed by that: volumes may
+/// stand on each other.
+pub(super) fn look_at_base(checked: &mut [CheckedDisk], records: &[DiskRecord]) -> bool {
+    let mut has_changed = false;
+    for (at, record) in records.iter().enumerate() {
+        let Some(volume) = &record.volume else { continue };
+        if checked[at].verdict == DiskVerdict::NotServed {
+            continue;
+        }
+        let base = records.iter().zip(&*checked).find_map(|(record, checked)| {
+            let index = record.snapshots.iter().position(|s| s.id == volume.snapshot)?;
+            checked.snapshots.get(index)
+        });
+        if base.is_some_and(|base| base.verdict == SnapshotVerdict::Kept) {
+            continue;
+        }
+        let why = base.and_then(|base| base.reason.clone()).unwrap_or_else(|| "it is not there".to_owned());
+        let reason = format!("it stands on {}: {why}", volume.from);
+        let volume = &mut checked[at];
+        volume.verdict = DiskVerdict::NotServed;
+        for snapshot in volume.snapshots.iter_mut().filter(|s| s.verdict == SnapshotVerdict::Kept) {
+            (snapshot.verdict, snapshot.reason) = (SnapshotVerdict::Broken, Some(reason.clone()));
+        }
+        (volume.reason, volume.action) = (Some(reason), Some(PUT_BACK_OR_DELETE.to_owned()));
+        has_changed = true;
+    }
+    has_changed
+}
+
 /// Opens an image as a start would, but only to read.
 fn probe(path: &Path, config: &DiskConfig, falls_back: bool) -> Result<FileImage, ImageError> {
     match FileImage::probe(path, direct_of(config)) {
@@ -116,6 +149,10 @@ fn probe(path: &Path, config: &DiskConfig, falls_back: bool) -> Result<FileImage
 
 /// The full image: the disk's one image, or its mirror.
 fn base_of(of: &mut Examination, record: &DiskRecord, config: &DiskConfig) -> Result<Shape, String> {
+    if let Some(volume) = &record.volume {
+        // What it stands on is looked at with its disk.
+        return Ok(Shape { size_bytes: volume.size_bytes, block_bytes: config.block_size });
+    }
     let Some(mirror) = &record.mirror else {
         let image = probe(&config.path, config, false).map_err(|e| e.to_string())?;
         return shape_of(&image, config);

@@ -16,7 +16,7 @@ pub(super) const BROKE: &str = "it broke just before the daemon or the host went
 const UNFINISHED: &str = "the host went down before all of it was on stable storage";
 const DELETE_IT: &str = "delete it and take another";
 
-/// A version as it is recorded; without a snapshot it is the live one.
+/// A version as it is recorded; without a snapshot it is the live one, or what a volume stands on.
 pub(super) struct Slot {
     pub(super) id: Uuid,
     pub(super) image: PathBuf,
@@ -82,7 +82,16 @@ pub(super) fn slots_of(record: &DiskRecord, path: &std::path::Path) -> Vec<Slot>
         saved: None,
         snapshot: Some(s.clone()),
     });
-    frozen.chain([live]).collect()
+    let origin = record.volume.as_ref().map(|volume| Slot {
+        id: volume.origin,
+        owns_all: true,
+        image: path.to_owned(),
+        splits: false,
+        snapshot: None,
+        saved_table: None,
+        saved: None,
+    });
+    origin.into_iter().chain(frozen).chain([live]).collect()
 }
 
 /// What cannot be true of a record.
