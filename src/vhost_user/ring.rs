@@ -99,9 +99,10 @@ pub(super) struct Ring {
     fault: Option<RingFault>,
 }
 
-// The rings' layout in 16-bit words: flags, index, then the entries (a used entry is four words), then the event index.
 #[allow(clippy::cast_possible_truncation)] // It is 1.
 const NO_NOTIFY: u16 = VRING_USED_F_NO_NOTIFY as u16;
+
+// The rings' layout in 16-bit words: flags, index, then the entries (a used entry is four words), then the event index.
 const FLAGS: usize = 0;
 const INDEX: usize = 1;
 const ENTRIES: usize = 2;

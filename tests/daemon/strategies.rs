@@ -110,7 +110,8 @@ pub(crate) enum End {
     PowerCut,
 }
 
-pub(crate) fn end(daemon: &mut Daemon, how: End) {
+/// Ends the daemon and starts it again. Returns what `check` said in between.
+pub(crate) fn end_and_start(daemon: &mut Daemon, how: End) -> Value {
     match how {
         End::Stop => daemon.stop(),
         End::Kill | End::Cleared | End::PowerCut => daemon.kill(),
@@ -120,8 +121,13 @@ pub(crate) fn end(daemon: &mut Daemon, how: End) {
         End::PowerCut => daemon.boot_again(),
         End::Stop | End::Kill => {}
     }
-    let told = serde_json::from_slice::<Value>(&daemon.check(&["--json"]).stdout).unwrap();
+    let told = serde_json::from_slice(&daemon.check(&["--json"]).stdout).unwrap();
     daemon.start();
+    told
+}
+
+pub(crate) fn end(daemon: &mut Daemon, how: End) {
+    let told = end_and_start(daemon, how);
     // What `check` said of each snapshot is what has become of it.
     for said in told["disks"][0]["snapshots"].as_array().unwrap() {
         let (name, verdict) = (said["snapshot"].as_str().unwrap(), said["verdict"].as_str().unwrap());

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::client::tags;
 use crate::harness::{Answer, Daemon, Rng, can_mount, names_in, seeds, wait_until};
-use crate::strategies::{ALL, End, SIZE, shows};
+use crate::strategies::{ALL, End, SIZE, end_and_start, shows};
 use crate::trouble::Mount;
 
 fn create(daemon: &Daemon, name: &str, from: &str) -> Answer {
@@ -217,21 +217,6 @@ fn the_command_line_has_volumes() {
     assert!(!socket.exists() && !image.exists());
 }
 
-fn end(daemon: &mut Daemon, how: End) -> Value {
-    match how {
-        End::Stop => daemon.stop(),
-        End::Kill | End::Cleared | End::PowerCut => daemon.kill(),
-    }
-    match how {
-        End::Cleared => daemon.lose_run_tables(),
-        End::PowerCut => daemon.boot_again(),
-        End::Stop | End::Kill => {}
-    }
-    let told = serde_json::from_slice(&daemon.check(&["--json"]).stdout).unwrap();
-    daemon.start();
-    told
-}
-
 fn verdict<'a>(told: &'a Value, disk: &str) -> &'a str {
     let disks = told["disks"].as_array().unwrap();
     disks.iter().find(|d| d["name"] == disk).unwrap()["verdict"].as_str().unwrap()
@@ -259,7 +244,7 @@ fn volumes_outlive_stops_kills_and_power_cuts() {
         drop((one, above));
         for round in 0..2 {
             let what = format!("{how:?} {strategy} {round}");
-            let told = end(&mut daemon, how);
+            let told = end_and_start(&mut daemon, how);
             for name in ["one", "above"] {
                 assert_eq!(show(&daemon, name)["state"], "serving", "{what}: {}", show(&daemon, name));
                 assert!(verdict(&told, name).starts_with("served"), "{what}: {told}");
@@ -314,7 +299,7 @@ fn a_broken_snapshot_breaks_its_volumes() {
     made(&daemon, "one", "vm0@daily");
     made(&daemon, "above", "one");
     daemon.client("one").write(0..8, 3);
-    let told = end(&mut daemon, End::PowerCut);
+    let told = end_and_start(&mut daemon, End::PowerCut);
     let said = told["disks"].as_array().unwrap().iter().find(|d| d["name"] == "one").unwrap();
     assert_eq!((&said["from"], &said["path"]), (&json!("vm0@daily"), &Value::Null));
     daemon.assert_broken("vm0@daily", "power");
