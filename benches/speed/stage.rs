@@ -99,6 +99,8 @@ impl<'a> Stage<'a> {
 
     /// The place of qemu-storage-daemon in the list.
     pub(crate) const QSD: usize = 1;
+    /// The place of plain io_uring in the list.
+    pub(crate) const PLAIN: usize = 2;
 
     pub(crate) fn qsd_mut(&mut self) -> Result<&mut Qsd> {
         match &mut self.backends[Self::QSD] {

@@ -2,6 +2,8 @@
 //!
 //! The slices around the cut are those that the command's time touches, and one on each side. They are held against the
 //! slices before them in the same round; a moment at which nothing happens is looked at in the same way, as a control.
+//! What the snapshot costs from then on, first writes and reads through tables, is no matter of the cut: so they are held
+//! against the slower of before and after, too.
 
 use std::time::{Duration, Instant};
 
@@ -131,19 +133,29 @@ impl Seen {
         // A quarter of the round earlier nothing happens.
         let (control_ratio, control_longest_us) = self.around(from - self.duration / 4, to - self.duration / 4);
         let slices = self.slices();
-        let first = (from.as_nanos() / SLICE.as_nanos()) as usize;
-        let before_longest_us = slices[..first.saturating_sub(1)].iter().map(|s| s.1).fold(0.0, f64::max);
-        let after: Vec<f64> = slices[first + 2..].iter().map(|s| s.0).collect();
-        let after = Spread::of(after).map_or(f64::NAN, |s| s.median) / SLICE.as_secs_f64();
+        let place = |at: Duration| (at.as_nanos() / SLICE.as_nanos()) as usize;
+        let longest = |part: &[(f64, f64)]| part.iter().map(|s| s.1).fold(0.0, f64::max);
+        let median = |part: &[(f64, f64)]| {
+            Spread::of(part.iter().map(|s| s.0).collect::<Vec<_>>()).map_or(f64::NAN, |s| s.median)
+        };
+        let before = &slices[..place(from).saturating_sub(1)];
+        let after = &slices[(place(to) + 2).min(slices.len())..];
+        let before_longest_us = longest(before);
+        // The first slice has the start of the load in it.
+        let before_rate = median(before.get(1..).unwrap_or_default());
+        let slower_side = (median(after) / before_rate).min(1.0);
+        let after_per_s = median(after) / SLICE.as_secs_f64();
         vec![
             ("cut_ratio", cut_ratio),
+            ("dip_ratio", cut_ratio / slower_side),
+            ("longest_of_all_ratio", cut_longest_us / before_longest_us.max(longest(after))),
             ("control_ratio", control_ratio),
             ("cut_longest_us", cut_longest_us),
             ("control_longest_us", control_longest_us),
             ("before_longest_us", before_longest_us),
             ("longest_ratio", cut_longest_us / before_longest_us),
             ("command_us", (to - from).as_secs_f64() * 1e6),
-            ("after_per_s", after),
+            ("after_per_s", after_per_s),
         ]
     }
 

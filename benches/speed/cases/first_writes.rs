@@ -2,11 +2,15 @@
 //!
 //! QEMU's copy job copies 64 KiB at once, so that fifteen of sixteen neighbours are no first writes any more. In the
 //! rows that the reach goes by, every write has such a cluster to itself; one more row writes anywhere.
+//!
+//! What a file system charges for the room of a log shows in plain io_uring's rows: into the image, into an empty sparse
+//! file, and into one whose room is reserved.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::backend::Backend;
 use crate::lane::{Connection, Op};
 use crate::load::{Load, Pattern};
 use crate::place::Device;
@@ -23,6 +27,7 @@ pub(crate) const COPY_ON_WRITE: &str = "copy-on-write";
 pub(crate) const WRITE_LOGGING: &str = "write-logging";
 pub(crate) const NO_SNAPSHOT: &str = "no snapshot";
 pub(crate) const QSD: &str = "qsd copy-before-write";
+pub(crate) const SPARSE_FILE: &str = "io_uring, sparse file";
 
 /// Who writes, and what stands in its way.
 struct Contender {
@@ -39,6 +44,18 @@ enum How {
     Power,
     Mirroring,
     Qsd,
+    Plain(Room),
+}
+
+/// Whether the file that plain io_uring writes has room for what is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// The image, written before.
+    Written,
+    /// None yet: the file system finds it for each write.
+    Sparse,
+    /// Set aside by fallocate, and never written.
+    Reserved,
 }
 
 /// Which blocks are written in which order.
@@ -119,6 +136,11 @@ fn contenders(stage: &Stage<'_>, mirrored: bool) -> Vec<Contender> {
     }
     if !mirrored {
         all.insert(2, Contender { name: QSD.to_owned(), backend: Stage::QSD, how: How::Qsd });
+        for (name, room) in
+            [("io_uring", Room::Written), (SPARSE_FILE, Room::Sparse), ("io_uring, reserved file", Room::Reserved)]
+        {
+            all.push(Contender { name: name.to_owned(), backend: Stage::PLAIN, how: How::Plain(room) });
+        }
     }
     all
 }
@@ -170,6 +192,9 @@ fn turn(
     round: usize,
 ) -> Result<Vec<(&'static str, f64)>> {
     let at = contender.backend;
+    if let How::Plain(room) = contender.how {
+        return turn_of_plain(stage, room, load, order, round);
+    }
     if contender.how == How::Power {
         stage.daemon(at)?.set_durability("vm0", "power")?;
     }
@@ -178,7 +203,7 @@ fn turn(
     load::run(&mut connection, &reads, 0)?;
     let target = stage.place.image("copy-before-write.raw");
     match contender.how {
-        How::NoSnapshot => {}
+        How::NoSnapshot | How::Plain(_) => {}
         How::Strategy(strategy) => stage.daemon(at)?.snapshot("vm0", "first", strategy, true)?,
         How::Power => stage.daemon(at)?.snapshot("vm0", "first", COPY_ON_WRITE, true)?,
         How::Mirroring => stage.daemon(at)?.snapshot("vm0", "first", "write-mirroring", true)?,
@@ -193,7 +218,7 @@ fn turn(
     let figures = measure(&stage.backends[at], &mut connection, &load, round as u64)?;
     drop(connection);
     match contender.how {
-        How::NoSnapshot => {}
+        How::NoSnapshot | How::Plain(_) => {}
         How::Strategy(_) => stage.daemon(at)?.delete("vm0@first")?,
         How::Power => {
             stage.daemon(at)?.delete("vm0@first")?;
@@ -209,6 +234,38 @@ fn turn(
         }
     }
     Ok(figures)
+}
+
+/// The same writes by plain io_uring.
+fn turn_of_plain(
+    stage: &Stage<'_>,
+    room: Room,
+    load: &Load,
+    order: Order,
+    round: usize,
+) -> Result<Vec<(&'static str, f64)>> {
+    let bytes = std::fs::metadata(&stage.image)?.len();
+    let fresh = stage.place.image("room.raw");
+    let path = if room == Room::Written { &stage.image } else { &fresh };
+    if room != Room::Written {
+        let file = std::fs::File::create(&fresh)?;
+        file.set_len(bytes)?;
+        if room == Room::Reserved {
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 0, bytes)?;
+        }
+        // As a snapshot does: the file is there before the first write.
+        file.sync_all()?;
+    }
+    let backend = Backend::Plain(path.clone());
+    let mut connection = Connection::open(&backend.target(), load.queues)?;
+    let load =
+        Load { pattern: Pattern::Once(Arc::new(blocks(bytes, load.bytes as u64, order, round))), ..load.clone() };
+    let figures = measure(&backend, &mut connection, &load, round as u64);
+    drop(connection);
+    if room != Room::Written {
+        std::fs::remove_file(&fresh)?;
+    }
+    figures
 }
 
 /// The row that the reach goes by.

@@ -122,7 +122,7 @@ fn of_plain(results: &Results, claims: &mut Vec<Claim>) {
 }
 
 fn of_first_writes(results: &Results, claims: &mut Vec<Claim>) {
-    use first_writes::{COPY_ON_WRITE, NO_SNAPSHOT, QSD, WRITE_LOGGING};
+    use first_writes::{COPY_ON_WRITE, NO_SNAPSHOT, QSD, SPARSE_FILE, WRITE_LOGGING};
     let mut add = |device: Device, ours: &str, other: &str, figure: &str, of: &str, bound| {
         let row = first_writes::reach_row(results, device);
         claims.push(Claim {
@@ -136,6 +136,7 @@ fn of_first_writes(results: &Results, claims: &mut Vec<Claim>) {
     add(Device::Shm, COPY_ON_WRITE, QSD, "per_s", "rate", Bound::AtLeast(4.0));
     add(Device::Shm, COPY_ON_WRITE, QSD, "p999_us", "p99.9", Bound::AtMost(0.25));
     add(Device::Disk, WRITE_LOGGING, NO_SNAPSHOT, "per_s", "rate", Bound::AtLeast(0.9));
+    add(Device::Disk, WRITE_LOGGING, SPARSE_FILE, "per_s", "rate", Bound::AtLeast(0.9));
 }
 
 fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
@@ -151,10 +152,28 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
                     measured: of("cut_ratio"),
                 });
                 claims.push(Claim {
+                    what: format!(
+                        "{what}, {}, {strategy}: rate around it against the slower of before and after",
+                        device.name()
+                    ),
+                    unit: " x",
+                    bound: Bound::AtLeast(0.9),
+                    measured: of("dip_ratio"),
+                });
+                claims.push(Claim {
                     what: format!("{what}, {}, {strategy}: longest request against the longest before", device.name()),
                     unit: " x",
                     bound: Bound::AtMost(1.0),
                     measured: of("longest_ratio"),
+                });
+                claims.push(Claim {
+                    what: format!(
+                        "{what}, {}, {strategy}: longest request against the longest before and after",
+                        device.name()
+                    ),
+                    unit: " x",
+                    bound: Bound::AtMost(1.0),
+                    measured: of("longest_of_all_ratio"),
                 });
             }
         }
