@@ -107,6 +107,12 @@ impl Disk {
             let chain = self.chain();
             if is_plain(&chain, &part) {
                 self.forget_discards(part.blocks);
+                if planted::is(Defect::NotedAfterBytes) {
+                    let done = self.write_in_place(queue, &chain, 0, &part).await;
+                    chain.note(0, part.blocks);
+                    return done;
+                }
+                chain.note(0, part.blocks);
                 return self.write_in_place(queue, &chain, 0, &part).await;
             }
         }
@@ -156,9 +162,15 @@ impl Disk {
                 plan = decide(&chain).0;
             }
             self.forget_discards(part.blocks);
+            if !planted::is(Defect::NotedAfterBytes) {
+                chain.note(plan.writer, part.blocks);
+            }
             let result = self.carry_out(queue, &chain, &plan, &part).await;
             if planted::is(Defect::BitAfterOverwrite) {
                 set_preserved(&chain, &plan);
+            }
+            if planted::is(Defect::NotedAfterBytes) {
+                chain.note(plan.writer, part.blocks);
             }
             return result;
         }

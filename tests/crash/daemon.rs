@@ -401,7 +401,7 @@ impl Daemon {
         // `Manager::cut`
         let entry = Rc::new(Entry { id: live.id, record: RefCell::new(record), version: Some(live) });
         self.entries.borrow_mut().push(entry.clone());
-        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live };
+        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live, changed: None };
         let cut = self.editor.cut(vec![prepared], Writers::Request).expect("few epochs drain");
         self.oracle.borrow_mut().cut(cut.ended, new_live);
         media::count_change();

@@ -328,7 +328,7 @@ impl Run {
             }
         };
         let new_live = uuid::Uuid::from_u128(u128::from(self.rng.next()));
-        PreparedSnapshot { disk: self.disk.clone(), layer, new_live }
+        PreparedSnapshot { disk: self.disk.clone(), layer, new_live, changed: None }
     }
 
     fn new_image(&mut self, name: &str) -> SimImage {

@@ -206,7 +206,7 @@ impl Tree {
         } else {
             NewLayer::Live { layer: self.log_layer() }
         };
-        let prepared = PreparedSnapshot { disk, layer, new_live: VersionId::new_v4() };
+        let prepared = PreparedSnapshot { disk, layer, new_live: VersionId::new_v4(), changed: None };
         let cut = self.editor.cut(vec![prepared], Writers::Request).unwrap();
         let (version, bytes) = (cut.frozen[0].clone(), self.nodes[at].live.clone());
         self.nodes[at].frozen.push(Frozen { version, bytes, volumes: 0 });
@@ -435,6 +435,7 @@ fn a_volume_is_as_broken_as_what_it_stands_on() {
                 disk: volume.clone(),
                 layer: NewLayer::Live { layer },
                 new_live: VersionId::new_v4(),
+                changed: None,
             };
             let inner = bench.editor.cut(vec![prepared], Writers::Request).unwrap();
             inner.frozen[0].set_quiesced();
@@ -516,7 +517,7 @@ fn volumes_of_volumes_are_read_as_deep_as_they_may_be() {
         assert_eq!(read_all(&bench, &disk).unwrap(), expected);
         let layer = Layer::of(Backing::One(Arc::new(bench.empty_image("log"))), bench.table());
         let prepared =
-            PreparedSnapshot { disk: disk.clone(), layer: NewLayer::Live { layer }, new_live: VersionId::new_v4() };
+            PreparedSnapshot { disk: disk.clone(), layer: NewLayer::Live { layer }, new_live: VersionId::new_v4(), changed: None };
         version = bench.editor.cut(vec![prepared], Writers::Request).unwrap().frozen.remove(0);
         version.set_quiesced();
     }
