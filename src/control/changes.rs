@@ -77,10 +77,15 @@ fn text_of_map(map: FoundMap) -> Result<Text, ApiError> {
         json(name)?,
         json(reason)?
     );
-    let changed = map.changed.map_or_else(|| Box::new(std::iter::once("null".to_owned())) as Text, |c| list(c.map(run)));
+    let changed =
+        map.changed.map_or_else(|| Box::new(std::iter::once("null".to_owned())) as Text, |c| list(c.map(run)));
     let once = |text: &str| std::iter::once(text.to_owned());
     Ok(Box::new(
-        std::iter::once(head).chain(list(map.owned.map(run))).chain(once(",\n\"changed\":")).chain(changed).chain(once("}\n")),
+        std::iter::once(head)
+            .chain(list(map.owned.map(run)))
+            .chain(once(",\n\"changed\":"))
+            .chain(changed)
+            .chain(once("}\n")),
     ))
 }
 

@@ -79,6 +79,17 @@ impl Manager {
         }
     }
 
+    /// Removes the changed table of a version or bookmark that the records have forgotten, and that of the live version if
+    /// nothing is left since which anybody could ask.
+    pub(super) fn remove_changes_of_gone(&self, disk: &DiskEntry, id: Uuid) {
+        self.remove_changed_table(id);
+        let chain = disk.disk.chain();
+        let live = chain.version(chain.live());
+        if live.changed().is_none() {
+            self.remove_changed_table(live.id);
+        }
+    }
+
     pub(super) fn all_bookmarks(&self) -> Vec<Bookmark> {
         self.all_disks().iter().flat_map(|disk| disk.bookmarks_to_api()).collect()
     }
@@ -106,7 +117,7 @@ impl Manager {
         self.editor.forget_mark(&disk.disk, id);
         locked(&disk.bookmarks).retain(|b| b.id != id);
         self.persist(std::slice::from_ref(&disk))?;
-        self.remove_changed_table(id);
+        self.remove_changes_of_gone(&disk, id);
         log::info!("bookmark {reference}: deleted");
         self.bus.publish(Notice::of_snapshot(EventKind::BookmarkDeleted, reference));
         Ok(())

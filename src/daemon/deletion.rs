@@ -327,7 +327,7 @@ impl Manager {
             locked(&disk.bookmarks).push(bookmark);
             self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference));
         } else if persisted.is_ok() {
-            self.remove_changed_table(entry.id);
+            self.remove_changes_of_gone(disk, entry.id);
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference);

@@ -88,9 +88,10 @@ impl Manager {
         let source = self.all_disks().into_iter().find(|d| d.snapshots().iter().any(|s| s.id == volume.snapshot));
         let changed = since(&disk, volume.origin);
         let source_changed = match &source {
-            Some(source) => source.disk.changes(volume.snapshot, None).map_err(|e| {
-                format!("it is not known what was written to {} since {}: {e}", source.name, volume.from)
-            }),
+            Some(source) => source
+                .disk
+                .changes(volume.snapshot, None)
+                .map_err(|e| format!("it is not known what was written to {} since {}: {e}", source.name, volume.from)),
             None => Err(format!("{} is not there", volume.from)),
         };
         let differing = match (&changed, &source_changed) {

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::config::DiskSpec;
 use super::changes::with_tables;
+use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
@@ -238,7 +238,18 @@ impl Manager {
             }
         }
         let leg = config.mirror.clone();
-        let opened = Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, bookmarks, record: record.as_ref() };
+        let opened = Opened {
+            id,
+            boot,
+            config,
+            disk,
+            mirror,
+            former_legs,
+            volume,
+            snapshots,
+            bookmarks,
+            record: record.as_ref(),
+        };
         let entry = self.open_disk(name, opened)?;
         self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {

@@ -118,8 +118,7 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
     match extension {
         "img" if is_image => stem.parse::<SnapshotRef>().ok().map(|reference| reference.to_string()),
         "log" => stem.parse::<Uuid>().ok().map(|id| id.to_string()),
-        "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" | "changed" | "changes"
-            if !is_image => {
+        "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" | "changed" | "changes" if !is_image => {
             stem.parse::<Uuid>().ok().map(|id| id.to_string())
         }
         _ => None,

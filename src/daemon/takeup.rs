@@ -346,3 +346,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
     });
     origin.into_iter().chain(frozen).chain([live]).collect()
 }
+
+#[cfg(test)]
+#[path = "takeup_tests.rs"]
+mod tests;

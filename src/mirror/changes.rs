@@ -377,12 +377,7 @@ fn find(chain: &Chain, marks: &[Arc<Mark>], id: VersionId) -> Result<(Epoch, Opt
 
 /// By where the two versions have their bytes: a block that both have in one layer is equal. Only within a segment, and
 /// only while everything is kept for both.
-fn by_owners(
-    blocks: u64,
-    chain: &Arc<Chain>,
-    from: Option<VersionIndex>,
-    to: Option<VersionIndex>,
-) -> Option<Changes> {
+fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Option<VersionIndex>) -> Option<Changes> {
     let (from, to) = (from?, to?);
     let segment = chain.segment_of(from);
     if segment != chain.segment_of(to) || [from, to].iter().any(|&end| !chain.version(end).keeps_blocks()) {

@@ -15,7 +15,9 @@ use arc_swap::ArcSwap;
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::planted::{self, Defect};
-use super::{Backing, Changed, Connection, Connections, EpochClock, EpochLane, Mark, Request, RequestError, Ticket, View};
+use super::{
+    Backing, Changed, Connection, Connections, EpochClock, EpochLane, Mark, Request, RequestError, Ticket, View,
+};
 use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 

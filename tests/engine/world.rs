@@ -31,6 +31,14 @@ impl Array {
     }
 }
 
+/// A frozen version that was deleted, of which the engine keeps a mark.
+#[derive(Clone)]
+pub struct Moment {
+    pub id: uuid::Uuid,
+    pub ended: Epoch,
+    pub sectors: Vec<Tags>,
+}
+
 /// A change in flight.
 pub struct Change {
     pub id: u64,
@@ -71,6 +79,11 @@ pub struct Counts {
     pub splits_of_pairs: u64,
     pub folds: u64,
     pub held: u64,
+    pub comparisons: u64,
+    pub comparisons_of_marks: u64,
+    pub comparisons_by_owners: u64,
+    pub unknown_changes: u64,
+    pub marks_forgotten: u64,
     pub by_connection: u64,
     pub moved: u64,
 }
@@ -95,6 +108,11 @@ impl Counts {
         self.splits_of_pairs += other.splits_of_pairs;
         self.folds += other.folds;
         self.held += other.held;
+        self.comparisons += other.comparisons;
+        self.comparisons_of_marks += other.comparisons_of_marks;
+        self.comparisons_by_owners += other.comparisons_by_owners;
+        self.unknown_changes += other.unknown_changes;
+        self.marks_forgotten += other.marks_forgotten;
         self.by_connection += other.by_connection;
         self.moved += other.moved;
     }
@@ -105,6 +123,9 @@ pub struct World {
     pub arrays: Vec<Array>,
     pub changes: Vec<Change>,
     pub watches: Vec<Watch>,
+    pub marks: Vec<Moment>,
+    /// All changes there were: of which epoch, where, and whether it was a discard.
+    pub written: Vec<(Epoch, Range<usize>, bool)>,
     pub counts: Counts,
     pub failure: Option<String>,
     pub next: u64,
@@ -141,6 +162,7 @@ impl World {
                 }
             }
         }
+        self.written.push((epoch, sectors.clone(), is_discard));
         self.changes.push(Change { id: self.next, epoch, sectors, tag, is_discard, contested });
         self.next
     }
