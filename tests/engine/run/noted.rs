@@ -46,7 +46,8 @@ impl Run {
 
     /// Decides whether a mark of a version stays that is about to be deleted.
     pub(super) fn leave_mark(&mut self, version: &Version) {
-        version.set_leaves_mark(self.noting.rng.chance(40));
+        // Of one that broke while it drained the rest was noted for the next one.
+        version.set_leaves_mark(self.noting.rng.chance(40) && version.broken().is_none());
     }
 
     /// Now and then forgets a mark.
@@ -123,7 +124,9 @@ impl Run {
             let differs = |s: &usize| from.moment.sectors[*s].is_disjoint(&to.moment.sectors[*s]);
             if let Some(sector) = sectors.clone().find(differs).filter(|_| !is_in) {
                 let (was, is) = (&from.moment.sectors[sector], &to.moment.sectors[sector]);
-                return world.fail(format!("{what}: sector {sector} was {was:?}, is {is:?}, and is not among them"));
+                let source = changes.source();
+                let e = format!("{what}, {source:?}: sector {sector} was {was:?}, is {is:?}, and is not among them");
+                return world.fail(e);
             }
             // A request of a version that broke goes on with the next one.
             let is_exact = changes.source() == ChangeSource::Changed && !self.shape.faults;
