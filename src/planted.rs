@@ -267,6 +267,8 @@ defects! {
     DiscardNotNoted,
     /// A change is noted after its bytes are written.
     NotedAfterBytes,
+    /// A write of an old epoch is noted for its own version only, also where it may reach one of several places.
+    NotedForWriterOnly,
     /// What was noted for a version is forgotten when it is deleted.
     ChangesNotMerged,
     /// A changed table that is not believed counts as an empty one.

@@ -280,6 +280,8 @@ fn a_changed_table_that_cannot_grow_stops_no_guest() {
     }
     let mut daemon = Daemon::place();
     let mount = crate::trouble::Mount::tmpfs(&daemon.run_dir(), "1m");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(daemon.run_dir(), mode).unwrap();
     daemon.make_image("vm0", 256 << 20);
     daemon.arg_disk("vm0", "");
     daemon.start();

@@ -435,6 +435,8 @@ impl Run {
     pub fn note_cut(&mut self, ended: Epoch, version: Arc<Version>) {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
+        let in_flight: Vec<u64> = world.changes.iter().map(|change| change.id).collect();
+        world.written.iter_mut().filter(|w| in_flight.contains(&w.id)).for_each(|w| w.is_late = true);
         if std::env::var_os("ORACLE_TRACE").is_some() {
             println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
         }

@@ -39,6 +39,15 @@ pub struct Moment {
     pub sectors: Vec<Tags>,
 }
 
+/// A change that there was.
+pub struct Written {
+    pub id: u64,
+    pub epoch: Epoch,
+    pub sectors: Range<usize>,
+    /// Whether it came when its epoch was over, or was still in flight then, or may be carried out later.
+    pub is_late: bool,
+}
+
 /// A change in flight.
 pub struct Change {
     pub id: u64,
@@ -124,8 +133,7 @@ pub struct World {
     pub changes: Vec<Change>,
     pub watches: Vec<Watch>,
     pub marks: Vec<Moment>,
-    /// All changes there were: of which epoch, where, and whether it was a discard.
-    pub written: Vec<(Epoch, Range<usize>, bool)>,
+    pub written: Vec<Written>,
     pub counts: Counts,
     pub failure: Option<String>,
     pub next: u64,
@@ -162,7 +170,8 @@ impl World {
                 }
             }
         }
-        self.written.push((epoch, sectors.clone(), is_discard));
+        let is_late = is_discard || self.arrays.iter().any(|a| a.ended.is_some_and(|ended| epoch <= ended));
+        self.written.push(Written { id: self.next, epoch, sectors: sectors.clone(), is_late });
         self.changes.push(Change { id: self.next, epoch, sectors, tag, is_discard, contested });
         self.next
     }

@@ -1,5 +1,6 @@
 //! What the engine says has changed, held against the arrays: each block that differs between two moments is in it. And
-//! no block is in it that nobody wrote in between, but for discards, which may be carried out later.
+//! no block is in it that nobody wrote in between, but for discards, which may be carried out later, and for writes that came
+//! when their epoch was over: where they go to several places they are noted for all.
 
 use std::sync::Arc;
 
@@ -130,9 +131,9 @@ impl Run {
             }
             // A request of a version that broke goes on with the next one.
             let is_exact = changes.source() == ChangeSource::Changed && !self.shape.faults;
-            let wrote = world.written.iter().any(|(epoch, range, is_discard)| {
-                let in_between = (*is_discard || *epoch > from.moment.ended) && *epoch <= to.moment.ended;
-                in_between && range.start < sectors.end && sectors.start < range.end
+            let wrote = world.written.iter().any(|w| {
+                let in_between = (w.is_late || w.epoch > from.moment.ended) && w.epoch <= to.moment.ended;
+                in_between && w.sectors.start < sectors.end && sectors.start < w.sectors.end
             });
             if is_in && !wrote && is_exact {
                 return world.fail(format!("{what}: block {block} is among them, and nobody wrote it"));
