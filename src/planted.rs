@@ -269,6 +269,8 @@ defects! {
     NotedAfterBytes,
     /// A write of an old epoch is noted for its own version only, also where it may reach one of several places.
     NotedForWriterOnly,
+    /// What was noted since a split is believed although requests from before it were cut off.
+    SplitNotDoubted,
     /// What was noted for a version is forgotten when it is deleted.
     ChangesNotMerged,
     /// A changed table that is not believed counts as an empty one.

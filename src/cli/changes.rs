@@ -229,7 +229,7 @@ mod tests {
         grid.add(64 * 32 * 3, 1);
         let drawn = grid.draw("owned");
         assert!(drawn.starts_with("owned: 8 of 6145 blocks, 0.13 %\n  #+-."), "{drawn}");
-        assert!(drawn.ends_with(".#\n"), "{drawn}");
+        assert!(drawn.ends_with(".\n  #\n"), "{drawn}");
     }
 
     #[test]

@@ -26,6 +26,7 @@ const CHANGED: &str = "the disk's image was changed while the daemon was not run
      delete this snapshot and take another";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
 const CHANGES_CUT: &str = "the host went down while it was served, and what was noted of its changes with it";
+const CHANGES_SPLIT: &str = "the daemon ended while requests from before a split were on their way to both legs";
 const CHANGES_CHANGED: &str = "the disk's image was changed while the daemon was not running";
 pub(super) const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
 
@@ -148,6 +149,7 @@ pub fn take_up(
     let marks = bookmarks.iter().map(|b| mark(b.id, b.began, b.changed.as_ref())).collect();
     let mut taken = Taken { links: Vec::new(), snapshots: Vec::new(), marks };
     let mut slots = slots_of(record, path);
+    doubt_splits(&mut slots);
     // From the newest segment to the oldest.
     let mut is_newest = true;
     while !slots.is_empty() {
@@ -304,6 +306,20 @@ fn settle_pending(record: &mut DiskRecord) {
         pending.ended = newest.unwrap_or(0) + 1;
         pending.deleting = !planted::is(Defect::PendingKept);
         record.live_began = pending.ended + 1;
+    }
+}
+
+/// A request from before a split that was on its way when the daemon was killed may have reached one of the legs only. It was
+/// noted for the older version alone: nobody knew of the newer one yet.
+fn doubt_splits(slots: &mut [Slot]) {
+    for newer in 1..slots.len() {
+        let drained = slots[newer - 1].snapshot.as_ref().is_some_and(|s| s.quiesced_ms.is_some());
+        let slot = &mut slots[newer];
+        if let Some(changed) = slot.changed.as_mut().filter(|_| slot.splits && !drained)
+            && !planted::is(Defect::SplitNotDoubted)
+        {
+            changed.lost.get_or_insert_with(|| CHANGES_SPLIT.to_owned());
+        }
     }
 }
 

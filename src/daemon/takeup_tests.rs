@@ -103,6 +103,24 @@ fn what_was_lost_once_stays_lost() {
     }
 }
 
+/// Requests from before it may have reached one leg only.
+#[test]
+fn a_split_that_still_drained_is_doubted() {
+    let mut record = record();
+    record.live_splits = true;
+    record.snapshots[0].owns_all = true;
+    let whole = |record: DiskRecord| {
+        let taken = taken(record, Trust::SameBoot);
+        taken.links.last().unwrap().version.changed().unwrap().known().is_ok()
+    };
+    assert!(whole(record.clone()), "it had drained");
+    record.snapshots[0].quiesced_ms = None;
+    assert!(!whole(record.clone()));
+    record.live_splits = false;
+    record.snapshots[0].owns_all = false;
+    assert!(whole(record), "without a split there is one place for both");
+}
+
 /// Older programs noted nothing; a snapshot that they took says so by having no table.
 #[test]
 fn what_was_never_noted_is_unknown() {

@@ -111,6 +111,7 @@ pub struct Version {
     pub began: Epoch,
     /// What was written in its epochs. None where nothing is noted: no older moment asks, or did when it began.
     changed: Option<Changed>,
+    forgets_changes: AtomicBool,
     quiesced: AtomicBool,
     retiring: AtomicBool,
     leaves_mark: AtomicBool,
@@ -135,6 +136,7 @@ impl Version {
             id,
             began,
             changed,
+            forgets_changes: AtomicBool::new(false),
             leaves_mark: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
@@ -168,7 +170,16 @@ impl Version {
     /// What was written in its epochs.
     #[must_use]
     pub fn changed(&self) -> Option<&Changed> {
-        self.changed.as_ref()
+        self.changed.as_ref().filter(|_| !self.forgets_changes.load(Ordering::SeqCst))
+    }
+
+    /// Notes nothing any more: nothing older is left. Whoever finds the table after a kill, with the older ones, must not
+    /// believe it.
+    pub(super) fn forget_changes(&self) {
+        if let Some(Changed::Noted(table)) = &self.changed {
+            table.mark_broken();
+        }
+        self.forgets_changes.store(true, Ordering::SeqCst);
     }
 
     /// Whether a mark of it stays when it is deleted.

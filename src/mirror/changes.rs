@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Link, Owned, Version, VersionId, VersionIndex};
+use super::chain::{Chain, Link, Owned, VersionId, VersionIndex};
 use super::planted::{self, Defect};
 use super::{ChainEditor, Disk, Epoch};
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -241,12 +241,12 @@ fn hand_on(chain: &Chain, marks: &[Arc<Mark>], began: Epoch) {
     }
 }
 
-/// A live version with nothing older needs no table.
-fn drop_table_of_live(links: &mut [Link], marks: &[Arc<Mark>]) {
+/// A live version with nothing older needs no table. It stays the same version: others hold it.
+fn forget_changes_of_live(links: &[Link], marks: &[Arc<Mark>]) {
     if let ([live], []) = (links, marks)
         && live.version.changed().is_some()
     {
-        live.version = Version::new(live.version.id, live.version.began);
+        live.version.forget_changes();
     }
 }
 
@@ -272,15 +272,13 @@ impl ChainEditor {
         let Some(mark) = marks.iter().find(|mark| mark.id == id) else { return };
         let left: Vec<_> = marks.iter().filter(|mark| mark.id != id).cloned().collect();
         hand_on(&chain, &marks, mark.began);
-        let mut links = chain.links().to_vec();
-        drop_table_of_live(&mut links, &left);
+        forget_changes_of_live(chain.links(), &left);
         disk.marks.store(Arc::new(left));
-        disk.chain.store(Arc::new(Chain::new(links)));
     }
 
     /// What was noted for the version at `index` stays, as a mark or in the next newer marker's table; `links` are the
     /// versions that will be left. Before they are published: nobody may find neither.
-    pub(super) fn keep_changes(disk: &Disk, chain: &Chain, index: VersionIndex, links: &mut [Link]) {
+    pub(super) fn keep_changes(disk: &Disk, chain: &Chain, index: VersionIndex, links: &[Link]) {
         let (version, marks) = (chain.version(index), disk.marks.load_full());
         if version.leaves_mark() {
             let mark = Mark { id: version.id, began: version.began, changed: version.changed().cloned() };
@@ -291,7 +289,7 @@ impl ChainEditor {
             return;
         }
         hand_on(chain, &marks, version.began);
-        drop_table_of_live(links, &marks);
+        forget_changes_of_live(links, &marks);
     }
 }
 

@@ -207,7 +207,7 @@ impl ChainEditor {
         if gone.splits && links.get(index).is_some_and(|next| !next.splits) {
             links[index].splits = true;
         }
-        ChainEditor::keep_changes(disk, &chain, index, &mut links);
+        ChainEditor::keep_changes(disk, &chain, index, &links);
         disk.chain.store(Arc::new(Chain::new(links)));
     }
 }
