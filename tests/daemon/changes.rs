@@ -1,6 +1,8 @@
 //! Differences from outside: incremental copies that must be the present byte for byte, bookmarks, maps, and what is
 //! said of them after which end of the daemon.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges that happen to have one")]
+
 use std::ops::Range;
 
 use serde_json::{Value, json};
@@ -77,7 +79,7 @@ fn change(daemon: &Daemon, rng: &mut Rng, next: &mut u64) {
         *next += 1;
         match rng.below(10) {
             0 => client.discard(sectors),
-            1 => client.zero(sectors, *next % 2 == 0),
+            1 => client.zero(sectors, (*next).is_multiple_of(2)),
             _ => client.write(sectors, *next),
         }
     }

@@ -28,8 +28,7 @@ impl Table {
     pub(in crate::store) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
         let block = BlockIndex(index * 64);
         let (page, word, _) = Self::place(block);
-        let known = self.is_present(page).then(|| self.word(page, word).load(Ordering::SeqCst)).unwrap_or_default();
-        if bits & !known != 0 {
+        if bits & !self.word_at(index) != 0 {
             self.prepare(BlockRange::one(block))?;
             let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
             self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
