@@ -101,6 +101,23 @@ fn an_old_write_is_noted_for_its_own_version() {
     assert_eq!(since(&bench, &a.frozen[0]), [1, 3]);
 }
 
+/// A kill may leave it on one side of a split, and the other one differs.
+#[test]
+fn an_old_write_is_noted_on_both_sides_of_a_split() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (old, leg) = (bench.ticket(), bench.live.copy("leg"));
+    let [frozen, live] = [&leg, &bench.live].map(|image| Backing::One(Arc::new(image.clone())));
+    let layer = NewLayer::Split { frozen, live };
+    let (disk, changed) = (bench.disk.clone(), Some(bench.table()));
+    let prepared = PreparedSnapshot { disk, layer, new_live: VersionId::new_v4(), changed };
+    let cut = bench.editor.cut(vec![prepared], Writers::Request).unwrap();
+    bench.write(&old, block(1), 4);
+    drop(old);
+    cut.frozen[0].set_quiesced();
+    assert_eq!(since(&bench, &cut.frozen[0]), [1]);
+}
+
 #[test]
 fn a_discard_is_noted_when_it_is_carried_out() {
     let bench = Bench::new();
