@@ -286,13 +286,12 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// `Manager::entry_of`.
+    /// `Manager::entry_of`, `Manager::settle_mark`.
     fn take_entry(&self, record: SnapshotRecord, version: Option<Arc<Version>>) {
         if version.is_none() && record.deleting {
             if !record.owns_all {
                 self.remove_layer(record.id, &record.image);
             }
-            // `Manager::settle_mark`
             self.editor.forget_mark(&self.disk, record.id);
             return;
         }
