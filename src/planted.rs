@@ -263,6 +263,20 @@ defects! {
     SavedBeforeDrained,
     /// A snapshot is deleted although a volume stands on it.
     VolumeBaseDeleted,
+    /// A discard that is carried out is not noted as a change.
+    DiscardNotNoted,
+    /// A change is noted after its bytes are written.
+    NotedAfterBytes,
+    /// A write of an old epoch is noted for its own version only, also where it may reach one of several places.
+    NotedForWriterOnly,
+    /// What was noted since a split is believed although requests from before it were cut off.
+    SplitNotDoubted,
+    /// What was noted for a version is forgotten when it is deleted.
+    ChangesNotMerged,
+    /// A changed table that is not believed counts as an empty one.
+    UnknownTakenAsUnchanged,
+    /// Changed tables are believed after a power cut.
+    ChangesBelievedAfterCut,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

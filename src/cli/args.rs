@@ -2,14 +2,17 @@
 //!
 //! It knows words and forms only: names, choices, and which options exclude each other.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use uuid::Uuid;
 
 use crate::control::api::{JOB_DELAY_MS_MAX, Strategy, VolumeSource, Writers};
+use crate::control::name::NameError;
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
 
@@ -61,6 +64,9 @@ pub(super) enum ClientCommand {
     /// Make, list and delete volumes: writable branches off snapshots
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// List and forget bookmarks: what is left of deleted snapshots, to know what has changed since
+    #[command(subcommand)]
+    Bookmark(BookmarkCommand),
     /// List, pace, stop and resume background copying
     #[command(subcommand)]
     Job(JobCommand),
@@ -190,8 +196,20 @@ pub(super) enum SnapshotCommand {
     List,
     /// Show one snapshot
     Show {
-        #[arg(value_name = "DISK@NAME")]
-        snapshot: SnapshotRef,
+        #[arg(value_name = "DISK@NAME|ID")]
+        snapshot: MomentArg,
+    },
+    /// List what differs between a snapshot or bookmark and a later one, or the present
+    ///
+    /// Prints ranges of bytes; all others are equal. What was written with the bytes that were there already may be listed
+    /// too, and so is the rest of its block.
+    Diff {
+        /// The older one: a snapshot or a bookmark
+        #[arg(value_name = "DISK@NAME|ID")]
+        from: MomentArg,
+        /// The later one, of the same disk [default: the present]
+        #[arg(value_name = "DISK@NAME|ID")]
+        to: Option<MomentArg>,
     },
     /// Move the frontends that still write a snapshot over to the live disk, without a reconnect
     ///
@@ -217,6 +235,9 @@ pub(super) enum SnapshotCommand {
         /// Leave its image as an independent raw file; for write-mirroring only
         #[arg(long)]
         keep_image: bool,
+        /// Leave a bookmark of its name, so that what has changed since is still known
+        #[arg(long)]
+        keep_bookmark: bool,
         /// Return only when it is gone; without it, folding or merging may go on
         #[arg(long)]
         wait: bool,
@@ -273,6 +294,27 @@ pub(super) enum VolumeCommand {
         #[arg(value_name = "NAME")]
         volume: Name,
     },
+    /// List what differs between a volume as it was made and a snapshot of it, or its present
+    Diff {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// The snapshot or bookmark of the volume [default: the present]
+        #[arg(value_name = "NAME@SNAPSHOT|ID")]
+        to: Option<MomentArg>,
+    },
+    /// Print which blocks are the volume's own, and which were written since it was made, as JSON
+    Map {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// Draw both for people instead
+        #[arg(long)]
+        text: bool,
+    },
+    /// Show how far a volume is from its source, and how much of it is its own
+    Status {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+    },
     /// Delete a volume and what was written to it; the snapshot that it stands on stays
     Delete {
         #[arg(value_name = "NAME")]
@@ -281,6 +323,49 @@ pub(super) enum VolumeCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BookmarkCommand {
+    /// List all bookmarks
+    List,
+    /// Show one bookmark
+    Show {
+        #[arg(value_name = "DISK@NAME|ID")]
+        bookmark: MomentArg,
+    },
+    /// Forget a bookmark; what has changed since older ones is still known
+    Delete {
+        #[arg(value_name = "DISK@NAME")]
+        bookmark: SnapshotRef,
+    },
+}
+
+/// A snapshot or bookmark by its name or its id.
+#[derive(Clone, Debug)]
+pub(super) enum MomentArg {
+    Name(SnapshotRef),
+    Id(Uuid),
+}
+
+impl FromStr for MomentArg {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        match text.parse() {
+            Ok(id) => Ok(MomentArg::Id(id)),
+            Err(_) => text.parse().map(MomentArg::Name),
+        }
+    }
+}
+
+impl fmt::Display for MomentArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MomentArg::Name(name) => name.fmt(f),
+            MomentArg::Id(id) => id.fmt(f),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

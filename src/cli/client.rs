@@ -119,6 +119,38 @@ impl Client {
         })
     }
 
+    /// Hands over the lines of a list of any length as they come; the last one need not end. Returns the header `name`.
+    pub(super) fn lines(
+        &self,
+        path: &str,
+        name: Option<&str>,
+        mut each: impl FnMut(&str) -> Result<(), CliError>,
+    ) -> Result<Option<String>, CliError> {
+        self.runtime.block_on(async {
+            let response = self.limited(self.send(Method::GET, path, Bytes::new()), Some(ASK_TIMEOUT)).await?;
+            let mut response = self.accepted(response).await?;
+            let header = name.and_then(|name| response.headers().get(name)?.to_str().ok()).map(str::to_owned);
+            let mut pending = Vec::new();
+            let no_text = |error: &std::str::Utf8Error| self.lost(error);
+            while let Some(frame) = response.body_mut().frame().await {
+                let frame = frame.map_err(|error| self.lost(&error))?;
+                pending.extend_from_slice(frame.data_ref().map_or(&[], |data| &data[..]));
+                let whole = pending.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+                let lines: Vec<u8> = pending.drain(..whole).collect();
+                for line in std::str::from_utf8(&lines).map_err(|e| no_text(&e))?.lines() {
+                    each(line)?;
+                }
+                if pending.len() > ANSWER_LEN_MAX {
+                    return Err(self.lost(&"a line has no end"));
+                }
+            }
+            for line in std::str::from_utf8(&pending).map_err(|e| no_text(&e))?.lines() {
+                each(line)?;
+            }
+            Ok(header)
+        })
+    }
+
     fn request(&self, method: Method, path: &str, body: Bytes, limit: Option<Duration>) -> Result<Answer, CliError> {
         let exchange = async {
             let response = self.send(method, path, body).await?;

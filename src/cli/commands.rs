@@ -11,6 +11,7 @@ use super::CliError;
 use super::args::{
     ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs, VolumeCommand,
 };
+use super::changes;
 use super::client::{Client, query_value};
 use super::output::{Output, Progress, Spinner, text};
 use super::pages::{
@@ -19,7 +20,7 @@ use super::pages::{
 };
 use crate::control::api::{
     CreateSnapshots, CreateVolume, Disk, Job, JobKind, JobPatch, JobState, LegState, MirrorRequest, Snapshot,
-    SnapshotState, Status, Volume,
+    SnapshotState, Status, Volume, VolumeStatus,
 };
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::{DiskSpec, RawDisk};
@@ -37,6 +38,7 @@ pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, dire
         ClientCommand::Disk(command) => disk(command, client, output, directory),
         ClientCommand::Snapshot(command) => snapshot(command, client, output, directory),
         ClientCommand::Volume(command) => volume(command, client, output, directory),
+        ClientCommand::Bookmark(command) => changes::bookmark(command, client, output),
         ClientCommand::Job(command) => job(command, client, output),
         ClientCommand::Status { watch } => status(watch, client, output),
         ClientCommand::Events => client.follow(|event| output.follow(&event, event_line)),
@@ -157,6 +159,9 @@ fn snapshot(command: SnapshotCommand, client: &Client, output: &Output, director
             let snapshot: Snapshot = client.get(&format!("/v1/snapshots/{snapshot}"))?;
             output.show(&snapshot, snapshot_fields)
         }
+        SnapshotCommand::Diff { from, to } => {
+            changes::diff(&format!("/v1/snapshots/{from}"), to.as_ref(), client, output)
+        }
         SnapshotCommand::Cutover { snapshot, wait } => {
             let spinner = wait.then(|| Spinner::start(format!("waiting for {snapshot} to quiesce")));
             let snapshot: Snapshot = client.post(&format!("/v1/snapshots/{snapshot}/cutover?wait={wait}"))?;
@@ -164,9 +169,14 @@ fn snapshot(command: SnapshotCommand, client: &Client, output: &Output, director
             output.show(&snapshot, snapshot_fields)?;
             refuse_broken(&[snapshot])
         }
-        SnapshotCommand::Delete { snapshot, force, keep_image, wait } => {
-            let query = format!("force={force}&keep-image={keep_image}");
-            let kept = if keep_image { ", its image is kept" } else { "" };
+        SnapshotCommand::Delete { snapshot, force, keep_image, keep_bookmark, wait } => {
+            let query = format!("force={force}&keep-image={keep_image}&keep-bookmark={keep_bookmark}");
+            let kept = match (keep_image, keep_bookmark) {
+                (false, false) => "",
+                (true, false) => ", its image is kept",
+                (false, true) => ", a bookmark is kept",
+                (true, true) => ", its image and a bookmark are kept",
+            };
             if let Some(started) = delete(&snapshot, &query, wait, client)? {
                 return output.show(&started, |started| format!("{} {}\n", started.reference(), started.state));
             }
@@ -282,6 +292,14 @@ fn volume(command: VolumeCommand, client: &Client, output: &Output, directory: &
         VolumeCommand::Show { volume } => {
             let volume: Volume = client.get(&format!("/v1/volumes/{volume}"))?;
             output.show(&volume, volume_fields)
+        }
+        VolumeCommand::Diff { volume, to } => {
+            changes::diff(&format!("/v1/volumes/{volume}"), to.as_ref(), client, output)
+        }
+        VolumeCommand::Map { volume, text } => changes::map(volume.as_str(), text, client),
+        VolumeCommand::Status { volume } => {
+            let status: VolumeStatus = client.get(&format!("/v1/volumes/{volume}/status"))?;
+            output.show(&status, changes::volume_status_fields)
         }
         VolumeCommand::Delete { volume, force } => {
             client.delete(&format!("/v1/volumes/{volume}?force={force}"))?;

@@ -5,6 +5,7 @@
 //! quietly. No policy lives here: the daemon decides, this shows.
 
 mod args;
+mod changes;
 mod check_page;
 mod client;
 mod commands;

@@ -5,6 +5,7 @@
 //! complete: every field is always present, `null` when there is nothing to say. Fields are added, never renamed;
 //! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
 
+mod changes;
 mod disk;
 mod volume;
 
@@ -21,6 +22,7 @@ use super::socket::SOCKET_PATH_LEN_MAX;
 use super::timestamp::Timestamp;
 use super::words::words;
 
+pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
 pub use volume::{CreateVolume, Volume, VolumeRequest, VolumeSource};
 
@@ -433,6 +435,10 @@ pub struct DeleteSnapshotOptions {
     #[serde(default)]
     #[param(required = false)]
     pub keep_image: bool,
+    /// Leave a bookmark: what has changed since the snapshot is still known.
+    #[serde(default)]
+    #[param(required = false)]
+    pub keep_bookmark: bool,
 }
 
 impl DeleteSnapshotOptions {

@@ -62,6 +62,8 @@ error_codes! {
     SnapshotNotFound = "snapshot-not-found", 404, "No such snapshot", "'halfsilver snapshot list' shows the snapshots";
     /// No volume of that name.
     VolumeNotFound = "volume-not-found", 404, "No such volume", "'halfsilver volume list' shows the volumes";
+    /// No bookmark of that name.
+    BookmarkNotFound = "bookmark-not-found", 404, "No such bookmark", "'halfsilver bookmark list' shows the bookmarks";
     /// No job of that number.
     JobNotFound = "job-not-found", 404, "No such job", "'halfsilver job list' shows the jobs";
     /// The path exists, the method does not.
@@ -84,6 +86,8 @@ error_codes! {
     SnapshotBusy = "snapshot-busy", 409, "Snapshot in use", "disconnect its readers and try again, or force it";
     /// The snapshot is broken and cannot do this.
     SnapshotBroken = "snapshot-broken", 409, "Snapshot broken", "delete it and take another";
+    /// It is not known what was written in between.
+    ChangesUnknown = "changes-unknown", 409, "Changes not known", "copy the whole disk once, off a snapshot that is taken now; changes since that are known again";
     /// A volume of that name exists.
     VolumeExists = "volume-exists", 409, "Volume exists", "delete it first, or use another name";
     /// The volume has frontends or snapshots.

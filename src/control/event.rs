@@ -54,6 +54,10 @@ words! {
         VolumeBroken = "VOLUME_BROKEN",
         /// The volume is gone.
         VolumeDeleted = "VOLUME_DELETED",
+        /// A snapshot was deleted and left a bookmark of the same name.
+        BookmarkCreated = "BOOKMARK_CREATED",
+        /// A bookmark was forgotten.
+        BookmarkDeleted = "BOOKMARK_DELETED",
         /// A job began, or went on after it was stopped.
         JobStarted = "JOB_STARTED",
         /// A job finished.

@@ -6,6 +6,7 @@
 //! touches no image. docs/control-api.md is the page for its users.
 
 pub mod api;
+pub mod changes;
 pub mod error;
 pub mod event;
 mod extract;

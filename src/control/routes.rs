@@ -23,6 +23,7 @@ use super::api::{
     CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch,
     LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
 };
+use super::changes;
 use super::error::{ApiError, ErrorCode, Problem};
 use super::event::{Event, Subscription};
 use super::extract::JsonBody;
@@ -47,7 +48,7 @@ pub(super) struct Context {
 
 impl Context {
     /// Calls the service where blocking is allowed.
-    async fn call<T: Send + 'static>(
+    pub(super) async fn call<T: Send + 'static>(
         &self,
         work: impl FnOnce(&dyn Service) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
@@ -57,9 +58,9 @@ impl Context {
     }
 }
 
-type Reply<T> = Result<Json<T>, ApiError>;
-type PathText = Result<Path<String>, PathRejection>;
-type QueryText<T> = Result<Query<T>, QueryRejection>;
+pub(super) type Reply<T> = Result<Json<T>, ApiError>;
+pub(super) type PathText = Result<Path<String>, PathRejection>;
+pub(super) type QueryText<T> = Result<Query<T>, QueryRejection>;
 
 /// Everything that the control socket answers.
 pub(super) fn router(context: Context) -> Router {
@@ -72,8 +73,14 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
+        .route("/v1/snapshots/{snapshot}/diff", get(changes::diff_snapshot))
+        .route("/v1/bookmarks", get(changes::list_bookmarks))
+        .route("/v1/bookmarks/{bookmark}", get(changes::get_bookmark).delete(changes::delete_bookmark))
         .route("/v1/volumes", get(list_volumes).post(create_volume))
         .route("/v1/volumes/{volume}", get(get_volume).delete(delete_volume))
+        .route("/v1/volumes/{volume}/diff", get(changes::diff_volume))
+        .route("/v1/volumes/{volume}/map", get(changes::map_volume))
+        .route("/v1/volumes/{volume}/status", get(changes::volume_status))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
         .route("/v1/jobs/{id}/resume", post(resume_job))
@@ -106,7 +113,7 @@ async fn no_method(method: Method, uri: Uri) -> ApiError {
 /// The answer to everything that is refused or fails.
 #[derive(IntoResponses)]
 #[response(status = "default", description = "Refused or failed", content_type = "application/problem+json")]
-struct Refused(#[allow(dead_code, reason = "only its schema is used")] Problem);
+pub(super) struct Refused(#[allow(dead_code, reason = "only its schema is used")] Problem);
 
 #[utoipa::path(get, path = "/v1/version", tag = "daemon",
     responses((status = 200, description = "What is running", body = VersionInfo), Refused))]
@@ -261,11 +268,11 @@ async fn drained(
 }
 
 #[utoipa::path(get, path = "/v1/snapshots/{snapshot}", tag = "snapshots",
-    params(("snapshot" = String, Path, description = "disk@name", example = "vm1@daily")),
+    params(("snapshot" = String, Path, description = "disk@name, or an id", example = "vm1@daily")),
     responses((status = 200, description = "The snapshot", body = Snapshot), Refused))]
 async fn get_snapshot(State(context): State<Context>, path: PathText) -> Reply<Snapshot> {
-    let snapshot: SnapshotRef = path?.parse()?;
-    context.call(move |service| service.get_snapshot(&snapshot)).await.map(Json)
+    let snapshot = path?.0;
+    context.call(move |service| service.get_snapshot(&changes::moment(service, &snapshot)?)).await.map(Json)
 }
 
 /// Moves the frontends that still write the snapshot (VLUN A) over to the live version (VLUN B).
@@ -462,6 +469,13 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         create_volume,
         get_volume,
         delete_volume,
+        changes::diff_snapshot,
+        changes::diff_volume,
+        changes::map_volume,
+        changes::volume_status,
+        changes::list_bookmarks,
+        changes::get_bookmark,
+        changes::delete_bookmark,
         list_jobs,
         get_job,
         patch_job,

@@ -7,10 +7,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::api::{
-    DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo, Volume,
-    VolumeRequest,
+    Bookmark, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo, Volume,
+    VolumeRequest, VolumeStatus,
 };
+use super::changes::{Diff, FoundMap};
 use super::error::ApiError;
 use super::event::EventBus;
 use super::metrics::MetricsSnapshot;
@@ -152,6 +155,55 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// `volume-not-found`, `volume-busy`, also with `force` if other volumes stand on it.
     fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError>;
+
+    /// The name of the snapshot or bookmark with this id.
+    ///
+    /// # Errors
+    /// `snapshot-not-found`.
+    fn moment_of_id(&self, id: Uuid) -> Result<SnapshotRef, ApiError>;
+
+    /// What may differ between a snapshot or bookmark and a later one of the same disk, or the present.
+    ///
+    /// # Errors
+    /// `snapshot-not-found`, `snapshot-busy` while one of them drains, `snapshot-broken`, `invalid-request` if they are of
+    /// different disks or in the wrong order, `changes-unknown`.
+    fn diff_snapshot(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError>;
+
+    /// What may differ between a volume as it was made and a snapshot or bookmark of it, or the present.
+    ///
+    /// # Errors
+    /// `volume-not-found`, and those of [`Service::diff_snapshot`].
+    fn diff_volume(&self, volume: &Name, to: Option<&SnapshotRef>) -> Result<Diff, ApiError>;
+
+    /// Which blocks of a volume are its own, and which were written.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `conflict` if it is not served.
+    fn map_volume(&self, volume: &Name) -> Result<FoundMap, ApiError>;
+
+    /// How much of a volume is its own, and how far it is from its source.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `conflict` if it is not served.
+    fn volume_status(&self, volume: &Name) -> Result<VolumeStatus, ApiError>;
+
+    /// All bookmarks, by disk and epoch.
+    ///
+    /// # Errors
+    /// Only if the daemon cannot tell.
+    fn list_bookmarks(&self) -> Result<Vec<Bookmark>, ApiError>;
+
+    /// One bookmark.
+    ///
+    /// # Errors
+    /// `bookmark-not-found`.
+    fn get_bookmark(&self, bookmark: &SnapshotRef) -> Result<Bookmark, ApiError>;
+
+    /// Forgets a bookmark.
+    ///
+    /// # Errors
+    /// `bookmark-not-found`, `io-error`.
+    fn delete_bookmark(&self, bookmark: &SnapshotRef) -> Result<(), ApiError>;
 
     /// All jobs that run, and those that ended and are still of interest.
     ///

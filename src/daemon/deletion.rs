@@ -53,14 +53,17 @@ impl Manager {
     }
 
     pub(super) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
-        let DeleteSnapshotOptions { force, keep_image } = options;
+        let DeleteSnapshotOptions { force, keep_image, keep_bookmark } = options;
         let deadline = Instant::now() + DELETION_WAIT;
         let job = loop {
             let structure = locked(&self.structure);
             self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
-            let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+            let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
             self.refuse_if_stood_on(&entry, ErrorCode::SnapshotBusy)?;
+            if keep_bookmark {
+                entry.refuse_bookmark_if_broken()?;
+            }
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
@@ -104,7 +107,7 @@ impl Manager {
                     let message = format!("snapshot {reference} is being read");
                     return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
                 }
-                _ => break self.begin_deletion(&disk, &entry, keep_image)?,
+                _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
             }
             drop(structure);
             std::thread::sleep(Duration::from_millis(10));
@@ -137,12 +140,18 @@ impl Manager {
         disk: &Arc<DiskEntry>,
         entry: &Arc<SnapshotEntry>,
         keep_image: bool,
+        keep_bookmark: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
         if keep_image {
             refuse_if_read_through(disk, entry)?;
         }
-        locked(&entry.record).keep_image = keep_image;
-        locked(&entry.record).deleting = true;
+        {
+            let mut record = locked(&entry.record);
+            (record.keep_image, record.keep_bookmark, record.deleting) = (keep_image, keep_bookmark, true);
+        }
+        if let Some(version) = &entry.version {
+            version.set_leaves_mark(keep_bookmark);
+        }
         if !planted::is(Defect::DeletionBeforeRecord)
             && let Err(e) = self.persist(std::slice::from_ref(disk))
         {
@@ -298,6 +307,7 @@ impl Manager {
         left: Option<(Uuid, PathBuf)>,
     ) -> Result<(), ApiError> {
         if entry.version.is_none() {
+            self.editor.forget_mark(&disk.disk, entry.id);
             // Others are left out of the records as soon as they have left the chain.
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
@@ -311,6 +321,13 @@ impl Manager {
             } else {
                 self.remove_layer(id, &image);
             }
+        }
+        let stays = disk.bookmark_of(entry);
+        if let Some(bookmark) = stays {
+            locked(&disk.bookmarks).push(bookmark);
+            self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference));
+        } else if persisted.is_ok() {
+            self.remove_changes_of_gone(disk, entry.id);
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference);

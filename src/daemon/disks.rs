@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use super::changes::with_tables;
 use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
@@ -22,7 +23,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, S
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName, VolumeRecord};
+use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, SnapshotRecord, Table, TableName, VolumeRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -35,6 +36,7 @@ pub(super) struct Opened<'a> {
     pub(super) former_legs: Vec<PathBuf>,
     pub(super) volume: Option<VolumeRecord>,
     pub(super) snapshots: Vec<Arc<SnapshotEntry>>,
+    pub(super) bookmarks: Vec<BookmarkRecord>,
     /// What the records have said of it.
     pub(super) record: Option<&'a DiskRecord>,
 }
@@ -140,7 +142,7 @@ impl Manager {
             }
             return Ok(Some(record));
         }
-        if record.snapshots.is_empty() && legs.len() < 2 {
+        if record.snapshots.is_empty() && record.bookmarks.is_empty() && legs.len() < 2 {
             return Ok(None); // Another image under an old name: a new disk.
         }
         let was =
@@ -209,6 +211,8 @@ impl Manager {
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        disk.remember_marks(taken.marks);
+        let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
@@ -221,6 +225,9 @@ impl Manager {
             config.path.clone_from(&mirror.legs[0].0.path);
             config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
         }
+        for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
+            self.settle_mark(&disk, gone, &mut bookmarks);
+        }
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
         // Those that drained when the last daemon was killed never change again. The records say so next, and a later
         // power cut believes it.
@@ -231,7 +238,18 @@ impl Manager {
             }
         }
         let leg = config.mirror.clone();
-        let opened = Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record: record.as_ref() };
+        let opened = Opened {
+            id,
+            boot,
+            config,
+            disk,
+            mirror,
+            former_legs,
+            volume,
+            snapshots,
+            bookmarks,
+            record: record.as_ref(),
+        };
         let entry = self.open_disk(name, opened)?;
         self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {
@@ -254,12 +272,13 @@ impl Manager {
 
     /// Records that a disk is served, and serves it.
     pub(super) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
-        let Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record } = opened;
+        let Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, bookmarks, record } = opened;
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         unsaved.volume.clone_from(&volume);
         unsaved.former_legs.clone_from(&former_legs);
+        unsaved.bookmarks = with_tables(&bookmarks, &disk);
         if !planted::is(Defect::StillSaved) {
             self.records.put([&unsaved]).map_err(record_error)?;
         }
@@ -304,6 +323,7 @@ impl Manager {
             server,
             frontends,
             snapshots: Mutex::new(snapshots),
+            bookmarks: Mutex::new(bookmarks),
             failure_told: AtomicBool::new(false),
         });
         locked(&self.disks).insert(name.clone(), entry.clone());
@@ -378,6 +398,10 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("disk {name} has {count} snapshots"));
         }
+        let bookmarks = entry.bookmarks();
+        if !force && !bookmarks.is_empty() {
+            return busy(format!("disk {name} has {} bookmarks", bookmarks.len()));
+        }
         if !entry.disk.can_move_pivot() {
             return busy(format!(
                 "disk {name}: its newest content is in a log; delete its snapshots, so that it is folded"
@@ -397,6 +421,7 @@ impl Manager {
                 self.remove_layer(record.id, &record.image);
             }
         }
+        entry.ids_of_changes().into_iter().for_each(|id| self.remove_changed_table(id));
         self.remove_disk_files(&entry);
         self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
         log::info!("disk {name}: no longer served");

@@ -14,7 +14,7 @@ use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
-use crate::store::{DiskRecord, SnapshotRecord, VolumeRecord};
+use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord, VolumeRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -192,6 +192,8 @@ pub(super) struct DiskEntry {
     pub(super) server: ServerHandle,
     pub(super) frontends: Arc<Frontends>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
+    /// What is known of bookmarks but for their tables, oldest first.
+    pub(super) bookmarks: Mutex<Vec<BookmarkRecord>>,
     pub(super) failure_told: AtomicBool,
 }
 
@@ -209,6 +211,7 @@ impl DiskEntry {
         let of = (self.id, &self.name, self.boot);
         let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
         record.volume.clone_from(&self.volume);
+        record.bookmarks = self.bookmarks();
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
         record

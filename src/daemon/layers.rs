@@ -108,6 +108,18 @@ impl Manager {
         Table::create(&self.places.run_table(id), geometry.blocks(), TableName::of_this_boot(id)?)
     }
 
+    /// An empty changed table for the version `id`.
+    pub(super) fn make_changed_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
+        let path = self.places.changed_table(id);
+        Ok(Arc::new(Table::create(&path, geometry.blocks(), TableName::of_this_boot(id)?)?))
+    }
+
+    /// Removes the changed table of a version or bookmark that is not remembered any more.
+    pub(super) fn remove_changed_table(&self, id: Uuid) {
+        remove_file(&self.places.changed_table(id));
+        remove_file(&self.places.saved_changes(id));
+    }
+
     /// Removes a layer that was made here: its image and its tables.
     pub(super) fn remove_layer(&self, id: Uuid, image: &Path) {
         remove_file(image);
@@ -238,6 +250,18 @@ impl LayerSource for DiskLayers<'_> {
             done.map(|()| saved).map_err(|e| e.to_string())
         })??;
         Ok(Layer::saved(image, Arc::new(committed)))
+    }
+
+    fn open_changed(&self, id: Uuid, seal: Option<Uuid>) -> Result<Arc<Table>, String> {
+        let places = &self.manager.places;
+        if self.trust == Trust::Saved {
+            let seal = seal.ok_or("its changed table was not saved")?;
+            let table = self.manager.make_changed_table(id, self.geometry).map_err(|e| e.to_string())?;
+            table.load(&places.saved_changes(id), seal).map_err(|e| e.to_string())?;
+            return Ok(table);
+        }
+        let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
+        Table::open(&places.changed_table(id), self.geometry.blocks(), name).map(Arc::new).map_err(|e| e.to_string())
     }
 
     fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {

@@ -3,9 +3,11 @@
 //! [`config`] turns the command line and the configuration file into a [`ServeConfig`]; [`serve`] runs it: directories
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
+mod changes;
 pub mod check;
 pub mod config;
 mod deletion;
+mod diff;
 mod disks;
 mod entry;
 mod jobs;

@@ -152,6 +152,18 @@ impl Places {
         self.saved_table(id).with_extension("lost")
     }
 
+    /// The mapped changed table of a version, or of a bookmark.
+    #[must_use]
+    pub fn changed_table(&self, id: Uuid) -> PathBuf {
+        self.run_dir.join("tables").join(format!("{id}.changed"))
+    }
+
+    /// What a clean stop saves of it.
+    #[must_use]
+    pub fn saved_changes(&self, id: Uuid) -> PathBuf {
+        self.state_dir.join("tables").join(format!("{id}.changes"))
+    }
+
     /// Says why a version broke, to whoever comes after a kill of the daemon.
     #[must_use]
     pub fn broken_mark(&self, id: Uuid) -> PathBuf {

@@ -7,8 +7,8 @@
 
 use uuid::Uuid;
 
-use crate::mirror::{Chain, NewLayer, Owned, Version};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::mirror::{Chain, Changed, Mark, NewLayer, Owned, Version};
+use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
 /// are in this moment's chain. Without a mirror, and not a volume.
@@ -34,6 +34,8 @@ pub fn of_disk(
         live_saved_table: None,
         live_saved: None,
         live_splits: live.splits,
+        live_changed: of_changed(live.version.changed()),
+        bookmarks: Vec::new(),
         mirror: None,
         volume: None,
         former_legs: Vec::new(),
@@ -54,6 +56,7 @@ pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain:
         link.layer.image.path().clone_into(&mut record.image);
         record.owns_all = matches!(link.layer.owned, Owned::All);
         record.splits = link.splits;
+        record.changed = of_changed(link.version.changed());
         // Also of one that was given up: its table is still there for older ones.
         record.durable = !record.owns_all && (record.durable || link.layer.saved.is_some());
     }
@@ -91,7 +94,29 @@ pub fn before_cut(
             snapshot.splits = std::mem::replace(&mut record.live_splits, true);
         }
     }
+    snapshot.changed = record.live_changed.replace(ChangedRecord::default());
     record.live = new_live;
     record.snapshots.push(snapshot);
     record
+}
+
+/// What is remembered of a changed table while it is in use.
+#[must_use]
+pub fn of_changed(changed: Option<&Changed>) -> Option<ChangedRecord> {
+    changed.map(|changed| ChangedRecord { saved: None, lost: changed.known().err().map(str::to_owned) })
+}
+
+/// What is remembered of the snapshot when only a mark of it is left.
+#[must_use]
+pub fn of_bookmark(record: &SnapshotRecord, mark: &Mark) -> BookmarkRecord {
+    BookmarkRecord {
+        id: record.id,
+        group: record.group,
+        name: record.name.clone(),
+        began: record.began,
+        ended: record.ended,
+        created_ms: record.created_ms,
+        quiesced_ms: record.quiesced_ms,
+        changed: of_changed(mark.changed.as_ref()),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::changes::seal_changes;
 use super::entry::{DiskEntry, locked};
 use super::layers::block_on;
 use super::manager::Manager;
@@ -57,6 +58,7 @@ impl Manager {
                 disk.disk.break_version(&link.version, reason);
             }
         }
+        let changes = self.save_changes(&disk.disk);
         let seal_of = |id| seals.iter().find(|(of, _)| *of == id).map(|(_, seal)| *seal);
         let looks = |path: &Path| Fingerprint::of(path).map_err(|e| format!("{}: {e}", path.display()));
         let mut record = disk.to_record();
@@ -64,6 +66,7 @@ impl Manager {
             snapshot.saved_table = seal_of(snapshot.id);
             snapshot.saved = looks(&snapshot.image).ok();
         }
+        seal_changes(&mut record, &changes);
         record.live_saved_table = seal_of(record.live);
         record.live_saved = record.live_log.as_deref().and_then(|log| looks(log).ok());
         let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));

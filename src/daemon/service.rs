@@ -4,13 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use uuid::Uuid;
+
+use super::diff::is_id;
 use super::entry::locked;
 use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, VolumeRequest,
-    Writers,
+    self, Bookmark, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo,
+    VolumeRequest, VolumeStatus, Writers,
 };
+use crate::control::changes::{Diff, FoundMap};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use crate::control::{ApiError, Deletion, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
 use crate::vhost_user::DirectionStats;
@@ -28,7 +32,7 @@ impl Service for Manager {
     }
 
     fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
-        Ok(self.plain_disk(disk)?.to_api())
+        Ok(self.plain_disk(&self.disk_name(disk))?.to_api())
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -58,7 +62,7 @@ impl Service for Manager {
 
     fn get_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
         let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
-        let snapshot = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+        let snapshot = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
         Ok(snapshot.to_api(&disk))
     }
 
@@ -80,11 +84,46 @@ impl Service for Manager {
     }
 
     fn get_volume(&self, volume: &Name) -> Result<api::Volume, ApiError> {
-        self.all_volumes().into_iter().find(|v| v.name == *volume).ok_or_else(|| ApiError::volume_not_found(volume))
+        let volumes = self.all_volumes();
+        let by_name = volumes.iter().find(|v| v.name == *volume);
+        let found = by_name.or_else(|| volumes.iter().find(|v| is_id(volume, v.id)));
+        found.cloned().ok_or_else(|| ApiError::volume_not_found(volume))
     }
 
     fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError> {
         self.remove_volume(volume, force)
+    }
+
+    fn moment_of_id(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
+        self.reference_of(id)
+    }
+
+    fn diff_snapshot(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        self.diff(from, to)
+    }
+
+    fn diff_volume(&self, volume: &Name, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        self.diff_of_volume(volume, to)
+    }
+
+    fn map_volume(&self, volume: &Name) -> Result<FoundMap, ApiError> {
+        self.map_of_volume(volume)
+    }
+
+    fn volume_status(&self, volume: &Name) -> Result<VolumeStatus, ApiError> {
+        self.status_of_volume(volume)
+    }
+
+    fn list_bookmarks(&self) -> Result<Vec<Bookmark>, ApiError> {
+        Ok(self.all_bookmarks())
+    }
+
+    fn get_bookmark(&self, bookmark: &SnapshotRef) -> Result<Bookmark, ApiError> {
+        self.bookmark(bookmark)
+    }
+
+    fn delete_bookmark(&self, bookmark: &SnapshotRef) -> Result<(), ApiError> {
+        self.remove_bookmark(bookmark)
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {

@@ -36,6 +36,21 @@ struct Ready {
     pending: DiskRecord,
     /// The layer that was made for it.
     made: Option<(Uuid, PathBuf)>,
+    /// The version that has a changed table for it.
+    new_live: Uuid,
+}
+
+/// What was made for snapshots.
+struct Made {
+    layers: Vec<(Uuid, PathBuf)>,
+    changed: Vec<Uuid>,
+}
+
+impl Made {
+    fn of(ready: &[Ready]) -> Made {
+        let layers = ready.iter().filter_map(|one| one.made.clone()).collect();
+        Made { layers, changed: ready.iter().map(|one| one.new_live).collect() }
+    }
 }
 
 impl Manager {
@@ -51,6 +66,7 @@ impl Manager {
                 let message = format!("disk {} has a snapshot {} already", disk.name, request.name);
                 return Err(ApiError::new(ErrorCode::SnapshotExists, message));
             }
+            disk.refuse_if_bookmarked(&request.name)?;
         }
         let group = Uuid::new_v4();
         let mut ready = Vec::new();
@@ -75,7 +91,7 @@ impl Manager {
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         let mut prepared = Vec::new();
         let mut entries = Vec::new();
-        let made: Vec<_> = ready.iter().filter_map(|one| one.made.clone()).collect();
+        let made = Made::of(&ready);
         for one in ready {
             locked(&one.disk.snapshots).push(one.entry.clone());
             prepared.push(one.prepared);
@@ -151,7 +167,10 @@ impl Manager {
             log::info!("snapshot {reference}: {strategy}, not {asked}: the disk's log is not folded yet");
         }
         let new_live = Uuid::new_v4();
-        let (layer, made) = self.prepare_layer(disk, request, strategy, new_live).map_err(in_snapshot)?;
+        let table_error = |e| in_snapshot(super::manager::table_error(e));
+        let changed = self.make_changed_table(new_live, disk.disk.geometry()).map_err(table_error)?;
+        let prepared = self.prepare_layer(disk, request, strategy, new_live);
+        let (layer, made) = prepared.inspect_err(|_| self.remove_changed_table(new_live)).map_err(in_snapshot)?;
         let record = SnapshotRecord {
             id: live.id,
             group,
@@ -173,6 +192,8 @@ impl Manager {
             keep_image: false,
             saved: None,
             saved_table: None,
+            changed: None,
+            keep_bookmark: false,
         };
         let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {
@@ -185,13 +206,13 @@ impl Manager {
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
         });
-        let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live };
+        let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live, changed: Some(changed) };
         let made = match strategy {
             Strategy::CopyOnWrite => Some((entry.id, made)),
             Strategy::WriteLogging => Some((new_live, made)),
             Strategy::WriteMirroring => None, // It is the disk's own leg.
         };
-        Ok(Ready { disk: disk.clone(), entry, prepared, pending, made })
+        Ok(Ready { disk: disk.clone(), entry, prepared, pending, made, new_live })
     }
 
     /// What the strategy needs, and the file that was made for it.
@@ -258,13 +279,12 @@ impl Manager {
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
         let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
-        let made: Vec<_> = ready.iter().filter_map(|r| r.made.clone()).collect();
-        self.forget(&entries, &made);
+        self.forget(&entries, &Made::of(ready));
         error
     }
 
     /// Takes snapshots that never came to be out of everything.
-    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &[(Uuid, PathBuf)]) {
+    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &Made) {
         let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
@@ -272,7 +292,10 @@ impl Manager {
         // A leg that was split for nothing comes back.
         disks.iter().for_each(|disk| self.resume_mirror(disk));
         match self.persist(&disks) {
-            Ok(()) => made.iter().for_each(|(id, image)| self.remove_layer(*id, image)),
+            Ok(()) => {
+                made.layers.iter().for_each(|(id, image)| self.remove_layer(*id, image));
+                made.changed.iter().for_each(|id| self.remove_changed_table(*id));
+            }
             // The records still name the files.
             Err(e) => log::error!("cannot forget an unfinished snapshot: {e}"),
         }

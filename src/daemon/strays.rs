@@ -41,6 +41,8 @@ struct Names {
     free: BTreeSet<String>,
     /// Versions of which a mark may say that they broke.
     frozen: BTreeSet<String>,
+    /// Versions and bookmarks that may have changed tables, whatever else they have.
+    noting: BTreeSet<String>,
 }
 
 impl Names {
@@ -56,7 +58,11 @@ impl Names {
         let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).collect();
         let all = disks.iter().flat_map(DiskRecord::names).chain(dropped.iter().cloned());
         let frozen = snapshots().map(|s| s.id.to_string()).collect();
-        Names { free: all.filter(|name| !used.contains(name)).collect(), used, frozen }
+        let live = disks.iter().filter(|d| d.live_changed.is_some()).map(|d| d.live);
+        let bookmarks = disks.iter().flat_map(|d| d.bookmarks.iter().map(|b| b.id));
+        let noting = live.chain(bookmarks).chain(snapshots().filter(|s| s.changed.is_some()).map(|s| s.id));
+        let noting = noting.map(|id| id.to_string()).collect();
+        Names { free: all.filter(|name| !used.contains(name)).collect(), used, frozen, noting }
     }
 }
 
@@ -67,11 +73,16 @@ impl Names {
 pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> io::Result<Strays> {
     let names = Names::of(disks, dropped);
     let mut strays = Strays::default();
+    let mut changes = Vec::new();
     // All that has one name goes or stays together: a log of zeros has nothing in it but in its table.
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for dir in places.own_dirs() {
         for path in entries(&dir)? {
             match name_of(&path, dir == places.images_dir()) {
+                Some(name) if is_of_changes(&path) && names.noting.contains(&name) => {}
+                // Only says what to copy: nobody misses it.
+                Some(name) if is_of_changes(&path) && names.free.contains(&name) => strays.removable.push(path),
+                Some(_) if is_of_changes(&path) => changes.push(path),
                 Some(name) if names.used.contains(&name) => {}
                 Some(name) if is_mark(&path) && names.frozen.contains(&name) => {}
                 Some(name) if names.free.contains(&name) => strays.removable.push(path),
@@ -87,6 +98,7 @@ pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     // missed when they come back.
     if strays.kept.is_empty() {
         strays.removable.extend(empty.into_iter().flatten());
+        strays.removable.append(&mut changes);
     }
     strays.removable.sort();
     strays.kept.sort();
@@ -106,7 +118,7 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
     match extension {
         "img" if is_image => stem.parse::<SnapshotRef>().ok().map(|reference| reference.to_string()),
         "log" => stem.parse::<Uuid>().ok().map(|id| id.to_string()),
-        "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" if !is_image => {
+        "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" | "changed" | "changes" if !is_image => {
             stem.parse::<Uuid>().ok().map(|id| id.to_string())
         }
         _ => None,
@@ -116,6 +128,11 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
 /// Whether it says why a version broke.
 fn is_mark(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "broken")
+}
+
+/// Whether it is a changed table.
+fn is_of_changes(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "changed" || e == "changes")
 }
 
 /// Whether there is anything in a file that somebody may miss. What cannot be read may be missed.

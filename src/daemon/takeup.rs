@@ -16,8 +16,8 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
 use crate::image::SharedImage;
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{Backing, Epoch, Layer, Link, Owned, Version};
-use crate::store::{DiskRecord, Fingerprint, SnapshotRecord};
+use crate::mirror::{Backing, Changed, Epoch, Layer, Link, Mark, Owned, Version};
+use crate::store::{ChangedRecord, DiskRecord, Fingerprint, SnapshotRecord, Table};
 
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage; \
      delete this snapshot and take another (on a disk with durability=power it would have been kept)";
@@ -25,6 +25,9 @@ const UNFINISHED: &str = "the host went down before all of it was on stable stor
 const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
      delete this snapshot and take another";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
+const CHANGES_CUT: &str = "the host went down while it was served, and what was noted of its changes with it";
+const CHANGES_SPLIT: &str = "the daemon ended while requests from before a split were on their way to both legs";
+const CHANGES_CHANGED: &str = "the disk's image was changed while the daemon was not running";
 pub(super) const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
 
 /// How the daemon ended the last time, and so what is believed.
@@ -84,6 +87,15 @@ pub trait LayerSource {
     /// # Errors
     /// When it cannot be opened, or not be believed after this end of the daemon.
     fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String>;
+
+    /// The changed table of the version `id`, which was saved under `seal` at a clean stop. Asked for only after such an
+    /// end of the daemon, or its death in this boot.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    fn open_changed(&self, _id: Uuid, _seal: Option<Uuid>) -> Result<Arc<Table>, String> {
+        Err("its changed table is not there".to_owned())
+    }
 }
 
 /// What is taken up of a disk.
@@ -92,6 +104,8 @@ pub struct Taken {
     pub links: Vec<Link>,
     /// Oldest first. Those without a version are lost.
     pub snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
+    /// What is known of changes up to bookmarks and to snapshots without a version.
+    pub marks: Vec<Mark>,
 }
 
 /// A version as it is remembered; without a snapshot it is the live one, or what a volume stands on.
@@ -105,6 +119,7 @@ struct Slot {
     saved_table: Option<Uuid>,
     /// How a log looked at the last clean stop.
     saved: Option<Fingerprint>,
+    changed: Option<ChangedRecord>,
 }
 
 impl Taken {
@@ -112,7 +127,7 @@ impl Taken {
     #[must_use]
     pub fn of_new_disk(base: Backing) -> Taken {
         let link = Link { version: Version::new(Uuid::new_v4(), Epoch(0)), layer: Layer::full(base), splits: false };
-        Taken { links: vec![link], snapshots: Vec::new() }
+        Taken { links: vec![link], snapshots: Vec::new(), marks: Vec::new() }
     }
 }
 
@@ -128,9 +143,13 @@ pub fn take_up(
     source: &dyn LayerSource,
 ) -> Result<Taken, ApiError> {
     settle_pending(&mut record);
-    let mut taken = Taken { links: Vec::new(), snapshots: Vec::new() };
-    let mut slots = slots_of(record, path);
     let way = TakeUp { base, trust, source };
+    let bookmarks = std::mem::take(&mut record.bookmarks);
+    let mark = |id, began, changed| Mark { id, began: Epoch(began), changed: way.changed(id, changed) };
+    let marks = bookmarks.iter().map(|b| mark(b.id, b.began, b.changed.as_ref())).collect();
+    let mut taken = Taken { links: Vec::new(), snapshots: Vec::new(), marks };
+    let mut slots = slots_of(record, path);
+    doubt_splits(&mut slots);
     // From the newest segment to the oldest.
     let mut is_newest = true;
     while !slots.is_empty() {
@@ -141,6 +160,11 @@ pub fn take_up(
     }
     taken.links.reverse();
     taken.snapshots.reverse();
+    let lost = taken.snapshots.iter().filter(|(_, version)| version.is_none());
+    taken.marks.extend(lost.map(|(record, _)| mark(record.id, record.began, record.changed.as_ref())));
+    // Of what a volume stands on too: nobody is left who could change it.
+    let frozen = taken.links.len() - 1;
+    taken.links[..frozen].iter().for_each(|link| link.version.set_quiesced());
     Ok(taken)
 }
 
@@ -225,10 +249,31 @@ impl TakeUp<'_> {
         self.source.open_frozen(snapshot)
     }
 
+    /// What is known of the changes of a version.
+    fn changed(&self, id: Uuid, record: Option<&ChangedRecord>) -> Option<Changed> {
+        let record = record?;
+        let is_believed = match self.trust {
+            _ if record.lost.is_some() => Err(record.lost.clone().unwrap_or_default()),
+            Trust::PowerCut if !planted::is(Defect::ChangesBelievedAfterCut) => Err(CHANGES_CUT.to_owned()),
+            Trust::Changed => Err(CHANGES_CHANGED.to_owned()),
+            Trust::Saved | Trust::SameBoot | Trust::PowerCut => Ok(()),
+        };
+        let opened = is_believed.and_then(|()| self.source.open_changed(id, record.saved));
+        Some(match opened {
+            Ok(table) => Changed::Noted(table),
+            Err(why) => {
+                log::warn!("version {id}: everything counts as changed: {why}");
+                Changed::unknown(&why)
+            }
+        })
+    }
+
     /// Appends a version that is all there.
     fn take(&self, slot: Slot, layer: Layer, taken: &mut Taken) {
-        let version = Version::new(slot.id, Epoch(slot.began));
+        let changed = self.changed(slot.id, slot.changed.as_ref());
+        let version = Version::noting(slot.id, Epoch(slot.began), changed);
         if let Some(mut snapshot) = slot.snapshot {
+            version.set_leaves_mark(snapshot.keep_bookmark);
             version.set_quiesced();
             if let Some(reason) = self.source.broke(slot.id) {
                 snapshot.broken.get_or_insert(reason);
@@ -264,6 +309,20 @@ fn settle_pending(record: &mut DiskRecord) {
     }
 }
 
+/// A request from before a split that was on its way when the daemon was killed may have reached one of the legs only. It was
+/// noted for the older version alone: nobody knew of the newer one yet.
+fn doubt_splits(slots: &mut [Slot]) {
+    for newer in 1..slots.len() {
+        let drained = slots[newer - 1].snapshot.as_ref().is_some_and(|s| s.quiesced_ms.is_some());
+        let slot = &mut slots[newer];
+        if let Some(changed) = slot.changed.as_mut().filter(|_| slot.splits && !drained)
+            && !planted::is(Defect::SplitNotDoubted)
+        {
+            changed.lost.get_or_insert_with(|| CHANGES_SPLIT.to_owned());
+        }
+    }
+}
+
 fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
     let live = Slot {
         id: record.live,
@@ -274,6 +333,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         snapshot: None,
         saved_table: record.live_saved_table,
         saved: record.live_saved,
+        changed: record.live_changed,
     };
     let has_pivot = live.owns_all || record.volume.is_some() || record.snapshots.iter().any(|s| s.owns_all);
     debug_assert!(has_pivot, "somebody has the full image");
@@ -285,6 +345,7 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         splits: s.splits,
         saved_table: s.saved_table,
         saved: None,
+        changed: s.changed.clone(),
         snapshot: Some(s),
     });
     // What a volume stands on has everything that it does not have itself; no request acts there.
@@ -297,6 +358,11 @@ fn slots_of(record: DiskRecord, path: &Path) -> Vec<Slot> {
         snapshot: None,
         saved_table: None,
         saved: None,
+        changed: None,
     });
     origin.into_iter().chain(frozen).chain([live]).collect()
 }
+
+#[cfg(test)]
+#[path = "takeup_tests.rs"]
+mod tests;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::changes::ids_of_changes;
 use super::disks::Opened;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
@@ -237,9 +238,11 @@ impl Manager {
         let layer = self.make_log(&path, live, &config, &geometry).map_err(in_volume)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
+            self.remove_changed_table(live);
             self.remove_tables(id);
             in_volume(e)
         };
+        let changed = self.make_changed_table(live, &geometry).map_err(table_error).map_err(undo)?;
         let table = TableName::of_this_boot(id).map_err(table_error).map_err(undo)?;
         let boot = table.boot;
         let discards =
@@ -252,7 +255,7 @@ impl Manager {
             created_ms: Timestamp::now().unix_ms(),
         };
         let options = DiskOptions { image, block_bytes: config.block_size, read_only: false, discards };
-        let made = Disk::volume(self.clock.clone(), options, origin, (live, layer));
+        let made = Disk::noting_volume(self.clock.clone(), options, origin, (live, layer), Some(changed));
         made.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         let opened = Opened {
             id,
@@ -263,6 +266,7 @@ impl Manager {
             former_legs: Vec::new(),
             volume: Some(volume),
             snapshots: Vec::new(),
+            bookmarks: Vec::new(),
             record: None,
         };
         let made = self.open_disk(name, opened).map_err(undo)?;
@@ -299,6 +303,7 @@ impl Manager {
             locked(&self.lost_volumes).remove(name);
             let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
             self.remove_volume_files(record.id, live.into_iter().chain(layers_of(&record)));
+            ids_of_changes(&record).for_each(|id| self.remove_changed_table(id));
             self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
             return Ok(());
         }
@@ -317,6 +322,11 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("volume {name} has {count} snapshots"));
         }
+        let bookmarks = entry.bookmarks();
+        if !force && !bookmarks.is_empty() {
+            return busy(format!("volume {name} has {} bookmarks", bookmarks.len()));
+        }
+        let changes = entry.ids_of_changes();
         let record = entry.to_record();
         locked(&self.disks).remove(name);
         entry.server.stop();
@@ -327,6 +337,7 @@ impl Manager {
         self.records.remove(name.as_str()).map_err(record_error)?;
         let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
         self.remove_volume_files(entry.id, live.into_iter().chain(layers_of(&record)));
+        changes.into_iter().for_each(|id| self.remove_changed_table(id));
         self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
         log::info!("volume {name}: deleted");
         Ok(())

@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
-use super::{Backing, Epoch};
+use super::{Backing, Changed, Epoch};
 use crate::store::{BlockIndex, DurableTable, Table};
 
 /// The stable name of a version.
@@ -109,8 +109,12 @@ pub struct Version {
     pub id: VersionId,
     /// The epoch in which it began.
     pub began: Epoch,
+    /// What was written in its epochs. None where nothing is noted: no older moment asks, or did when it began.
+    changed: Option<Changed>,
+    forgets_changes: AtomicBool,
     quiesced: AtomicBool,
     retiring: AtomicBool,
+    leaves_mark: AtomicBool,
     broken: OnceLock<String>,
     /// Blocks copied into this version before they were overwritten.
     pub preserved_blocks: AtomicU64,
@@ -122,9 +126,18 @@ impl Version {
     /// A version that begins at `began`.
     #[must_use]
     pub fn new(id: VersionId, began: Epoch) -> Arc<Version> {
+        Version::noting(id, began, None)
+    }
+
+    /// The same, when it is noted what is written in its epochs, or known that it is not known.
+    #[must_use]
+    pub fn noting(id: VersionId, began: Epoch, changed: Option<Changed>) -> Arc<Version> {
         Arc::new(Version {
             id,
             began,
+            changed,
+            forgets_changes: AtomicBool::new(false),
+            leaves_mark: AtomicBool::new(false),
             quiesced: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
             broken: OnceLock::new(),
@@ -152,6 +165,32 @@ impl Version {
 
     pub(super) fn set_retiring(&self) {
         self.retiring.store(true, Ordering::SeqCst);
+    }
+
+    /// What was written in its epochs.
+    #[must_use]
+    pub fn changed(&self) -> Option<&Changed> {
+        self.changed.as_ref().filter(|_| !self.forgets_changes.load(Ordering::SeqCst))
+    }
+
+    /// Notes nothing any more: nothing older is left. Whoever finds the table after a kill, with the older ones, must not
+    /// believe it.
+    pub(super) fn forget_changes(&self) {
+        if let Some(Changed::Noted(table)) = &self.changed {
+            table.mark_broken();
+        }
+        self.forgets_changes.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a mark of it stays when it is deleted.
+    #[must_use]
+    pub fn leaves_mark(&self) -> bool {
+        self.leaves_mark.load(Ordering::SeqCst)
+    }
+
+    /// Says whether a mark of it stays when it is deleted.
+    pub fn set_leaves_mark(&self, leaves: bool) {
+        self.leaves_mark.store(leaves, Ordering::SeqCst);
     }
 
     /// Why its content cannot be vouched for, if so.

@@ -64,6 +64,7 @@ impl Disk {
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
+                    note(&chain, writer, run);
                     chain.layer(home).image.release(queue, at, len).await?;
                     self.discards.clear(run);
                 }
@@ -103,10 +104,18 @@ impl Disk {
         let is_wanted = self.discards.get(block) || planted::is(Defect::DiscardNotRechecked);
         if is_wanted && pivot >= writer && fate(&chain, writer, block) == (Fate::Now, pivot) {
             let (at, len) = self.geometry.bytes(one);
+            note(&chain, writer, one);
             chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(one);
         }
         Ok(Some(BlockIndex(block.0 + 1)))
+    }
+}
+
+/// A discard that is carried out changes what its version shows.
+fn note(chain: &Chain, writer: VersionIndex, blocks: BlockRange) {
+    if !planted::is(Defect::DiscardNotNoted) {
+        chain.note(writer, blocks);
     }
 }
 

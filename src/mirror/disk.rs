@@ -15,7 +15,9 @@ use arc_swap::ArcSwap;
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::planted::{self, Defect};
-use super::{Backing, Connection, Connections, EpochClock, EpochLane, Request, RequestError, Ticket, View};
+use super::{
+    Backing, Changed, Connection, Connections, EpochClock, EpochLane, Mark, Request, RequestError, Ticket, View,
+};
 use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
@@ -99,6 +101,8 @@ pub struct Disk {
     pub(super) locks: BlockLocks,
     /// Who is connected to the live version, and who of them stays with an older one.
     pub(super) connections: Connections,
+    /// Moments of which only the changes are remembered, oldest first.
+    pub(super) marks: ArcSwap<Vec<Arc<Mark>>>,
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
@@ -154,6 +158,7 @@ impl Disk {
             geometry,
             chain: ArcSwap::from_pointee(Chain::new(links)),
             locks: BlockLocks::new(),
+            marks: ArcSwap::default(),
             discards: Arc::new(options.discards),
             observer: OnceLock::new(),
             base,
@@ -165,11 +170,24 @@ impl Disk {
     /// written to it.
     #[must_use]
     pub fn volume(clock: EpochClock, options: DiskOptions, origin: VersionId, live: (VersionId, Layer)) -> Arc<Disk> {
+        Disk::noting_volume(clock, options, origin, live, None)
+    }
+
+    /// The same, when it is noted what is written to it.
+    #[must_use]
+    pub fn noting_volume(
+        clock: EpochClock,
+        options: DiskOptions,
+        origin: VersionId,
+        live: (VersionId, Layer),
+        changed: Option<Arc<Table>>,
+    ) -> Arc<Disk> {
         let version = Version::new(origin, super::Epoch(0));
         version.set_quiesced();
         let origin = Link { version, layer: Layer::full(options.image.clone()), splits: false };
         // No request on it can be older.
-        let live = Link { version: Version::new(live.0, clock.current()), layer: live.1, splits: false };
+        let version = Version::noting(live.0, clock.current(), changed.map(Changed::Noted));
+        let live = Link { version, layer: live.1, splits: false };
         Disk::with_chain(clock, options, vec![origin, live])
     }
 

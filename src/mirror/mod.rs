@@ -7,6 +7,7 @@
 
 mod backing;
 mod chain;
+mod changes;
 mod connection;
 mod discard;
 mod disk;
@@ -25,6 +26,7 @@ mod write;
 pub use crate::planted;
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
+pub use changes::{ChangeSource, Changed, Changes, Mark, NoChanges};
 pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};

@@ -11,7 +11,7 @@ use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::Mode;
 use super::plan::Copy;
 use super::planted::{self, Defect};
-use super::{Backing, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
+use super::{Backing, Changed, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
 use crate::sync::{Mutex, lock};
@@ -19,7 +19,7 @@ use crate::sync::{Mutex, lock};
 /// Who may change chains: one at a time for the whole daemon, because a group is published at one cut.
 pub struct ChainEditor {
     clock: EpochClock,
-    editing: Mutex<()>,
+    pub(super) editing: Mutex<()>,
 }
 
 /// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
@@ -63,6 +63,8 @@ pub struct PreparedSnapshot {
     pub layer: NewLayer,
     /// The name that the new live version gets.
     pub new_live: VersionId,
+    /// An empty table in which it is noted what is written to it from its beginning on.
+    pub changed: Option<Arc<Table>>,
 }
 
 /// A cut that was made.
@@ -205,6 +207,7 @@ impl ChainEditor {
         if gone.splits && links.get(index).is_some_and(|next| !next.splits) {
             links[index].splits = true;
         }
+        ChainEditor::keep_changes(disk, &chain, index, &links);
         disk.chain.store(Arc::new(Chain::new(links)));
     }
 }
@@ -237,7 +240,8 @@ impl Disk {
                 (Layer::full(live), true)
             }
         };
-        links.push(Link { version: Version::new(prepared.new_live, began), layer, splits });
+        let version = Version::noting(prepared.new_live, began, prepared.changed.map(Changed::Noted));
+        links.push(Link { version, layer, splits });
         self.chain.store(Arc::new(Chain::new(links)));
         frozen
     }

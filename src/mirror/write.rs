@@ -107,6 +107,12 @@ impl Disk {
             let chain = self.chain();
             if is_plain(&chain, &part) {
                 self.forget_discards(part.blocks);
+                if planted::is(Defect::NotedAfterBytes) {
+                    let done = self.write_in_place(queue, &chain, 0, &part).await;
+                    chain.note(0, part.blocks);
+                    return done;
+                }
+                chain.note(0, part.blocks);
                 return self.write_in_place(queue, &chain, 0, &part).await;
             }
         }
@@ -156,9 +162,15 @@ impl Disk {
                 plan = decide(&chain).0;
             }
             self.forget_discards(part.blocks);
+            if !planted::is(Defect::NotedAfterBytes) {
+                note(&chain, &plan, &part);
+            }
             let result = self.carry_out(queue, &chain, &plan, &part).await;
             if planted::is(Defect::BitAfterOverwrite) {
                 set_preserved(&chain, &plan);
+            }
+            if planted::is(Defect::NotedAfterBytes) {
+                note(&chain, &plan, &part);
             }
             return result;
         }
@@ -432,6 +444,16 @@ impl Disk {
             }
         }
         Ok(())
+    }
+}
+
+/// Notes what the part changes, for its own version. A write that goes to several places may reach some of them only, by a kill
+/// or an error: then newer versions differ too.
+fn note(chain: &Chain, plan: &WritePlan, part: &Part) {
+    chain.note(plan.writer, part.blocks);
+    let is_split = |run: &&Run| !run.plan.others.is_empty() || !run.plan.supersedes.is_empty();
+    for run in plan.runs.iter().filter(is_split).filter(|_| !planted::is(Defect::NotedForWriterOnly)) {
+        (plan.writer + 1..=chain.live()).for_each(|newer| chain.note(newer, run.blocks));
     }
 }
 

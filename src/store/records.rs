@@ -18,10 +18,10 @@ use crate::crash;
 use crate::planted::{self, Defect};
 
 /// The format of the records. A later one is refused rather than guessed at.
-const FORMAT: u64 = 4;
+const FORMAT: u64 = 5;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
 /// no checksums, and no snapshots that outlive a power cut by themselves. The third one has no volumes: who knows only that
-/// one would delete what they stand on.
+/// one would delete what they stand on. The fourth one has no bookmarks: who knows only that one would forget them.
 const FORMAT_FIRST: u64 = 1;
 /// The first format whose records have checksums.
 const FORMAT_SEALED: u64 = 3;
@@ -123,6 +123,45 @@ pub struct SnapshotRecord {
     /// The seal of its table's durable copy.
     #[serde(default)]
     pub saved_table: Option<Uuid>,
+    /// Its changed table. None if nothing was noted.
+    #[serde(default)]
+    pub changed: Option<ChangedRecord>,
+    /// Whether a bookmark stays when it is deleted.
+    #[serde(default)]
+    pub keep_bookmark: bool,
+}
+
+/// A changed table, as it is remembered: it goes by its version's name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedRecord {
+    /// The seal of its durable copy, at a clean stop.
+    #[serde(default)]
+    pub saved: Option<Uuid>,
+    /// Why it is not believed, for ever.
+    #[serde(default)]
+    pub lost: Option<String>,
+}
+
+/// What is left of a deleted snapshot, as it is remembered: a moment, and what was changed up to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BookmarkRecord {
+    /// The stable name of the version that it was.
+    pub id: Uuid,
+    /// Shared by the snapshots of one cut.
+    pub group: Uuid,
+    /// The name that the user gave.
+    pub name: String,
+    /// The epoch in which the version began.
+    pub began: u64,
+    /// The last epoch that belongs to it.
+    pub ended: u64,
+    /// When the cut was, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// When it was quiesced.
+    pub quiesced_ms: Option<u64>,
+    /// What was changed from the marker before it on. None if nothing was noted.
+    #[serde(default)]
+    pub changed: Option<ChangedRecord>,
 }
 
 /// A leg of a mirror, as it is remembered.
@@ -187,6 +226,12 @@ pub struct DiskRecord {
     /// Whether the mirror was split when the live version began.
     #[serde(default)]
     pub live_splits: bool,
+    /// The live version's changed table. None if nothing is noted.
+    #[serde(default)]
+    pub live_changed: Option<ChangedRecord>,
+    /// Oldest first.
+    #[serde(default)]
+    pub bookmarks: Vec<BookmarkRecord>,
     /// Its mirror, if it has one.
     #[serde(default)]
     pub mirror: Option<MirrorRecord>,
@@ -495,6 +540,7 @@ impl DiskRecord {
     pub fn names(&self) -> BTreeSet<String> {
         let own = [Some(self.id), Some(self.live), self.mirror.as_ref().map(|m| m.bitmap)];
         let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
+        let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
         ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).collect()
     }
 }

@@ -41,7 +41,16 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         stopped: false,
         saved: Some(Fingerprint { size_bytes: 1 << 20, modified_ns: 17 }),
         saved_table: Some(Uuid::new_v4()),
+        changed: Some(ChangedRecord { saved: Some(Uuid::new_v4()), lost: None }),
+        keep_bookmark: false,
     }
+}
+
+fn bookmark(name: &str) -> BookmarkRecord {
+    let id = Uuid::new_v4();
+    let changed = Some(ChangedRecord { saved: None, lost: Some("a power cut".into()) });
+    let (name, group) = (name.into(), id);
+    BookmarkRecord { id, group, name, began: 1, ended: 2, created_ms: 3, quiesced_ms: Some(4), changed }
 }
 
 fn disk(name: &str) -> DiskRecord {
@@ -55,6 +64,8 @@ fn disk(name: &str) -> DiskRecord {
         live_saved_table: None,
         live_saved: None,
         live_splits: false,
+        live_changed: Some(ChangedRecord::default()),
+        bookmarks: vec![bookmark("z")],
         mirror: None,
         volume: None,
         former_legs: Vec::new(),

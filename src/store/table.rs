@@ -8,6 +8,8 @@
 //! The saved copy is the list of its non-empty pages, each with a checksum. It has a seal, which the records keep: a
 //! whole copy from another time or of another table would show wrong bytes, so it is not believed.
 
+mod note;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -309,29 +311,6 @@ impl Table {
             *from += 1;
         }
         taken
-    }
-
-    /// The bits of blocks `index` × 64 and on; zeros behind the last block.
-    pub(super) fn word_at(&self, index: u64) -> u64 {
-        let (page, word) = (index / PAGE_WORDS as u64, index % PAGE_WORDS as u64);
-        match (usize::try_from(page), usize::try_from(word)) {
-            (Ok(page), Ok(word)) if page < self.pages && self.is_present(page) => {
-                self.word(page, word).load(Ordering::SeqCst)
-            }
-            _ => 0,
-        }
-    }
-
-    /// Sets bits of blocks `index` × 64 and on.
-    pub(super) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
-        if bits != 0 {
-            let block = BlockIndex(index * 64);
-            self.prepare(BlockRange::one(block))?;
-            let (page, word, _) = Self::place(block);
-            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
-            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
-        }
-        Ok(())
     }
 
     /// The first block at or after `from` whose bit is set.

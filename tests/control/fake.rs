@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use halfsilver::control::api::{
-    DeleteSnapshotOptions, Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Leg, LegState, Snapshot,
-    SnapshotRequest, SnapshotState, Strategy, VersionInfo, Volume, VolumeRequest, VolumeSource, VolumeState, Writers,
+    Bookmark, BookmarkState, ByteRange, DeleteSnapshotOptions, DiffSource, Disk, DiskConfig, DiskState, Job, JobKind,
+    JobPatch, JobState, Leg, LegState, Snapshot, SnapshotRequest, SnapshotState, Strategy, VersionInfo, Volume,
+    VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
 };
+use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use halfsilver::control::timestamp::Timestamp;
 use halfsilver::control::{
@@ -27,6 +29,7 @@ struct State {
     disks: Vec<(DiskConfig, Disk)>,
     snapshots: Vec<Snapshot>,
     volumes: Vec<Volume>,
+    bookmarks: Vec<Bookmark>,
     jobs: Vec<Job>,
     forbidden: Option<Strategy>,
 }
@@ -56,6 +59,13 @@ impl Fake {
 
     pub(crate) fn quiesce(&self, snapshot: &str) {
         self.move_to(snapshot, SnapshotState::Quiesced, EventKind::SnapshotQuiesced);
+    }
+
+    /// The same, when nobody listens.
+    pub(crate) fn settle(&self, snapshot: &str) {
+        for found in self.state.lock().unwrap().snapshots.iter_mut().filter(|s| s.reference().to_string() == snapshot) {
+            found.state = SnapshotState::Quiesced;
+        }
     }
 
     pub(crate) fn forget(&self, snapshot: &str) {
@@ -308,10 +318,95 @@ impl Service for Fake {
             return self.get_snapshot(snapshot).map(Deletion::Started);
         }
         self.forget(&snapshot.to_string());
+        if options.keep_bookmark {
+            self.state.lock().unwrap().bookmarks.push(Bookmark {
+                id: found.id,
+                group: found.group,
+                disk: found.disk.clone(),
+                name: found.name.clone(),
+                state: BookmarkState::Kept,
+                reason: None,
+                epoch: found.epoch,
+                block_size: found.block_size,
+                size_bytes: found.size_bytes,
+                created_at: found.created_at,
+                quiesced_at: found.quiesced_at,
+            });
+        }
         if found.strategy == Strategy::WriteMirroring && !options.keep_image {
             self.begin_job(8, JobKind::Mirror, &snapshot.disk, None);
         }
         Ok(Deletion::Done)
+    }
+
+    fn moment_of_id(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
+        let found = self.list_snapshots()?.into_iter().find(|s| s.id == id);
+        found.map(|s| s.reference()).ok_or_else(|| ApiError::snapshot_not_found(id))
+    }
+
+    /// Two ranges; up to a snapshot named `huge` three million of them.
+    fn diff_snapshot(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        self.get_snapshot(from)?;
+        let count = if to.is_some_and(|to| to.name.as_str() == "huge") { 3_000_000 } else { 2 };
+        let range = |i: u64| ByteRange { offset: i * 8192, length: 4096 };
+        Ok(Diff { source: DiffSource::OwnedTables, ranges: Box::new((0..count).map(range)) })
+    }
+
+    fn diff_volume(&self, volume: &Name, _to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        self.get_volume(volume)?;
+        Ok(Diff { source: DiffSource::ChangedTables, ranges: Box::new(std::iter::empty()) })
+    }
+
+    fn map_volume(&self, volume: &Name) -> Result<FoundMap, ApiError> {
+        let volume = self.get_volume(volume)?;
+        let head = VolumeMap {
+            name: volume.name,
+            block_size: 4096,
+            blocks: 300_000,
+            size_bytes: volume.size_bytes,
+            reason: None,
+            owned: Vec::new(),
+            changed: None,
+        };
+        Ok(FoundMap {
+            head,
+            owned: Box::new([(0, 3000), (5000, 1)].into_iter()),
+            changed: Some(Box::new(std::iter::empty())),
+        })
+    }
+
+    fn volume_status(&self, volume: &Name) -> Result<VolumeStatus, ApiError> {
+        let volume = self.get_volume(volume)?;
+        Ok(VolumeStatus {
+            id: volume.id,
+            name: volume.name,
+            from: volume.from,
+            source: "vm1".to_owned(),
+            block_size: 4096,
+            blocks: 1000,
+            owned_blocks: 10,
+            changed_blocks: Some(10),
+            source_changed_blocks: None,
+            differing_blocks: None,
+            percent_differing: None,
+            percent_complete: 1.0,
+            reason: Some("a power\ncut".to_owned()),
+        })
+    }
+
+    fn list_bookmarks(&self) -> Result<Vec<Bookmark>, ApiError> {
+        Ok(self.state.lock().unwrap().bookmarks.clone())
+    }
+
+    fn get_bookmark(&self, bookmark: &SnapshotRef) -> Result<Bookmark, ApiError> {
+        let missing = || ApiError::new(ErrorCode::BookmarkNotFound, format!("there is no bookmark {bookmark}"));
+        self.list_bookmarks()?.into_iter().find(|b| b.reference() == *bookmark).ok_or_else(missing)
+    }
+
+    fn delete_bookmark(&self, bookmark: &SnapshotRef) -> Result<(), ApiError> {
+        self.get_bookmark(bookmark)?;
+        self.state.lock().unwrap().bookmarks.retain(|b| b.reference() != *bookmark);
+        Ok(())
     }
 
     fn create_volume(&self, request: &VolumeRequest) -> Result<Volume, ApiError> {

@@ -22,7 +22,8 @@ fn every_route_and_no_other_is_described() {
             .replace("{disk}", "none")
             .replace("{snapshot}", "no@ne")
             .replace("{id}", "0")
-            .replace("{volume}", "none");
+            .replace("{volume}", "none")
+            .replace("{bookmark}", "no@ne");
         for method in ["GET", "PUT", "POST", "PATCH", "DELETE"] {
             if (path.as_str(), method) == ("/v1/events", "GET") {
                 continue;
@@ -53,6 +54,10 @@ fn every_operation_describes_its_refusals() {
         "CreateSnapshots",
         "Volume",
         "CreateVolume",
+        "Bookmark",
+        "ByteRange",
+        "VolumeMap",
+        "VolumeStatus",
         "Job",
         "JobPatch",
         "Event",
@@ -79,7 +84,9 @@ fn every_query_key_is_described() {
         ("/v1/disks/{disk}", "delete", &["force"][..]),
         ("/v1/volumes/{volume}", "delete", &["force"]),
         ("/v1/disks/{disk}/mirror", "delete", &["leg"]),
-        ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image"]),
+        ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image", "keep-bookmark"]),
+        ("/v1/snapshots/{snapshot}/diff", "get", &["to"]),
+        ("/v1/volumes/{volume}/diff", "get", &["to"]),
         ("/v1/snapshots/{snapshot}/cutover", "post", &["wait"]),
     ] {
         let parameters = document["paths"][path][method]["parameters"].as_array().unwrap();
@@ -94,7 +101,7 @@ fn every_route_event_and_query_key_is_on_the_page() {
     let page = include_str!("../../docs/control-api.md");
     let document = Rig::new().get("/v1/openapi.json").json();
     for (path, operations) in document["paths"].as_object().unwrap() {
-        let path = path.replace("{snapshot}", "{disk}@{name}");
+        let path = path.replace("{snapshot}", "{disk}@{name}").replace("{bookmark}", "{disk}@{name}");
         for (method, operation) in operations.as_object().unwrap() {
             let row = format!("| `{} {path}", method.to_uppercase());
             let line = page.lines().find(|line| line.starts_with(&row) && !line[row.len()..].starts_with(['/', '{']));

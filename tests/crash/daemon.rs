@@ -154,6 +154,10 @@ impl LayerSource for Layers {
         Ok(saved(image, committed.map_err(|e| e.to_string())?))
     }
 
+    fn open_changed(&self, id: Uuid, _seal: Option<Uuid>) -> Result<Arc<Table>, String> {
+        self.host.borrow().changed.get(&id).cloned().ok_or_else(|| "no changed table".to_owned())
+    }
+
     fn open_log(&self, id: Uuid, path: &Path, _seal: Option<Uuid>) -> Result<Layer, String> {
         let table = self.durable_table(id)?;
         let image = self.host.borrow().open(path)?;
@@ -239,10 +243,11 @@ impl Daemon {
         let discards = Table::in_memory(geometry.blocks()).unwrap();
         let options = DiskOptions { image: backing, block_bytes: shape.block, read_only: false, discards };
         let drained = record.snapshots.iter().filter(|s| s.quiesced_ms.is_none()).map(|s| s.id).collect();
-        let Taken { links, snapshots } = taken;
+        let Taken { links, snapshots, marks } = taken;
         let disk = Disk::with_chain(clock.clone(), options, links);
         let broken = Arc::new(Broken::default());
         disk.observe(broken.clone());
+        disk.remember_marks(marks);
         let (mut former_legs, mut path) = (record.former_legs.clone(), path);
         for (lost, _) in snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
             let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
@@ -281,12 +286,13 @@ impl Daemon {
         Ok(daemon)
     }
 
-    /// `Manager::entry_of`.
+    /// `Manager::entry_of`, `Manager::settle_mark`.
     fn take_entry(&self, record: SnapshotRecord, version: Option<Arc<Version>>) {
         if version.is_none() && record.deleting {
             if !record.owns_all {
                 self.remove_layer(record.id, &record.image);
             }
+            self.editor.forget_mark(&self.disk, record.id);
             return;
         }
         self.entries.borrow_mut().push(Rc::new(Entry { id: record.id, record: RefCell::new(record), version }));
@@ -389,6 +395,8 @@ impl Daemon {
         let live = chain.version(chain.live()).clone();
         let strategy = if self.disk.can_move_pivot() { asked } else { Strategy::WriteLogging };
         let new_live = self.new_id();
+        let changed = Arc::new(Table::in_memory(self.disk.geometry().blocks()).unwrap());
+        self.host.borrow_mut().changed.insert(new_live, changed.clone());
         let Some((layer, image)) = self.prepare_layer(strategy, live.id, new_live).await else { return };
         let record = new_record(live.id, live.began, strategy, image);
         let pending = recording::before_cut(self.to_record(), &self.disk.chain(), record.clone(), &layer, new_live);
@@ -401,7 +409,7 @@ impl Daemon {
         // `Manager::cut`
         let entry = Rc::new(Entry { id: live.id, record: RefCell::new(record), version: Some(live) });
         self.entries.borrow_mut().push(entry.clone());
-        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live };
+        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live, changed: Some(changed) };
         let cut = self.editor.cut(vec![prepared], Writers::Request).expect("few epochs drain");
         self.oracle.borrow_mut().cut(cut.ended, new_live);
         media::count_change();
@@ -589,6 +597,7 @@ impl Daemon {
         let _phase = self.phases.begin("the end of a deletion");
         let forget = || self.entries.borrow_mut().retain(|e| !Rc::ptr_eq(e, entry));
         if entry.version.is_none() {
+            self.editor.forget_mark(&self.disk, entry.id);
             forget();
         }
         if let (Some((id, image)), Some(Slip::RemovedBeforeRecord)) = (&left, self.shape.slip) {
@@ -656,6 +665,8 @@ fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> Sna
         stopped: false,
         saved: None,
         saved_table: None,
+        changed: None,
+        keep_bookmark: false,
     }
 }
 

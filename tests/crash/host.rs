@@ -41,6 +41,8 @@ pub struct Host {
     pub putting: Option<DiskRecord>,
     /// Mapped tables, which survive a kill.
     pub run_tables: BTreeMap<Uuid, Arc<Table>>,
+    /// Mapped changed tables. After a power cut they are as old as can be, as where the run directory is on a disk.
+    pub changed: BTreeMap<Uuid, Arc<Table>>,
     pub boot: Uuid,
     /// How many names were given.
     pub names: u128,
@@ -156,6 +158,7 @@ impl Host {
         let mut left = Host { record: record.clone(), boot: self.boot, names: self.names, ..Host::default() };
         let End::PowerCut(loss) = end else {
             left.run_tables = self.run_tables.iter().map(|(id, table)| (*id, Arc::new(copy_of(table)))).collect();
+            left.changed = self.changed.iter().map(|(id, table)| (*id, Arc::new(copy_of(table)))).collect();
             left.files.clone_from(&self.files);
             left.files.values_mut().for_each(|file| {
                 file.is_sized |= file.medium.syncs() > 0;
@@ -165,6 +168,8 @@ impl Host {
             return left;
         };
         left.boot = Uuid::from_u128(self.boot.as_u128() + 1);
+        let empty = |table: &Table| Arc::new(Table::in_memory(table.blocks()).unwrap());
+        left.changed = self.changed.iter().map(|(id, table)| (*id, empty(table))).collect();
         for (path, file) in &self.files {
             let is_table = path.starts_with("tables");
             let loss = match loss {
@@ -205,6 +210,7 @@ impl Host {
     pub fn copy(&self) -> Host {
         let mut copy = self.clone();
         copy.run_tables.values_mut().for_each(|table| *table = Arc::new(copy_of(table)));
+        copy.changed.values_mut().for_each(|table| *table = Arc::new(copy_of(table)));
         let mut none = Rng::new(0);
         copy.files.values_mut().for_each(|file| file.medium = file.medium.after_kill(&mut none));
         copy

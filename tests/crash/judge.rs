@@ -4,7 +4,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use halfsilver::store::SnapshotRecord;
+use halfsilver::mirror::{ChangeSource, NoChanges};
+use halfsilver::store::{BlockIndex, SnapshotRecord};
 use uuid::Uuid;
 
 use crate::daemon::{Begun, Daemon, Entry};
@@ -33,6 +34,7 @@ pub fn find(
         counts.borrow_mut().add("entries of a log found after a power cut");
     }
     let bytes = read_live(&daemon, shape, rng)?;
+    let live_bytes = bytes.clone();
     let oracle = oracle.borrow();
     let live = oracle.check_live(&bytes, end.is_power_cut()).map_err(|e| format!("the live version: {e}"))?;
     let mut frozen = Vec::new();
@@ -48,11 +50,41 @@ pub fn find(
             "snapshots that outlived a kill"
         });
         let bytes = read_frozen(&daemon, entry, shape, rng)?;
+        what_changed_is_known(&daemon, entry.id, &bytes, &live_bytes, end, counts)?;
         let what = |e| format!("the {} snapshot {}: {e}", record.strategy, entry.id);
         frozen.push((entry.id, oracle.check_frozen(entry.id, &bytes).map_err(what)?));
     }
     let chain = daemon.disk.chain();
     Ok(oracle.after((chain.version(chain.live()).id, live), end.is_power_cut(), frozen))
+}
+
+/// Each block that differs from the snapshot is among those that are said to; after a power cut nobody says so by what was
+/// noted before it.
+fn what_changed_is_known(
+    daemon: &Daemon,
+    id: Uuid,
+    was: &[u8],
+    is: &[u8],
+    end: End,
+    counts: &Rc<RefCell<Counts>>,
+) -> Result<(), String> {
+    let changes = match daemon.disk.changes(id, None) {
+        Ok(changes) => changes,
+        Err(NoChanges::Unknown(_)) => return Ok(()),
+        Err(e) => return Err(format!("what changed since snapshot {id}: {e}")),
+    };
+    let is_noted = changes.source() == ChangeSource::Changed;
+    if is_noted && end.is_power_cut() {
+        return Err(format!("what was noted since snapshot {id} is believed after a power cut"));
+    }
+    counts.borrow_mut().add(if is_noted { "changes that outlived a kill" } else { "changes told by owners" });
+    let block = daemon.disk.geometry().block_bytes as usize;
+    let differs = |at: &usize| was[at * block..].chunks(block).next() != is[at * block..].chunks(block).next();
+    let missing = (0..was.len().div_ceil(block)).filter(differs).find(|&at| !changes.contains(BlockIndex(at as u64)));
+    match missing {
+        Some(at) => Err(format!("block {at} differs from snapshot {id}, and is not among those that changed")),
+        None => Ok(()),
+    }
 }
 
 /// What somebody was told holds.

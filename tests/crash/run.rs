@@ -509,6 +509,8 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         live_saved_table: None,
         live_saved: None,
         live_splits: false,
+        live_changed: None,
+        bookmarks: Vec::new(),
         mirror,
         volume: None,
         former_legs: Vec::new(),

@@ -582,8 +582,25 @@ fn try_send(control: &Path, method: &str, path: &str, body: &str) -> std::io::Re
     let cut = || std::io::Error::other(format!("an answer without a head: {text:?}"));
     let (head, body) = text.split_once("\r\n\r\n").ok_or_else(cut)?;
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or_else(cut)?;
-    assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "{head}");
-    Ok(Answer { status, body: body.to_owned() })
+    let body = match head.to_ascii_lowercase().contains("transfer-encoding: chunked") {
+        true => whole_of_chunks(body).ok_or_else(cut)?,
+        false => body.to_owned(),
+    };
+    Ok(Answer { status, body })
+}
+
+/// The body of an answer whose length was not known before. None if it was cut off.
+fn whole_of_chunks(mut rest: &str) -> Option<String> {
+    let mut whole = String::new();
+    loop {
+        let (len, more) = rest.split_once("\r\n")?;
+        let len = usize::from_str_radix(len, 16).ok()?;
+        if len == 0 {
+            return Some(whole);
+        }
+        whole.push_str(more.get(..len)?);
+        rest = more[len..].strip_prefix("\r\n")?;
+    }
 }
 
 /// The events since it began to listen.

@@ -8,6 +8,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
 mod chain;
+mod changes;
 mod check;
 mod client;
 mod durability;

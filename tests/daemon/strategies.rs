@@ -100,7 +100,7 @@ fn while_a_log_is_there_every_snapshot_is_one() {
 }
 
 /// How a daemon may end.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum End {
     Stop,
     Kill,

@@ -139,7 +139,8 @@ impl Bench {
     }
 
     pub fn cut_with(&self, layer: NewLayer) -> Cut {
-        let prepared = PreparedSnapshot { disk: self.disk.clone(), layer, new_live: VersionId::new_v4() };
+        let prepared =
+            PreparedSnapshot { disk: self.disk.clone(), layer, new_live: VersionId::new_v4(), changed: None };
         self.editor.cut(vec![prepared], Writers::Request).unwrap()
     }
 

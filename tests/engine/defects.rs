@@ -9,7 +9,7 @@ const SEEDS: u64 = 3000;
 
 /// Those that a schedule on one thread can show; the others are about the orders of atomic operations and
 /// are noticed by the model tests.
-const ON_ONE_THREAD: [Defect; 24] = [
+const ON_ONE_THREAD: [Defect; 27] = [
     Defect::EpochPerPart,
     Defect::LeaveEarly,
     Defect::NoBlockLock,
@@ -34,6 +34,9 @@ const ON_ONE_THREAD: [Defect; 24] = [
     Defect::LetGoOfOverwritten,
     Defect::DiscardNotRechecked,
     Defect::RetiresSideBySide,
+    Defect::DiscardNotNoted,
+    Defect::ChangesNotMerged,
+    Defect::UnknownTakenAsUnchanged,
 ];
 
 #[test]

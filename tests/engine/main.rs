@@ -5,6 +5,7 @@
 #[path = "../common/alone.rs"]
 mod alone;
 mod bench;
+mod changes;
 mod faults;
 mod figures;
 mod flips;

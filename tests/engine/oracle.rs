@@ -104,6 +104,11 @@ fn random_runs_match_one_array_a_version() {
         ("splits of legs that were kept equal", total.splits_of_pairs),
         ("folds", total.folds),
         ("requests that came long after their epoch had ended", total.held),
+        ("moments that were compared", total.comparisons),
+        ("marks that were compared", total.comparisons_of_marks),
+        ("moments that were compared by their owners", total.comparisons_by_owners),
+        ("moments of which it was unknown what had changed", total.unknown_changes),
+        ("marks that were forgotten", total.marks_forgotten),
         ("cuts by connection", total.by_connection),
         ("connections cut over", total.moved),
     ] {

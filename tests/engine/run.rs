@@ -1,6 +1,9 @@
 //! One random run of the engine: requests, snapshots, deletions, cutovers, in an order that a seed decides, each held
 //! against the specification.
 
+mod noted;
+mod stored;
+
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
@@ -10,10 +13,10 @@ use std::time::Duration;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState, Log,
-    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Saved, Ticket, Version, Writers,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState,
+    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
 };
-use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
+use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 use crate::world::{Array, Counts, Tags, World, filled};
@@ -129,6 +132,7 @@ pub struct Run {
     shape: Shape,
     /// Requests may still come that belong to the epochs of these.
     held: Vec<Ticket>,
+    noting: noted::Noting,
 }
 
 impl Run {
@@ -180,6 +184,7 @@ impl Run {
             cuts: Vec::new(),
             shape,
             held: Vec::new(),
+            noting: noted::Noting::of(seed),
         };
         run.add_leg();
         run
@@ -328,7 +333,7 @@ impl Run {
             }
         };
         let new_live = uuid::Uuid::from_u128(u128::from(self.rng.next()));
-        PreparedSnapshot { disk: self.disk.clone(), layer, new_live }
+        PreparedSnapshot { disk: self.disk.clone(), layer, new_live, changed: self.changed_table() }
     }
 
     fn new_image(&mut self, name: &str) -> SimImage {
@@ -403,37 +408,6 @@ impl Run {
         NewLayer::Split { frozen: Backing::One(Arc::new(frozen)), live: Backing::One(Arc::new(live)) }
     }
 
-    /// As the daemon makes logs: with a durable table, so that what is superseded is given back later.
-    fn durable_log(&mut self, image: Backing, table: Arc<Table>) -> Layer {
-        let durable = self.new_durable(&table);
-        let table = self.durable_table(durable, table);
-        Layer::logged(image, Arc::new(Log { table, freed: self.shape.table(self.sectors) }))
-    }
-
-    /// As the daemon makes what outlives a power cut.
-    fn saved(&mut self, image: Backing, table: Arc<Table>) -> Layer {
-        self.world.borrow_mut().counts.saved_durably += 1;
-        let durable = self.new_durable(&table);
-        let made = self.durable_table(durable.clone(), table);
-        if self.shape.faults && self.rng.chance(25) {
-            self.make_faulty(&durable);
-        }
-        Layer::saved(image, Arc::new(Saved { table: made, revoke: Box::new(|| Ok(())) }))
-    }
-
-    fn new_durable(&self, table: &Table) -> SimImage {
-        let bytes = DurableTable::image_bytes(table.blocks());
-        SimImage::new("durable", usize::try_from(bytes).unwrap(), 512)
-    }
-
-    fn durable_table(&mut self, durable: SimImage, table: Arc<Table>) -> DurableTable {
-        let queue = self.queue.clone();
-        let made = async move {
-            DurableTable::create(Arc::new(durable), uuid::Uuid::nil(), table, [0; PAYLOAD_BYTES], &queue).await.unwrap()
-        };
-        wait(&mut self.scheduler, &mut self.rng, made)
-    }
-
     /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
     pub fn make_room_in_the_clock(&mut self) {
         if !self.clock.can_advance() {
@@ -461,6 +435,8 @@ impl Run {
     pub fn note_cut(&mut self, ended: Epoch, version: Arc<Version>) {
         let mut world = self.world.borrow_mut();
         world.counts.cuts += 1;
+        let in_flight: Vec<u64> = world.changes.iter().map(|change| change.id).collect();
+        world.written.iter_mut().filter(|w| in_flight.contains(&w.id)).for_each(|w| w.is_late = true);
         if std::env::var_os("ORACLE_TRACE").is_some() {
             println!("cut ends epoch {ended}, can move {}", self.disk.can_move_pivot());
         }
@@ -553,6 +529,7 @@ impl Run {
         if !self.clock.can_advance() {
             return;
         }
+        self.leave_mark(&version);
         let ended = match self.editor.begin_retire(&self.disk, &version) {
             Ok(ended) => ended,
             Err(RetireError::Busy) => return,
@@ -577,6 +554,9 @@ impl Run {
             }
             {
                 let mut world = world.borrow_mut();
+                let gone = world.arrays.iter().find(|a| a.version.as_ref().is_some_and(|v| v.id == version.id));
+                let gone = gone.map(|a| noted::moment_of(&version, a.ended.unwrap(), a.sectors.clone()));
+                world.marks.extend(gone.filter(|_| version.leaves_mark()));
                 world.arrays.retain(|a| a.version.as_ref().is_none_or(|v| v.id != version.id));
                 world.counts.deletes += 1;
                 let p = version.preserved_blocks.load(std::sync::atomic::Ordering::Relaxed);
@@ -630,6 +610,8 @@ impl Run {
             self.scheduler.step(&mut self.rng);
         }
         self.quiesce();
+        self.forget_mark();
+        self.sometimes_compare_moments();
         self.failure().map_or(Ok(()), Err)
     }
 
@@ -671,9 +653,16 @@ impl Run {
             self.spawn_frozen_read(key, version, 0..self.sectors);
         }
         self.settle()?;
+        // What they have shown is settled now, of discards too.
+        self.compare_moments();
         while self.world.borrow().arrays.len() > 1 {
             self.delete();
             self.settle()?;
+            self.compare_moments();
+        }
+        self.forget_marks();
+        if self.disk.chain().version(0).changed().is_some() {
+            return Err("changes are noted although nobody can ask".to_owned());
         }
         let discards = self.disk.discards().count();
         let mut world = self.world.borrow_mut();

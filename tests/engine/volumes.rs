@@ -9,10 +9,10 @@ use std::sync::atomic::Ordering;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot,
-    Request, RequestError, VOLUMES_DEEP_MAX, Version, VersionId, View, Writers,
+    Attachment, Backing, ChainEditor, ChangeSource, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, RequestError, VOLUMES_DEEP_MAX, Version, VersionId, View, Writers,
 };
-use halfsilver::store::{DurableTable, PAYLOAD_BYTES, Table};
+use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::bench::{Bench, write_of};
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
@@ -39,6 +39,8 @@ struct Node {
     frozen: Vec<Frozen>,
     /// The node and the version that a volume stands on.
     base: Option<(usize, VersionId)>,
+    /// A volume's oldest version, and what it showed when it was made.
+    origin: Option<(VersionId, Vec<u64>)>,
 }
 
 struct Tree {
@@ -63,6 +65,8 @@ struct Counts {
     retired: u64,
     dropped: u64,
     discarded: u64,
+    compared: u64,
+    by_owners: u64,
 }
 
 /// A read in flight: what each of its sectors may show, and where they will be.
@@ -108,7 +112,7 @@ impl Tree {
         sim::reset();
         let clock = EpochClock::new(Epoch(1));
         let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(image("disk")))));
-        let root = Node { id: 0, disk, live: vec![0; SECTORS], frozen: Vec::new(), base: None };
+        let root = Node { id: 0, disk, live: vec![0; SECTORS], frozen: Vec::new(), base: None, origin: None };
         Tree {
             rng: Rng::new(seed),
             editor: Arc::new(ChainEditor::new(clock.clone())),
@@ -206,7 +210,8 @@ impl Tree {
         } else {
             NewLayer::Live { layer: self.log_layer() }
         };
-        let prepared = PreparedSnapshot { disk, layer, new_live: VersionId::new_v4() };
+        let prepared =
+            PreparedSnapshot { disk, layer, new_live: VersionId::new_v4(), changed: Some(Arc::new(table())) };
         let cut = self.editor.cut(vec![prepared], Writers::Request).unwrap();
         let (version, bytes) = (cut.frozen[0].clone(), self.nodes[at].live.clone());
         self.nodes[at].frozen.push(Frozen { version, bytes, volumes: 0 });
@@ -228,8 +233,11 @@ impl Tree {
         self.counts.deepest = self.counts.deepest.max(view.depth());
         let layer = self.log_layer();
         let (origin, name) = (VersionId::new_v4(), VersionId::new_v4());
-        let disk = Disk::volume(self.clock.clone(), options(Backing::View(view)), origin, (name, layer));
-        self.nodes.push(Node { id: self.next, disk, live, frozen: Vec::new(), base: Some(base) });
+        let changed = self.rng.chance(80).then(|| Arc::new(table()));
+        let options = options(Backing::View(view));
+        let disk = Disk::noting_volume(self.clock.clone(), options, origin, (name, layer), changed);
+        let origin = Some((origin, live.clone()));
+        self.nodes.push(Node { id: self.next, disk, live, frozen: Vec::new(), base: Some(base), origin });
         self.next += 1;
         self.counts.volumes += 1;
     }
@@ -325,6 +333,32 @@ impl Tree {
         }
     }
 
+    /// What differs between two moments of a disk or volume is in what the engine says has changed.
+    fn compare(&mut self) {
+        for node in &self.nodes {
+            let frozen = node.frozen.iter().filter(|f| f.version.is_quiesced()).map(|f| (f.version.id, &f.bytes));
+            let ends: Vec<_> = node.origin.iter().map(|(id, bytes)| (*id, bytes)).chain(frozen).collect();
+            for (i, (from, was)) in ends.iter().enumerate() {
+                let later = ends[i + 1..].iter().map(|(to, is)| (Some(*to), *is));
+                for (to, is) in later.chain([(None, &node.live)]) {
+                    let changes = node.disk.changes(*from, to).unwrap();
+                    self.counts.by_owners += u64::from(changes.source() == ChangeSource::Owned);
+                    for sector in (0..SECTORS).filter(|&s| was[s] != is[s]) {
+                        let block = BlockIndex(sector as u64 / 8);
+                        assert!(changes.contains(block), "node {}: sector {sector} from {from} to {to:?}", node.id);
+                    }
+                }
+            }
+            if let Some((_, was)) = &node.origin {
+                let owned = node.disk.owned_by_volume();
+                let differs = |s: &usize| was[*s] != node.live[*s];
+                let missing = (0..SECTORS).filter(differs).find(|&s| !owned.contains(BlockIndex(s as u64 / 8)));
+                assert_eq!(missing, None, "node {}: a sector that it does not own differs", node.id);
+                self.counts.compared += 1;
+            }
+        }
+    }
+
     /// A discard gives the guest's own bytes away and nobody else's: they stay, or are zeros.
     fn discard(&mut self) {
         let (at, sectors) = (self.rng.below(self.nodes.len()), self.range());
@@ -349,6 +383,7 @@ impl Tree {
                 4 => self.discard(),
                 _ => {}
             }
+            self.compare();
             if self.rng.chance(30) {
                 self.check();
             }
@@ -380,9 +415,23 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         total.retired += counts.retired;
         total.dropped += counts.dropped;
         total.discarded += counts.discarded;
+        total.compared += counts.compared;
+        total.by_owners += counts.by_owners;
     }
     println!("trees of volumes: seeds {first} to {}: {total:?}", first + seeds - 1);
-    let Counts { volumes, cascaded, deepest, cuts, in_flight_at_cuts, retired, dropped, discarded, .. } = total;
+    let Counts {
+        volumes,
+        cascaded,
+        deepest,
+        cuts,
+        in_flight_at_cuts,
+        retired,
+        dropped,
+        discarded,
+        compared,
+        by_owners,
+        ..
+    } = total;
     for (what, reached) in [
         ("volumes", volumes > 0),
         ("volumes of volumes", cascaded > 0),
@@ -392,6 +441,8 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         ("deletions", retired > 0),
         ("volumes dropped", dropped > 0),
         ("discards that were carried out", discarded > 0),
+        ("volumes that were compared with their beginning", compared > 0),
+        ("moments that were compared by their owners", by_owners > 0),
     ] {
         assert!(reached || seeds < 100, "no run reached: {what}");
     }
@@ -435,6 +486,7 @@ fn a_volume_is_as_broken_as_what_it_stands_on() {
                 disk: volume.clone(),
                 layer: NewLayer::Live { layer },
                 new_live: VersionId::new_v4(),
+                changed: None,
             };
             let inner = bench.editor.cut(vec![prepared], Writers::Request).unwrap();
             inner.frozen[0].set_quiesced();
@@ -515,8 +567,12 @@ fn volumes_of_volumes_are_read_as_deep_as_they_may_be() {
         expected[at] = fill;
         assert_eq!(read_all(&bench, &disk).unwrap(), expected);
         let layer = Layer::of(Backing::One(Arc::new(bench.empty_image("log"))), bench.table());
-        let prepared =
-            PreparedSnapshot { disk: disk.clone(), layer: NewLayer::Live { layer }, new_live: VersionId::new_v4() };
+        let prepared = PreparedSnapshot {
+            disk: disk.clone(),
+            layer: NewLayer::Live { layer },
+            new_live: VersionId::new_v4(),
+            changed: None,
+        };
         version = bench.editor.cut(vec![prepared], Writers::Request).unwrap().frozen.remove(0);
         version.set_quiesced();
     }

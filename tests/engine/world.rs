@@ -31,6 +31,23 @@ impl Array {
     }
 }
 
+/// A frozen version that was deleted, of which the engine keeps a mark.
+#[derive(Clone)]
+pub struct Moment {
+    pub id: uuid::Uuid,
+    pub ended: Epoch,
+    pub sectors: Vec<Tags>,
+}
+
+/// A change that there was.
+pub struct Written {
+    pub id: u64,
+    pub epoch: Epoch,
+    pub sectors: Range<usize>,
+    /// Whether it came when its epoch was over, or was still in flight then, or may be carried out later.
+    pub is_late: bool,
+}
+
 /// A change in flight.
 pub struct Change {
     pub id: u64,
@@ -71,6 +88,11 @@ pub struct Counts {
     pub splits_of_pairs: u64,
     pub folds: u64,
     pub held: u64,
+    pub comparisons: u64,
+    pub comparisons_of_marks: u64,
+    pub comparisons_by_owners: u64,
+    pub unknown_changes: u64,
+    pub marks_forgotten: u64,
     pub by_connection: u64,
     pub moved: u64,
 }
@@ -95,6 +117,11 @@ impl Counts {
         self.splits_of_pairs += other.splits_of_pairs;
         self.folds += other.folds;
         self.held += other.held;
+        self.comparisons += other.comparisons;
+        self.comparisons_of_marks += other.comparisons_of_marks;
+        self.comparisons_by_owners += other.comparisons_by_owners;
+        self.unknown_changes += other.unknown_changes;
+        self.marks_forgotten += other.marks_forgotten;
         self.by_connection += other.by_connection;
         self.moved += other.moved;
     }
@@ -105,6 +132,8 @@ pub struct World {
     pub arrays: Vec<Array>,
     pub changes: Vec<Change>,
     pub watches: Vec<Watch>,
+    pub marks: Vec<Moment>,
+    pub written: Vec<Written>,
     pub counts: Counts,
     pub failure: Option<String>,
     pub next: u64,
@@ -141,6 +170,8 @@ impl World {
                 }
             }
         }
+        let is_late = is_discard || self.arrays.iter().any(|a| a.ended.is_some_and(|ended| epoch <= ended));
+        self.written.push(Written { id: self.next, epoch, sectors: sectors.clone(), is_late });
         self.changes.push(Change { id: self.next, epoch, sectors, tag, is_discard, contested });
         self.next
     }

@@ -93,7 +93,7 @@ fn pause() {
 fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
     let table = Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
     let layer = NewLayer::Frozen { layer: Layer::of(Backing::One(memory()), table) };
-    let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: uuid::Uuid::new_v4() };
+    let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: uuid::Uuid::new_v4(), changed: None };
     pause();
     editor.cut(vec![prepared], Writers::Connection).unwrap()
 }

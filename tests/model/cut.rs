@@ -161,6 +161,7 @@ fn one_order() {
             layer: Layer::of(Backing::One(memory()), Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap())),
         },
         new_live: uuid::Uuid::new_v4(),
+        changed: None,
     });
     let cut = editor.cut(group.collect(), Writers::Request).unwrap();
     block_on(clock.drained(cut.ended));

@@ -210,6 +210,7 @@ fn cut(server: &TestServer) -> Cut {
             layer: Layer::of(Backing::One(image), Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap())),
         },
         new_live: uuid::Uuid::new_v4(),
+        changed: None,
     };
     ChainEditor::new(server.clock.clone()).cut(vec![prepared], Writers::Connection).unwrap()
 }

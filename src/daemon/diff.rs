@@ -1,0 +1,166 @@
+//! What differs: between snapshots, bookmarks and the present, and between volumes and what they stand on.
+//!
+//! What this does not do: read images. It goes by tables, so a block that was written with what it had counts as
+//! different; what is not listed is equal.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, locked};
+use super::manager::Manager;
+use crate::control::api::{ByteRange, DiffSource, VolumeMap, VolumeStatus};
+use crate::control::changes::{Diff, FoundMap};
+use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::mirror::{ChangeSource, Changes, NoChanges};
+use crate::store::{BlockRange, VolumeRecord};
+
+/// Whether a name in a request is this id.
+pub(super) fn is_id(name: &Name, id: Uuid) -> bool {
+    name.as_str().parse() == Ok(id)
+}
+
+impl Manager {
+    /// The disk or volume with this id, unless one has that very name.
+    pub(super) fn disk_name(&self, name: &Name) -> Name {
+        let by_id = || self.all_disks().iter().find(|d| is_id(name, d.id)).map(|d| d.name.clone());
+        if self.disk(name).is_ok() { name.clone() } else { by_id().unwrap_or_else(|| name.clone()) }
+    }
+
+    /// The snapshot or bookmark with this id.
+    pub(super) fn reference_of(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
+        for disk in self.all_disks() {
+            if let Some(snapshot) = disk.snapshots().iter().find(|s| s.id == id) {
+                return Ok(snapshot.reference.clone());
+            }
+            if let Some(bookmark) = disk.bookmarks().into_iter().find(|b| b.id == id) {
+                return Ok(SnapshotRef { disk: disk.name.clone(), name: bookmark.name.parse()? });
+            }
+        }
+        Err(ApiError::snapshot_not_found(id))
+    }
+
+    pub(super) fn diff(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        let disk = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
+        let first = disk.moment(from)?;
+        diff(&disk, first, from, to)
+    }
+
+    pub(super) fn diff_of_volume(&self, volume: &Name, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+        let (disk, record) = self.served_volume(volume)?;
+        diff(&disk, record.origin, &format!("volume {} as it was made", disk.name), to)
+    }
+
+    fn served_volume(&self, name: &Name) -> Result<(Arc<DiskEntry>, VolumeRecord), ApiError> {
+        let name = &self.disk_name(name);
+        if let Some((_, why)) = locked(&self.lost_volumes).get(name) {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("volume {name} is not served: {why}"))
+                .with_action("put back what is missing and restart the daemon, or delete the volume"));
+        }
+        let disk = self.disk(name).map_err(|_| ApiError::volume_not_found(name))?;
+        let volume = disk.volume.clone().ok_or_else(|| ApiError::volume_not_found(name))?;
+        Ok((disk, volume))
+    }
+
+    pub(super) fn map_of_volume(&self, name: &Name) -> Result<FoundMap, ApiError> {
+        let (disk, volume) = self.served_volume(name)?;
+        let geometry = disk.disk.geometry();
+        let (changed, reason) = match since(&disk, volume.origin) {
+            Ok(changes) => (Some(changes), None),
+            Err(why) => (None, Some(why)),
+        };
+        let head = VolumeMap {
+            name: disk.name.clone(),
+            block_size: geometry.block_bytes,
+            blocks: geometry.blocks(),
+            size_bytes: geometry.size_bytes,
+            reason,
+            owned: Vec::new(),
+            changed: None,
+        };
+        let runs = |changes: Changes| Box::new(changes.into_runs().map(|run| (run.start.0, run.count()))) as _;
+        Ok(FoundMap { head, owned: runs(disk.disk.owned_by_volume()), changed: changed.map(runs) })
+    }
+
+    pub(super) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
+        let (disk, volume) = self.served_volume(name)?;
+        let geometry = disk.disk.geometry();
+        let source = self.all_disks().into_iter().find(|d| d.snapshots().iter().any(|s| s.id == volume.snapshot));
+        let changed = since(&disk, volume.origin);
+        let source_changed = match &source {
+            Some(source) => source
+                .disk
+                .changes(volume.snapshot, None)
+                .map_err(|e| format!("it is not known what was written to {} since {}: {e}", source.name, volume.from)),
+            None => Err(format!("{} is not there", volume.from)),
+        };
+        let differing = match (&changed, &source_changed) {
+            (Ok(ours), Ok(theirs)) if ours.blocks() == theirs.blocks() => Some(ours.count_with(theirs)),
+            _ => None,
+        };
+        let (blocks, owned) = (geometry.blocks(), disk.disk.owned_by_volume().count());
+        Ok(VolumeStatus {
+            id: disk.id,
+            name: disk.name.clone(),
+            source: volume.from.split('@').next().unwrap_or_default().to_owned(),
+            from: volume.from,
+            block_size: geometry.block_bytes,
+            blocks,
+            owned_blocks: owned,
+            changed_blocks: changed.as_ref().ok().map(Changes::count),
+            source_changed_blocks: source_changed.as_ref().ok().map(Changes::count),
+            differing_blocks: differing,
+            percent_differing: differing.map(|part| VolumeStatus::percent(part, blocks)),
+            percent_complete: VolumeStatus::percent(owned, blocks),
+            reason: changed.err().or(source_changed.err()),
+        })
+    }
+}
+
+/// What was written to a volume since it was made.
+fn since(disk: &DiskEntry, origin: Uuid) -> Result<Changes, String> {
+    match disk.disk.changes(origin, None) {
+        Ok(changes) if changes.source() == ChangeSource::Changed => Ok(changes),
+        Ok(_) => Err("what was noted of its changes is lost; what it owns is known".to_owned()),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+fn diff(
+    disk: &DiskEntry,
+    first: Uuid,
+    from: &dyn std::fmt::Display,
+    to: Option<&SnapshotRef>,
+) -> Result<Diff, ApiError> {
+    if let Some(to) = to.filter(|to| to.disk != disk.name) {
+        let message = format!("to: {to} is not of {}", disk.name);
+        return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name two moments of one disk"));
+    }
+    if let Some(reason) = disk.disk.base_broken() {
+        return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("{}: {reason}", disk.name)));
+    }
+    let last = to.map(|to| disk.moment(to)).transpose()?;
+    let until = to.map_or_else(|| "the present".to_owned(), ToString::to_string);
+    let changes = disk.disk.changes(first, last).map_err(|e| match e {
+        NoChanges::Gone => ApiError::snapshot_not_found(from),
+        NoChanges::Order => ApiError::new(ErrorCode::InvalidRequest, format!("{from} is newer than {until}"))
+            .with_action("name the older one first"),
+        NoChanges::Draining => ApiError::new(ErrorCode::SnapshotBusy, format!("{from} or {until} is still draining"))
+            .with_action("try again when it is quiesced"),
+        NoChanges::Broken(reason) => ApiError::new(ErrorCode::SnapshotBroken, format!("{from} or {until}: {reason}")),
+        NoChanges::Unknown(why) => ApiError::new(
+            ErrorCode::ChangesUnknown,
+            format!("everything may have changed between {from} and {until}: {why}"),
+        ),
+    })?;
+    let geometry = disk.disk.geometry().clone();
+    let source = match changes.source() {
+        ChangeSource::Changed => DiffSource::ChangedTables,
+        ChangeSource::Owned => DiffSource::OwnedTables,
+    };
+    let range = move |run: BlockRange| {
+        let (at, length) = geometry.bytes(run);
+        ByteRange { offset: at.0, length }
+    };
+    Ok(Diff { source, ranges: Box::new(changes.into_runs().map(range)) })
+}

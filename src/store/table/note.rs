@@ -1,0 +1,131 @@
+//! Tables that note what happens to blocks: bits that are only ever set, by many, and looked at by the word.
+//!
+//! What always holds: a bit that is set already costs a load, and a page that nobody has written is not touched.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use super::{PAGE_WORDS, Table};
+use crate::store::{BlockIndex, BlockRange};
+
+impl Table {
+    /// Sets the bits of `range`, and faults in what that needs.
+    ///
+    /// # Errors
+    /// When no page can be had. Some of the bits may be set then, and some are not.
+    pub fn note(&self, range: BlockRange) -> io::Result<()> {
+        let mut at = range.start.0;
+        while at < range.end.0 {
+            let end = range.end.0.min((at / 64 + 1) * 64);
+            let bits = (u64::MAX >> (64 - (end - at))) << (at % 64);
+            self.or_word(at / 64, bits)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Sets bits of blocks `index` × 64 and on.
+    pub(in crate::store) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
+        let block = BlockIndex(index * 64);
+        let (page, word, _) = Self::place(block);
+        if bits & !self.word_at(index) != 0 {
+            self.prepare(BlockRange::one(block))?;
+            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Sets every bit that is set in `other`, a table for as many blocks.
+    ///
+    /// # Errors
+    /// When no page can be had. Some of the bits may be set then, and some are not.
+    pub fn merge(&self, other: &Table) -> io::Result<()> {
+        debug_assert_eq!(self.blocks, other.blocks, "tables of one disk");
+        let mut next = other.next_word(0);
+        while let Some(index) = next {
+            self.or_word(index, other.word_at(index))?;
+            next = other.next_word(index + 1);
+        }
+        Ok(())
+    }
+
+    /// The bits of blocks `index` × 64 and on; zeros behind the last block.
+    #[must_use]
+    pub fn word_at(&self, index: u64) -> u64 {
+        let (page, word) = (index / PAGE_WORDS as u64, index % PAGE_WORDS as u64);
+        match (usize::try_from(page), usize::try_from(word)) {
+            (Ok(page), Ok(word)) if page < self.pages && self.is_present(page) => {
+                self.word(page, word).load(Ordering::SeqCst)
+            }
+            _ => 0,
+        }
+    }
+
+    /// The first word at or after `index`, in words of 64 blocks, in a page that may have bits.
+    #[must_use]
+    pub fn next_word(&self, index: u64) -> Option<u64> {
+        let first = usize::try_from(index / PAGE_WORDS as u64).ok()?;
+        if first < self.pages && self.is_present(first) {
+            return Some(index);
+        }
+        let mut page = first + 1;
+        while page < self.pages {
+            let rest = self.present[page / 64].load(Ordering::SeqCst) >> (page % 64);
+            if rest != 0 {
+                let found = page + rest.trailing_zeros() as usize;
+                return (found < self.pages).then_some((found * PAGE_WORDS) as u64);
+            }
+            page = (page / 64 + 1) * 64;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> BlockRange {
+        BlockRange { start: BlockIndex(start), end: BlockIndex(end) }
+    }
+
+    fn set_in(table: &Table) -> Vec<u64> {
+        let mut found = Vec::new();
+        let mut at = BlockIndex(0);
+        while let Some(block) = table.next_set(at) {
+            found.push(block.0);
+            at = BlockIndex(block.0 + 1);
+        }
+        found
+    }
+
+    #[test]
+    fn bits_are_noted_across_words_and_pages() {
+        let table = Table::in_memory(200_000).unwrap();
+        for (from, to) in [(0, 1), (62, 66), (128, 192), (32_700, 33_000), (199_999, 200_000)] {
+            table.note(range(from, to)).unwrap();
+            table.note(range(from, to)).unwrap();
+        }
+        let expected: Vec<u64> =
+            [0..1, 62..66, 128..192, 32_700..33_000, 199_999..200_000].into_iter().flatten().collect();
+        assert_eq!(set_in(&table), expected);
+        assert_eq!(table.count(), expected.len() as u64);
+        table.note(range(5, 5)).unwrap();
+        assert_eq!(table.count(), expected.len() as u64, "an empty range has no bits");
+    }
+
+    #[test]
+    fn a_merge_is_the_union_and_touches_no_page_that_has_nothing() {
+        let (one, other) = (Table::in_memory(1 << 32).unwrap(), Table::in_memory(1 << 32).unwrap());
+        one.note(range(7, 9)).unwrap();
+        other.note(range(8, 10)).unwrap();
+        other.note(range(1 << 31, (1 << 31) + 70)).unwrap();
+        one.merge(&other).unwrap();
+        assert_eq!(one.count(), 3 + 70);
+        assert_eq!(other.count(), 2 + 70, "the other stays as it is");
+        assert_eq!(one.next_word(1000), Some(1 << 25));
+        assert_eq!(one.next_word((1 << 25) + 600), None);
+        assert_eq!((one.word_at(0), one.word_at((1 << 25) + 1)), (0b11_1000_0000, 0b11_1111));
+    }
+}
