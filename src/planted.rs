@@ -263,6 +263,14 @@ defects! {
     SavedBeforeDrained,
     /// A snapshot is deleted although a volume stands on it.
     VolumeBaseDeleted,
+    /// A block that a volume gets has its bit before its bytes.
+    FilledBitFirst,
+    /// A volume gets a block without its lock.
+    FilledWithoutLock,
+    /// A volume is recorded as independent before its log is on stable storage.
+    IndependentBeforeStored,
+    /// A snapshot of a volume is deleted while the volume is completed.
+    DeletedWhileCompleted,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

@@ -5,7 +5,9 @@
 
 pub mod check;
 pub mod config;
+mod complete;
 mod deletion;
+mod disabling;
 mod disks;
 mod entry;
 mod jobs;
@@ -17,9 +19,11 @@ pub mod recording;
 mod save;
 mod service;
 mod snapshots;
+mod standing;
 mod strays;
 pub mod takeup;
 mod volumes;
+mod work;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -114,7 +118,7 @@ impl Manager {
             self.save(disk).map_err(ServeError::Unsaved)?;
         }
         for disk in &disks {
-            disk.server.stop();
+            disk.stop_server();
             for snapshot in disk.snapshots() {
                 drop(locked(&snapshot.server).take());
             }

@@ -41,6 +41,8 @@ struct Names {
     free: BTreeSet<String>,
     /// Versions of which a mark may say that they broke.
     frozen: BTreeSet<String>,
+    /// What the full images would be called of those that have none of ours.
+    no_image: BTreeSet<String>,
 }
 
 impl Names {
@@ -53,10 +55,13 @@ impl Names {
         let ids = disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(parts).map(|id| id.to_string());
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
-        let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).collect();
+        let (own, others): (Vec<_>, Vec<_>) = disks.iter().partition(|d| d.own_image);
+        let own = own.into_iter().map(DiskRecord::own_image_name);
+        let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).chain(own).collect();
+        let no_image = others.into_iter().map(DiskRecord::own_image_name).collect();
         let all = disks.iter().flat_map(DiskRecord::names).chain(dropped.iter().cloned());
         let frozen = snapshots().map(|s| s.id.to_string()).collect();
-        Names { free: all.filter(|name| !used.contains(name)).collect(), used, frozen }
+        Names { free: all.filter(|name| !used.contains(name)).collect(), used, frozen, no_image }
     }
 }
 
@@ -71,6 +76,14 @@ pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for dir in places.own_dirs() {
         for path in entries(&dir)? {
+            if let Some(name) = full_image_name(&path).filter(|_| dir == places.images_dir()) {
+                // One that no record names is that of a disk that was removed, and stays.
+                let is_second_name = || names.no_image.contains(&name) && has_two_names(&path);
+                if names.free.contains(&name) || is_second_name() {
+                    strays.removable.push(path);
+                }
+                continue;
+            }
             match name_of(&path, dir == places.images_dir()) {
                 Some(name) if names.used.contains(&name) => {}
                 Some(name) if is_mark(&path) && names.frozen.contains(&name) => {}
@@ -111,6 +124,18 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// The name of the full image of a volume that became independent.
+fn full_image_name(path: &Path) -> Option<String> {
+    let id = path.file_stem()?.to_str()?.parse::<Uuid>().ok()?;
+    path.extension().is_some_and(|e| e == "raw").then(|| format!("{id}.raw"))
+}
+
+/// Whether a file is there under another name too: the log that was about to get this one.
+fn has_two_names(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.nlink() > 1)
 }
 
 /// Whether it says why a version broke.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(5);
 pub struct FileImage {
     file: File,
     path: PathBuf,
+    /// Its name since it was renamed.
+    moved: OnceLock<PathBuf>,
     size_bytes: u64,
     alignment: Alignment,
     // Small transfers need no ring.
@@ -151,7 +154,7 @@ impl FileImage {
         }
         let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
         let poisoned = AtomicBool::new(false);
-        Ok(FileImage { file, path: path.to_owned(), size_bytes, alignment, is_in_memory, poisoned })
+        Ok(FileImage { file, path: path.to_owned(), moved: OnceLock::new(), size_bytes, alignment, is_in_memory, poisoned })
     }
 }
 
@@ -172,7 +175,13 @@ impl Image for FileImage {
     }
 
     fn path(&self) -> &Path {
-        &self.path
+        self.moved.get().unwrap_or(&self.path)
+    }
+
+    fn moved(&self, path: &Path) {
+        if self.moved.set(path.to_owned()).is_err() {
+            log::debug!("{}: it was renamed before", self.path.display());
+        }
     }
 
     fn is_poisoned(&self) -> bool {
@@ -181,7 +190,7 @@ impl Image for FileImage {
 
     fn poison(&self) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
-            log::error!("{}: a sync failed; no write to it is accepted any more", self.path.display());
+            log::error!("{}: a sync failed; no write to it is accepted any more", self.path().display());
         }
     }
 

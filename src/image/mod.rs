@@ -81,6 +81,9 @@ pub trait Image: Send + Sync + 'static {
     /// Where the bytes are, for messages.
     fn path(&self) -> &Path;
 
+    /// Says that the file has another name now. It can be said once.
+    fn moved(&self, _path: &Path) {}
+
     /// Whether an earlier failed sync has poisoned this image.
     fn is_poisoned(&self) -> bool;
 

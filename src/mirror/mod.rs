@@ -7,6 +7,7 @@
 
 mod backing;
 mod chain;
+mod complete;
 mod connection;
 mod discard;
 mod disk;
@@ -26,6 +27,7 @@ pub use crate::planted;
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
 pub use connection::{Connection, Connections, PinChange};
+pub use complete::Filled;
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};
 pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairFacts, PairObserver, REGION_BYTES_MIN};

@@ -19,7 +19,7 @@ use crate::sync::{Mutex, lock};
 /// Who may change chains: one at a time for the whole daemon, because a group is published at one cut.
 pub struct ChainEditor {
     clock: EpochClock,
-    editing: Mutex<()>,
+    pub(super) editing: Mutex<()>,
 }
 
 /// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
