@@ -374,7 +374,10 @@ fn rate(text: &str) -> Result<u64, String> {
 }
 
 fn block_size(text: &str) -> Result<u32, String> {
-    rate(text).ok().and_then(|size| u32::try_from(size).ok()).ok_or_else(|| format!("{text:?} is no size; use 4K to 1M"))
+    rate(text)
+        .ok()
+        .and_then(|size| u32::try_from(size).ok())
+        .ok_or_else(|| format!("{text:?} is no size; use 4K to 1M"))
 }
 
 /// Takes one of some words, which help and completions show.

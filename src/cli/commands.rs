@@ -8,17 +8,14 @@ use hyper::{Method, StatusCode};
 use serde_json::json;
 
 use super::CliError;
-use super::args::{
-    ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs,
-};
+use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs};
 use super::client::{Client, query_value};
 use super::output::{Output, Progress, Spinner, text};
 use super::pages::{
     disk_fields, disk_table, event_line, job_fields, job_table, snapshot_fields, snapshot_table, status_page,
 };
 use crate::control::api::{
-    CreateSnapshots, Disk, Job, JobKind, JobState, LegState, MirrorRequest, Snapshot,
-    SnapshotState, Status,
+    CreateSnapshots, Disk, Job, JobKind, JobState, LegState, MirrorRequest, Snapshot, SnapshotState, Status,
 };
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::{DiskSpec, RawDisk};

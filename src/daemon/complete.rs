@@ -100,7 +100,9 @@ impl Manager {
         }
         let old = image.path().to_owned();
         let path = match old == self.places.log_image(oldest) {
-            true => self.link_own_image(disk, &old).map_err(|e| format!("{} gets no other name: {e}", old.display()))?,
+            true => {
+                self.link_own_image(disk, &old).map_err(|e| format!("{} gets no other name: {e}", old.display()))?
+            }
             false => old.clone(), // The user's choice.
         };
         crash::point("before a volume is recorded as independent");

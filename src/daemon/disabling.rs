@@ -12,8 +12,8 @@ use super::disks::serve_live;
 use super::entry::{DiskEntry, locked};
 use super::manager::{Manager, record_error};
 use super::standing::in_volume;
-use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::control::api;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 
 impl Manager {
@@ -85,7 +85,10 @@ impl Manager {
             return busy("it has snapshots of what was written to it", "delete them first");
         }
         if let Some(job) = self.work_of(disk) {
-            return busy(&format!("job {} is not done", job.id), &format!("wait for it: halfsilver job wait {}", job.id));
+            return busy(
+                &format!("job {} is not done", job.id),
+                &format!("wait for it: halfsilver job wait {}", job.id),
+            );
         }
         if let Some(reason) = disk.failure() {
             return busy(&reason, "delete it and make another");

@@ -229,7 +229,8 @@ impl Manager {
             }
         }
         let leg = config.mirror.clone();
-        let opened = Opened { id, boot, config, disk, mirror, former_legs, standing, snapshots, record: record.as_ref() };
+        let opened =
+            Opened { id, boot, config, disk, mirror, former_legs, standing, snapshots, record: record.as_ref() };
         let entry = self.open_disk(name, opened)?;
         self.resume_mirror(&entry);
         self.resume_work(&entry);

@@ -150,7 +150,9 @@ impl Manager {
                 }
             }
             JobState::Stopped => Err(ApiError::job_unfinished(id)),
-            JobState::Failed if self.snapshot_of(&job).is_some() || self.disk_of_work(&job).is_some() => Err(ApiError::job_unfinished(id)),
+            JobState::Failed if self.snapshot_of(&job).is_some() || self.disk_of_work(&job).is_some() => {
+                Err(ApiError::job_unfinished(id))
+            }
             JobState::Done | JobState::Failed => {
                 locked(&self.jobs).remove(&id);
                 Ok(JobDeletion::Removed)

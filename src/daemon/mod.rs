@@ -4,8 +4,8 @@
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
 pub mod check;
-pub mod config;
 mod complete;
+pub mod config;
 mod deletion;
 mod disabling;
 mod disks;

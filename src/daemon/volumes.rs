@@ -296,8 +296,7 @@ impl Manager {
 
     /// All volumes by name, also those that cannot be served.
     pub(super) fn all_volumes(&self) -> Vec<api::Volume> {
-        let mut volumes: Vec<_> =
-            self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume()).collect();
+        let mut volumes: Vec<_> = self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume()).collect();
         volumes
             .extend(locked(&self.lost_volumes).iter().filter_map(|(name, (record, why))| of_lost(name, record, why)));
         volumes.sort_by(|one, other| one.name.cmp(&other.name));

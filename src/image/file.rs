@@ -154,7 +154,15 @@ impl FileImage {
         }
         let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
         let poisoned = AtomicBool::new(false);
-        Ok(FileImage { file, path: path.to_owned(), moved: OnceLock::new(), size_bytes, alignment, is_in_memory, poisoned })
+        Ok(FileImage {
+            file,
+            path: path.to_owned(),
+            moved: OnceLock::new(),
+            size_bytes,
+            alignment,
+            is_in_memory,
+            poisoned,
+        })
     }
 }
 
