@@ -267,6 +267,8 @@ defects! {
     FilledBitFirst,
     /// A volume gets a block without its lock.
     FilledWithoutLock,
+    /// A volume takes a hole below for zeros although there are old bytes in its log.
+    FilledOverOldBytes,
     /// A volume is recorded as independent before its log is on stable storage.
     IndependentBeforeStored,
     /// A snapshot of a volume is deleted while the volume is completed.

@@ -9,7 +9,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock};
+use super::{
+    Alignment, ByteOffset, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock,
+};
 use crate::planted::{self, Defect};
 
 /// Whether transfers go around the page cache.
@@ -184,6 +186,15 @@ impl Image for FileImage {
 
     fn path(&self) -> &Path {
         self.moved.get().unwrap_or(&self.path)
+    }
+
+    fn next_data(&self, from: ByteOffset) -> Option<ByteOffset> {
+        // Nothing goes by the position of the descriptor that this moves.
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from.0)) {
+            Ok(at) => Some(ByteOffset(at)),
+            Err(rustix::io::Errno::NXIO) => Some(ByteOffset(self.size_bytes)),
+            Err(_) => None,
+        }
     }
 
     fn moved(&self, path: &Path) {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Layer, Link, Owned, VersionIndex};
 use super::join::join_all;
-use super::lock::Mode;
+use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
 use super::plan::Copy;
 use super::planted::{self, Defect};
 use super::{Backing, ChainEditor, Disk, Ticket, VersionId};
@@ -50,6 +50,9 @@ impl Disk {
     ) -> Result<Option<Filled>, String> {
         let chain = self.chain();
         let Some(table) = table_to_fill(&chain)? else { return Ok(None) };
+        if let Some(filled) = table.next_clear(from).and_then(|first| self.fill_zeros(first)) {
+            return Ok(Some(filled));
+        }
         let next = |after: &BlockIndex| table.next_clear(BlockIndex(after.0 + 1));
         let blocks: Vec<_> = std::iter::successors(table.next_clear(from), next).take(most.max(1)).collect();
         let Some(last) = blocks.last() else { return Ok(None) };
@@ -57,6 +60,36 @@ impl Disk {
         let copies = blocks.into_iter().map(|block| self.fill_block(queue, block)).collect();
         let bytes = join_all(copies).await.into_iter().sum::<Result<u64, String>>()?;
         Ok(Some(Filled { next, bytes }))
+    }
+
+    /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
+    /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
+    fn fill_zeros(&self, first: BlockIndex) -> Option<Filled> {
+        let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_GUARD_MAX);
+        let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
+        let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
+        let _guard = self.locks.try_exclusive(run)?;
+        let chain = self.chain();
+        let table = table_to_fill(&chain).ok()??;
+        // What the guest wrote meanwhile is in the log, and so is what was there of an entry that is gone.
+        let zeros = match planted::is(Defect::FilledOverOldBytes) {
+            true => self.geometry.bytes(run).1,
+            false => chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1),
+        };
+        let run = self.whole_blocks(first, zeros)?;
+        table.prepare(run).ok()?;
+        table.set(run);
+        Some(Filled { next: run.end, bytes: self.geometry.bytes(run).1 })
+    }
+
+    /// The blocks from `first` on that so many bytes cover; None if they do not cover one.
+    fn whole_blocks(&self, first: BlockIndex, bytes: u64) -> Option<BlockRange> {
+        let (at, _) = self.geometry.bytes(BlockRange::one(first));
+        let end = match at.0 + bytes == self.geometry.size_bytes {
+            true => self.geometry.blocks(),
+            false => (at.0 + bytes) / u64::from(self.geometry.block_bytes),
+        };
+        (end > first.0).then_some(BlockRange { start: first, end: BlockIndex(end) })
     }
 
     async fn fill_block(&self, queue: &IoQueue, block: BlockIndex) -> Result<u64, String> {
