@@ -109,16 +109,17 @@ impl Manager {
         let mut standing = locked(&disk.standing).clone();
         standing.stood_on = standing.volume.take();
         (standing.work, standing.own_image) = (None, path != old);
+        standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
         standing.put_into(&mut record);
         self.records.put([&record]).map_err(|e| record_error(e).message)?;
         crash::point("after a volume was recorded as independent");
-        if path != old {
-            image.moved(&path);
-        }
         if !self.editor.make_independent(&disk.disk) {
             // A start takes it as it is recorded.
             return Err("its chain has changed since; start the daemon anew".to_owned());
+        }
+        if path != old {
+            image.moved(&path);
         }
         let from = standing.relation().map(|v| v.from.clone()).unwrap_or_default();
         *locked(&disk.standing) = standing;

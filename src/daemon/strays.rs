@@ -4,7 +4,9 @@
 //! full image, or if there is nothing in it. Anything else may be the only copy of what a guest wrote, and is kept: the
 //! records may be older than it, or may have been lost.
 //!
-//! Only files that are named as ours are looked at, and only in our own directories.
+//! Only files that are named as ours are looked at, and only in our own directories. The full image of a volume that became
+//! independent goes only if it was let go, or is about to be named and has its old name still: a disk may have been made of
+//! it and removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};

@@ -172,3 +172,32 @@ pub async fn carry_out_discards(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_beyond_the_limit_is_waited_for() {
+        let pace = Pace::default();
+        assert_eq!(pace.owe(1 << 40), Duration::ZERO, "without a limit");
+        pace.bytes_per_second.store(1000, Ordering::Relaxed);
+        let first = pace.owe(2000);
+        assert!(first > Duration::from_millis(1900) && first <= Duration::from_secs(2), "{first:?}");
+        assert!(pace.owe(1000) > Duration::from_millis(2900));
+        pace.bytes_per_second.store(1_000_000_000, Ordering::Relaxed);
+        assert!(pace.owe(0) < Duration::from_millis(1), "a new limit is for what is owed too");
+        pace.bytes_per_second.store(0, Ordering::Relaxed);
+        assert_eq!(pace.owe(0), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_pace_decides_how_much_is_done_at_once() {
+        let pace = Pace::default();
+        assert_eq!(pace.side_by_side(4096, 32), 32);
+        pace.bytes_per_second.store(4096 * STEPS_PER_SECOND * 5, Ordering::Relaxed);
+        assert_eq!((pace.side_by_side(4096, 32), pace.side_by_side(1 << 20, 32)), (5, 1));
+        pace.delay_ms.store(1, Ordering::Relaxed);
+        assert_eq!(pace.side_by_side(4096, 32), 1);
+    }
+}

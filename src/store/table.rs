@@ -548,6 +548,8 @@ mod tests {
         assert_eq!(table.count(), 5);
         assert_eq!(table.next_set(BlockIndex(0)), Some(BlockIndex(PAGE_BITS - 2)));
         assert_eq!(table.next_set(BlockIndex(PAGE_BITS + 3)), None);
+        assert_eq!(table.next_clear(BlockIndex(0)), Some(BlockIndex(0)));
+        assert_eq!(table.next_clear(BlockIndex(PAGE_BITS - 2)), Some(BlockIndex(PAGE_BITS + 3)));
         table.clear(range(PAGE_BITS - 2, PAGE_BITS));
         assert_eq!(table.next_set(BlockIndex(0)), Some(BlockIndex(PAGE_BITS)));
         assert!(!table.get(BlockIndex(2 * PAGE_BITS + 1)), "an absent page reads as zeros");

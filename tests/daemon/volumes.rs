@@ -207,7 +207,7 @@ fn the_command_line_has_volumes() {
     let (socket, image) = (daemon.path("c.sock"), daemon.path("c.img"));
     let (at, of) = (socket.to_str().unwrap(), image.to_str().unwrap());
     let page = run(&["volume", "create", "clone", "--from", "vm0@daily", "--socket", at, "--image", of]);
-    assert!(page.contains("from        vm0@daily\n"), "{page}");
+    assert!(page.contains("from         vm0@daily\n"), "{page}");
     assert!(socket.exists() && image.exists());
     assert!(run(&["volume", "list"]).contains("clone   serving  vm0@daily"));
     assert!(run(&["status"]).contains("clone   serving  vm0@daily"));
