@@ -6,6 +6,7 @@
 //! - That log gets a name that no start takes for a stray's, by a hard link: at each moment the record names a file that is
 //!   there.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -137,13 +138,14 @@ impl Manager {
 
     fn link_own_image(&self, disk: &DiskEntry, log: &Path) -> std::io::Result<PathBuf> {
         let path = self.places.own_image(disk.id);
-        match std::fs::remove_file(&path) {
-            // Of a daemon that was killed here: the log has its own name still.
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        match std::fs::metadata(&path) {
+            // From the last time: a record of which nobody knows whether it was stored may name it.
+            Ok(there) if is_same(&there, &std::fs::metadata(log)?) => {}
+            // That of a log which has gone since.
+            Ok(_) => std::fs::remove_file(&path).and_then(|()| std::fs::hard_link(log, &path))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::hard_link(log, &path)?,
             Err(e) => return Err(e),
         }
-        std::fs::hard_link(log, &path)?;
         crate::store::sync_directory_of(&path)?;
         Ok(path)
     }
@@ -172,4 +174,8 @@ impl Manager {
         self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));
         Ok(disk.to_api())
     }
+}
+
+fn is_same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }

@@ -354,6 +354,8 @@ impl Manager {
 
     fn remove_volume_files(&self, id: Uuid, layers: impl Iterator<Item = (Uuid, PathBuf)>) {
         layers.for_each(|(version, image)| self.remove_layer(version, &image));
+        // A second name of a log, that was about to be its only one.
+        super::layers::remove_file(&self.places.own_image(id));
         self.remove_tables(id);
     }
 }
