@@ -78,6 +78,9 @@ impl Manager {
                 None => std::thread::sleep(TURN),
             }
         };
+        let geometry = disk.disk.geometry();
+        let missing = disk.disk.blocks_to_fill().unwrap_or(0) * u64::from(geometry.block_bytes);
+        job.begins_with(geometry.size_bytes.saturating_sub(missing));
         let (of, pace) = (disk.disk.clone(), job.pace.clone());
         let done = block_on(async move |queue| job::complete(queue, of, pace).await)??;
         if done == Outcome::Done {

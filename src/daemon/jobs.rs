@@ -59,6 +59,12 @@ impl JobEntry {
         api::Job::estimate_seconds(done.checked_sub(before)?, total.checked_sub(before)?, since.elapsed())
     }
 
+    /// So much was there before it began: what is left is estimated without it.
+    pub(super) fn begins_with(&self, done_bytes: u64) {
+        self.pace.done_bytes.store(done_bytes, Ordering::Relaxed);
+        *locked(&self.running_since) = (Instant::now(), done_bytes);
+    }
+
     /// It runs again, after it was stopped or has failed.
     pub(super) fn begin_again(&self) {
         self.pace.stop.store(false, Ordering::Release);
