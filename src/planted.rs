@@ -277,6 +277,16 @@ defects! {
     UnknownTakenAsUnchanged,
     /// Changed tables are believed after a power cut.
     ChangesBelievedAfterCut,
+    /// A block that a volume gets has its bit before its bytes.
+    FilledBitFirst,
+    /// A volume gets a block without its lock.
+    FilledWithoutLock,
+    /// A volume takes a hole below for zeros although there are old bytes in its log.
+    FilledOverOldBytes,
+    /// A volume is recorded as independent before its log is on stable storage.
+    IndependentBeforeStored,
+    /// A snapshot of a volume is deleted while the volume is completed.
+    DeletedWhileCompleted,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use uuid::Uuid;
 
-use crate::control::api::{JOB_DELAY_MS_MAX, Strategy, VolumeSource, Writers};
+use crate::control::api::{JOB_DELAY_MS_MAX, JobPatch, Strategy, VolumeSource, Writers};
 use crate::control::name::NameError;
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
@@ -61,7 +61,7 @@ pub(super) enum ClientCommand {
     /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Make, list and delete volumes: writable branches off snapshots
+    /// Make, complete, promote, disable and delete volumes: writable branches off snapshots
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// List and forget bookmarks: what is left of deleted snapshots, to know what has changed since
@@ -286,6 +286,9 @@ pub(super) enum VolumeCommand {
         /// The image for what is written to it; it must not exist
         #[arg(long, value_name = "PATH")]
         image: Option<PathBuf>,
+        /// The size of the blocks that its tables count in, 4K to 1M [default: that of the disk]
+        #[arg(long, value_name = "SIZE", value_parser = block_size)]
+        block_size: Option<u32>,
     },
     /// List all volumes
     List,
@@ -315,6 +318,40 @@ pub(super) enum VolumeCommand {
         #[arg(value_name = "NAME")]
         volume: Name,
     },
+    /// Copy what a volume does not own yet, until it needs its snapshot no more; goes on if that was stopped
+    ///
+    /// Guests may use the volume meanwhile. Afterwards its image is a plain raw image, the snapshot and its disk can go, and
+    /// 'volume promote' makes it a disk.
+    Complete {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        #[command(flatten)]
+        pace: PaceArgs,
+        /// Return only when it is independent
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Make a volume that is complete a disk; its guests stay connected
+    Promote {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+    },
+    /// Close a volume's socket until it is enabled, also across restarts; its content is kept
+    Disable {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// Even if a frontend is connected
+        #[arg(long)]
+        force: bool,
+    },
+    /// Serve a disabled volume again
+    Enable {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// Drop what was written to it, so that it shows its snapshot again; at once, nothing is copied
+        #[arg(long)]
+        fresh: bool,
+    },
     /// Delete a volume and what was written to it; the snapshot that it stands on stays
     Delete {
         #[arg(value_name = "NAME")]
@@ -323,6 +360,23 @@ pub(super) enum VolumeCommand {
         #[arg(long)]
         force: bool,
     },
+}
+
+/// How fast a job goes.
+#[derive(Debug, Args)]
+pub(super) struct PaceArgs {
+    /// The pause between two steps, in milliseconds
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
+    delay_ms: Option<u32>,
+    /// The most bytes in a second, such as 20M; 0 for as many as it can
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    limit: Option<u64>,
+}
+
+impl PaceArgs {
+    pub(super) fn patch(&self) -> JobPatch {
+        JobPatch { delay_ms: self.delay_ms, bytes_per_second: self.limit }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -377,9 +431,8 @@ pub(super) enum JobCommand {
     /// Change the pace of a job
     Set {
         id: u64,
-        /// The pause between two steps, in milliseconds
-        #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
-        delay_ms: u32,
+        #[command(flatten)]
+        pace: PaceArgs,
     },
     /// Stop a job between two blocks, until it is resumed; what it has done stays done
     ///
@@ -389,6 +442,27 @@ pub(super) enum JobCommand {
     Resume { id: u64 },
     /// Wait until a job has ended; fails if it fails or is stopped
     Wait { id: u64 },
+}
+
+/// Bytes in a second, with K, M, G or T for powers of 1024.
+fn rate(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no rate; use bytes, or a number with K, M, G or T, such as 20M");
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if !unit.is_ascii_digit() => {
+            let place = "KMGT".find(unit.to_ascii_uppercase()).ok_or_else(wrong)?;
+            (&text[..at], 10 * (u32::try_from(place).map_err(|_| wrong())? + 1))
+        }
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    rate(text)
+        .ok()
+        .and_then(|size| u32::try_from(size).ok())
+        .ok_or_else(|| format!("{text:?} is no size; use 4K to 1M"))
 }
 
 /// Takes one of some words, which help and completions show.

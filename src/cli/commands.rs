@@ -8,19 +8,15 @@ use hyper::{Method, StatusCode};
 use serde_json::json;
 
 use super::CliError;
-use super::args::{
-    ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs, VolumeCommand,
-};
+use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs};
 use super::changes;
 use super::client::{Client, query_value};
 use super::output::{Output, Progress, Spinner, text};
 use super::pages::{
     disk_fields, disk_table, event_line, job_fields, job_table, snapshot_fields, snapshot_table, status_page,
-    volume_fields, volume_table,
 };
 use crate::control::api::{
-    CreateSnapshots, CreateVolume, Disk, Job, JobKind, JobPatch, JobState, LegState, MirrorRequest, Snapshot,
-    SnapshotState, Status, Volume, VolumeStatus,
+    CreateSnapshots, Disk, Job, JobKind, JobState, LegState, MirrorRequest, Snapshot, SnapshotState, Status,
 };
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::{DiskSpec, RawDisk};
@@ -37,8 +33,8 @@ pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, dire
     match command {
         ClientCommand::Disk(command) => disk(command, client, output, directory),
         ClientCommand::Snapshot(command) => snapshot(command, client, output, directory),
-        ClientCommand::Volume(command) => volume(command, client, output, directory),
         ClientCommand::Bookmark(command) => changes::bookmark(command, client, output),
+        ClientCommand::Volume(command) => super::volumes::run(command, client, output, directory),
         ClientCommand::Job(command) => job(command, client, output),
         ClientCommand::Status { watch } => status(watch, client, output),
         ClientCommand::Events => client.follow(|event| output.follow(&event, event_line)),
@@ -260,7 +256,7 @@ fn unfinished_job(client: &Client, wanted: impl Fn(&Job) -> bool) -> Result<Opti
 }
 
 /// An error if the job will not come to its end by itself.
-fn refuse_ended(job: &Job) -> Result<(), CliError> {
+pub(super) fn refuse_ended(job: &Job) -> Result<(), CliError> {
     let Job { id, reason, .. } = job;
     let because = reason.as_ref().map_or_else(String::new, |reason| format!(": {}", text(Some(reason))));
     match job.state {
@@ -269,42 +265,6 @@ fn refuse_ended(job: &Job) -> Result<(), CliError> {
             Err(CliError::Failed(format!("job {id} is stopped{because}; resume it: halfsilver job resume {id}")))
         }
         JobState::Failed => Err(CliError::Failed(format!("job {id} failed{because}; see the daemon's log"))),
-    }
-}
-
-fn volume(command: VolumeCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
-    match command {
-        VolumeCommand::Create { name, from, socket, image } => {
-            let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
-            let (socket, image) = (absolute(socket), absolute(image));
-            let request = CreateVolume { name: name.to_string(), from: from.to_string(), socket, image };
-            // The daemon would refuse the same; what is wrong with the arguments alone is a usage error.
-            request.validate().map_err(|error| CliError::Usage(error.to_string()))?;
-            let spinner = Spinner::start(format!("making volume {name}"));
-            let volume: Volume = client.put(Method::POST, "/v1/volumes", &request)?.json()?;
-            drop(spinner);
-            output.show(&volume, volume_fields)
-        }
-        VolumeCommand::List => {
-            let volumes: Vec<Volume> = client.get("/v1/volumes")?;
-            output.show(&volumes, |volumes| volume_table(volumes))
-        }
-        VolumeCommand::Show { volume } => {
-            let volume: Volume = client.get(&format!("/v1/volumes/{volume}"))?;
-            output.show(&volume, volume_fields)
-        }
-        VolumeCommand::Diff { volume, to } => {
-            changes::diff(&format!("/v1/volumes/{volume}"), to.as_ref(), client, output)
-        }
-        VolumeCommand::Map { volume, text } => changes::map(volume.as_str(), text, client),
-        VolumeCommand::Status { volume } => {
-            let status: VolumeStatus = client.get(&format!("/v1/volumes/{volume}/status"))?;
-            output.show(&status, changes::volume_status_fields)
-        }
-        VolumeCommand::Delete { volume, force } => {
-            client.delete(&format!("/v1/volumes/{volume}?force={force}"))?;
-            output.show(&json!({ "name": volume, "state": "deleted" }), |_| format!("{volume} deleted\n"))
-        }
     }
 }
 
@@ -318,8 +278,10 @@ fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliE
             let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
             output.show(&job, job_fields)
         }
-        JobCommand::Set { id, delay_ms } => {
-            let job: Job = client.put(Method::PATCH, &format!("/v1/jobs/{id}"), &JobPatch { delay_ms })?.json()?;
+        JobCommand::Set { id, pace } => {
+            let patch = pace.patch();
+            patch.check_change().map_err(|_| CliError::Usage("give --delay-ms, --limit or both".to_owned()))?;
+            let job: Job = client.put(Method::PATCH, &format!("/v1/jobs/{id}"), &patch)?.json()?;
             output.show(&job, job_fields)
         }
         JobCommand::Stop { id } => {
@@ -337,19 +299,23 @@ fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliE
             output.show(&job, job_fields)
         }
         JobCommand::Wait { id } => {
-            let progress = Progress::start(format!("job {id}"));
-            let job = loop {
-                let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
-                if job.state != JobState::Running {
-                    break job;
-                }
-                progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
-                sleep(WAIT_INTERVAL);
-            };
-            drop(progress);
+            let job = wait_for_job(id, format!("job {id}"), client)?;
             output.show(&job, job_fields)?;
             refuse_ended(&job)
         }
+    }
+}
+
+/// Waits until a job has ended, however it ends.
+pub(super) fn wait_for_job(id: u64, what: String, client: &Client) -> Result<Job, CliError> {
+    let progress = Progress::start(what);
+    loop {
+        let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
+        if job.state != JobState::Running {
+            return Ok(job);
+        }
+        progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
+        sleep(WAIT_INTERVAL);
     }
 }
 

@@ -1,7 +1,7 @@
 //! The command line: `serve` starts the daemon, everything else is a client of its control socket.
 //!
-//! Invariants: exit status 0 means done, 1 refused or failed with exactly one line on stderr that says what to do, 2
-//! usage; what a script reads goes to stdout and nothing else does; a reader that closes stdout early ends the command
+//! Invariants: exit status 0 means done, 1 refused or failed with one line on stderr that says what to do (how far a long
+//! wait is may stand before it), 2 usage; what a script reads goes to stdout and nothing else does; a reader that closes stdout early ends the command
 //! quietly. No policy lives here: the daemon decides, this shows.
 
 mod args;
@@ -11,6 +11,7 @@ mod client;
 mod commands;
 mod output;
 mod pages;
+mod volumes;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

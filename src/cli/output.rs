@@ -3,13 +3,17 @@
 //! Each answer is written in one go. Control characters cannot get here unescaped: names have none, and paths and
 //! reasons are passed through [`text`].
 
+use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::CliError;
+
+/// How often a line says how far the work is where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A bar's line; its prefix says what is left.
 const BAR: &str = "{msg} {bar:30} {percent}% of {binary_total_bytes}{prefix}";
@@ -83,19 +87,33 @@ impl Drop for Spinner {
     }
 }
 
-/// Turns a spinner on a terminal until it is known how far the work is, then shows a bar; elsewhere does nothing.
-pub(super) struct Progress(Spinner);
+/// Turns a spinner on a terminal until it is known how far the work is, then shows a bar; elsewhere writes a line to stderr
+/// now and then.
+pub(super) struct Progress {
+    spinner: Spinner,
+    message: String,
+    /// When a line was written last.
+    told: Cell<Option<Instant>>,
+}
 
 impl Progress {
     pub(super) fn start(message: String) -> Self {
-        Self(Spinner::start(message))
+        let told = Cell::new(Some(Instant::now()));
+        Self { spinner: Spinner::start(message.clone()), message, told }
     }
 
     /// Shows how far the work is.
     pub(super) fn show(&self, done_bytes: u64, total_bytes: u64, left_seconds: Option<u64>) {
-        let Self(Spinner(bar)) = self;
+        let Spinner(bar) = &self.spinner;
         if total_bytes == 0 {
             return;
+        }
+        if bar.is_hidden() && self.told.get().is_none_or(|told| told.elapsed() >= LINE_INTERVAL) {
+            self.told.set(Some(Instant::now()));
+            let percent = u128::from(done_bytes) * 100 / u128::from(total_bytes);
+            let left = left_seconds.map_or_else(String::new, |seconds| format!(", {} left", duration(seconds)));
+            // That nobody reads it any more is no reason to stop waiting.
+            writeln!(io::stderr(), "{}: {percent}% of {}{left}", self.message, size(total_bytes)).ok();
         }
         let is_spinner = bar.length().is_none();
         bar.set_prefix(left_seconds.map_or_else(String::new, |seconds| format!(", {} left", duration(seconds))));

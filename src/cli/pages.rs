@@ -129,6 +129,7 @@ pub(super) fn volume_fields(volume: &Volume) -> String {
         ("id", volume.id.to_string()),
         ("from", volume.from.clone()),
         ("from id", volume.from_id.to_string()),
+        ("independent", if volume.independent { "yes" } else { "no" }.to_owned()),
         ("state", volume.state.to_string()),
         ("reason", text(volume.reason.as_ref())),
         ("socket", path_text(&volume.socket)),
@@ -147,7 +148,7 @@ pub(super) fn job_table(jobs: &[Job]) -> String {
     let row = |job: &Job| {
         let (kind, state) = (job.kind.to_string(), job.state.to_string());
         let (done, total) = (size(job.done_bytes), size(job.total_bytes));
-        let (percent, left) = (format!("{}%", job.percent()), text(job.estimated_seconds.map(duration)));
+        let (percent, left) = (format!("{}%", job.percent), text(job.estimated_seconds.map(duration)));
         [job.id.to_string(), kind, job_target(job), state, done, total, percent, left, format!("{} ms", job.delay_ms)]
     };
     let heading = ["JOB", "KIND", "OF", "STATE", "DONE", "TOTAL", "PERCENT", "LEFT", "DELAY"];
@@ -163,11 +164,19 @@ pub(super) fn job_fields(job: &Job) -> String {
         ("reason", text(job.reason.as_ref())),
         ("done", size(job.done_bytes)),
         ("total", size(job.total_bytes)),
-        ("percent", format!("{}%", job.percent())),
+        ("percent", format!("{}%", job.percent)),
         ("left", text(job.estimated_seconds.map(duration))),
         ("delay", format!("{} ms", job.delay_ms)),
+        ("limit", limit_text(job)),
         ("started", job.started_at.to_string()),
     ])
+}
+
+fn limit_text(job: &Job) -> String {
+    match job.bytes_per_second {
+        0 => text(None::<&str>),
+        limit => format!("{}/s", size(limit)),
+    }
 }
 
 fn job_target(job: &Job) -> String {

@@ -24,7 +24,7 @@ use super::words::words;
 
 pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
-pub use volume::{CreateVolume, Volume, VolumeRequest, VolumeSource};
+pub use volume::{CreateVolume, EnableQuery, ForceQuery, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
 pub const API_VERSION: &str = "v1";
@@ -117,6 +117,8 @@ words! {
     VolumeState {
         /// It answers on its socket.
         Serving = "serving",
+        /// It keeps its content and is not served until it is enabled.
+        Disabled = "disabled",
         /// What it stands on or its own log cannot be trusted; its reason says why. Reads and writes fail.
         Broken = "broken",
     }
@@ -362,8 +364,12 @@ pub struct Job {
     pub done_bytes: u64,
     /// How much there is to do.
     pub total_bytes: u64,
+    /// How much of it is done, from 0 to 100; 100 only when all is.
+    pub percent: u64,
     /// The pause between two steps, in milliseconds.
     pub delay_ms: u32,
+    /// The most bytes that it does in a second; 0 for as many as it can.
+    pub bytes_per_second: u64,
     /// When it began.
     pub started_at: Timestamp,
     /// How long it will take from now on at the rate so far; absent when unknown or when it does not run.
@@ -371,12 +377,12 @@ pub struct Job {
 }
 
 impl Job {
-    /// How much of it is done, from 0 to 100; 100 only when all is.
-    pub fn percent(&self) -> u64 {
-        if self.state == JobState::Done {
+    /// How much of a job is done, from 0 to 100.
+    pub fn percent_of(state: JobState, done_bytes: u64, total_bytes: u64) -> u64 {
+        if state == JobState::Done {
             return 100;
         }
-        let percent = (u128::from(self.done_bytes) * 100).checked_div(u128::from(self.total_bytes)).unwrap_or(0);
+        let percent = (u128::from(done_bytes) * 100).checked_div(u128::from(total_bytes)).unwrap_or(0);
         u64::try_from(percent).map_or(100, |percent| percent.min(100))
     }
 
@@ -389,12 +395,19 @@ impl Job {
 }
 
 /// The body of `PATCH /v1/jobs/{id}`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+///
+/// What is left out stays as it is. The same, as a query, begins the completion of a volume.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub struct JobPatch {
     /// The pause between two steps, in milliseconds, at most an hour.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(maximum = 3_600_000)]
-    pub delay_ms: u32,
+    pub delay_ms: Option<u32>,
+    /// The most bytes to do in a second; 0 for as many as it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
 }
 
 impl JobPatch {
@@ -403,10 +416,23 @@ impl JobPatch {
     /// # Errors
     /// `invalid-request`.
     pub fn check(self) -> Result<(), ApiError> {
-        if self.delay_ms > JOB_DELAY_MS_MAX {
-            return Err(invalid(format!("delay_ms: {} is more than {JOB_DELAY_MS_MAX}", self.delay_ms)));
+        match self.delay_ms {
+            Some(delay) if delay > JOB_DELAY_MS_MAX => {
+                Err(invalid(format!("delay_ms: {delay} is more than {JOB_DELAY_MS_MAX}")))
+            }
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Whether something is to be changed at all.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check_change(self) -> Result<(), ApiError> {
+        if self == JobPatch::default() {
+            return Err(invalid("neither delay_ms nor bytes_per_second is there".to_owned()));
+        }
+        self.check()
     }
 }
 

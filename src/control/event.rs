@@ -52,6 +52,14 @@ words! {
         VolumeCreated = "VOLUME_CREATED",
         /// What the volume stands on, or its log, can no longer be trusted; see the reason.
         VolumeBroken = "VOLUME_BROKEN",
+        /// The volume has everything itself, and does not need its snapshot any more.
+        VolumeIndependent = "VOLUME_INDEPENDENT",
+        /// The volume is a disk from now on.
+        VolumePromoted = "VOLUME_PROMOTED",
+        /// The volume is not served until it is enabled.
+        VolumeDisabled = "VOLUME_DISABLED",
+        /// The volume is served again.
+        VolumeEnabled = "VOLUME_ENABLED",
         /// The volume is gone.
         VolumeDeleted = "VOLUME_DELETED",
         /// A snapshot was deleted and left a bookmark of the same name.

@@ -3,6 +3,8 @@
 //! No state is kept between requests and no policy is made here. Whatever `router` serves, the OpenAPI document at the
 //! end of this file describes; a test holds the two against each other.
 
+mod volume;
+
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,6 +83,10 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/volumes/{volume}/diff", get(changes::diff_volume))
         .route("/v1/volumes/{volume}/map", get(changes::map_volume))
         .route("/v1/volumes/{volume}/status", get(changes::volume_status))
+        .route("/v1/volumes/{volume}/complete", post(volume::complete_volume))
+        .route("/v1/volumes/{volume}/promote", post(volume::promote_volume))
+        .route("/v1/volumes/{volume}/disable", post(volume::disable_volume))
+        .route("/v1/volumes/{volume}/enable", post(volume::enable_volume))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
         .route("/v1/jobs/{id}/resume", post(resume_job))
@@ -366,7 +372,7 @@ async fn get_job(State(context): State<Context>, path: PathText) -> Reply<Job> {
     responses((status = 200, description = "The job as it is now", body = Job), Refused))]
 async fn patch_job(State(context): State<Context>, path: PathText, JsonBody(patch): JsonBody<JobPatch>) -> Reply<Job> {
     let id = job_id(path)?;
-    patch.check()?;
+    patch.check_change()?;
     context.call(move |service| service.patch_job(id, patch)).await.map(Json)
 }
 
@@ -476,6 +482,10 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         changes::list_bookmarks,
         changes::get_bookmark,
         changes::delete_bookmark,
+        volume::complete_volume,
+        volume::promote_volume,
+        volume::disable_volume,
+        volume::enable_volume,
         list_jobs,
         get_job,
         patch_job,

@@ -205,6 +205,34 @@ pub trait Service: Send + Sync + 'static {
     /// `bookmark-not-found`, `io-error`.
     fn delete_bookmark(&self, bookmark: &SnapshotRef) -> Result<(), ApiError>;
 
+    /// Begins to make a volume independent of its snapshot, or goes on with it; the job's pace is changed if something is
+    /// said about it.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `conflict` if it is independent, `disk-failed` if it is broken, `volume-busy` while a snapshot of
+    /// it is being deleted, `io-error`.
+    fn complete_volume(&self, volume: &Name, pacing: JobPatch) -> Result<Job, ApiError>;
+
+    /// Makes an independent volume a disk, under the same name and with the same identifier. Guests stay connected.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `volume-busy` if it is not independent or disabled, `io-error`.
+    fn promote_volume(&self, volume: &Name) -> Result<Disk, ApiError>;
+
+    /// Closes a volume's socket until it is enabled. Its content and what it stands on are kept. Doing so twice is doing it
+    /// once.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `volume-busy` while a frontend is connected, without `force`; `io-error`.
+    fn disable_volume(&self, volume: &Name, force: bool) -> Result<Volume, ApiError>;
+
+    /// Serves a disabled volume again; with `fresh`, as its snapshot shows it, without what was written to it.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `conflict` if its socket cannot be opened; with `fresh` `volume-busy` if it is served, has
+    /// snapshots, is broken or a job works on it, and `unsupported` if it is independent; `io-error`, `no-space`.
+    fn enable_volume(&self, volume: &Name, fresh: bool) -> Result<Volume, ApiError>;
+
     /// All jobs that run, and those that ended and are still of interest.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
 /// How often a deletion looks whether another one on the same disk is over.
-const TURN: Duration = Duration::from_millis(20);
+pub(super) const TURN: Duration = Duration::from_millis(20);
 
 impl Manager {
     /// Goes on with a snapshot after a restart.
@@ -142,6 +142,7 @@ impl Manager {
         keep_image: bool,
         keep_bookmark: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
+        self.refuse_beside_work(disk)?;
         if keep_image {
             refuse_if_read_through(disk, entry)?;
         }
@@ -337,10 +338,10 @@ impl Manager {
 }
 
 /// The turn of a deletion among those of its disk, until this is dropped.
-struct Turn<'a>(&'a AtomicBool);
+pub(super) struct Turn<'a>(&'a AtomicBool);
 
 impl Turn<'_> {
-    fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
+    pub(super) fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
         (!retires.swap(true, Ordering::AcqRel) || planted::is(Defect::RetiresSideBySide)).then(|| Turn(retires))
     }
 }

@@ -58,7 +58,8 @@ impl Manager {
                 .with_action("put back what is missing and restart the daemon, or delete the volume"));
         }
         let disk = self.disk(name).map_err(|_| ApiError::volume_not_found(name))?;
-        let volume = disk.volume.clone().ok_or_else(|| ApiError::volume_not_found(name))?;
+        let volume = locked(&disk.standing).relation().cloned();
+        let volume = volume.ok_or_else(|| ApiError::volume_not_found(name))?;
         Ok((disk, volume))
     }
 
@@ -79,7 +80,8 @@ impl Manager {
             changed: None,
         };
         let runs = |changes: Changes| Box::new(changes.into_runs().map(|run| (run.start.0, run.count()))) as _;
-        Ok(FoundMap { head, owned: runs(disk.disk.owned_by_volume()), changed: changed.map(runs) })
+        let all = || Box::new(std::iter::once((0_u64, geometry.blocks()))) as _;
+        Ok(FoundMap { head, owned: disk.disk.owned_by_volume().map_or_else(all, runs), changed: changed.map(runs) })
     }
 
     pub(super) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
@@ -98,7 +100,8 @@ impl Manager {
             (Ok(ours), Ok(theirs)) if ours.blocks() == theirs.blocks() => Some(ours.count_with(theirs)),
             _ => None,
         };
-        let (blocks, owned) = (geometry.blocks(), disk.disk.owned_by_volume().count());
+        let blocks = geometry.blocks();
+        let owned = disk.disk.owned_by_volume().map_or(blocks, |owned| owned.count());
         Ok(VolumeStatus {
             id: disk.id,
             name: disk.name.clone(),

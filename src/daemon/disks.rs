@@ -16,6 +16,7 @@ use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
 use super::snapshots::store_shown;
+use super::standing::Standing;
 use super::takeup::{Taken, Trust, take_up};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
@@ -23,8 +24,8 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, S
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, SnapshotRecord, Table, TableName, VolumeRecord};
-use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
+use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
+use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// A disk or volume of which all is there.
 pub(super) struct Opened<'a> {
@@ -34,7 +35,7 @@ pub(super) struct Opened<'a> {
     pub(super) disk: Arc<Disk>,
     pub(super) mirror: Option<Mirror>,
     pub(super) former_legs: Vec<PathBuf>,
-    pub(super) volume: Option<VolumeRecord>,
+    pub(super) standing: Standing,
     pub(super) snapshots: Vec<Arc<SnapshotEntry>>,
     pub(super) bookmarks: Vec<BookmarkRecord>,
     /// What the records have said of it.
@@ -53,7 +54,7 @@ impl Manager {
             self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;
         }
         let (volumes, disks): (Vec<_>, Vec<_>) =
-            self.records.disks().map_err(record_error)?.into_iter().partition(|record| record.volume.is_some());
+            self.records.disks().map_err(record_error)?.into_iter().partition(DiskRecord::is_volume);
         for record in disks {
             let name: Name = record.name.parse()?;
             if self.disk(&name).is_ok() {
@@ -74,7 +75,7 @@ impl Manager {
         self.refuse_when_stopping()?;
         let config = self.completed(name, config);
         if let Ok(old) = self.disk(name) {
-            if old.volume.is_some() {
+            if old.is_volume() {
                 return Err(not_a_disk(name));
             }
             if old.config() == config {
@@ -108,15 +109,12 @@ impl Manager {
     fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
         let records = self.records.disks().map_err(record_error)?;
         let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
-        if let Some(volume) = &record.volume {
-            // What a volume's configuration has for a path is no path.
-            return if config.path.as_os_str() == volume.from.as_str() {
-                Ok(Some(record))
-            } else {
-                Err(not_a_disk(name))
-            };
-        }
         let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
+        if record.is_volume() {
+            // What the configuration of a volume that stands on something has for a path is no path.
+            let is_it = old.is_some_and(|old| old.path == config.path);
+            return if is_it { Ok(Some(record)) } else { Err(not_a_disk(name)) };
+        }
         let legs: Vec<_> = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| &leg.path).collect();
         let is_known = |path: &PathBuf| match legs.is_empty() {
             true => old.as_ref().is_some_and(|o| o.path == *path),
@@ -171,8 +169,8 @@ impl Manager {
             Some(record) => record.saved,
             None => Fingerprint::of(&config.path).ok(),
         };
-        let volume = record.as_ref().and_then(|r| r.volume.clone());
-        let Base { backing, mut mirror } = match &volume {
+        let standing = record.as_ref().map(Standing::of).unwrap_or_default();
+        let Base { backing, mut mirror } = match &standing.volume {
             Some(volume) => Base { backing: self.base_of(volume), mirror: None },
             None => self.open_base(config, record.as_ref(), options).map_err(in_disk)?,
         };
@@ -209,7 +207,7 @@ impl Manager {
         };
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
-        let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
+        let disk = Disk::announcing(standing.logical_block_bytes, self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
@@ -245,13 +243,14 @@ impl Manager {
             disk,
             mirror,
             former_legs,
-            volume,
+            standing,
             snapshots,
             bookmarks,
             record: record.as_ref(),
         };
         let entry = self.open_disk(name, opened)?;
         self.resume_mirror(&entry);
+        self.resume_work(&entry);
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
         }
@@ -260,7 +259,7 @@ impl Manager {
         {
             // Nothing was asked of it yet: it goes as if it had never come.
             locked(&self.disks).remove(name);
-            entry.server.stop();
+            entry.stop_server();
             let gone = if record.is_some() { self.persist(&[entry]) } else { self.forget_disk(&entry) };
             if let Err(e) = gone {
                 log::error!("disk {name}: {}", e.message);
@@ -272,11 +271,11 @@ impl Manager {
 
     /// Records that a disk is served, and serves it.
     pub(super) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
-        let Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, bookmarks, record } = opened;
+        let Opened { id, boot, config, disk, mirror, former_legs, standing, snapshots, bookmarks, record } = opened;
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
-        unsaved.volume.clone_from(&volume);
+        standing.put_into(&mut unsaved);
         unsaved.former_legs.clone_from(&former_legs);
         unsaved.bookmarks = with_tables(&bookmarks, &disk);
         if !planted::is(Defect::StillSaved) {
@@ -285,17 +284,11 @@ impl Manager {
 
         let frontends = Frontends::new(name, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();
-        let server = serve(ServeOptions {
-            name: name.to_string(),
-            socket: SocketSource::Path(socket.clone()),
-            attachment: disk.attach_live(),
-            queues: config.queues,
-            serial: config.serial.clone().unwrap_or_default(),
-            observer: frontends.clone(),
-            once: false,
-            frontends_max: if config.shared { FRONTENDS_MAX } else { 1 },
-        })
-        .map_err(|e| {
+        let server = match standing.disabled {
+            true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
+            false => serve_live(name, &config, &disk, &frontends).map(Some),
+        };
+        let server = server.map_err(|e| {
             // Nothing has changed yet: what was remembered is still true.
             let restored = match record {
                 Some(record) => self.records.put([record]),
@@ -314,13 +307,13 @@ impl Manager {
             path: Mutex::new(config.path.clone()),
             config,
             disk,
-            volume,
+            standing: Mutex::new(standing),
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
-            server,
+            server: Mutex::new(server.map(Arc::new)),
             frontends,
             snapshots: Mutex::new(snapshots),
             bookmarks: Mutex::new(bookmarks),
@@ -408,7 +401,7 @@ impl Manager {
             ));
         }
         locked(&self.disks).remove(name);
-        entry.server.stop();
+        entry.stop_server();
         // Who still waits for one of them to be quiesced finds it gone.
         let snapshots = std::mem::take(&mut *locked(&entry.snapshots));
         for snapshot in &snapshots {
@@ -427,6 +420,26 @@ impl Manager {
         log::info!("disk {name}: no longer served");
         Ok(())
     }
+}
+
+/// Opens the socket of a disk's live version.
+pub(super) fn serve_live(
+    name: &Name,
+    config: &DiskConfig,
+    disk: &Arc<Disk>,
+    frontends: &Arc<Frontends>,
+) -> Result<ServerHandle, String> {
+    serve(ServeOptions {
+        name: name.to_string(),
+        socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
+        attachment: disk.attach_live(),
+        queues: config.queues,
+        serial: config.serial.clone().unwrap_or_default(),
+        observer: frontends.clone(),
+        once: false,
+        frontends_max: if config.shared { FRONTENDS_MAX } else { 1 },
+    })
+    .map_err(|e| e.to_string())
 }
 
 /// Removes the socket that a killed daemon left of a snapshot that is not served any more.

@@ -10,11 +10,12 @@ use uuid::Uuid;
 use super::layers::space_of;
 use super::mirror::Mirror;
 use super::recording;
+use super::standing::Standing;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
-use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord, VolumeRecord};
+use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -176,8 +177,8 @@ pub(super) struct DiskEntry {
     /// As it is served: with the socket and the serial filled in.
     pub(super) config: DiskConfig,
     pub(super) disk: Arc<Disk>,
-    /// What it stands on, if it is a volume.
-    pub(super) volume: Option<VolumeRecord>,
+    /// What it stands on, and what is being done about that.
+    pub(super) standing: Mutex<Standing>,
     /// Its image, or of its legs the one that it is known by.
     pub(super) path: Mutex<PathBuf>,
     pub(super) mirror: Mutex<Option<Mirror>>,
@@ -189,7 +190,8 @@ pub(super) struct DiskEntry {
     pub(super) retires: AtomicBool,
     /// Whether somebody is at the write-intent bitmap.
     pub(super) cleaning: AtomicBool,
-    pub(super) server: ServerHandle,
+    /// None while it is disabled.
+    pub(super) server: Mutex<Option<Arc<ServerHandle>>>,
     pub(super) frontends: Arc<Frontends>,
     pub(super) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
     /// What is known of bookmarks but for their tables, oldest first.
@@ -210,8 +212,8 @@ impl DiskEntry {
     pub(super) fn to_record(&self) -> DiskRecord {
         let of = (self.id, &self.name, self.boot);
         let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
-        record.volume.clone_from(&self.volume);
         record.bookmarks = self.bookmarks();
+        locked(&self.standing).put_into(&mut record);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
         record
@@ -240,7 +242,7 @@ impl DiskEntry {
     }
 
     pub(super) fn failure(&self) -> Option<String> {
-        if self.volume.is_some() {
+        if self.is_volume() {
             return self.volume_failure();
         }
         self.base().is_poisoned().then(|| {
@@ -279,6 +281,14 @@ impl DiskEntry {
     }
 
     pub(super) fn stats(&self) -> QueueStats {
-        self.server.stats()
+        locked(&self.server).as_ref().map(|server| server.stats()).unwrap_or_default()
+    }
+
+    /// Finishes all requests and closes the socket.
+    pub(super) fn stop_server(&self) {
+        let server = locked(&self.server).clone();
+        if let Some(server) = server {
+            server.stop();
+        }
     }
 }

@@ -35,6 +35,7 @@ impl JobEntry {
     pub(super) fn to_api(&self) -> api::Job {
         let (state, reason) = locked(&self.state).clone();
         let done = self.pace.done_bytes.load(Ordering::Relaxed);
+        let total = self.pace.total_bytes.load(Ordering::Relaxed).max(done);
         api::Job {
             id: self.id,
             kind: self.kind,
@@ -43,8 +44,10 @@ impl JobEntry {
             state,
             reason,
             done_bytes: done,
-            total_bytes: self.pace.total_bytes.load(Ordering::Relaxed).max(done),
+            total_bytes: total,
+            percent: api::Job::percent_of(state, done, total),
             delay_ms: self.pace.delay_ms.load(Ordering::Relaxed),
+            bytes_per_second: self.pace.bytes_per_second.load(Ordering::Relaxed),
             started_at: self.started_at,
             estimated_seconds: (state == JobState::Running).then(|| self.estimate(done)).flatten(),
         }
@@ -54,6 +57,12 @@ impl JobEntry {
         let (since, before) = *locked(&self.running_since);
         let total = self.pace.total_bytes.load(Ordering::Relaxed);
         api::Job::estimate_seconds(done.checked_sub(before)?, total.checked_sub(before)?, since.elapsed())
+    }
+
+    /// So much was there before it began: what is left is estimated without it.
+    pub(super) fn begins_with(&self, done_bytes: u64) {
+        self.pace.done_bytes.store(done_bytes, Ordering::Relaxed);
+        *locked(&self.running_since) = (Instant::now(), done_bytes);
     }
 
     /// It runs again, after it was stopped or has failed.
@@ -147,7 +156,9 @@ impl Manager {
                 }
             }
             JobState::Stopped => Err(ApiError::job_unfinished(id)),
-            JobState::Failed if self.snapshot_of(&job).is_some() => Err(ApiError::job_unfinished(id)),
+            JobState::Failed if self.snapshot_of(&job).is_some() || self.disk_of_work(&job).is_some() => {
+                Err(ApiError::job_unfinished(id))
+            }
             JobState::Done | JobState::Failed => {
                 locked(&self.jobs).remove(&id);
                 Ok(JobDeletion::Removed)
@@ -169,7 +180,10 @@ impl Manager {
                 let disk = self.disk(&job.disk)?;
                 self.resume_resync(&disk, job.clone())?;
             }
-            (state, _) => return Err(ApiError::job_ended(id, state)),
+            (state, _) => match self.disk_of_work(&job) {
+                Some(disk) => self.go_on_with_work(&disk, job.clone())?,
+                None => return Err(ApiError::job_ended(id, state)),
+            },
         }
         Ok(job.to_api())
     }

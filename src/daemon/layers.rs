@@ -359,7 +359,17 @@ pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
 
 /// Opens a layer's image as its disk's is opened.
 pub(super) fn open_image(path: &Path, config: &DiskConfig, trust: Trust) -> Result<SharedImage, ImageError> {
-    let open = |direct| FileImage::open(path, ImageOptions { direct, read_only: false, lock_wait: lock_wait(trust) });
+    let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait: lock_wait(trust) };
+    open_made_here(path, config, options)
+}
+
+/// Opens an image that was made here, or like those that were: through the page cache where there is no other way.
+pub(super) fn open_made_here(
+    path: &Path,
+    config: &DiskConfig,
+    options: ImageOptions,
+) -> Result<SharedImage, ImageError> {
+    let open = |direct| FileImage::open(path, ImageOptions { direct, ..options });
     let image = match open(direct_of(config)) {
         Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
         Ok(image) if image.alignment().offset_bytes > config.block_size => {

@@ -186,7 +186,7 @@ impl Manager {
                 && !disk.failure_told.swap(true, Ordering::SeqCst)
             {
                 log::error!("disk {} has failed: {reason}", disk.name);
-                let kind = if disk.volume.is_some() { EventKind::VolumeBroken } else { EventKind::DiskFailed };
+                let kind = if disk.is_volume() { EventKind::VolumeBroken } else { EventKind::DiskFailed };
                 self.bus.publish(Notice::of_disk(kind, &disk.name).because(reason));
             }
         }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
-use super::layers::{block_on, open_image, remove_file, store_file};
+use super::layers::{block_on, open_image, open_made_here, remove_file, store_file};
 use super::manager::{Manager, image_error, table_error};
 use super::takeup::Trust;
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
@@ -160,8 +160,12 @@ impl Manager {
     ) -> Result<Base, ApiError> {
         let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
         let Some((record, mirror)) = record.and_then(|r| Some((r, r.mirror.clone()?))) else {
-            let image = open(&config.path).map_err(image_error)?;
-            return Ok(Base { backing: Backing::One(image), mirror: None });
+            // That of a volume which became independent was a log, wherever it lies.
+            let image = match record.is_some_and(|r| r.logical_block_bytes.is_some()) {
+                true => open_made_here(&config.path, config, options),
+                false => open(&config.path),
+            };
+            return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
         };
         // Those from before the last split; the full image of the newer ones is the mirror.
         let split_off = match record.live_splits {

@@ -5,9 +5,11 @@
 
 mod changes;
 pub mod check;
+mod complete;
 pub mod config;
 mod deletion;
 mod diff;
+mod disabling;
 mod disks;
 mod entry;
 mod jobs;
@@ -19,9 +21,11 @@ pub mod recording;
 mod save;
 mod service;
 mod snapshots;
+mod standing;
 mod strays;
 pub mod takeup;
 mod volumes;
+mod work;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -116,7 +120,7 @@ impl Manager {
             self.save(disk).map_err(ServeError::Unsaved)?;
         }
         for disk in &disks {
-            disk.server.stop();
+            disk.stop_server();
             for snapshot in disk.snapshots() {
                 drop(locked(&snapshot.server).take());
             }

@@ -184,6 +184,12 @@ impl Places {
         self.state_dir.join("images").join(format!("{id}.log"))
     }
 
+    /// Where the full image of a volume is that became independent.
+    #[must_use]
+    pub fn own_image(&self, id: Uuid) -> PathBuf {
+        self.images_dir().join(format!("{id}.raw"))
+    }
+
     /// Our directories in which files have names that records know.
     pub(super) fn own_dirs(&self) -> [PathBuf; 3] {
         [self.state_dir.join("tables"), self.images_dir(), self.run_dir.join("tables")]

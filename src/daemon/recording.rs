@@ -5,6 +5,8 @@
 //!
 //! What this does not do: store them.
 
+use std::path::Path;
+
 use uuid::Uuid;
 
 use crate::mirror::{Chain, Changed, Mark, NewLayer, Owned, Version};
@@ -38,6 +40,11 @@ pub fn of_disk(
         bookmarks: Vec::new(),
         mirror: None,
         volume: None,
+        stood_on: None,
+        disabled: false,
+        own_image: false,
+        logical_block_bytes: None,
+        work: None,
         former_legs: Vec::new(),
         boot: Some(boot),
         snapshots,
@@ -64,6 +71,25 @@ pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain:
         record.broken = version.and_then(Version::broken).map(str::to_owned);
     }
     Some(record)
+}
+
+/// What the records say of a volume that stands on nothing from now on: `record` with its oldest log, the version `oldest`,
+/// as the full image at `path`.
+#[must_use]
+pub fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRecord {
+    record.stood_on = record.volume.take();
+    record.work = None;
+    if record.live == oldest {
+        record.live_log = None;
+    }
+    for snapshot in record.snapshots.iter_mut().filter(|s| s.id == oldest) {
+        snapshot.owns_all = true;
+        path.clone_into(&mut snapshot.image);
+    }
+    if let Some(config) = record.config.as_object_mut() {
+        config.insert("path".to_owned(), serde_json::json!(path));
+    }
+    record
 }
 
 /// What the records say after a cut of the disk that `record` and `chain` describe, but for its epoch, which is 0: nobody

@@ -28,7 +28,7 @@ impl Service for Manager {
     }
 
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
-        Ok(self.all_disks().iter().filter(|d| d.volume.is_none()).map(|d| d.to_api()).collect())
+        Ok(self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api()).collect())
     }
 
     fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
@@ -126,6 +126,22 @@ impl Service for Manager {
         self.remove_bookmark(bookmark)
     }
 
+    fn complete_volume(&self, volume: &Name, pacing: JobPatch) -> Result<Job, ApiError> {
+        self.begin_completion(volume, pacing)
+    }
+
+    fn promote_volume(&self, volume: &Name) -> Result<api::Disk, ApiError> {
+        self.promote(volume)
+    }
+
+    fn disable_volume(&self, volume: &Name, force: bool) -> Result<api::Volume, ApiError> {
+        self.disable(volume, force)
+    }
+
+    fn enable_volume(&self, volume: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
+        self.enable(volume, fresh)
+    }
+
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
         Ok(locked(&self.jobs).values().map(|j| j.to_api()).collect())
     }
@@ -136,7 +152,8 @@ impl Service for Manager {
 
     fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {
         let job = self.job(id)?;
-        job.pace.delay_ms.store(patch.delay_ms, Ordering::Relaxed);
+        super::work::apply(patch, &job.pace);
+        self.remember_pace(&job)?;
         Ok(job.to_api())
     }
 

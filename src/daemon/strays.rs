@@ -4,7 +4,9 @@
 //! full image, or if there is nothing in it. Anything else may be the only copy of what a guest wrote, and is kept: the
 //! records may be older than it, or may have been lost.
 //!
-//! Only files that are named as ours are looked at, and only in our own directories.
+//! Only files that are named as ours are looked at, and only in our own directories. The full image of a volume that became
+//! independent goes only if it was let go, or is about to be named and has its old name still: a disk may have been made of
+//! it and removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -43,6 +45,8 @@ struct Names {
     frozen: BTreeSet<String>,
     /// Versions and bookmarks that may have changed tables, whatever else they have.
     noting: BTreeSet<String>,
+    /// What the full images would be called of those that have none of ours.
+    no_image: BTreeSet<String>,
 }
 
 impl Names {
@@ -55,14 +59,18 @@ impl Names {
         let ids = disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(parts).map(|id| id.to_string());
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
-        let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).collect();
+        let (own, others): (Vec<_>, Vec<_>) = disks.iter().partition(|d| d.own_image);
+        let own = own.into_iter().map(DiskRecord::own_image_name);
+        let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).chain(own).collect();
+        let no_image = others.into_iter().map(DiskRecord::own_image_name).collect();
         let all = disks.iter().flat_map(DiskRecord::names).chain(dropped.iter().cloned());
         let frozen = snapshots().map(|s| s.id.to_string()).collect();
         let live = disks.iter().filter(|d| d.live_changed.is_some()).map(|d| d.live);
         let bookmarks = disks.iter().flat_map(|d| d.bookmarks.iter().map(|b| b.id));
         let noting = live.chain(bookmarks).chain(snapshots().filter(|s| s.changed.is_some()).map(|s| s.id));
         let noting = noting.map(|id| id.to_string()).collect();
-        Names { free: all.filter(|name| !used.contains(name)).collect(), used, frozen, noting }
+        let free = all.filter(|name| !used.contains(name)).collect();
+        Names { free, used, frozen, noting, no_image }
     }
 }
 
@@ -78,6 +86,14 @@ pub(super) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for dir in places.own_dirs() {
         for path in entries(&dir)? {
+            if let Some(name) = full_image_name(&path).filter(|_| dir == places.images_dir()) {
+                // One that no record names is that of a disk that was removed, and stays.
+                let is_second_name = || names.no_image.contains(&name) && has_two_names(&path);
+                if names.free.contains(&name) || is_second_name() {
+                    strays.removable.push(path);
+                }
+                continue;
+            }
             match name_of(&path, dir == places.images_dir()) {
                 Some(name) if is_of_changes(&path) && names.noting.contains(&name) => {}
                 // Only says what to copy: nobody misses it.
@@ -123,6 +139,18 @@ fn name_of(path: &Path, is_image: bool) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// The name of the full image of a volume that became independent.
+fn full_image_name(path: &Path) -> Option<String> {
+    let id = path.file_stem()?.to_str()?.parse::<Uuid>().ok()?;
+    path.extension().is_some_and(|e| e == "raw").then(|| format!("{id}.raw"))
+}
+
+/// Whether a file is there under another name too: the log that was about to get this one.
+fn has_two_names(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.nlink() > 1)
 }
 
 /// Whether it says why a version broke.

@@ -146,7 +146,9 @@ pub fn take_up(
     let way = TakeUp { base, trust, source };
     let bookmarks = std::mem::take(&mut record.bookmarks);
     let mark = |id, began, changed| Mark { id, began: Epoch(began), changed: way.changed(id, changed) };
-    let marks = bookmarks.iter().map(|b| mark(b.id, b.began, b.changed.as_ref())).collect();
+    // An independent volume still knows what was written since it was made.
+    let origin = record.stood_on.as_ref().map(|volume| mark(volume.origin, 0, None));
+    let marks = origin.into_iter().chain(bookmarks.iter().map(|b| mark(b.id, b.began, b.changed.as_ref()))).collect();
     let mut taken = Taken { links: Vec::new(), snapshots: Vec::new(), marks };
     let mut slots = slots_of(record, path);
     doubt_splits(&mut slots);

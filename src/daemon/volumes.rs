@@ -7,7 +7,7 @@
 //! - A volume is served as broken if what it stands on is lost. Its own logs are believed as those of disks are.
 //! - A volume stands on what was there before it, so nothing stands on itself.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use super::changes::ids_of_changes;
 use super::disks::Opened;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
+use super::standing::Standing;
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, SnapshotState, VolumeRequest, VolumeSource, VolumeState,
     Writers,
@@ -34,20 +35,31 @@ impl Manager {
     /// A disk that is no volume.
     pub(super) fn plain_disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.disk(name)?;
-        match disk.volume {
-            None => Ok(disk),
-            Some(_) => Err(ApiError::new(ErrorCode::DiskNotFound, format!("{name} is a volume, not a disk"))
+        match disk.is_volume() {
+            false => Ok(disk),
+            true => Err(ApiError::new(ErrorCode::DiskNotFound, format!("{name} is a volume, not a disk"))
                 .with_action(format!("see 'halfsilver volume show {name}'"))),
         }
+    }
+
+    /// A volume that is served, or disabled.
+    pub(super) fn volume(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        if let Some((_, reason)) = locked(&self.lost_volumes).get(name) {
+            let message = format!("volume {name} is broken: {reason}");
+            return Err(ApiError::new(ErrorCode::VolumeBusy, message)
+                .with_action(format!("put back what is missing and start anew, or: halfsilver volume delete {name}")));
+        }
+        let entry = self.disk(name).ok().filter(|d| d.is_volume());
+        entry.ok_or_else(|| ApiError::volume_not_found(name))
     }
 
     /// A disk that may have a mirror.
     pub(super) fn disk_with_mirror(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.disk(name)?;
-        match disk.volume {
-            None => Ok(disk),
-            Some(_) => Err(ApiError::new(ErrorCode::Unsupported, format!("{name} is a volume, and has no mirror"))
-                .with_action("mirror the disk that it stands on")),
+        match disk.is_volume() {
+            false => Ok(disk),
+            true => Err(ApiError::new(ErrorCode::Unsupported, format!("{name} is a volume, and has no mirror"))
+                .with_action("mirror the disk that it stands on, or complete and promote it first")),
         }
     }
 
@@ -55,7 +67,7 @@ impl Manager {
     fn volumes_on(&self, version: Uuid) -> Vec<Name> {
         let stands = |volume: Option<&VolumeRecord>| volume.is_some_and(|v| v.snapshot == version);
         let mut names: Vec<Name> =
-            self.all_disks().iter().filter(|d| stands(d.volume.as_ref())).map(|d| d.name.clone()).collect();
+            self.all_disks().iter().filter(|d| d.stands_on(version)).map(|d| d.name.clone()).collect();
         let lost = locked(&self.lost_volumes);
         names.extend(lost.iter().filter(|(_, (r, _))| stands(r.volume.as_ref())).map(|(name, _)| name.clone()));
         names
@@ -97,6 +109,9 @@ impl Manager {
             let name: Name = record.name.parse()?;
             let config: DiskConfig = serde_json::from_value(record.config.clone())
                 .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
+            if self.disk(&name).is_ok() {
+                continue; // The configuration has it: its image is one that it has alone.
+            }
             let added = self.add_disk(&name, &config, take_flushed.contains(&name));
             let broken = match &added {
                 Ok(entry) => entry.failure(),
@@ -185,12 +200,12 @@ impl Manager {
             Err(ApiError::new(ErrorCode::VolumeExists, format!("volume {name} exists"))
                 .with_action(format!("delete it first: halfsilver volume delete {name}; or use another name")))
         };
-        if locked(&self.lost_volumes).contains_key(name) || self.disk(name).is_ok_and(|d| d.volume.is_some()) {
+        if locked(&self.lost_volumes).contains_key(name) || self.disk(name).is_ok_and(|d| d.is_volume()) {
             return exists();
         }
         let remembered = self.records.disks().map_err(record_error)?;
         if let Some(record) = remembered.iter().find(|r| r.name == name.as_str()) {
-            if record.volume.is_some() {
+            if record.is_volume() {
                 return exists();
             }
             return Err(ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a disk"))
@@ -204,6 +219,7 @@ impl Manager {
             shared: false,
             ..like.clone()
         };
+        config.block_size = request.block_size.unwrap_or(config.block_size);
         config = self.completed(name, &config);
         if let Some(socket) = &config.socket {
             self.check_place(socket).map_err(|e| ApiError { message: format!("volume {name}: {}", e.message), ..e })?;
@@ -232,7 +248,9 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("make it off an older snapshot"));
         }
         let image = Backing::View(view);
+        fits(request, &image).map_err(in_volume)?;
         let geometry = Geometry::of(&image, config.block_size);
+        let logical = geometry.logical_block_bytes;
         let [id, origin, live] = [(); 3].map(|()| Uuid::new_v4());
         let path = request.image.clone().unwrap_or_else(|| self.places.log_image(live));
         let layer = self.make_log(&path, live, &config, &geometry).map_err(in_volume)?;
@@ -264,7 +282,7 @@ impl Manager {
             disk: made,
             mirror: None,
             former_legs: Vec::new(),
-            volume: Some(volume),
+            standing: Standing { volume: Some(volume), logical_block_bytes: Some(logical), ..Standing::default() },
             snapshots: Vec::new(),
             bookmarks: Vec::new(),
             record: None,
@@ -282,8 +300,7 @@ impl Manager {
 
     /// All volumes by name, also those that cannot be served.
     pub(super) fn all_volumes(&self) -> Vec<api::Volume> {
-        let mut volumes: Vec<_> =
-            self.all_disks().iter().filter(|d| d.volume.is_some()).map(|d| d.to_volume()).collect();
+        let mut volumes: Vec<_> = self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume()).collect();
         volumes
             .extend(locked(&self.lost_volumes).iter().filter_map(|(name, (record, why))| of_lost(name, record, why)));
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
@@ -304,16 +321,17 @@ impl Manager {
             let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
             self.remove_volume_files(record.id, live.into_iter().chain(layers_of(&record)));
             ids_of_changes(&record).for_each(|id| self.remove_changed_table(id));
+            remove_full_image(&record);
             self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
             return Ok(());
         }
-        let entry = self.disk(name).ok().filter(|d| d.volume.is_some());
-        let entry = entry.ok_or_else(|| ApiError::volume_not_found(name))?;
+        let entry = self.volume(name)?;
         for snapshot in entry.snapshots() {
             self.refuse_if_stood_on(&snapshot, ErrorCode::VolumeBusy)?;
         }
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
-            return busy(format!("volume {name}: job {} is still working on it", job.id));
+            return busy(format!("volume {name}: job {} is still working on it", job.id))
+                .map_err(|e: ApiError| e.with_action(format!("stop it first: halfsilver job stop {}", job.id)));
         }
         if !force && entry.frontends.count() > 0 {
             return busy(format!("volume {name} has a frontend connected"));
@@ -329,7 +347,7 @@ impl Manager {
         let changes = entry.ids_of_changes();
         let record = entry.to_record();
         locked(&self.disks).remove(name);
-        entry.server.stop();
+        entry.stop_server();
         // Who still waits for one of them to be quiesced finds it gone.
         for snapshot in std::mem::take(&mut *locked(&entry.snapshots)) {
             drop(locked(&snapshot.server).take());
@@ -338,6 +356,8 @@ impl Manager {
         let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
         self.remove_volume_files(entry.id, live.into_iter().chain(layers_of(&record)));
         changes.into_iter().for_each(|id| self.remove_changed_table(id));
+        remove_full_image(&record);
+        self.forget_jobs_of(name);
         self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
         log::info!("volume {name}: deleted");
         Ok(())
@@ -345,7 +365,32 @@ impl Manager {
 
     fn remove_volume_files(&self, id: Uuid, layers: impl Iterator<Item = (Uuid, PathBuf)>) {
         layers.for_each(|(version, image)| self.remove_layer(version, &image));
+        // A second name of a log, that was about to be its only one.
+        super::layers::remove_file(&self.places.own_image(id));
         self.remove_tables(id);
+    }
+}
+
+/// Whether tables of blocks of the size that was asked for can tell of such an image.
+fn fits(request: &VolumeRequest, image: &Backing) -> Result<(), ApiError> {
+    let Some(size) = request.block_size else { return Ok(()) };
+    let (unit, bytes) = (image.alignment().offset_bytes, image.size_bytes());
+    if size < unit {
+        let message = format!("block_size: the logical blocks of {} have {unit} bytes, more than {size}", request.from);
+        return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action(format!("use at least {unit}")));
+    }
+    if u64::from(size) > bytes {
+        let message = format!("block_size: {} has only {bytes} bytes, less than {size}", request.from);
+        return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("use smaller blocks"));
+    }
+    Ok(())
+}
+
+/// Removes the full image of a volume that became independent: it is what was written to the volume.
+fn remove_full_image(record: &DiskRecord) {
+    let path = record.config.get("path").and_then(|path| path.as_str());
+    if let (Some(_), Some(path)) = (&record.stood_on, path) {
+        super::layers::remove_file(Path::new(path));
     }
 }
 
@@ -361,7 +406,7 @@ pub(super) fn not_a_disk(name: &Name) -> ApiError {
 }
 
 fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api::Volume> {
-    let volume = record.volume.as_ref()?;
+    let volume = record.volume.as_ref().or(record.stood_on.as_ref())?;
     let config: DiskConfig = serde_json::from_value(record.config.clone()).ok()?;
     Some(api::Volume {
         id: record.id,
@@ -371,7 +416,8 @@ fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api::Volume> {
         state: VolumeState::Broken,
         reason: Some(why.to_owned()),
         socket: config.socket.unwrap_or_default(),
-        image: record.live_log.clone().unwrap_or_default(),
+        independent: record.volume.is_none(),
+        image: record.live_log.clone().unwrap_or(config.path),
         size_bytes: volume.size_bytes,
         block_size: config.block_size,
         owned_bytes: 0,
@@ -403,12 +449,15 @@ impl DiskEntry {
             Owned::All => geometry.size_bytes,
         };
         let frontends = self.frontends.count();
+        let standing = locked(&self.standing).clone();
+        let state = self.volume_state(reason.as_ref());
         api::Volume {
             id: self.id,
             name: self.name.clone(),
-            from: self.volume.as_ref().map(|v| v.from.clone()).unwrap_or_default(),
-            from_id: self.volume.as_ref().map(|v| v.snapshot).unwrap_or_default(),
-            state: if reason.is_some() { VolumeState::Broken } else { VolumeState::Serving },
+            from: standing.relation().map(|v| v.from.clone()).unwrap_or_default(),
+            from_id: standing.relation().map(|v| v.snapshot).unwrap_or_default(),
+            independent: standing.volume.is_none(),
+            state,
             reason,
             socket: self.config.socket.clone().unwrap_or_default(),
             image: layer.image.path().to_owned(),
@@ -419,7 +468,7 @@ impl DiskEntry {
             connected: frontends > 0,
             frontends,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            created_at: Timestamp::from_unix_ms(self.volume.as_ref().map_or(0, |v| v.created_ms)),
+            created_at: Timestamp::from_unix_ms(standing.relation().map_or(0, |v| v.created_ms)),
         }
     }
 }

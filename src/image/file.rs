@@ -5,10 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Alignment, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock};
+use super::{
+    Alignment, ByteOffset, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock,
+};
 use crate::planted::{self, Defect};
 
 /// Whether transfers go around the page cache.
@@ -41,6 +44,8 @@ const LOCK_RETRY: Duration = Duration::from_millis(5);
 pub struct FileImage {
     file: File,
     path: PathBuf,
+    /// Its name since it was renamed.
+    moved: OnceLock<PathBuf>,
     size_bytes: u64,
     alignment: Alignment,
     // Small transfers need no ring.
@@ -151,7 +156,15 @@ impl FileImage {
         }
         let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
         let poisoned = AtomicBool::new(false);
-        Ok(FileImage { file, path: path.to_owned(), size_bytes, alignment, is_in_memory, poisoned })
+        Ok(FileImage {
+            file,
+            path: path.to_owned(),
+            moved: OnceLock::new(),
+            size_bytes,
+            alignment,
+            is_in_memory,
+            poisoned,
+        })
     }
 }
 
@@ -172,7 +185,22 @@ impl Image for FileImage {
     }
 
     fn path(&self) -> &Path {
-        &self.path
+        self.moved.get().unwrap_or(&self.path)
+    }
+
+    fn next_data(&self, from: ByteOffset) -> Option<ByteOffset> {
+        // Nothing goes by the position of the descriptor that this moves.
+        match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from.0)) {
+            Ok(at) => Some(ByteOffset(at)),
+            Err(rustix::io::Errno::NXIO) => Some(ByteOffset(self.size_bytes)),
+            Err(_) => None,
+        }
+    }
+
+    fn moved(&self, path: &Path) {
+        if self.moved.set(path.to_owned()).is_err() {
+            log::debug!("{}: it was renamed before", self.path.display());
+        }
     }
 
     fn is_poisoned(&self) -> bool {
@@ -181,7 +209,7 @@ impl Image for FileImage {
 
     fn poison(&self) {
         if !self.poisoned.swap(true, Ordering::AcqRel) {
-            log::error!("{}: a sync failed; no write to it is accepted any more", self.path.display());
+            log::error!("{}: a sync failed; no write to it is accepted any more", self.path().display());
         }
     }
 

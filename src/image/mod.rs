@@ -81,6 +81,15 @@ pub trait Image: Send + Sync + 'static {
     /// Where the bytes are, for messages.
     fn path(&self) -> &Path;
 
+    /// The first position at or after `from` where there may be anything but zeros, or the size; None if the container cannot
+    /// tell. Blocks the thread for a moment.
+    fn next_data(&self, _from: ByteOffset) -> Option<ByteOffset> {
+        None
+    }
+
+    /// Says that the file has another name now. It can be said once.
+    fn moved(&self, _path: &Path) {}
+
     /// Whether an earlier failed sync has poisoned this image.
     fn is_poisoned(&self) -> bool;
 

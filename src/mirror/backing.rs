@@ -102,6 +102,16 @@ impl Backing {
         at.0.is_multiple_of(unit) && len.is_multiple_of(unit)
     }
 
+    /// How many of the `len` bytes from `at` on are known to be zeros without being read.
+    #[must_use]
+    pub fn known_zeros(&self, at: ByteOffset, len: u64) -> u64 {
+        match self {
+            Backing::One(image) => image.next_data(at).map_or(0, |data| data.0.saturating_sub(at.0).min(len)),
+            Backing::Pair(_) => 0,
+            Backing::View(view) => view.known_zeros(at, len),
+        }
+    }
+
     // What a mirror does is boxed below: every request's future would carry the room for it.
 
     /// Fills `buf` from `at` on. Gives the buffer back.

@@ -7,7 +7,8 @@
 //!
 //! What always holds:
 //! - A bit is set under the block's lock, before the bytes that it announces are submitted, in the table of the version
-//!   that the request belongs to, and of newer ones that it must reach in other places too. Whoever finds the bytes finds the bit, also after a kill.
+//!   that the request belongs to, and of newer ones that it must reach in other places too. Whoever finds the bytes finds
+//!   the bit, also after a kill.
 //! - When a marker goes, its table is merged into that of the next newer one, and only then can nobody see it any more.
 //! - What is not known counts as changed: a table that could not be extended, or was lost, is never taken for an empty one.
 
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Link, Owned, VersionId, VersionIndex};
 use super::planted::{self, Defect};
-use super::{ChainEditor, Disk, Epoch};
+use super::{Backing, ChainEditor, Disk, Epoch};
 use crate::store::{BlockIndex, BlockRange, Table};
 use crate::sync::lock;
 
@@ -314,16 +315,20 @@ impl Disk {
         self.chain().live() > 0 || !self.marks.load().is_empty()
     }
 
-    /// The blocks of a volume that are in its own images: all that it does not read from what it stands on.
+    /// The blocks of a volume that are in its own images: all that it does not read from what it stands on. None if it
+    /// stands on nothing, and has everything.
     #[must_use]
-    pub fn owned_by_volume(&self) -> Changes {
+    pub fn owned_by_volume(&self) -> Option<Changes> {
         let chain = self.chain();
+        if !matches!(chain.layer(0).image, Backing::View(_)) {
+            return None;
+        }
         let tables = chain.links().iter().filter_map(|link| match &link.layer.owned {
             Owned::Table(table) => Some(table.clone()),
             Owned::All => None,
         });
         let tables = tables.collect();
-        Changes { blocks: self.geometry.blocks(), tables, ends: Some((chain.clone(), 0, chain.live())) }
+        Some(Changes { blocks: self.geometry.blocks(), tables, ends: Some((chain.clone(), 0, chain.live())) })
     }
 
     /// The blocks that may differ between the moment `from`, a frozen version or a mark, and the later one `to`, or the

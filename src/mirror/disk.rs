@@ -10,7 +10,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
@@ -106,8 +106,8 @@ pub struct Disk {
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
-    /// What a volume stands on.
-    base: Option<Arc<View>>,
+    /// What a volume stands on, until it is independent. Other disks have no place for it, and never look.
+    pub(super) base: Option<ArcSwapOption<View>>,
     read_only: bool,
 }
 
@@ -147,9 +147,21 @@ impl Disk {
     /// A disk with the versions that it had before, oldest first.
     #[must_use]
     pub fn with_chain(clock: EpochClock, options: DiskOptions, links: Vec<Link>) -> Arc<Disk> {
-        let geometry = Geometry::of(&options.image, options.block_bytes);
+        Disk::announcing(None, clock, options, links)
+    }
+
+    /// The same, for guests that have always seen these logical blocks, whatever the image has now.
+    #[must_use]
+    pub fn announcing(
+        logical_block_bytes: Option<u32>,
+        clock: EpochClock,
+        options: DiskOptions,
+        links: Vec<Link>,
+    ) -> Arc<Disk> {
+        let mut geometry = Geometry::of(&options.image, options.block_bytes);
+        geometry.logical_block_bytes = logical_block_bytes.unwrap_or(geometry.logical_block_bytes);
         let base = match options.image {
-            Backing::View(view) => Some(view),
+            Backing::View(view) => Some(ArcSwapOption::from(Some(view))),
             Backing::One(_) | Backing::Pair(_) => None,
         };
         Arc::new(Disk {
@@ -224,16 +236,16 @@ impl Disk {
         self.read_only
     }
 
-    /// What it stands on, if it is a volume.
+    /// What it stands on, if it is a volume that is not independent.
     #[must_use]
-    pub fn base(&self) -> Option<&Arc<View>> {
-        self.base.as_ref()
+    pub fn base(&self) -> Option<Arc<View>> {
+        self.base.as_ref()?.load_full()
     }
 
     /// Why what it stands on cannot be read, if so. Then nothing of the volume is vouched for.
     #[must_use]
     pub fn base_broken(&self) -> Option<String> {
-        self.base.as_ref().and_then(|base| base.broken())
+        self.base.as_ref()?.load().as_ref()?.broken()
     }
 
     /// The connections to the live version.

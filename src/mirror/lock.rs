@@ -107,6 +107,23 @@ impl BlockLocks {
         guard
     }
 
+    /// Locks the blocks of `range` for one holder alone, if nobody holds or wants any of them.
+    ///
+    /// # Panics
+    /// As [`BlockLocks::acquire`].
+    #[must_use]
+    pub fn try_exclusive(&self, range: BlockRange) -> Option<BlockGuard<'_>> {
+        assert!(range.count() <= BLOCKS_PER_GUARD_MAX, "{} blocks in one guard", range.count());
+        let mut guard = BlockGuard { locks: self, range, held: 0, mode: Mode::Exclusive };
+        for slot in slots_of(range) {
+            if !self.try_acquire(slot, Mode::Exclusive) {
+                return None; // What is held already is given back.
+            }
+            guard.held += 1;
+        }
+        Some(guard)
+    }
+
     /// Changes whenever an entry of some block of the range was deleted: a reader that finds the same owner twice has
     /// read the owner's bytes only if nothing was deleted in between, for a new entry may have followed.
     #[must_use]

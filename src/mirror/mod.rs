@@ -8,6 +8,7 @@
 mod backing;
 mod chain;
 mod changes;
+mod complete;
 mod connection;
 mod discard;
 mod disk;
@@ -27,6 +28,7 @@ pub use crate::planted;
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
 pub use changes::{ChangeSource, Changed, Changes, Mark, NoChanges};
+pub use complete::Filled;
 pub use connection::{Connection, Connections, PinChange};
 pub use disk::{Attachment, Disk, DiskObserver, DiskOptions, Geometry};
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, EpochLane, Ticket, TooManyDraining};

@@ -91,9 +91,8 @@ impl Disk {
             let done = join_all(reads.collect()).await;
             let generation_now = self.locks.generation(blocks);
             let now = self.extents(target, epoch, blocks)?;
-            let same = (generation == generation_now || planted::is(Defect::NoReadGeneration))
-                && now.len() == extents.len()
-                && now.iter().zip(&extents).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image));
+            let same =
+                (generation == generation_now || planted::is(Defect::NoReadGeneration)) && is_same(&now, &extents);
             if same || planted::is(Defect::NoReadRecheck) {
                 for read in done {
                     read?;
@@ -104,12 +103,38 @@ impl Disk {
         }
     }
 
+    /// How many of the bytes from `at` on a version shows as zeros, as far as its images can tell at once. As a read, it is
+    /// resolved again afterwards.
+    pub(super) fn known_zeros(&self, target: Target, at: ByteOffset, len: u64) -> u64 {
+        let blocks = self.geometry.covering(at, len);
+        let generation = self.locks.generation(blocks);
+        let Ok(extents) = self.extents(target, Epoch(0), blocks) else { return 0 };
+        let mut end = at.0;
+        for extent in &extents {
+            let (from, bytes) = self.geometry.bytes(extent.blocks);
+            let (from, to) = (from.max(at), (from.0 + bytes).min(at.0 + len));
+            let zeros = extent.image.known_zeros(from, to - from.0);
+            end = from.0 + zeros;
+            if end < to {
+                break;
+            }
+        }
+        let Ok(now) = self.extents(target, Epoch(0), blocks) else { return 0 };
+        let is_same = self.locks.generation(blocks) == generation && is_same(&now, &extents);
+        if is_same { end - at.0 } else { 0 }
+    }
+
     fn extents(&self, target: Target, epoch: Epoch, blocks: BlockRange) -> Result<Vec<Extent>, RequestError> {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
         let owners = owners(&chain, index, blocks);
         Ok(owners.map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() }).collect())
     }
+}
+
+/// Whether the same images have the same blocks.
+fn is_same(now: &[Extent], before: &[Extent]) -> bool {
+    now.len() == before.len() && now.iter().zip(before).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image))
 }
 
 /// The runs of `blocks` by the version whose layer has their bytes.

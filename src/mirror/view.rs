@@ -117,6 +117,12 @@ impl View {
         read.map_err(|e| self.refusal(ImageOp::Read, &e.to_string()))
     }
 
+    /// See [`super::Backing::known_zeros`].
+    pub(super) fn known_zeros(&self, at: ByteOffset, len: u64) -> u64 {
+        let source = self.source.as_ref().ok();
+        source.map_or(0, |disk| disk.known_zeros(Target::Frozen(self.version), at, len))
+    }
+
     pub(super) fn refusal(&self, op: ImageOp, why: &str) -> ImageError {
         ImageError::new(ImageErrorKind::Io, op, &self.name, why)
     }

@@ -16,6 +16,7 @@ mod intact;
 mod records;
 mod run_header;
 mod table;
+mod work;
 
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
@@ -25,3 +26,4 @@ pub use records::{
 };
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};
+pub use work::{Work, WorkRecord};

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::intact::{self, Content, DISKS, DROPPED, META};
+use super::work::WorkRecord;
 use crate::crash;
 use crate::planted::{self, Defect};
 
@@ -21,7 +22,8 @@ use crate::planted::{self, Defect};
 const FORMAT: u64 = 5;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
 /// no checksums, and no snapshots that outlive a power cut by themselves. The third one has no volumes: who knows only that
-/// one would delete what they stand on. The fourth one has no bookmarks: who knows only that one would forget them.
+/// one would delete what they stand on. The fourth one has no bookmarks, and no volumes that became independent, are disabled, or are
+/// being worked on.
 const FORMAT_FIRST: u64 = 1;
 /// The first format whose records have checksums.
 const FORMAT_SEALED: u64 = 3;
@@ -238,6 +240,21 @@ pub struct DiskRecord {
     /// What it stands on, if it is a volume.
     #[serde(default)]
     pub volume: Option<VolumeRecord>,
+    /// What it stood on, if it is a volume that became independent.
+    #[serde(default)]
+    pub stood_on: Option<VolumeRecord>,
+    /// Whether it is not served until it is enabled again.
+    #[serde(default)]
+    pub disabled: bool,
+    /// Whether the full image is one that was made here: `<id>.raw`.
+    #[serde(default)]
+    pub own_image: bool,
+    /// The logical block size that guests have always seen, if the image itself would say another.
+    #[serde(default)]
+    pub logical_block_bytes: Option<u32>,
+    /// What a job is doing to it, that goes on after a restart.
+    #[serde(default)]
+    pub work: Option<WorkRecord>,
     /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
     #[serde(default)]
     pub former_legs: Vec<std::path::PathBuf>,
@@ -440,7 +457,13 @@ fn replace(change: &WriteTransaction, name: &str, record: Option<&DiskRecord>) -
     let mut disks = change.open_table(DISKS).map_err(RecordError::of)?;
     let mut dropped = change.open_table(DROPPED).map_err(RecordError::of)?;
     let old = disks.get(name).map_err(RecordError::of)?.map(|value| decode(Some(FORMAT), name, value.value()));
-    let before = old.transpose()?.map(|old| old.names()).unwrap_or_default();
+    let mut before = BTreeSet::new();
+    if let Some(old) = old.transpose()? {
+        before = old.names();
+        if !old.is_volume() {
+            before.remove(&old.own_image_name()); // A disk's image stays when the disk goes.
+        }
+    }
     let now = record.map(DiskRecord::names).unwrap_or_default();
     for gone in before.difference(&now) {
         dropped.insert(gone.as_str(), ()).map_err(RecordError::of)?;
@@ -538,10 +561,23 @@ impl DiskRecord {
     /// image `disk@name`.
     #[must_use]
     pub fn names(&self) -> BTreeSet<String> {
+        let image = self.own_image.then(|| self.own_image_name());
         let own = [Some(self.id), Some(self.live), self.mirror.as_ref().map(|m| m.bitmap)];
         let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
         let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
-        ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).collect()
+        ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).chain(image).collect()
+    }
+
+    /// What a full image that was made here is called.
+    #[must_use]
+    pub fn own_image_name(&self) -> String {
+        format!("{}.raw", self.id)
+    }
+
+    /// Whether it is a volume: it stands on a snapshot, or once did.
+    #[must_use]
+    pub fn is_volume(&self) -> bool {
+        self.volume.is_some() || self.stood_on.is_some()
     }
 }
 

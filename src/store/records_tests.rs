@@ -68,6 +68,11 @@ fn disk(name: &str) -> DiskRecord {
         bookmarks: vec![bookmark("z")],
         mirror: None,
         volume: None,
+        stood_on: None,
+        disabled: false,
+        own_image: false,
+        logical_block_bytes: None,
+        work: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
         snapshots: vec![snapshot(name, "a", 3), snapshot(name, "b", 5)],
@@ -302,4 +307,30 @@ fn a_store_has_its_name_when_it_is_complete() {
     // What an older program has only begun to make is refused, and not taken for an empty one.
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     assert!(Records::open(&path).is_err());
+}
+
+/// Removing a disk leaves its image, also one that was made here; a volume's goes with it.
+#[test]
+fn the_image_of_a_disk_is_not_let_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = Records::open(&dir.path().join("records.redb")).unwrap();
+    let mut clone = DiskRecord { own_image: true, ..disk("clone") };
+    let image = clone.own_image_name();
+    records.put([&clone]).unwrap();
+    records.remove("clone").unwrap();
+    assert!(!records.dropped().unwrap().contains(&image));
+    clone.stood_on = Some(VolumeRecord {
+        snapshot: Uuid::new_v4(),
+        from: "vm0@a".to_owned(),
+        origin: Uuid::new_v4(),
+        size_bytes: 4096,
+        created_ms: 1,
+    });
+    records.put([&clone]).unwrap();
+    let promoted = DiskRecord { stood_on: None, ..clone.clone() };
+    records.put([&promoted]).unwrap();
+    assert!(!records.dropped().unwrap().contains(&image), "a promotion lets nothing go");
+    records.put([&clone]).unwrap();
+    records.remove("clone").unwrap();
+    assert!(records.dropped().unwrap().contains(&image));
 }

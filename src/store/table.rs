@@ -334,6 +334,26 @@ impl Table {
         None
     }
 
+    /// The first unset bit at or after `from`.
+    #[must_use]
+    pub fn next_clear(&self, from: BlockIndex) -> Option<BlockIndex> {
+        let mut at = from.0;
+        while at < self.blocks {
+            let (page, word, bit) = Self::place(BlockIndex(at));
+            if !self.is_present(page) {
+                return Some(BlockIndex(at));
+            }
+            // Bits below `at` in its word are not asked for.
+            let rest = !self.word(page, word).load(Ordering::SeqCst) & !(bit - 1);
+            if rest != 0 {
+                let found = at / 64 * 64 + u64::from(rest.trailing_zeros());
+                return (found < self.blocks).then_some(BlockIndex(found));
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        None
+    }
+
     /// Writes a saved copy to `path`: complete, synced and renamed into place, or an error. Returns its seal, which
     /// no other copy has.
     ///
@@ -507,6 +527,8 @@ mod tests {
         assert_eq!(table.count(), 5);
         assert_eq!(table.next_set(BlockIndex(0)), Some(BlockIndex(PAGE_BITS - 2)));
         assert_eq!(table.next_set(BlockIndex(PAGE_BITS + 3)), None);
+        assert_eq!(table.next_clear(BlockIndex(0)), Some(BlockIndex(0)));
+        assert_eq!(table.next_clear(BlockIndex(PAGE_BITS - 2)), Some(BlockIndex(PAGE_BITS + 3)));
         table.clear(range(PAGE_BITS - 2, PAGE_BITS));
         assert_eq!(table.next_set(BlockIndex(0)), Some(BlockIndex(PAGE_BITS)));
         assert!(!table.get(BlockIndex(2 * PAGE_BITS + 1)), "an absent page reads as zeros");

@@ -473,15 +473,33 @@ fn a_closed_stdout_is_no_error() {
 fn volumes_are_shown_and_refused_in_one_line() {
     let rig = Rig::with_snapshot("copy-on-write");
     let page = rig.done("volume create clone --from vm1@daily");
-    assert!(page.contains("from        vm1@daily\n") && page.contains("state       serving\n"), "{page}");
+    assert!(page.contains("from         vm1@daily\n") && page.contains("state        serving\n"), "{page}");
     let list = rig.done("volume list");
     assert_eq!(list.lines().next(), Some("VOLUME  STATE    FROM       OWNED  SIZE     FRONTENDS  SOCKET"));
     assert!(rig.done("status").contains("clone   serving  vm1@daily"));
     assert!(rig.fails("volume create clone --from vm1").contains("volume clone exists; delete it first"));
     assert!(rig.fails("volume show none").contains("there is no volume none"));
     assert!(rig.fails("volume create x --from vm1@none").contains("there is no snapshot vm1@none"));
+    assert!(rig.fails("volume promote clone").contains("volume clone stands on snapshot vm1@daily"));
+    assert!(rig.fails("volume enable clone --fresh").contains("it is served"));
+    assert!(rig.done("volume disable clone").contains("state        disabled\n"));
+    assert!(rig.done("volume enable clone --fresh").contains("state        serving\n"));
+    let job = rig.json("volume complete clone --delay-ms 7 --limit 2M --json");
+    assert_eq!(
+        (&job["kind"], &job["delay_ms"], &job["bytes_per_second"]),
+        (&json!("migrate"), &json!(7), &json!(2 << 20))
+    );
+    assert!(rig.done("job set 11 --limit 0").contains("limit    -\n"));
     assert_eq!(rig.done("volume delete clone"), "clone deleted\n");
-    for line in ["volume create clone", "volume create A --from vm1", "volume create clone --from vm1@", "volume"] {
+    for line in [
+        "volume create clone",
+        "volume create A --from vm1",
+        "volume create clone --from vm1@",
+        "volume",
+        "volume enable",
+        "job set 11",
+        "job set 11 --limit 3X",
+    ] {
         assert_eq!(rig.run(line).status.code(), Some(2), "{line}");
     }
 }

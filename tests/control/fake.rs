@@ -96,7 +96,9 @@ impl Fake {
             reason: None,
             done_bytes: 1 << 20,
             total_bytes: 12_897_485,
+            percent: 8,
             delay_ms: 5,
+            bytes_per_second: 0,
             started_at: Timestamp::now(),
             estimated_seconds: Some(90),
         };
@@ -410,7 +412,7 @@ impl Service for Fake {
     }
 
     fn create_volume(&self, request: &VolumeRequest) -> Result<Volume, ApiError> {
-        let VolumeRequest { name, from, socket, image } = request;
+        let VolumeRequest { name, from, socket, image, block_size } = request;
         if self.get_volume(name).is_ok() {
             return Err(ApiError::new(ErrorCode::VolumeExists, format!("volume {name} exists")));
         }
@@ -426,12 +428,13 @@ impl Service for Fake {
             name: name.clone(),
             from,
             from_id,
+            independent: false,
             state: VolumeState::Serving,
             reason: None,
             socket: socket.clone().unwrap_or_else(|| format!("/run/fake/{name}.sock").into()),
             image: image.clone().unwrap_or_else(|| format!("/var/fake/{name}.log").into()),
             size_bytes,
-            block_size: 4096,
+            block_size: block_size.unwrap_or(4096),
             owned_bytes: 0,
             queues: 1,
             connected: false,
@@ -462,6 +465,36 @@ impl Service for Fake {
         Ok(())
     }
 
+    fn complete_volume(&self, volume: &Name, pacing: JobPatch) -> Result<Job, ApiError> {
+        self.get_volume(volume)?;
+        self.begin_job(11, JobKind::Migrate, volume, None);
+        self.patch_job(11, pacing)
+    }
+
+    fn promote_volume(&self, volume: &Name) -> Result<Disk, ApiError> {
+        let found = self.get_volume(volume)?;
+        Err(ApiError::new(ErrorCode::VolumeBusy, format!("volume {volume} stands on snapshot {}", found.from)))
+    }
+
+    fn disable_volume(&self, volume: &Name, _force: bool) -> Result<Volume, ApiError> {
+        self.get_volume(volume)?;
+        let mut state = self.state.lock().unwrap();
+        let found = state.volumes.iter_mut().find(|v| v.name == *volume).unwrap();
+        found.state = VolumeState::Disabled;
+        Ok(found.clone())
+    }
+
+    fn enable_volume(&self, volume: &Name, fresh: bool) -> Result<Volume, ApiError> {
+        let found = self.get_volume(volume)?;
+        if fresh && found.state != VolumeState::Disabled {
+            return Err(ApiError::new(ErrorCode::VolumeBusy, format!("volume {volume}: it is served")));
+        }
+        let mut state = self.state.lock().unwrap();
+        let found = state.volumes.iter_mut().find(|v| v.name == *volume).unwrap();
+        found.state = VolumeState::Serving;
+        Ok(found.clone())
+    }
+
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
         Ok(self.state.lock().unwrap().jobs.clone())
     }
@@ -472,7 +505,8 @@ impl Service for Fake {
 
     fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {
         for job in self.state.lock().unwrap().jobs.iter_mut().filter(|job| job.id == id) {
-            job.delay_ms = patch.delay_ms;
+            job.delay_ms = patch.delay_ms.unwrap_or(job.delay_ms);
+            job.bytes_per_second = patch.bytes_per_second.unwrap_or(job.bytes_per_second);
         }
         self.get_job(id)
     }

@@ -216,7 +216,18 @@ fn jobs_are_paced_stopped_and_resumed() {
     assert_eq!(rig.get("/v1/jobs/3").json()["delay_ms"], 5);
     let patched = rig.send("PATCH", "/v1/jobs/3", r#"{"delay_ms":20}"#);
     assert_eq!((patched.status, &patched.json()["delay_ms"]), (200, &json!(20)));
-    for body in [r#"{"delay_ms":-1}"#, r#"{"delay_ms":3600001}"#, r#"{"delay":1}"#, "{}", "[]", ""] {
+    let patched = rig.send("PATCH", "/v1/jobs/3", r#"{"bytes_per_second":4096}"#).json();
+    assert_eq!((&patched["delay_ms"], &patched["bytes_per_second"]), (&json!(20), &json!(4096)), "the rest stays");
+    assert_eq!(patched["percent"], 8);
+    for body in [
+        r#"{"delay_ms":-1}"#,
+        r#"{"bytes_per_second":-1}"#,
+        r#"{"delay_ms":3600001}"#,
+        r#"{"delay":1}"#,
+        "{}",
+        "[]",
+        "",
+    ] {
         assert_eq!(rig.refused("PATCH", "/v1/jobs/3", body)["code"], "invalid-request", "{body}");
     }
     let stopped = rig.send("DELETE", "/v1/jobs/3", "");

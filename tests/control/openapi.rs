@@ -69,7 +69,7 @@ fn every_operation_describes_its_refusals() {
     let words = &document["components"]["schemas"]["SnapshotState"]["enum"];
     assert_eq!(words, &serde_json::json!(["draining", "quiesced", "folding", "deleting", "broken"]));
     for (schema, words) in [
-        ("VolumeState", serde_json::json!(["serving", "broken"])),
+        ("VolumeState", serde_json::json!(["serving", "disabled", "broken"])),
         ("LegState", serde_json::json!(["in-sync", "resynchronising", "failed", "split"])),
         ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror"])),
     ] {
@@ -83,6 +83,9 @@ fn every_query_key_is_described() {
     for (path, method, keys) in [
         ("/v1/disks/{disk}", "delete", &["force"][..]),
         ("/v1/volumes/{volume}", "delete", &["force"]),
+        ("/v1/volumes/{volume}/complete", "post", &["delay_ms", "bytes_per_second"]),
+        ("/v1/volumes/{volume}/disable", "post", &["force"]),
+        ("/v1/volumes/{volume}/enable", "post", &["fresh"]),
         ("/v1/disks/{disk}/mirror", "delete", &["leg"]),
         ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image", "keep-bookmark"]),
         ("/v1/snapshots/{snapshot}/diff", "get", &["to"]),

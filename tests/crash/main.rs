@@ -9,6 +9,7 @@ mod alone;
 mod daemon;
 mod defects;
 mod host;
+mod independent;
 mod judge;
 #[path = "../common/media.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]

@@ -9,26 +9,26 @@ use crate::harness::{Answer, Daemon, Rng, can_mount, names_in, seeds, wait_until
 use crate::strategies::{ALL, End, SIZE, end_and_start, shows};
 use crate::trouble::Mount;
 
-fn create(daemon: &Daemon, name: &str, from: &str) -> Answer {
+pub(crate) fn create(daemon: &Daemon, name: &str, from: &str) -> Answer {
     daemon.send("POST", "/v1/volumes", &json!({ "name": name, "from": from }).to_string())
 }
 
 #[track_caller]
-fn made(daemon: &Daemon, name: &str, from: &str) -> Value {
+pub(crate) fn made(daemon: &Daemon, name: &str, from: &str) -> Value {
     let answer = create(daemon, name, from);
     assert_eq!(answer.status, 201, "{}", answer.body);
     answer.json()
 }
 
 #[track_caller]
-fn show(daemon: &Daemon, name: &str) -> Value {
+pub(crate) fn show(daemon: &Daemon, name: &str) -> Value {
     let answer = daemon.get(&format!("/v1/volumes/{name}"));
     answer.ok();
     answer.json()
 }
 
 #[track_caller]
-fn delete(daemon: &Daemon, name: &str) {
+pub(crate) fn delete(daemon: &Daemon, name: &str) {
     wait_until("a volume to be let go", || {
         let answer = daemon.send("DELETE", &format!("/v1/volumes/{name}"), "");
         // A frontend that has just left is not forgotten at once.
@@ -39,7 +39,7 @@ fn delete(daemon: &Daemon, name: &str) {
 }
 
 /// A disk full of 1 with a snapshot `daily`, and 2 in its second half since.
-fn daemon_with_snapshot(options: &str, strategy: &str) -> Daemon {
+pub(crate) fn daemon_with_snapshot(options: &str, strategy: &str) -> Daemon {
     let daemon = Daemon::with_disks(&[SIZE], options);
     let mut client = daemon.client("vm0");
     client.write(ALL, 1);
@@ -49,7 +49,7 @@ fn daemon_with_snapshot(options: &str, strategy: &str) -> Daemon {
     daemon
 }
 
-fn expect(changes: &[(std::ops::Range<usize>, u64)]) -> Vec<u64> {
+pub(crate) fn expect(changes: &[(std::ops::Range<usize>, u64)]) -> Vec<u64> {
     let mut all = vec![1; ALL.end];
     changes.iter().for_each(|(at, tag)| all[at.clone()].fill(*tag));
     all
@@ -207,7 +207,7 @@ fn the_command_line_has_volumes() {
     let (socket, image) = (daemon.path("c.sock"), daemon.path("c.img"));
     let (at, of) = (socket.to_str().unwrap(), image.to_str().unwrap());
     let page = run(&["volume", "create", "clone", "--from", "vm0@daily", "--socket", at, "--image", of]);
-    assert!(page.contains("from        vm0@daily\n"), "{page}");
+    assert!(page.contains("from         vm0@daily\n"), "{page}");
     assert!(socket.exists() && image.exists());
     assert!(run(&["volume", "list"]).contains("clone   serving  vm0@daily"));
     assert!(run(&["status"]).contains("clone   serving  vm0@daily"));

@@ -61,6 +61,16 @@ fn every_rule_left_out_is_noticed() {
     assert!(unnoticed.is_empty(), "unnoticed after {SEEDS} seeds each: {unnoticed:?}");
 }
 
+/// Those of volumes are looked for in random trees of them.
+#[test]
+fn rules_of_completion_left_out_are_noticed() {
+    for defect in [Defect::FilledBitFirst, Defect::FilledWithoutLock] {
+        let is_noticed = |&seed: &u64| crate::with_planted(defect, || crate::volumes::run(seed)).is_err();
+        let noticed = (0..SEEDS).find(is_noticed).unwrap_or_else(|| panic!("{defect:?} is not noticed"));
+        println!("planted: {defect:?}: noticed by tests/engine/defects.rs: trees of volumes, seed {noticed}");
+    }
+}
+
 /// The random runs come to this one seldom.
 #[test]
 fn an_entry_that_was_made_anew_is_noticed_at_once() {

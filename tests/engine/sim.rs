@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
+use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket};
 
 pub use crate::schedule::Rng;
 use crate::schedule::{self, Device};
@@ -184,6 +184,14 @@ impl SimImage {
 }
 
 impl Image for SimImage {
+    fn next_data(&self, from: ByteOffset) -> Option<ByteOffset> {
+        let holes = self.state.holes.lock().unwrap();
+        let sectors = self.state.bytes.lock().unwrap().len() / SECTOR;
+        let first = usize::try_from(from.0).unwrap() / SECTOR;
+        let data = (first..sectors).find(|sector| !holes.contains_key(sector)).unwrap_or(sectors);
+        Some(ByteOffset(from.0.max((data * SECTOR) as u64)))
+    }
+
     fn size_bytes(&self) -> u64 {
         self.state.bytes.lock().unwrap().len() as u64
     }

@@ -1,16 +1,16 @@
 //! Volumes: writable branches off frozen versions, branches of branches, against one array of bytes for every version.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
-use halfsilver::job::{self, Pace};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Attachment, Backing, ChainEditor, ChangeSource, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer,
-    PreparedSnapshot, Request, RequestError, VOLUMES_DEEP_MAX, Version, VersionId, View, Writers,
+    NoChanges, PreparedSnapshot, Request, RequestError, VOLUMES_DEEP_MAX, Version, VersionId, View, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
@@ -41,6 +41,14 @@ struct Node {
     base: Option<(usize, VersionId)>,
     /// A volume's oldest version, and what it showed when it was made.
     origin: Option<(VersionId, Vec<u64>)>,
+    /// A job that makes it independent, and whether that is so.
+    filling: Option<(Arc<Pace>, Rc<Cell<bool>>)>,
+}
+
+impl Node {
+    fn is_origin(&self, id: VersionId) -> bool {
+        self.origin.as_ref().is_some_and(|(origin, _)| *origin == id)
+    }
 }
 
 struct Tree {
@@ -67,6 +75,9 @@ struct Counts {
     discarded: u64,
     compared: u64,
     by_owners: u64,
+    completed: u64,
+    completed_with_snapshots: u64,
+    stopped: u64,
 }
 
 /// A read in flight: what each of its sectors may show, and where they will be.
@@ -112,7 +123,8 @@ impl Tree {
         sim::reset();
         let clock = EpochClock::new(Epoch(1));
         let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(image("disk")))));
-        let root = Node { id: 0, disk, live: vec![0; SECTORS], frozen: Vec::new(), base: None, origin: None };
+        let live = vec![0; SECTORS];
+        let root = Node { id: 0, disk, live, frozen: Vec::new(), base: None, origin: None, filling: None };
         Tree {
             rng: Rng::new(seed),
             editor: Arc::new(ChainEditor::new(clock.clone())),
@@ -237,7 +249,8 @@ impl Tree {
         let options = options(Backing::View(view));
         let disk = Disk::noting_volume(self.clock.clone(), options, origin, (name, layer), changed);
         let origin = Some((origin, live.clone()));
-        self.nodes.push(Node { id: self.next, disk, live, frozen: Vec::new(), base: Some(base), origin });
+        let (frozen, base) = (Vec::new(), Some(base));
+        self.nodes.push(Node { id: self.next, disk, live, frozen, base, origin, filling: None });
         self.next += 1;
         self.counts.volumes += 1;
     }
@@ -245,6 +258,9 @@ impl Tree {
     /// Begins to delete a frozen version that nobody stands on.
     fn retire(&mut self, scheduler: &mut Scheduler, at: usize) {
         let node = &mut self.nodes[at];
+        if node.filling.is_some() {
+            return;
+        }
         let free = |f: &Frozen| f.volumes == 0 && f.version.is_quiesced();
         let Some(i) = node.frozen.iter().position(free) else { return };
         let version = node.frozen[i].version.clone();
@@ -259,12 +275,52 @@ impl Tree {
 
     /// Drops a volume that nobody stands on.
     fn drop_volume(&mut self) {
-        let free = |n: &Node| n.base.is_some() && n.frozen.iter().all(|f| f.volumes == 0);
+        let free = |n: &Node| n.id > 0 && n.frozen.iter().all(|f| f.volumes == 0);
         let Some(i) = self.nodes.iter().rposition(free) else { return };
-        let (source, version) = self.nodes.remove(i).base.unwrap();
+        if let Some(base) = self.nodes.remove(i).base {
+            self.let_go_of(base);
+        }
+        self.counts.dropped += 1;
+    }
+
+    fn let_go_of(&mut self, (source, version): (usize, VersionId)) {
         let source = self.nodes.iter_mut().find(|n| n.id == source).unwrap();
         source.frozen.iter_mut().filter(|f| f.version.id == version).for_each(|f| f.volumes -= 1);
-        self.counts.dropped += 1;
+    }
+
+    /// Begins to make a volume independent, or goes on with it, unless one of its versions is on its way out.
+    fn complete(&mut self, scheduler: &mut Scheduler, at: usize) {
+        let node = &mut self.nodes[at];
+        let is_going = |disk: &Disk| disk.chain().links().iter().any(|link| link.version.is_retiring());
+        if node.base.is_none() || node.filling.is_some() || is_going(&node.disk) {
+            return;
+        }
+        let (pace, is_done) = (Arc::new(Pace::default()), Rc::new(Cell::new(false)));
+        node.filling = Some((pace.clone(), is_done.clone()));
+        let (queue, editor, disk) = (self.queue.clone(), self.editor.clone(), node.disk.clone());
+        scheduler.spawn(async move {
+            match job::complete(queue, disk.clone(), pace).await.unwrap() {
+                Outcome::Done => is_done.set(editor.make_independent(&disk)),
+                Outcome::Stopped => {}
+            }
+        });
+    }
+
+    /// What became of the jobs that made volumes independent.
+    fn settle_completions(&mut self) {
+        for at in 0..self.nodes.len() {
+            let Some((pace, is_done)) = self.nodes[at].filling.take() else { continue };
+            assert!(is_done.get() || pace.is_stopped(), "it has everything and still stands on something");
+            if !is_done.get() {
+                self.counts.stopped += 1;
+                continue;
+            }
+            assert!(self.nodes[at].disk.base().is_none());
+            let base = self.nodes[at].base.take().unwrap();
+            self.let_go_of(base);
+            self.counts.completed += 1;
+            self.counts.completed_with_snapshots += u64::from(!self.nodes[at].frozen.is_empty());
+        }
     }
 
     /// Requests, cuts and deletions at the same time.
@@ -280,7 +336,8 @@ impl Tree {
                     self.counts.in_flight_at_cuts += u64::from(scheduler.tasks() > 0);
                     self.cut(at);
                 }
-                88..93 => self.retire(&mut scheduler, at),
+                88..92 => self.retire(&mut scheduler, at),
+                92..96 => self.complete(&mut scheduler, at),
                 _ => {
                     let attachment = self.nodes[at].disk.attach_live();
                     self.start(&mut scheduler, attachment, Request::Flush);
@@ -289,8 +346,14 @@ impl Tree {
             for _ in 0..self.rng.below(12) {
                 scheduler.step(&mut self.rng);
             }
+            if self.rng.chance(10)
+                && let Some((pace, _)) = self.nodes.iter().find_map(|n| n.filling.as_ref())
+            {
+                pace.stop.store(true, Ordering::Release);
+            }
         }
         assert!(scheduler.settle(&mut self.rng), "something hangs");
+        self.settle_completions();
         for (at, read) in reads {
             match (read.done.take().unwrap(), &read.version) {
                 (Err(RequestError::Broken(_)), Some(version)) if version.is_retiring() => continue,
@@ -341,7 +404,11 @@ impl Tree {
             for (i, (from, was)) in ends.iter().enumerate() {
                 let later = ends[i + 1..].iter().map(|(to, is)| (Some(*to), *is));
                 for (to, is) in later.chain([(None, &node.live)]) {
-                    let changes = node.disk.changes(*from, to).unwrap();
+                    let changes = match node.disk.changes(*from, to) {
+                        // Of an independent volume there is no older version to compare with, if nothing was noted.
+                        Err(NoChanges::Unknown(_)) if node.disk.base().is_none() && node.is_origin(*from) => continue,
+                        changes => changes.unwrap(),
+                    };
                     self.counts.by_owners += u64::from(changes.source() == ChangeSource::Owned);
                     for sector in (0..SECTORS).filter(|&s| was[s] != is[s]) {
                         let block = BlockIndex(sector as u64 / 8);
@@ -352,7 +419,9 @@ impl Tree {
             if let Some((_, was)) = &node.origin {
                 let owned = node.disk.owned_by_volume();
                 let differs = |s: &usize| was[*s] != node.live[*s];
-                let missing = (0..SECTORS).filter(differs).find(|&s| !owned.contains(BlockIndex(s as u64 / 8)));
+                let missing = (0..SECTORS)
+                    .filter(differs)
+                    .find(|&s| owned.as_ref().is_some_and(|owned| !owned.contains(BlockIndex(s as u64 / 8))));
                 assert_eq!(missing, None, "node {}: a sector that it does not own differs", node.id);
                 self.counts.compared += 1;
             }
@@ -417,6 +486,9 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         total.discarded += counts.discarded;
         total.compared += counts.compared;
         total.by_owners += counts.by_owners;
+        total.completed += counts.completed;
+        total.completed_with_snapshots += counts.completed_with_snapshots;
+        total.stopped += counts.stopped;
     }
     println!("trees of volumes: seeds {first} to {}: {total:?}", first + seeds - 1);
     let Counts {
@@ -443,12 +515,21 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         ("discards that were carried out", discarded > 0),
         ("volumes that were compared with their beginning", compared > 0),
         ("moments that were compared by their owners", by_owners > 0),
+        ("volumes that became independent", total.completed > 0),
+        ("volumes that became independent with snapshots", total.completed_with_snapshots > 0),
+        ("completions that were stopped", total.stopped > 0),
     ] {
         assert!(reached || seeds < 100, "no run reached: {what}");
     }
 }
 
-fn volume_of(bench: &Bench, source: &Arc<Disk>, version: &Version) -> (Arc<Disk>, SimImage) {
+/// One run, for those that plant defects.
+#[cfg(feature = "planted")]
+pub fn run(seed: u64) {
+    Tree::new(seed).run();
+}
+
+pub(crate) fn volume_of(bench: &Bench, source: &Arc<Disk>, version: &Version) -> (Arc<Disk>, SimImage) {
     let image = bench.empty_image("volume");
     let layer = Layer::of(Backing::One(Arc::new(image.clone())), bench.table());
     let view = View::of(source.clone(), version.id, "disk@base");
@@ -457,7 +538,7 @@ fn volume_of(bench: &Bench, source: &Arc<Disk>, version: &Version) -> (Arc<Disk>
     (Disk::volume(bench.clock.clone(), options, VersionId::new_v4(), (VersionId::new_v4(), layer)), image)
 }
 
-fn read_all(bench: &Bench, disk: &Arc<Disk>) -> Result<Vec<u8>, RequestError> {
+pub(crate) fn read_all(bench: &Bench, disk: &Arc<Disk>) -> Result<Vec<u8>, RequestError> {
     let (request, memory) = crate::bench::read_of(0..bench.sectors());
     bench.on(disk.attach_live(), &bench.ticket(), request)?;
     Ok(memory())
@@ -594,4 +675,26 @@ fn a_volume_takes_room_for_what_is_written_to_it() {
     expected[3] = 2;
     assert_eq!(read_all(&bench, &volume).unwrap(), expected);
     assert_eq!(bench.live(), vec![1; bench.sectors()], "the source does not change");
+}
+
+/// Entries that were superseded leave their bytes in the log; what is below may be a hole.
+#[test]
+fn old_bytes_in_the_place_of_zeros_do_not_come_back() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 16..24, 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    let (volume, image) = volume_of(&bench, &bench.disk, &cut.frozen[0]);
+    let (old, queue, at) = (image.clone(), bench.queue.clone(), ByteOffset(0));
+    bench.run(async move {
+        let bytes = halfsilver::image::IoBuf::Guest(filled(8, 9));
+        Backing::One(Arc::new(old)).write(&queue, at, bytes, false).await.unwrap();
+    });
+    let complete = job::complete(bench.queue.clone(), volume.clone(), Arc::new(Pace::default()));
+    assert_eq!(bench.run(complete), Ok(Outcome::Done));
+    assert!(bench.editor.make_independent(&volume));
+    let mut expected = vec![0; bench.sectors()];
+    expected[16..24].fill(1);
+    assert_eq!(read_all(&bench, &volume).unwrap(), expected);
+    assert_eq!(image.sectors_in_use(), 8, "what is zeros takes no room");
 }

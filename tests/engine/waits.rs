@@ -152,6 +152,47 @@ fn folding_a_log_over_a_saved_version_holds_up_one_block() {
     });
 }
 
+/// Many blocks are copied side by side, each under its own lock.
+#[test]
+fn completing_a_volume_holds_up_each_block_by_itself() {
+    let many = 80;
+    let bench = Bench::with_blocks(u32::try_from(BLOCK).unwrap(), many);
+    write_all(&bench, &bench.ticket(), 1);
+    let (cut, _) = bench.cut_to_log();
+    cut.frozen[0].set_quiesced();
+    let (volume, _) = crate::volumes::volume_of(&bench, &bench.disk, &cut.frozen[0]);
+    let start = |at: usize, fill: u8| {
+        let (mut write, queue, ticket) = (Scheduler::default(), bench.queue.clone(), bench.ticket());
+        let (attachment, request) = (volume.attach_live(), crate::bench::write_of(block(at), fill));
+        write.spawn(async move { attachment.execute(&queue, &ticket, request).await.unwrap() });
+        write
+    };
+    let (mut job, pace) = (Scheduler::default(), Arc::new(Pace::default()));
+    let complete = job::complete(bench.queue.clone(), volume.clone(), pace.clone());
+    job.spawn(async move { assert_eq!(complete.await, Ok(Outcome::Done)) });
+    assert!(!job.poll());
+    let side_by_side = sim::hold_all_in_flight(true);
+    assert!(side_by_side > 8, "{side_by_side} reads");
+    for at in side_by_side..side_by_side + 8 {
+        assert!(ends(start(at, 2)), "a write of block {at} waits");
+    }
+    let mut write = start(0, 7);
+    assert!(!write.settle(&mut Rng::new(4)), "it is alone on its block");
+    for _ in 0..2 {
+        sim::hold_all_in_flight(false);
+        sim::finish_io();
+        assert!(!job.poll());
+        sim::hold_all_in_flight(true);
+    }
+    assert!(ends(write), "it waits for more than its block's read and write");
+    assert!(volume.blocks_to_fill().unwrap() > 0, "some are left");
+    sim::hold_all_in_flight(false);
+    assert!(job.settle(&mut Rng::new(6)));
+    assert!(bench.editor.make_independent(&volume));
+    let shown = crate::volumes::read_all(&bench, &volume).unwrap();
+    assert_eq!((shown[0], shown[8], shown[8 * side_by_side]), (7, 1, 2));
+}
+
 #[test]
 fn carrying_out_discards_holds_up_one_block() {
     check(|| {

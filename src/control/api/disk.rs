@@ -66,6 +66,14 @@ fn block_size_min() -> u32 {
     BLOCK_SIZE_MIN
 }
 
+/// Whether tables can count in blocks of that size.
+pub(super) fn check_block_size(key: &str, size: u32) -> Result<(), ApiError> {
+    match size.is_power_of_two() && (BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&size) {
+        true => Ok(()),
+        false => Err(invalid(format!("{key}: {size} is not a power of two from 4K to 1M"))),
+    }
+}
+
 fn process() -> Durability {
     Durability::Process
 }
@@ -110,9 +118,7 @@ impl DiskConfig {
         if !(1..=QUEUES_MAX).contains(&self.queues) {
             return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
         }
-        if !self.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&self.block_size) {
-            return Err(invalid(format!("block-size: {} is not a power of two from 4K to 1M", self.block_size)));
-        }
+        check_block_size("block-size", self.block_size)?;
         match &self.serial {
             Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
                 Err(invalid(format!("serial: {serial:?} is not 1 to {SERIAL_LEN_MAX} characters long")))

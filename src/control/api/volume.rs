@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
+use super::disk::check_block_size;
 use super::{VolumeState, check_absolute, check_socket};
 use crate::control::error::ApiError;
 use crate::control::name::{Name, NameError, SnapshotRef};
@@ -28,6 +29,8 @@ pub struct Volume {
     /// The id of that snapshot.
     #[schema(value_type = String, format = "uuid")]
     pub from_id: Uuid,
+    /// Whether it has everything itself, and does not need that snapshot any more.
+    pub independent: bool,
     /// Whether it can be used.
     pub state: VolumeState,
     /// Why it is broken.
@@ -72,6 +75,32 @@ pub struct CreateVolume {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub image: Option<PathBuf>,
+    /// The size of the blocks that its tables count in, a power of two from 4096 to 1048576; that of the disk that it stands
+    /// on when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+}
+
+/// The query of `POST /v1/volumes/{volume}/disable`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ForceQuery {
+    /// Also while a frontend is connected.
+    #[serde(default)]
+    #[param(required = false)]
+    pub force: bool,
+}
+
+/// The query of `POST /v1/volumes/{volume}/enable`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct EnableQuery {
+    /// Drop what was written to it: it shows its snapshot again.
+    #[serde(default)]
+    #[param(required = false)]
+    pub fresh: bool,
 }
 
 /// What a volume is to stand on.
@@ -111,6 +140,8 @@ pub struct VolumeRequest {
     pub socket: Option<PathBuf>,
     /// The image for what is written to it, absolute.
     pub image: Option<PathBuf>,
+    /// The size of the blocks that its tables count in, if it is not to be that of the source.
+    pub block_size: Option<u32>,
 }
 
 impl CreateVolume {
@@ -125,8 +156,11 @@ impl CreateVolume {
         if let Some(image) = &self.image {
             check_absolute("image", image)?;
         }
-        let (socket, image) = (self.socket.clone(), self.image.clone());
-        Ok(VolumeRequest { name: self.name.parse()?, from: self.from.parse()?, socket, image })
+        if let Some(size) = self.block_size {
+            check_block_size("block_size", size)?;
+        }
+        let (socket, image, block_size) = (self.socket.clone(), self.image.clone(), self.block_size);
+        Ok(VolumeRequest { name: self.name.parse()?, from: self.from.parse()?, socket, image, block_size })
     }
 }
 

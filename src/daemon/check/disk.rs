@@ -154,7 +154,8 @@ fn base_of(of: &mut Examination, record: &DiskRecord, config: &DiskConfig) -> Re
         return Ok(Shape { size_bytes: volume.size_bytes, block_bytes: config.block_size });
     }
     let Some(mirror) = &record.mirror else {
-        let image = probe(&config.path, config, false).map_err(|e| e.to_string())?;
+        // That of a volume which became independent was a log.
+        let image = probe(&config.path, config, record.logical_block_bytes.is_some()).map_err(|e| e.to_string())?;
         return shape_of(&image, config);
     };
     // Those from before the last split; the full image of the newer ones is the mirror.

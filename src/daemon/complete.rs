@@ -1,0 +1,187 @@
+//! Volumes that become independent, and independent volumes that become disks.
+//!
+//! What always holds:
+//! - Until the record says that a volume is independent, it stands on its snapshot, and that is not deleted. From then on
+//!   its oldest log, which has everything on stable storage, is its full image.
+//! - That log gets a name that no start takes for a stray's, by a hard link: at each moment the record names a file that is
+//!   there.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::deletion::{TURN, Turn};
+use super::entry::{DiskEntry, locked};
+use super::jobs::JobEntry;
+use super::layers::{block_on, remove_file};
+use super::manager::{Manager, record_error};
+use super::recording;
+use super::standing::in_volume;
+use crate::control::api::{self, JobPatch, JobState};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::crash;
+use crate::job::{self, Outcome};
+use crate::mirror::Backing;
+use crate::mirror::planted::{self, Defect};
+use crate::store::{Work, WorkRecord};
+
+impl Manager {
+    /// Begins to make a volume independent, or goes on with it (source 004: forced migration).
+    pub(super) fn begin_completion(&self, name: &Name, pacing: JobPatch) -> Result<api::Job, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.volume(name)?;
+        if locked(&disk.standing).volume.is_none() {
+            let message = in_volume(name, "it is independent already");
+            return Err(ApiError::new(ErrorCode::Conflict, message).with_action("nothing is to be done"));
+        }
+        if let Some(reason) = disk.failure() {
+            return Err(ApiError::new(ErrorCode::DiskFailed, in_volume(name, &reason))
+                .with_action("what it stands on is lost; delete it and make another"));
+        }
+        if let Some(goes) = disk.snapshots().iter().find(|s| locked(&s.record).deleting) {
+            let message = in_volume(name, &format!("its snapshot {} is being deleted", goes.reference));
+            return Err(ApiError::new(ErrorCode::VolumeBusy, message).with_action("wait until it is gone"));
+        }
+        if let Some(job) = self.work_of(&disk) {
+            super::work::apply(pacing, &job.pace);
+            if job.state() != JobState::Running {
+                self.go_on_with_work(&disk, job.clone())?;
+            }
+            return Ok(job.to_api());
+        }
+        let record = WorkRecord {
+            work: Work::Complete,
+            stopped: false,
+            delay_ms: pacing.delay_ms.unwrap_or(0),
+            bytes_per_second: pacing.bytes_per_second.unwrap_or(0),
+        };
+        Ok(self.begin_work(&disk, record)?.to_api())
+    }
+
+    /// A version of a disk that is being worked on does not go. The structure is locked.
+    pub(super) fn refuse_beside_work(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+        let job = self.work_of(disk).filter(|job| job.state() == JobState::Running);
+        let Some(job) = job.filter(|_| !planted::is(Defect::DeletedWhileCompleted)) else { return Ok(()) };
+        let message = format!("{}: job {} is at work on it, and needs its snapshots", disk.name, job.id);
+        Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+            .with_action(format!("wait for it (halfsilver job wait {0}) or stop it (halfsilver job stop {0})", job.id)))
+    }
+
+    /// The job: copies, and then records that the volume is independent.
+    pub(super) fn complete(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        // A version that goes would take with it what is put into its log.
+        let turn = loop {
+            match Turn::take(&disk.retires) {
+                Some(turn) => break turn,
+                None if job.pace.is_stopped() => return Ok(Outcome::Stopped),
+                None => std::thread::sleep(TURN),
+            }
+        };
+        let geometry = disk.disk.geometry();
+        let missing = disk.disk.blocks_to_fill().unwrap_or(0) * u64::from(geometry.block_bytes);
+        job.begins_with(geometry.size_bytes.saturating_sub(missing));
+        let (of, pace) = (disk.disk.clone(), job.pace.clone());
+        let done = block_on(async move |queue| job::complete(queue, of, pace).await)??;
+        if done == Outcome::Done {
+            let _structure = locked(&self.structure);
+            if self.is_stopping() {
+                return Ok(Outcome::Stopped); // A restart finds nothing left to copy.
+            }
+            self.make_independent(disk)?;
+        }
+        drop(turn);
+        Ok(done)
+    }
+
+    /// One record, one chain. The structure is locked.
+    fn make_independent(&self, disk: &Arc<DiskEntry>) -> Result<(), String> {
+        let Some((oldest, Backing::One(image))) = disk.disk.oldest_log() else {
+            return Err("it has no log that could be its full image".to_owned());
+        };
+        if disk.disk.chain().without_origin().is_none() {
+            return Err("some blocks are still missing; resume it".to_owned());
+        }
+        let old = image.path().to_owned();
+        let path = match old == self.places.log_image(oldest) {
+            true => {
+                self.link_own_image(disk, &old).map_err(|e| format!("{} gets no other name: {e}", old.display()))?
+            }
+            false => old.clone(), // The user's choice.
+        };
+        crash::point("before a volume is recorded as independent");
+        let mut standing = locked(&disk.standing).clone();
+        standing.stood_on = standing.volume.take();
+        (standing.work, standing.own_image) = (None, path != old);
+        standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        let mut record = recording::independent(disk.to_record(), oldest, &path);
+        standing.put_into(&mut record);
+        self.records.put([&record]).map_err(|e| record_error(e).message)?;
+        crash::point("after a volume was recorded as independent");
+        if !self.editor.make_independent(&disk.disk) {
+            // A start takes it as it is recorded.
+            return Err("its chain has changed since; start the daemon anew".to_owned());
+        }
+        if path != old {
+            image.moved(&path);
+        }
+        let from = standing.relation().map(|v| v.from.clone()).unwrap_or_default();
+        *locked(&disk.standing) = standing;
+        locked(&disk.path).clone_from(&path);
+        if path != old {
+            remove_file(&old);
+        }
+        for table in [self.places.log_table(oldest), self.places.run_table(oldest), self.places.durable_table(oldest)] {
+            remove_file(&table);
+        }
+        log::info!("volume {}: independent of {from}; its image is {}", disk.name, path.display());
+        self.bus.publish(Notice::of_disk(EventKind::VolumeIndependent, &disk.name));
+        Ok(())
+    }
+
+    fn link_own_image(&self, disk: &DiskEntry, log: &Path) -> std::io::Result<PathBuf> {
+        let path = self.places.own_image(disk.id);
+        match std::fs::metadata(&path) {
+            // From the last time: a record of which nobody knows whether it was stored may name it.
+            Ok(there) if is_same(&there, &std::fs::metadata(log)?) => {}
+            // That of a log which has gone since.
+            Ok(_) => std::fs::remove_file(&path).and_then(|()| std::fs::hard_link(log, &path))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::hard_link(log, &path)?,
+            Err(e) => return Err(e),
+        }
+        crate::store::sync_directory_of(&path)?;
+        Ok(path)
+    }
+
+    /// Makes an independent volume a disk. Its guests notice nothing.
+    pub(super) fn promote(&self, name: &Name) -> Result<api::Disk, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.volume(name)?;
+        let old = locked(&disk.standing).clone();
+        if let Some(volume) = &old.volume {
+            let message = in_volume(name, &format!("it stands on snapshot {}", volume.from));
+            return Err(ApiError::new(ErrorCode::VolumeBusy, message)
+                .with_action(format!("make it independent first: halfsilver volume complete {name}")));
+        }
+        if old.disabled {
+            return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it is disabled, and a disk is served"))
+                .with_action(format!("enable it first: halfsilver volume enable {name}")));
+        }
+        locked(&disk.standing).stood_on = None;
+        if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
+            *locked(&disk.standing) = old;
+            return Err(e);
+        }
+        if let Some(volume) = &old.stood_on {
+            self.editor.forget_mark(&disk.disk, volume.origin);
+        }
+        log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());
+        self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));
+        Ok(disk.to_api())
+    }
+}
+
+fn is_same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}

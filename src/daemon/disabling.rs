@@ -1,0 +1,130 @@
+//! Volumes that are not served for a while, and begin anew: a new point in time of what they stand on (source 004).
+//!
+//! What always holds: a disabled volume keeps its content and what it stands on, also across restarts, and its socket is
+//! closed; nothing of it is dropped before the record names the empty log that takes its place.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::disks::serve_live;
+use super::entry::{DiskEntry, locked};
+use super::manager::{Manager, record_error, table_error};
+use super::recording;
+use super::standing::in_volume;
+use crate::control::api;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::crash;
+use crate::mirror::Changed;
+
+impl Manager {
+    pub(super) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.volume(name)?;
+        if locked(&disk.standing).disabled {
+            return Ok(disk.to_volume());
+        }
+        if !force && disk.frontends.count() > 0 {
+            return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it has a frontend connected"))
+                .with_action("disconnect the guest first, or force it"));
+        }
+        self.record_disabled(&disk, true)?;
+        disk.stop_server();
+        drop(locked(&disk.server).take());
+        log::info!("volume {name}: disabled");
+        self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
+        Ok(disk.to_volume())
+    }
+
+    pub(super) fn enable(&self, name: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
+        let _structure = locked(&self.structure);
+        self.refuse_when_stopping()?;
+        let disk = self.volume(name)?;
+        if !locked(&disk.standing).disabled {
+            if fresh {
+                return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it is served"))
+                    .with_action(format!("disable it first: halfsilver volume disable {name}")));
+            }
+            return Ok(disk.to_volume());
+        }
+        if fresh {
+            self.begin_anew(&disk)?;
+        }
+        self.record_disabled(&disk, false)?;
+        match serve_live(name, &disk.config, &disk.disk, &disk.frontends) {
+            Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
+            Err(e) => {
+                self.record_disabled(&disk, true)?;
+                let socket = disk.config.socket.clone().unwrap_or_default();
+                let message = in_volume(name, &format!("cannot serve {}: {e}", socket.display()));
+                return Err(ApiError::new(ErrorCode::Conflict, message));
+            }
+        }
+        log::info!("volume {name}: enabled{}", if fresh { ", with nothing written to it" } else { "" });
+        self.bus.publish(Notice::of_disk(EventKind::VolumeEnabled, name));
+        Ok(disk.to_volume())
+    }
+
+    fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
+        locked(&disk.standing).disabled = disabled;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
+    }
+
+    /// Drops what was written to a disabled volume. The structure is locked.
+    fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
+        let name = &disk.name;
+        let busy = |what: &str, action: &str| {
+            Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
+        };
+        if locked(&disk.standing).volume.is_none() {
+            let what = in_volume(name, "it is independent, so there is nothing that it could show again");
+            return Err(ApiError::new(ErrorCode::Unsupported, what)
+                .with_action("enable it without --fresh, or delete it and make another"));
+        }
+        if !disk.snapshots().is_empty() {
+            return busy("it has snapshots of what was written to it", "delete them first");
+        }
+        if let Some(job) = self.work_of(disk) {
+            return busy(
+                &format!("job {} is not done", job.id),
+                &format!("wait for it: halfsilver job wait {}", job.id),
+            );
+        }
+        if let Some(reason) = disk.failure() {
+            return busy(&reason, "delete it and make another");
+        }
+        let chain = disk.disk.chain();
+        let (old, live) = (chain.version(chain.live()).id, Uuid::new_v4());
+        let was = chain.layer(chain.live()).image.path().to_owned();
+        let path = self.path_beside(&was, old, live);
+        let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
+        let layer = self.make_log(&path, live, &disk.config, disk.disk.geometry()).map_err(named)?;
+        let undo = |e: ApiError| {
+            self.remove_layer(live, &path);
+            self.remove_changed_table(live);
+            named(e)
+        };
+        let changed = self.make_changed_table(live, disk.disk.geometry()).map_err(table_error).map_err(undo)?;
+        let changed = Changed::Noted(changed);
+        crash::point("before a volume is begun anew");
+        let mut record = disk.to_record();
+        (record.live, record.live_log) = (live, Some(path.clone()));
+        record.live_changed = recording::of_changed(Some(&changed));
+        self.records.put([&record]).map_err(record_error).map_err(undo)?;
+        crash::point("after a volume was begun anew");
+        self.editor.begin_anew(&disk.disk, live, layer, changed);
+        self.remove_layer(old, &was);
+        self.remove_changed_table(old);
+        Ok(())
+    }
+
+    /// Where a log is made that takes the place of another one: where ours go, or in the directory that the user chose.
+    fn path_beside(&self, was: &std::path::Path, old: Uuid, live: Uuid) -> PathBuf {
+        if was == self.places.log_image(old) {
+            return self.places.log_image(live);
+        }
+        was.with_file_name(format!("{live}.log"))
+    }
+}

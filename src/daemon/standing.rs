@@ -1,0 +1,78 @@
+//! What a disk or volume has to do with others: what it stands on, or stood on; whether it is served; and the work on it
+//! that goes on after a restart. Remembered in its record, and held by its entry.
+
+use crate::control::Name;
+use crate::control::api::VolumeState;
+use crate::store::{DiskRecord, VolumeRecord, WorkRecord};
+
+use super::entry::{DiskEntry, locked};
+
+/// See above. A disk that never was a volume has nothing of this but perhaps work.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Standing {
+    /// What it stands on, if it is a volume.
+    pub(super) volume: Option<VolumeRecord>,
+    /// What it stood on, if it is a volume that became independent.
+    pub(super) stood_on: Option<VolumeRecord>,
+    /// Whether its socket is closed until it is enabled.
+    pub(super) disabled: bool,
+    /// Whether its full image was made here, under the name of the disk's identifier.
+    pub(super) own_image: bool,
+    /// The logical block size that guests have always seen, whatever the image has.
+    pub(super) logical_block_bytes: Option<u32>,
+    /// What a job is doing to it.
+    pub(super) work: Option<WorkRecord>,
+}
+
+impl Standing {
+    pub(super) fn of(record: &DiskRecord) -> Standing {
+        Standing {
+            volume: record.volume.clone(),
+            stood_on: record.stood_on.clone(),
+            disabled: record.disabled,
+            own_image: record.own_image,
+            logical_block_bytes: record.logical_block_bytes,
+            work: record.work.clone(),
+        }
+    }
+
+    pub(super) fn put_into(&self, record: &mut DiskRecord) {
+        record.volume.clone_from(&self.volume);
+        record.stood_on.clone_from(&self.stood_on);
+        record.disabled = self.disabled;
+        record.own_image = self.own_image;
+        record.logical_block_bytes = self.logical_block_bytes;
+        record.work.clone_from(&self.work);
+    }
+
+    /// What it stands on, or stood on.
+    pub(super) fn relation(&self) -> Option<&VolumeRecord> {
+        self.volume.as_ref().or(self.stood_on.as_ref())
+    }
+}
+
+impl DiskEntry {
+    /// Whether it is a volume, also an independent one.
+    pub(super) fn is_volume(&self) -> bool {
+        locked(&self.standing).relation().is_some()
+    }
+
+    /// Whether it stands on this version.
+    pub(super) fn stands_on(&self, version: uuid::Uuid) -> bool {
+        locked(&self.standing).volume.as_ref().is_some_and(|v| v.snapshot == version)
+    }
+
+    /// Whether it can be used.
+    pub(super) fn volume_state(&self, failure: Option<&String>) -> VolumeState {
+        match (failure, locked(&self.standing).disabled) {
+            (Some(_), _) => VolumeState::Broken,
+            (None, true) => VolumeState::Disabled,
+            (None, false) => VolumeState::Serving,
+        }
+    }
+}
+
+/// How a volume is spoken of.
+pub(super) fn in_volume(name: &Name, what: &str) -> String {
+    format!("volume {name}: {what}")
+}

@@ -1,0 +1,149 @@
+//! Work on a disk or volume that goes on after a restart: begun, stopped, resumed and remembered here, whatever kind it is.
+//!
+//! A kind is a variant of [`Work`], its [`JobKind`], and a line in [`Manager::carry_out`].
+//!
+//! What always holds: a disk has one work at a time; its record says so before the work begins, and no longer when what it
+//! brings about is recorded.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::entry::{DiskEntry, locked};
+use super::jobs::JobEntry;
+use super::manager::Manager;
+use crate::control::api::{JobKind, JobPatch, JobState};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::job::{Outcome, Pace};
+use crate::store::{Work, WorkRecord};
+
+fn kind_of(work: &Work) -> JobKind {
+    match work {
+        Work::Complete => JobKind::Migrate,
+    }
+}
+
+/// Changes the pace of a job, as far as something is said.
+pub(super) fn apply(patch: JobPatch, pace: &Pace) {
+    if let Some(delay_ms) = patch.delay_ms {
+        pace.delay_ms.store(delay_ms, Ordering::Relaxed);
+    }
+    if let Some(limit) = patch.bytes_per_second {
+        pace.bytes_per_second.store(limit, Ordering::Relaxed);
+    }
+}
+
+impl Manager {
+    /// The work itself, on a thread of its own. Everything that it has done when it is stopped, fails or is cut off stays
+    /// done, and it can begin again.
+    fn carry_out(&self, work: &Work, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        match work {
+            Work::Complete => self.complete(disk, job),
+        }
+    }
+
+    /// Begins a work. The structure is locked.
+    pub(super) fn begin_work(&self, disk: &Arc<DiskEntry>, record: WorkRecord) -> Result<Arc<JobEntry>, ApiError> {
+        if let Some(job) = self.work_of(disk) {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("{}: job {} is not done", disk.name, job.id))
+                .with_action(format!("wait for it: halfsilver job wait {}", job.id)));
+        }
+        locked(&disk.standing).work = Some(record.clone());
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            locked(&disk.standing).work = None;
+            return Err(e);
+        }
+        let job = self.job_of(disk, &record);
+        self.run_work(disk, &record.work, job.clone());
+        Ok(job)
+    }
+
+    /// Goes on after a restart.
+    pub(super) fn resume_work(&self, disk: &Arc<DiskEntry>) {
+        let Some(record) = locked(&disk.standing).work.clone() else { return };
+        let job = self.job_of(disk, &record);
+        if record.stopped {
+            self.end_job(&job, JobState::Stopped, None);
+        } else {
+            self.run_work(disk, &record.work, job);
+        }
+    }
+
+    /// Goes on with what was stopped or has failed. The structure is locked.
+    pub(super) fn go_on_with_work(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        let Some(mut record) = locked(&disk.standing).work.clone() else {
+            return Err(ApiError::job_ended(job.id, job.state()));
+        };
+        record.stopped = false;
+        locked(&disk.standing).work = Some(record.clone());
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_work(disk, &record.work, job);
+        Ok(())
+    }
+
+    /// The job that works on the disk, or would if it were resumed.
+    pub(super) fn work_of(&self, disk: &DiskEntry) -> Option<Arc<JobEntry>> {
+        let kind = kind_of(&locked(&disk.standing).work.as_ref()?.work);
+        let is_it = |j: &&Arc<JobEntry>| j.disk == disk.name && j.kind == kind && j.state() != JobState::Done;
+        locked(&self.jobs).values().rev().find(is_it).cloned()
+    }
+
+    /// The disk that a job works on, if there is work left.
+    pub(super) fn disk_of_work(&self, job: &JobEntry) -> Option<Arc<DiskEntry>> {
+        let disk = self.disk(&job.disk).ok()?;
+        let is_it = self.work_of(&disk).is_some_and(|of| of.id == job.id);
+        is_it.then_some(disk)
+    }
+
+    /// Remembers how a job is paced, if a restart goes on with it.
+    pub(super) fn remember_pace(&self, job: &JobEntry) -> Result<(), ApiError> {
+        let _structure = locked(&self.structure);
+        let Some(disk) = self.disk_of_work(job) else { return Ok(()) };
+        if let Some(work) = &mut locked(&disk.standing).work {
+            work.delay_ms = job.pace.delay_ms.load(Ordering::Relaxed);
+            work.bytes_per_second = job.pace.bytes_per_second.load(Ordering::Relaxed);
+        }
+        self.persist(&[disk])
+    }
+
+    /// Takes the jobs of what is gone off the list.
+    pub(super) fn forget_jobs_of(&self, disk: &Name) {
+        locked(&self.jobs).retain(|_, job| job.disk != *disk || job.state() == JobState::Running);
+    }
+
+    fn job_of(&self, disk: &DiskEntry, record: &WorkRecord) -> Arc<JobEntry> {
+        let job = self.new_job(kind_of(&record.work), &disk.name, None);
+        job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
+        job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
+        job
+    }
+
+    fn run_work(&self, disk: &Arc<DiskEntry>, work: &Work, job: Arc<JobEntry>) {
+        let (me, disk, work, ours) = (self.me.clone(), disk.clone(), work.clone(), job.clone());
+        let started = self.start_thread("work", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let (state, reason) = match manager.carry_out(&work, &disk, &ours) {
+                Ok(Outcome::Done) => (JobState::Done, None),
+                Ok(Outcome::Stopped) if manager.is_stopping() => {
+                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
+                }
+                Ok(Outcome::Stopped) => {
+                    let _structure = locked(&manager.structure);
+                    if let Some(work) = &mut locked(&disk.standing).work {
+                        work.stopped = true;
+                    }
+                    match manager.persist(std::slice::from_ref(&disk)) {
+                        Ok(()) => (JobState::Stopped, None),
+                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
+                    }
+                }
+                Err(reason) => (JobState::Failed, Some(reason)),
+            };
+            manager.end_job(&ours, state, reason);
+        });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Giving a volume everything that it does not own (source 004: forced migration, figure 8).
+//!
+//! The table of its oldest log is the state: a job that was stopped or cut off goes on with the blocks that are left. Each
+//! block is copied under its own lock, many side by side, so a guest's write waits for at most one block's copy.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{Outcome, Pace};
+use crate::crash;
+use crate::image::IoQueue;
+use crate::mirror::planted::{self, Defect};
+use crate::mirror::{Disk, Filled};
+use crate::store::BlockIndex;
+
+/// Blocks that are copied side by side.
+const SIDE_BY_SIDE: usize = 32;
+
+/// After this many bytes the log is made durable, so that a power cut does not begin everything again.
+const CHECKPOINT_BYTES: u64 = 1 << 30;
+
+/// Copies to a volume's oldest log what it lacks, and makes it durable. What it stands on can leave its chain then
+/// ([`crate::mirror::ChainEditor::make_independent`]).
+///
+/// # Errors
+/// When a block cannot be read or written, or the log cannot be stored. What was copied stays; begin again when it can be.
+pub async fn complete(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcome, String> {
+    let geometry = disk.geometry().clone();
+    let block_bytes = u64::from(geometry.block_bytes);
+    let left = disk.blocks_to_fill().unwrap_or(0) * block_bytes;
+    // Of a volume that was written already, or a job that goes on, some is there.
+    pace.total_bytes.store(geometry.size_bytes, Ordering::Relaxed);
+    pace.done_bytes.store(geometry.size_bytes.saturating_sub(left), Ordering::Relaxed);
+    let lane = disk.clock().lane();
+    let (mut at, mut since_checkpoint) = (BlockIndex(0), 0);
+    loop {
+        let most = pace.side_by_side(block_bytes, SIDE_BY_SIDE);
+        let filled = {
+            let ticket = lane.enter();
+            disk.fill_some(&queue, &ticket, at, most).await?
+        };
+        let Some(Filled { next, bytes }) = filled else { break };
+        at = next;
+        crash::point("between two steps of a completion");
+        if !pace.step(&queue, bytes).await {
+            return Ok(Outcome::Stopped);
+        }
+        since_checkpoint += bytes;
+        if since_checkpoint >= CHECKPOINT_BYTES {
+            since_checkpoint = 0;
+            disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
+        }
+    }
+    if !planted::is(Defect::IndependentBeforeStored) {
+        disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
+    }
+    pace.done_bytes.store(geometry.size_bytes, Ordering::Relaxed);
+    Ok(Outcome::Done)
+}

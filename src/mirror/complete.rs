@@ -1,0 +1,198 @@
+//! Making a volume independent (source 004: forced migration, figure 8): what it does not own is copied from what it
+//! stands on, and then that leaves its chain.
+//!
+//! What always holds:
+//! - Blocks go into the oldest log, above the origin: what is newer reads through it, so all versions keep their content.
+//! - A block is copied under its own lock, and looked at again under it; its bit follows its bytes. So a guest's write waits
+//!   for one block at most, and no reader sees a place that is not filled.
+//! - The origin leaves only when the log owns every block. Nothing takes an entry out of that log meanwhile, unless its
+//!   version is deleted; whoever completes a volume makes sure that no version of it is on its way out.
+
+use std::sync::Arc;
+
+use super::chain::{Chain, Layer, Link, Owned, VersionIndex};
+use super::join::join_all;
+use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::plan::Copy;
+use super::planted::{self, Defect};
+use super::{Backing, ChainEditor, Changed, Disk, Mark, Ticket, VersionId};
+use crate::image::IoQueue;
+use crate::store::{BlockIndex, BlockRange, Table};
+use crate::sync::lock;
+
+/// What a volume stands on, in its chain, and the log that it is copied to.
+const ORIGIN: VersionIndex = 0;
+const OLDEST_LOG: VersionIndex = 1;
+
+/// A step of [`Disk::fill_some`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Filled {
+    /// Where to go on.
+    pub next: BlockIndex,
+    /// How many bytes were copied.
+    pub bytes: u64,
+}
+
+impl Disk {
+    /// Copies up to `most` blocks side by side, at or after `from`, that the volume does not own. None when there is none.
+    ///
+    /// The ticket keeps what it reads from being taken away.
+    ///
+    /// # Errors
+    /// When what it stands on cannot be read, the log cannot be written, or a version of it is being deleted. Nothing is
+    /// lost; it can be tried again.
+    pub async fn fill_some(
+        &self,
+        queue: &IoQueue,
+        _ticket: &Ticket,
+        from: BlockIndex,
+        most: usize,
+    ) -> Result<Option<Filled>, String> {
+        let chain = self.chain();
+        let Some(table) = table_to_fill(&chain)? else { return Ok(None) };
+        if let Some(filled) = table.next_clear(from).and_then(|first| self.fill_zeros(first)) {
+            return Ok(Some(filled));
+        }
+        let next = |after: &BlockIndex| table.next_clear(BlockIndex(after.0 + 1));
+        let blocks: Vec<_> = std::iter::successors(table.next_clear(from), next).take(most.max(1)).collect();
+        let Some(last) = blocks.last() else { return Ok(None) };
+        let next = BlockIndex(last.0 + 1);
+        let copies = blocks.into_iter().map(|block| self.fill_block(queue, block)).collect();
+        let bytes = join_all(copies).await.into_iter().sum::<Result<u64, String>>()?;
+        Ok(Some(Filled { next, bytes }))
+    }
+
+    /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
+    /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
+    fn fill_zeros(&self, first: BlockIndex) -> Option<Filled> {
+        let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_GUARD_MAX);
+        let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
+        let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
+        let _guard = self.locks.try_exclusive(run)?;
+        let chain = self.chain();
+        let table = table_to_fill(&chain).ok()??;
+        // What the guest wrote meanwhile is in the log, and so is what was there of an entry that is gone.
+        let zeros = match planted::is(Defect::FilledOverOldBytes) {
+            true => self.geometry.bytes(run).1,
+            false => chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1),
+        };
+        let run = self.whole_blocks(first, zeros)?;
+        table.prepare(run).ok()?;
+        table.set(run);
+        Some(Filled { next: run.end, bytes: self.geometry.bytes(run).1 })
+    }
+
+    /// The blocks from `first` on that so many bytes cover; None if they do not cover one.
+    fn whole_blocks(&self, first: BlockIndex, bytes: u64) -> Option<BlockRange> {
+        let (at, _) = self.geometry.bytes(BlockRange::one(first));
+        let end = match at.0 + bytes == self.geometry.size_bytes {
+            true => self.geometry.blocks(),
+            false => (at.0 + bytes) / u64::from(self.geometry.block_bytes),
+        };
+        (end > first.0).then_some(BlockRange { start: first, end: BlockIndex(end) })
+    }
+
+    async fn fill_block(&self, queue: &IoQueue, block: BlockIndex) -> Result<u64, String> {
+        let one = BlockRange::one(block);
+        let _guard = match planted::is(Defect::FilledWithoutLock) {
+            true => None,
+            false => Some(self.locks.acquire(one, Mode::Exclusive).await),
+        };
+        // Only now: a guest may have written the block, and a cut may have come in between.
+        let chain = self.chain();
+        let Some(table) = table_to_fill(&chain)? else { return Ok(0) };
+        let bytes = self.geometry.bytes(one).1;
+        if table.get(block) {
+            return Ok(bytes);
+        }
+        table.prepare(one).map_err(|e| format!("its table cannot grow: {e}"))?;
+        if planted::is(Defect::FilledBitFirst) {
+            table.set(one);
+        }
+        self.copy_blocks(queue, &chain, one, Copy { from: ORIGIN, to: OLDEST_LOG }).await?;
+        table.set(one);
+        Ok(bytes)
+    }
+
+    /// How many blocks there are to copy before it can be independent; None if it stands on nothing.
+    #[must_use]
+    pub fn blocks_to_fill(&self) -> Option<u64> {
+        let chain = self.chain();
+        let (_, table) = oldest_log(&chain)?;
+        Some(self.geometry.blocks() - table.count().min(self.geometry.blocks()))
+    }
+
+    /// The oldest log of a volume that stands on something: its version and its image.
+    #[must_use]
+    pub fn oldest_log(&self) -> Option<(VersionId, Backing)> {
+        let chain = self.chain();
+        oldest_log(&chain).map(|(link, _)| (link.version.id, link.layer.image.clone()))
+    }
+}
+
+/// The oldest log above what a volume stands on.
+fn oldest_log(chain: &Chain) -> Option<(&Link, &Arc<Table>)> {
+    let [origin, oldest, ..] = chain.links() else { return None };
+    match (&origin.layer.image, &oldest.layer.owned) {
+        (Backing::View(_), Owned::Table(table)) => Some((oldest, table)),
+        _ => None,
+    }
+}
+
+/// The table of the log that is to be filled; None if there is nothing that the volume stands on.
+fn table_to_fill(chain: &Chain) -> Result<Option<&Arc<Table>>, String> {
+    // What is handed to a newer version is looked for once; what comes into a log behind that would be lost.
+    if chain.links().iter().any(|link| link.version.is_retiring()) {
+        return Err("one of its snapshots is being deleted; go on with that first".to_owned());
+    }
+    Ok(oldest_log(chain).map(|(_, table)| table))
+}
+
+impl Chain {
+    /// The same without what a volume stands on: its oldest log owns everything, and becomes the pivot. None if that is not
+    /// so.
+    #[must_use]
+    pub fn without_origin(&self) -> Option<Chain> {
+        let (_, table) = oldest_log(self)?;
+        if table.count() < table.blocks() {
+            return None;
+        }
+        let mut links = self.links()[OLDEST_LOG..].to_vec();
+        links[0].layer = Layer::full(links[0].layer.image.clone());
+        Some(Chain::new(links))
+    }
+}
+
+impl ChainEditor {
+    /// Lets a volume stand on its own: what it stands on leaves its chain. Requests that go by the old chain find the same
+    /// bytes in the same places. False if its oldest log does not own everything; nothing has changed then.
+    ///
+    /// Everything must be durable before, and so must be that it is so.
+    #[must_use]
+    pub fn make_independent(&self, disk: &Disk) -> bool {
+        let _editing = lock(&self.editing);
+        let whole = disk.chain();
+        let Some(chain) = whole.without_origin() else { return false };
+        // What was written since the volume was made is still asked for.
+        let origin = whole.version(ORIGIN);
+        disk.remember_marks(vec![Mark { id: origin.id, began: origin.began, changed: None }]);
+        disk.chain.store(Arc::new(chain));
+        if let Some(base) = &disk.base {
+            base.store(None);
+        }
+        true
+    }
+
+    /// Drops what was written to a volume without snapshots, and begins anew with an empty log. Nobody may be at work on it.
+    ///
+    /// # Panics
+    /// When it has snapshots, or stands on nothing.
+    pub fn begin_anew(&self, disk: &Disk, live: VersionId, layer: Layer, changed: Changed) {
+        let _editing = lock(&self.editing);
+        let chain = disk.chain();
+        let [origin, old] = chain.links() else { panic!("a volume with snapshots is not begun anew") };
+        assert!(matches!(origin.layer.image, Backing::View(_)), "a volume that stands on nothing is not begun anew");
+        let version = super::Version::noting(live, old.version.began, Some(changed));
+        disk.chain.store(Arc::new(Chain::new(vec![origin.clone(), Link { version, layer, splits: false }])));
+    }
+}

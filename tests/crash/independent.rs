@@ -1,0 +1,275 @@
+//! A volume that becomes independent on media that forget what was not synced: at each step it ends, by a kill or a power
+//! cut, and must be what its record says: it stands on its snapshot, with a log and the log's table, or its log is all of
+//! it. What was flushed is there, after a kill all that was acknowledged.
+//!
+//! The source is frozen and stored. One guest writes and flushes; its requests follow one another.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::mirror::{
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot, Request,
+    VersionId, View, Writers,
+};
+use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
+
+use crate::media::{self, Medium, SECTOR, Scheduler, run, set_aside};
+use crate::schedule::Rng;
+
+const BLOCK: u32 = 4096;
+const PER_BLOCK: usize = 8;
+/// The last block is short.
+const SECTORS: usize = 7 * PER_BLOCK + 3;
+const SEEDS: u64 = 400;
+const WRITES: usize = 10;
+
+/// What may be found.
+#[derive(Default)]
+struct Oracle {
+    /// What each sector was when the last flush that has ended began.
+    stored: Vec<u64>,
+    /// All that was written since, or is being written.
+    since: Vec<Vec<u64>>,
+    /// What was acknowledged, and what is in flight.
+    acknowledged: Vec<u64>,
+    in_flight: Option<(std::ops::Range<usize>, u64)>,
+}
+
+#[derive(Default, Debug)]
+struct Counts {
+    cuts: u64,
+    kills: u64,
+    standing: u64,
+    independent: u64,
+    entries_found: u64,
+}
+
+fn table() -> Table {
+    Disk::table_in_memory((SECTORS * SECTOR) as u64, BLOCK).unwrap()
+}
+
+fn filled(sectors: usize, tag: u64) -> GuestBuf {
+    let mut data = AlignedBuf::zeroed(sectors * SECTOR);
+    data.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&tag.to_le_bytes()));
+    GuestBuf::from_owned(data).0
+}
+
+fn tags(bytes: &[u8]) -> Vec<u64> {
+    let tag = |sector: &[u8]| u64::from_le_bytes(sector[..8].try_into().unwrap());
+    bytes.chunks_exact(SECTOR).map(tag).collect()
+}
+
+/// The source's bytes: some blocks are zeros.
+fn source_bytes(rng: &mut Rng) -> Vec<u8> {
+    let mut bytes = vec![0; SECTORS * SECTOR];
+    for block in bytes.chunks_mut(BLOCK as usize) {
+        if rng.chance(70) {
+            block.chunks_mut(8).for_each(|word| word.copy_from_slice(&1_u64.to_le_bytes()));
+        }
+    }
+    bytes
+}
+
+struct World {
+    rng: Rng,
+    source: Vec<u64>,
+    log: Medium,
+    durable: Medium,
+    run_table: Arc<Table>,
+    /// Whether the record says that it is independent.
+    record: Rc<RefCell<bool>>,
+    oracle: Rc<RefCell<Oracle>>,
+    scheduler: Scheduler,
+    counts: Counts,
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let (mut rng, queue) = (Rng::new(seed), IoQueue::simulated());
+        let bytes = source_bytes(&mut rng);
+        let source = tags(&bytes);
+        let clock = EpochClock::new(Epoch(1));
+        let editor = Arc::new(ChainEditor::new(clock.clone()));
+        let options = |image| DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: table() };
+        let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(Medium::with("source", bytes)))));
+        let above = Layer::of(Backing::One(Arc::new(Medium::new("above", SECTORS * SECTOR))), Arc::new(table()));
+        let layer = NewLayer::Live { layer: above };
+        let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: VersionId::new_v4(), changed: None };
+        let cut = editor.cut(vec![prepared], Writers::Request).unwrap();
+        cut.frozen[0].set_quiesced();
+        let (log, run_table) = (Medium::new("log", SECTORS * SECTOR), Arc::new(table()));
+        let size = usize::try_from(DurableTable::image_bytes(run_table.blocks())).unwrap();
+        let (durable, of, io) = (Medium::new("durable", size), run_table.clone(), queue.clone());
+        let image = Arc::new(durable.clone());
+        let made = run(&mut rng, async move {
+            DurableTable::create(image, VersionId::nil(), of, [0; PAYLOAD_BYTES], &io).await.unwrap()
+        });
+        let layer = Layer::logged(Backing::One(Arc::new(log.clone())), Arc::new(Log { table: made, freed: table() }));
+        let view = View::of(disk, cut.frozen[0].id, "vm@frozen");
+        let volume = Disk::volume(
+            clock.clone(),
+            options(Backing::View(view)),
+            VersionId::new_v4(),
+            (VersionId::new_v4(), layer),
+        );
+        let oracle = Oracle {
+            stored: source.clone(),
+            since: vec![Vec::new(); SECTORS],
+            acknowledged: source.clone(),
+            in_flight: None,
+        };
+        let (oracle, record) = (Rc::new(RefCell::new(oracle)), Rc::new(RefCell::new(false)));
+        let mut scheduler = Scheduler::default();
+        scheduler.spawn(guest(seed, queue.clone(), volume.clone(), oracle.clone()));
+        scheduler.spawn(completion(queue, editor, volume, record.clone()));
+        World { rng, source, log, durable, run_table, record, oracle, scheduler, counts: Counts::default() }
+    }
+
+    /// What is found: with the log's table, if the record says that the volume stands on its snapshot.
+    fn found(&self, log: &Medium, entries: &Table) -> Vec<u64> {
+        let log = tags(&log.bytes());
+        let owns = |sector: usize| *self.record.borrow() || entries.get(BlockIndex((sector / PER_BLOCK) as u64));
+        (0..SECTORS).map(|sector| if owns(sector) { log[sector] } else { self.source[sector] }).collect()
+    }
+
+    fn end_by_a_kill(&mut self) {
+        let log = self.log.after_kill(&mut self.rng);
+        let found = self.found(&log, &self.run_table);
+        let oracle = self.oracle.borrow();
+        for (sector, got) in found.into_iter().enumerate() {
+            let now = oracle.in_flight.as_ref().filter(|(sectors, _)| sectors.contains(&sector)).map(|(_, tag)| *tag);
+            let is_right = got == oracle.acknowledged[sector] || Some(got) == now;
+            assert!(is_right, "after a kill, independent: {}: sector {sector} shows {got}", self.record.borrow());
+        }
+        self.counts.kills += 1;
+    }
+
+    fn end_by_a_power_cut(&mut self) {
+        let (log, durable) = (self.log.after_power_cut(&mut self.rng), self.durable.after_power_cut(&mut self.rng));
+        let (into, aside) = (Arc::new(table()), set_aside());
+        let entries = run(&mut self.rng, async move {
+            let queue = IoQueue::simulated();
+            let (table, report) = DurableTable::load(Arc::new(durable), VersionId::nil(), into, &queue).await.unwrap();
+            assert!(report.damaged.is_empty());
+            table.table().clone()
+        });
+        drop(aside);
+        let found = self.found(&log, &entries);
+        let oracle = self.oracle.borrow();
+        for (sector, got) in found.into_iter().enumerate() {
+            let is_right = got == oracle.stored[sector] || oracle.since[sector].contains(&got);
+            assert!(is_right, "after a power cut, independent: {}: sector {sector} shows {got}", self.record.borrow());
+        }
+        self.counts.cuts += 1;
+        self.counts.entries_found += u64::from(!*self.record.borrow() && entries.count() > 0);
+        match *self.record.borrow() {
+            true => self.counts.independent += 1,
+            false => self.counts.standing += 1,
+        }
+    }
+
+    fn run(mut self) -> Counts {
+        let mut seen = media::changes();
+        while self.scheduler.step(&mut self.rng) {
+            if seen == media::changes() {
+                continue;
+            }
+            seen = media::changes();
+            if self.rng.chance(30) {
+                self.end_by_a_power_cut();
+            }
+            if self.rng.chance(10) {
+                self.end_by_a_kill();
+            }
+        }
+        assert_eq!(self.scheduler.tasks(), 0, "something hangs");
+        assert!(*self.record.borrow());
+        self.end_by_a_power_cut();
+        self.end_by_a_kill();
+        self.counts
+    }
+}
+
+/// One request after the other: writes of any length, and flushes.
+async fn guest(seed: u64, queue: IoQueue, volume: Arc<Disk>, oracle: Rc<RefCell<Oracle>>) {
+    let (mut rng, lane) = (Rng::new(seed ^ 0x5eed), volume.clock().lane());
+    let attachment = volume.attach_live();
+    for tag in 10..10 + WRITES as u64 {
+        let from = rng.below(SECTORS);
+        let sectors = from..from + 1 + rng.below((SECTORS - from).min(12));
+        let durable = rng.chance(15);
+        {
+            let mut oracle = oracle.borrow_mut();
+            sectors.clone().for_each(|sector| oracle.since[sector].push(tag));
+            oracle.in_flight = Some((sectors.clone(), tag));
+        }
+        let at = ByteOffset((sectors.start * SECTOR) as u64);
+        let write = Request::Write { at, from: filled(sectors.len(), tag), durable };
+        attachment.execute(&queue, &lane.enter(), write).await.unwrap();
+        {
+            let mut oracle = oracle.borrow_mut();
+            oracle.in_flight = None;
+            oracle.acknowledged[sectors.clone()].fill(tag);
+            if durable {
+                oracle.stored[sectors.clone()].fill(tag);
+                sectors.for_each(|sector| oracle.since[sector].clear());
+            }
+        }
+        if rng.chance(40) {
+            attachment.execute(&queue, &lane.enter(), Request::Flush).await.unwrap();
+            let mut oracle = oracle.borrow_mut();
+            oracle.stored = oracle.acknowledged.clone();
+            oracle.since.iter_mut().for_each(Vec::clear);
+        }
+    }
+}
+
+/// As Manager::complete and make_independent in src/daemon/complete.rs: the copies, the record, the chain.
+async fn completion(queue: IoQueue, editor: Arc<ChainEditor>, volume: Arc<Disk>, record: Rc<RefCell<bool>>) {
+    let done = job::complete(queue, volume.clone(), Arc::new(Pace::default())).await.unwrap();
+    assert_eq!(done, Outcome::Done);
+    *record.borrow_mut() = true;
+    media::count_change();
+    assert!(editor.make_independent(&volume));
+}
+
+fn all(first: u64, seeds: u64) -> Result<Counts, u64> {
+    let mut total = Counts::default();
+    for seed in first..first + seeds {
+        let run = std::panic::catch_unwind(|| World::new(seed).run());
+        let Ok(counts) = run else {
+            drop(set_aside());
+            return Err(seed);
+        };
+        total.cuts += counts.cuts;
+        total.kills += counts.kills;
+        total.standing += counts.standing;
+        total.independent += counts.independent;
+        total.entries_found += counts.entries_found;
+    }
+    Ok(total)
+}
+
+#[test]
+fn a_completion_that_is_cut_off_leaves_one_or_the_other() {
+    let _undisturbed = crate::alone::undisturbed();
+    let number = |variable| std::env::var(variable).ok().and_then(|text| text.parse().ok());
+    let (first, seeds) = (number("CRASH_FIRST").unwrap_or(0), number("CRASH_SEEDS").unwrap_or(SEEDS));
+    let counts = all(first, seeds).unwrap_or_else(|seed| panic!("CRASH_FIRST={seed} CRASH_SEEDS=1 repeats it"));
+    println!("completions: seeds {first} to {}: {counts:?}", first + seeds - 1);
+    let Counts { kills, standing, independent, entries_found, .. } = counts;
+    assert!(seeds < SEEDS || kills.min(standing).min(independent).min(entries_found) > 0, "{counts:?}");
+}
+
+#[cfg(feature = "planted")]
+#[test]
+fn defects_of_a_completion_are_noticed() {
+    use halfsilver::mirror::planted::Defect;
+    for defect in [Defect::FilledBitFirst, Defect::FilledWithoutLock, Defect::IndependentBeforeStored] {
+        let noticed = crate::alone::with_planted(defect, || all(0, 500)).unwrap().expect_err("it is noticed");
+        println!("planted: {defect:?}: noticed by tests/crash/independent.rs: seed {noticed}");
+    }
+}
