@@ -98,6 +98,9 @@ impl Manager {
 
     /// Remembers how a job is paced, if a restart goes on with it.
     pub(super) fn remember_pace(&self, job: &JobEntry) -> Result<(), ApiError> {
+        if self.disk_of_work(job).is_none() {
+            return Ok(()); // Nothing is remembered of it, and nobody is waited for.
+        }
         let _structure = locked(&self.structure);
         let Some(disk) = self.disk_of_work(job) else { return Ok(()) };
         if let Some(work) = &mut locked(&disk.standing).work {
