@@ -6,9 +6,8 @@
 //! moments is the union of the tables after the first one, up to the second one.
 //!
 //! What always holds:
-//! - A bit is set under the block's lock, before the bytes that it announces are submitted, in the table of the version
-//!   that the request belongs to, and of newer ones that it must reach in other places too. Whoever finds the bytes finds
-//!   the bit, also after a kill.
+//! - A bit is set under the block's lock, before its bytes are submitted, in the table of the version that the request
+//!   belongs to, and of newer ones that it must reach in other places. Whoever finds the bytes finds the bit.
 //! - When a marker goes, its table is merged into that of the next newer one, and only then can nobody see it any more.
 //! - What is not known counts as changed: a table that could not be extended, or was lost, is never taken for an empty one.
 
