@@ -5,8 +5,10 @@
 //!
 //! What this room does not know: who asked, and what is recorded about it.
 
+mod restore;
 mod resync;
 
+pub use restore::restore;
 pub use resync::resync;
 
 use std::sync::Arc;

@@ -11,6 +11,7 @@ use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::Mode;
 use super::plan::Copy;
 use super::planted::{self, Defect};
+use super::restore::Restore;
 use super::{Backing, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -19,7 +20,7 @@ use crate::sync::{Mutex, lock};
 /// Who may change chains: one at a time for the whole daemon, because a group is published at one cut.
 pub struct ChainEditor {
     clock: EpochClock,
-    editing: Mutex<()>,
+    pub(super) editing: Mutex<()>,
 }
 
 /// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
@@ -97,7 +98,8 @@ impl ChainEditor {
     /// When too many older cuts still drain; nothing has changed then.
     ///
     /// # Panics
-    /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]).
+    /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]), or a disk
+    /// is being restored.
     pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
         let _editing = lock(&self.editing);
         if !self.clock.can_advance() {
@@ -166,7 +168,7 @@ impl ChainEditor {
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         links[chain.pivot_of(chain.live())].layer.image = image;
-        disk.chain.store(Arc::new(Chain::new(links)));
+        disk.chain.store(Arc::new(chain.with_links(links)));
         Ok(self.clock.advance()?.previous())
     }
 
@@ -205,7 +207,7 @@ impl ChainEditor {
         if gone.splits && links.get(index).is_some_and(|next| !next.splits) {
             links[index].splits = true;
         }
-        disk.chain.store(Arc::new(Chain::new(links)));
+        disk.chain.store(Arc::new(chain.with_links(links)));
     }
 }
 
@@ -221,6 +223,7 @@ impl Disk {
     /// Publishes a new live version that begins at `began`.
     fn publish(&self, prepared: PreparedSnapshot, began: Epoch) -> Arc<Version> {
         let chain = self.chain();
+        assert!(matches!(chain.restore(), Restore::None), "a disk is frozen while it is restored");
         let mut links = chain.links().to_vec();
         let movable = self.can_move_pivot();
         let last = links.last_mut().expect("a chain is never empty");
