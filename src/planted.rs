@@ -279,6 +279,12 @@ defects! {
     BroughtBackUnsaved,
     /// Discards from before a restore are still carried out after it.
     DiscardsOutliveRestore,
+    /// The records do not say that a restore has begun.
+    RestoreNotRecorded,
+    /// Which blocks are pending is not durable when a restore begins.
+    PendingNotStored,
+    /// What a restore goes back to may be lost in a power cut while it is under way.
+    RestoredOnlySaved,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

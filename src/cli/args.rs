@@ -136,6 +136,23 @@ pub(super) enum DiskCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Take a disk back to an older point in time: it shows that at once, and a job copies what differs
+    Restore {
+        disk: Name,
+        /// A snapshot of the disk, or a volume that stands on one
+        #[arg(long, value_name = "SNAPSHOT|VOLUME")]
+        from: VolumeSource,
+        /// Even if a frontend is connected, whose guest may hold old content in memory
+        #[arg(long)]
+        force: bool,
+        /// The pause after each block, in milliseconds
+        #[arg(long, value_name = "MS", default_value_t = 0,
+            value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
+        delay_ms: u32,
+        /// Return only when all is copied
+        #[arg(long)]
+        wait: bool,
+    },
     /// Let a leg of a disk go; its file stays as a plain raw image
     Unmirror {
         disk: Name,

@@ -10,6 +10,7 @@ mod client;
 mod commands;
 mod output;
 mod pages;
+mod restore;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};

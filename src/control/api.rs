@@ -6,6 +6,7 @@
 //! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
 
 mod disk;
+mod restore;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ use super::timestamp::Timestamp;
 use super::words::words;
 
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
+pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
 pub use volume::{CreateVolume, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
@@ -131,6 +133,8 @@ words! {
         Migrate = "migrate",
         /// Synchronises a leg of a mirrored disk with the other one.
         Mirror = "mirror",
+        /// Copies back what a disk has otherwise than what it is restored from.
+        Restore = "restore",
     }
 }
 

@@ -3,6 +3,8 @@
 //! No state is kept between requests and no policy is made here. Whatever `router` serves, the OpenAPI document at the
 //! end of this file describes; a test holds the two against each other.
 
+mod restore;
+
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +71,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/disks", get(list_disks))
         .route("/v1/disks/{disk}", get(get_disk).put(put_disk).delete(delete_disk))
         .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
+        .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
         .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
@@ -453,6 +456,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         delete_disk,
         mirror_disk,
         unmirror_disk,
+        restore::restore_disk,
         list_snapshots,
         create_snapshots,
         get_snapshot,

@@ -14,6 +14,7 @@ use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
+use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::takeup::{Taken, Trust, take_up};
 use super::volumes::not_a_disk;
@@ -22,7 +23,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, S
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{DiskRecord, Fingerprint, SnapshotRecord, Table, TableName, VolumeRecord};
+use crate::store::{DiskRecord, Fingerprint, RestoreRecord, SnapshotRecord, Table, TableName, VolumeRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -34,6 +35,8 @@ pub(super) struct Opened<'a> {
     pub(super) mirror: Option<Mirror>,
     pub(super) former_legs: Vec<PathBuf>,
     pub(super) volume: Option<VolumeRecord>,
+    pub(super) restore: Option<RestoreRecord>,
+    pub(super) awaited: Option<Awaited>,
     pub(super) snapshots: Vec<Arc<SnapshotEntry>>,
     /// What the records have said of it.
     pub(super) record: Option<&'a DiskRecord>,
@@ -64,7 +67,9 @@ impl Manager {
                 self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
             }
         }
-        self.take_up_volumes(volumes, take_flushed)
+        self.take_up_volumes(volumes, take_flushed)?;
+        self.resume_restores();
+        Ok(())
     }
 
     pub(super) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -82,6 +87,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::DiskExists, message));
         }
         let entry = self.add_disk(name, &config, false)?;
+        self.resume_restores();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
@@ -189,13 +195,13 @@ impl Manager {
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
-        let taken = match record.clone() {
+        let trust = record.as_ref().map(|record| match Trust::of(record, looks, boot) {
+            Trust::SameBoot if take_flushed => Trust::PowerCut,
+            trust => trust,
+        });
+        let taken = match record.clone().zip(trust) {
             None => Taken::of_new_disk(backing.clone()),
-            Some(record) => {
-                let trust = match Trust::of(&record, looks, boot) {
-                    Trust::SameBoot if take_flushed => Trust::PowerCut,
-                    trust => trust,
-                };
+            Some((record, trust)) => {
                 if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
                     && let Err(e) = discards.load(&self.places.durable_table(id), seal)
                 {
@@ -209,6 +215,13 @@ impl Manager {
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
         let disk = Disk::with_chain(self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        let (restore, awaited) = match record.as_ref().zip(trust) {
+            None => (None, None),
+            Some((record, trust)) => {
+                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
+                self.take_up_restore(&disk, record, &layers).map_err(in_disk)?
+            }
+        };
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
@@ -231,8 +244,11 @@ impl Manager {
             }
         }
         let leg = config.mirror.clone();
-        let opened = Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record: record.as_ref() };
+        let record = record.as_ref();
+        let opened =
+            Opened { id, boot, config, disk, mirror, former_legs, volume, restore, awaited, snapshots, record };
         let entry = self.open_disk(name, opened)?;
+        self.forget_unbegun_restore(record);
         self.resume_mirror(&entry);
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
@@ -254,12 +270,14 @@ impl Manager {
 
     /// Records that a disk is served, and serves it.
     pub(super) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
-        let Opened { id, boot, config, disk, mirror, former_legs, volume, snapshots, record } = opened;
+        let Opened { id, boot, config, disk, mirror, former_legs, volume, restore, awaited, snapshots, record } =
+            opened;
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         unsaved.volume.clone_from(&volume);
         unsaved.former_legs.clone_from(&former_legs);
+        unsaved.restore.clone_from(&restore);
         if !planted::is(Defect::StillSaved) {
             self.records.put([&unsaved]).map_err(record_error)?;
         }
@@ -298,6 +316,8 @@ impl Manager {
             volume,
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
+            restore: Mutex::new(restore),
+            awaited: Mutex::new(awaited),
             leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
@@ -368,6 +388,7 @@ impl Manager {
         for snapshot in entry.snapshots() {
             self.refuse_if_stood_on(&snapshot, ErrorCode::DiskBusy)?;
         }
+        self.refuse_while_restored(&entry, ErrorCode::DiskBusy)?;
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("disk {name}: job {} is still working on it", job.id));
         }

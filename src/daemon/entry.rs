@@ -10,11 +10,12 @@ use uuid::Uuid;
 use super::layers::space_of;
 use super::mirror::Mirror;
 use super::recording;
+use super::restore::Awaited;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
-use crate::store::{DiskRecord, SnapshotRecord, VolumeRecord};
+use crate::store::{DiskRecord, RestoreRecord, SnapshotRecord, VolumeRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -182,6 +183,10 @@ pub(super) struct DiskEntry {
     pub(super) path: Mutex<PathBuf>,
     pub(super) mirror: Mutex<Option<Mirror>>,
     pub(super) former_legs: Mutex<Vec<PathBuf>>,
+    /// Its restore in place, if one is under way.
+    pub(super) restore: Mutex<Option<RestoreRecord>>,
+    /// What a restore needs that waits for its volume to be served.
+    pub(super) awaited: Mutex<Option<Awaited>>,
     /// Where legs are, for messages.
     pub(super) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
     /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
@@ -211,6 +216,7 @@ impl DiskEntry {
         record.volume.clone_from(&self.volume);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
+        record.restore.clone_from(&locked(&self.restore));
         record
     }
 
@@ -237,6 +243,9 @@ impl DiskEntry {
     }
 
     pub(super) fn failure(&self) -> Option<String> {
+        if let Some(reason) = self.disk.restore_lost() {
+            return Some(reason);
+        }
         if self.volume.is_some() {
             return self.volume_failure();
         }
@@ -272,6 +281,7 @@ impl DiskEntry {
             shared: self.config.shared,
             durability: self.config.durability,
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
+            restoring: self.restore_status(),
         }
     }
 

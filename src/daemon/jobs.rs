@@ -147,7 +147,9 @@ impl Manager {
                 }
             }
             JobState::Stopped => Err(ApiError::job_unfinished(id)),
-            JobState::Failed if self.snapshot_of(&job).is_some() => Err(ApiError::job_unfinished(id)),
+            JobState::Failed if self.snapshot_of(&job).is_some() || self.restored_by(&job).is_some() => {
+                Err(ApiError::job_unfinished(id))
+            }
             JobState::Done | JobState::Failed => {
                 locked(&self.jobs).remove(&id);
                 Ok(JobDeletion::Removed)
@@ -169,9 +171,20 @@ impl Manager {
                 let disk = self.disk(&job.disk)?;
                 self.resume_resync(&disk, job.clone())?;
             }
+            (state, None) if job.kind == JobKind::Restore => {
+                let disk = self.restored_by(&job).ok_or_else(|| ApiError::job_ended(id, state))?;
+                self.go_on_with_restore(&disk, job.clone())?;
+            }
             (state, _) => return Err(ApiError::job_ended(id, state)),
         }
         Ok(job.to_api())
+    }
+
+    /// The disk that a job restores, if that is not over.
+    fn restored_by(&self, job: &JobEntry) -> Option<Arc<DiskEntry>> {
+        let disk = self.disk(&job.disk).ok().filter(|_| job.kind == JobKind::Restore)?;
+        let is_under_way = locked(&disk.restore).is_some();
+        is_under_way.then_some(disk)
     }
 
     fn snapshot_of(&self, job: &JobEntry) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {

@@ -14,6 +14,7 @@ mod manager;
 mod mirror;
 mod places;
 pub mod recording;
+mod restore;
 mod save;
 mod service;
 mod snapshots;
@@ -114,6 +115,10 @@ impl Manager {
             self.save(disk).map_err(ServeError::Unsaved)?;
         }
         for disk in &disks {
+            // Requests may still wait for a volume, when the start ends half way.
+            if let Some(awaited) = locked(&disk.awaited).take() {
+                awaited.lose("the daemon is going down".to_owned());
+            }
             disk.server.stop();
             for snapshot in disk.snapshots() {
                 drop(locked(&snapshot.server).take());

@@ -36,6 +36,7 @@ pub fn of_disk(
         live_splits: live.splits,
         mirror: None,
         volume: None,
+        restore: None,
         former_legs: Vec::new(),
         boot: Some(boot),
         snapshots,

@@ -16,6 +16,10 @@ impl Manager {
     /// # Errors
     /// When the live version could not be saved. A snapshot that could not is broken.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
+        if let Some(reason) = disk.disk.restore_lost() {
+            log::warn!("disk {}: {reason}; it is left as it is", disk.name);
+            return Ok(());
+        }
         if !disk.config.readonly && !planted::is(Defect::StopWithoutSync) {
             sync(disk.base())?;
         }

@@ -8,8 +8,8 @@ use super::entry::locked;
 use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo, VolumeRequest,
-    Writers,
+    self, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, RestoreRequest, SnapshotRequest, Strategy, VersionInfo,
+    VolumeRequest, Writers,
 };
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use crate::control::{ApiError, Deletion, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
@@ -45,6 +45,10 @@ impl Service for Manager {
 
     fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<api::Disk, ApiError> {
         self.unmirror(disk, leg)
+    }
+
+    fn restore_disk(&self, disk: &Name, request: &RestoreRequest) -> Result<Job, ApiError> {
+        self.restore(disk, request)
     }
 
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {

@@ -113,7 +113,8 @@ impl Disk {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
         let of = |index, blocks| {
-            owners(&chain, index, blocks).map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() })
+            owners(&chain, index, blocks)
+                .map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() })
         };
         if index < chain.live() {
             return Ok(of(index, blocks).collect());

@@ -312,7 +312,10 @@ impl Disk {
             self.settle_entries(queue, chain, plan).await;
         }
         settle_restored(chain, plan);
-        if part.durable && (self.has_logs(chain) || chain.restoring().is_some()) && !planted::is(Defect::DurableWithoutEntry) {
+        if part.durable
+            && (self.has_logs(chain) || chain.restoring().is_some())
+            && !planted::is(Defect::DurableWithoutEntry)
+        {
             // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
             self.flush_from(queue, chain, plan.writer).await?;
         }

@@ -20,8 +20,8 @@ mod table;
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use records::{
-    DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError, Records, SnapshotRecord,
-    VolumeRecord,
+    DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError, Records, RestoreRecord,
+    SnapshotRecord, VolumeRecord,
 };
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};

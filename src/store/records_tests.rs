@@ -57,6 +57,7 @@ fn disk(name: &str) -> DiskRecord {
         live_splits: false,
         mirror: None,
         volume: None,
+        restore: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
         snapshots: vec![snapshot(name, "a", 3), snapshot(name, "b", 5)],

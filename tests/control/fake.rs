@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use halfsilver::control::api::{
-    DeleteSnapshotOptions, Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Leg, LegState, Snapshot,
-    SnapshotRequest, SnapshotState, Strategy, VersionInfo, Volume, VolumeRequest, VolumeSource, VolumeState, Writers,
+    DeleteSnapshotOptions, Disk, DiskConfig, DiskState, Job, JobKind, JobPatch, JobState, Leg, LegState,
+    RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState, Strategy, VersionInfo, Volume,
+    VolumeRequest, VolumeSource, VolumeState, Writers,
 };
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use halfsilver::control::timestamp::Timestamp;
@@ -170,6 +171,7 @@ impl Service for Fake {
             shared: config.shared,
             durability: config.durability,
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
+            restoring: None,
         };
         state.disks.push((config.clone(), served.clone()));
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));
@@ -202,6 +204,22 @@ impl Service for Fake {
             self.begin_job(9, JobKind::Mirror, disk, None);
         }
         self.get_disk(disk)
+    }
+
+    fn restore_disk(&self, disk: &Name, request: &RestoreRequest) -> Result<Job, ApiError> {
+        if !request.force && self.get_disk(disk)?.connected {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} has a frontend connected")));
+        }
+        if let VolumeSource::Snapshot(snapshot) = &request.from {
+            self.get_snapshot(snapshot)?;
+        }
+        let from = request.from.to_string();
+        self.with_disk(disk, |disk| {
+            disk.restoring = Some(RestoreStatus { from, remaining_bytes: disk.size_bytes });
+            Ok(())
+        })?;
+        self.begin_job(10, JobKind::Restore, disk, None);
+        self.get_job(10)
     }
 
     fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<Disk, ApiError> {

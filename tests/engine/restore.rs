@@ -554,6 +554,24 @@ fn only_what_differs_is_copied_and_it_shows_at_once() {
     }
 }
 
+/// A discard that was put off for the sake of a snapshot is not carried out on what is restored from it.
+#[test]
+fn what_was_discarded_before_a_restore_is_wanted_after_it() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    let len = (bench.sectors() * SECTOR) as u64;
+    bench.request(&bench.ticket(), Request::Discard { at: ByteOffset(0), len }).unwrap();
+    assert_eq!(bench.disk.discards().count(), 4);
+    restore(&bench, RestoreSource::Own(cut.frozen[0].id));
+    assert_eq!(finish(&bench), 0, "nothing differs");
+    bench.retire(&cut.frozen[0]);
+    let (disk, queue) = (bench.disk.clone(), bench.queue.clone());
+    bench.run(async move { job::carry_out_discards(queue, disk, Arc::default()).await.unwrap() });
+    assert_eq!(bench.read(&bench.ticket(), 0..bench.sectors()), vec![1; bench.sectors()]);
+}
+
 /// Which blocks were brought back is stored with a flush and with a durable write, and not before the bytes are.
 #[test]
 fn a_flush_stores_what_was_brought_back_after_its_bytes() {
