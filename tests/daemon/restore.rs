@@ -1,6 +1,7 @@
 //! Restores in place from outside: shown at once, ended in the middle by stops, kills and power cuts, from volumes, refused.
 
 use std::ops::Range;
+use std::os::unix::process::ExitStatusExt;
 
 use serde_json::{Value, json};
 
@@ -352,8 +353,14 @@ fn a_restore_is_killed_at_any_point() {
                 }
                 let what = format!("{strategy}, {count}:{point}");
                 daemon.crash_at = None;
-                if !died && !daemon.has_died_by(libc::SIGKILL) {
-                    daemon.stop();
+                if !died {
+                    if ended {
+                        daemon.terminate();
+                    }
+                    let status = daemon.wait_exit();
+                    // It may also meet the point when it goes down.
+                    ended &= status.success();
+                    assert!(ended || status.signal() == Some(libc::SIGKILL), "{what}: {status}");
                 }
                 daemon.start();
                 let shown = shows(&daemon, "vm0");
