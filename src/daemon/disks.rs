@@ -222,6 +222,11 @@ impl Manager {
                 self.take_up_restore(&disk, record, &layers).map_err(in_disk)?
             }
         };
+        if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
+            let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("leave mirror= out, and add the leg when the restore is over: halfsilver disk mirror"));
+        }
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.

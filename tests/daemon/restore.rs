@@ -294,6 +294,12 @@ fn a_read_only_disk_and_one_of_another_family_are_refused() {
     daemon.arg_disk("vm1", "");
     daemon.restart();
     daemon.api().create("other", &["vm1"], &json!({ "wait": true })).ok();
+    daemon.make_image("vm2", SIZE);
+    let fixed = format!(r#"{{"path":"{}","readonly":true}}"#, daemon.image("vm2").display());
+    daemon.send("PUT", "/v1/disks/vm2", &fixed).ok();
+    let read_only = daemon.send("POST", "/v1/disks/vm2/restore", r#"{"from":"vm0@daily"}"#);
+    assert_eq!(read_only.refused(), "invalid-config");
+    assert!(read_only.body.contains("read-only"), "{}", read_only.body);
     let refused = ask(&daemon, "vm1@other", false, 0);
     assert_eq!(refused.refused(), "invalid-request");
     assert!(refused.body.contains("does not stand on disk vm0"), "{}", refused.body);
@@ -379,6 +385,38 @@ fn a_restore_is_killed_at_any_point() {
                 }
             }
         }
+    }
+}
+
+/// After a split nothing is shared: all is copied, and the legs become one mirror again.
+#[test]
+fn a_mirrored_disk_is_restored_from_the_leg_that_was_split_off() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let leg = daemon.path("leg.raw");
+    daemon.client("vm0").write(ALL, 1);
+    let mirrored = daemon.cli(&["disk", "mirror", "vm0", leg.to_str().unwrap(), "--wait"]);
+    assert!(mirrored.status.success());
+    daemon.api().create("daily", &["vm0"], &json!({ "strategy": "write-mirroring", "wait": true })).ok();
+    daemon.client("vm0").write(8..2000, 2);
+    let job = begin(&daemon, "vm0@daily", HOURS);
+    let now = write_on(&daemon);
+    assert_eq!(shows(&daemon, "vm0"), now);
+    daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "").ok();
+    end_and_start(&mut daemon, End::Kill);
+    assert_eq!(shows(&daemon, "vm0"), now);
+    daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
+    finish(&daemon);
+    assert_eq!(shows(&daemon, "vm0@daily"), ones(&[]));
+    daemon.delete("vm0@daily");
+    wait_until("both legs to be in sync", || {
+        let disk = daemon.show_disk("vm0");
+        let legs = disk["legs"].as_array().unwrap();
+        legs.len() == 2 && legs.iter().all(|leg| leg["state"] == "in-sync")
+    });
+    assert_eq!(shows(&daemon, "vm0"), now);
+    daemon.stop();
+    for image in [daemon.image("vm0"), leg] {
+        assert_eq!(tags(&std::fs::read(&image).unwrap()), now, "{}", image.display());
     }
 }
 

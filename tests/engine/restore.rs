@@ -284,7 +284,7 @@ impl World {
         let (len, mut scheduler) = ((sectors.len() * SECTOR) as u64, Scheduler::default());
         self.start(&mut scheduler, self.disk.attach_live(), Request::Discard { at: at(sectors.start), len });
         assert!(scheduler.settle(&mut self.rng));
-        self.live[sectors].iter_mut().for_each(|values| drop(values.insert(0)));
+        self.live[sectors].iter_mut().for_each(|values| values.extend([0]));
         self.counts.discards += 1;
     }
 
@@ -466,7 +466,8 @@ impl World {
     }
 }
 
-/// One seed, for those who look for defects as well.
+/// One seed, for those who look for defects.
+#[cfg(feature = "planted")]
 pub fn run(seed: u64) {
     World::new(seed).turns();
 }
