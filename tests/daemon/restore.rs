@@ -314,9 +314,16 @@ fn a_disk_whose_source_is_lost_is_not_served() {
     daemon.stop();
     let (image, aside) = (daemon.snapshot_image("vm0@daily"), daemon.path("aside"));
     std::fs::rename(&image, &aside).unwrap();
+    let check = |daemon: &Daemon| -> Value {
+        serde_json::from_slice::<Value>(&daemon.check(&["--json"]).stdout).unwrap()["disks"][0].clone()
+    };
+    let checked = check(&daemon);
+    assert_eq!(checked["verdict"], "not-served", "{checked}");
+    assert!(checked["reason"].as_str().unwrap().contains("being restored from vm0@daily"), "{checked}");
     let told = daemon.refused_start();
     assert!(told.contains("being restored from vm0@daily") && told.contains("put back"), "{told}");
     std::fs::rename(&aside, &image).unwrap();
+    assert_eq!(check(&daemon)["verdict"], "served");
     daemon.start();
     assert_eq!(shows(&daemon, "vm0"), ones(&[]));
     daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
