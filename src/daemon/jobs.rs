@@ -94,9 +94,15 @@ impl Manager {
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
         });
+        let listed: Vec<_> = locked(&self.jobs).values().cloned().collect();
+        // A restore that has failed is gone on with by its job, and nothing else.
+        let is_over = |j: &&Arc<JobEntry>| match j.state() {
+            JobState::Done => true,
+            JobState::Failed => self.restored_by(j).is_none(),
+            JobState::Running | JobState::Stopped => false,
+        };
+        let ended: Vec<u64> = listed.iter().filter(is_over).map(|j| j.id).collect();
         let mut jobs = locked(&self.jobs);
-        let is_over = |j: &&Arc<JobEntry>| matches!(j.state(), JobState::Done | JobState::Failed);
-        let ended: Vec<u64> = jobs.values().filter(is_over).map(|j| j.id).collect();
         for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
             jobs.remove(old);
         }

@@ -83,6 +83,14 @@ impl Manager {
             (Some(_), None) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
             (None, None) => Some(looks(&path)?),
         };
+        if let Some(restore) = record.restore.as_ref().filter(|_| disk.disk.blocks_to_bring_back() > 0) {
+            log::warn!(
+                "disk {}: {} is restored from {} in part only; the rest follows when it is served again",
+                disk.name,
+                path.display(),
+                restore.from
+            );
+        }
         if let Some(log) = record.live_log.as_ref().filter(|_| record.volume.is_none()) {
             log::warn!(
                 "disk {}: its newest content is in the log {}, not in {} alone; it is put together when it is served again",

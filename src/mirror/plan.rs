@@ -102,8 +102,7 @@ impl BlockPlan {
         }
         if let Some(restoring) = chain.pending(writer, block) {
             plan.settles = true;
-            plan.fill_from =
-                (!whole && !planted::is(Defect::PendingNotFilled)).then(|| restoring.fill(chain, block)).flatten();
+            plan.fill_from = (!whole && !planted::is(Defect::PendingNotFilled)).then(|| restoring.fill(chain, block));
         }
         if planted::is(Defect::DrainNotMirrored) {
             plan.others.clear();

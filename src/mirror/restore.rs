@@ -125,11 +125,13 @@ impl Restoring {
     }
 
     /// Where the rest of a block comes from that is written in part.
-    pub(super) fn fill(&self, chain: &Chain, block: BlockIndex) -> Option<Fill> {
-        match &self.source {
-            RestoreSource::View(_) => Some(Fill::Restored),
-            RestoreSource::Own(id) => chain.position(*id).map(|index| Fill::Layer(chain.resolve(index, block))),
-        }
+    pub(super) fn fill(&self, chain: &Chain, block: BlockIndex) -> Fill {
+        let own = match &self.source {
+            RestoreSource::View(_) => None,
+            RestoreSource::Own(id) => chain.position(*id),
+        };
+        // A version that is gone, which nobody lets happen, is an error when the block is filled.
+        own.map_or(Fill::Restored, |index| Fill::Layer(chain.resolve(index, block)))
     }
 }
 

@@ -15,7 +15,7 @@ use super::planted::{self, Defect};
 use super::read::usize_of;
 use super::restore::{Restore, RestoreSource};
 use super::{Backing, Disk, Epoch, RequestError, Ticket};
-use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, IoBuf, IoQueue};
+use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
@@ -292,7 +292,7 @@ impl Disk {
             if let Owned::Table(table) = &chain.layer(run.plan.home).owned {
                 let image = &chain.layer(run.plan.home).image;
                 let at = self.geometry.bytes(run.blocks).0;
-                let full = |e| ImageError::from_io(crate::image::ImageOp::Write, image.path(), Some(at), &e);
+                let full = |e| ImageError::from_io(ImageOp::Write, image.path(), Some(at), &e);
                 table.prepare(run.blocks).map_err(full)?;
             }
         }
@@ -410,7 +410,10 @@ impl Disk {
             let source = match (source, chain.restoring().map(|restoring| restoring.source())) {
                 (Fill::Layer(index), _) => chain.layer(index).image.clone(),
                 (Fill::Restored, Some(RestoreSource::View(view))) => Backing::View(view.clone()),
-                (Fill::Restored, _) => unreachable!("the plan is of this chain"),
+                (Fill::Restored, _) => {
+                    let why = "the snapshot that is restored is gone";
+                    return Err(ImageError::new(ImageErrorKind::Io, ImageOp::Read, image.path(), why));
+                }
             };
             return overlay(&source, image, queue, (run_at, run_len), (from, to), part, stable).await;
         }

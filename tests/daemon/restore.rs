@@ -331,6 +331,42 @@ fn a_disk_whose_source_is_lost_is_not_served() {
     assert_eq!(shows(&daemon, "vm0"), ones(&[]));
 }
 
+/// A disk whose volume is lost has failed, and what it has is there when the volume is.
+#[test]
+fn a_disk_whose_volume_is_lost_answers_with_errors() {
+    let mut daemon = changed_disk("copy-on-write");
+    daemon.send("POST", "/v1/volumes", r#"{"name":"clone","from":"vm0@daily"}"#).ok();
+    daemon.client("clone").write(0..8, 4);
+    let job = begin(&daemon, "clone", HOURS);
+    let now = write_on(&daemon);
+    daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "").ok();
+    let image = std::path::PathBuf::from(daemon.get("/v1/volumes/clone").json()["image"].as_str().unwrap());
+    daemon.stop();
+    let aside = daemon.path("aside");
+    std::fs::rename(&image, &aside).unwrap();
+    daemon.start();
+    let disk = daemon.show_disk("vm0");
+    assert_eq!(disk["state"], "failed", "{disk}");
+    assert!(disk["reason"].as_str().unwrap().contains("clone@restore-"), "{disk}");
+    let mut client = daemon.client("vm0");
+    for sectors in [0..8, 1100..1101] {
+        client.queues[0].submit_read(0, sectors.clone());
+        assert_ne!(client.queues[0].wait_one().1, 0);
+        client.queues[0].submit_write(0, sectors, 9, false);
+        assert_ne!(client.queues[0].wait_one().1, 0);
+    }
+    drop(client);
+    daemon.stop();
+    std::fs::rename(&aside, &image).unwrap();
+    daemon.start();
+    let mut expected = now;
+    expected[0..8].fill(4);
+    assert_eq!(shows(&daemon, "vm0"), expected);
+    daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
+    finish(&daemon);
+    assert_eq!(shows(&daemon, "vm0"), expected);
+}
+
 #[test]
 fn a_restore_is_killed_at_any_point() {
     const POINTS: [&str; 8] = [
