@@ -377,6 +377,9 @@ impl Manager {
         if let Some(mirror) = &*locked(&disk.mirror) {
             remove_file(&self.places.log_table(mirror.bitmap));
         }
+        if let Some(restore) = &*locked(&disk.restore) {
+            self.remove_restore_files(restore.id);
+        }
     }
 
     fn forget_disk(&self, disk: &DiskEntry) -> Result<(), ApiError> {
@@ -393,7 +396,11 @@ impl Manager {
         for snapshot in entry.snapshots() {
             self.refuse_if_stood_on(&snapshot, ErrorCode::DiskBusy)?;
         }
-        self.refuse_while_restored(&entry, ErrorCode::DiskBusy)?;
+        // What is restored is lost: whoever gives the disk up keeps its image, in which it is not all.
+        let is_given_up = force && entry.disk.restore_lost().is_some();
+        if !is_given_up {
+            self.refuse_while_restored(&entry, ErrorCode::DiskBusy)?;
+        }
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("disk {name}: job {} is still working on it", job.id));
         }

@@ -493,7 +493,7 @@ impl Manager {
         view.broken().map_or(Ok(view), Err)
     }
 
-    fn remove_restore_files(&self, id: Uuid) {
+    pub(super) fn remove_restore_files(&self, id: Uuid) {
         remove_file(&self.places.run_table(id));
         remove_file(&self.places.log_table(id));
     }

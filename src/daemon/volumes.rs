@@ -301,8 +301,12 @@ impl Manager {
                 let source = locked(&d.restore).as_ref().map(|r| r.source);
                 source.is_some_and(|source| record.snapshots.iter().any(|s| s.id == source))
             };
-            if let Some(disk) = self.all_disks().into_iter().find(needed) {
-                return busy(format!("disk {} is being restored from volume {name}", disk.name));
+            if let Some(disk) = self.all_disks().into_iter().find(needed).filter(|_| !force) {
+                return busy(format!("disk {} is being restored from volume {name}", disk.name)).map_err(
+                    |e: ApiError| {
+                        e.with_action("put back what is missing and start again, or give up the disk too, with --force")
+                    },
+                );
             }
             self.records.remove(name.as_str()).map_err(record_error)?;
             locked(&self.lost_volumes).remove(name);

@@ -356,6 +356,10 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
         assert_ne!(client.queues[0].wait_one().1, 0);
     }
     drop(client);
+    for path in ["/v1/volumes/clone", "/v1/disks/vm0"] {
+        let refused = daemon.send("DELETE", path, "");
+        assert_eq!(refused.status, 409, "{}", refused.body);
+    }
     daemon.stop();
     std::fs::rename(&aside, &image).unwrap();
     daemon.start();
@@ -365,6 +369,18 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
     daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
     finish(&daemon);
     assert_eq!(shows(&daemon, "vm0"), expected);
+
+    // Without the volume it can be given up.
+    let job = begin(&daemon, "clone", HOURS);
+    daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "").ok();
+    let image = std::path::PathBuf::from(daemon.get("/v1/volumes/clone").json()["image"].as_str().unwrap());
+    daemon.stop();
+    std::fs::rename(&image, &aside).unwrap();
+    daemon.start();
+    for path in ["/v1/volumes/clone?force=true", "/v1/disks/vm0?force=true"] {
+        wait_until("it to be given up", || daemon.send("DELETE", path, "").status == 204);
+    }
+    daemon.assert_only_disks_left();
 }
 
 #[test]
