@@ -287,6 +287,30 @@ defects! {
     IndependentBeforeStored,
     /// A snapshot of a volume is deleted while the volume is completed.
     DeletedWhileCompleted,
+    /// A write of a part of a block that a restore has not brought back leaves the rest as it was before the restore.
+    PendingNotFilled,
+    /// A block counts as brought back before its bytes are there.
+    SettledBeforeBytes,
+    /// A restore begins while changes are under way that were decided before it.
+    OldPlansNotAwaited,
+    /// A change does not wait while a restore is about to begin.
+    GateIgnored,
+    /// That blocks were brought back is stored before their bytes are.
+    SettledBeforeSync,
+    /// A flush does not store which blocks were brought back.
+    SettledNotStored,
+    /// A block is brought back without saving what an older version reads there.
+    BroughtBackUnsaved,
+    /// Discards from before a restore are still carried out after it.
+    DiscardsOutliveRestore,
+    /// The records do not say that a restore has begun.
+    RestoreNotRecorded,
+    /// Blocks that a restore changes are not noted as changed.
+    RestoreNotNoted,
+    /// Which blocks are pending is not durable when a restore begins.
+    PendingNotStored,
+    /// What a restore goes back to may be lost in a power cut while it is under way.
+    RestoredOnlySaved,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

@@ -142,6 +142,21 @@ pub(super) enum DiskCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Take a disk back to an older point in time: it shows that at once, and a job copies what differs
+    Restore {
+        disk: Name,
+        /// A snapshot of the disk, or a volume that stands on one
+        #[arg(long, value_name = "SNAPSHOT|VOLUME")]
+        from: VolumeSource,
+        /// Even if a frontend is connected, whose guest may hold old content in memory
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        pace: PaceArgs,
+        /// Return only when all is copied
+        #[arg(long)]
+        wait: bool,
+    },
     /// Let a leg of a disk go; its file stays as a plain raw image
     Unmirror {
         disk: Name,

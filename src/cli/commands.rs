@@ -24,7 +24,7 @@ use crate::daemon::config::{DiskSpec, RawDisk};
 /// How often `status --watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How often a command looks that waits for a job.
-const WAIT_INTERVAL: Duration = Duration::from_millis(200);
+pub(super) const WAIT_INTERVAL: Duration = Duration::from_millis(200);
 /// Clears a terminal and goes to its top left corner.
 const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 
@@ -63,6 +63,9 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             output.show(&json!({ "name": disk, "state": "removed" }), |_| format!("{disk} removed\n"))
         }
         DiskCommand::Mirror { disk, path, wait } => mirror(&disk, &directory.join(path), wait, client, output),
+        DiskCommand::Restore { disk, from, force, pace, wait } => {
+            super::restore::restore(&disk, &from, (force, pace.patch(), wait), client, output)
+        }
         DiskCommand::Unmirror { disk, leg } => {
             let leg = leg.map(|leg| directory.join(leg));
             let not_utf8 = |leg: &Path| CliError::Usage(format!("{} is not UTF-8", leg.display()));

@@ -11,6 +11,7 @@ mod client;
 mod commands;
 mod output;
 mod pages;
+mod restore;
 mod volumes;
 
 use std::io::{self, Write};

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::output::{duration, fields, size, table, text};
 use crate::control::Event;
-use crate::control::api::{Disk, Job, Leg, LegState, Snapshot, Status, Volume};
+use crate::control::api::{Disk, Job, Leg, LegState, RestoreStatus, Snapshot, Status, Volume};
 
 pub(super) fn status_page(status: &Status) -> String {
     let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs } = status;
@@ -67,6 +67,11 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         ("epoch", disk.epoch.to_string()),
         ("snapshots", disk.snapshots.to_string()),
     ]);
+    if let Some(RestoreStatus { from, remaining_bytes }) = &disk.restoring {
+        let rows = vec![[from.clone(), size(*remaining_bytes)]];
+        page.push('\n');
+        page.push_str(&table(["RESTORED FROM", "REMAINING"], rows));
+    }
     if !disk.legs.is_empty() {
         let rows = disk.legs.iter().map(|leg| leg_of_disk((disk, leg))).map(|[_, row @ ..]| row).collect();
         page.push('\n');

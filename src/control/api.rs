@@ -7,6 +7,7 @@
 
 mod changes;
 mod disk;
+mod restore;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use super::words::words;
 
 pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
+pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
 pub use volume::{CreateVolume, EnableQuery, ForceQuery, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
@@ -135,6 +137,8 @@ words! {
         Migrate = "migrate",
         /// Synchronises a leg of a mirrored disk with the other one.
         Mirror = "mirror",
+        /// Copies back what a disk has otherwise than what it is restored from.
+        Restore = "restore",
     }
 }
 

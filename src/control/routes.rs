@@ -3,6 +3,7 @@
 //! No state is kept between requests and no policy is made here. Whatever `router` serves, the OpenAPI document at the
 //! end of this file describes; a test holds the two against each other.
 
+mod restore;
 mod volume;
 
 use std::convert::Infallible;
@@ -72,6 +73,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/disks", get(list_disks))
         .route("/v1/disks/{disk}", get(get_disk).put(put_disk).delete(delete_disk))
         .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
+        .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
         .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
@@ -466,6 +468,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         delete_disk,
         mirror_disk,
         unmirror_disk,
+        restore::restore_disk,
         list_snapshots,
         create_snapshots,
         get_snapshot,

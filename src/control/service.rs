@@ -10,8 +10,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::api::{
-    Bookmark, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, Snapshot, SnapshotRequest, VersionInfo, Volume,
-    VolumeRequest, VolumeStatus,
+    Bookmark, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, RestoreRequest, Snapshot, SnapshotRequest,
+    VersionInfo, Volume, VolumeRequest, VolumeStatus,
 };
 use super::changes::{Diff, FoundMap};
 use super::error::ApiError;
@@ -94,6 +94,16 @@ pub trait Service: Send + Sync + 'static {
     /// `disk-not-found`, `no-second-leg`, `invalid-request` if `leg` is none of its legs, `mirror-not-in-sync` if it is
     /// the only good one, `disk-busy` if a snapshot holds it.
     fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<Disk, ApiError>;
+
+    /// Takes a disk back to one of its snapshots, or to what a volume shows that stands on one. The disk shows that when
+    /// this answers, and a job copies what differs. With `force` also while frontends are connected.
+    ///
+    /// # Errors
+    /// `disk-not-found`, `snapshot-not-found`, `volume-not-found`, `disk-busy` with a frontend connected without `force`, a
+    /// snapshot that drains or is being deleted, or a restore under way; `disk-failed`, `snapshot-broken`,
+    /// `snapshot-busy`, `unsupported` for a volume, `invalid-config` for a read-only disk, `invalid-request` if it does
+    /// not stand on the disk, `no-space`, `io-error`.
+    fn restore_disk(&self, disk: &Name, request: &RestoreRequest) -> Result<Job, ApiError>;
 
     /// Takes one cut through all disks of the request, and answers at the cut without waiting for the drain. The answer
     /// has one snapshot a disk, in the order of the request. All of them exist or none does.

@@ -7,6 +7,7 @@
 //! What is not done here: to decide what a start does with a disk; that is in [`verdict`].
 
 mod disk;
+mod restore;
 mod verdict;
 
 use std::collections::BTreeMap;

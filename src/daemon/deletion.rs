@@ -60,7 +60,9 @@ impl Manager {
             self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
+            self.refuse_while_restored(&disk, ErrorCode::SnapshotBusy)?;
             self.refuse_if_stood_on(&entry, ErrorCode::SnapshotBusy)?;
+            self.refuse_if_restored_from(&entry, ErrorCode::SnapshotBusy)?;
             if keep_bookmark {
                 entry.refuse_bookmark_if_broken()?;
             }

@@ -15,6 +15,7 @@ use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
+use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::Standing;
 use super::takeup::{Taken, Trust, take_up};
@@ -24,7 +25,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, S
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, SnapshotRecord, Table, TableName};
+use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, RestoreRecord, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -36,6 +37,8 @@ pub(super) struct Opened<'a> {
     pub(super) mirror: Option<Mirror>,
     pub(super) former_legs: Vec<PathBuf>,
     pub(super) standing: Standing,
+    pub(super) restore: Option<RestoreRecord>,
+    pub(super) awaited: Option<Awaited>,
     pub(super) snapshots: Vec<Arc<SnapshotEntry>>,
     pub(super) bookmarks: Vec<BookmarkRecord>,
     /// What the records have said of it.
@@ -67,7 +70,9 @@ impl Manager {
                 self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
             }
         }
-        self.take_up_volumes(volumes, take_flushed)
+        self.take_up_volumes(volumes, take_flushed)?;
+        self.resume_restores();
+        Ok(())
     }
 
     pub(super) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -85,6 +90,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::DiskExists, message));
         }
         let entry = self.add_disk(name, &config, false)?;
+        self.resume_restores();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
@@ -189,13 +195,13 @@ impl Manager {
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
-        let taken = match record.clone() {
+        let trust = record.as_ref().map(|record| match Trust::of(record, looks, boot) {
+            Trust::SameBoot if take_flushed => Trust::PowerCut,
+            trust => trust,
+        });
+        let taken = match record.clone().zip(trust) {
             None => Taken::of_new_disk(backing.clone()),
-            Some(record) => {
-                let trust = match Trust::of(&record, looks, boot) {
-                    Trust::SameBoot if take_flushed => Trust::PowerCut,
-                    trust => trust,
-                };
+            Some((record, trust)) => {
                 if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
                     && let Err(e) = discards.load(&self.places.durable_table(id), seal)
                 {
@@ -211,6 +217,18 @@ impl Manager {
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
+        let (restore, awaited) = match record.as_ref().zip(trust) {
+            None => (None, None),
+            Some((record, trust)) => {
+                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
+                self.take_up_restore(&disk, record, &layers).map_err(in_disk)?
+            }
+        };
+        if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
+            let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("leave mirror= out, and add the leg when the restore is over: halfsilver disk mirror"));
+        }
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
         // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
@@ -244,11 +262,14 @@ impl Manager {
             mirror,
             former_legs,
             standing,
+            restore,
+            awaited,
             snapshots,
             bookmarks,
             record: record.as_ref(),
         };
         let entry = self.open_disk(name, opened)?;
+        self.forget_unbegun_restore(record.as_ref());
         self.resume_mirror(&entry);
         self.resume_work(&entry);
         for snapshot in entry.snapshots() {
@@ -271,13 +292,27 @@ impl Manager {
 
     /// Records that a disk is served, and serves it.
     pub(super) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
-        let Opened { id, boot, config, disk, mirror, former_legs, standing, snapshots, bookmarks, record } = opened;
+        let Opened {
+            id,
+            boot,
+            config,
+            disk,
+            mirror,
+            former_legs,
+            standing,
+            restore,
+            awaited,
+            snapshots,
+            bookmarks,
+            record,
+        } = opened;
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         standing.put_into(&mut unsaved);
         unsaved.former_legs.clone_from(&former_legs);
         unsaved.bookmarks = with_tables(&bookmarks, &disk);
+        unsaved.restore.clone_from(&restore);
         if !planted::is(Defect::StillSaved) {
             self.records.put([&unsaved]).map_err(record_error)?;
         }
@@ -310,6 +345,8 @@ impl Manager {
             standing: Mutex::new(standing),
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
+            restore: Mutex::new(restore),
+            awaited: Mutex::new(awaited),
             leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
@@ -365,6 +402,9 @@ impl Manager {
         if let Some(mirror) = &*locked(&disk.mirror) {
             remove_file(&self.places.log_table(mirror.bitmap));
         }
+        if let Some(restore) = &*locked(&disk.restore) {
+            self.remove_restore_files(restore.id);
+        }
     }
 
     fn forget_disk(&self, disk: &DiskEntry) -> Result<(), ApiError> {
@@ -380,6 +420,11 @@ impl Manager {
         let busy = |message: String| Err(ApiError::new(ErrorCode::DiskBusy, message));
         for snapshot in entry.snapshots() {
             self.refuse_if_stood_on(&snapshot, ErrorCode::DiskBusy)?;
+        }
+        // What is restored is lost: whoever gives the disk up keeps its image, in which it is not all.
+        let is_given_up = force && entry.disk.restore_lost().is_some();
+        if !is_given_up {
+            self.refuse_while_restored(&entry, ErrorCode::DiskBusy)?;
         }
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("disk {name}: job {} is still working on it", job.id));

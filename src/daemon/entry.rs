@@ -10,12 +10,13 @@ use uuid::Uuid;
 use super::layers::space_of;
 use super::mirror::Mirror;
 use super::recording;
+use super::restore::Awaited;
 use super::standing::Standing;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
-use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
@@ -183,6 +184,10 @@ pub(super) struct DiskEntry {
     pub(super) path: Mutex<PathBuf>,
     pub(super) mirror: Mutex<Option<Mirror>>,
     pub(super) former_legs: Mutex<Vec<PathBuf>>,
+    /// Its restore in place, if one is under way.
+    pub(super) restore: Mutex<Option<RestoreRecord>>,
+    /// What a restore needs that waits for its volume to be served.
+    pub(super) awaited: Mutex<Option<Awaited>>,
     /// Where legs are, for messages.
     pub(super) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
     /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
@@ -216,6 +221,7 @@ impl DiskEntry {
         locked(&self.standing).put_into(&mut record);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
+        record.restore.clone_from(&locked(&self.restore));
         record
     }
 
@@ -242,6 +248,9 @@ impl DiskEntry {
     }
 
     pub(super) fn failure(&self) -> Option<String> {
+        if let Some(reason) = self.disk.restore_lost() {
+            return Some(reason);
+        }
         if self.is_volume() {
             return self.volume_failure();
         }
@@ -277,6 +286,7 @@ impl DiskEntry {
             shared: self.config.shared,
             durability: self.config.durability,
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
+            restoring: self.restore_status(),
         }
     }
 

@@ -103,9 +103,15 @@ impl Manager {
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
         });
+        let listed: Vec<_> = locked(&self.jobs).values().cloned().collect();
+        // A restore that has failed is gone on with by its job, and nothing else.
+        let is_over = |j: &&Arc<JobEntry>| match j.state() {
+            JobState::Done => true,
+            JobState::Failed => self.restored_by(j).is_none(),
+            JobState::Running | JobState::Stopped => false,
+        };
+        let ended: Vec<u64> = listed.iter().filter(is_over).map(|j| j.id).collect();
         let mut jobs = locked(&self.jobs);
-        let is_over = |j: &&Arc<JobEntry>| matches!(j.state(), JobState::Done | JobState::Failed);
-        let ended: Vec<u64> = jobs.values().filter(is_over).map(|j| j.id).collect();
         for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
             jobs.remove(old);
         }
@@ -156,7 +162,11 @@ impl Manager {
                 }
             }
             JobState::Stopped => Err(ApiError::job_unfinished(id)),
-            JobState::Failed if self.snapshot_of(&job).is_some() || self.disk_of_work(&job).is_some() => {
+            JobState::Failed
+                if self.snapshot_of(&job).is_some()
+                    || self.disk_of_work(&job).is_some()
+                    || self.restored_by(&job).is_some() =>
+            {
                 Err(ApiError::job_unfinished(id))
             }
             JobState::Done | JobState::Failed => {
@@ -180,12 +190,23 @@ impl Manager {
                 let disk = self.disk(&job.disk)?;
                 self.resume_resync(&disk, job.clone())?;
             }
+            (state, None) if job.kind == JobKind::Restore => {
+                let disk = self.restored_by(&job).ok_or_else(|| ApiError::job_ended(id, state))?;
+                self.go_on_with_restore(&disk, job.clone())?;
+            }
             (state, _) => match self.disk_of_work(&job) {
                 Some(disk) => self.go_on_with_work(&disk, job.clone())?,
                 None => return Err(ApiError::job_ended(id, state)),
             },
         }
         Ok(job.to_api())
+    }
+
+    /// The disk that a job restores, if that is not over.
+    pub(super) fn restored_by(&self, job: &JobEntry) -> Option<Arc<DiskEntry>> {
+        let disk = self.disk(&job.disk).ok().filter(|_| job.kind == JobKind::Restore)?;
+        let is_under_way = locked(&disk.restore).is_some();
+        is_under_way.then_some(disk)
     }
 
     fn snapshot_of(&self, job: &JobEntry) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {

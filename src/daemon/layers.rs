@@ -78,9 +78,23 @@ impl Manager {
         self.make_durable_table(&path, id, geometry)
     }
 
-    fn make_durable_table(&self, path: &Path, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
-        let (table, path) = (Arc::new(self.make_run_table(id, geometry)?), path.to_owned());
-        let size = DurableTable::image_bytes(geometry.blocks());
+    pub(super) fn make_durable_table(
+        &self,
+        path: &Path,
+        id: Uuid,
+        geometry: &Geometry,
+    ) -> Result<DurableTable, TableError> {
+        self.make_durable_copy(path, id, Arc::new(self.make_run_table(id, geometry)?))
+    }
+
+    /// The durable copy of a table that is there, on a new file.
+    pub(super) fn make_durable_copy(
+        &self,
+        path: &Path,
+        id: Uuid,
+        table: Arc<Table>,
+    ) -> Result<DurableTable, TableError> {
+        let (path, size) = (path.to_owned(), DurableTable::image_bytes(table.blocks()));
         let image = FileImage::create(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
         let image: SharedImage = Arc::new(image);
         let made =
@@ -93,7 +107,7 @@ impl Manager {
 
     /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
     /// needs no room, unlike writing the word "broken" where there is none.
-    fn revoke(&self, id: Uuid) -> Revoke {
+    pub(super) fn revoke(&self, id: Uuid) -> Revoke {
         let (path, given_up) = (self.places.saved_table(id), self.places.given_up_table(id));
         Box::new(move || {
             let renamed = match std::fs::rename(&path, &given_up) {
@@ -183,6 +197,18 @@ impl DiskLayers<'_> {
                 }
                 self.committed_table((id, image), place, is_lost)
             }
+        }
+    }
+
+    /// The table of a restore, of which blocks are pending: as it was left, or as it was committed last.
+    pub(super) fn open_pending(&self, id: Uuid, place: &Path) -> Result<DurableTable, String> {
+        match self.trust {
+            Trust::SameBoot => {
+                let left = self.left_table(id, None).map_err(|why| without_run_table(&why))?;
+                self.durable_table((id, place), place, Ok(left), false)
+            }
+            // A clean stop commits it.
+            Trust::Saved | Trust::PowerCut | Trust::Changed => self.committed_table((id, place), place, false),
         }
     }
 

@@ -254,6 +254,7 @@ impl Manager {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
         let disk = self.disk_with_mirror(name)?;
+        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         if let Some(reason) = disk.failure() {
             return Err(in_disk(ApiError::new(ErrorCode::DiskFailed, reason)));
@@ -374,6 +375,7 @@ impl Manager {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
         let disk = self.disk_with_mirror(name)?;
+        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
         let (goes, stays) = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;

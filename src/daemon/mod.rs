@@ -18,6 +18,7 @@ mod manager;
 mod mirror;
 mod places;
 pub mod recording;
+mod restore;
 mod save;
 mod service;
 mod snapshots;
@@ -120,6 +121,10 @@ impl Manager {
             self.save(disk).map_err(ServeError::Unsaved)?;
         }
         for disk in &disks {
+            // Requests may still wait for a volume, when the start ends half way.
+            if let Some(awaited) = locked(&disk.awaited).take() {
+                awaited.lose("the daemon is going down".to_owned());
+            }
             disk.stop_server();
             for snapshot in disk.snapshots() {
                 drop(locked(&snapshot.server).take());

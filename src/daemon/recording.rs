@@ -45,6 +45,7 @@ pub fn of_disk(
         own_image: false,
         logical_block_bytes: None,
         work: None,
+        restore: None,
         former_legs: Vec::new(),
         boot: Some(boot),
         snapshots,

@@ -17,6 +17,10 @@ impl Manager {
     /// # Errors
     /// When the live version could not be saved. A snapshot that could not is broken.
     pub(super) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
+        if let Some(reason) = disk.disk.restore_lost() {
+            log::warn!("disk {}: {reason}; it is left as it is", disk.name);
+            return Ok(());
+        }
         if !disk.config.readonly && !planted::is(Defect::StopWithoutSync) {
             sync(disk.base())?;
         }
@@ -82,6 +86,14 @@ impl Manager {
             (Some(_), None) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
             (None, None) => Some(looks(&path)?),
         };
+        if let Some(restore) = record.restore.as_ref().filter(|_| disk.disk.blocks_to_bring_back() > 0) {
+            log::warn!(
+                "disk {}: {} is restored from {} in part only; the rest follows when it is served again",
+                disk.name,
+                path.display(),
+                restore.from
+            );
+        }
         if let Some(log) = record.live_log.as_ref().filter(|_| record.volume.is_none()) {
             log::warn!(
                 "disk {}: its newest content is in the log {}, not in {} alone; it is put together when it is served again",

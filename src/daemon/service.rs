@@ -11,8 +11,8 @@ use super::entry::locked;
 use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
-    self, Bookmark, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, SnapshotRequest, Strategy, VersionInfo,
-    VolumeRequest, VolumeStatus, Writers,
+    self, Bookmark, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, RestoreRequest, SnapshotRequest, Strategy,
+    VersionInfo, VolumeRequest, VolumeStatus, Writers,
 };
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
@@ -49,6 +49,10 @@ impl Service for Manager {
 
     fn unmirror_disk(&self, disk: &Name, leg: Option<&Path>) -> Result<api::Disk, ApiError> {
         self.unmirror(disk, leg)
+    }
+
+    fn restore_disk(&self, disk: &Name, request: &RestoreRequest) -> Result<Job, ApiError> {
+        self.restore(disk, request)
     }
 
     fn create_snapshots(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {

@@ -62,6 +62,7 @@ impl Manager {
             if let Some(reason) = disk.failure() {
                 return Err(ApiError::new(ErrorCode::DiskFailed, format!("disk {}: {reason}", disk.name)));
             }
+            self.refuse_while_restored(disk, ErrorCode::DiskBusy)?;
             if disk.snapshot(&request.name).is_some() {
                 let message = format!("disk {} has a snapshot {} already", disk.name, request.name);
                 return Err(ApiError::new(ErrorCode::SnapshotExists, message));

@@ -55,8 +55,10 @@ impl Names {
         // Who has a full image has no table.
         let logs = disks.iter().filter(|d| d.live_log.is_some()).map(|d| d.live);
         let bitmaps = disks.iter().filter_map(|d| Some(d.mirror.as_ref()?.bitmap));
+        let restores = disks.iter().filter_map(|d| Some(d.restore.as_ref()?.id));
         let parts = snapshots().filter(|s| !s.owns_all).map(|s| s.id);
-        let ids = disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(parts).map(|id| id.to_string());
+        let ids =
+            disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(restores).chain(parts).map(|id| id.to_string());
         // By name and not by path: the directory may have been moved since.
         let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
         let (own, others): (Vec<_>, Vec<_>) = disks.iter().partition(|d| d.own_image);

@@ -283,6 +283,8 @@ impl Manager {
             mirror: None,
             former_legs: Vec::new(),
             standing: Standing { volume: Some(volume), logical_block_bytes: Some(logical), ..Standing::default() },
+            restore: None,
+            awaited: None,
             snapshots: Vec::new(),
             bookmarks: Vec::new(),
             record: None,
@@ -316,6 +318,17 @@ impl Manager {
             if let Some(other) = record.snapshots.iter().find_map(|s| self.volumes_on(s.id).into_iter().next()) {
                 return busy(format!("volume {other} stands on volume {name}"));
             }
+            let needed = |d: &Arc<DiskEntry>| {
+                let source = locked(&d.restore).as_ref().map(|r| r.source);
+                source.is_some_and(|source| record.snapshots.iter().any(|s| s.id == source))
+            };
+            if let Some(disk) = self.all_disks().into_iter().find(needed).filter(|_| !force) {
+                return busy(format!("disk {} is being restored from volume {name}", disk.name)).map_err(
+                    |e: ApiError| {
+                        e.with_action("put back what is missing and start again, or give up the disk too, with --force")
+                    },
+                );
+            }
             self.records.remove(name.as_str()).map_err(record_error)?;
             locked(&self.lost_volumes).remove(name);
             let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
@@ -328,6 +341,7 @@ impl Manager {
         let entry = self.volume(name)?;
         for snapshot in entry.snapshots() {
             self.refuse_if_stood_on(&snapshot, ErrorCode::VolumeBusy)?;
+            self.refuse_if_restored_from(&snapshot, ErrorCode::VolumeBusy)?;
         }
         if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
             return busy(format!("volume {name}: job {} is still working on it", job.id))

@@ -98,11 +98,16 @@ impl Manager {
 
     /// Remembers how a job is paced, if a restart goes on with it.
     pub(super) fn remember_pace(&self, job: &JobEntry) -> Result<(), ApiError> {
-        if self.disk_of_work(job).is_none() {
+        let remembered = || self.disk_of_work(job).or_else(|| self.restored_by(job));
+        if remembered().is_none() {
             return Ok(()); // Nothing is remembered of it, and nobody is waited for.
         }
         let _structure = locked(&self.structure);
-        let Some(disk) = self.disk_of_work(job) else { return Ok(()) };
+        let Some(disk) = remembered() else { return Ok(()) };
+        if let Some(restore) = locked(&disk.restore).as_mut() {
+            restore.delay_ms = job.pace.delay_ms.load(Ordering::Relaxed);
+            restore.bytes_per_second = job.pace.bytes_per_second.load(Ordering::Relaxed);
+        }
         if let Some(work) = &mut locked(&disk.standing).work {
             work.delay_ms = job.pace.delay_ms.load(Ordering::Relaxed);
             work.bytes_per_second = job.pace.bytes_per_second.load(Ordering::Relaxed);

@@ -6,9 +6,11 @@
 //! What this room does not know: who asked, and what is recorded about it.
 
 mod complete;
+mod restore;
 mod resync;
 
 pub use complete::complete;
+pub use restore::restore;
 pub use resync::resync;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};

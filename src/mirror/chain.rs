@@ -14,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
+use super::restore::{Restore, Restoring};
 use super::{Backing, Changed, Epoch};
 use crate::store::{BlockIndex, DurableTable, Table};
 
@@ -238,6 +239,7 @@ pub struct Segment {
 pub struct Chain {
     links: Vec<Link>,
     segments: Vec<Segment>,
+    restore: Restore,
 }
 
 impl Chain {
@@ -262,7 +264,44 @@ impl Chain {
         }
         assert!(!segments.is_empty(), "a chain has a version");
         assert!(links.is_sorted_by(|a, b| a.version.began < b.version.began), "versions are in order of their epochs");
-        Chain { links, segments }
+        Chain { links, segments, restore: Restore::None }
+    }
+
+    /// The same with other versions.
+    #[must_use]
+    pub(super) fn with_links(&self, links: Vec<Link>) -> Chain {
+        self.with_restore_of(links, self.restore.clone())
+    }
+
+    /// The same versions, of which the live one is restored, or is not any more.
+    #[must_use]
+    pub(super) fn with_restore(&self, restore: Restore) -> Chain {
+        self.with_restore_of(self.links.clone(), restore)
+    }
+
+    fn with_restore_of(&self, links: Vec<Link>, restore: Restore) -> Chain {
+        Chain { restore, ..Chain::new(links) }
+    }
+
+    /// Whether the live version is being restored in place.
+    #[must_use]
+    pub(super) fn restore(&self) -> &Restore {
+        &self.restore
+    }
+
+    /// What the live version is restored to, while some of its blocks show another version.
+    #[must_use]
+    pub fn restoring(&self) -> Option<&Arc<Restoring>> {
+        match &self.restore {
+            Restore::Active(restoring) => Some(restoring),
+            Restore::None | Restore::Closed { .. } | Restore::Lost(_) => None,
+        }
+    }
+
+    /// What the live version is restored to, if this block of version `index` still shows that.
+    #[must_use]
+    pub fn pending(&self, index: VersionIndex, block: BlockIndex) -> Option<&Arc<Restoring>> {
+        self.restoring().filter(|restoring| index == self.live() && restoring.is_pending(block))
     }
 
     /// The versions, oldest first.

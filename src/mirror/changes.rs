@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Link, Owned, VersionId, VersionIndex};
 use super::planted::{self, Defect};
+use super::restore::Restore;
 use super::{Backing, ChainEditor, Disk, Epoch};
 use crate::store::{BlockIndex, BlockRange, Table};
 use crate::sync::lock;
@@ -381,6 +382,10 @@ fn find(chain: &Chain, marks: &[Arc<Mark>], id: VersionId) -> Result<(Epoch, Opt
 /// only while everything is kept for both.
 fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Option<VersionIndex>) -> Option<Changes> {
     let (from, to) = (from?, to?);
+    // While a disk is being restored its live version shows another one's blocks.
+    if to == chain.live() && !matches!(chain.restore(), Restore::None) {
+        return None;
+    }
     let segment = chain.segment_of(from);
     if segment != chain.segment_of(to) || [from, to].iter().any(|&end| !chain.version(end).keeps_blocks()) {
         return None;

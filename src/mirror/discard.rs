@@ -6,6 +6,7 @@
 use super::chain::{Chain, VersionIndex};
 use super::lock::Mode;
 use super::planted::{self, Defect};
+use super::restore::Restore;
 use super::{Disk, Epoch, RequestError, Ticket};
 use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
@@ -48,6 +49,11 @@ impl Disk {
         let (_guard, chain) = loop {
             let guard = self.locks.acquire(blocks, mode).await;
             let chain = self.chain();
+            if let Some(gate) = chain.restore().gate() {
+                drop(guard);
+                gate.opened().await;
+                continue;
+            }
             if mode == Mode::Exclusive || !excludes(&chain) {
                 break (guard, chain);
             }
@@ -99,6 +105,9 @@ impl Disk {
             false => Some(self.locks.acquire(one, Mode::Exclusive).await),
         };
         let chain = self.chain();
+        if !matches!(chain.restore(), Restore::None) {
+            return Ok(Some(BlockIndex(block.0 + 1))); // What was discarded before may be wanted again.
+        }
         let writer = chain.at_epoch(ticket.epoch());
         let pivot = chain.pivot_of(writer);
         let is_wanted = self.discards.get(block) || planted::is(Defect::DiscardNotRechecked);
@@ -127,6 +136,10 @@ fn fate(chain: &Chain, writer: VersionIndex, block: BlockIndex) -> (Fate, Versio
         return (Fate::Now, pivot.max(writer));
     }
     let newer = |from| (from..=segment.last).any(|i| i != pivot && chain.layer(i).owns(block));
+    if chain.pending(writer, block).is_some() {
+        // It is not in the place that would be given back.
+        return (Fate::Never, pivot);
+    }
     if !chain.segments_after(writer).is_empty() {
         // It would have to be carried out on both sides of the split, to stay one content.
         return (Fate::Never, pivot);

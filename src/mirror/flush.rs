@@ -10,6 +10,7 @@ use super::chain::{Chain, Layer, Log, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
 use super::planted::{self, Defect};
+use super::restore::Restore;
 use super::{Disk, Epoch, RequestError, VersionId};
 use crate::image::{ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
@@ -20,7 +21,12 @@ const RECLAIMED_MAX: usize = 64;
 impl Disk {
     /// Makes durable what requests of `epoch` wrote.
     pub(super) async fn flush(&self, queue: &IoQueue, epoch: Epoch) -> Result<(), RequestError> {
+        // What was brought back before the last end of the daemon is flushed too, and is not known before that.
+        self.wait_to_read().await;
         let chain = self.chain();
+        if let Restore::Lost(reason) = chain.restore() {
+            return Err(RequestError::Broken(reason.clone()));
+        }
         // Before the commit: only what was deleted until now is deleted durably when it is done.
         let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
         if planted::is(Defect::ReclaimBeforeStored) {
@@ -43,10 +49,10 @@ impl Disk {
     /// When an image refuses.
     pub async fn commit_logs(&self, queue: &IoQueue) -> Result<(), RequestError> {
         let chain = self.chain();
-        if logs_of(&chain).next().is_none() {
+        if logs_of(&chain).next().is_none() && chain.restoring().is_none() {
             return Ok(());
         }
-        Ok(self.flush_layers(queue, &chain, &way(&chain, chain.live())).await?)
+        Ok(self.flush_live(queue, &chain).await?)
     }
 
     /// Makes durable what a version shows, if it is to outlive a power cut: one at or above the pivot, or one whose layer
@@ -129,8 +135,8 @@ impl Disk {
         chain: &Chain,
         index: VersionIndex,
     ) -> Result<(), RequestError> {
+        self.flush_live(queue, chain).await?;
         let live = way(chain, chain.live());
-        self.flush_layers(queue, chain, &live).await?;
         // What only a version shows that still drains is not worth a guest's error.
         let rest: Vec<VersionIndex> = way(chain, index).into_iter().filter(|i| !live.contains(i)).collect();
         if let Err(e) = self.flush_layers(queue, chain, &rest).await {
@@ -138,6 +144,21 @@ impl Disk {
             self.break_readers_of_failed(queue, chain, &rest).await;
         }
         Ok(())
+    }
+
+    /// Makes durable what the live version shows. That a block has been brought back comes after its bytes and the entry
+    /// that points to them: until then a power cut shows the block as it was restored.
+    pub(super) async fn flush_live(&self, queue: &IoQueue, chain: &Chain) -> Result<(), ImageError> {
+        let live = way(chain, chain.live());
+        let Some(restoring) = chain.restoring() else { return self.flush_layers(queue, chain, &live).await };
+        if planted::is(Defect::SettledBeforeSync) {
+            restoring.pending().commit(queue).await?;
+            return self.flush_layers(queue, chain, &live).await;
+        }
+        if planted::is(Defect::SettledNotStored) {
+            return self.flush_layers(queue, chain, &live).await;
+        }
+        restoring.pending().commit_after(queue, async || self.flush_layers(queue, chain, &live).await).await
     }
 
     /// Breaks every frozen version that reads in one of `layers` whose image cannot be synced: nobody knows what it has

@@ -17,6 +17,15 @@ pub struct Copy {
     pub to: VersionIndex,
 }
 
+/// Where the rest of a partly written block comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fill {
+    /// The layer of a version.
+    Layer(VersionIndex),
+    /// What the disk is restored to, outside its chain.
+    Restored,
+}
+
 /// What to do with a block.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct BlockPlan {
@@ -24,8 +33,8 @@ pub struct BlockPlan {
     pub preserve: Option<Copy>,
     /// The layer that the write goes to: the pivot's, or the writer's own log.
     pub home: VersionIndex,
-    /// The rest of a partly written block comes from this version's layer, because home does not have it.
-    pub fill_from: Option<VersionIndex>,
+    /// The rest of a partly written block comes from there, because home does not have it.
+    pub fill_from: Option<Fill>,
     /// The block becomes an entry of home's table (figure 18, 1804).
     pub adopts: bool,
     /// The write goes to these layers as well: newer versions must see it and have bytes of their own (002 [0051]).
@@ -33,6 +42,8 @@ pub struct BlockPlan {
     /// Afterwards home has all that these layers have of the block: their entries are deleted and their space is given
     /// back (figures 16 and 23).
     pub supersedes: Vec<VersionIndex>,
+    /// The block shows what the disk is restored to, and not home. Afterwards it shows home.
+    pub settles: bool,
 }
 
 /// Neighbouring blocks with the same plan.
@@ -57,7 +68,15 @@ impl BlockPlan {
     /// Nothing but the write itself.
     #[must_use]
     pub fn plain(home: VersionIndex) -> BlockPlan {
-        BlockPlan { preserve: None, home, fill_from: None, adopts: false, others: Vec::new(), supersedes: Vec::new() }
+        BlockPlan {
+            preserve: None,
+            home,
+            fill_from: None,
+            adopts: false,
+            others: Vec::new(),
+            supersedes: Vec::new(),
+            settles: false,
+        }
     }
 
     /// What a write of version `writer` does with `block`, of which it writes the `whole` or a part.
@@ -81,6 +100,10 @@ impl BlockPlan {
             plan.others.push(newer.pivot);
             add_owners(chain, *newer, block, whole, &mut plan);
         }
+        if let Some(restoring) = chain.pending(writer, block) {
+            plan.settles = true;
+            plan.fill_from = (!whole && !planted::is(Defect::PendingNotFilled)).then(|| restoring.fill(chain, block));
+        }
         if planted::is(Defect::DrainNotMirrored) {
             plan.others.clear();
             plan.supersedes.clear();
@@ -98,7 +121,7 @@ impl BlockPlan {
     #[must_use]
     pub fn excludes(&self) -> bool {
         let alone = !self.adopts && self.fill_from.is_none() && self.others.is_empty() && self.supersedes.is_empty();
-        self.preserve.is_some() || !alone
+        self.preserve.is_some() || !alone || self.settles
     }
 
     /// All layers that are written to.
@@ -117,7 +140,7 @@ fn into_the_base(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: 
     let base = writer - 1;
     let mut plan = BlockPlan { preserve: save_for_older(chain, base, block), ..BlockPlan::plain(base) };
     if chain.layer(writer).owns(block) {
-        plan.fill_from = (!whole).then_some(writer).filter(|_| !planted::is(Defect::NoFill));
+        plan.fill_from = (!whole).then_some(Fill::Layer(writer)).filter(|_| !planted::is(Defect::NoFill));
         plan.supersedes.push(writer);
     }
     plan
@@ -128,7 +151,7 @@ fn into_the_log(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: b
     let mut plan = BlockPlan::plain(writer);
     if !chain.layer(writer).owns(block) {
         plan.adopts = true;
-        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| chain.resolve(writer, block));
+        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| Fill::Layer(chain.resolve(writer, block)));
     }
     plan
 }
@@ -157,7 +180,7 @@ impl WritePlan {
         blocks: BlockRange,
         is_whole: impl Fn(BlockIndex) -> bool,
     ) -> WritePlan {
-        if chain.live() == 0 {
+        if chain.live() == 0 && chain.restoring().is_none() {
             // No other version, no table to look at: the common case.
             return WritePlan { writer, runs: vec![Run { blocks, plan: BlockPlan::plain(0) }] };
         }

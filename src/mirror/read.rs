@@ -8,6 +8,7 @@ use super::chain::{Chain, VersionIndex};
 use super::disk::{Target, index_of};
 use super::join::join_all;
 use super::planted::{self, Defect};
+use super::restore::{Restore, RestoreSource};
 use super::{Backing, Disk, Epoch, RequestError};
 use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
@@ -46,7 +47,8 @@ impl Disk {
     fn pivot_shown(&self, target: Target, epoch: Epoch) -> Result<Option<Backing>, RequestError> {
         let chain = self.chain.load();
         let index = index_of(&chain, target, epoch)?;
-        Ok((index == chain.pivot_of(index)).then(|| chain.layer(index).image.clone()))
+        let is_restored = index == chain.live() && !matches!(chain.restore(), Restore::None);
+        Ok((index == chain.pivot_of(index) && !is_restored).then(|| chain.layer(index).image.clone()))
     }
 
     async fn read_through_tables(
@@ -79,6 +81,9 @@ impl Disk {
         into: &GuestBuf,
     ) -> Result<(), RequestError> {
         let blocks = self.geometry.covering(at, into.len() as u64);
+        if target == Target::Live {
+            self.wait_to_read().await;
+        }
         let mut generation = self.locks.generation(blocks);
         let mut extents = self.extents(target, epoch, blocks)?;
         loop {
@@ -127,14 +132,46 @@ impl Disk {
     fn extents(&self, target: Target, epoch: Epoch, blocks: BlockRange) -> Result<Vec<Extent>, RequestError> {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
-        let owners = owners(&chain, index, blocks);
-        Ok(owners.map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() }).collect())
+        let of = |index, blocks| {
+            owners(&chain, index, blocks)
+                .map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() })
+        };
+        if index < chain.live() {
+            return Ok(of(index, blocks).collect());
+        }
+        if let Restore::Lost(reason) = chain.restore() {
+            return Err(RequestError::Broken(reason.clone()));
+        }
+        let Some(restoring) = chain.restoring() else { return Ok(of(index, blocks).collect()) };
+        let mut extents = Vec::new();
+        // Each bit is looked at once: what is found the same by the next look was the same all the time.
+        for (run, is_pending) in runs(blocks, |block| restoring.is_pending(block)) {
+            match restoring.source() {
+                _ if !is_pending => extents.extend(of(index, run)),
+                RestoreSource::View(view) => extents.push(Extent { blocks: run, image: Backing::View(view.clone()) }),
+                RestoreSource::Own(id) => extents.extend(of(restoring.position(&chain, *id)?, run)),
+            }
+        }
+        Ok(extents)
     }
 }
 
 /// Whether the same images have the same blocks.
 fn is_same(now: &[Extent], before: &[Extent]) -> bool {
     now.len() == before.len() && now.iter().zip(before).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image))
+}
+
+/// The runs of `blocks` for which `of` says the same.
+fn runs<T: PartialEq>(blocks: BlockRange, of: impl Fn(BlockIndex) -> T) -> Vec<(BlockRange, T)> {
+    let mut runs: Vec<(BlockRange, T)> = Vec::new();
+    for block in blocks.iter() {
+        let what = of(block);
+        match runs.last_mut() {
+            Some((run, same)) if *same == what => run.end = BlockIndex(block.0 + 1),
+            _ => runs.push((BlockRange::one(block), what)),
+        }
+    }
+    runs
 }
 
 /// The runs of `blocks` by the version whose layer has their bytes.

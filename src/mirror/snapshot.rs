@@ -11,6 +11,7 @@ use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::Mode;
 use super::plan::Copy;
 use super::planted::{self, Defect};
+use super::restore::Restore;
 use super::{Backing, Changed, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -99,7 +100,8 @@ impl ChainEditor {
     /// When too many older cuts still drain; nothing has changed then.
     ///
     /// # Panics
-    /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]).
+    /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]), or a disk
+    /// is being restored.
     pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
         let _editing = lock(&self.editing);
         if !self.clock.can_advance() {
@@ -168,7 +170,7 @@ impl ChainEditor {
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         links[chain.pivot_of(chain.live())].layer.image = image;
-        disk.chain.store(Arc::new(Chain::new(links)));
+        disk.chain.store(Arc::new(chain.with_links(links)));
         Ok(self.clock.advance()?.previous())
     }
 
@@ -208,7 +210,7 @@ impl ChainEditor {
             links[index].splits = true;
         }
         ChainEditor::keep_changes(disk, &chain, index, &links);
-        disk.chain.store(Arc::new(Chain::new(links)));
+        disk.chain.store(Arc::new(chain.with_links(links)));
     }
 }
 
@@ -224,6 +226,7 @@ impl Disk {
     /// Publishes a new live version that begins at `began`.
     fn publish(&self, prepared: PreparedSnapshot, began: Epoch) -> Arc<Version> {
         let chain = self.chain();
+        assert!(matches!(chain.restore(), Restore::None), "a disk is frozen while it is restored");
         let mut links = chain.links().to_vec();
         let movable = self.can_move_pivot();
         let last = links.last_mut().expect("a chain is never empty");

@@ -72,6 +72,11 @@ impl View {
         1 + self.source.as_ref().ok().and_then(|disk| disk.base()).map_or(0, |below| below.depth())
     }
 
+    /// The version and the disk that has it, if there is one.
+    pub(super) fn frozen(&self) -> Option<(&Arc<Disk>, VersionId)> {
+        self.source.as_ref().ok().map(|disk| (disk, self.version))
+    }
+
     pub(super) fn size_bytes(&self) -> u64 {
         self.size_bytes
     }

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use super::chain::{Chain, Owned, VersionIndex};
 use super::join::join_all;
 use super::lock::Mode;
-use super::plan::{Copy, Run, WritePlan};
+use super::plan::{Copy, Fill, Run, WritePlan};
 use super::planted::{self, Defect};
 use super::read::usize_of;
+use super::restore::{Restore, RestoreSource};
 use super::{Backing, Disk, Epoch, RequestError, Ticket};
-use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, IoBuf, IoQueue};
-use crate::store::BlockRange;
+use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
+use crate::store::{BlockIndex, BlockRange};
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
 /// rewrite the neighbours in it.
@@ -144,6 +145,14 @@ impl Disk {
             let guard = self.locks.acquire(part.blocks, mode).await;
             // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
             let chain = if planted::is(Defect::NoPlanRecheck) { early.clone() } else { self.chain() };
+            if let Some(gate) = chain.restore().gate().filter(|_| !planted::is(Defect::GateIgnored)) {
+                drop(guard);
+                gate.opened().await;
+                continue;
+            }
+            if let Restore::Lost(reason) = chain.restore() {
+                return Err(RequestError::Broken(reason.clone()));
+            }
             let (mut plan, excludes) = decide(&chain);
             if planted::is(Defect::NoPlanRecheck) {
                 plan = early_plan.clone();
@@ -157,23 +166,60 @@ impl Disk {
                 drop(guard);
                 continue;
             }
-            while let Err((lost, reason)) = self.preserve(queue, &chain, &plan).await {
-                self.give_up(&chain, lost, &reason)?;
-                plan = decide(&chain).0;
-            }
-            self.forget_discards(part.blocks);
-            if !planted::is(Defect::NotedAfterBytes) {
-                note(&chain, &plan, &part);
-            }
-            let result = self.carry_out(queue, &chain, &plan, &part).await;
-            if planted::is(Defect::BitAfterOverwrite) {
-                set_preserved(&chain, &plan);
-            }
-            if planted::is(Defect::NotedAfterBytes) {
-                note(&chain, &plan, &part);
-            }
-            return result;
+            return self.write_planned(queue, &chain, plan, || decide(&chain).0, &part).await;
         }
+    }
+
+    /// Carries out a plan that was decided under the part's locks; `again` decides it anew when a version was given up.
+    async fn write_planned(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        mut plan: WritePlan,
+        again: impl Fn() -> WritePlan,
+        part: &Part,
+    ) -> Result<(), RequestError> {
+        while let Err((lost, reason)) = self.preserve(queue, chain, &plan).await {
+            self.give_up(chain, lost, &reason)?;
+            plan = again();
+        }
+        self.forget_discards(part.blocks);
+        if !planted::is(Defect::NotedAfterBytes) {
+            note(chain, &plan, part);
+        }
+        let result = self.carry_out(queue, chain, &plan, part).await;
+        if planted::is(Defect::BitAfterOverwrite) {
+            set_preserved(chain, &plan);
+        }
+        if planted::is(Defect::NotedAfterBytes) {
+            note(chain, &plan, part);
+        }
+        result
+    }
+
+    /// Writes a whole block of the live version, of which the caller holds the lock exclusively.
+    pub(super) async fn write_block(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        block: BlockIndex,
+        bytes: AlignedBuf,
+    ) -> Result<(), RequestError> {
+        let blocks = BlockRange::one(block);
+        let (at, len) = self.geometry.bytes(blocks);
+        let data = match is_zero(&bytes) {
+            true => Data::Zeros { len, unmap: true },
+            false => Data::Guest(GuestBuf::from_owned(bytes).0),
+        };
+        let part = Part { at, len, data, blocks, durable: false };
+        let decide = || {
+            let mut plan = WritePlan::decide(chain, chain.live(), blocks, |_| true);
+            if planted::is(Defect::BroughtBackUnsaved) {
+                plan.runs.iter_mut().for_each(|run| run.plan.preserve = None);
+            }
+            plan
+        };
+        self.write_planned(queue, chain, decide(), decide, &part).await
     }
 
     /// Saves the old bytes that older versions read. On failure says which version cannot be kept, and why.
@@ -258,12 +304,15 @@ impl Disk {
             if let Owned::Table(table) = &chain.layer(run.plan.home).owned {
                 let image = &chain.layer(run.plan.home).image;
                 let at = self.geometry.bytes(run.blocks).0;
-                let full = |e| ImageError::from_io(crate::image::ImageOp::Write, image.path(), Some(at), &e);
+                let full = |e| ImageError::from_io(ImageOp::Write, image.path(), Some(at), &e);
                 table.prepare(run.blocks).map_err(full)?;
             }
         }
         if planted::is(Defect::EntryBeforeBytes) {
             self.settle_entries(queue, chain, plan).await;
+        }
+        if planted::is(Defect::SettledBeforeBytes) {
+            settle_restored(chain, plan);
         }
         match plan.single_target() {
             Some(target) if !is_misaligned(chain, plan, part) => {
@@ -274,7 +323,11 @@ impl Disk {
         if !planted::is(Defect::EntryBeforeBytes) {
             self.settle_entries(queue, chain, plan).await;
         }
-        if part.durable && self.has_logs(chain) && !planted::is(Defect::DurableWithoutEntry) {
+        settle_restored(chain, plan);
+        if part.durable
+            && (self.has_logs(chain) || chain.restoring().is_some())
+            && !planted::is(Defect::DurableWithoutEntry)
+        {
             // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
             self.flush_from(queue, chain, plan.writer).await?;
         }
@@ -366,8 +419,15 @@ impl Disk {
         let from = run_at.max(part.at);
         let to = (run_at.0 + run_len).min(part.at.0 + part.len);
         if let Some(source) = run.plan.fill_from.filter(|_| target == run.plan.home) {
-            let source = &chain.layer(source).image;
-            return overlay(source, image, queue, (run_at, run_len), (from, to), part, stable).await;
+            let source = match (source, chain.restoring().map(|restoring| restoring.source())) {
+                (Fill::Layer(index), _) => chain.layer(index).image.clone(),
+                (Fill::Restored, Some(RestoreSource::View(view))) => Backing::View(view.clone()),
+                (Fill::Restored, _) => {
+                    let why = "the snapshot that is restored is gone";
+                    return Err(ImageError::new(ImageErrorKind::Io, ImageOp::Read, image.path(), why));
+                }
+            };
+            return overlay(&source, image, queue, (run_at, run_len), (from, to), part, stable).await;
         }
         let unit = u64::from(image.alignment().offset_bytes);
         if !from.0.is_multiple_of(unit) || !to.is_multiple_of(unit) {
@@ -460,7 +520,7 @@ fn note(chain: &Chain, plan: &WritePlan, part: &Part) {
 /// Whether there is nothing but one image that takes the part as it is: the common case.
 fn is_plain(chain: &Chain, part: &Part) -> bool {
     let image = &chain.layer(0).image;
-    chain.live() == 0 && !image.excludes() && image.takes(part.at, part.len)
+    chain.live() == 0 && matches!(chain.restore(), Restore::None) && !image.excludes() && image.takes(part.at, part.len)
 }
 
 /// Whether some image can take the part only together with bytes around it.
@@ -530,6 +590,14 @@ fn set_preserved(chain: &Chain, plan: &WritePlan) {
         {
             table.set(run.blocks);
         }
+    }
+}
+
+/// The blocks have their bytes: from now on the live version shows them, and not what it is restored to.
+fn settle_restored(chain: &Chain, plan: &WritePlan) {
+    let Some(restoring) = chain.restoring() else { return };
+    for run in plan.runs.iter().filter(|run| run.plan.settles) {
+        restoring.pending().table().clear(run.blocks);
     }
 }
 

@@ -22,7 +22,7 @@ pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use records::{
     BookmarkRecord, ChangedRecord, DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError,
-    Records, SnapshotRecord, VolumeRecord,
+    Records, RestoreRecord, SnapshotRecord, VolumeRecord,
 };
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};

@@ -22,8 +22,8 @@ use crate::planted::{self, Defect};
 const FORMAT: u64 = 5;
 /// The first format that can still be read: it has no logs, no mirrors and nothing that outlives a kill. The second one has
 /// no checksums, and no snapshots that outlive a power cut by themselves. The third one has no volumes: who knows only that
-/// one would delete what they stand on. The fourth one has no bookmarks, and no volumes that became independent, are disabled, or are
-/// being worked on.
+/// one would delete what they stand on. The fourth one has no bookmarks, no volumes that became independent, are
+/// disabled or are being worked on, and no restores: it would serve a disk as whole that is restored in part.
 const FORMAT_FIRST: u64 = 1;
 /// The first format whose records have checksums.
 const FORMAT_SEALED: u64 = 3;
@@ -202,6 +202,31 @@ pub struct VolumeRecord {
     pub created_ms: u64,
 }
 
+/// A restore in place, as it is remembered. Which blocks are pending is in its table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreRecord {
+    /// The stable name of the table.
+    pub id: Uuid,
+    /// The stable name of the version that is restored.
+    pub source: Uuid,
+    /// Its snapshot as the user calls it, `disk@name`.
+    pub from: String,
+    /// Whether it is the disk's own, and not a volume's.
+    pub is_own: bool,
+    /// Whether the snapshot was taken for the restore, and goes with it.
+    pub is_ours: bool,
+    /// Whether it has begun. Before that the table says nothing.
+    pub is_active: bool,
+    /// Whether its job was stopped by the user, and waits to be resumed.
+    pub stopped: bool,
+    /// The pause between two steps, in milliseconds.
+    #[serde(default)]
+    pub delay_ms: u32,
+    /// The most that it copies in a second; 0 for as much as it can.
+    #[serde(default)]
+    pub bytes_per_second: u64,
+}
+
 /// A disk, as it is remembered.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
@@ -255,6 +280,9 @@ pub struct DiskRecord {
     /// What a job is doing to it, that goes on after a restart.
     #[serde(default)]
     pub work: Option<WorkRecord>,
+    /// Its restore in place, if one is under way.
+    #[serde(default)]
+    pub restore: Option<RestoreRecord>,
     /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
     #[serde(default)]
     pub former_legs: Vec<std::path::PathBuf>,
@@ -562,7 +590,8 @@ impl DiskRecord {
     #[must_use]
     pub fn names(&self) -> BTreeSet<String> {
         let image = self.own_image.then(|| self.own_image_name());
-        let own = [Some(self.id), Some(self.live), self.mirror.as_ref().map(|m| m.bitmap)];
+        let (bitmap, restore) = (self.mirror.as_ref().map(|m| m.bitmap), self.restore.as_ref().map(|r| r.id));
+        let own = [Some(self.id), Some(self.live), bitmap, restore];
         let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
         let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
         ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).chain(image).collect()

@@ -73,6 +73,7 @@ fn disk(name: &str) -> DiskRecord {
         own_image: false,
         logical_block_bytes: None,
         work: None,
+        restore: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
         snapshots: vec![snapshot(name, "a", 3), snapshot(name, "b", 5)],

@@ -164,6 +164,8 @@ fn refusals_are_one_line_and_status_1() {
         ("snapshot delete vm1@daily --keep-image --force", "is write-logging, so its image alone is not its content; "),
         ("snapshot cutover vm1@x", "there is no snapshot vm1@x; "),
         ("disk mirror vm9 b.raw", "there is no disk vm9; "),
+        ("disk restore vm9 --from vm9@daily", "there is no disk vm9; "),
+        ("disk restore vm1 --from vm1@x", "there is no snapshot vm1@x; "),
         ("disk unmirror vm1", "disk vm1 has no second leg; add one: halfsilver disk mirror vm1 PATH"),
         ("job resume 1", "there is no job 1; "),
         ("job wait 1", "there is no job 1; "),
@@ -197,6 +199,9 @@ fn usage_is_status_2() {
         "disk add vm3 --path x --mirror y --readonly",
         "disk add vm3 --path x --shared=maybe",
         "disk mirror vm1",
+        "disk restore vm1",
+        "disk restore vm1 --from vm1@",
+        "disk restore vm1 --from clone --delay-ms 3600001",
         "disk unmirror",
         "snapshot cutover vm1",
         "job resume",
@@ -358,6 +363,18 @@ fn a_disk_with_two_legs() {
 }
 
 #[test]
+fn a_disk_is_restored() {
+    let rig = Rig::with_disks();
+    rig.done("snapshot create daily --disk vm1");
+    let job = rig.json("disk restore vm1 --from vm1@daily --force --delay-ms 5 --json");
+    assert_eq!((&job["kind"], &job["disk"], &job["id"]), (&json!("restore"), &json!("vm1"), &json!(10)));
+    let shown = rig.done("disk show vm1");
+    assert!(shown.contains("RESTORED FROM  REMAINING\nvm1@daily "), "{shown}");
+    rig.fake.set_job(10, JobState::Failed, Some("I/O error"));
+    assert!(rig.fails("job wait 10").contains("I/O error"));
+}
+
+#[test]
 fn old_frontends_are_moved_over() {
     let rig = Rig::with_disks();
     let created = rig.done("snapshot create daily --disk vm1 --writers connection");
@@ -446,6 +463,7 @@ fn completions_and_manual_pages() {
     for (line, text) in [
         ("serve --help", "mirror=other.raw"),
         ("disk mirror --help", "replace the failed one"),
+        ("disk restore --help", "it shows that at once"),
         ("disk unmirror --help", "stays as a plain raw image"),
         ("snapshot cutover --help", "without a reconnect"),
         ("snapshot delete --help", "--keep-image"),

@@ -8,7 +8,8 @@ use halfsilver::control::api::{DiskConfig, JobState, LegState, SnapshotState, St
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
-use crate::fake::{Rig, listen, name, read_until};
+use crate::exchange::{listen, read_until};
+use crate::fake::{Rig, name};
 
 const VM1: &str = r#"{"path":"/images/vm1.raw"}"#;
 
@@ -442,7 +443,7 @@ fn waiting_ends_when_the_snapshot_or_the_server_goes() {
     });
     let path = rig.path.clone();
     let waiting = std::thread::spawn(move || {
-        crate::fake::exchange(&path, "POST", "/v1/snapshots", br#"{"name":"b","disks":["vm1"],"wait":true}"#).json()
+        crate::exchange::exchange(&path, "POST", "/v1/snapshots", br#"{"name":"b","disks":["vm1"],"wait":true}"#).json()
     });
     while !rig.fake.has("vm1@b") {
         std::thread::sleep(Duration::from_millis(5));

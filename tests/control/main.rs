@@ -4,6 +4,7 @@
 
 mod changes;
 mod cli;
+mod exchange;
 mod fake;
 mod http;
 mod openapi;

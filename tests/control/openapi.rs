@@ -48,6 +48,8 @@ fn every_operation_describes_its_refusals() {
     for schema in [
         "Leg",
         "MirrorRequest",
+        "RestoreDisk",
+        "RestoreStatus",
         "Disk",
         "DiskConfig",
         "Snapshot",
@@ -71,7 +73,7 @@ fn every_operation_describes_its_refusals() {
     for (schema, words) in [
         ("VolumeState", serde_json::json!(["serving", "disabled", "broken"])),
         ("LegState", serde_json::json!(["in-sync", "resynchronising", "failed", "split"])),
-        ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror"])),
+        ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror", "restore"])),
     ] {
         assert_eq!(document["components"]["schemas"][schema]["enum"], words);
     }

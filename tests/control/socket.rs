@@ -13,7 +13,8 @@ use halfsilver::control::server::SHUTDOWN_GRACE;
 use halfsilver::control::socket::SocketError;
 use halfsilver::control::{Server, ServerError};
 
-use crate::fake::{Fake, Rig, exchange, listen, read_until, request};
+use crate::exchange::{exchange, listen, read_until, request};
+use crate::fake::{Fake, Rig};
 
 fn start(path: &Path) -> Result<Server, ServerError> {
     Server::start(path, Arc::new(Fake::default()))

@@ -16,6 +16,7 @@ mod judge;
 mod media;
 mod oracle;
 mod records;
+mod restore;
 mod run;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]

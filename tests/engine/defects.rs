@@ -71,6 +71,25 @@ fn rules_of_completion_left_out_are_noticed() {
     }
 }
 
+#[test]
+fn every_rule_of_a_restore_left_out_is_noticed() {
+    let defects = [
+        Defect::PendingNotFilled,
+        Defect::SettledBeforeBytes,
+        Defect::OldPlansNotAwaited,
+        Defect::GateIgnored,
+        Defect::BroughtBackUnsaved,
+        Defect::RestoreNotNoted,
+    ];
+    let noticed = |defect| (0..SEEDS).find(|&seed| crate::with_planted(defect, || crate::restore::run(seed)).is_err());
+    let found = defects.map(|defect| (defect, noticed(defect)));
+    for (defect, seed) in found.iter().filter_map(|(defect, seed)| Some((defect, (*seed)?))) {
+        println!("planted: {defect:?}: noticed by tests/engine/defects.rs: seed {seed} of restores");
+    }
+    let unnoticed: Vec<_> = found.iter().filter(|(_, seed)| seed.is_none()).collect();
+    assert!(unnoticed.is_empty(), "unnoticed after {SEEDS} seeds each: {unnoticed:?}");
+}
+
 /// The random runs come to this one seldom.
 #[test]
 fn an_entry_that_was_made_anew_is_noticed_at_once() {

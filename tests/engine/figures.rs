@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halfsilver::mirror::{BlockPlan, Copy, Ticket, Version};
+use halfsilver::mirror::{BlockPlan, Copy, Fill, Ticket, Version};
 use halfsilver::store::BlockIndex;
 
 use crate::bench::{BLOCK_SECTORS, Bench, block, first_bytes};
@@ -284,7 +284,10 @@ fn figure_18_a_write_to_vlun_b_makes_an_entry_and_goes_to_image_b() {
     mirror.write_b(1..2, 8);
     assert_eq!(on(&mirror.image_b, block(0)), [9, 8, 9, 9, 9, 9, 9, 9], "1805");
     // The figure knows whole blocks only. The first part of a block brings the rest along from image A.
-    assert_eq!(mirror.plan(B, 1, false), BlockPlan { adopts: true, fill_from: Some(A), ..BlockPlan::plain(B) });
+    assert_eq!(
+        mirror.plan(B, 1, false),
+        BlockPlan { adopts: true, fill_from: Some(Fill::Layer(A)), ..BlockPlan::plain(B) }
+    );
     mirror.write_b(10..11, 7);
     assert_eq!(on(&mirror.image_b, block(1)), [1, 1, 7, 1, 1, 1, 1, 1]);
     let Mirror { bench, first, second, vlun_a, .. } = mirror;

@@ -12,6 +12,7 @@ mod flips;
 mod flushes;
 mod oracle;
 mod poison;
+mod restore;
 mod rules;
 mod run;
 mod saved;

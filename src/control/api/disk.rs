@@ -9,8 +9,8 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::{
-    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, LegState, QUEUES_MAX, SERIAL_LEN_MAX, check_absolute,
-    check_socket, invalid,
+    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, LegState, QUEUES_MAX, RestoreStatus, SERIAL_LEN_MAX,
+    check_absolute, check_socket, invalid,
 };
 use crate::control::error::ApiError;
 use crate::control::name::Name;
@@ -182,6 +182,9 @@ pub struct Disk {
     pub durability: Durability,
     /// The images that are kept equal; empty when the disk has no mirror.
     pub legs: Vec<Leg>,
+    /// The restore in place that is under way.
+    #[serde(default)]
+    pub restoring: Option<RestoreStatus>,
 }
 
 /// One of the two images of a mirrored disk.

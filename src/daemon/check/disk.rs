@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::restore::look_at_restore;
 use super::verdict::{self, Found, Lost, Place, Slot};
 use super::{CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::Name;
@@ -73,6 +74,10 @@ pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk 
         look_at_layer(of, slot, place, (&config, shape, trust))
     });
     checked.snapshots = outcome.snapshots;
+    if let (Ok(_), Some(why)) = (&outcome.disk, look_at_restore(of, record, shape.blocks(), trust, &checked.snapshots))
+    {
+        return refuse(checked, why, PUT_BACK);
+    }
     match outcome.disk {
         Ok(false) => {
             checked.verdict = DiskVerdict::Served;

@@ -1,0 +1,557 @@
+//! Restores in place: begun, gone on with after any end of the daemon, and ended (source 004).
+//!
+//! What always holds:
+//! - While a record says that a restore is active, its table of pending blocks is durable, and so is what pending blocks
+//!   show: whatever is saved for the versions on the way to the full image outlives a power cut from then on.
+//! - Before a record says so the table has a name in it, so that a start knows whose it is, and its bits mean nothing.
+//! - What is restored stays: while a disk is being restored it gets and loses no snapshot, and a volume that it is restored
+//!   from keeps the snapshot.
+//! - A disk whose pending blocks cannot be shown is not served as if it were whole.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::jobs::JobEntry;
+use super::layers::{DiskLayers, block_on, remove_file};
+use super::manager::{Manager, table_error};
+use super::takeup::Trust;
+use crate::control::api::{
+    self, DeleteSnapshotOptions, JobKind, JobState, RestoreRequest, SnapshotRequest, SnapshotState, VolumeSource,
+    Writers,
+};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
+use crate::crash;
+use crate::image::IoQueue;
+use crate::job::{self, Outcome};
+use crate::mirror::planted::{self, Defect};
+use crate::mirror::{ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
+use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord};
+
+/// How long a restore from a volume waits for the volume's snapshot to be quiesced.
+const QUIESCE_WAIT: Duration = Duration::from_secs(60);
+const TURN: Duration = Duration::from_millis(2);
+
+/// A disk that waits for the volume that it is restored from.
+pub(super) struct Awaited {
+    closed: ClosedDisk,
+    pending: DurableTable,
+}
+
+impl Awaited {
+    /// Every request on the disk fails from here on.
+    pub(super) fn lose(self, reason: String) {
+        self.closed.lose(reason);
+    }
+}
+
+fn io_error(what: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::Io, what.to_string())
+}
+
+/// Runs engine work on a ring of its own.
+fn in_ring<T: 'static>(work: impl AsyncFnOnce(IoQueue) -> Result<T, String> + 'static) -> Result<T, ApiError> {
+    block_on(work).and_then(|done| done).map_err(io_error)
+}
+
+impl Manager {
+    /// Takes a disk back to what `request` names. The disk shows that when this returns.
+    pub(super) fn restore(&self, name: &Name, request: &RestoreRequest) -> Result<api::Job, ApiError> {
+        let (from, is_ours) = match &request.from {
+            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), false),
+            VolumeSource::Now(volume) => (self.snapshot_to_restore(name, volume, request.force)?, true),
+        };
+        let begun = self.restore_when_quiesced(name, &from, request, is_ours);
+        if begun.is_err() && is_ours {
+            self.let_snapshot_go(&from);
+        }
+        Ok(begun?.to_api())
+    }
+
+    /// Takes the snapshot of a volume that a disk is restored to.
+    fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<SnapshotRef, ApiError> {
+        {
+            let _structure = locked(&self.structure);
+            let disk = self.disk_to_restore(name, force)?;
+            let source = self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?;
+            self.relation_of(&disk, &source)?;
+        }
+        let reference =
+            SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(Uuid::new_v4())).parse()? };
+        let snapshot = SnapshotRequest {
+            name: reference.name.clone(),
+            disks: vec![volume.clone()],
+            strategy: None,
+            writers: Writers::Request,
+            socket: None,
+            image: None,
+        };
+        self.create(&snapshot)?;
+        Ok(reference)
+    }
+
+    fn let_snapshot_go(&self, reference: &SnapshotRef) {
+        if let Err(e) = self.delete(reference, DeleteSnapshotOptions { force: true, ..Default::default() }) {
+            log::warn!("snapshot {reference}, which was taken for a restore, stays: {}", e.message);
+        }
+    }
+
+    /// A disk that can be restored now. The structure is locked.
+    fn disk_to_restore(&self, name: &Name, force: bool) -> Result<Arc<DiskEntry>, ApiError> {
+        self.refuse_when_stopping()?;
+        let disk = self.disk(name)?;
+        if disk.is_volume() {
+            let message = format!("{name} is a volume, and only disks are restored in place");
+            return Err(ApiError::new(ErrorCode::Unsupported, message)
+                .with_action("make another volume off the snapshot: halfsilver volume create"));
+        }
+        if disk.config.readonly {
+            return Err(ApiError::new(
+                ErrorCode::InvalidConfig,
+                format!("disk {name} is read-only: it is not restored"),
+            )
+            .with_action("serve it without readonly=on"));
+        }
+        if let Some(reason) = disk.failure() {
+            return Err(ApiError::new(ErrorCode::DiskFailed, format!("disk {name}: {reason}")));
+        }
+        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
+        for snapshot in disk.snapshots().iter().filter(|s| s.version.is_some()) {
+            let what = match locked(&snapshot.record) {
+                record if record.deleting => "is being deleted",
+                record if record.quiesced_ms.is_none() => "is still draining",
+                _ => continue,
+            };
+            let message = format!("disk {name} is not restored while its snapshot {} {what}", snapshot.reference.name);
+            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action("try again when that is over"));
+        }
+        let unfinished = self.work_of(&disk);
+        let running = self.running_jobs().into_iter().find(|j| j.disk == *name && j.kind != JobKind::Mirror);
+        if let Some(job) = running.or(unfinished) {
+            let message = format!("disk {name}: job {} is still working on it", job.id);
+            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action("try again when that is over"));
+        }
+        if !force && disk.frontends.count() > 0 {
+            let message = format!("disk {name} has a frontend connected, whose guest may hold old content in memory");
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("stop the guest first, or restore under it with --force"));
+        }
+        Ok(disk)
+    }
+
+    /// Refuses what a disk cannot have done to it while it is restored, and names the job.
+    pub(super) fn refuse_while_restored(&self, disk: &DiskEntry, code: ErrorCode) -> Result<(), ApiError> {
+        let Some(from) = locked(&disk.restore).as_ref().map(|r| r.from.clone()) else { return Ok(()) };
+        let job = self.restore_of(disk);
+        let by = job.as_ref().map_or_else(String::new, |job| format!(" by job {}", job.id));
+        let action = match job {
+            Some(job) if job.state() == JobState::Running => format!("wait for it: halfsilver job wait {}", job.id),
+            Some(job) => format!("go on with it first: halfsilver job resume {}", job.id),
+            None => format!("see 'halfsilver disk show {}'", disk.name),
+        };
+        Err(ApiError::new(code, format!("disk {} is being restored from {from}{by}", disk.name)).with_action(action))
+    }
+
+    /// Refuses to let a snapshot go that a disk is restored from. The structure is locked.
+    pub(super) fn refuse_if_restored_from(&self, entry: &SnapshotEntry, code: ErrorCode) -> Result<(), ApiError> {
+        for disk in self.all_disks() {
+            if locked(&disk.restore).as_ref().is_some_and(|r| r.source == entry.id) {
+                self.refuse_while_restored(&disk, code)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest job that restores this disk.
+    fn restore_of(&self, disk: &DiskEntry) -> Option<Arc<JobEntry>> {
+        let is_it = |j: &&Arc<JobEntry>| j.disk == disk.name && j.kind == JobKind::Restore;
+        locked(&self.jobs).values().rev().find(is_it).filter(|j| j.state() != JobState::Done).cloned()
+    }
+
+    /// Whether what is restored is the disk's own, or else a volume that stands on the disk.
+    fn relation_of(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>) -> Result<bool, ApiError> {
+        let mut at = source.clone();
+        loop {
+            if Arc::ptr_eq(&at, disk) {
+                return Ok(Arc::ptr_eq(source, disk));
+            }
+            let below = locked(&at.standing).volume.as_ref().map(|v| v.snapshot).and_then(|id| self.holder_of(id));
+            let Some((below, _)) = below else {
+                let message = format!("{} does not stand on disk {}, and has nothing of it", source.name, disk.name);
+                return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                    .with_action(format!("name a snapshot of {0}, or a volume that was made off one", disk.name)));
+            };
+            at = below;
+        }
+    }
+
+    fn holder_of(&self, version: Uuid) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {
+        self.all_disks().into_iter().find_map(|disk| {
+            let entry = disk.snapshots().into_iter().find(|s| s.id == version)?;
+            Some((disk, entry))
+        })
+    }
+
+    fn restore_when_quiesced(
+        &self,
+        name: &Name,
+        from: &SnapshotRef,
+        request: &RestoreRequest,
+        is_ours: bool,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        let deadline = Instant::now() + QUIESCE_WAIT;
+        loop {
+            let structure = locked(&self.structure);
+            let disk = self.disk_to_restore(name, request.force)?;
+            let source = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
+            let entry = source.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
+            let is_own = self.relation_of(&disk, &source)?;
+            let busy = |what| Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}")));
+            match entry.state(&source) {
+                SnapshotState::Quiesced if entry.version.is_some() => {
+                    let record = RestoreRecord {
+                        id: Uuid::new_v4(),
+                        source: entry.id,
+                        from: from.to_string(),
+                        is_own,
+                        is_ours,
+                        is_active: false,
+                        stopped: false,
+                        delay_ms: request.delay_ms,
+                        bytes_per_second: request.bytes_per_second,
+                    };
+                    return self.begin_restore(&disk, &source, record);
+                }
+                SnapshotState::Quiesced | SnapshotState::Broken => {
+                    let why = entry.broken().or_else(|| source.disk.base_broken()).unwrap_or_default();
+                    return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
+                }
+                SnapshotState::Folding | SnapshotState::Deleting => return busy("is being deleted"),
+                SnapshotState::Draining if entry.old_frontends(&source) > 0 || Instant::now() >= deadline => {
+                    return busy("is still draining");
+                }
+                SnapshotState::Draining => {}
+            }
+            drop(structure);
+            std::thread::sleep(TURN);
+        }
+    }
+
+    fn begin_restore(
+        &self,
+        disk: &Arc<DiskEntry>,
+        source: &Arc<DiskEntry>,
+        record: RestoreRecord,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        let geometry = disk.disk.geometry();
+        if source.disk.geometry().size_bytes != geometry.size_bytes {
+            let message = format!("{} has another size than disk {}", record.from, disk.name);
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message));
+        }
+        self.make_outlive_power_cuts(source, record.source)?;
+        let of = disk.disk.clone();
+        // What is long is done before requests wait.
+        in_ring(async move |queue| of.store_brought_back(&queue).await.map_err(|e| e.to_string()))?;
+        let id = record.id;
+        let pending = self.make_durable_table(&self.places.log_table(id), id, geometry).map_err(table_error)?;
+        *locked(&disk.restore) = Some(record);
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            *locked(&disk.restore) = None;
+            self.remove_restore_files(id);
+            return Err(e);
+        }
+        match self.activate(disk, source, pending) {
+            Ok(()) => {}
+            Err(e) => {
+                // Of a record that could not be stored nobody knows what it says: with no block pending it says nothing.
+                *locked(&disk.restore) = None;
+                match self.persist(std::slice::from_ref(disk)) {
+                    Ok(()) => self.remove_restore_files(id),
+                    Err(e) => log::error!("disk {}: a restore that did not begin stays recorded: {e}", disk.name),
+                }
+                return Err(e);
+            }
+        }
+        crash::point("after a restore was begun");
+        log::info!("disk {}: restored from {}", disk.name, source.name);
+        let job = self.restore_job(disk);
+        self.run_restore(disk, job.clone());
+        Ok(job)
+    }
+
+    /// Shows what is restored from now on: in one step for guests that are connected, and in one for a daemon that comes
+    /// after a kill or a power cut.
+    fn activate(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>, pending: DurableTable) -> Result<(), ApiError> {
+        let Some(record) = locked(&disk.restore).clone() else { return Err(io_error("a restore without a record")) };
+        let restored = match record.is_own {
+            true => RestoreSource::Own(record.source),
+            false => RestoreSource::View(View::of(source.disk.clone(), record.source, &record.from)),
+        };
+        let closed = self.editor.close(&disk.disk, false);
+        let (of, from) = (disk.disk.clone(), restored.clone());
+        let work = async move |queue: IoQueue| {
+            let done = find_pending(&of, &from, &pending, &queue).await;
+            if done.is_err() {
+                forget_pending(&pending, &queue).await;
+            }
+            done.map(|()| pending)
+        };
+        let pending = in_ring(work)?;
+        crash::point("before a restore is recorded");
+        *locked(&disk.restore) = Some(RestoreRecord { is_active: true, ..record });
+        if !planted::is(Defect::RestoreNotRecorded)
+            && let Err(e) = self.persist(std::slice::from_ref(disk))
+        {
+            in_ring(async move |queue| {
+                forget_pending(&pending, &queue).await;
+                Ok(())
+            })?;
+            return Err(e);
+        }
+        crash::point("after a restore was recorded");
+        closed.begin(Restoring::new(pending, restored));
+        Ok(())
+    }
+
+    /// From now on what is saved for the versions that `version` reads through outlives a power cut, also below a volume.
+    fn make_outlive_power_cuts(&self, disk: &Arc<DiskEntry>, version: Uuid) -> Result<(), ApiError> {
+        if planted::is(Defect::RestoredOnlySaved) {
+            return Ok(());
+        }
+        let mut made = Vec::new();
+        let done = self.save_durably(disk, version, &mut made).and_then(|()| self.persist(std::slice::from_ref(disk)));
+        if let Err(e) = done {
+            for id in made {
+                self.editor.save_durably(&disk.disk, id, None);
+                remove_file(&self.places.saved_table(id));
+            }
+            return Err(e);
+        }
+        match locked(&disk.standing).volume.as_ref().map(|volume| volume.snapshot) {
+            None => Ok(()),
+            Some(below) => match self.holder_of(below) {
+                Some((disk, _)) => self.make_outlive_power_cuts(&disk, below),
+                None => Err(io_error(format!("what volume {} stands on is not served", disk.name))),
+            },
+        }
+    }
+
+    fn save_durably(&self, disk: &Arc<DiskEntry>, version: Uuid, made: &mut Vec<Uuid>) -> Result<(), ApiError> {
+        let chain = disk.disk.chain();
+        let Some(index) = chain.position(version) else { return Err(io_error("the snapshot is gone")) };
+        for at in index..chain.pivot_of(index) {
+            let layer = chain.layer(at);
+            let (Owned::Table(table), None) = (&layer.owned, &layer.saved) else { continue };
+            let id = chain.version(at).id;
+            let path = self.places.saved_table(id);
+            remove_file(&path); // Of an attempt that came to nothing.
+            let table = self.make_durable_copy(&path, id, table.clone()).map_err(table_error)?;
+            self.editor.save_durably(&disk.disk, id, Some(Arc::new(Saved { table, revoke: self.revoke(id) })));
+            made.push(id);
+        }
+        let of = disk.disk.clone();
+        in_ring(async move |queue| {
+            // Whoever was decided before saves without making that durable.
+            of.changes_passed().await;
+            of.make_durable(&queue, version).await
+        })
+    }
+
+    /// A new job of a disk's restore, with the pace that is remembered.
+    fn restore_job(&self, disk: &DiskEntry) -> Arc<JobEntry> {
+        let job = self.new_job(JobKind::Restore, &disk.name, None);
+        if let Some(record) = locked(&disk.restore).as_ref() {
+            job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
+            job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
+        }
+        job
+    }
+
+    fn run_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) {
+        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
+        let started = self.start_thread("restore", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let from = locked(&disk.restore).clone();
+            let (state, reason) = match manager.bring_back(&disk, &ours) {
+                Ok(Outcome::Done) => (JobState::Done, None),
+                Ok(Outcome::Stopped) if manager.is_stopping() => {
+                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
+                }
+                Ok(Outcome::Stopped) => {
+                    let _structure = locked(&manager.structure);
+                    if let Some(record) = locked(&disk.restore).as_mut() {
+                        record.stopped = true;
+                    }
+                    match manager.persist(std::slice::from_ref(&disk)) {
+                        Ok(()) => (JobState::Stopped, None),
+                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
+                    }
+                }
+                Err(reason) => (JobState::Failed, Some(reason)),
+            };
+            manager.end_job(&ours, state, reason);
+            let taken = from.filter(|r| r.is_ours && state == JobState::Done).and_then(|r| r.from.parse().ok());
+            if let Some(reference) = taken {
+                manager.let_snapshot_go(&reference);
+            }
+        });
+        if let Err(e) = started {
+            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
+    }
+
+    /// The job of a restore, on a thread and ring of its own.
+    fn bring_back(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        let (of, pace) = (disk.disk.clone(), job.pace.clone());
+        let done = block_on(async move |queue| job::restore(queue, of, pace).await)?.map_err(|e| e.to_string())?;
+        if done == Outcome::Stopped {
+            return Ok(done);
+        }
+        let _structure = locked(&self.structure);
+        let record = locked(&disk.restore).take();
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            *locked(&disk.restore) = record;
+            return Err(e.to_string());
+        }
+        crash::point("after a restore was forgotten");
+        self.editor.end_restore(&disk.disk);
+        if let Some(record) = record {
+            self.remove_restore_files(record.id);
+            log::info!("disk {}: all of {} is copied back", disk.name, record.from);
+        }
+        Ok(done)
+    }
+
+    /// Goes on with a restore that was stopped or has failed.
+    pub(super) fn go_on_with_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        if let Some(record) = locked(&disk.restore).as_mut() {
+            record.stopped = false;
+        }
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_restore(disk, job);
+        Ok(())
+    }
+
+    /// Puts a restore that the record tells of into the disk's chain, before the disk is served. One from a volume waits
+    /// until that is served.
+    pub(super) fn take_up_restore(
+        &self,
+        disk: &Arc<Disk>,
+        record: &DiskRecord,
+        layers: &DiskLayers,
+    ) -> Result<(Option<RestoreRecord>, Option<Awaited>), ApiError> {
+        let Some(restore) = record.restore.clone().filter(|r| r.is_active) else { return Ok((None, None)) };
+        let lost = |why: String| {
+            let message =
+                format!("it is being restored from {}, and what is not copied yet cannot be had: {why}", restore.from);
+            ApiError::new(ErrorCode::DiskFailed, message)
+                .with_action("put back what is missing and start again; nothing has been changed")
+        };
+        if layers.trust == Trust::Changed {
+            return Err(lost("the disk's image was changed while the daemon was not running".to_owned()));
+        }
+        let pending = layers.open_pending(restore.id, &self.places.log_table(restore.id)).map_err(lost)?;
+        if !restore.is_own {
+            return Ok((Some(restore), Some(Awaited { closed: self.editor.close(disk, true), pending })));
+        }
+        let why = record.snapshots.iter().find(|s| s.id == restore.source).and_then(|s| s.broken.clone());
+        if disk.chain().position(restore.source).is_none() {
+            return Err(lost(why.unwrap_or_else(|| "the snapshot is lost".to_owned())));
+        }
+        self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
+        Ok((Some(restore), None))
+    }
+
+    /// Goes on with the restores of disks that are served, and whose volumes are. The structure is locked.
+    pub(super) fn resume_restores(&self) {
+        for disk in self.all_disks() {
+            let awaited = locked(&disk.awaited).take();
+            let Some(record) = locked(&disk.restore).clone() else { continue };
+            if let Some(Awaited { closed, pending }) = awaited {
+                match self.view_of(&record) {
+                    Ok(view) => closed.begin(Restoring::new(pending, RestoreSource::View(view))),
+                    Err(why) => {
+                        let reason = format!("it is being restored from {}, which cannot be had: {why}", record.from);
+                        log::error!("disk {}: {reason}; put back what is missing and start again", disk.name);
+                        self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name).because(&reason));
+                        disk.failure_told.store(true, Ordering::SeqCst);
+                        closed.lose(reason);
+                        continue;
+                    }
+                }
+            }
+            if disk.disk.restore_lost().is_some() || self.restore_of(&disk).is_some() {
+                continue;
+            }
+            let job = self.restore_job(&disk);
+            match record.stopped {
+                true => self.end_job(&job, JobState::Stopped, None),
+                false => self.run_restore(&disk, job),
+            }
+        }
+    }
+
+    fn view_of(&self, record: &RestoreRecord) -> Result<Arc<View>, String> {
+        let (disk, entry) = self.holder_of(record.source).ok_or("its volume is not served")?;
+        if entry.version.is_none() {
+            return Err(entry.broken().unwrap_or_default());
+        }
+        let view = View::of(disk.disk.clone(), record.source, &record.from);
+        view.broken().map_or(Ok(view), Err)
+    }
+
+    pub(super) fn remove_restore_files(&self, id: Uuid) {
+        remove_file(&self.places.run_table(id));
+        remove_file(&self.places.log_table(id));
+    }
+
+    /// Removes what a restore left that a kill ended before it began.
+    pub(super) fn forget_unbegun_restore(&self, record: Option<&DiskRecord>) {
+        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|r| !r.is_active) {
+            self.remove_restore_files(restore.id);
+        }
+    }
+}
+
+impl DiskEntry {
+    pub(super) fn restore_status(&self) -> Option<api::RestoreStatus> {
+        let from = locked(&self.restore).as_ref().filter(|r| r.is_active)?.from.clone();
+        let geometry = self.disk.geometry();
+        let remaining_bytes = self.disk.blocks_to_bring_back() * u64::from(geometry.block_bytes);
+        Some(api::RestoreStatus { from, remaining_bytes: remaining_bytes.min(geometry.size_bytes) })
+    }
+}
+
+/// Finds what differs and makes it durable. Changes of the disk are held up.
+async fn find_pending(
+    disk: &Disk,
+    source: &RestoreSource,
+    pending: &DurableTable,
+    queue: &IoQueue,
+) -> Result<(), String> {
+    disk.changes_passed().await;
+    // What is not pending is shown as it is now, after a power cut too.
+    disk.store_brought_back(queue).await.map_err(|e| e.to_string())?;
+    disk.find_differences(source, pending.table()).map_err(|e| e.to_string())?;
+    if planted::is(Defect::PendingNotStored) {
+        return Ok(());
+    }
+    pending.commit(queue).await.map_err(|e| e.to_string())
+}
+
+/// Makes a table say nothing, whether it is believed or not.
+async fn forget_pending(pending: &DurableTable, queue: &IoQueue) {
+    pending.table().clear(BlockRange { start: BlockIndex(0), end: BlockIndex(pending.table().blocks()) });
+    if let Err(e) = pending.commit(queue).await {
+        log::error!("{}: a restore that did not begin is not forgotten: {e}", pending.image().path().display());
+    }
+}
+
+fn short(id: Uuid) -> String {
+    id.simple().to_string()[..8].to_owned()
+}
