@@ -152,6 +152,7 @@ impl Results {
             2 => own("no snapshot").filter(|_| !word.starts_with("qsd")),
             4 if word.starts_with("qsd") => own("qsd alone"),
             4 => own("alone"),
+            5 if word.contains("volume") => own("1 volume"),
             5 => own("1 snapshot"),
             _ => None,
         };

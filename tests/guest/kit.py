@@ -197,6 +197,7 @@ class Daemon:
     locks_images = True
     shares_disks = True
     writes_logs = True
+    makes_volumes = True
 
     def __init__(self, workspace, disks, binary=None):
         self.workspace, self.disks = workspace, disks

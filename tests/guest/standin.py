@@ -19,6 +19,7 @@ class StandIn:
     locks_images = False  # QEMU's exports share their image with other writers
     shares_disks = False  # an export takes one client
     writes_logs = False
+    makes_volumes = False
 
     def __init__(self, workspace, disks):
         self.workspace, self.disks = workspace, disks

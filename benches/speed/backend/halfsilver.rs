@@ -112,6 +112,17 @@ impl Halfsilver {
         Ok(())
     }
 
+    /// Makes a volume off a snapshot.
+    pub(crate) fn volume(&self, name: &str, from: &str) -> Result<()> {
+        let body = json!({ "name": name, "from": from }).to_string();
+        self.send("POST", "/v1/volumes", &body)?.json().map(drop)
+    }
+
+    pub(crate) fn delete_volume(&self, name: &str) -> Result<()> {
+        let answer = self.send("DELETE", &format!("/v1/volumes/{name}?force=true"), "")?;
+        if answer.status == 204 { Ok(()) } else { Err(format!("volume {name} stays: {}", answer.body).into()) }
+    }
+
     /// Serves a disk anew, with this durability of its snapshots. Its clients lose their connections.
     pub(crate) fn set_durability(&self, disk: &str, durability: &str) -> Result<()> {
         let Disk { path, .. } = self.disks.iter().find(|d| d.name == disk).ok_or("no such disk")?;

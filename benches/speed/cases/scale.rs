@@ -1,4 +1,4 @@
-//! Case 6: a sparse disk of 16 TiB, and a daemon with four disks and nothing to do.
+//! Case 6: a sparse disk of 16 TiB, a hundred volumes of it, and a daemon with four disks and nothing to do.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,6 +16,8 @@ pub(crate) const CASE: u32 = 6;
 /// ext4's files end a block before 16 TiB.
 const BYTES: u64 = (16 << 40) - (64 << 10);
 pub(crate) const HUGE: &str = "sparse disk of 16 TiB";
+pub(crate) const VOLUMES: &str = "100 volumes of a sparse disk of 16 TiB";
+const VOLUMES_COUNT: usize = 100;
 pub(crate) const FOUR_DISKS: &str = "four disks connected, idle";
 
 type Figures = Vec<(&'static str, f64)>;
@@ -35,6 +37,9 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
                 let label = format!("huge-{round}");
                 let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
                 add(HUGE, of_daemon(daemon)?);
+                let label = format!("volumes-{round}");
+                let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
+                add(VOLUMES, with_volumes(daemon)?);
             }
             let mut disks = Vec::new();
             for i in 0..4 {
@@ -52,7 +57,7 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
         let figures = of_qsd(qsd, &stage.place.image("huge-target.raw"))?;
         results.add(Sample { row: stage.row(CASE, HUGE, 1), backend: "qsd".to_owned(), round, figures });
     }
-    for what in [HUGE, FOUR_DISKS] {
+    for what in [HUGE, VOLUMES, FOUR_DISKS] {
         show(stage, what, results);
     }
     Ok(())
@@ -62,7 +67,17 @@ fn show(stage: &Stage<'_>, what: &str, results: &Results) {
     let row = stage.row(CASE, what, 1);
     for backend in results.backends(&row) {
         let mut line = format!("  {what}, {backend}:");
-        for name in ["create_ms", "delete_ms", "before_mib", "with_snapshot_mib", "after_mib", "resident_mib"] {
+        let figures = [
+            "create_ms",
+            "slowest_create_ms",
+            "delete_ms",
+            "before_mib",
+            "with_snapshot_mib",
+            "with_volumes_mib",
+            "after_mib",
+            "resident_mib",
+        ];
+        for name in figures {
             if let Some(spread) = results.spread(&row, &backend, name) {
                 line.push_str(&format!(" {name} {:.1}", spread.median));
             }
@@ -129,6 +144,34 @@ fn of_daemon(mut daemon: Halfsilver) -> Result<Figures> {
     )?;
     daemon.stop()?;
     Ok(figures)
+}
+
+/// A hundred volumes off one snapshot, each with a frontend that has written to it.
+fn with_volumes(mut daemon: Halfsilver) -> Result<Figures> {
+    let connection = touch(&Target::Socket(daemon.socket("vm0")))?;
+    let before = mib(daemon.pid())?;
+    daemon.snapshot("vm0", "base", "copy-on-write", true)?;
+    let mut took_ms = Vec::new();
+    for i in 0..VOLUMES_COUNT {
+        let began = Instant::now();
+        daemon.volume(&format!("v{i}"), "vm0@base")?;
+        took_ms.push(began.elapsed().as_secs_f64() * 1000.0);
+    }
+    let created = mib(daemon.pid())?;
+    for i in 0..VOLUMES_COUNT {
+        let mut writer = Connection::open(&Target::Socket(daemon.socket(&format!("v{i}"))), 1)?;
+        load::run(&mut writer, &Load::random(Op::Write, 32, Duration::from_millis(2)), 8)?;
+    }
+    drop(connection);
+    let written = mib(daemon.pid())?;
+    daemon.stop()?;
+    Ok(vec![
+        ("create_ms", took_ms.iter().sum::<f64>() / took_ms.len() as f64),
+        ("slowest_create_ms", took_ms.iter().copied().fold(0.0, f64::max)),
+        ("before_mib", before),
+        ("with_volumes_mib", created),
+        ("after_mib", written),
+    ])
 }
 
 fn of_qsd(qsd: Qsd, file: &Path) -> Result<Figures> {

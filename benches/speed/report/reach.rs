@@ -77,6 +77,18 @@ pub(crate) fn compute(results: &Results) -> Vec<Claim> {
         bound: Bound::AtMost(40.0),
         measured: row.and_then(|row| results.spread(&row, "halfsilver", "resident_mib")),
     });
+    for (figure, what, unit, bound) in [
+        ("with_volumes_mib", "resident memory", " MiB", Bound::AtMost(200.0)),
+        ("slowest_create_ms", "the slowest creation", " ms", Bound::AtMost(1000.0)),
+    ] {
+        let row = results.find(scale::CASE, scale::VOLUMES, Device::Shm, 1);
+        claims.push(Claim {
+            what: format!("{}: {what}", scale::VOLUMES),
+            unit,
+            bound,
+            measured: row.and_then(|row| results.spread(&row, "halfsilver", figure)),
+        });
+    }
     claims
 }
 
@@ -183,14 +195,17 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
 fn of_many(results: &Results, claims: &mut Vec<Claim>) {
     for device in [Device::Shm, Device::Disk] {
         for what in [many::READS, many::WRITES] {
-            let row = results.find(many::CASE, what, device, 1);
-            let ratio = row.and_then(|row| results.ratio(&row, &many::name(32), &many::name(1), "per_s"));
-            claims.push(Claim {
-                what: format!("{what}, {}: 32 snapshots against 1", device.name()),
-                unit: " x",
-                bound: Bound::AtLeast(0.95),
-                measured: ratio,
-            });
+            for kind in many::Kind::ALL {
+                let row = results.find(many::CASE, what, device, 1);
+                let (ours, other) = (kind.name(32), kind.name(1));
+                let ratio = row.and_then(|row| results.ratio(&row, &ours, &other, "per_s"));
+                claims.push(Claim {
+                    what: format!("{what}, {}: {ours} against {other}", device.name()),
+                    unit: " x",
+                    bound: Bound::AtLeast(0.95),
+                    measured: ratio,
+                });
+            }
         }
     }
 }

@@ -64,7 +64,7 @@ fn base_title(row: &Row) -> &'static str {
         1 => "x io_uring",
         2 => "x no snapshot",
         4 => "x alone",
-        5 => "x 1 snapshot",
+        5 => "x one",
         _ => "x base",
     }
 }
