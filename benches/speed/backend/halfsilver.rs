@@ -123,6 +123,24 @@ impl Halfsilver {
         if answer.status == 204 { Ok(()) } else { Err(format!("volume {name} stays: {}", answer.body).into()) }
     }
 
+    /// A job as it is now.
+    pub(crate) fn job(&self, job: &Value) -> Result<Value> {
+        self.get(&format!("/v1/jobs/{}", job["id"]))
+    }
+
+    /// Waits until a job is done.
+    pub(crate) fn wait_for_job(&self, job: &Value) -> Result<()> {
+        loop {
+            match self.job(job)?["state"].as_str() {
+                Some("done") => return Ok(()),
+                Some("running") => {}
+                state => return Err(format!("a job is {state:?}: {job}").into()),
+            }
+            stop::check()?;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Serves a disk anew, with this durability of its snapshots. Its clients lose their connections.
     pub(crate) fn set_durability(&self, disk: &str, durability: &str) -> Result<()> {
         let Disk { path, .. } = self.disks.iter().find(|d| d.name == disk).ok_or("no such disk")?;

@@ -1,4 +1,5 @@
-//! Case 4: the guest while something else runs on its disk: a backup that reads the snapshot as fast as it can, a fold.
+//! Case 4: the guest while something else runs on its disk: a backup that reads the snapshot as fast as it can, a fold, a
+//! volume that is made independent or updated, a restore.
 //!
 //! Each kind of work is a row of `WORKS`. A round has a turn with a snapshot and nothing else and a turn with the work
 //! beside the guest, each with a fresh snapshot; a turn ends when the work does, if that is earlier.
@@ -7,6 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use crate::backend::{Halfsilver, Qsd};
 use crate::lane::{Connection, Op};
@@ -26,15 +29,20 @@ struct Work {
     strategy: &'static str,
     /// Whether the guest writes a part of the disk before, so that there is something to do.
     fills: bool,
+    /// Makes ready what it needs, before the guest writes.
+    prepare: fn(&Halfsilver) -> Result<()>,
     /// Does it until its end or until it is told to stop; returns the bytes done.
     run: fn(&Halfsilver, &Arc<AtomicBool>) -> Result<u64>,
 }
 
 /// All of it. More is added here.
-const WORKS: [Work; 2] = [
-    Work { name: "backup", strategy: "copy-on-write", fills: false, run: back_up },
-    Work { name: "fold", strategy: "write-logging", fills: true, run: fold },
+const WORKS: [Work; 4] = [
+    Work { name: "backup", strategy: "copy-on-write", fills: false, prepare: nothing, run: back_up },
+    Work { name: "fold", strategy: "write-logging", fills: true, prepare: nothing, run: fold },
+    Work { name: "completion", strategy: "copy-on-write", fills: false, prepare: make_volume, run: complete },
+    Work { name: "restore", strategy: "copy-on-write", fills: true, prepare: nothing, run: restore },
 ];
+const VOLUME: &str = "beside-volume";
 /// How long QEMU's requests may take beside its backup.
 const PATIENCE_WITH_QSD: Duration = Duration::from_secs(10);
 /// One in so many blocks of the disk is filled.
@@ -54,6 +62,47 @@ fn fold(daemon: &Halfsilver, _until: &Arc<AtomicBool>) -> Result<u64> {
     let owned = daemon.get(&format!("/v1/snapshots/{SNAPSHOT}"))?["owned_bytes"].as_u64().unwrap_or(0);
     daemon.delete(SNAPSHOT)?;
     Ok(owned)
+}
+
+fn nothing(_daemon: &Halfsilver) -> Result<()> {
+    Ok(())
+}
+
+fn make_volume(daemon: &Halfsilver) -> Result<()> {
+    daemon.volume(VOLUME, SNAPSHOT)
+}
+
+/// Copies the whole disk into a volume.
+fn complete(daemon: &Halfsilver, until: &Arc<AtomicBool>) -> Result<u64> {
+    let job = daemon.send("POST", &format!("/v1/volumes/{VOLUME}/complete"), "")?.json()?;
+    let done = follow(daemon, &job, until)?;
+    if daemon.job(&job)?["state"] == "running" {
+        // Or its volume would not go.
+        daemon.send("DELETE", &format!("/v1/jobs/{}", job["id"]), "")?;
+    }
+    Ok(done)
+}
+
+/// Takes the disk back under the guest, which goes on.
+fn restore(daemon: &Halfsilver, until: &Arc<AtomicBool>) -> Result<u64> {
+    let body = json!({ "from": SNAPSHOT, "force": true }).to_string();
+    let job = daemon.send("POST", "/v1/disks/vm0/restore", &body)?.json()?;
+    let done = follow(daemon, &job, until)?;
+    // The snapshot cannot go before.
+    daemon.wait_for_job(&job)?;
+    Ok(done)
+}
+
+/// Waits for a job, at most until the turn is over; returns the bytes that it has done by then.
+fn follow(daemon: &Halfsilver, job: &Value, until: &Arc<AtomicBool>) -> Result<u64> {
+    loop {
+        let now = daemon.job(job)?;
+        if now["state"] != "running" || until.load(Relaxed) {
+            return Ok(now["done_bytes"].as_u64().unwrap_or(0));
+        }
+        stop::check()?;
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
@@ -99,6 +148,7 @@ fn turn(stage: &Stage<'_>, at: usize, work: &Work, op: Op, round: usize, busy: b
     let daemon = stage.daemon(at)?;
     let mut connection = Connection::open(&stage.backends[at].target(), 1)?;
     daemon.snapshot("vm0", "beside", work.strategy, true)?;
+    (work.prepare)(daemon)?;
     if work.fills {
         let blocks: Vec<u64> = (0..connection.bytes / CHUNK_BYTES as u64 / FILLED_PART).collect();
         let pattern = Pattern::Once(blocks.into());
@@ -129,6 +179,9 @@ fn turn(stage: &Stage<'_>, at: usize, work: &Work, op: Op, round: usize, busy: b
         figures.push(("beside_mib_per_s", bytes as f64 / f64::from(1 << 20) / took.as_secs_f64()));
     }
     drop(connection);
+    if daemon.send("GET", &format!("/v1/volumes/{VOLUME}"), "")?.status != 404 {
+        daemon.delete_volume(VOLUME)?;
+    }
     if daemon.send("GET", &format!("/v1/snapshots/{SNAPSHOT}"), "")?.status != 404 {
         daemon.delete(SNAPSHOT)?;
     }
