@@ -24,6 +24,7 @@ mod mirror;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
+mod points;
 mod power;
 mod random;
 mod restart;
