@@ -27,6 +27,7 @@ mod planted;
 mod points;
 mod power;
 mod random;
+mod refused;
 mod restart;
 mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
