@@ -98,6 +98,11 @@ pub(super) fn identifiers_are_looked_up(rig: &Rig) {
         how.into_iter().for_each(|how| rig.end(how));
         for (kind, name, id) in &all {
             assert_eq!(rig.get(&format!("/v1/{kind}/{id}")), rig.get(&format!("/v1/{kind}/{name}")), "{how:?}");
+            let parts: &[&str] = if *kind == "volumes" { &["status", "map", "diff"] } else { &[] };
+            for part in parts {
+                let by_id = rig.get(&format!("/v1/{kind}/{id}/{part}"));
+                assert_eq!(by_id, rig.get(&format!("/v1/{kind}/{name}/{part}")), "{how:?}");
+            }
             // It is that of one thing of one kind.
             for (other, _, of_other) in all.iter().filter(|(other, ..)| other != kind) {
                 let answer = rig.send("GET", &format!("/v1/{kind}/{of_other}"), "");
