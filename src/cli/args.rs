@@ -22,10 +22,17 @@ use crate::daemon::config::RawDisk;
 #[command(after_help = "Exit status: 0 done, 1 refused or failed (one line on stderr), 2 usage.")]
 pub(super) struct Cli {
     /// The daemon's control socket [default: /run/halfsilver/control.sock, or $XDG_RUNTIME_DIR/halfsilver/control.sock]
-    #[arg(long, global = true, value_name = "PATH", env = "HALFSILVER_CONTROL", hide_env_values = true)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "HALFSILVER_CONTROL",
+        hide_env_values = true,
+        display_order = 900
+    )]
     pub(super) control: Option<PathBuf>,
     /// Print JSON: an array for a list, an object otherwise, one object a line for what goes on
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 901)]
     pub(super) json: bool,
     #[command(subcommand)]
     pub(super) command: Command,
@@ -55,13 +62,13 @@ pub(super) enum Command {
 /// What is asked of a running daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum ClientCommand {
-    /// List, add, mirror and remove disks
+    /// List, add, mirror, restore and remove disks
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Make, complete, promote, disable and delete volumes: writable branches off snapshots
+    /// Make, compare, complete, promote, disable and delete volumes: disks that guests can write, made off snapshots at once
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// List and forget bookmarks: what is left of deleted snapshots, to know what has changed since
@@ -142,11 +149,21 @@ pub(super) enum DiskCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Let a leg of a disk go; its file stays as a plain raw image
+    Unmirror {
+        disk: Name,
+        /// Which one [default: the second]
+        #[arg(long, value_name = "PATH")]
+        leg: Option<PathBuf>,
+    },
     /// Take a disk back to an older point in time: it shows that at once, and a job copies what differs
+    ///
+    /// Shut the guest down first. What the disk has now is gone afterwards; take a snapshot of it before if it may be wanted.
     Restore {
+        /// The disk
         disk: Name,
         /// A snapshot of the disk, or a volume that stands on one or once did
-        #[arg(long, value_name = "SNAPSHOT|VOLUME")]
+        #[arg(long, value_name = "DISK@NAME|VOLUME")]
         from: VolumeSource,
         /// Even if a frontend is connected, whose guest may hold old content in memory
         #[arg(long)]
@@ -156,13 +173,6 @@ pub(super) enum DiskCommand {
         /// Return only when all is copied
         #[arg(long)]
         wait: bool,
-    },
-    /// Let a leg of a disk go; its file stays as a plain raw image
-    Unmirror {
-        disk: Name,
-        /// Which one [default: the second]
-        #[arg(long, value_name = "PATH")]
-        leg: Option<PathBuf>,
     },
 }
 
@@ -219,11 +229,11 @@ pub(super) enum SnapshotCommand {
     /// Prints ranges of bytes; all others are equal. What was written with the bytes that were there already may be listed
     /// too, and so is the rest of its block.
     Diff {
-        /// The older one: a snapshot or a bookmark
-        #[arg(value_name = "DISK@NAME|ID")]
+        /// The older one: a snapshot or bookmark, DISK@NAME or its id
+        #[arg(value_name = "FROM")]
         from: MomentArg,
-        /// The later one, of the same disk [default: the present]
-        #[arg(value_name = "DISK@NAME|ID")]
+        /// The later one, of the same disk, DISK@NAME or its id [default: the present]
+        #[arg(value_name = "TO")]
         to: Option<MomentArg>,
     },
     /// Move the frontends that still write a snapshot over to the live disk, without a reconnect
@@ -293,12 +303,12 @@ pub(super) enum VolumeCommand {
         /// Its name; no disk may have the same
         name: Name,
         /// The snapshot; or a disk or volume, of which a snapshot with the volume's name is taken first
-        #[arg(long, value_name = "DISK@NAME|DISK")]
+        #[arg(long, value_name = "DISK@NAME|DISK|VOLUME")]
         from: VolumeSource,
         /// Its vhost-user socket [default: <run-dir>/<name>.sock]
         #[arg(long, value_name = "PATH")]
         socket: Option<PathBuf>,
-        /// The image for what is written to it; it must not exist
+        /// The image for what is written to it, where nothing is yet [default: one in the state directory]
         #[arg(long, value_name = "PATH")]
         image: Option<PathBuf>,
         /// The size of the blocks that its tables count in, 4K to 1M [default: that of the disk]
@@ -309,28 +319,36 @@ pub(super) enum VolumeCommand {
     List,
     /// Show one volume
     Show {
-        #[arg(value_name = "NAME")]
+        /// The volume, or its id
+        #[arg(value_name = "NAME|ID")]
         volume: Name,
     },
     /// List what differs between a volume as it was made and a snapshot of it, or its present
+    ///
+    /// Prints ranges of bytes; all others are equal.
     Diff {
-        #[arg(value_name = "NAME")]
+        /// The volume, or its id
+        #[arg(value_name = "NAME|ID")]
         volume: Name,
-        /// The snapshot or bookmark of the volume [default: the present]
+        /// A snapshot or bookmark of the volume [default: the present]
         #[arg(value_name = "NAME@SNAPSHOT|ID")]
         to: Option<MomentArg>,
     },
-    /// Print which blocks are the volume's own, and which were written since it was made, as JSON
+    /// Print which blocks are the volume's own, and which were written since it was made
+    ///
+    /// Prints JSON, also without --json: each is a list of runs, the first block and how many.
     Map {
-        #[arg(value_name = "NAME")]
+        /// The volume, or its id
+        #[arg(value_name = "NAME|ID")]
         volume: Name,
-        /// Draw both for people instead
+        /// Draw both instead, for people
         #[arg(long)]
         text: bool,
     },
     /// Show how far a volume is from its source, and how much of it is its own
     Status {
-        #[arg(value_name = "NAME")]
+        /// The volume, or its id
+        #[arg(value_name = "NAME|ID")]
         volume: Name,
     },
     /// Copy what a volume does not own yet, until it needs its snapshot no more; goes on if that was stopped
@@ -338,6 +356,7 @@ pub(super) enum VolumeCommand {
     /// Guests may use the volume meanwhile. Afterwards its image is a plain raw image, the snapshot and its disk can go, and
     /// 'volume promote' makes it a disk.
     Complete {
+        /// The volume
         #[arg(value_name = "NAME")]
         volume: Name,
         #[command(flatten)]
@@ -348,11 +367,13 @@ pub(super) enum VolumeCommand {
     },
     /// Make a volume that is complete a disk; its guests stay connected
     Promote {
+        /// The volume
         #[arg(value_name = "NAME")]
         volume: Name,
     },
     /// Close a volume's socket until it is enabled, also across restarts; its content is kept
     Disable {
+        /// The volume
         #[arg(value_name = "NAME")]
         volume: Name,
         /// Even if a frontend is connected
@@ -361,6 +382,7 @@ pub(super) enum VolumeCommand {
     },
     /// Serve a disabled volume again
     Enable {
+        /// The volume
         #[arg(value_name = "NAME")]
         volume: Name,
         /// Drop what was written to it, so that it shows its snapshot again; at once, nothing is copied
@@ -369,6 +391,7 @@ pub(super) enum VolumeCommand {
     },
     /// Delete a volume and what was written to it; the snapshot that it stands on stays
     Delete {
+        /// The volume
         #[arg(value_name = "NAME")]
         volume: Name,
         /// Even if a frontend is connected or it has snapshots

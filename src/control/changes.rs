@@ -201,7 +201,16 @@ pub(super) async fn list_bookmarks(State(context): State<Context>) -> Reply<Vec<
     responses((status = 200, description = "The bookmark", body = Bookmark), Refused))]
 pub(super) async fn get_bookmark(State(context): State<Context>, path: PathText) -> Reply<Bookmark> {
     let bookmark = path?.0;
-    context.call(move |service| service.get_bookmark(&moment(service, &bookmark)?)).await.map(Json)
+    let get = move |service: &dyn Service| {
+        let found = moment(service, &bookmark).map_err(|error| match error.code {
+            ErrorCode::SnapshotNotFound => {
+                ApiError::new(ErrorCode::BookmarkNotFound, format!("there is no bookmark {bookmark}"))
+            }
+            _ => error,
+        });
+        service.get_bookmark(&found?)
+    };
+    context.call(get).await.map(Json)
 }
 
 /// Forgets a bookmark. Changes since older ones are still known.

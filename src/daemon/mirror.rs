@@ -130,6 +130,24 @@ fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<Shared
     Ok(image)
 }
 
+/// The image that is to become a leg of a disk, if it can.
+fn new_leg(disk: &DiskEntry, path: &Path) -> Result<SharedImage, ApiError> {
+    if *locked(&disk.path) == path && locked(&disk.mirror).is_none() {
+        let message = format!("{} is its image already; a mirror has two", path.display());
+        return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image for the second leg"));
+    }
+    leg_image(path, disk.disk.geometry().size_bytes, &disk.config)
+}
+
+/// A leg is written in the units of the other one.
+fn check_units(path: &Path, leg: &SharedImage, other_bytes: u32) -> Result<(), ApiError> {
+    if leg.alignment().offset_bytes > other_bytes.max(512) {
+        let message = format!("{} needs larger units than the disk's other image", path.display());
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    Ok(())
+}
+
 impl Manager {
     fn bitmap_path(&self, id: Uuid) -> PathBuf {
         self.places.log_table(id)
@@ -267,7 +285,13 @@ impl Manager {
     }
 
     pub(super) fn add_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
+        // What is wrong with the image is said before anything changes for its sake.
+        let mut opened = None;
         if locked(&disk.mirror).is_none() {
+            let image = new_leg(disk, path)?;
+            let chain = disk.disk.chain();
+            check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)?;
+            opened = Some(image);
             self.make_mirror(disk)?;
         }
         let (pair, failed) = {
@@ -296,17 +320,21 @@ impl Manager {
             }
             (mirror.pair.clone(), failed)
         };
+        // The failed leg itself, taken again, may still be open.
+        if opened.is_none() && failed.as_ref().is_none_or(|failed| failed.path != path) {
+            opened = Some(new_leg(disk, path)?);
+        }
         if let Some(failed) = failed {
             self.let_leg_go(disk, &failed)?;
         }
         // Also when it was tried before: a leg that is added must miss no write.
         self.swap(disk, Backing::Pair(pair.clone()))?;
         let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
-        let image = leg_image(path, disk.disk.geometry().size_bytes, &disk.config)?;
-        if image.alignment().offset_bytes > pair.alignment().offset_bytes.max(512) {
-            let message = format!("{} needs larger units than the disk's other image", path.display());
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
-        }
+        let image = match opened {
+            Some(image) => image,
+            None => new_leg(disk, path)?,
+        };
+        check_units(path, &image, pair.alignment().offset_bytes)?;
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.legs.push((leg.clone(), Some(image.clone())));
         }

@@ -77,7 +77,11 @@ impl Manager {
             let _structure = locked(&self.structure);
             let disk = self.disk_to_restore(name, force)?;
             let source = self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?;
-            self.relation_of(&disk, &source)?;
+            if self.relation_of(&disk, &source)? {
+                let message = format!("disk {name} cannot be restored from itself");
+                return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                    .with_action(format!("name a snapshot of it, such as {name}@NAME, or a volume")));
+            }
         }
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(Uuid::new_v4())).parse()? };

@@ -228,6 +228,12 @@ impl Manager {
             let message = format!("volume {name}: {} exists", image.display());
             return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name a path where nothing is"));
         }
+        // Before a snapshot is taken for its sake.
+        if let Some(directory) = request.image.as_ref().and_then(|image| image.parent()).filter(|d| !d.is_dir()) {
+            let message = format!("volume {name}: there is no directory {}", directory.display());
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .with_action("make it first, or name another place with --image"));
+        }
         Ok(config)
     }
 

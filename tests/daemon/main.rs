@@ -24,8 +24,10 @@ mod mirror;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
+mod points;
 mod power;
 mod random;
+mod refused;
 mod restart;
 mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
