@@ -72,6 +72,7 @@ impl Manager {
         }
         self.take_up_volumes(volumes, take_flushed)?;
         self.resume_restores();
+        self.tidy_moments_later();
         Ok(())
     }
 

@@ -25,6 +25,7 @@ mod snapshots;
 mod standing;
 mod strays;
 pub mod takeup;
+mod update;
 mod volumes;
 mod work;
 

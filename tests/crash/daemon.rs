@@ -667,6 +667,7 @@ fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> Sna
         saved_table: None,
         changed: None,
         keep_bookmark: false,
+        taken_for: None,
     }
 }
 

@@ -17,6 +17,8 @@ use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 use crate::bench::{Bench, write_of};
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
+mod updates;
+
 const BLOCK: u32 = 4096;
 /// The last block is short.
 const SECTORS: usize = 6 * 8 + 3;
@@ -39,6 +41,8 @@ struct Node {
     frozen: Vec<Frozen>,
     /// The node and the version that a volume stands on.
     base: Option<(usize, VersionId)>,
+    /// The same, also when it is independent.
+    from: Option<(usize, VersionId)>,
     /// A volume's oldest version, and what it showed when it was made.
     origin: Option<(VersionId, Vec<u64>)>,
     /// A job that makes it independent, and whether that is so.
@@ -78,6 +82,9 @@ struct Counts {
     completed: u64,
     completed_with_snapshots: u64,
     stopped: u64,
+    updated: u64,
+    kept_blocks: u64,
+    kept_nothing: u64,
 }
 
 /// A read in flight: what each of its sectors may show, and where they will be.
@@ -124,7 +131,7 @@ impl Tree {
         let clock = EpochClock::new(Epoch(1));
         let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(image("disk")))));
         let live = vec![0; SECTORS];
-        let root = Node { id: 0, disk, live, frozen: Vec::new(), base: None, origin: None, filling: None };
+        let root = Node { id: 0, disk, live, frozen: Vec::new(), base: None, from: None, origin: None, filling: None };
         Tree {
             rng: Rng::new(seed),
             editor: Arc::new(ChainEditor::new(clock.clone())),
@@ -250,7 +257,7 @@ impl Tree {
         let disk = Disk::noting_volume(self.clock.clone(), options, origin, (name, layer), changed);
         let origin = Some((origin, live.clone()));
         let (frozen, base) = (Vec::new(), Some(base));
-        self.nodes.push(Node { id: self.next, disk, live, frozen, base, origin, filling: None });
+        self.nodes.push(Node { id: self.next, disk, live, frozen, base, from: base, origin, filling: None });
         self.next += 1;
         self.counts.volumes += 1;
     }
@@ -450,6 +457,7 @@ impl Tree {
                 0..3 => self.branch(),
                 3 => self.drop_volume(),
                 4 => self.discard(),
+                5 | 6 => self.update(),
                 _ => {}
             }
             self.compare();
@@ -489,6 +497,9 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         total.completed += counts.completed;
         total.completed_with_snapshots += counts.completed_with_snapshots;
         total.stopped += counts.stopped;
+        total.updated += counts.updated;
+        total.kept_blocks += counts.kept_blocks;
+        total.kept_nothing += counts.kept_nothing;
     }
     println!("trees of volumes: seeds {first} to {}: {total:?}", first + seeds - 1);
     let Counts {
@@ -518,6 +529,8 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         ("volumes that became independent", total.completed > 0),
         ("volumes that became independent with snapshots", total.completed_with_snapshots > 0),
         ("completions that were stopped", total.stopped > 0),
+        ("updates that kept blocks", total.kept_blocks > 0),
+        ("updates that kept nothing because it was not known", total.kept_nothing > 0),
     ] {
         assert!(reached || seeds < 100, "no run reached: {what}");
     }
