@@ -244,10 +244,12 @@ impl Manager {
         if view.depth() > VOLUMES_DEEP_MAX {
             return unsupported(format!("{VOLUMES_DEEP_MAX} volumes would stand on each other below it"));
         }
-        let (unit, block) =
-            (Backing::View(view.clone()).alignment().offset_bytes, disk.disk.geometry().block_bytes);
+        let (unit, block) = (Backing::View(view.clone()).alignment().offset_bytes, disk.disk.geometry().block_bytes);
         if unit > block {
-            return unsupported(format!("the logical blocks of {} have {unit} bytes, more than its {block}", source.name));
+            return unsupported(format!(
+                "the logical blocks of {} have {unit} bytes, more than its {block}",
+                source.name
+            ));
         }
         let Some(image) = disk.disk.only_image() else {
             return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
@@ -315,12 +317,7 @@ impl Manager {
         Ok(Layer::logged(Backing::One(image.clone()), Arc::new(Log { table, freed })))
     }
 
-    fn put_in_place(
-        &self,
-        disk: &Arc<DiskEntry>,
-        next: Next,
-        pacing: JobPatch,
-    ) -> Result<Arc<JobEntry>, ApiError> {
+    fn put_in_place(&self, disk: &Arc<DiskEntry>, next: Next, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
         let Next { view, volume, live, path, layer, changed, copies_all } = next;
         let chain = disk.disk.chain();
         let (old_live, old_path) = (chain.version(chain.live()).id, chain.layer(chain.live()).image.path().to_owned());
@@ -415,6 +412,9 @@ impl Manager {
 
     /// Lets go of what was taken for updates and is not needed any more, on a thread of its own.
     pub(super) fn tidy_moments_later(&self) {
+        if self.is_stopping() {
+            return; // The next start does it.
+        }
         let me = self.me.clone();
         let tidy = move || {
             if let Some(manager) = me.upgrade() {

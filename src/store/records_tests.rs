@@ -51,7 +51,17 @@ fn bookmark(name: &str) -> BookmarkRecord {
     let id = Uuid::new_v4();
     let changed = Some(ChangedRecord { saved: None, lost: Some("a power cut".into()) });
     let (name, group) = (name.into(), id);
-    BookmarkRecord { id, group, name, began: 1, ended: 2, created_ms: 3, quiesced_ms: Some(4), changed, taken_for: Some(id) }
+    BookmarkRecord {
+        id,
+        group,
+        name,
+        began: 1,
+        ended: 2,
+        created_ms: 3,
+        quiesced_ms: Some(4),
+        changed,
+        taken_for: Some(id),
+    }
 }
 
 fn disk(name: &str) -> DiskRecord {

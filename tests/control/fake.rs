@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use halfsilver::control::api::{
     Bookmark, BookmarkState, ByteRange, DeleteSnapshotOptions, DiffSource, Disk, DiskConfig, DiskState, Job, JobKind,
-    JobPatch, JobState, UpdateQuery, Leg, LegState, RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState,
-    Strategy, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
+    JobPatch, JobState, Leg, LegState, RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState,
+    Strategy, UpdateQuery, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus,
+    Writers,
 };
 use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer, PreparedSnapshot, Request,
-    VersionId, View, Writers,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, VersionId, View, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use halfsilver::image::{ByteOffset, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Backing, ChainEditor, Changed, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot, Request,
-    VersionId, View, Writers,
+    Backing, ChainEditor, Changed, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot,
+    Request, VersionId, View, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
@@ -82,7 +82,8 @@ impl World {
             let layer = Layer::of(Backing::One(Arc::new(Medium::new("above", SECTORS * SECTOR))), Arc::new(table()));
             let (layer, new_live) = (NewLayer::Live { layer }, VersionId::new_v4());
             let changed = Some(Arc::new(table()));
-            let cut = editor.cut(vec![PreparedSnapshot { disk: disk.clone(), layer, new_live, changed }], Writers::Request);
+            let cut =
+                editor.cut(vec![PreparedSnapshot { disk: disk.clone(), layer, new_live, changed }], Writers::Request);
             let version = cut.unwrap().frozen[0].clone();
             version.set_quiesced();
             version.id
@@ -134,9 +135,7 @@ impl World {
     fn found(&self, log: &Medium, entries: &Table) -> Vec<u64> {
         let (log, stage) = (tags(&log.bytes()), *self.record.borrow());
         let below = &self.shown[usize::from(stage != Stage::Old)];
-        let owns = |sector: usize| {
-            stage == Stage::Independent || entries.get(BlockIndex((sector / PER_BLOCK) as u64))
-        };
+        let owns = |sector: usize| stage == Stage::Independent || entries.get(BlockIndex((sector / PER_BLOCK) as u64));
         (0..SECTORS).map(|sector| if owns(sector) { log[sector] } else { below[sector] }).collect()
     }
 
@@ -218,7 +217,8 @@ impl Story {
         *self.oracle.borrow_mut() = Oracle::of(&self.new);
         media::count_change();
         let layer = Layer::logged(image, Arc::new(Log { table: table_of_log, freed: table() }));
-        let (view, changed) = (View::of(self.source.clone(), self.moments.1, "vm@new"), Changed::Noted(Arc::new(table())));
+        let (view, changed) =
+            (View::of(self.source.clone(), self.moments.1, "vm@new"), Changed::Noted(Arc::new(table())));
         self.editor.move_base(&self.volume, view, (VersionId::new_v4(), VersionId::new_v4()), layer, changed);
         self.use_it(20).await;
         let done = job::update(self.queue.clone(), self.volume.clone(), Arc::new(Pace::default())).await.unwrap();

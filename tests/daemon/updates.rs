@@ -324,7 +324,11 @@ fn planted_death_while_a_volume_is_updated() {
                 let shown = shows(&daemon, "clone");
                 let is_new = shown == source;
                 assert!(is_new || shown == expect(&[(3..50, 7)]), "{what}");
-                if is_new { after += 1 } else { before += 1 }
+                if is_new {
+                    after += 1
+                } else {
+                    before += 1
+                }
                 if is_complete && is_new {
                     assert_raw(&image_of(&wait_independent(&daemon, "clone")), &source, &what);
                 }

@@ -1,7 +1,8 @@
 //! Volumes of the random trees are put on their source's present, with what they may keep.
 
 use super::{
-    Arc, BLOCK, Backing, BlockIndex, DurableTable, Layer, Log, PAYLOAD_BYTES, SimImage, Tree, VersionId, View, sim, table,
+    Arc, BLOCK, Backing, BlockIndex, DurableTable, Layer, Log, PAYLOAD_BYTES, SimImage, Tree, VersionId, View, sim,
+    table,
 };
 use halfsilver::image::Image;
 use halfsilver::mirror::Changed;
@@ -18,7 +19,9 @@ impl Tree {
         let at = able[self.rng.below(able.len())];
         let (source, old) = self.nodes[at].from.unwrap();
         let disk = self.nodes[at].disk.clone();
-        let (Some(of), Some(image)) = (self.nodes.iter().position(|n| n.id == source), disk.only_image()) else { return };
+        let (Some(of), Some(image)) = (self.nodes.iter().position(|n| n.id == source), disk.only_image()) else {
+            return;
+        };
         let before = self.nodes[of].frozen.len();
         self.cut(of);
         if self.nodes[of].frozen.len() == before {
