@@ -437,7 +437,7 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("disk {name} has {count} snapshots"));
         }
-        let bookmarks = entry.bookmarks();
+        let bookmarks = entry.bookmarks_of_users();
         if !force && !bookmarks.is_empty() {
             return busy(format!("disk {name} has {} bookmarks", bookmarks.len()));
         }
