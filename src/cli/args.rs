@@ -145,7 +145,7 @@ pub(super) enum DiskCommand {
     /// Take a disk back to an older point in time: it shows that at once, and a job copies what differs
     Restore {
         disk: Name,
-        /// A snapshot of the disk, or a volume that stands on one
+        /// A snapshot of the disk, or a volume that stands on one or once did
         #[arg(long, value_name = "SNAPSHOT|VOLUME")]
         from: VolumeSource,
         /// Even if a frontend is connected, whose guest may hold old content in memory

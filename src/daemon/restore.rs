@@ -28,7 +28,7 @@ use crate::crash;
 use crate::image::IoQueue;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
+use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
 use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord};
 
 /// How long a restore from a volume waits for the volume's snapshot to be quiesced.
@@ -178,8 +178,12 @@ impl Manager {
             if Arc::ptr_eq(&at, disk) {
                 return Ok(Arc::ptr_eq(source, disk));
             }
-            let below = locked(&at.standing).volume.as_ref().map(|v| v.snapshot).and_then(|id| self.holder_of(id));
-            let Some((below, _)) = below else {
+            let standing = locked(&at.standing).clone();
+            // An independent volume has all of the disk as it was, and what was written to it since.
+            if standing.stood_on.is_some_and(|was| was.from.split('@').next() == Some(disk.name.as_str())) {
+                return Ok(false);
+            }
+            let Some((below, _)) = standing.volume.and_then(|v| self.holder_of(v.snapshot)) else {
                 let message = format!("{} does not stand on disk {}, and has nothing of it", source.name, disk.name);
                 return Err(ApiError::new(ErrorCode::InvalidRequest, message)
                     .with_action(format!("name a snapshot of {0}, or a volume that was made off one", disk.name)));
@@ -292,8 +296,18 @@ impl Manager {
         };
         let closed = self.editor.close(&disk.disk, false);
         let (of, from) = (disk.disk.clone(), restored.clone());
+        // An independent volume shares no place with the disk, but it may be known what both have changed since they did.
+        let relation = locked(&source.standing).stood_on.clone().filter(|_| !record.is_own);
+        let origin = relation.map(|was| (source.disk.clone(), was.origin, was.snapshot));
+        let version = record.source;
         let work = async move |queue: IoQueue| {
-            let done = find_pending(&of, &from, &pending, &queue).await;
+            let changed = || {
+                let (volume, origin, snapshot) = origin?;
+                let both = [volume.changes(origin, Some(version)).ok()?, of.changes(snapshot, None).ok()?];
+                let is_alike = volume.geometry().block_bytes == of.geometry().block_bytes;
+                is_alike.then_some(both)
+            };
+            let done = find_pending(&of, &from, changed, &pending, &queue).await;
             if done.is_err() {
                 forget_pending(&pending, &queue).await;
             }
@@ -531,13 +545,18 @@ impl DiskEntry {
 async fn find_pending(
     disk: &Disk,
     source: &RestoreSource,
+    changed: impl FnOnce() -> Option<[Changes; 2]>,
     pending: &DurableTable,
     queue: &IoQueue,
 ) -> Result<(), String> {
     disk.changes_passed().await;
     // What is not pending is shown as it is now, after a power cut too.
     disk.store_brought_back(queue).await.map_err(|e| e.to_string())?;
-    disk.find_differences(source, pending.table()).map_err(|e| e.to_string())?;
+    let found = match changed() {
+        Some(changed) => disk.add_changes(&changed, pending.table()),
+        None => disk.find_differences(source, pending.table()),
+    };
+    found.map_err(|e| e.to_string())?;
     if planted::is(Defect::PendingNotStored) {
         return Ok(());
     }

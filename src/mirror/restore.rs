@@ -20,7 +20,7 @@ use super::lock::Mode;
 use super::plan::Fill;
 use super::planted::{self, Defect};
 use super::read::usize_of;
-use super::{ChainEditor, Disk, RequestError, Ticket, View};
+use super::{ChainEditor, Changes, Disk, RequestError, Ticket, View};
 use crate::image::{AlignedBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{Mutex, lock};
@@ -244,6 +244,25 @@ impl Disk {
     /// When there is no room for the bits.
     pub fn find_differences(&self, source: &RestoreSource, pending: &Table) -> std::io::Result<()> {
         self.add_differences(source, pending)?;
+        self.note_pending(pending);
+        Ok(())
+    }
+
+    /// The same, when it is known what was changed on both sides since they were equal: for what shares no place with the
+    /// disk. Changes of the disk must be held up.
+    ///
+    /// # Errors
+    /// When there is no room for the bits.
+    pub fn add_changes(&self, changed: &[Changes], pending: &Table) -> std::io::Result<()> {
+        for run in changed.iter().flat_map(Changes::runs) {
+            pending.prepare(run)?;
+            pending.set(run);
+        }
+        self.note_pending(pending);
+        Ok(())
+    }
+
+    fn note_pending(&self, pending: &Table) {
         // What the live version shows there changes when the restore begins, long before the bytes do.
         let chain = self.chain();
         let mut next = pending.next_set(BlockIndex(0));
@@ -254,7 +273,6 @@ impl Disk {
             }
             next = pending.next_set(end);
         }
-        Ok(())
     }
 
     fn add_differences(&self, source: &RestoreSource, pending: &Table) -> std::io::Result<()> {

@@ -248,7 +248,8 @@ impl Machine {
         found
     }
 
-    fn start_writers(&self, scheduler: &mut Scheduler, rng: &mut Rng) {
+    /// `life` makes the tags of a machine different from those that an earlier one has left.
+    fn start_writers(&self, scheduler: &mut Scheduler, rng: &mut Rng, life: u64) {
         for (writer, own) in WRITERS.into_iter().enumerate() {
             let (clock, oracle, mut rng) = (self.clock.clone(), self.oracle.clone(), Rng::new(rng.next()));
             let attachment = self.disk.attach_live();
@@ -257,7 +258,7 @@ impl Machine {
                 for turn in 0..10 {
                     let from = own.start + rng.below(own.len());
                     let sectors = from..from + 1 + rng.below(own.end - from);
-                    let tag = 10_000 + 1000 * writer as u64 + turn;
+                    let tag = 10_000 * life + 1000 * writer as u64 + turn;
                     let durable = rng.chance(15);
                     oracle.borrow_mut().write(sectors.clone(), tag);
                     let at = ByteOffset((sectors.start * SECTOR) as u64);
@@ -358,7 +359,7 @@ fn run_until(kind: Kind, seed: u64, cut: usize, seen: &mut Seen) -> bool {
     let mut rng = Rng::new(seed);
     let machine = Machine::new(kind, &mut rng);
     let (begun, mut scheduler) = (Rc::new(Cell::new(false)), Scheduler::default());
-    machine.start_writers(&mut scheduler, &mut rng);
+    machine.start_writers(&mut scheduler, &mut rng, 1);
     machine.start_restore(&mut scheduler, &begun);
     let went_on = (0..cut).all(|_| scheduler.step(&mut rng));
     let left = machine.host.borrow().after_power_cut(&mut rng);
@@ -382,7 +383,7 @@ fn run_until(kind: Kind, seed: u64, cut: usize, seen: &mut Seen) -> bool {
             oracle.answered[sector] = *tag;
         }
         let mut scheduler = Scheduler::default();
-        found.start_writers(&mut scheduler, &mut rng);
+        found.start_writers(&mut scheduler, &mut rng, 2);
         let disk = found.disk.clone();
         scheduler.spawn(async move {
             job::restore(IoQueue::simulated(), disk, Arc::new(Pace::default())).await.unwrap();

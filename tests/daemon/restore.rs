@@ -212,6 +212,39 @@ fn a_disk_is_restored_from_a_volume() {
     }
 }
 
+/// It shares nothing with the disk any more. What both have written since they were one is copied, if that is known.
+#[test]
+fn a_disk_is_restored_from_an_independent_volume() {
+    for strategy in STRATEGIES {
+        for (snapshot, most) in [("stays", SIZE * 6 / 10), ("bookmark", SIZE * 6 / 10), ("goes", SIZE)] {
+            let mut daemon = changed_disk(strategy);
+            daemon.send("POST", "/v1/volumes", r#"{"name":"clone","from":"vm0@daily"}"#).json();
+            let job = daemon.send("POST", "/v1/volumes/clone/complete", "").json();
+            wait_until("a volume to be independent", || {
+                daemon.get(&format!("/v1/jobs/{}", job["id"])).json()["state"] == "done"
+            });
+            if snapshot != "stays" {
+                let keep = snapshot == "bookmark";
+                daemon.send("DELETE", &format!("/v1/snapshots/vm0@daily?keep-bookmark={keep}"), "");
+                daemon.api().wait_gone("vm0@daily");
+            }
+            let mut client = daemon.client("clone");
+            client.write(0..8, 4);
+            client.flush();
+            drop(client);
+            begin(&daemon, "clone", HOURS);
+            let wanted = ones(&[(0..8, 4)]);
+            assert_eq!(shows(&daemon, "vm0"), wanted, "{strategy}, its snapshot {snapshot}");
+            let left = daemon.show_disk("vm0")["restoring"]["remaining_bytes"].as_u64().unwrap();
+            assert!(left <= most, "only what differs: {left} of {SIZE}, its snapshot {snapshot}");
+            end_and_start(&mut daemon, End::Kill);
+            finish(&daemon);
+            assert_eq!(shows(&daemon, "vm0"), wanted, "{strategy}, its snapshot {snapshot}");
+            assert_eq!(shows(&daemon, "clone"), wanted, "{strategy}, its snapshot {snapshot}");
+        }
+    }
+}
+
 /// A guest that stays connected reads the restored content from the answer on.
 #[test]
 fn a_connected_guest_is_restored_only_by_force() {

@@ -1,11 +1,11 @@
-"""Volumes: writable branches off a snapshot, which a second guest mounts, repairs and changes while the first goes on."""
+"""Volumes, which a second guest mounts, repairs and changes while the first goes on; and disks that are taken back."""
 
 import json
 import pathlib
 
 import kit
 import test_guests
-from kit import Guest, require
+from kit import Disk, Guest, require
 
 SEED = test_guests.SEED
 
@@ -71,3 +71,41 @@ class Volumes(test_guests.GuestTest):
         daemon.snapshot_delete(disk, "daily")
         daemon.stop()
         kit.judge_image(self.workspace, disk.path, SEED, load.marks())
+
+    def test_a_wrecked_root_disk_is_restored_and_boots_at_once(self):
+        disk = Disk.copy_of(self.workspace, "vm1", kit.KIT / "root.img")
+        daemon = self.daemon(disk, needs="makes_volumes")
+        guest = self.guest(daemon, disk, root="/dev/vda")
+        guest.run(f"mkdir -p /srv && hs-guest quick /srv {SEED} 10 && sync")
+        daemon.snapshot_create(disk, "daily")
+        # What a user fears: the guest's system is overwritten, with everything that is on it.
+        guest.run("sync; dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null", status=None)
+        busy = daemon.ask("disk", "restore", "vm1", "--from", "vm1@daily", status=1)
+        require("frontend" in busy.stderr, f"a disk in use is to be restored only by force: {busy.stderr}")
+        guest.kill()
+        kit.eventually("the frontend has gone", lambda: not self.disk(daemon, "vm1")["connected"])
+
+        # Slowly, so that the guest boots from a disk that is brought back block by block.
+        daemon.ask("disk", "restore", "vm1", "--from", "vm1@daily", "--delay-ms", "20")
+        guest = self.guest(daemon, disk, name="guest2", root="/dev/vda")
+        require("root=/dev/vda" in guest.ready, f"the guest did not boot from the restored disk: {guest.ready}")
+        job = next(iter(daemon.jobs()), None)
+        require(job and job["kind"] == "restore", f"the restore was over before the guest was up: {job}")
+        require(guest.verify("/srv", SEED).files == {0: 10}, "files are missing on the restored disk")
+        guest.run(f"mkdir -p /srv/after && hs-guest quick /srv/after {SEED} 10 && sync")
+        daemon.kill()
+        daemon.start()
+        require(guest.verify("/srv", SEED).files == {0: 10}, "files are missing after the daemon was killed")
+        daemon.set_pace(next(iter(daemon.jobs())), 0)
+        kit.eventually("the restore ends", lambda: self.disk(daemon, "vm1")["restoring"] is None)
+        for directory in ("/srv", "/srv/after"):
+            require(guest.verify(directory, SEED).files == {0: 10}, f"files are missing in {directory}")
+        guest.require_no_io_errors()
+        guest.power_off()
+        daemon.snapshot_delete(disk, "daily")
+        daemon.stop()
+        kit.run("e2fsck", "-fy", "-E", "journal_only", disk.path, status=None)
+        kit.run("e2fsck", "-fn", disk.path)
+
+    def disk(self, daemon, name):
+        return json.loads(daemon.ask("disk", "show", name, "--json").stdout)
