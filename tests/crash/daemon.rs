@@ -43,7 +43,6 @@ pub struct Entry {
 /// What goes on at a moment, by name and how often.
 #[derive(Default)]
 pub struct Phases(RefCell<BTreeMap<&'static str, usize>>);
-
 pub struct Phase(Rc<Phases>, &'static str);
 
 impl Phases {
