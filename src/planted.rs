@@ -287,6 +287,12 @@ defects! {
     IndependentBeforeStored,
     /// A snapshot of a volume is deleted while the volume is completed.
     DeletedWhileCompleted,
+    /// A volume that is updated keeps blocks that were written in it.
+    WrittenBlockKept,
+    /// A volume that is updated takes its source for unchanged where that is not known.
+    UnknownSourceKept,
+    /// What a volume that is updated keeps is in a table on stable storage before its bytes are there.
+    KeptBeforeBytes,
     /// A write of a part of a block that a restore has not brought back leaves the rest as it was before the restore.
     PendingNotFilled,
     /// A block counts as brought back before its bytes are there.

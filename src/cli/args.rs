@@ -365,6 +365,22 @@ pub(super) enum VolumeCommand {
         #[arg(long)]
         wait: bool,
     },
+    /// Bring a volume to the present of its source, dropping what was written to it
+    ///
+    /// It shows the present at once, off a snapshot that the daemon takes and lets go by itself. A volume that was complete
+    /// then copies what differs in the background, and is complete again; stopping that half way harms nothing.
+    Update {
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        /// Even if a frontend is connected: the volume's socket is closed, and opened again with the new content
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        pace: PaceArgs,
+        /// Return only when what differs is copied
+        #[arg(long)]
+        wait: bool,
+    },
     /// Make a volume that is complete a disk; its guests stay connected
     Promote {
         /// The volume

@@ -45,15 +45,13 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             output.show(&status, changes::volume_status_fields)
         }
         VolumeCommand::Complete { volume, pace, wait } => {
-            let JobPatch { delay_ms, bytes_per_second } = pace.patch();
-            let said = [("delay_ms", delay_ms.map(u64::from)), ("bytes_per_second", bytes_per_second)];
-            let said: Vec<_> = said.iter().filter_map(|(key, value)| Some(format!("{key}={}", (*value)?))).collect();
-            let mut job: Job = client.post(&format!("/v1/volumes/{volume}/complete?{}", said.join("&")))?;
-            if wait {
-                job = wait_for_job(job.id, format!("completing {volume}"), client)?;
-            }
-            output.show(&job, job_fields)?;
-            if wait { refuse_ended(&job) } else { Ok(()) }
+            let job: Job = client.post(&format!("/v1/volumes/{volume}/complete?{}", query_of(pace.patch())))?;
+            show_job(job, wait.then(|| format!("completing {volume}")), client, output)
+        }
+        VolumeCommand::Update { volume, force, pace, wait } => {
+            let query = query_of(pace.patch());
+            let job: Job = client.post(&format!("/v1/volumes/{volume}/update?force={force}&{query}"))?;
+            show_job(job, wait.then(|| format!("updating {volume}")), client, output)
         }
         VolumeCommand::Promote { volume } => {
             let disk: Disk = client.post(&format!("/v1/volumes/{volume}/promote"))?;
@@ -72,4 +70,21 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             output.show(&json!({ "name": volume, "state": "deleted" }), |_| format!("{volume} deleted\n"))
         }
     }
+}
+
+/// What of a pace is said, as a query.
+fn query_of(JobPatch { delay_ms, bytes_per_second }: JobPatch) -> String {
+    let said = [("delay_ms", delay_ms.map(u64::from)), ("bytes_per_second", bytes_per_second)];
+    let said: Vec<_> = said.iter().filter_map(|(key, value)| Some(format!("{key}={}", (*value)?))).collect();
+    said.join("&")
+}
+
+/// Shows a job, when it has ended if it is waited for.
+fn show_job(mut job: Job, wait: Option<String>, client: &Client, output: &Output) -> Result<(), CliError> {
+    let is_awaited = wait.is_some();
+    if let Some(what) = wait {
+        job = wait_for_job(job.id, what, client)?;
+    }
+    output.show(&job, job_fields)?;
+    if is_awaited { refuse_ended(&job) } else { Ok(()) }
 }

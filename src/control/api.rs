@@ -26,7 +26,7 @@ use super::words::words;
 pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
 pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
 pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
-pub use volume::{CreateVolume, EnableQuery, ForceQuery, Volume, VolumeRequest, VolumeSource};
+pub use volume::{CreateVolume, EnableQuery, ForceQuery, UpdateQuery, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
 pub const API_VERSION: &str = "v1";
@@ -135,6 +135,8 @@ words! {
         Merge = "merge",
         /// Copies the blocks that a volume does not own yet.
         Migrate = "migrate",
+        /// The same for a volume that was put on a newer snapshot of its source.
+        Update = "update",
         /// Synchronises a leg of a mirrored disk with the other one.
         Mirror = "mirror",
         /// Copies back what a disk has otherwise than what it is restored from.

@@ -54,6 +54,8 @@ words! {
         VolumeBroken = "VOLUME_BROKEN",
         /// The volume has everything itself, and does not need its snapshot any more.
         VolumeIndependent = "VOLUME_INDEPENDENT",
+        /// The volume shows its source's present; the reason says why it must copy everything, if so.
+        VolumeUpdated = "VOLUME_UPDATED",
         /// The volume is a disk from now on.
         VolumePromoted = "VOLUME_PROMOTED",
         /// The volume is not served until it is enabled.

@@ -86,6 +86,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/volumes/{volume}/map", get(changes::map_volume))
         .route("/v1/volumes/{volume}/status", get(changes::volume_status))
         .route("/v1/volumes/{volume}/complete", post(volume::complete_volume))
+        .route("/v1/volumes/{volume}/update", post(volume::update_volume))
         .route("/v1/volumes/{volume}/promote", post(volume::promote_volume))
         .route("/v1/volumes/{volume}/disable", post(volume::disable_volume))
         .route("/v1/volumes/{volume}/enable", post(volume::enable_volume))
@@ -486,6 +487,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         changes::get_bookmark,
         changes::delete_bookmark,
         volume::complete_volume,
+        volume::update_volume,
         volume::promote_volume,
         volume::disable_volume,
         volume::enable_volume,

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::api::{
     Bookmark, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, RestoreRequest, Snapshot, SnapshotRequest,
-    VersionInfo, Volume, VolumeRequest, VolumeStatus,
+    UpdateQuery, VersionInfo, Volume, VolumeRequest, VolumeStatus,
 };
 use super::changes::{Diff, FoundMap};
 use super::error::ApiError;
@@ -222,6 +222,15 @@ pub trait Service: Send + Sync + 'static {
     /// `volume-not-found`, `conflict` if it is independent, `disk-failed` if it is broken, `volume-busy` while a snapshot of
     /// it is being deleted, `io-error`.
     fn complete_volume(&self, volume: &Name, pacing: JobPatch) -> Result<Job, ApiError>;
+
+    /// Puts a volume on a new snapshot of its source, so that it shows the source's present, and begins to copy what differs if
+    /// it was independent.
+    ///
+    /// # Errors
+    /// `volume-not-found`; `volume-busy` while a frontend is connected, without `force`, while it has snapshots or bookmarks or
+    /// a job works on it; `disk-not-found` and `conflict` if its source is not there or another one; those of
+    /// [`Service::create_snapshots`] for the source; `unsupported`, `disk-failed`, `io-error`, `no-space`.
+    fn update_volume(&self, volume: &Name, options: UpdateQuery) -> Result<Job, ApiError>;
 
     /// Makes an independent volume a disk, under the same name and with the same identifier. Guests stay connected.
     ///

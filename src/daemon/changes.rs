@@ -158,6 +158,11 @@ impl DiskEntry {
         bookmarks
     }
 
+    /// Those that were not left by what was taken for an update: nobody asked for these.
+    pub(super) fn bookmarks_of_users(&self) -> Vec<BookmarkRecord> {
+        self.bookmarks().into_iter().filter(|b| b.taken_for.is_none()).collect()
+    }
+
     /// All of it that may have changed tables.
     pub(super) fn ids_of_changes(&self) -> Vec<Uuid> {
         ids_of_changes(&self.to_record()).collect()

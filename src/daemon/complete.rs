@@ -9,6 +9,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::deletion::{TURN, Turn};
 use super::entry::{DiskEntry, locked};
@@ -17,7 +18,7 @@ use super::layers::{block_on, remove_file};
 use super::manager::{Manager, record_error};
 use super::recording;
 use super::standing::in_volume;
-use crate::control::api::{self, JobPatch, JobState};
+use crate::control::api::{self, JobKind, JobPatch, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 use crate::job::{self, Outcome};
@@ -79,10 +80,15 @@ impl Manager {
             }
         };
         let geometry = disk.disk.geometry();
-        let missing = disk.disk.blocks_to_fill().unwrap_or(0) * u64::from(geometry.block_bytes);
-        job.begins_with(geometry.size_bytes.saturating_sub(missing));
+        let is_update = job.kind == JobKind::Update;
+        let total = if is_update { job.pace.total_bytes.load(Ordering::Relaxed) } else { geometry.size_bytes };
+        job.begins_with(total.saturating_sub(disk.disk.bytes_to_fill()));
         let (of, pace) = (disk.disk.clone(), job.pace.clone());
-        let done = block_on(async move |queue| job::complete(queue, of, pace).await)??;
+        let work = async move |queue| match is_update {
+            true => job::update(queue, of, pace).await,
+            false => job::complete(queue, of, pace).await,
+        };
+        let done = block_on(work)??;
         if done == Outcome::Done {
             let _structure = locked(&self.structure);
             if self.is_stopping() {
@@ -91,6 +97,7 @@ impl Manager {
             self.make_independent(disk)?;
         }
         drop(turn);
+        self.tidy_moments_later();
         Ok(done)
     }
 
@@ -112,7 +119,7 @@ impl Manager {
         crash::point("before a volume is recorded as independent");
         let mut standing = locked(&disk.standing).clone();
         standing.stood_on = standing.volume.take();
-        (standing.work, standing.own_image) = (None, path != old);
+        (standing.work, standing.own_image) = (None, path == self.places.own_image(disk.id));
         standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
         standing.put_into(&mut record);
@@ -139,7 +146,7 @@ impl Manager {
         Ok(())
     }
 
-    fn link_own_image(&self, disk: &DiskEntry, log: &Path) -> std::io::Result<PathBuf> {
+    pub(super) fn link_own_image(&self, disk: &DiskEntry, log: &Path) -> std::io::Result<PathBuf> {
         let path = self.places.own_image(disk.id);
         match std::fs::metadata(&path) {
             // From the last time: a record of which nobody knows whether it was stored may name it.
@@ -178,6 +185,7 @@ impl Manager {
         }
         log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());
         self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));
+        self.tidy_moments_later();
         Ok(disk.to_api())
     }
 }

@@ -86,6 +86,9 @@ impl Manager {
         if !disk.snapshots().is_empty() {
             return busy("it has snapshots of what was written to it", "delete them first");
         }
+        if !disk.bookmarks().is_empty() {
+            return busy("it has bookmarks, which tell what was written to it since", "delete them first");
+        }
         if let Some(job) = self.work_of(disk) {
             return busy(
                 &format!("job {} is not done", job.id),
@@ -112,9 +115,11 @@ impl Manager {
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));
         record.live_changed = recording::of_changed(Some(&changed));
+        record.own_image = false;
         self.records.put([&record]).map_err(record_error).map_err(undo)?;
         crash::point("after a volume was begun anew");
         self.editor.begin_anew(&disk.disk, live, layer, changed);
+        locked(&disk.standing).own_image = false;
         self.remove_layer(old, &was);
         self.remove_changed_table(old);
         Ok(())

@@ -72,6 +72,7 @@ impl Manager {
         }
         self.take_up_volumes(volumes, take_flushed)?;
         self.resume_restores();
+        self.tidy_moments_later();
         Ok(())
     }
 
@@ -436,7 +437,7 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("disk {name} has {count} snapshots"));
         }
-        let bookmarks = entry.bookmarks();
+        let bookmarks = entry.bookmarks_of_users();
         if !force && !bookmarks.is_empty() {
             return busy(format!("disk {name} has {} bookmarks", bookmarks.len()));
         }

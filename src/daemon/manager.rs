@@ -6,7 +6,7 @@
 //! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
 //!   vouch for its snapshots.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
@@ -40,6 +40,8 @@ pub struct Manager {
     pub(super) lost_volumes: Mutex<BTreeMap<Name, (DiskRecord, String)>>,
     pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     pub(super) next_job: AtomicU64,
+    /// Volumes that are being put on another snapshot, which may not be in any record yet.
+    pub(super) updating: Mutex<BTreeSet<Uuid>>,
     /// Held by whoever adds or removes disks or snapshots.
     pub(super) structure: Mutex<()>,
     pub(super) stopping: AtomicBool,
@@ -107,6 +109,7 @@ impl Manager {
             lost_volumes: Mutex::default(),
             jobs: Mutex::default(),
             next_job: AtomicU64::new(1),
+            updating: Mutex::default(),
             structure: Mutex::new(()),
             stopping: AtomicBool::new(false),
             threads: Mutex::default(),

@@ -25,6 +25,7 @@ mod snapshots;
 mod standing;
 mod strays;
 pub mod takeup;
+mod update;
 mod volumes;
 mod work;
 
@@ -133,9 +134,16 @@ impl Manager {
         if self.house.send(HouseNews::Stopping).is_err() {
             log::debug!("the housekeeper has left already");
         }
-        for thread in std::mem::take(&mut *locked(&self.threads)) {
-            if thread.join().is_err() {
-                log::error!("a thread panicked");
+        // A thread may start another one before it ends, and must not wait for us.
+        loop {
+            let threads = std::mem::take(&mut *locked(&self.threads));
+            if threads.is_empty() {
+                break;
+            }
+            for thread in threads {
+                if thread.join().is_err() {
+                    log::error!("a thread panicked");
+                }
             }
         }
         let mut unsaved = None;

@@ -45,6 +45,7 @@ pub fn of_disk(
         own_image: false,
         logical_block_bytes: None,
         work: None,
+        next_live: None,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(boot),
@@ -89,6 +90,18 @@ pub fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRec
     }
     if let Some(config) = record.config.as_object_mut() {
         config.insert("path".to_owned(), serde_json::json!(path));
+    }
+    record
+}
+
+/// What the records say of a volume that was put on another snapshot: its live version is `live` from now on, a log at `path`
+/// with what it keeps. The rest is in its standing.
+#[must_use]
+pub fn updated(mut record: DiskRecord, live: Uuid, path: &Path, from: &str, changed: &Changed) -> DiskRecord {
+    (record.live, record.live_log) = (live, Some(path.to_owned()));
+    record.live_changed = of_changed(Some(changed));
+    if let Some(config) = record.config.as_object_mut() {
+        config.insert("path".to_owned(), serde_json::json!(from));
     }
     record
 }
@@ -145,5 +158,6 @@ pub fn of_bookmark(record: &SnapshotRecord, mark: &Mark) -> BookmarkRecord {
         created_ms: record.created_ms,
         quiesced_ms: record.quiesced_ms,
         changed: of_changed(mark.changed.as_ref()),
+        taken_for: record.taken_for,
     }
 }

@@ -12,7 +12,7 @@ use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
     self, Bookmark, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, RestoreRequest, SnapshotRequest, Strategy,
-    VersionInfo, VolumeRequest, VolumeStatus, Writers,
+    UpdateQuery, VersionInfo, VolumeRequest, VolumeStatus, Writers,
 };
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
@@ -132,6 +132,10 @@ impl Service for Manager {
 
     fn complete_volume(&self, volume: &Name, pacing: JobPatch) -> Result<Job, ApiError> {
         self.begin_completion(volume, pacing)
+    }
+
+    fn update_volume(&self, volume: &Name, options: UpdateQuery) -> Result<Job, ApiError> {
+        self.update(volume, options.force, options.pacing())
     }
 
     fn promote_volume(&self, volume: &Name) -> Result<api::Disk, ApiError> {

@@ -55,6 +55,15 @@ impl Made {
 
 impl Manager {
     pub(super) fn create(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
+        self.create_for(request, None)
+    }
+
+    /// The same for the update of a volume: what is taken belongs to that.
+    pub(super) fn create_for(
+        &self,
+        request: &SnapshotRequest,
+        volume: Option<Uuid>,
+    ) -> Result<Vec<api::Snapshot>, ApiError> {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
         let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
@@ -72,7 +81,7 @@ impl Manager {
         let group = Uuid::new_v4();
         let mut ready = Vec::new();
         for disk in &disks {
-            match self.prepare(disk, request, group) {
+            match self.prepare(disk, request, group, volume) {
                 Ok(one) => ready.push(one),
                 Err(e) => return Err(self.undo(&ready, e)),
             }
@@ -151,7 +160,13 @@ impl Manager {
     }
 
     /// Makes the layer and the entry of a snapshot.
-    fn prepare(&self, disk: &Arc<DiskEntry>, request: &SnapshotRequest, group: Uuid) -> Result<Ready, ApiError> {
+    fn prepare(
+        &self,
+        disk: &Arc<DiskEntry>,
+        request: &SnapshotRequest,
+        group: Uuid,
+        taken_for: Option<Uuid>,
+    ) -> Result<Ready, ApiError> {
         let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
         let chain = disk.disk.chain();
@@ -195,6 +210,7 @@ impl Manager {
             saved_table: None,
             changed: None,
             keep_bookmark: false,
+            taken_for,
         };
         let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {

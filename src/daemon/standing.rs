@@ -22,6 +22,8 @@ pub(super) struct Standing {
     pub(super) logical_block_bytes: Option<u32>,
     /// What a job is doing to it.
     pub(super) work: Option<WorkRecord>,
+    /// The live version that an update is about to give it.
+    pub(super) next_live: Option<uuid::Uuid>,
 }
 
 impl Standing {
@@ -33,6 +35,7 @@ impl Standing {
             own_image: record.own_image,
             logical_block_bytes: record.logical_block_bytes,
             work: record.work.clone(),
+            next_live: record.next_live,
         }
     }
 
@@ -43,6 +46,7 @@ impl Standing {
         record.own_image = self.own_image;
         record.logical_block_bytes = self.logical_block_bytes;
         record.work.clone_from(&self.work);
+        record.next_live = self.next_live;
     }
 
     /// What it stands on, or stood on.

@@ -274,6 +274,7 @@ impl Manager {
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
+            source: Some(disk.id),
             origin,
             size_bytes: geometry.size_bytes,
             created_ms: Timestamp::now().unix_ms(),
@@ -342,6 +343,7 @@ impl Manager {
             ids_of_changes(&record).for_each(|id| self.remove_changed_table(id));
             remove_full_image(&record);
             self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
+            self.tidy_moments_later();
             return Ok(());
         }
         let entry = self.volume(name)?;
@@ -360,7 +362,7 @@ impl Manager {
         if !force && count > 0 {
             return busy(format!("volume {name} has {count} snapshots"));
         }
-        let bookmarks = entry.bookmarks();
+        let bookmarks = entry.bookmarks_of_users();
         if !force && !bookmarks.is_empty() {
             return busy(format!("volume {name} has {} bookmarks", bookmarks.len()));
         }
@@ -380,6 +382,7 @@ impl Manager {
         self.forget_jobs_of(name);
         self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
         log::info!("volume {name}: deleted");
+        self.tidy_moments_later();
         Ok(())
     }
 

@@ -19,6 +19,7 @@ use crate::store::{Work, WorkRecord};
 fn kind_of(work: &Work) -> JobKind {
     match work {
         Work::Complete => JobKind::Migrate,
+        Work::Update => JobKind::Update,
     }
 }
 
@@ -37,7 +38,7 @@ impl Manager {
     /// done, and it can begin again.
     fn carry_out(&self, work: &Work, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
         match work {
-            Work::Complete => self.complete(disk, job),
+            Work::Complete | Work::Update => self.complete(disk, job),
         }
     }
 
@@ -120,14 +121,14 @@ impl Manager {
         locked(&self.jobs).retain(|_, job| job.disk != *disk || job.state() == JobState::Running);
     }
 
-    fn job_of(&self, disk: &DiskEntry, record: &WorkRecord) -> Arc<JobEntry> {
+    pub(super) fn job_of(&self, disk: &DiskEntry, record: &WorkRecord) -> Arc<JobEntry> {
         let job = self.new_job(kind_of(&record.work), &disk.name, None);
         job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
         job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
         job
     }
 
-    fn run_work(&self, disk: &Arc<DiskEntry>, work: &Work, job: Arc<JobEntry>) {
+    pub(super) fn run_work(&self, disk: &Arc<DiskEntry>, work: &Work, job: Arc<JobEntry>) {
         let (me, disk, work, ours) = (self.me.clone(), disk.clone(), work.clone(), job.clone());
         let started = self.start_thread("work", move || {
             let Some(manager) = me.upgrade() else { return };

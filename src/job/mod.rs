@@ -9,7 +9,7 @@ mod complete;
 mod restore;
 mod resync;
 
-pub use complete::complete;
+pub use complete::{complete, store_kept, update};
 pub use restore::restore;
 pub use resync::resync;
 

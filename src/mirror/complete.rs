@@ -122,6 +122,13 @@ impl Disk {
         Some(self.geometry.blocks() - table.count().min(self.geometry.blocks()))
     }
 
+    /// How many bytes those are.
+    #[must_use]
+    pub fn bytes_to_fill(&self) -> u64 {
+        let bytes = self.blocks_to_fill().unwrap_or(0) * u64::from(self.geometry.block_bytes);
+        bytes.min(self.geometry.size_bytes)
+    }
+
     /// The oldest log of a volume that stands on something: its version and its image.
     #[must_use]
     pub fn oldest_log(&self) -> Option<(VersionId, Backing)> {
@@ -177,7 +184,7 @@ impl ChainEditor {
         let origin = whole.version(ORIGIN);
         disk.remember_marks(vec![Mark { id: origin.id, began: origin.began, changed: None }]);
         disk.chain.store(Arc::new(chain));
-        if let Some(base) = &disk.base {
+        if let Some(base) = disk.base.get() {
             base.store(None);
         }
         true

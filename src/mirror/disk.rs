@@ -106,8 +106,8 @@ pub struct Disk {
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
-    /// What a volume stands on, until it is independent. Other disks have no place for it, and never look.
-    pub(super) base: Option<ArcSwapOption<View>>,
+    /// What a volume stands on. Other disks have no place for it, and never look.
+    pub(super) base: OnceLock<ArcSwapOption<View>>,
     read_only: bool,
 }
 
@@ -161,8 +161,8 @@ impl Disk {
         let mut geometry = Geometry::of(&options.image, options.block_bytes);
         geometry.logical_block_bytes = logical_block_bytes.unwrap_or(geometry.logical_block_bytes);
         let base = match options.image {
-            Backing::View(view) => Some(ArcSwapOption::from(Some(view))),
-            Backing::One(_) | Backing::Pair(_) => None,
+            Backing::View(view) => OnceLock::from(ArcSwapOption::from(Some(view))),
+            Backing::One(_) | Backing::Pair(_) => OnceLock::new(),
         };
         Arc::new(Disk {
             connections: Connections::new(clock.clone()),
@@ -239,13 +239,13 @@ impl Disk {
     /// What it stands on, if it is a volume that is not independent.
     #[must_use]
     pub fn base(&self) -> Option<Arc<View>> {
-        self.base.as_ref()?.load_full()
+        self.base.get()?.load_full()
     }
 
     /// Why what it stands on cannot be read, if so. Then nothing of the volume is vouched for.
     #[must_use]
     pub fn base_broken(&self) -> Option<String> {
-        self.base.as_ref()?.load().as_ref()?.broken()
+        self.base.get()?.load().as_ref()?.broken()
     }
 
     /// The connections to the live version.

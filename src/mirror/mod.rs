@@ -22,6 +22,7 @@ mod read;
 mod request;
 mod restore;
 mod snapshot;
+mod update;
 mod view;
 mod write;
 

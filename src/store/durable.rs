@@ -186,6 +186,16 @@ impl DurableTable {
         &self.table
     }
 
+    /// Sets every bit that is set in `from`, a table for as many blocks. The next commit stores them.
+    ///
+    /// # Errors
+    /// When no page can be had. Some of the bits may be set then.
+    pub fn take_in(&self, from: &Table) -> std::io::Result<()> {
+        let merged = self.table.merge(from);
+        self.table.note_change(BlockRange { start: BlockIndex(0), end: BlockIndex(from.blocks()) });
+        merged
+    }
+
     /// Where the durable copy is.
     #[must_use]
     pub fn image(&self) -> &SharedImage {

@@ -131,6 +131,9 @@ pub struct SnapshotRecord {
     /// Whether a bookmark stays when it is deleted.
     #[serde(default)]
     pub keep_bookmark: bool,
+    /// The stable name of the volume for whose update it was taken. It goes when that needs it no more.
+    #[serde(default)]
+    pub taken_for: Option<Uuid>,
 }
 
 /// A changed table, as it is remembered: it goes by its version's name.
@@ -164,6 +167,9 @@ pub struct BookmarkRecord {
     /// What was changed from the marker before it on. None if nothing was noted.
     #[serde(default)]
     pub changed: Option<ChangedRecord>,
+    /// As [`SnapshotRecord::taken_for`].
+    #[serde(default)]
+    pub taken_for: Option<Uuid>,
 }
 
 /// A leg of a mirror, as it is remembered.
@@ -194,6 +200,9 @@ pub struct VolumeRecord {
     pub snapshot: Uuid,
     /// The snapshot as the user calls it, `disk@name`.
     pub from: String,
+    /// The stable name of the disk of the snapshot. Older records do not say.
+    #[serde(default)]
+    pub source: Option<Uuid>,
     /// The stable name of the volume's oldest version, which shows the snapshot.
     pub origin: Uuid,
     /// Its size in bytes, should the snapshot be lost.
@@ -280,6 +289,9 @@ pub struct DiskRecord {
     /// What a job is doing to it, that goes on after a restart.
     #[serde(default)]
     pub work: Option<WorkRecord>,
+    /// The stable name of a live version that is about to take the place of this one: until it has, its files may go.
+    #[serde(default)]
+    pub next_live: Option<Uuid>,
     /// Its restore in place, if one is under way.
     #[serde(default)]
     pub restore: Option<RestoreRecord>,
@@ -591,7 +603,7 @@ impl DiskRecord {
     pub fn names(&self) -> BTreeSet<String> {
         let image = self.own_image.then(|| self.own_image_name());
         let (bitmap, restore) = (self.mirror.as_ref().map(|m| m.bitmap), self.restore.as_ref().map(|r| r.id));
-        let own = [Some(self.id), Some(self.live), bitmap, restore];
+        let own = [Some(self.id), Some(self.live), self.next_live, bitmap, restore];
         let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
         let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
         ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).chain(image).collect()

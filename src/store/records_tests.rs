@@ -43,6 +43,7 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         saved_table: Some(Uuid::new_v4()),
         changed: Some(ChangedRecord { saved: Some(Uuid::new_v4()), lost: None }),
         keep_bookmark: false,
+        taken_for: None,
     }
 }
 
@@ -50,7 +51,17 @@ fn bookmark(name: &str) -> BookmarkRecord {
     let id = Uuid::new_v4();
     let changed = Some(ChangedRecord { saved: None, lost: Some("a power cut".into()) });
     let (name, group) = (name.into(), id);
-    BookmarkRecord { id, group, name, began: 1, ended: 2, created_ms: 3, quiesced_ms: Some(4), changed }
+    BookmarkRecord {
+        id,
+        group,
+        name,
+        began: 1,
+        ended: 2,
+        created_ms: 3,
+        quiesced_ms: Some(4),
+        changed,
+        taken_for: Some(id),
+    }
 }
 
 fn disk(name: &str) -> DiskRecord {
@@ -73,6 +84,7 @@ fn disk(name: &str) -> DiskRecord {
         own_image: false,
         logical_block_bytes: None,
         work: None,
+        next_live: None,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
@@ -323,6 +335,7 @@ fn the_image_of_a_disk_is_not_let_go() {
     clone.stood_on = Some(VolumeRecord {
         snapshot: Uuid::new_v4(),
         from: "vm0@a".to_owned(),
+        source: None,
         origin: Uuid::new_v4(),
         size_bytes: 4096,
         created_ms: 1,

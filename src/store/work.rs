@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Work {
     /// A volume gets everything that it does not own yet (source 004: forced migration).
     Complete,
+    /// The same for one that was put on a newer snapshot of its source (source 004: image update).
+    Update,
 }
 
 /// Work that is under way, and how it was paced.

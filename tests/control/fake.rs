@@ -7,7 +7,8 @@ use std::time::Duration;
 use halfsilver::control::api::{
     Bookmark, BookmarkState, ByteRange, DeleteSnapshotOptions, DiffSource, Disk, DiskConfig, DiskState, Job, JobKind,
     JobPatch, JobState, Leg, LegState, RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState,
-    Strategy, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
+    Strategy, UpdateQuery, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus,
+    Writers,
 };
 use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
@@ -486,6 +487,15 @@ impl Service for Fake {
         self.get_volume(volume)?;
         self.begin_job(11, JobKind::Migrate, volume, None);
         self.patch_job(11, pacing)
+    }
+
+    fn update_volume(&self, volume: &Name, options: UpdateQuery) -> Result<Job, ApiError> {
+        let found = self.get_volume(volume)?;
+        if !options.force && found.from.ends_with("@busy") {
+            return Err(ApiError::new(ErrorCode::VolumeBusy, format!("volume {volume} has a frontend connected")));
+        }
+        self.begin_job(12, JobKind::Update, volume, None);
+        self.patch_job(12, options.pacing())
     }
 
     fn promote_volume(&self, volume: &Name) -> Result<Disk, ApiError> {

@@ -73,7 +73,7 @@ fn every_operation_describes_its_refusals() {
     for (schema, words) in [
         ("VolumeState", serde_json::json!(["serving", "disabled", "broken"])),
         ("LegState", serde_json::json!(["in-sync", "resynchronising", "failed", "split"])),
-        ("JobKind", serde_json::json!(["fold", "merge", "migrate", "mirror", "restore"])),
+        ("JobKind", serde_json::json!(["fold", "merge", "migrate", "update", "mirror", "restore"])),
     ] {
         assert_eq!(document["components"]["schemas"][schema]["enum"], words);
     }
@@ -86,6 +86,7 @@ fn every_query_key_is_described() {
         ("/v1/disks/{disk}", "delete", &["force"][..]),
         ("/v1/volumes/{volume}", "delete", &["force"]),
         ("/v1/volumes/{volume}/complete", "post", &["delay_ms", "bytes_per_second"]),
+        ("/v1/volumes/{volume}/update", "post", &["force", "delay_ms", "bytes_per_second"]),
         ("/v1/volumes/{volume}/disable", "post", &["force"]),
         ("/v1/volumes/{volume}/enable", "post", &["fresh"]),
         ("/v1/disks/{disk}/mirror", "delete", &["leg"]),

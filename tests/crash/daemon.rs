@@ -43,7 +43,6 @@ pub struct Entry {
 /// What goes on at a moment, by name and how often.
 #[derive(Default)]
 pub struct Phases(RefCell<BTreeMap<&'static str, usize>>);
-
 pub struct Phase(Rc<Phases>, &'static str);
 
 impl Phases {
@@ -667,6 +666,7 @@ fn new_record(id: Uuid, began: Epoch, strategy: Strategy, image: PathBuf) -> Sna
         saved_table: None,
         changed: None,
         keep_bookmark: false,
+        taken_for: None,
     }
 }
 

@@ -11,31 +11,55 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
-    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot, Request,
-    VersionId, View, Writers,
+    Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
+    PreparedSnapshot, Request, VersionId, View, Writers,
 };
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::media::{self, Medium, SECTOR, Scheduler, run, set_aside};
 use crate::schedule::Rng;
 
-const BLOCK: u32 = 4096;
-const PER_BLOCK: usize = 8;
+pub(crate) const BLOCK: u32 = 4096;
+pub(crate) const PER_BLOCK: usize = 8;
 /// The last block is short.
-const SECTORS: usize = 7 * PER_BLOCK + 3;
+pub(crate) const SECTORS: usize = 7 * PER_BLOCK + 3;
 const SEEDS: u64 = 400;
 const WRITES: usize = 10;
 
 /// What may be found.
 #[derive(Default)]
-struct Oracle {
+pub(crate) struct Oracle {
     /// What each sector was when the last flush that has ended began.
-    stored: Vec<u64>,
+    pub(crate) stored: Vec<u64>,
     /// All that was written since, or is being written.
-    since: Vec<Vec<u64>>,
+    pub(crate) since: Vec<Vec<u64>>,
     /// What was acknowledged, and what is in flight.
-    acknowledged: Vec<u64>,
-    in_flight: Option<(std::ops::Range<usize>, u64)>,
+    pub(crate) acknowledged: Vec<u64>,
+    pub(crate) in_flight: Option<(std::ops::Range<usize>, u64)>,
+}
+
+impl Oracle {
+    pub(crate) fn of(bytes: &[u64]) -> Oracle {
+        let since = vec![Vec::new(); SECTORS];
+        Oracle { stored: bytes.to_vec(), since, acknowledged: bytes.to_vec(), in_flight: None }
+    }
+
+    /// What a kill may leave.
+    pub(crate) fn judge_kill(&self, found: Vec<u64>, what: &str) {
+        for (sector, got) in found.into_iter().enumerate() {
+            let now = self.in_flight.as_ref().filter(|(sectors, _)| sectors.contains(&sector)).map(|(_, tag)| *tag);
+            let is_right = got == self.acknowledged[sector] || Some(got) == now;
+            assert!(is_right, "after a kill, {what}: sector {sector} shows {got}");
+        }
+    }
+
+    /// What a power cut may leave.
+    pub(crate) fn judge_power_cut(&self, found: Vec<u64>, what: &str) {
+        for (sector, got) in found.into_iter().enumerate() {
+            let is_right = got == self.stored[sector] || self.since[sector].contains(&got);
+            assert!(is_right, "after a power cut, {what}: sector {sector} shows {got}");
+        }
+    }
 }
 
 #[derive(Default, Debug)]
@@ -47,23 +71,23 @@ struct Counts {
     entries_found: u64,
 }
 
-fn table() -> Table {
+pub(crate) fn table() -> Table {
     Disk::table_in_memory((SECTORS * SECTOR) as u64, BLOCK).unwrap()
 }
 
-fn filled(sectors: usize, tag: u64) -> GuestBuf {
+pub(crate) fn filled(sectors: usize, tag: u64) -> GuestBuf {
     let mut data = AlignedBuf::zeroed(sectors * SECTOR);
     data.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&tag.to_le_bytes()));
     GuestBuf::from_owned(data).0
 }
 
-fn tags(bytes: &[u8]) -> Vec<u64> {
+pub(crate) fn tags(bytes: &[u8]) -> Vec<u64> {
     let tag = |sector: &[u8]| u64::from_le_bytes(sector[..8].try_into().unwrap());
     bytes.chunks_exact(SECTOR).map(tag).collect()
 }
 
 /// The source's bytes: some blocks are zeros.
-fn source_bytes(rng: &mut Rng) -> Vec<u8> {
+pub(crate) fn source_bytes(rng: &mut Rng) -> Vec<u8> {
     let mut bytes = vec![0; SECTORS * SECTOR];
     for block in bytes.chunks_mut(BLOCK as usize) {
         if rng.chance(70) {
@@ -115,12 +139,7 @@ impl World {
             VersionId::new_v4(),
             (VersionId::new_v4(), layer),
         );
-        let oracle = Oracle {
-            stored: source.clone(),
-            since: vec![Vec::new(); SECTORS],
-            acknowledged: source.clone(),
-            in_flight: None,
-        };
+        let oracle = Oracle::of(&source);
         let (oracle, record) = (Rc::new(RefCell::new(oracle)), Rc::new(RefCell::new(false)));
         let mut scheduler = Scheduler::default();
         scheduler.spawn(guest(seed, queue.clone(), volume.clone(), oracle.clone()));
@@ -138,12 +157,7 @@ impl World {
     fn end_by_a_kill(&mut self) {
         let log = self.log.after_kill(&mut self.rng);
         let found = self.found(&log, &self.run_table);
-        let oracle = self.oracle.borrow();
-        for (sector, got) in found.into_iter().enumerate() {
-            let now = oracle.in_flight.as_ref().filter(|(sectors, _)| sectors.contains(&sector)).map(|(_, tag)| *tag);
-            let is_right = got == oracle.acknowledged[sector] || Some(got) == now;
-            assert!(is_right, "after a kill, independent: {}: sector {sector} shows {got}", self.record.borrow());
-        }
+        self.oracle.borrow().judge_kill(found, &format!("independent: {}", self.record.borrow()));
         self.counts.kills += 1;
     }
 
@@ -158,11 +172,7 @@ impl World {
         });
         drop(aside);
         let found = self.found(&log, &entries);
-        let oracle = self.oracle.borrow();
-        for (sector, got) in found.into_iter().enumerate() {
-            let is_right = got == oracle.stored[sector] || oracle.since[sector].contains(&got);
-            assert!(is_right, "after a power cut, independent: {}: sector {sector} shows {got}", self.record.borrow());
-        }
+        self.oracle.borrow().judge_power_cut(found, &format!("independent: {}", self.record.borrow()));
         self.counts.cuts += 1;
         self.counts.entries_found += u64::from(!*self.record.borrow() && entries.count() > 0);
         match *self.record.borrow() {
@@ -198,32 +208,44 @@ async fn guest(seed: u64, queue: IoQueue, volume: Arc<Disk>, oracle: Rc<RefCell<
     let (mut rng, lane) = (Rng::new(seed ^ 0x5eed), volume.clock().lane());
     let attachment = volume.attach_live();
     for tag in 10..10 + WRITES as u64 {
-        let from = rng.below(SECTORS);
-        let sectors = from..from + 1 + rng.below((SECTORS - from).min(12));
-        let durable = rng.chance(15);
-        {
-            let mut oracle = oracle.borrow_mut();
-            sectors.clone().for_each(|sector| oracle.since[sector].push(tag));
-            oracle.in_flight = Some((sectors.clone(), tag));
+        request(&mut rng, tag, &queue, &attachment, &lane, &oracle).await;
+    }
+}
+
+/// A write, and perhaps a flush.
+pub(crate) async fn request(
+    rng: &mut Rng,
+    tag: u64,
+    queue: &IoQueue,
+    attachment: &Attachment,
+    lane: &EpochLane,
+    oracle: &RefCell<Oracle>,
+) {
+    let from = rng.below(SECTORS);
+    let sectors = from..from + 1 + rng.below((SECTORS - from).min(12));
+    let durable = rng.chance(15);
+    {
+        let mut oracle = oracle.borrow_mut();
+        sectors.clone().for_each(|sector| oracle.since[sector].push(tag));
+        oracle.in_flight = Some((sectors.clone(), tag));
+    }
+    let at = ByteOffset((sectors.start * SECTOR) as u64);
+    let write = Request::Write { at, from: filled(sectors.len(), tag), durable };
+    attachment.execute(queue, &lane.enter(), write).await.unwrap();
+    {
+        let mut oracle = oracle.borrow_mut();
+        oracle.in_flight = None;
+        oracle.acknowledged[sectors.clone()].fill(tag);
+        if durable {
+            oracle.stored[sectors.clone()].fill(tag);
+            sectors.for_each(|sector| oracle.since[sector].clear());
         }
-        let at = ByteOffset((sectors.start * SECTOR) as u64);
-        let write = Request::Write { at, from: filled(sectors.len(), tag), durable };
-        attachment.execute(&queue, &lane.enter(), write).await.unwrap();
-        {
-            let mut oracle = oracle.borrow_mut();
-            oracle.in_flight = None;
-            oracle.acknowledged[sectors.clone()].fill(tag);
-            if durable {
-                oracle.stored[sectors.clone()].fill(tag);
-                sectors.for_each(|sector| oracle.since[sector].clear());
-            }
-        }
-        if rng.chance(40) {
-            attachment.execute(&queue, &lane.enter(), Request::Flush).await.unwrap();
-            let mut oracle = oracle.borrow_mut();
-            oracle.stored = oracle.acknowledged.clone();
-            oracle.since.iter_mut().for_each(Vec::clear);
-        }
+    }
+    if rng.chance(40) {
+        attachment.execute(queue, &lane.enter(), Request::Flush).await.unwrap();
+        let mut oracle = oracle.borrow_mut();
+        oracle.stored = oracle.acknowledged.clone();
+        oracle.since.iter_mut().for_each(Vec::clear);
     }
 }
 

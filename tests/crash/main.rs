@@ -22,6 +22,7 @@ mod run;
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
 mod states;
+mod updated;
 
 /// Tells what happens when `CRASH_TRACE` is set.
 fn trace(what: impl FnOnce() -> String) {

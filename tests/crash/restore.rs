@@ -410,6 +410,7 @@ fn cut_everywhere(kind: Kind, seeds: Range<u64>, stride: usize, seen: &mut Seen)
 
 #[test]
 fn after_every_power_cut_the_disk_is_as_before_or_restored() {
+    let _undisturbed = crate::alone::undisturbed();
     for kind in [Kind::CopyOnWrite, Kind::WriteLogging] {
         let mut seen = Seen::default();
         cut_everywhere(kind, 1..4, 1, &mut seen);

@@ -518,6 +518,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         own_image: false,
         logical_block_bytes: None,
         work: None,
+        next_live: None,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(host.boot),

@@ -15,24 +15,24 @@ pub(crate) fn post(daemon: &Daemon, path: &str) -> Answer {
 
 /// Begins to complete a volume; the answer is the job.
 #[track_caller]
-fn begin(daemon: &Daemon, name: &str, query: &str) -> Value {
+pub(crate) fn begin(daemon: &Daemon, name: &str, query: &str) -> Value {
     let answer = post(daemon, &format!("{name}/complete?{query}"));
     assert_eq!(answer.status, 202, "{}", answer.body);
     answer.json()
 }
 
-fn job(daemon: &Daemon, id: u64) -> Value {
+pub(crate) fn job(daemon: &Daemon, id: u64) -> Value {
     daemon.get(&format!("/v1/jobs/{id}")).json()
 }
 
 /// The one job that there is.
-fn only_job(daemon: &Daemon) -> Value {
+pub(crate) fn only_job(daemon: &Daemon) -> Value {
     let jobs = daemon.get("/v1/jobs").json();
     assert_eq!(jobs.as_array().unwrap().len(), 1, "{jobs}");
     jobs[0].clone()
 }
 
-fn wait_independent(daemon: &Daemon, name: &str) -> Value {
+pub(crate) fn wait_independent(daemon: &Daemon, name: &str) -> Value {
     wait_until("a volume to be independent", || {
         let failed = daemon.get("/v1/jobs").json().as_array().unwrap().iter().find(|j| j["state"] == "failed").cloned();
         assert_eq!(failed, None);
@@ -45,17 +45,17 @@ fn wait_independent(daemon: &Daemon, name: &str) -> Value {
     show(daemon, name)
 }
 
-fn image_of(volume: &Value) -> PathBuf {
+pub(crate) fn image_of(volume: &Value) -> PathBuf {
     PathBuf::from(volume["image"].as_str().unwrap())
 }
 
 #[track_caller]
-fn assert_raw(path: &Path, expected: &[u64], what: &str) {
+pub(crate) fn assert_raw(path: &Path, expected: &[u64], what: &str) {
     assert_eq!(tags(&std::fs::read(path).unwrap()), expected, "{what}: the image alone");
 }
 
 /// Nothing is left of what the volume stood on.
-fn remove_source(daemon: &Daemon) {
+pub(crate) fn remove_source(daemon: &Daemon) {
     daemon.delete("vm0@daily");
     assert_eq!(daemon.send("DELETE", "/v1/disks/vm0", "").status, 204);
     std::fs::remove_file(daemon.image("vm0")).unwrap();

@@ -35,6 +35,7 @@ mod restore;
 mod ring;
 mod strategies;
 mod trouble;
+mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
 mod vmm;

@@ -64,7 +64,9 @@ fn every_rule_left_out_is_noticed() {
 /// Those of volumes are looked for in random trees of them.
 #[test]
 fn rules_of_completion_left_out_are_noticed() {
-    for defect in [Defect::FilledBitFirst, Defect::FilledWithoutLock] {
+    let defects =
+        [Defect::FilledBitFirst, Defect::FilledWithoutLock, Defect::WrittenBlockKept, Defect::UnknownSourceKept];
+    for defect in defects {
         let is_noticed = |&seed: &u64| crate::with_planted(defect, || crate::volumes::run(seed)).is_err();
         let noticed = (0..SEEDS).find(is_noticed).unwrap_or_else(|| panic!("{defect:?} is not noticed"));
         println!("planted: {defect:?}: noticed by tests/engine/defects.rs: trees of volumes, seed {noticed}");

@@ -17,6 +17,9 @@ use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 use crate::bench::{Bench, write_of};
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 
+mod checks;
+mod updates;
+
 const BLOCK: u32 = 4096;
 /// The last block is short.
 const SECTORS: usize = 6 * 8 + 3;
@@ -39,6 +42,8 @@ struct Node {
     frozen: Vec<Frozen>,
     /// The node and the version that a volume stands on.
     base: Option<(usize, VersionId)>,
+    /// The same, also when it is independent.
+    from: Option<(usize, VersionId)>,
     /// A volume's oldest version, and what it showed when it was made.
     origin: Option<(VersionId, Vec<u64>)>,
     /// A job that makes it independent, and whether that is so.
@@ -78,6 +83,9 @@ struct Counts {
     completed: u64,
     completed_with_snapshots: u64,
     stopped: u64,
+    updated: u64,
+    kept_blocks: u64,
+    kept_nothing: u64,
 }
 
 /// A read in flight: what each of its sectors may show, and where they will be.
@@ -124,7 +132,7 @@ impl Tree {
         let clock = EpochClock::new(Epoch(1));
         let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(image("disk")))));
         let live = vec![0; SECTORS];
-        let root = Node { id: 0, disk, live, frozen: Vec::new(), base: None, origin: None, filling: None };
+        let root = Node { id: 0, disk, live, frozen: Vec::new(), base: None, from: None, origin: None, filling: None };
         Tree {
             rng: Rng::new(seed),
             editor: Arc::new(ChainEditor::new(clock.clone())),
@@ -250,7 +258,7 @@ impl Tree {
         let disk = Disk::noting_volume(self.clock.clone(), options, origin, (name, layer), changed);
         let origin = Some((origin, live.clone()));
         let (frozen, base) = (Vec::new(), Some(base));
-        self.nodes.push(Node { id: self.next, disk, live, frozen, base, origin, filling: None });
+        self.nodes.push(Node { id: self.next, disk, live, frozen, base, from: base, origin, filling: None });
         self.next += 1;
         self.counts.volumes += 1;
     }
@@ -371,78 +379,6 @@ impl Tree {
         }
     }
 
-    fn shown(&mut self, attachment: Attachment) -> Result<Vec<u64>, RequestError> {
-        let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(SECTORS * SECTOR));
-        let (answer, mut scheduler) = (Rc::new(RefCell::new(None)), Scheduler::default());
-        let (put, queue, ticket) = (answer.clone(), self.queue.clone(), self.clock.lane().enter());
-        scheduler.spawn(async move {
-            let done = attachment.execute(&queue, &ticket, Request::Read { at: ByteOffset(0), into }).await;
-            *put.borrow_mut() = Some(done);
-        });
-        assert!(scheduler.settle(&mut self.rng));
-        answer.take().unwrap().map(|()| tags(&memory.to_vec()))
-    }
-
-    /// Every version of every disk and volume.
-    fn check(&mut self) {
-        for at in 0..self.nodes.len() {
-            let node = &self.nodes[at];
-            let (id, live, disk) = (node.id, node.live.clone(), node.disk.clone());
-            let frozen: Vec<_> = node.frozen.iter().map(|f| (f.version.id, f.bytes.clone())).collect();
-            assert_eq!(self.shown(disk.attach_live()).unwrap(), live, "the live version of node {id}");
-            for (version, bytes) in frozen {
-                assert_eq!(self.shown(disk.attach_frozen(version)).unwrap(), bytes, "a frozen version of node {id}");
-            }
-        }
-    }
-
-    /// What differs between two moments of a disk or volume is in what the engine says has changed.
-    fn compare(&mut self) {
-        for node in &self.nodes {
-            let frozen = node.frozen.iter().filter(|f| f.version.is_quiesced()).map(|f| (f.version.id, &f.bytes));
-            let ends: Vec<_> = node.origin.iter().map(|(id, bytes)| (*id, bytes)).chain(frozen).collect();
-            for (i, (from, was)) in ends.iter().enumerate() {
-                let later = ends[i + 1..].iter().map(|(to, is)| (Some(*to), *is));
-                for (to, is) in later.chain([(None, &node.live)]) {
-                    let changes = match node.disk.changes(*from, to) {
-                        // Of an independent volume there is no older version to compare with, if nothing was noted.
-                        Err(NoChanges::Unknown(_)) if node.disk.base().is_none() && node.is_origin(*from) => continue,
-                        changes => changes.unwrap(),
-                    };
-                    self.counts.by_owners += u64::from(changes.source() == ChangeSource::Owned);
-                    for sector in (0..SECTORS).filter(|&s| was[s] != is[s]) {
-                        let block = BlockIndex(sector as u64 / 8);
-                        assert!(changes.contains(block), "node {}: sector {sector} from {from} to {to:?}", node.id);
-                    }
-                }
-            }
-            if let Some((_, was)) = &node.origin {
-                let owned = node.disk.owned_by_volume();
-                let differs = |s: &usize| was[*s] != node.live[*s];
-                let missing = (0..SECTORS)
-                    .filter(differs)
-                    .find(|&s| owned.as_ref().is_some_and(|owned| !owned.contains(BlockIndex(s as u64 / 8))));
-                assert_eq!(missing, None, "node {}: a sector that it does not own differs", node.id);
-                self.counts.compared += 1;
-            }
-        }
-    }
-
-    /// A discard gives the guest's own bytes away and nobody else's: they stay, or are zeros.
-    fn discard(&mut self) {
-        let (at, sectors) = (self.rng.below(self.nodes.len()), self.range());
-        let (offset, len) = (ByteOffset((sectors.start * SECTOR) as u64), (sectors.len() * SECTOR) as u64);
-        let (attachment, mut scheduler) = (self.nodes[at].disk.attach_live(), Scheduler::default());
-        self.start(&mut scheduler, attachment.clone(), Request::Discard { at: offset, len });
-        assert!(scheduler.settle(&mut self.rng));
-        let now = self.shown(attachment).unwrap();
-        for (sector, (got, old)) in now.iter().zip(&self.nodes[at].live).enumerate() {
-            assert!(got == old || *got == 0 && sectors.contains(&sector), "a discard: sector {sector} shows {got}");
-        }
-        self.counts.discarded += u64::from(now != self.nodes[at].live);
-        self.nodes[at].live = now;
-    }
-
     fn run(mut self) -> Counts {
         for _ in 0..STEPS {
             self.batch();
@@ -450,6 +386,7 @@ impl Tree {
                 0..3 => self.branch(),
                 3 => self.drop_volume(),
                 4 => self.discard(),
+                5 | 6 => self.update(),
                 _ => {}
             }
             self.compare();
@@ -489,6 +426,9 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         total.completed += counts.completed;
         total.completed_with_snapshots += counts.completed_with_snapshots;
         total.stopped += counts.stopped;
+        total.updated += counts.updated;
+        total.kept_blocks += counts.kept_blocks;
+        total.kept_nothing += counts.kept_nothing;
     }
     println!("trees of volumes: seeds {first} to {}: {total:?}", first + seeds - 1);
     let Counts {
@@ -518,6 +458,8 @@ fn random_trees_of_volumes_match_one_array_a_version() {
         ("volumes that became independent", total.completed > 0),
         ("volumes that became independent with snapshots", total.completed_with_snapshots > 0),
         ("completions that were stopped", total.stopped > 0),
+        ("updates that kept blocks", total.kept_blocks > 0),
+        ("updates that kept nothing because it was not known", total.kept_nothing > 0),
     ] {
         assert!(reached || seeds < 100, "no run reached: {what}");
     }

@@ -11,7 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::disk::check_block_size;
-use super::{VolumeState, check_absolute, check_socket};
+use super::{JobPatch, VolumeState, check_absolute, check_socket};
 use crate::control::error::ApiError;
 use crate::control::name::{Name, NameError, SnapshotRef};
 use crate::control::timestamp::Timestamp;
@@ -90,6 +90,31 @@ pub struct ForceQuery {
     #[serde(default)]
     #[param(required = false)]
     pub force: bool,
+}
+
+/// The query of `POST /v1/volumes/{volume}/update`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct UpdateQuery {
+    /// Also while a frontend is connected: it is disconnected, and finds the new content when it connects again.
+    #[serde(default)]
+    #[param(required = false)]
+    pub force: bool,
+    /// The pause between two steps of what is copied afterwards, in milliseconds, at most an hour.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[param(maximum = 3_600_000)]
+    pub delay_ms: Option<u32>,
+    /// The most bytes to copy in a second; 0 for as many as it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+}
+
+impl UpdateQuery {
+    /// How the job is paced.
+    pub fn pacing(self) -> JobPatch {
+        JobPatch { delay_ms: self.delay_ms, bytes_per_second: self.bytes_per_second }
+    }
 }
 
 /// The query of `POST /v1/volumes/{volume}/enable`.

@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::{Context, PathText, QueryText, Refused, Reply};
-use crate::control::api::{Disk, EnableQuery, ForceQuery, Job, JobPatch, Volume};
+use crate::control::api::{Disk, EnableQuery, ForceQuery, Job, JobPatch, UpdateQuery, Volume};
 use crate::control::error::ApiError;
 use crate::control::name::Name;
 
@@ -21,6 +21,21 @@ pub(super) async fn complete_volume(
     let (volume, pacing): (Name, JobPatch) = (path?.parse()?, query?.0);
     pacing.check()?;
     let job = context.call(move |service| service.complete_volume(&volume, pacing)).await?;
+    Ok((StatusCode::ACCEPTED, Json(job)))
+}
+
+/// Brings a volume to its source's present, which it shows when this is answered. One that was independent is so again when the
+/// job is done; for another one it is over at once.
+#[utoipa::path(post, path = "/v1/volumes/{volume}/update", tag = "volumes", params(("volume" = Name, Path), UpdateQuery),
+    responses((status = 202, description = "The job that copies what differs", body = Job), Refused))]
+pub(super) async fn update_volume(
+    State(context): State<Context>,
+    path: PathText,
+    query: QueryText<UpdateQuery>,
+) -> Result<(StatusCode, Json<Job>), ApiError> {
+    let (volume, options): (Name, UpdateQuery) = (path?.parse()?, query?.0);
+    options.pacing().check()?;
+    let job = context.call(move |service| service.update_volume(&volume, options)).await?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }
 

@@ -25,7 +25,7 @@ impl Table {
     }
 
     /// Sets bits of blocks `index` × 64 and on.
-    pub(in crate::store) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
+    pub(crate) fn or_word(&self, index: u64, bits: u64) -> io::Result<()> {
         let block = BlockIndex(index * 64);
         let (page, word, _) = Self::place(block);
         if bits & !self.word_at(index) != 0 {
