@@ -40,20 +40,25 @@ const COMMANDS: &[Row] = &[
     ("GetSnapConfig", rows::configuration),
     ("GetSnapStatus", rows::status),
     ("StartCompleteImage", rows::complete),
+    ("StartImageUpdate", rows::update),
     ("StartSourceUpdate", rows::restore),
     ("SetCompleteImageDelay", rows::delay_complete),
+    ("SetImageUpdateDelay", rows::delay_update),
     ("SetSourceUpdateDelay", rows::delay_restore),
     ("StopCompleteImage", rows::stop_complete),
+    ("StopImageUpdate", rows::stop_update),
     ("StopSourceUpdate", rows::stop_restore),
 ];
 
 /// Table 2.
 const CALLS: &[Row] = &[
     ("DcsPITDeviceAbortImageCompletion", rows::stop_complete),
+    ("DcsPITDeviceAbortImageUpdate", rows::stop_update),
     ("DcsPITDeviceAbortSourceUpdate", rows::stop_restore),
     ("DcsPITDeviceCloseHandle", identifiers::close_handle),
     ("DcsPITDeviceCreateHandle", identifiers::create_handle),
     ("DcsPITDeviceDelayImageCompletion", rows::delay_complete),
+    ("DcsPITDeviceDelayImageUpdate", rows::delay_update),
     ("DcsPITDeviceDelaySourceUpdate", rows::delay_restore),
     ("DcsPITDeviceDisable", rows::disable),
     ("DcsPITDeviceEnable", rows::create),
@@ -62,6 +67,7 @@ const CALLS: &[Row] = &[
     ("DcsPITDeviceGetConfigure", rows::configuration),
     ("DcsPITDeviceGetStatus", rows::status),
     ("DcsPITDeviceStartImageCompletion", rows::complete),
+    ("DcsPITDeviceStartImageUpdate", rows::update),
     ("DcsPITDeviceStartSourceUpdate", rows::restore),
     ("DcsPMGenerateVolumeID", identifiers::identifiers_are_made),
     ("DcsPMGetSDSVolumeID", identifiers::identifier_of_a_disk),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{BLOCK, BLOCKS, HOURS, IN_CLONE, IN_SOURCE, Rig, bits, blocks_of, content, differing};
+use super::{BLOCK, BLOCKS, Changes, HOURS, IN_CLONE, IN_SOURCE, Rig, bits, blocks_of, content, differing};
 use crate::client::tags;
 use crate::harness::wait_until;
 use crate::strategies::{End, SIZE};
@@ -200,7 +200,7 @@ pub(super) fn delay_restore(rig: &Rig) {
 
 /// It does nothing more, also after a restart, until it is resumed.
 #[track_caller]
-fn stays_stopped(rig: &Rig, done: fn(&Rig) -> usize, shown: &str) {
+fn stays_stopped(rig: &Rig, done: fn(&Rig) -> usize, (shown, wanted): (&str, &Changes)) {
     wait_until("the first block", || done(rig) == 1);
     let stopped = rig.done("DELETE", &format!("/v1/jobs/{}", rig.job()["id"]), &Value::Null);
     assert_eq!(stopped["state"], "stopped");
@@ -209,21 +209,59 @@ fn stays_stopped(rig: &Rig, done: fn(&Rig) -> usize, shown: &str) {
         how.into_iter().for_each(|how| rig.end(how));
         assert_eq!(rig.job()["state"], "stopped", "{how:?}");
         assert_eq!(done(rig), 1, "what was done stays done, and nothing more is: {how:?}");
-        assert_eq!(rig.shows(shown), content(IN_CLONE), "{how:?}");
+        assert_eq!(rig.shows(shown), content(wanted), "{how:?}");
     }
     assert_eq!(rig.post(&format!("/v1/jobs/{}/resume", rig.job()["id"]))["state"], "running");
     rig.wait_done();
-    assert_eq!(rig.shows(shown), content(IN_CLONE));
+    assert_eq!(rig.shows(shown), content(wanted));
 }
 
 pub(super) fn stop_complete(rig: &Rig) {
     rig.post(&format!("/v1/volumes/clone/complete?delay_ms={HOURS}"));
-    stays_stopped(rig, copied, "clone");
+    stays_stopped(rig, copied, ("clone", IN_CLONE));
     assert_eq!(rig.clone()["independent"], true);
 }
 
 pub(super) fn stop_restore(rig: &Rig) {
     rig.begin_restore(HOURS);
-    stays_stopped(rig, brought_back, "vm0");
+    stays_stopped(rig, brought_back, ("vm0", IN_CLONE));
     assert_eq!(rig.pending(), Value::Null);
+}
+
+/// The volume has everything, and is brought to the present of its source, which it shows at once.
+fn begin_update(rig: &Rig, query: &str) -> Value {
+    rig.post("/v1/volumes/clone/complete");
+    rig.wait_done();
+    rig.done("DELETE", &format!("/v1/jobs/{}", rig.job()["id"]), &Value::Null);
+    let job = rig.post(&format!("/v1/volumes/clone/update{query}"));
+    assert_eq!((&job["kind"], &job["disk"]), (&json!("update"), &json!("clone")));
+    assert_eq!(rig.shows("clone"), content(IN_SOURCE));
+    job
+}
+
+/// Blocks that an update has copied.
+fn updated(rig: &Rig) -> usize {
+    let owned = rig.get("/v1/volumes/clone/status")["owned_blocks"].as_u64().unwrap();
+    usize::try_from(owned).unwrap() + differing() - BLOCKS
+}
+
+pub(super) fn update(rig: &Rig) {
+    begin_update(rig, "");
+    rig.wait_done();
+    assert_eq!(rig.job()["total_bytes"], differing() * BLOCK, "only what either has changed is copied");
+    assert_eq!(rig.clone()["independent"], true);
+    assert_eq!(rig.shows("clone"), content(IN_SOURCE));
+    assert_eq!(rig.shows("vm0"), content(IN_SOURCE));
+}
+
+pub(super) fn delay_update(rig: &Rig) {
+    assert_eq!(begin_update(rig, &format!("?delay_ms={HOURS}"))["delay_ms"], HOURS);
+    is_delayed(rig, updated, differing(), 100);
+    assert_eq!(rig.shows("clone"), content(IN_SOURCE));
+}
+
+pub(super) fn stop_update(rig: &Rig) {
+    begin_update(rig, &format!("?delay_ms={HOURS}"));
+    stays_stopped(rig, updated, ("clone", IN_SOURCE));
+    assert_eq!(rig.clone()["independent"], true);
 }
