@@ -149,6 +149,7 @@ impl Manager {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::hard_link(log, &path)?,
             Err(e) => return Err(e),
         }
+        crash::point("after a full image got its second name");
         crate::store::sync_directory_of(&path)?;
         Ok(path)
     }
@@ -173,8 +174,10 @@ impl Manager {
             *locked(&disk.standing) = old;
             return Err(e);
         }
+        crash::point("after a volume was promoted");
         if let Some(volume) = &old.stood_on {
             self.editor.forget_mark(&disk.disk, volume.origin);
+            self.remove_changes_of_gone(&disk, volume.origin);
         }
         log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());
         self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));

@@ -32,6 +32,7 @@ mod restore;
 #[path = "../wire/ring.rs"]
 mod ring;
 mod strategies;
+mod survival;
 mod trouble;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
