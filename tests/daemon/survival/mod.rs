@@ -56,8 +56,13 @@ impl Life {
 
     /// Some writes that are acknowledged and not flushed. The last one is not if the daemon died over it.
     fn write(&mut self, what: &str) -> Option<Flight> {
-        let Ok(mut client) = Client::connect(&self.daemon.socket(what), 1, false) else {
-            wait_until("its death", || self.is_dead());
+        let mut client = None;
+        // A frontend that has just left is not forgotten at once.
+        wait_until("a connection, or its death", || {
+            client = Client::connect(&self.daemon.socket(what), 1, false).ok();
+            client.is_some() || self.is_dead()
+        });
+        let Some(mut client) = client else {
             return Some(Flight { what: what.to_owned(), sectors: 0..0, tag: 0 });
         };
         for _ in 0..1 + self.rng.below(4) {
