@@ -35,13 +35,12 @@ struct Life {
     daemon: Daemon,
     rng: Rng,
     state: State,
-    strategy: &'static str,
     tag: u64,
 }
 
 impl Life {
     /// A disk of which each sector has something. The daemon does not run yet.
-    fn new(seed: u64, strategy: &'static str) -> Life {
+    fn new(seed: u64) -> Life {
         let mut daemon = Daemon::place();
         let image = daemon.make_image(DISK, SIZE);
         let content: Vec<u64> = (1..=SECTORS as u64).collect();
@@ -51,7 +50,7 @@ impl Life {
         let mut state = State::default();
         let disk = Branch { content, stands_on: None, is_volume: false, disabled: false };
         state.branches.insert(DISK.to_owned(), disk);
-        Life { daemon, rng: Rng::new(seed), state, strategy, tag: 10_000 }
+        Life { daemon, rng: Rng::new(seed), state, tag: 10_000 }
     }
 
     /// Some writes that are acknowledged and not flushed. The last one is not if the daemon died over it.

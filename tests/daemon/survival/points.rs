@@ -159,7 +159,7 @@ const SCRIPTS: [Script; 3] = [
 /// One life that ends at the `count`-th time at a point, and what is made of it. At which point it died.
 fn life(seed: u64, script: &Script, strategy: &'static str, point: &str, count: usize) -> Option<String> {
     let what = format!("{}, {strategy}, {count}:{point}", script.name);
-    let mut life = Life::new(seed, strategy);
+    let mut life = Life::new(seed);
     life.daemon.crash_at = Some(format!("{count}:{point}"));
     life.daemon.spawn();
     life.daemon.crash_at = None;
@@ -168,7 +168,7 @@ fn life(seed: u64, script: &Script, strategy: &'static str, point: &str, count: 
     while !is_dead && !life.daemon.is_up() {
         is_dead = life.is_dead();
     }
-    for step in (script.steps)(life.strategy) {
+    for step in (script.steps)(strategy) {
         if is_dead {
             break;
         }

@@ -207,7 +207,7 @@ fn random_commands_on_volumes_and_bookmarks_survive_kills() {
     let steps = from_env("HALFSILVER_STEPS", STEPS) as usize;
     let mut counts = Counts::default();
     for seed in seeds("survival", SEEDS) {
-        let (mut life, mut names) = (Life::new(seed, STRATEGIES[0]), 0);
+        let (mut life, mut names) = (Life::new(seed), 0);
         life.daemon.start();
         for step in 0..steps {
             let to: Vec<_> = life.state.branches.iter().filter(|(_, b)| !b.disabled).map(|(n, _)| n.clone()).collect();
