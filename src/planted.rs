@@ -293,6 +293,12 @@ defects! {
     UnknownSourceKept,
     /// What a volume that is updated keeps is in a table on stable storage before its bytes are there.
     KeptBeforeBytes,
+    /// A volume begins anew although bookmarks of its old life could be asked what changed since.
+    BegunAnewBookmarked,
+    /// A volume that begins anew drops its old log before the record names the new one.
+    OldLogDroppedFirst,
+    /// Nobody records that a volume is disabled.
+    DisabledNotRecorded,
     /// A write of a part of a block that a restore has not brought back leaves the rest as it was before the restore.
     PendingNotFilled,
     /// A block counts as brought back before its bytes are there.

@@ -54,8 +54,13 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
     };
     let path = disk.path.as_ref().map_or_else(String::new, |path| format!(" ({})", path.display()));
     let (what, path) = match &disk.from {
+        Some(from) if disk.independent => ("independent volume", format!(" (once of {from}){path}")),
         Some(from) => ("volume", format!(" (of {from})")),
         None => ("disk", path),
+    };
+    let verdict = match (disk.disabled, disk.verdict) {
+        (true, DiskVerdict::Served | DiskVerdict::ServedAsFlushed) => format!("is disabled; when enabled it {verdict}"),
+        _ => verdict.to_owned(),
     };
     line(page, 0, &format!("{what} {}{path}: {verdict}{}", disk.name, because(disk.reason.as_ref())));
     if !disk.ended.is_empty() {
@@ -75,6 +80,13 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
         if let Some(action) = &snapshot.action {
             line(page, 2, &format!("what to do: {action}"));
         }
+    }
+    for bookmark in &disk.bookmarks {
+        let what = match &bookmark.lost {
+            None => "would be kept".to_owned(),
+            Some(why) => format!("what changed since is not known, so the next backup copies everything: {why}"),
+        };
+        line(page, 1, &format!("bookmark {}: {what}", bookmark.bookmark));
     }
 }
 

@@ -16,6 +16,7 @@ use super::recording;
 use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
+use crate::crash;
 use crate::mirror::{Changed, Disk};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
@@ -116,7 +117,9 @@ impl Manager {
         let id = id.filter(|_| disk.snapshot(&reference.name).is_none()).ok_or_else(|| self.no_bookmark(reference))?;
         self.editor.forget_mark(&disk.disk, id);
         locked(&disk.bookmarks).retain(|b| b.id != id);
+        crash::point("before a bookmark is forgotten");
         self.persist(std::slice::from_ref(&disk))?;
+        crash::point("after a bookmark was forgotten");
         self.remove_changes_of_gone(&disk, id);
         log::info!("bookmark {reference}: deleted");
         self.bus.publish(Notice::of_snapshot(EventKind::BookmarkDeleted, reference));
@@ -134,6 +137,17 @@ impl SnapshotEntry {
                 Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("delete it without a bookmark"))
             }
         }
+    }
+
+    /// What a deletion merges is decided when it begins.
+    pub(super) fn refuse_bookmark_if_going(&self) -> Result<(), ApiError> {
+        let record = locked(&self.record);
+        if !record.deleting || record.keep_bookmark {
+            return Ok(());
+        }
+        let message = format!("keep-bookmark: snapshot {} is being deleted without one already", self.reference);
+        Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+            .with_action("leave --keep-bookmark out; the next backup has to copy everything"))
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! What is not done here: to decide what a start does with a disk; that is in [`verdict`].
 
+mod changes;
 mod disk;
 mod restore;
 mod verdict;
@@ -84,8 +85,12 @@ pub struct CheckedDisk {
     pub name: String,
     /// Its image, as far as it is known. None of a volume.
     pub path: Option<PathBuf>,
-    /// The snapshot that it stands on, if it is a volume.
+    /// The snapshot that it stands on, or stood on, if it is a volume.
     pub from: Option<String>,
+    /// Whether it is a volume that stands on nothing any more.
+    pub independent: bool,
+    /// Whether it is a volume that is not served until it is enabled.
+    pub disabled: bool,
     /// How the daemon ended, as far as this disk tells.
     pub ended: String,
     /// What a start would do.
@@ -96,6 +101,17 @@ pub struct CheckedDisk {
     pub action: Option<String>,
     /// Oldest first.
     pub snapshots: Vec<CheckedSnapshot>,
+    /// Oldest first.
+    pub bookmarks: Vec<CheckedBookmark>,
+}
+
+/// A bookmark, and whether it would still be known what changed since.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckedBookmark {
+    /// `disk@name`.
+    pub bookmark: String,
+    /// Why that would not be known.
+    pub lost: Option<String>,
 }
 
 /// A snapshot, and what a start would do with it.
@@ -330,7 +346,11 @@ impl<'a> Examination<'a> {
         let ids = |d: &DiskRecord| {
             let of_disk = [(d.id, format!("disk {}", d.name)), (d.live, format!("the live version of {}", d.name))];
             let of_snapshots = d.snapshots.iter().map(|s| (s.id, format!("{}@{}", d.name, s.name)));
-            of_disk.into_iter().chain(of_snapshots).collect::<Vec<_>>()
+            let of_bookmarks = d.bookmarks.iter().map(|b| (b.id, format!("bookmark {}@{}", d.name, b.name)));
+            let volume = d.volume.iter().chain(&d.stood_on).map(|v| (v.origin, format!("the origin of {}", d.name)));
+            let restore = d.restore.iter().map(|r| (r.id, format!("the restore of {}", d.name)));
+            let others = of_snapshots.chain(of_bookmarks).chain(volume).chain(restore);
+            of_disk.into_iter().chain(others).collect::<Vec<_>>()
         };
         for (id, whose) in records.iter().flat_map(ids) {
             if let Some(other) = seen.insert(id, whose.clone()) {

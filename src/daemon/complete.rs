@@ -156,6 +156,7 @@ impl Manager {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::hard_link(log, &path)?,
             Err(e) => return Err(e),
         }
+        crash::point("after a full image got its second name");
         crate::store::sync_directory_of(&path)?;
         Ok(path)
     }
@@ -180,8 +181,14 @@ impl Manager {
             *locked(&disk.standing) = old;
             return Err(e);
         }
+        crash::point("after a volume was promoted");
         if let Some(volume) = &old.stood_on {
             self.editor.forget_mark(&disk.disk, volume.origin);
+            // It may have forgotten its own table with that. The records first: while they name it, it must be there.
+            match self.persist(std::slice::from_ref(&disk)) {
+                Ok(()) => self.remove_changes_of_gone(&disk, volume.origin),
+                Err(e) => log::warn!("disk {name}: its changed table stays: {e}"),
+            }
         }
         log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());
         self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));

@@ -16,6 +16,7 @@ use super::layers::{block_on, remove_file};
 use super::manager::Manager;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::crash;
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
@@ -65,6 +66,7 @@ impl Manager {
             self.refuse_if_restored_from(&entry, ErrorCode::SnapshotBusy)?;
             if keep_bookmark {
                 entry.refuse_bookmark_if_broken()?;
+                entry.refuse_bookmark_if_going()?;
             }
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
@@ -315,7 +317,9 @@ impl Manager {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
         // The records first: while they name a layer, it must be there. Strays are removed at the next start.
+        crash::point("before a snapshot is forgotten");
         let persisted = self.persist(std::slice::from_ref(disk));
+        crash::point("after a snapshot was forgotten");
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
             if has_table(&disk.disk.chain(), id) {
                 // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.

@@ -17,6 +17,7 @@ use crate::control::api;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 use crate::mirror::Changed;
+use crate::mirror::planted::{self, Defect};
 
 impl Manager {
     pub(super) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
@@ -31,6 +32,7 @@ impl Manager {
                 .with_action("disconnect the guest first, or force it"));
         }
         self.record_disabled(&disk, true)?;
+        crash::point("after a volume was recorded as disabled");
         disk.stop_server();
         drop(locked(&disk.server).take());
         log::info!("volume {name}: disabled");
@@ -53,6 +55,7 @@ impl Manager {
             self.begin_anew(&disk)?;
         }
         self.record_disabled(&disk, false)?;
+        crash::point("after a volume was recorded as enabled");
         match serve_live(name, &disk.config, &disk.disk, &disk.frontends) {
             Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
             Err(e) => {
@@ -69,6 +72,9 @@ impl Manager {
 
     fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
         locked(&disk.standing).disabled = disabled;
+        if planted::is(Defect::DisabledNotRecorded) {
+            return Ok(());
+        }
         self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
     }
 
@@ -86,8 +92,9 @@ impl Manager {
         if !disk.snapshots().is_empty() {
             return busy("it has snapshots of what was written to it", "delete them first");
         }
-        if !disk.bookmarks().is_empty() {
-            return busy("it has bookmarks, which tell what was written to it since", "delete them first");
+        // What they are asked is what changed since, and nobody notes in what the new content differs from theirs.
+        if !disk.bookmarks().is_empty() && !planted::is(Defect::BegunAnewBookmarked) {
+            return busy("it has bookmarks of what was written to it", "delete them first: halfsilver bookmark delete");
         }
         if let Some(job) = self.work_of(disk) {
             return busy(
@@ -111,12 +118,21 @@ impl Manager {
         };
         let changed = self.make_changed_table(live, disk.disk.geometry()).map_err(table_error).map_err(undo)?;
         let changed = Changed::Noted(changed);
+        if planted::is(Defect::OldLogDroppedFirst) {
+            self.remove_layer(old, &was);
+        }
         crash::point("before a volume is begun anew");
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));
         record.live_changed = recording::of_changed(Some(&changed));
         record.own_image = false;
-        self.records.put([&record]).map_err(record_error).map_err(undo)?;
+        if let Err(e) = self.records.put([&record]) {
+            // Nobody knows whether that was stored. The new log goes when the records name the old one again.
+            return Err(match self.persist(std::slice::from_ref(disk)) {
+                Ok(()) => undo(record_error(e)),
+                Err(_) => named(record_error(e)),
+            });
+        }
         crash::point("after a volume was begun anew");
         self.editor.begin_anew(&disk.disk, live, layer, changed);
         locked(&disk.standing).own_image = false;

@@ -340,7 +340,10 @@ impl Manager {
             return Ok(());
         }
         let mut made = Vec::new();
-        let done = self.save_durably(disk, version, &mut made).and_then(|()| self.persist(std::slice::from_ref(disk)));
+        let done = self.save_durably(disk, version, &mut made).and_then(|()| {
+            crash::point("before it is recorded that a layer outlives power cuts");
+            self.persist(std::slice::from_ref(disk))
+        });
         if let Err(e) = done {
             for id in made {
                 self.editor.save_durably(&disk.disk, id, None);

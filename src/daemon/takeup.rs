@@ -25,9 +25,10 @@ const UNFINISHED: &str = "the host went down before all of it was on stable stor
 const CHANGED: &str = "the disk's image was changed while the daemon was not running; \
      delete this snapshot and take another";
 const READS_THROUGH: &str = "a newer snapshot through which it reads is lost; delete it and take another";
-const CHANGES_CUT: &str = "the host went down while it was served, and what was noted of its changes with it";
+pub(super) const CHANGES_CUT: &str =
+    "the host went down while it was served, and what was noted of its changes with it";
 const CHANGES_SPLIT: &str = "the daemon ended while requests from before a split were on their way to both legs";
-const CHANGES_CHANGED: &str = "the disk's image was changed while the daemon was not running";
+pub(super) const CHANGES_CHANGED: &str = "the disk's image was changed while the daemon was not running";
 pub(super) const BROKE: &str = "it broke just before the daemon or the host went down; delete it and take another";
 
 /// How the daemon ended the last time, and so what is believed.

@@ -24,6 +24,7 @@ use crate::control::api::{
 };
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
+use crate::crash;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Owned, VOLUMES_DEEP_MAX, View};
 use crate::store::{DiskRecord, Table, TableName, VolumeRecord};
@@ -296,6 +297,7 @@ impl Manager {
             bookmarks: Vec::new(),
             record: None,
         };
+        crash::point("before a volume is recorded");
         let made = self.open_disk(name, opened).map_err(undo)?;
         log::info!("volume {name}: made off {}", entry.reference);
         self.bus.publish(Notice::of_disk(EventKind::VolumeCreated, name));
@@ -375,6 +377,7 @@ impl Manager {
             drop(locked(&snapshot.server).take());
         }
         self.records.remove(name.as_str()).map_err(record_error)?;
+        crash::point("after a volume was forgotten");
         let live = record.live_log.as_ref().map(|log| (record.live, log.clone()));
         self.remove_volume_files(entry.id, live.into_iter().chain(layers_of(&record)));
         changes.into_iter().for_each(|id| self.remove_changed_table(id));

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::store::Work;
 
 /// xorshift64*: small, and the same everywhere.
 struct Rng(u64);
@@ -98,6 +99,29 @@ fn disk(name: &str) -> DiskRecord {
 fn file_with_history(path: &Path, closed: bool) -> (Vec<u8>, Vec<DiskRecord>, BTreeSet<String>) {
     let records = Records::open(path).unwrap();
     let mut disks: Vec<DiskRecord> = ["vm0", "vm1", "vm2"].map(disk).into();
+    let volume = VolumeRecord {
+        snapshot: disks[0].snapshots[0].id,
+        from: "vm0@a".to_owned(),
+        source: Some(disks[0].id),
+        origin: Uuid::new_v4(),
+        size_bytes: 1 << 20,
+        created_ms: 3,
+    };
+    let work = WorkRecord { work: Work::Complete, stopped: true, delay_ms: 4, bytes_per_second: 5 };
+    (disks[1].volume, disks[1].work, disks[1].disabled) = (Some(volume.clone()), Some(work), true);
+    (disks[2].stood_on, disks[2].own_image, disks[2].logical_block_bytes) = (Some(volume), true, Some(512));
+    disks[2].live_changed = Some(ChangedRecord { saved: Some(Uuid::new_v4()), lost: Some("it was lost".to_owned()) });
+    disks[0].restore = Some(RestoreRecord {
+        id: Uuid::new_v4(),
+        source: disks[0].snapshots[1].id,
+        from: "vm0@b".to_owned(),
+        is_own: true,
+        is_ours: false,
+        is_active: true,
+        stopped: false,
+        delay_ms: 6,
+        bytes_per_second: 7,
+    });
     records.put(&disks).unwrap();
     disks[1].snapshots.remove(0);
     records.put([&disks[1]]).unwrap();

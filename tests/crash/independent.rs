@@ -2,6 +2,9 @@
 //! cut, and must be what its record says: it stands on its snapshot, with a log and the log's table, or its log is all of
 //! it. What was flushed is there, after a kill all that was acknowledged.
 //!
+//! In the middle of it a snapshot of the volume is taken: from then on guests write to a second log, flushes store both, and
+//! the snapshot shows the same after any end.
+//!
 //! The source is frozen and stored. One guest writes and flushes; its requests follow one another.
 
 use std::cell::RefCell;
@@ -39,24 +42,22 @@ pub(crate) struct Oracle {
 }
 
 impl Oracle {
-    pub(crate) fn of(bytes: &[u64]) -> Oracle {
-        let since = vec![Vec::new(); SECTORS];
-        Oracle { stored: bytes.to_vec(), since, acknowledged: bytes.to_vec(), in_flight: None }
+    pub(crate) fn of(content: &[u64]) -> Oracle {
+        let since = vec![Vec::new(); content.len()];
+        Oracle { stored: content.to_vec(), since, acknowledged: content.to_vec(), in_flight: None }
     }
 
-    /// What a kill may leave.
-    pub(crate) fn judge_kill(&self, found: Vec<u64>, what: &str) {
-        for (sector, got) in found.into_iter().enumerate() {
-            let now = self.in_flight.as_ref().filter(|(sectors, _)| sectors.contains(&sector)).map(|(_, tag)| *tag);
-            let is_right = got == self.acknowledged[sector] || Some(got) == now;
+    pub(crate) fn require_after_kill(&self, found: &[u64], what: &str) {
+        for (sector, got) in found.iter().enumerate() {
+            let now = self.in_flight.as_ref().filter(|(sectors, _)| sectors.contains(&sector)).map(|(_, tag)| tag);
+            let is_right = *got == self.acknowledged[sector] || Some(got) == now;
             assert!(is_right, "after a kill, {what}: sector {sector} shows {got}");
         }
     }
 
-    /// What a power cut may leave.
-    pub(crate) fn judge_power_cut(&self, found: Vec<u64>, what: &str) {
-        for (sector, got) in found.into_iter().enumerate() {
-            let is_right = got == self.stored[sector] || self.since[sector].contains(&got);
+    pub(crate) fn require_after_power_cut(&self, found: &[u64], what: &str) {
+        for (sector, got) in found.iter().enumerate() {
+            let is_right = *got == self.stored[sector] || self.since[sector].contains(got);
             assert!(is_right, "after a power cut, {what}: sector {sector} shows {got}");
         }
     }
@@ -69,6 +70,77 @@ struct Counts {
     standing: u64,
     independent: u64,
     entries_found: u64,
+    /// Ends after a snapshot, when the volume stood on its source and when it did not.
+    frozen_standing: u64,
+    frozen_independent: u64,
+    newer_entries_found: u64,
+}
+
+/// What the records say.
+#[derive(Default)]
+pub(crate) struct Record {
+    pub(crate) independent: bool,
+    /// A cut is about to be, or was.
+    has_newer_log: bool,
+    /// What the snapshot shows, when it is quiesced.
+    frozen: Option<Vec<u64>>,
+}
+
+/// A log of the volume: its image, its table, and that one's mapping.
+pub(crate) struct LogMedia {
+    pub(crate) image: Medium,
+    pub(crate) durable: Medium,
+    pub(crate) run_table: Arc<Table>,
+}
+
+impl LogMedia {
+    pub(crate) fn new(rng: &mut Rng) -> (LogMedia, Layer) {
+        let (image, run_table) = (Medium::new("log", SECTORS * SECTOR), Arc::new(table()));
+        let size = usize::try_from(DurableTable::image_bytes(run_table.blocks())).unwrap();
+        let media = LogMedia { image, durable: Medium::new("durable", size), run_table };
+        let made = media.durable_table(rng);
+        let log = Arc::new(Log { table: made, freed: table() });
+        let layer = Layer::logged(Backing::One(Arc::new(media.image.clone())), log);
+        (media, layer)
+    }
+
+    /// An empty one on its medium.
+    pub(crate) fn durable_table(&self, rng: &mut Rng) -> DurableTable {
+        let (stored, of) = (Arc::new(self.durable.clone()), self.run_table.clone());
+        run(rng, async move {
+            let queue = IoQueue::simulated();
+            DurableTable::create(stored, VersionId::nil(), of, [0; PAYLOAD_BYTES], &queue).await.unwrap()
+        })
+    }
+
+    /// Its content and its entries after a kill.
+    pub(crate) fn after_kill(&self, rng: &mut Rng) -> FoundLog {
+        FoundLog { content: tags(&self.image.after_kill(rng).bytes()), entries: self.run_table.clone() }
+    }
+
+    pub(crate) fn after_power_cut(&self, rng: &mut Rng) -> FoundLog {
+        let (image, durable) = (self.image.after_power_cut(rng), self.durable.after_power_cut(rng));
+        let (into, aside) = (Arc::new(table()), set_aside());
+        let entries = run(rng, async move {
+            let queue = IoQueue::simulated();
+            let (table, report) = DurableTable::load(Arc::new(durable), VersionId::nil(), into, &queue).await.unwrap();
+            assert!(report.damaged.is_empty());
+            table.table().clone()
+        });
+        drop(aside);
+        FoundLog { content: tags(&image.bytes()), entries }
+    }
+}
+
+pub(crate) struct FoundLog {
+    pub(crate) content: Vec<u64>,
+    pub(crate) entries: Arc<Table>,
+}
+
+impl FoundLog {
+    pub(crate) fn owns(&self, sector: usize) -> bool {
+        self.entries.get(BlockIndex((sector / PER_BLOCK) as u64))
+    }
 }
 
 pub(crate) fn table() -> Table {
@@ -100,11 +172,9 @@ pub(crate) fn source_bytes(rng: &mut Rng) -> Vec<u8> {
 struct World {
     rng: Rng,
     source: Vec<u64>,
-    log: Medium,
-    durable: Medium,
-    run_table: Arc<Table>,
-    /// Whether the record says that it is independent.
-    record: Rc<RefCell<bool>>,
+    /// The oldest one first.
+    logs: [LogMedia; 2],
+    record: Rc<RefCell<Record>>,
     oracle: Rc<RefCell<Oracle>>,
     scheduler: Scheduler,
     counts: Counts,
@@ -124,14 +194,7 @@ impl World {
         let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: VersionId::new_v4(), changed: None };
         let cut = editor.cut(vec![prepared], Writers::Request).unwrap();
         cut.frozen[0].set_quiesced();
-        let (log, run_table) = (Medium::new("log", SECTORS * SECTOR), Arc::new(table()));
-        let size = usize::try_from(DurableTable::image_bytes(run_table.blocks())).unwrap();
-        let (durable, of, io) = (Medium::new("durable", size), run_table.clone(), queue.clone());
-        let image = Arc::new(durable.clone());
-        let made = run(&mut rng, async move {
-            DurableTable::create(image, VersionId::nil(), of, [0; PAYLOAD_BYTES], &io).await.unwrap()
-        });
-        let layer = Layer::logged(Backing::One(Arc::new(log.clone())), Arc::new(Log { table: made, freed: table() }));
+        let ((oldest, layer), (newer, newer_layer)) = (LogMedia::new(&mut rng), LogMedia::new(&mut rng));
         let view = View::of(disk, cut.frozen[0].id, "vm@frozen");
         let volume = Disk::volume(
             clock.clone(),
@@ -140,45 +203,52 @@ impl World {
             (VersionId::new_v4(), layer),
         );
         let oracle = Oracle::of(&source);
-        let (oracle, record) = (Rc::new(RefCell::new(oracle)), Rc::new(RefCell::new(false)));
+        let (oracle, record) = (Rc::new(RefCell::new(oracle)), Rc::<RefCell<Record>>::default());
         let mut scheduler = Scheduler::default();
-        scheduler.spawn(guest(seed, queue.clone(), volume.clone(), oracle.clone()));
+        let snapshot = Some(Snapshot { editor: editor.clone(), layer: newer_layer, record: record.clone() });
+        scheduler.spawn(guest(seed, queue.clone(), volume.clone(), oracle.clone(), snapshot));
         scheduler.spawn(completion(queue, editor, volume, record.clone()));
-        World { rng, source, log, durable, run_table, record, oracle, scheduler, counts: Counts::default() }
+        World { rng, source, logs: [oldest, newer], record, oracle, scheduler, counts: Counts::default() }
     }
 
-    /// What is found: with the log's table, if the record says that the volume stands on its snapshot.
-    fn found(&self, log: &Medium, entries: &Table) -> Vec<u64> {
-        let log = tags(&log.bytes());
-        let owns = |sector: usize| *self.record.borrow() || entries.get(BlockIndex((sector / PER_BLOCK) as u64));
-        (0..SECTORS).map(|sector| if owns(sector) { log[sector] } else { self.source[sector] }).collect()
+    /// What is found of the volume, and of its snapshot when that is quiesced, which shows what it must.
+    fn found(&self, logs: &[FoundLog; 2], what: &str) -> Vec<u64> {
+        let [oldest, newer] = logs;
+        let record = self.record.borrow();
+        let owns = |sector: usize| record.independent || oldest.owns(sector);
+        let below = |sector: usize| if owns(sector) { oldest.content[sector] } else { self.source[sector] };
+        if let Some(frozen) = &record.frozen {
+            let shows: Vec<u64> = (0..SECTORS).map(below).collect();
+            assert_eq!(&shows, frozen, "{what}, independent: {}: the snapshot", record.independent);
+        }
+        let is_newer = |sector: usize| record.has_newer_log && newer.owns(sector);
+        (0..SECTORS).map(|sector| if is_newer(sector) { newer.content[sector] } else { below(sector) }).collect()
     }
 
     fn end_by_a_kill(&mut self) {
-        let log = self.log.after_kill(&mut self.rng);
-        let found = self.found(&log, &self.run_table);
-        self.oracle.borrow().judge_kill(found, &format!("independent: {}", self.record.borrow()));
+        let logs = [0, 1].map(|log| self.logs[log].after_kill(&mut self.rng));
+        let found = self.found(&logs, "after a kill");
+        let what = format!("independent: {}", self.record.borrow().independent);
+        self.oracle.borrow().require_after_kill(&found, &what);
         self.counts.kills += 1;
     }
 
     fn end_by_a_power_cut(&mut self) {
-        let (log, durable) = (self.log.after_power_cut(&mut self.rng), self.durable.after_power_cut(&mut self.rng));
-        let (into, aside) = (Arc::new(table()), set_aside());
-        let entries = run(&mut self.rng, async move {
-            let queue = IoQueue::simulated();
-            let (table, report) = DurableTable::load(Arc::new(durable), VersionId::nil(), into, &queue).await.unwrap();
-            assert!(report.damaged.is_empty());
-            table.table().clone()
-        });
-        drop(aside);
-        let found = self.found(&log, &entries);
-        self.oracle.borrow().judge_power_cut(found, &format!("independent: {}", self.record.borrow()));
-        self.counts.cuts += 1;
-        self.counts.entries_found += u64::from(!*self.record.borrow() && entries.count() > 0);
-        match *self.record.borrow() {
-            true => self.counts.independent += 1,
-            false => self.counts.standing += 1,
-        }
+        let logs = [0, 1].map(|log| self.logs[log].after_power_cut(&mut self.rng));
+        let found = self.found(&logs, "after a power cut");
+        let record = self.record.borrow();
+        let what = format!("independent: {}", record.independent);
+        self.oracle.borrow().require_after_power_cut(&found, &what);
+        let counts = &mut self.counts;
+        counts.cuts += 1;
+        counts.entries_found += u64::from(!record.independent && logs[0].entries.count() > 0);
+        counts.newer_entries_found += u64::from(record.has_newer_log && logs[1].entries.count() > 0);
+        let (one, frozen) = match record.independent {
+            true => (&mut counts.independent, &mut counts.frozen_independent),
+            false => (&mut counts.standing, &mut counts.frozen_standing),
+        };
+        *one += 1;
+        *frozen += u64::from(record.frozen.is_some());
     }
 
     fn run(mut self) -> Counts {
@@ -196,18 +266,54 @@ impl World {
             }
         }
         assert_eq!(self.scheduler.tasks(), 0, "something hangs");
-        assert!(*self.record.borrow());
+        assert!(self.record.borrow().independent);
         self.end_by_a_power_cut();
         self.end_by_a_kill();
         self.counts
     }
 }
 
-/// One request after the other: writes of any length, and flushes.
-async fn guest(seed: u64, queue: IoQueue, volume: Arc<Disk>, oracle: Rc<RefCell<Oracle>>) {
+/// What a snapshot of the volume takes.
+pub(crate) struct Snapshot {
+    editor: Arc<ChainEditor>,
+    layer: Layer,
+    record: Rc<RefCell<Record>>,
+}
+
+impl Snapshot {
+    /// As Manager::create_now and Manager::quiesced in src/daemon/snapshots.rs: the record, the cut, what it shows is
+    /// stored, and the record of that.
+    async fn take(self, queue: &IoQueue, volume: &Arc<Disk>, shows: Vec<u64>) {
+        self.record.borrow_mut().has_newer_log = true;
+        media::count_change();
+        let layer = NewLayer::Live { layer: self.layer };
+        let of = PreparedSnapshot { disk: volume.clone(), layer, new_live: VersionId::new_v4(), changed: None };
+        let cut = self.editor.cut(vec![of], Writers::Request).unwrap();
+        // The guest waits meanwhile, so nothing drains.
+        volume.make_durable(queue, cut.frozen[0].id).await.unwrap();
+        cut.frozen[0].set_quiesced();
+        self.record.borrow_mut().frozen = Some(shows);
+        media::count_change();
+    }
+}
+
+/// One request after the other: writes of any length, and flushes; and a snapshot between two of them, most times.
+pub(crate) async fn guest(
+    seed: u64,
+    queue: IoQueue,
+    volume: Arc<Disk>,
+    oracle: Rc<RefCell<Oracle>>,
+    mut snapshot: Option<Snapshot>,
+) {
     let (mut rng, lane) = (Rng::new(seed ^ 0x5eed), volume.clock().lane());
     let attachment = volume.attach_live();
     for tag in 10..10 + WRITES as u64 {
+        if rng.chance(20)
+            && let Some(snapshot) = snapshot.take()
+        {
+            let shows = oracle.borrow().acknowledged.clone();
+            snapshot.take(&queue, &volume, shows).await;
+        }
         request(&mut rng, tag, &queue, &attachment, &lane, &oracle).await;
     }
 }
@@ -250,10 +356,15 @@ pub(crate) async fn request(
 }
 
 /// As Manager::complete and make_independent in src/daemon/complete.rs: the copies, the record, the chain.
-async fn completion(queue: IoQueue, editor: Arc<ChainEditor>, volume: Arc<Disk>, record: Rc<RefCell<bool>>) {
+pub(crate) async fn completion(
+    queue: IoQueue,
+    editor: Arc<ChainEditor>,
+    volume: Arc<Disk>,
+    record: Rc<RefCell<Record>>,
+) {
     let done = job::complete(queue, volume.clone(), Arc::new(Pace::default())).await.unwrap();
     assert_eq!(done, Outcome::Done);
-    *record.borrow_mut() = true;
+    record.borrow_mut().independent = true;
     media::count_change();
     assert!(editor.make_independent(&volume));
 }
@@ -271,6 +382,9 @@ fn all(first: u64, seeds: u64) -> Result<Counts, u64> {
         total.standing += counts.standing;
         total.independent += counts.independent;
         total.entries_found += counts.entries_found;
+        total.frozen_standing += counts.frozen_standing;
+        total.frozen_independent += counts.frozen_independent;
+        total.newer_entries_found += counts.newer_entries_found;
     }
     Ok(total)
 }
@@ -283,7 +397,9 @@ fn a_completion_that_is_cut_off_leaves_one_or_the_other() {
     let counts = all(first, seeds).unwrap_or_else(|seed| panic!("CRASH_FIRST={seed} CRASH_SEEDS=1 repeats it"));
     println!("completions: seeds {first} to {}: {counts:?}", first + seeds - 1);
     let Counts { kills, standing, independent, entries_found, .. } = counts;
-    assert!(seeds < SEEDS || kills.min(standing).min(independent).min(entries_found) > 0, "{counts:?}");
+    let Counts { frozen_standing, frozen_independent, newer_entries_found, .. } = counts;
+    let rare = [kills, standing, independent, entries_found, frozen_standing, frozen_independent, newer_entries_found];
+    assert!(seeds < SEEDS || rare.iter().all(|count| *count > 20), "{counts:?}");
 }
 
 #[cfg(feature = "planted")]

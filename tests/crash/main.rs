@@ -21,6 +21,7 @@ mod run;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
+mod standing;
 mod states;
 mod updated;
 

@@ -146,7 +146,7 @@ impl World {
     fn end_by_a_kill(&mut self) {
         let log = self.log.after_kill(&mut self.rng);
         let found = self.found(&log, &self.entries_now().run);
-        self.oracle.borrow().judge_kill(found, &format!("{:?}", self.record.borrow()));
+        self.oracle.borrow().require_after_kill(&found, &format!("{:?}", self.record.borrow()));
         self.counts.kills += 1;
     }
 
@@ -162,7 +162,7 @@ impl World {
         });
         drop(aside);
         let stage = *self.record.borrow();
-        self.oracle.borrow().judge_power_cut(self.found(&log, &entries), &format!("{stage:?}"));
+        self.oracle.borrow().require_after_power_cut(&self.found(&log, &entries), &format!("{stage:?}"));
         self.counts.cuts[stage as usize] += 1;
         self.counts.kept_found += u64::from(stage == Stage::Updated && entries.count() > 0);
     }

@@ -191,6 +191,71 @@ fn a_snapshot_that_is_kept_over_a_power_cut_is_compared_by_what_it_owns() {
     );
 }
 
+/// What differs from a moment of the volume's old life is noted by nobody.
+#[test]
+fn a_volume_with_bookmarks_is_not_begun_anew() {
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    daemon.snapshot("a", &["vm0"]);
+    daemon.send("POST", "/v1/volumes", r#"{"name":"clone","from":"vm0@a"}"#).ok();
+    daemon.client("clone").write(0..8, 2);
+    daemon.snapshot("s", &["clone"]);
+    let then = shows(&daemon, "clone");
+    keep_bookmark(&daemon, "clone@s");
+    daemon.send("POST", "/v1/volumes/clone/disable?force=true", "").ok();
+    let fresh = daemon.send("POST", "/v1/volumes/clone/enable?fresh=true", "");
+    if fresh.status == 200 {
+        let now = shows(&daemon, "clone");
+        let told = since(&daemon, "clone@s");
+        let missed = (0..ALL.end).find(|&at| now[at] != then[at] && !told.iter().any(|range| range.contains(&at)));
+        assert_eq!(missed, None, "a backup would miss it: {told:?}");
+    }
+    assert_eq!(fresh.refused(), "volume-busy");
+    assert!(fresh.body.contains("bookmark delete"), "{}", fresh.body);
+    daemon.send("DELETE", "/v1/bookmarks/clone@s", "").ok();
+    daemon.send("POST", "/v1/volumes/clone/enable?fresh=true", "").ok();
+    assert_eq!(shows(&daemon, "clone"), vec![1; ALL.end]);
+}
+
+/// What a deletion leaves is decided when it begins: whoever asks for a bookmark later is told so.
+#[test]
+fn a_deletion_that_has_begun_does_not_promise_a_bookmark() {
+    let daemon = Daemon::with_disks(&[SIZE], "");
+    crate::restart::slow_deletion(&daemon);
+    let job = format!("/v1/jobs/{}", daemon.get("/v1/jobs").json()[0]["id"]);
+    assert_eq!(daemon.send("DELETE", &job, "").json()["state"], "stopped");
+    let late = daemon.send("DELETE", "/v1/snapshots/vm0@b?keep-bookmark=true", "");
+    if late.status < 300 {
+        daemon.api().wait_gone("vm0@b");
+        assert_eq!(bookmarks(&daemon), [("b".to_owned(), "kept".to_owned())], "as it was promised");
+    }
+    assert_eq!(late.refused(), "snapshot-busy", "{}", late.body);
+    assert_eq!(bookmarks(&daemon), []);
+}
+
+/// A promoted volume has no older moment any more, and notes nothing.
+#[test]
+fn a_promotion_leaves_no_changed_table() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    daemon.snapshot("a", &["vm0"]);
+    daemon.send("POST", "/v1/volumes", r#"{"name":"clone","from":"vm0@a"}"#).ok();
+    daemon.send("POST", "/v1/volumes/clone/complete", "").ok();
+    crate::harness::wait_until("it to be independent", || {
+        daemon.get("/v1/volumes/clone").json()["independent"] == true
+    });
+    let changed = |daemon: &Daemon| {
+        let tables = names_in(&daemon.run_dir().join("tables"));
+        tables.into_iter().filter(|name| name.ends_with(".changed")).count()
+    };
+    assert_eq!(changed(&daemon), 2, "of the disk, and of the volume");
+    daemon.send("POST", "/v1/volumes/clone/promote", "").ok();
+    assert_eq!(changed(&daemon), 1, "of the disk");
+    daemon.stop();
+    let report: Value = serde_json::from_slice(&daemon.check(&["--json"]).stdout).unwrap();
+    assert_eq!((&report["ok"], &report["findings"]), (&json!(true), &json!([])));
+}
+
 #[test]
 fn bookmarks_are_kept_until_they_are_deleted() {
     let mut daemon = Daemon::with_disks(&[SIZE], "");

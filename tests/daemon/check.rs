@@ -35,7 +35,7 @@ fn tree(dir: &Path) -> Tree {
 
 /// What the examination says, and its exit status. Nothing is changed by it.
 #[track_caller]
-fn examine(daemon: &Daemon) -> (Value, i32) {
+pub(crate) fn examine(daemon: &Daemon) -> (Value, i32) {
     let before = tree(daemon.dir.path());
     let people = daemon.check(&[]);
     let machine = daemon.check(&["--json"]);
@@ -73,7 +73,7 @@ fn snapshots_of(report: &Value) -> Vec<Value> {
 }
 
 #[track_caller]
-fn verdict(report: &Value, what: &str) -> String {
+pub(crate) fn verdict(report: &Value, what: &str) -> String {
     let found = match what.contains('@') {
         true => snapshots_of(report).into_iter().find(|s| s["snapshot"] == what),
         false => report["disks"].as_array().unwrap().iter().find(|d| d["name"] == what).cloned(),
@@ -270,7 +270,7 @@ fn damage(kind: &'static str, found: &'static str, make: fn(&Daemon) -> Option<F
 }
 
 /// Flips a bit and leaves the time of the last change as it was.
-fn flip(path: &Path, byte: u64) {
+pub(crate) fn flip(path: &Path, byte: u64) {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let time = file.metadata().unwrap().modified().unwrap();
     let mut one = [0];
@@ -298,7 +298,7 @@ fn records(daemon: &Daemon) -> PathBuf {
 }
 
 /// The records, read by the library itself.
-fn record(daemon: &Daemon, disk: &str) -> halfsilver::store::DiskRecord {
+pub(crate) fn record(daemon: &Daemon, disk: &str) -> halfsilver::store::DiskRecord {
     let examined = halfsilver::store::Records::examine(&records(daemon)).unwrap().unwrap();
     examined.disks.into_iter().map(Result::unwrap).find(|d| d.name == disk).unwrap()
 }
@@ -307,11 +307,11 @@ fn log(daemon: &Daemon) -> PathBuf {
     record(daemon, "vm0").live_log.unwrap()
 }
 
-fn table(daemon: &Daemon, id: uuid::Uuid, extension: &str) -> PathBuf {
+pub(crate) fn table(daemon: &Daemon, id: uuid::Uuid, extension: &str) -> PathBuf {
     daemon.state_dir().join("tables").join(format!("{id}.{extension}"))
 }
 
-fn run_table(daemon: &Daemon, id: uuid::Uuid) -> PathBuf {
+pub(crate) fn run_table(daemon: &Daemon, id: uuid::Uuid) -> PathBuf {
     daemon.run_dir().join("tables").join(format!("{id}.bits"))
 }
 

@@ -34,6 +34,7 @@ mod restore;
 #[path = "../wire/ring.rs"]
 mod ring;
 mod strategies;
+mod survival;
 mod trouble;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]

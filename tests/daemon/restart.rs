@@ -307,7 +307,7 @@ fn a_table_from_another_time_is_not_believed() {
 }
 
 /// Lays out a deletion that takes long, and returns when it is on its way: `b` is deleted, `a` inherits.
-fn slow_deletion(daemon: &Daemon) -> Vec<u64> {
+pub(crate) fn slow_deletion(daemon: &Daemon) -> Vec<u64> {
     let mut client = daemon.client("vm0");
     client.write(ALL, 1);
     daemon.snap("a");

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::changes;
 use super::restore::look_at_restore;
 use super::verdict::{self, Found, Lost, Place, Slot};
 use super::{CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
@@ -38,17 +39,20 @@ impl Shape {
 /// Examines a disk and says what a start would do.
 pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk {
     let config: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
-    let from = record.volume.as_ref().map(|volume| volume.from.clone());
-    let path = config.as_ref().filter(|_| from.is_none()).map(|c| c.path.clone());
+    let from = record.volume.as_ref().or(record.stood_on.as_ref()).map(|volume| volume.from.clone());
+    let path = config.as_ref().filter(|_| record.volume.is_none()).map(|c| c.path.clone());
     let mut checked = CheckedDisk {
         name: record.name.clone(),
         path,
         from,
+        independent: record.stood_on.is_some(),
+        disabled: record.disabled,
         ended: String::new(),
         verdict: DiskVerdict::NotServed,
         reason: None,
         action: None,
         snapshots: Vec::new(),
+        bookmarks: Vec::new(),
     };
     let refuse = |mut checked: CheckedDisk, reason: String, action: &str| {
         checked.snapshots = record.snapshots.iter().map(|s| waiting(record, &s.name, s.broken.as_ref())).collect();
@@ -74,6 +78,7 @@ pub(super) fn examine(of: &mut Examination, record: &DiskRecord) -> CheckedDisk 
         look_at_layer(of, slot, place, (&config, shape, trust))
     });
     checked.snapshots = outcome.snapshots;
+    checked.bookmarks = changes::look_at_changes(of, record, shape.blocks(), trust);
     if let (Ok(_), Some(why)) = (&outcome.disk, look_at_restore(of, record, shape.blocks(), trust, &checked.snapshots))
     {
         return refuse(checked, why, PUT_BACK);

@@ -107,6 +107,25 @@ pub(super) fn contradictions(record: &DiskRecord) -> Vec<String> {
         if snapshot.ended < snapshot.began && !is_pending {
             wrong.push(format!("snapshot {name} ended in epoch {} before it began", snapshot.ended));
         }
+        for (i, bookmark) in record.bookmarks.iter().enumerate() {
+            let name = &bookmark.name;
+            let others = record.bookmarks[..i].iter().map(|b| &b.name).chain(record.snapshots.iter().map(|s| &s.name));
+            if others.into_iter().any(|other| other == name) {
+                wrong.push(format!("bookmark {name} has the name of another snapshot or bookmark"));
+            }
+            if bookmark.ended < bookmark.began || bookmark.ended >= record.live_began {
+                wrong.push(format!("bookmark {name} is not from before the live version"));
+            }
+        }
+        if record.volume.is_some() && record.stood_on.is_some() {
+            wrong.push("it stands on a snapshot, and is independent".to_owned());
+        }
+        if record.disabled && !record.is_volume() {
+            wrong.push("it is disabled, and no volume".to_owned());
+        }
+        if record.work.is_some() && record.volume.is_none() {
+            wrong.push("it is being completed, and stands on nothing".to_owned());
+        }
         if last_ended.is_some_and(|ended| snapshot.began <= ended) {
             wrong.push(format!("snapshot {name} began in epoch {}, before the one below it ended", snapshot.began));
         }
