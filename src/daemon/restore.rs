@@ -29,7 +29,7 @@ use crate::image::IoQueue;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
-use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord};
+use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord, VolumeRecord};
 
 /// How long a restore from a volume waits for the volume's snapshot to be quiesced.
 const QUIESCE_WAIT: Duration = Duration::from_secs(60);
@@ -184,7 +184,11 @@ impl Manager {
             }
             let standing = locked(&at.standing).clone();
             // An independent volume has all of the disk as it was, and what was written to it since.
-            if standing.stood_on.is_some_and(|was| was.from.split('@').next() == Some(disk.name.as_str())) {
+            let is_of_disk = |was: VolumeRecord| match was.source {
+                Some(source) => source == disk.id,
+                None => was.from.split('@').next() == Some(disk.name.as_str()),
+            };
+            if standing.stood_on.is_some_and(is_of_disk) {
                 return Ok(false);
             }
             let Some((below, _)) = standing.volume.and_then(|v| self.holder_of(v.snapshot)) else {

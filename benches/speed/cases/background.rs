@@ -36,10 +36,11 @@ struct Work {
 }
 
 /// All of it. More is added here.
-const WORKS: [Work; 4] = [
+const WORKS: [Work; 5] = [
     Work { name: "backup", strategy: "copy-on-write", fills: false, prepare: nothing, run: back_up },
     Work { name: "fold", strategy: "write-logging", fills: true, prepare: nothing, run: fold },
     Work { name: "completion", strategy: "copy-on-write", fills: false, prepare: make_volume, run: complete },
+    Work { name: "update", strategy: "copy-on-write", fills: true, prepare: make_whole_volume, run: update },
     Work { name: "restore", strategy: "copy-on-write", fills: true, prepare: nothing, run: restore },
 ];
 const VOLUME: &str = "beside-volume";
@@ -70,6 +71,21 @@ fn nothing(_daemon: &Halfsilver) -> Result<()> {
 
 fn make_volume(daemon: &Halfsilver) -> Result<()> {
     daemon.volume(VOLUME, SNAPSHOT)
+}
+
+/// One that has everything already.
+fn make_whole_volume(daemon: &Halfsilver) -> Result<()> {
+    make_volume(daemon)?;
+    let job = daemon.send("POST", &format!("/v1/volumes/{VOLUME}/complete"), "")?.json()?;
+    daemon.wait_for_job(&job)
+}
+
+/// Brings the volume to what the guest has written since.
+fn update(daemon: &Halfsilver, until: &Arc<AtomicBool>) -> Result<u64> {
+    let job = daemon.send("POST", &format!("/v1/volumes/{VOLUME}/update"), "")?.json()?;
+    let done = follow(daemon, &job, until)?;
+    daemon.wait_for_job(&job)?;
+    Ok(done)
 }
 
 /// Copies the whole disk into a volume.
