@@ -102,6 +102,9 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
             let rounds = if all { stage.settings.rounds } else { stage.settings.fewer_rounds() };
             for round in 0..rounds {
                 for contender in &contenders {
+                    if stage.settings.quick && *depth != 32 && matches!(contender.how, How::Plain(_)) {
+                        continue;
+                    }
                     let figures = turn(stage, contender, &load, *order, round)?;
                     results.add(Sample { row: row.clone(), backend: contender.name.clone(), round, figures });
                 }

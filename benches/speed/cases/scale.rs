@@ -37,10 +37,10 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
                 let label = format!("huge-{round}");
                 let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
                 add(HUGE, of_daemon(daemon)?);
-                let label = format!("volumes-{round}");
-                let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
-                add(VOLUMES, with_volumes(daemon)?);
             }
+            let label = format!("volumes-{round}");
+            let daemon = Halfsilver::start(build, &stage.place, &label, 1, vec![Disk::new("vm0", &image)])?;
+            add(VOLUMES, with_volumes(daemon)?);
             let mut disks = Vec::new();
             for i in 0..4 {
                 let path = stage.place.image(&format!("idle-{i}.raw"));
