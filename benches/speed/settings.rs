@@ -77,7 +77,7 @@ impl Settings {
         let mut builds = vec![Build { name: "halfsilver".to_owned(), binary }];
         let also = arguments.also.iter().enumerate();
         builds.extend(also.map(|(i, path)| Build { name: format!("also-{}", i + 1), binary: path.clone() }));
-        let round_ms = arguments.round_ms.unwrap_or(if arguments.quick { 100 } else { 1000 });
+        let round_ms = arguments.round_ms.unwrap_or(if arguments.quick { 85 } else { 1000 });
         Settings {
             quick: arguments.quick,
             cases: if arguments.cases.is_empty() { (1..=7).collect() } else { arguments.cases.clone() },
