@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::client::tags;
-use crate::harness::{Answer, Daemon, Rng, names_in, wait_until};
+use crate::harness::{Answer, Daemon, Rng, can_mount, names_in, wait_until};
 use crate::strategies::{ALL, End, SIZE, end_and_start, shows};
 use crate::volumes::{create, daemon_with_snapshot, delete, expect, made, show};
 
@@ -456,4 +456,46 @@ fn planted_death_while_a_volume_becomes_independent() {
     }
     println!("{before} deaths left a volume on its snapshot, {after} an independent one");
     assert!(before > 5 && after > 2);
+}
+
+/// Each command's answer is durable: the power goes right after it.
+#[test]
+fn what_was_answered_outlives_a_power_cut() {
+    if !can_mount("answers that outlive a power cut") {
+        return;
+    }
+    let mut daemon = daemon_with_snapshot("", "write-logging");
+    made(&daemon, "clone", "vm0@daily");
+    let changes = [(0..8, 4), (100..101, 5)];
+    let write = |daemon: &Daemon| {
+        let mut guest = daemon.client("clone");
+        changes.iter().for_each(|(at, tag)| guest.write(at.clone(), *tag));
+        guest.flush();
+        drop(guest);
+        wait_until("the frontend to be gone", || show(daemon, "clone")["frontends"] == 0);
+    };
+    write(&daemon);
+    post(&daemon, "clone/disable").ok();
+    end_and_start(&mut daemon, End::PowerCut);
+    assert_eq!(show(&daemon, "clone")["state"], "disabled");
+    post(&daemon, "clone/enable").ok();
+    end_and_start(&mut daemon, End::PowerCut);
+    assert_eq!(show(&daemon, "clone")["state"], "serving");
+    assert_eq!(shows(&daemon, "clone"), expect(&changes));
+    wait_until("the frontend to be gone", || show(&daemon, "clone")["frontends"] == 0);
+    post(&daemon, "clone/disable").ok();
+    post(&daemon, "clone/enable?fresh=true").ok();
+    end_and_start(&mut daemon, End::PowerCut);
+    assert_eq!(shows(&daemon, "clone"), expect(&[]), "begun anew");
+    write(&daemon);
+    begin(&daemon, "clone", "");
+    wait_independent(&daemon, "clone");
+    end_and_start(&mut daemon, End::PowerCut);
+    assert_eq!(show(&daemon, "clone")["independent"], true);
+    assert_eq!(shows(&daemon, "clone"), expect(&changes));
+    post(&daemon, "clone/promote").ok();
+    end_and_start(&mut daemon, End::PowerCut);
+    assert_eq!(daemon.show_disk("clone")["state"], "serving");
+    assert_eq!(daemon.send("GET", "/v1/volumes/clone", "").refused(), "volume-not-found");
+    assert_eq!(shows(&daemon, "clone"), expect(&changes));
 }
