@@ -24,7 +24,7 @@ use crate::daemon::config::{DiskSpec, RawDisk};
 /// How often `status --watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How often a command looks that waits for a job.
-pub(super) const WAIT_INTERVAL: Duration = Duration::from_millis(200);
+const WAIT_INTERVAL: Duration = Duration::from_millis(200);
 /// Clears a terminal and goes to its top left corner.
 const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 

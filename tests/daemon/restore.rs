@@ -245,6 +245,44 @@ fn a_disk_is_restored_from_an_independent_volume() {
     }
 }
 
+/// What both have changed is counted from the update then, and not from when the volume was made.
+#[test]
+fn a_disk_is_restored_from_a_volume_that_was_updated() {
+    for strategy in STRATEGIES {
+        let daemon = changed_disk(strategy);
+        daemon.send("POST", "/v1/volumes", r#"{"name":"clone","from":"vm0@daily"}"#).json();
+        let idle = |what: &str| {
+            wait_until("no job to run", || {
+                daemon.get("/v1/jobs").json().as_array().unwrap().iter().all(|job| job["state"] != "running")
+            });
+            wait_until("a frontend to be gone", || daemon.get(what).json()["frontends"] == 0);
+        };
+        let write = |name: &str, at: Range<usize>, tag: u64| {
+            let mut client = daemon.client(name);
+            client.write(at, tag);
+            client.flush();
+        };
+        write("clone", 16..24, 4);
+        idle("/v1/volumes/clone");
+        daemon.send("POST", "/v1/volumes/clone/complete", "").ok();
+        idle("/v1/volumes/clone");
+        write("vm0", 40..50, 5);
+        let wanted = shows(&daemon, "vm0");
+        daemon.send("POST", "/v1/volumes/clone/update", "").ok();
+        idle("/v1/volumes/clone");
+        assert_eq!(shows(&daemon, "clone"), wanted, "{strategy}, updated");
+        write("clone", 80..81, 6);
+        write("vm0", 120..700, 7);
+        let mut wanted = wanted;
+        wanted[80] = 6;
+        begin(&daemon, "clone", 0);
+        assert_eq!(shows(&daemon, "vm0"), wanted, "{strategy}");
+        finish(&daemon);
+        assert_eq!(shows(&daemon, "vm0"), wanted, "{strategy}");
+        assert_eq!(shows(&daemon, "clone"), wanted, "{strategy}");
+    }
+}
+
 /// A guest that stays connected reads the restored content from the answer on.
 #[test]
 fn a_connected_guest_is_restored_only_by_force() {
