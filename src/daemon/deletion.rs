@@ -197,29 +197,10 @@ impl Manager {
     }
 
     fn run_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: Arc<JobEntry>) {
-        let (me, disk, entry, ours) = (self.me.clone(), disk.clone(), entry.clone(), job.clone());
-        let started = self.start_thread("delete", move || {
-            let Some(manager) = me.upgrade() else { return };
-            let (state, reason) = match manager.retire(&disk, &entry, &ours) {
-                Ok(Outcome::Done) => (JobState::Done, None),
-                Ok(Outcome::Stopped) if manager.is_stopping() => {
-                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
-                }
-                Ok(Outcome::Stopped) => {
-                    locked(&entry.record).stopped = true;
-                    let _structure = locked(&manager.structure);
-                    match manager.persist(std::slice::from_ref(&disk)) {
-                        Ok(()) => (JobState::Stopped, None),
-                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
-                    }
-                }
-                Err(reason) => (JobState::Failed, Some(reason)),
-            };
-            manager.end_job(&ours, state, reason);
-        });
-        if let Err(e) = started {
-            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
-        }
+        let (on, going, stopped, ours) = (disk.clone(), entry.clone(), entry.clone(), job.clone());
+        let run = move |manager: &Manager| manager.retire(&on, &going, &ours);
+        let mark_stopped = move || locked(&stopped.record).stopped = true;
+        self.run_job("delete", disk, &job, run, mark_stopped, |_, _| ());
     }
 
     /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.

@@ -9,7 +9,7 @@ use super::manager::Manager;
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Name, Notice};
-use crate::job::Pace;
+use crate::job::{Outcome, Pace};
 
 /// How many ended jobs are still listed.
 const ENDED_JOBS_MAX: usize = 32;
@@ -119,6 +119,43 @@ impl Manager {
         drop(jobs);
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, disk).with_job(id));
         job
+    }
+
+    /// Carries a job out on a thread of its own: `run`, then how it ended is told, then `after`. Of a job that somebody
+    /// stopped it is remembered, by `mark_stopped` with the structure locked, so that no restart goes on with it.
+    pub(super) fn run_job(
+        &self,
+        thread: &str,
+        disk: &Arc<DiskEntry>,
+        job: &Arc<JobEntry>,
+        run: impl FnOnce(&Manager) -> Result<Outcome, String> + Send + 'static,
+        mark_stopped: impl FnOnce() + Send + 'static,
+        after: impl FnOnce(&Manager, JobState) + Send + 'static,
+    ) {
+        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
+        let started = self.start_thread(thread, move || {
+            let Some(manager) = me.upgrade() else { return };
+            let (state, reason) = match run(&manager) {
+                Ok(Outcome::Done) => (JobState::Done, None),
+                Ok(Outcome::Stopped) if manager.is_stopping() => {
+                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
+                }
+                Ok(Outcome::Stopped) => {
+                    let _structure = locked(&manager.structure);
+                    mark_stopped();
+                    match manager.persist(std::slice::from_ref(&disk)) {
+                        Ok(()) => (JobState::Stopped, None),
+                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
+                    }
+                }
+                Err(reason) => (JobState::Failed, Some(reason)),
+            };
+            manager.end_job(&ours, state, reason);
+            after(&manager, state);
+        });
+        if let Err(e) = started {
+            self.end_job(job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        }
     }
 
     /// Says how a job ended.

@@ -17,6 +17,7 @@ mod layers;
 mod manager;
 mod mirror;
 mod places;
+mod quiesced;
 pub mod recording;
 mod restore;
 mod save;

@@ -10,7 +10,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -20,8 +19,7 @@ use super::layers::{DiskLayers, block_on, remove_file};
 use super::manager::{Manager, table_error};
 use super::takeup::Trust;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, JobKind, JobState, RestoreRequest, SnapshotRequest, SnapshotState, VolumeSource,
-    Writers,
+    self, DeleteSnapshotOptions, JobKind, JobState, RestoreRequest, SnapshotRequest, VolumeSource, Writers,
 };
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
@@ -30,10 +28,6 @@ use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
 use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord, VolumeRecord};
-
-/// How long a restore from a volume waits for the volume's snapshot to be quiesced.
-const QUIESCE_WAIT: Duration = Duration::from_secs(60);
-const TURN: Duration = Duration::from_millis(2);
 
 /// A disk that waits for the volume that it is restored from.
 pub(super) struct Awaited {
@@ -214,42 +208,26 @@ impl Manager {
         request: &RestoreRequest,
         is_ours: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        let deadline = Instant::now() + QUIESCE_WAIT;
-        loop {
-            let structure = locked(&self.structure);
+        let check = || {
             let disk = self.disk_to_restore(name, request.force)?;
             let source = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
-            let entry = source.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
             let is_own = self.relation_of(&disk, &source)?;
-            let busy = |what| Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}")));
-            match entry.state(&source) {
-                SnapshotState::Quiesced if entry.version.is_some() => {
-                    let record = RestoreRecord {
-                        id: Uuid::new_v4(),
-                        source: entry.id,
-                        from: from.to_string(),
-                        is_own,
-                        is_ours,
-                        is_active: false,
-                        stopped: false,
-                        delay_ms: request.delay_ms,
-                        bytes_per_second: request.bytes_per_second,
-                    };
-                    return self.begin_restore(&disk, &source, record);
-                }
-                SnapshotState::Quiesced | SnapshotState::Broken => {
-                    let why = entry.broken().or_else(|| source.disk.base_broken()).unwrap_or_default();
-                    return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
-                }
-                SnapshotState::Folding | SnapshotState::Deleting => return busy("is being deleted"),
-                SnapshotState::Draining if entry.old_frontends(&source) > 0 || Instant::now() >= deadline => {
-                    return busy("is still draining");
-                }
-                SnapshotState::Draining => {}
-            }
-            drop(structure);
-            std::thread::sleep(TURN);
-        }
+            Ok((disk, is_own))
+        };
+        self.when_quiesced(from, check, |(disk, is_own), source, entry| {
+            let record = RestoreRecord {
+                id: Uuid::new_v4(),
+                source: entry.id,
+                from: from.to_string(),
+                is_own,
+                is_ours,
+                is_active: false,
+                stopped: false,
+                delay_ms: request.delay_ms,
+                bytes_per_second: request.bytes_per_second,
+            };
+            self.begin_restore(&disk, source, record)
+        })
     }
 
     fn begin_restore(
@@ -396,36 +374,21 @@ impl Manager {
     }
 
     fn run_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) {
-        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
-        let started = self.start_thread("restore", move || {
-            let Some(manager) = me.upgrade() else { return };
-            let from = locked(&disk.restore).clone();
-            let (state, reason) = match manager.bring_back(&disk, &ours) {
-                Ok(Outcome::Done) => (JobState::Done, None),
-                Ok(Outcome::Stopped) if manager.is_stopping() => {
-                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
-                }
-                Ok(Outcome::Stopped) => {
-                    let _structure = locked(&manager.structure);
-                    if let Some(record) = locked(&disk.restore).as_mut() {
-                        record.stopped = true;
-                    }
-                    match manager.persist(std::slice::from_ref(&disk)) {
-                        Ok(()) => (JobState::Stopped, None),
-                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
-                    }
-                }
-                Err(reason) => (JobState::Failed, Some(reason)),
-            };
-            manager.end_job(&ours, state, reason);
+        let from = locked(&disk.restore).clone();
+        let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
+        let run = move |manager: &Manager| manager.bring_back(&on, &ours);
+        let mark_stopped = move || {
+            if let Some(record) = locked(&of.restore).as_mut() {
+                record.stopped = true;
+            }
+        };
+        let after = move |manager: &Manager, state| {
             let taken = from.filter(|r| r.is_ours && state == JobState::Done).and_then(|r| r.from.parse().ok());
             if let Some(reference) = taken {
                 manager.let_snapshot_go(&reference);
             }
-        });
-        if let Err(e) = started {
-            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
-        }
+        };
+        self.run_job("restore", disk, &job, run, mark_stopped, after);
     }
 
     /// The job of a restore, on a thread and ring of its own.

@@ -11,7 +11,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -22,18 +21,12 @@ use super::layers::{block_on, remove_file};
 use super::manager::{Manager, record_error, table_error};
 use super::recording;
 use super::standing::in_volume;
-use crate::control::api::{
-    self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, SnapshotState, Writers,
-};
+use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, Writers};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::image::SharedImage;
 use crate::mirror::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
 use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
-
-/// How long an update waits for its snapshot to be quiesced.
-const QUIESCE_WAIT: Duration = Duration::from_secs(60);
-const TURN: Duration = Duration::from_millis(2);
 
 /// A volume whose update is under way, until this is dropped: what is taken for it stays.
 struct Updating<'a>(&'a Manager, Uuid);
@@ -153,29 +146,14 @@ impl Manager {
         pacing: JobPatch,
         from: &SnapshotRef,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        let deadline = Instant::now() + QUIESCE_WAIT;
-        loop {
-            let structure = locked(&self.structure);
+        let check = || {
             let disk = self.volume_to_update(name, force)?;
-            if disk.id != id {
-                return Err(ApiError::volume_not_found(name)); // Another one has its name now.
+            match disk.id == id {
+                true => Ok(disk),
+                false => Err(ApiError::volume_not_found(name)), // Another one has its name now.
             }
-            let source = self.source_of(&disk)?;
-            let entry = source.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
-            let busy = |what: &str| Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}")));
-            match entry.state(&source) {
-                SnapshotState::Quiesced => return self.update_now(&disk, &source, &entry, pacing),
-                SnapshotState::Broken => {
-                    let why = entry.broken().or_else(|| source.disk.base_broken()).unwrap_or_default();
-                    return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
-                }
-                SnapshotState::Folding | SnapshotState::Deleting => return busy("is being deleted"),
-                SnapshotState::Draining if Instant::now() >= deadline => return busy("is still draining"),
-                SnapshotState::Draining => {}
-            }
-            drop(structure);
-            std::thread::sleep(TURN);
-        }
+        };
+        self.when_quiesced(from, check, |disk, source, entry| self.update_now(&disk, source, entry, pacing))
     }
 
     /// The update itself. The structure is locked, and stays so until the volume is served again.

@@ -9,7 +9,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -19,8 +18,7 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::standing::Standing;
 use crate::control::api::{
-    self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, SnapshotState, VolumeRequest, VolumeSource, VolumeState,
-    Writers,
+    self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, VolumeRequest, VolumeSource, VolumeState, Writers,
 };
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
@@ -28,9 +26,6 @@ use crate::crash;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Owned, VOLUMES_DEEP_MAX, View};
 use crate::store::{DiskRecord, Table, TableName, VolumeRecord};
-
-/// How long the making of a volume waits for its snapshot to be quiesced.
-const QUIESCE_WAIT: Duration = Duration::from_secs(60);
 
 impl Manager {
     /// A disk that is no volume.
@@ -164,34 +159,9 @@ impl Manager {
     }
 
     fn make_volume_on(&self, from: &SnapshotRef, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
-        let deadline = Instant::now() + QUIESCE_WAIT;
-        loop {
-            let structure = locked(&self.structure);
-            self.refuse_when_stopping()?;
-            let disk = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
-            let entry = disk.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
-            let busy = |what: &str| Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}")));
-            match entry.state(&disk) {
-                SnapshotState::Quiesced => {
-                    let entry = self.make_volume_now(&disk, &entry, request)?;
-                    return Ok(entry.to_volume());
-                }
-                SnapshotState::Broken => {
-                    let why = entry.broken().or_else(|| disk.disk.base_broken()).unwrap_or_default();
-                    return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
-                }
-                SnapshotState::Folding | SnapshotState::Deleting => return busy("is being deleted"),
-                SnapshotState::Draining if entry.old_frontends(&disk) > 0 => {
-                    return busy("is still written by frontends from before it").map_err(|e: ApiError| {
-                        e.with_action(format!("move them over first: halfsilver snapshot cutover {from}"))
-                    });
-                }
-                SnapshotState::Draining if Instant::now() >= deadline => return busy("is still draining"),
-                SnapshotState::Draining => {}
-            }
-            drop(structure);
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let check = || self.refuse_when_stopping();
+        let make = |(), disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>| self.make_volume_now(disk, entry, request);
+        Ok(self.when_quiesced(from, check, make)?.to_volume())
     }
 
     /// Whether a volume of that name can be made at that place, as far as that can be told.

@@ -129,30 +129,13 @@ impl Manager {
     }
 
     pub(super) fn run_work(&self, disk: &Arc<DiskEntry>, work: &Work, job: Arc<JobEntry>) {
-        let (me, disk, work, ours) = (self.me.clone(), disk.clone(), work.clone(), job.clone());
-        let started = self.start_thread("work", move || {
-            let Some(manager) = me.upgrade() else { return };
-            let (state, reason) = match manager.carry_out(&work, &disk, &ours) {
-                Ok(Outcome::Done) => (JobState::Done, None),
-                Ok(Outcome::Stopped) if manager.is_stopping() => {
-                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
-                }
-                Ok(Outcome::Stopped) => {
-                    let _structure = locked(&manager.structure);
-                    if let Some(work) = &mut locked(&disk.standing).work {
-                        work.stopped = true;
-                    }
-                    match manager.persist(std::slice::from_ref(&disk)) {
-                        Ok(()) => (JobState::Stopped, None),
-                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
-                    }
-                }
-                Err(reason) => (JobState::Failed, Some(reason)),
-            };
-            manager.end_job(&ours, state, reason);
-        });
-        if let Err(e) = started {
-            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
-        }
+        let (on, of, work, ours) = (disk.clone(), disk.clone(), work.clone(), job.clone());
+        let run = move |manager: &Manager| manager.carry_out(&work, &on, &ours);
+        let mark_stopped = move || {
+            if let Some(work) = &mut locked(&of.standing).work {
+                work.stopped = true;
+            }
+        };
+        self.run_job("work", disk, &job, run, mark_stopped, |_, _| ());
     }
 }
