@@ -273,6 +273,7 @@ fn a_disk_is_restored_from_a_volume_that_was_updated() {
         assert_eq!(shows(&daemon, "clone"), wanted, "{strategy}, updated");
         write("clone", 80..81, 6);
         write("vm0", 120..700, 7);
+        idle("/v1/disks/vm0");
         let mut wanted = wanted;
         wanted[80] = 6;
         begin(&daemon, "clone", 0);
