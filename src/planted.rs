@@ -323,6 +323,12 @@ defects! {
     PendingNotStored,
     /// What a restore goes back to may be lost in a power cut while it is under way.
     RestoredOnlySaved,
+    /// Background work has more in flight beside an active guest than the window.
+    WindowNotKept,
+    /// A turn that ends is not given to those who wait for one.
+    TurnNotPassedOn,
+    /// A guest that left in the middle of its requests counts as active for ever.
+    GoneGuestStaysActive,
 }
 
 /// Nobody has looked yet what HALFSILVER_PLANT says; and no defect.

@@ -99,8 +99,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) run_dir: Option<PathBuf>,
     /// A disk to serve: name=vm1,path=vm1.raw, and if wanted mirror=other.raw, socket=vm1.sock, queues=2, direct=off,
-    /// readonly=on, shared=on, durability=power, serial=S and block-size=4K, all joined by commas; a comma inside a value is
-    /// written twice
+    /// readonly=on, shared=on, durability=power, serial=S, block-size=4K and background=128K, all joined by commas; a comma
+    /// inside a value is written twice
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     pub(super) disks: Vec<RawDisk>,
     /// Take of this disk what was flushed last, as after a power cut, when the run directory was lost with the newest
@@ -211,6 +211,9 @@ pub(super) struct DiskAddArgs {
     /// The size of the blocks that tables count in, 4K to 1M
     #[arg(long, value_name = "SIZE")]
     pub(super) block_size: Option<String>,
+    /// The most that backups and jobs have in flight while the guest is at work; off for no limit [default: 128K]
+    #[arg(long, value_name = "SIZE|off")]
+    pub(super) background: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -138,6 +138,7 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
         ("durability", args.durability),
         ("serial", args.serial),
         ("block-size", args.block_size),
+        ("background", args.background),
     ];
     for (key, value) in options {
         if let Some(value) = value {

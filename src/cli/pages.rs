@@ -62,6 +62,7 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         ("readonly", disk.readonly.to_string()),
         ("shared", disk.shared.to_string()),
         ("durability", disk.durability.to_string()),
+        ("background", if disk.background_bytes == 0 { "off".to_owned() } else { size(disk.background_bytes.into()) }),
         ("serial", text(Some(&disk.serial))),
         ("frontends", disk.frontends.to_string()),
         ("epoch", disk.epoch.to_string()),

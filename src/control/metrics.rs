@@ -98,7 +98,7 @@ pub struct DirectionMetrics {
 }
 
 /// The counters of one disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DiskMetrics {
     /// Its name.
     pub disk: Name,
@@ -106,6 +106,8 @@ pub struct DiskMetrics {
     pub frontends_connected: u64,
     /// By [`Direction::index`].
     pub directions: [DirectionMetrics; Direction::ALL.len()],
+    /// How long backups and jobs have waited for the guest, all of their steps together.
+    pub background_wait_seconds: f64,
     /// Its legs, as in [`Disk::legs`](super::api::Disk::legs).
     pub legs: Vec<Leg>,
 }
@@ -263,6 +265,14 @@ impl Collector for MetricsCollector {
         for disk in &self.0.disks {
             let labels = [("disk", disk.disk.as_str())];
             frontends.encode_family(&labels)?.encode_gauge(&disk.frontends_connected)?;
+        }
+
+        let help = "How long backups and jobs have waited while the guest was at work, all their steps together";
+        let mut waits = encoder.encode_descriptor("background_wait", help, Some(&Unit::Seconds), Counter)?;
+        for disk in &self.0.disks {
+            let labels = [("disk", disk.disk.as_str())];
+            let waited = disk.background_wait_seconds;
+            waits.encode_family(&labels)?.encode_counter::<NoLabels, f64, f64>(&waited, None)?;
         }
 
         let help = "Blocks copied to the snapshot before they were overwritten";

@@ -19,7 +19,8 @@ use crate::control::Name;
 use crate::control::api::{DiskConfig, Durability};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 
-const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size";
+const KEYS: &str =
+    "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size, background";
 
 /// Everything the daemon needs to know to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -234,6 +235,7 @@ pub struct RawDisk {
     durability: Option<Durability>,
     serial: Option<String>,
     block_size: Option<Size>,
+    background: Option<Window>,
 }
 
 impl RawDisk {
@@ -256,6 +258,7 @@ impl RawDisk {
         config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
         config.durability = self.durability.unwrap_or(config.durability);
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
+        config.background_bytes = self.background.map_or(config.background_bytes, |Window(Size(bytes))| bytes);
         config.serial = self.serial;
         config.check().map_err(|error| error.message)?;
         Ok(DiskSpec { name, config })
@@ -284,6 +287,7 @@ impl RawDisk {
             "durability" => value.parse().and_then(|durability| once(&mut self.durability, durability)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
+            "background" => value.parse().and_then(|window| once(&mut self.background, window)),
             _ => return Err(format!("{key:?} is not a key; the keys are {KEYS}")),
         };
         set.map_err(|message| format!("{key}: {message}"))
@@ -374,6 +378,32 @@ impl TryFrom<toml::Value> for Size {
 
     fn try_from(value: toml::Value) -> Result<Self, String> {
         match value {
+            toml::Value::String(text) => text.parse(),
+            other => other.to_string().parse(),
+        }
+    }
+}
+
+/// A number of bytes, or off for no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "toml::Value")]
+struct Window(Size);
+
+impl FromStr for Window {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size = if text == "off" { Ok(Size(0)) } else { text.parse() };
+        size.map(Self).map_err(|_| format!("{text:?} is neither off nor a size such as 64K or 1M"))
+    }
+}
+
+impl TryFrom<toml::Value> for Window {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Self, String> {
+        match value {
+            toml::Value::Boolean(false) => "off".parse(),
             toml::Value::String(text) => text.parse(),
             other => other.to_string().parse(),
         }

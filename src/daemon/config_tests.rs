@@ -26,13 +26,14 @@ fn file(text: &str) -> Result<FileConfig, String> {
 
 #[test]
 fn a_disk_with_every_key() {
-    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,durability=power,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K";
+    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,durability=power,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K,background=256K";
     let spec = disk(text).unwrap();
     assert_eq!(spec.name.as_str(), "vm1");
     let mut want = DiskConfig::new("/images/vm1.raw");
     want.socket = Some("/s/vm1.sock".into());
     (want.queues, want.direct, want.shared, want.block_size) = (2, false, true, 65_536);
     want.durability = Durability::Power;
+    want.background_bytes = 256 << 10;
     want.mirror = Some("/other/vm1.raw".into());
     want.serial = Some("S 1".to_owned());
     assert_eq!(spec.config, want);
@@ -47,6 +48,17 @@ fn values_of_each_kind() {
     for (text, bytes) in [("4096", 4096), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("1024K", 1 << 20)] {
         assert_eq!(disk(&format!("name=a,path=p,block-size={text}")).unwrap().config.block_size, bytes);
     }
+    for (text, bytes) in [("off", 0), ("0", 0), ("4K", 4096), ("68K", 68 << 10), ("1024M", 1 << 30)] {
+        assert_eq!(disk(&format!("name=a,path=p,background={text}")).unwrap().config.background_bytes, bytes);
+    }
+    for (text, bytes) in [("\"64K\"", 64 << 10), ("65536", 64 << 10), ("\"off\"", 0), ("false", 0)] {
+        let disks = file(&format!("[[disk]]\nname = \"a\"\npath = \"p\"\nbackground = {text}")).unwrap().disks;
+        assert_eq!(disks[0].config.background_bytes, bytes, "{text}");
+    }
+    // What an older version has written down has none.
+    let old: DiskConfig = serde_json::from_str(r#"{"path": "/p"}"#).unwrap();
+    assert_eq!(old.background_bytes, 128 << 10);
+    assert_eq!(u64::from(old.background_bytes), crate::mirror::WINDOW_BYTES);
     assert_eq!(disk("name=a,path=p,mirror=m").unwrap().config.mirror.as_deref(), Some(Path::new("/images/m")));
     assert!(!disk("name=a,path=p,shared=off").unwrap().config.shared);
     assert_eq!(disk("name=a,path=x,,y,,,,z").unwrap().config.path, Path::new("/images/x,y,,z"));
@@ -86,6 +98,9 @@ fn each_refusal_names_the_key() {
         ("name=a,path=p,block-size=K", "block-size: \"K\" is not a size"),
         ("name=a,path=p,block-size=+4K", "block-size: \"+4K\" is not a size"),
         ("name=a,path=p,block-size=4294967295M", "block-size: \"4294967295M\" is not a size"),
+        ("name=a,path=p,background=on", "background: \"on\" is neither off nor a size"),
+        ("name=a,path=p,background=5000", "background: 5000 is neither off nor a multiple of 4K"),
+        ("name=a,path=p,background=1025M", "background: 1074790400 is neither off nor a multiple of 4K up to 1024M"),
         ("name=a,path=p,serial=", "serial: \"\" is not 1 to 20"),
         ("name=a,path=p,serial=123456789012345678901", "serial: \"123456789012345678901\" is not 1 to 20"),
         ("name=a,path=p,serial=é", "serial: \"é\" has characters other than"),

@@ -307,6 +307,7 @@ impl Manager {
             bookmarks,
             record,
         } = opened;
+        disk.background().set_window(config.background_bytes.into());
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);

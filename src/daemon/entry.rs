@@ -285,6 +285,7 @@ impl DiskEntry {
             allocated_bytes: self.base().allocated_bytes().unwrap_or(size_bytes),
             shared: self.config.shared,
             durability: self.config.durability,
+            background_bytes: self.config.background_bytes,
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             restoring: self.restore_status(),
         }

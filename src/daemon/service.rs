@@ -182,6 +182,7 @@ impl Service for Manager {
                 disk: disk.name.clone(),
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
+                background_wait_seconds: disk.disk.background().waited().as_secs_f64(),
                 legs: locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             });
             for snapshot in disk.snapshots() {

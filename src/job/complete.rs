@@ -61,6 +61,9 @@ async fn fill(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcom
     loop {
         let most = pace.side_by_side(block_bytes, SIDE_BY_SIDE);
         let filled = {
+            // What it stands on is read, and its guest may be at work as well.
+            let turn = disk.background_turn(most as u64 * block_bytes, block_bytes).await;
+            let most = most.min(turn.blocks(block_bytes));
             let ticket = lane.enter();
             disk.fill_some(&queue, &ticket, at, most).await?
         };

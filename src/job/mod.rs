@@ -1,7 +1,8 @@
 //! Background copying over the mirror: paced, with progress, stopped between two blocks.
 //!
 //! What always holds: a job locks one block at a time, so a guest's write waits for at most one block's copy; a job that
-//! is stopped has done whole blocks only, and can be begun again from the start.
+//! is stopped has done whole blocks only, and can be begun again from the start. Each step takes a turn first, before the
+//! epoch and the block locks, so that a guest at work goes first ([`Disk::background_turn`]); no pause is made in one.
 //!
 //! What this room does not know: who asked, and what is recorded about it.
 
@@ -137,6 +138,7 @@ pub async fn retire(
     let mut at = BlockIndex(0);
     loop {
         let next = {
+            let _turn = disk.background_turn(block_bytes, block_bytes).await;
             let ticket = lane.enter();
             disk.let_go_of_next(&queue, &ticket, version.id, at).await?
         };
@@ -160,10 +162,12 @@ pub async fn retire(
 /// # Errors
 /// When the image refuses; the rest stays put off.
 pub async fn carry_out_discards(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcome, RequestError> {
+    let block_bytes = u64::from(disk.geometry().block_bytes);
     let lane = disk.clock().lane();
     let mut at = BlockIndex(0);
     loop {
         let next = {
+            let _turn = disk.background_turn(block_bytes, block_bytes).await;
             let ticket = lane.enter();
             disk.carry_out_discard(&queue, &ticket, at).await?
         };

@@ -10,6 +10,9 @@ use super::{Outcome, Pace};
 use crate::image::IoQueue;
 use crate::mirror::{CopyCursor, Disk, Pair, PairError};
 
+/// Blocks that are copied side by side.
+const SIDE_BY_SIDE: u64 = 8;
+
 /// After this many bytes the legs are synced and what was copied is struck off the bitmap.
 const CHECKPOINT_BYTES: u64 = 256 << 20;
 
@@ -20,11 +23,16 @@ const CHECKPOINT_BYTES: u64 = 256 << 20;
 pub async fn resync(queue: IoQueue, disk: Arc<Disk>, pair: Arc<Pair>, pace: Arc<Pace>) -> Result<Outcome, PairError> {
     let left = pair.status().iter().map(|leg| leg.left_bytes).sum();
     pace.total_bytes.store(left, Ordering::Relaxed);
-    let locks = disk.block_locks();
+    let (locks, block_bytes) = (disk.block_locks(), u64::from(disk.geometry().block_bytes));
     let mut cursor = CopyCursor::default();
     loop {
         let mut since_checkpoint = 0;
-        while let Some(bytes) = pair.copy_some(&queue, locks, &mut cursor).await? {
+        loop {
+            let copied = {
+                let turn = disk.background_turn(SIDE_BY_SIDE * block_bytes, block_bytes).await;
+                pair.copy_some(&queue, locks, &mut cursor, turn.blocks(block_bytes)).await?
+            };
+            let Some(bytes) = copied else { break };
             if !pace.step(&queue, bytes).await {
                 pair.clean(&queue, locks).await?;
                 return Ok(Outcome::Stopped);

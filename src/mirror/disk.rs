@@ -15,10 +15,12 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
 use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::planted::{self, Defect};
+use super::read::usize_of;
 use super::{
-    Backing, Changed, Connection, Connections, EpochClock, EpochLane, Mark, Request, RequestError, Ticket, View,
+    Background, Backing, Changed, Connection, Connections, EpochClock, EpochLane, GuestQueue, Mark, Request,
+    RequestError, Ticket, View,
 };
-use crate::image::{ByteOffset, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
+use crate::image::{ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use crate::store::{BlockRange, Table, TableError};
 
 /// What a part of a request copies at most, if its blocks are not larger.
@@ -108,6 +110,7 @@ pub struct Disk {
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
     /// What a volume stands on. Other disks have no place for it, and never look.
     pub(super) base: OnceLock<ArcSwapOption<View>>,
+    pub(super) background: Arc<Background>,
     read_only: bool,
 }
 
@@ -174,6 +177,7 @@ impl Disk {
             discards: Arc::new(options.discards),
             observer: OnceLock::new(),
             base,
+            background: Arc::default(),
             read_only: options.read_only,
         })
     }
@@ -350,6 +354,12 @@ impl Attachment {
         Attachment { disk: self.disk.clone(), target: self.target, connection }
     }
 
+    /// Where a worker says that it is at work for the guest, one for each worker. A backup is no guest.
+    #[must_use]
+    pub fn guest_queue(&self) -> Option<GuestQueue> {
+        (self.target == Target::Live).then(|| self.disk.background.guest_queue())
+    }
+
     /// A way into the epochs, one for each worker.
     #[must_use]
     pub fn lane(&self) -> EpochLane {
@@ -372,6 +382,10 @@ impl Attachment {
         match request {
             Request::Read { at, into } => {
                 self.check(at, into.len() as u64)?;
+                // A backup's. What volumes read of a frozen version is their own guests'.
+                if self.target != Target::Live && disk.yields() {
+                    return Box::pin(self.read_in_turns(queue, ticket, at, into)).await;
+                }
                 disk.read(queue, self.target, ticket.epoch(), at, into).await
             }
             Request::Write { at, from, durable } => {
@@ -389,6 +403,24 @@ impl Attachment {
             Request::Flush if self.target == Target::Live => Box::pin(disk.flush(queue, ticket.epoch())).await,
             Request::Flush => Ok(()),
         }
+    }
+
+    /// Reads piece by piece beside a guest that is at work. A frozen version is the same for all of them.
+    async fn read_in_turns(
+        &self,
+        queue: &IoQueue,
+        ticket: &Ticket,
+        at: ByteOffset,
+        into: GuestBuf,
+    ) -> Result<(), RequestError> {
+        let (mut done, len) = (0, into.len() as u64);
+        while done < len {
+            let turn = self.disk.background_turn(len - done, 1).await;
+            let piece = into.slice(usize_of(done)..usize_of(done + turn.bytes()));
+            self.disk.read(queue, self.target, ticket.epoch(), at.add(done), piece).await?;
+            done += turn.bytes();
+        }
+        Ok(())
     }
 
     fn check(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {

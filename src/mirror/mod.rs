@@ -5,6 +5,7 @@
 //!
 //! What this room does not know: sockets, rings, names that users gave, files' places.
 
+mod background;
 mod backing;
 mod chain;
 mod changes;
@@ -27,6 +28,7 @@ mod view;
 mod write;
 
 pub use crate::planted;
+pub use background::{Background, GuestQueue, Turn, WINDOW_BYTES};
 pub use backing::Backing;
 pub use chain::{Chain, Layer, Link, Log, Owned, Revoke, Saved, Segment, Version, VersionId, VersionIndex};
 pub use changes::{ChangeSource, Changed, Changes, Mark, NoChanges};

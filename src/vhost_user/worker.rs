@@ -32,7 +32,7 @@ use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
 use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{Attachment, EpochLane, Ticket};
+use crate::mirror::{Attachment, EpochLane, GuestQueue, Ticket};
 
 /// How often a ring without a kick is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
@@ -211,6 +211,8 @@ struct Loop {
     taken_at: Option<Instant>,
     chain: RawChain,
     lane: Rc<EpochLane>,
+    // Backups and jobs yield while it is at work. None if this is a backup itself.
+    guest: Option<GuestQueue>,
     shared: Rc<Shared>,
     context: WorkerContext,
     inbox: mpsc::Receiver<(Command, mpsc::SyncSender<Answer>)>,
@@ -248,6 +250,7 @@ impl Loop {
             taken_at: None,
             chain: RawChain::default(),
             lane: Rc::new(context.attachment.lane()),
+            guest: context.attachment.guest_queue(),
             shared,
             context,
             inbox,
@@ -498,6 +501,9 @@ impl Loop {
             self.shared.done.borrow_mut().push(done);
             return;
         };
+        if let Some(guest) = &self.guest {
+            guest.begins();
+        }
         let shared = self.shared.clone();
         shared.in_flight.set(shared.in_flight.get() + 1);
         self.executor.spawn(async move {
@@ -523,8 +529,11 @@ impl Loop {
     fn flush(&mut self) -> bool {
         let Some(mut ring) = self.ring.take() else {
             // Nobody to tell.
-            let mut done = self.shared.done.borrow_mut();
-            return !std::mem::take(&mut *done).is_empty();
+            let done = std::mem::take(&mut *self.shared.done.borrow_mut());
+            if !done.is_empty() {
+                self.pause(Instant::now());
+            }
+            return !done.is_empty();
         };
         let flushed = self.answer(&mut ring);
         self.tell(&mut ring);
@@ -538,6 +547,7 @@ impl Loop {
             return false;
         }
         let now = Instant::now();
+        self.pause(now);
         self.answered_at = Some(now);
         if let Some(since) = self.taken_at.take() {
             self.for_answers.took(now.duration_since(since));
@@ -555,6 +565,13 @@ impl Loop {
         // The tickets go here.
         done.clear();
         true
+    }
+
+    /// The guest is not at work by this queue any more, if nothing is in flight.
+    fn pause(&self, now: Instant) {
+        if let Some(guest) = self.guest.as_ref().filter(|_| self.shared.in_flight.get() == 0) {
+            guest.ends(now);
+        }
     }
 
     /// Wakes the driver if it sleeps and there are answers that it has not been told of.

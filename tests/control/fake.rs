@@ -182,6 +182,7 @@ impl Service for Fake {
             allocated_bytes: 0,
             shared: config.shared,
             durability: config.durability,
+            background_bytes: config.background_bytes,
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
             restoring: None,
         };
@@ -565,7 +566,13 @@ impl Service for Fake {
             leg(Path::new("/images/a.raw"), LegState::InSync, 0),
             leg(Path::new("/images/\"b\".raw"), LegState::Resynchronising, 4096),
         ];
-        let mut disk = DiskMetrics { disk: name("vm1"), frontends_connected: 2, directions: Default::default(), legs };
+        let mut disk = DiskMetrics {
+            disk: name("vm1"),
+            frontends_connected: 2,
+            directions: Default::default(),
+            background_wait_seconds: 1.5,
+            legs,
+        };
         let reads = &mut disk.directions[0];
         (reads.requests, reads.bytes, reads.errors) = (3, 12_288, 1);
         [1, 100, 20_000_000].into_iter().for_each(|latency_us| reads.latency.record(latency_us));

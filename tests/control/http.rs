@@ -34,7 +34,7 @@ fn a_disk_comes_and_goes() {
     assert_eq!(created.status, 201);
     let disk = created.json();
     for key in "id name path socket size_bytes block_size queues direct readonly serial state reason connected \
-        frontends epoch snapshots allocated_bytes shared durability legs"
+        frontends epoch snapshots allocated_bytes shared durability background_bytes legs"
         .split_whitespace()
     {
         assert!(disk.get(key).is_some(), "{key} in {disk}");

@@ -110,7 +110,7 @@ fn sigkill_under_load_loses_no_acknowledged_write() {
 }
 
 /// Keeps a queue busy with random writes above `from` until told to stop.
-fn keep_busy(queue: &mut Queue, from: usize, to: usize, stop: &AtomicBool, mut rng: Rng) {
+pub(crate) fn keep_busy(queue: &mut Queue, from: usize, to: usize, stop: &AtomicBool, mut rng: Rng) {
     while !stop.load(SeqCst) || queue.in_flight() > 0 {
         if queue.in_flight() == 0 && !stop.load(SeqCst) {
             for slot in 0..8 {

@@ -11,7 +11,7 @@ const SIZE: u64 = 1 << 20;
 
 /// The value of one series.
 #[track_caller]
-fn metric(daemon: &Daemon, series: &str) -> f64 {
+pub(crate) fn metric(daemon: &Daemon, series: &str) -> f64 {
     let answer = daemon.get("/metrics");
     let line = answer.body.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {series} in {}", answer.body)).parse().unwrap()

@@ -4,6 +4,7 @@
 
 #[path = "../common/alone.rs"]
 mod alone;
+mod background;
 mod bench;
 mod changes;
 mod faults;

@@ -530,7 +530,7 @@ fn random_restores_under_load_match_one_array_a_version() {
     }
 }
 
-fn restore(bench: &Bench, source: RestoreSource) {
+pub(crate) fn restore(bench: &Bench, source: RestoreSource) {
     let (editor, disk, queue) = (bench.editor.clone(), bench.disk.clone(), bench.queue.clone());
     bench.run(async move { begin(editor, disk, source, queue).await });
 }

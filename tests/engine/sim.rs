@@ -251,6 +251,12 @@ fn movable(p: &[Pending]) -> Vec<usize> {
     (0..p.len()).filter(|&i| !p[i].held && *p[i].image.held.lock().unwrap() != Some(p[i].ticket.kind())).collect()
 }
 
+/// The bytes of all operations in flight, but for those of tables.
+pub fn bytes_in_flight() -> usize {
+    let is_table = |p: &Pending| ["table", "durable", "bitmap"].iter().any(|name| p.image.path == Path::new(name));
+    PENDING.with_borrow(|p| p.iter().filter(|p| !is_table(p)).map(|p| p.len).sum())
+}
+
 /// How many operations could move at the next [`step_io`].
 pub fn pending_io() -> usize {
     PENDING.with_borrow(|p| movable(p).len())

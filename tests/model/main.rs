@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 
+mod background;
 mod connection;
 mod cut;
 mod locks;

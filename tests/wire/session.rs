@@ -71,6 +71,48 @@ fn requests_do_what_they_say() {
     assert_eq!(server.handle.stats(), stats, "counters outlive connections");
 }
 
+/// What yields to the guest goes by this, so it must end with the guest's last request, however the guest ends.
+#[test]
+fn a_guest_is_active_from_its_request_to_a_moment_after_the_answer() {
+    let _alone = alone();
+    let server = TestServer::new(2, false);
+    let is_active = || server.disk.background().guest_is_active();
+    let mut guest = Guest::new(&server.socket(), 2);
+    until("it is idle", || !is_active());
+    server.image.delay_ms.store(50, SeqCst);
+    guest.header(T_IN, 0);
+    let slow = |guest: &mut Guest| {
+        guest.chain(0, 0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+        guest.submit(0, 0);
+        until("the request is taken", || server.image.running.load(SeqCst) == 1);
+        assert!(is_active());
+    };
+    slow(&mut guest);
+    guest.wait_used(0);
+    until("the answer is a while ago", || !is_active());
+    // Stopped in the middle of a request, and started again.
+    slow(&mut guest);
+    guest.frontend.get_vring_base(0).unwrap();
+    until("the ring has been stopped for a while", || !is_active());
+    guest.start_queue(0, 2);
+    // Gone in the middle of a request, or of a batch with one that is refused.
+    slow(&mut guest);
+    drop(guest);
+    server.wait_idle();
+    until("it has gone for a while", || !is_active());
+    let mut guest = Guest::new(&server.socket(), 1);
+    guest.header(T_IN, 0);
+    guest.chain(0, 4, &[(HEADER, 16, 0), (STATUS, 1, WRITE)]);
+    guest.announce(0, 4);
+    slow(&mut guest);
+    // Its memory goes from under it.
+    guest.memory.file.set_len(0).unwrap();
+    until("its connection is closed", || !server.handle.is_connected());
+    server.wait_idle();
+    until("it has gone for a while", || !is_active());
+    drop(guest);
+}
+
 #[test]
 fn framing_is_free() {
     let _alone = alone();

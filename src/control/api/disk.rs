@@ -15,6 +15,12 @@ use super::{
 use crate::control::error::ApiError;
 use crate::control::name::Name;
 
+/// [`DiskConfig::background_bytes`] when nothing is said.
+const BACKGROUND_BYTES: u32 = 128 << 10;
+const BACKGROUND_BYTES_MAX: u32 = 1 << 30;
+/// What the transfers of any device are multiples of.
+const BACKGROUND_BYTES_UNIT: u32 = 4096;
+
 /// How a disk is served: what `--disk` and `PUT /v1/disks/{disk}` say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +58,11 @@ pub struct DiskConfig {
     /// What snapshots outlive that are taken from now on.
     #[serde(default = "process")]
     pub durability: Durability,
+    /// The most bytes that backups and jobs have in flight while the guest is at work: a multiple of 4096 up to
+    /// 1073741824; 0 for no limit.
+    #[serde(default = "background_bytes")]
+    #[schema(maximum = 1_073_741_824)]
+    pub background_bytes: u32,
 }
 
 fn one() -> u16 {
@@ -74,6 +85,10 @@ pub(super) fn check_block_size(key: &str, size: u32) -> Result<(), ApiError> {
     }
 }
 
+fn background_bytes() -> u32 {
+    BACKGROUND_BYTES
+}
+
 fn process() -> Durability {
     Durability::Process
 }
@@ -92,6 +107,7 @@ impl DiskConfig {
             block_size: block_size_min(),
             shared: false,
             durability: process(),
+            background_bytes: background_bytes(),
         }
     }
 
@@ -119,6 +135,10 @@ impl DiskConfig {
             return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
         }
         check_block_size("block-size", self.block_size)?;
+        let window = self.background_bytes;
+        if window > BACKGROUND_BYTES_MAX || !window.is_multiple_of(BACKGROUND_BYTES_UNIT) {
+            return Err(invalid(format!("background: {window} is neither off nor a multiple of 4K up to 1024M")));
+        }
         match &self.serial {
             Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
                 Err(invalid(format!("serial: {serial:?} is not 1 to {SERIAL_LEN_MAX} characters long")))
@@ -180,6 +200,9 @@ pub struct Disk {
     pub shared: bool,
     /// What snapshots outlive that are taken from now on.
     pub durability: Durability,
+    /// The most bytes that backups and jobs have in flight while the guest is at work; 0 for no limit.
+    #[serde(default = "background_bytes")]
+    pub background_bytes: u32,
     /// The images that are kept equal; empty when the disk has no mirror.
     pub legs: Vec<Leg>,
     /// The restore in place that is under way.

@@ -21,8 +21,6 @@ use crate::mirror::{BlockLocks, Disk, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
 
-/// Blocks that are copied side by side, each under its own lock.
-const COPIES_MAX: u64 = 8;
 static ZEROS: [u8; 4096] = [0; 4096];
 /// Regions that are cleaned with one sync of the legs.
 const CLEANED_MAX: usize = 4096;
@@ -311,7 +309,8 @@ impl Pair {
         if gone { Ok(()) } else { Err(refused("no other leg is in sync")) }
     }
 
-    /// Copies the next few blocks to the leg that is being synchronised, each under its own lock. Returns how many bytes
+    /// Copies the next blocks, `most` at the most, to the leg that is being synchronised, side by side and each under its
+    /// own lock. Returns how many bytes
     /// are done with, or None when no region is left.
     ///
     /// # Errors
@@ -321,9 +320,10 @@ impl Pair {
         queue: &IoQueue,
         locks: &BlockLocks,
         cursor: &mut CopyCursor,
+        most: usize,
     ) -> Result<Option<u64>, PairError> {
         let Some(mut region) = self.region_to_copy(cursor) else { return Ok(None) };
-        let end = region.left.end.0.min(region.left.start.0 + COPIES_MAX);
+        let end = region.left.end.0.min(region.left.start.0 + most as u64);
         let now = BlockRange { start: region.left.start, end: BlockIndex(end) };
         let copies = now.iter().map(|block| self.copy_block(queue, locks, block));
         let copied = join_all(copies.collect()).await;

@@ -1,0 +1,379 @@
+//! The guest goes first: what backups and jobs have in flight on a disk is bounded while its guest is at work.
+//!
+//! What always holds:
+//! - While the guest is idle, or there is no limit, a turn is all that is wanted, at once, and is not counted.
+//! - While it is active, the turns that are given have at most the window together; or it is one turn alone, so that there
+//!   is progress however small the window and however large a block is. Who waits is served in order of arrival.
+//! - Who waits, waits for a turn that is held: the drop of each turn gives all that can be given then. So nobody needs to
+//!   say that the guest has gone, and nobody is left behind.
+//! - No deadlock. A turn is taken before an epoch is entered and before block locks, by who holds none of these but a
+//!   frozen version's reader, and its ticket is waited for by nobody who holds a turn. What a holder of a turn waits for
+//!   (I/O, a block lock of a guest's write or of another holder) never waits for a turn. Several are taken from a
+//!   volume downwards to what it stands on, never the other way.
+//!
+//! What is not done here: an even pace over time, which is the limit of a job.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::planted::{self, Defect};
+use super::{Disk, View};
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+
+/// What background work may have in flight beside an active guest, unless a disk is told otherwise.
+pub const WINDOW_BYTES: u64 = 128 << 10;
+
+/// The most bytes of one turn beside an active guest: a longer transfer keeps a guest's small ones waiting behind it.
+const PIECE_BYTES_MAX: u64 = 64 << 10;
+
+/// How long a guest without a request in flight still counts as active, in milliseconds: one that waits for each `fsync`
+/// before it goes on pauses about as long as the disk takes.
+#[cfg(not(feature = "model"))]
+const LINGER_MS: u64 = 10;
+/// None, so that a model does not depend on the clock.
+#[cfg(feature = "model")]
+const LINGER_MS: u64 = 0;
+
+/// One disk's guest, and the turns of those who work in the background.
+pub struct Background {
+    /// The most bytes in flight beside an active guest; 0 for as many as are wanted.
+    window_bytes: AtomicU64,
+    /// The guest's queues that have requests in flight.
+    ///
+    /// This and `left_at_ms` decide how much is asked of the image at once, and nothing about what is read or written: a
+    /// look that comes a moment too early or too late gives one turn of the other kind. So each is relaxed, but for one
+    /// pair: who sees a queue's end here (acquire) sees when that was (release).
+    busy: AtomicU64,
+    /// When the last queue ended, in milliseconds since `born`; 0 when that does not matter any more.
+    left_at_ms: AtomicU64,
+    waited_us: AtomicU64,
+    born: Instant,
+    turns: Mutex<Turns>,
+}
+
+#[derive(Default)]
+struct Turns {
+    /// Of the turns that are counted.
+    in_flight_bytes: u64,
+    /// Only while a counted turn is held: looked at and changed under the same lock.
+    waiting: VecDeque<Arc<Waiter>>,
+}
+
+/// How much is asked for.
+#[derive(Clone, Copy)]
+struct Wish {
+    most: u64,
+    least: u64,
+}
+
+/// What a turn is given, and how much of it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Share {
+    bytes: u64,
+    counted: u64,
+}
+
+struct Waiter {
+    wish: Wish,
+    state: Mutex<WaiterState>,
+}
+
+enum WaiterState {
+    Waiting(Option<Waker>),
+    Granted(Share),
+    GaveUp,
+}
+
+/// Leave to have some bytes in flight; dropping it gives them back.
+#[must_use = "the bytes are given back when the turn is dropped"]
+pub struct Turn {
+    bytes: u64,
+    /// Only what counts: a disk, or a volume and what it stands on.
+    held: Vec<Held>,
+}
+
+struct Held {
+    background: Arc<Background>,
+    counted: u64,
+}
+
+/// A queue of the guest. While it is at work its disk's guest is active; it is not when this is dropped.
+pub struct GuestQueue {
+    background: Arc<Background>,
+    at_work: Cell<bool>,
+}
+
+impl Default for Background {
+    fn default() -> Background {
+        Background {
+            window_bytes: AtomicU64::new(WINDOW_BYTES),
+            busy: AtomicU64::new(0),
+            left_at_ms: AtomicU64::new(0),
+            waited_us: AtomicU64::new(0),
+            born: Instant::now(),
+            turns: Mutex::default(),
+        }
+    }
+}
+
+impl Background {
+    /// How many bytes may be in flight beside an active guest; 0 for as many as are wanted.
+    pub fn set_window(&self, bytes: u64) {
+        self.window_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether the guest has a request in flight, or had one a moment ago.
+    #[must_use]
+    pub fn guest_is_active(&self) -> bool {
+        if self.busy.load(Ordering::Acquire) > 0 {
+            return true;
+        }
+        let left_at = self.left_at_ms.load(Ordering::Relaxed);
+        if left_at == 0 {
+            return false;
+        }
+        if self.ms_of(Instant::now()).saturating_sub(left_at) < LINGER_MS {
+            return true;
+        }
+        // The next look needs no clock, unless the guest came and left meanwhile.
+        self.left_at_ms.compare_exchange(left_at, 0, Ordering::Relaxed, Ordering::Relaxed).ok();
+        false
+    }
+
+    /// How long background work has waited for the guest, all turns together.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        Duration::from_micros(self.waited_us.load(Ordering::Relaxed))
+    }
+
+    /// The bytes of the turns that are held and count.
+    #[must_use]
+    pub fn in_flight_bytes(&self) -> u64 {
+        lock(&self.turns).in_flight_bytes
+    }
+
+    /// How many wait for a turn.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        lock(&self.turns).waiting.len()
+    }
+
+    /// A queue of the guest, not yet at work.
+    #[must_use]
+    pub fn guest_queue(self: &Arc<Self>) -> GuestQueue {
+        GuestQueue { background: self.clone(), at_work: Cell::new(false) }
+    }
+
+    /// Waits for a turn of up to `most` bytes, and of no less than `least` even if that is more than the window.
+    pub async fn turn(self: &Arc<Self>, most: u64, least: u64) -> Turn {
+        let mut turn = Turn { bytes: most, held: Vec::new() };
+        turn.join(self, Wish { most, least }).await;
+        turn
+    }
+
+    /// The most bytes in flight now, if that is bounded.
+    fn window(&self) -> Option<u64> {
+        let window = self.window_bytes.load(Ordering::Relaxed);
+        (window > 0 && self.guest_is_active()).then_some(window)
+    }
+
+    async fn share(self: &Arc<Self>, wish: Wish) -> Share {
+        let Some(window) = self.window() else { return Share { bytes: wish.most, counted: 0 } };
+        let waiter = {
+            let mut turns = lock(&self.turns);
+            if turns.waiting.is_empty()
+                && let Some(share) = share_of(Some(window), turns.in_flight_bytes, wish)
+            {
+                turns.in_flight_bytes += share.counted;
+                return share;
+            }
+            let waiter = Arc::new(Waiter { wish, state: Mutex::new(WaiterState::Waiting(None)) });
+            turns.waiting.push_back(waiter.clone());
+            waiter
+        };
+        let since = Instant::now();
+        let mut cleanup = GiveUp { background: self, waiter: &waiter, armed: true };
+        let share = poll_fn(|cx| poll_waiter(&waiter, cx)).await;
+        cleanup.armed = false;
+        let waited = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.waited_us.fetch_add(waited, Ordering::Relaxed);
+        share
+    }
+
+    fn release(&self, counted: u64) {
+        let wakers = {
+            let mut turns = lock(&self.turns);
+            turns.in_flight_bytes -= counted;
+            self.grant(&mut turns)
+        };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Gives turns to those at the head of the queue, as far as the window goes.
+    fn grant(&self, turns: &mut Turns) -> Vec<Waker> {
+        let mut wakers = Vec::new();
+        if planted::is(Defect::TurnNotPassedOn) {
+            return wakers;
+        }
+        let window = self.window();
+        while let Some(first) = turns.waiting.front() {
+            let mut waiter = lock(&first.state);
+            if !matches!(*waiter, WaiterState::GaveUp) {
+                let Some(share) = share_of(window, turns.in_flight_bytes, first.wish) else { break };
+                turns.in_flight_bytes += share.counted;
+                if let WaiterState::Waiting(Some(waker)) = std::mem::replace(&mut *waiter, WaiterState::Granted(share))
+                {
+                    wakers.push(waker);
+                }
+            }
+            drop(waiter);
+            turns.waiting.pop_front();
+        }
+        wakers
+    }
+
+    fn ms_of(&self, now: Instant) -> u64 {
+        // Never 0, which says that there is none.
+        u64::try_from(now.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+/// What can be given beside so many bytes in flight; None if one has to wait.
+fn share_of(window: Option<u64>, in_flight_bytes: u64, wish: Wish) -> Option<Share> {
+    let Some(window) = window else { return Some(Share { bytes: wish.most, counted: 0 }) };
+    let piece = wish.most.min(PIECE_BYTES_MAX.min(window)).max(wish.least);
+    let fits = in_flight_bytes == 0 || in_flight_bytes + piece <= window || planted::is(Defect::WindowNotKept);
+    fits.then_some(Share { bytes: piece, counted: piece })
+}
+
+fn poll_waiter(waiter: &Waiter, cx: &mut Context<'_>) -> Poll<Share> {
+    let mut state = lock(&waiter.state);
+    match &mut *state {
+        WaiterState::Granted(share) => Poll::Ready(*share),
+        WaiterState::Waiting(waker) => {
+            *waker = Some(cx.waker().clone());
+            Poll::Pending
+        }
+        WaiterState::GaveUp => unreachable!("only its own drop gives up"),
+    }
+}
+
+/// Takes a waiter out of play when its future is dropped while it waits.
+struct GiveUp<'a> {
+    background: &'a Background,
+    waiter: &'a Arc<Waiter>,
+    armed: bool,
+}
+
+impl Drop for GiveUp<'_> {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        let before = std::mem::replace(&mut *lock(&self.waiter.state), WaiterState::GaveUp);
+        // Others may now be at the head, or fit into what was given.
+        self.background.release(match before {
+            WaiterState::Granted(share) => share.counted,
+            WaiterState::Waiting(_) | WaiterState::GaveUp => 0,
+        });
+    }
+}
+
+impl Turn {
+    /// How many bytes may be in flight until it is dropped.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How many blocks those are; one at least.
+    #[must_use]
+    pub fn blocks(&self, block_bytes: u64) -> usize {
+        usize::try_from(self.bytes / block_bytes).unwrap_or(usize::MAX).max(1)
+    }
+
+    /// Waits for a turn on one more disk.
+    async fn join(&mut self, background: &Arc<Background>, wish: Wish) {
+        let share = background.share(wish).await;
+        if share.counted > 0 {
+            self.held.push(Held { background: background.clone(), counted: share.counted });
+        }
+        self.bytes = share.bytes;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.background.release(self.counted);
+    }
+}
+
+impl GuestQueue {
+    /// It has a request in flight, and had none.
+    pub fn begins(&self) {
+        if !self.at_work.replace(true) {
+            self.background.busy.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// All its requests are answered, just now.
+    pub fn ends(&self, now: Instant) {
+        if self.at_work.replace(false) {
+            self.background.left_at_ms.store(self.background.ms_of(now), Ordering::Relaxed);
+            self.background.busy.fetch_sub(1, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for GuestQueue {
+    fn drop(&mut self) {
+        if !planted::is(Defect::GoneGuestStaysActive) {
+            self.ends(Instant::now());
+        }
+    }
+}
+
+impl Disk {
+    /// Its guest, and who has to yield to it.
+    #[must_use]
+    pub fn background(&self) -> &Arc<Background> {
+        &self.background
+    }
+
+    /// Waits for a turn on this disk and on all that it stands on: whoever reads or copies of a volume has I/O in flight
+    /// there as well. As [`Background::turn`].
+    pub async fn background_turn(&self, most: u64, least: u64) -> Turn {
+        let mut turn = self.background.turn(most, least).await;
+        let mut base = self.base();
+        while let Some((disk, _)) = base.as_deref().and_then(View::frozen) {
+            let (background, below) = (disk.background.clone(), disk.base());
+            let most = turn.bytes;
+            turn.join(&background, Wish { most, least }).await;
+            base = below;
+        }
+        turn
+    }
+
+    /// Whether background work on this disk has to wait for turns: its guest is active, or that of what it stands on.
+    pub(super) fn yields(&self) -> bool {
+        if self.background.window().is_some() {
+            return true;
+        }
+        let mut base = self.base();
+        while let Some((disk, _)) = base.as_deref().and_then(View::frozen) {
+            if disk.background.window().is_some() {
+                return true;
+            }
+            base = disk.base();
+        }
+        false
+    }
+}
+
+#[cfg(all(test, not(feature = "model")))]
+#[path = "background_tests.rs"]
+mod tests;
