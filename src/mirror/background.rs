@@ -30,13 +30,13 @@ pub const WINDOW_BYTES: u64 = 128 << 10;
 /// The most bytes of one turn beside an active guest: a longer transfer keeps a guest's small ones waiting behind it.
 const PIECE_BYTES_MAX: u64 = 64 << 10;
 
-/// How long a guest without a request in flight still counts as active, in milliseconds: one that waits for each `fsync`
+/// How long a guest without a request in flight still counts as active: one that waits for each `fsync`
 /// before it goes on pauses about as long as the disk takes.
 #[cfg(not(feature = "model"))]
-const LINGER_MS: u64 = 10;
+const LINGER: Duration = Duration::from_millis(10);
 /// None, so that a model does not depend on the clock.
 #[cfg(feature = "model")]
-const LINGER_MS: u64 = 0;
+const LINGER: Duration = Duration::ZERO;
 
 /// One disk's guest, and the turns of those who work in the background.
 pub struct Background {
@@ -136,7 +136,7 @@ impl Background {
         if left_at == 0 {
             return false;
         }
-        if self.ms_of(Instant::now()).saturating_sub(left_at) < LINGER_MS {
+        if Duration::from_millis(self.ms_of(Instant::now()).saturating_sub(left_at)) < LINGER {
             return true;
         }
         // The next look needs no clock, unless the guest came and left meanwhile.

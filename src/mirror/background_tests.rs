@@ -173,7 +173,7 @@ fn a_guest_is_active_until_a_moment_after_its_last_queue_ended() {
     queues[0].ends(Instant::now());
     assert!(background.guest_is_active(), "the other queue is at work");
     let before = background.born;
-    std::thread::sleep(Duration::from_millis(LINGER_MS + 1));
+    std::thread::sleep(LINGER + Duration::from_millis(1));
     queues[1].ends(before);
     assert!(!background.guest_is_active(), "that was long ago");
     queues[1].begins();
