@@ -4,12 +4,9 @@
 //! - While the guest is idle, or there is no limit, a turn is all that is wanted, at once, and is not counted.
 //! - While it is active, the turns that are given have at most the window together; or it is one turn alone, so that there
 //!   is progress however small the window and however large a block is. Who waits is served in order of arrival.
-//! - Who waits, waits for a turn that is held: the drop of each turn gives all that can be given then. So nobody needs to
-//!   say that the guest has gone, and nobody is left behind.
-//! - No deadlock. A turn is taken before an epoch is entered and before block locks, by who holds none of these but a
-//!   frozen version's reader, and its ticket is waited for by nobody who holds a turn. What a holder of a turn waits for
-//!   (I/O, a block lock of a guest's write or of another holder) never waits for a turn. Several are taken from a
-//!   volume downwards to what it stands on, never the other way.
+//! - Who waits, waits for a turn that is held: the drop of each gives all that can be given then. Nobody is left behind.
+//! - No deadlock: a turn is taken before epochs and block locks, but for the ticket of a frozen version's reader, for whose
+//!   end no holder of a turn waits. Several are taken from a volume downwards to what it stands on.
 //!
 //! What is not done here: an even pace over time, which is the limit of a job.
 

@@ -165,7 +165,10 @@ struct Working {
 
 const WINDOW: usize = 2 * BLOCK;
 
-fn all_jobs() -> Vec<(&'static str, fn() -> Working)> {
+/// A job's name, and how to begin it.
+type Case = (&'static str, fn() -> Working);
+
+fn all_jobs() -> Vec<Case> {
     fn start(bench: &Bench, job: impl Future<Output = Outcome> + 'static) -> Scheduler {
         assert!(bench.disk.chain().links().len() < 8);
         let mut scheduler = Scheduler::default();
