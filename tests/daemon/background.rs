@@ -32,7 +32,7 @@ fn backups_and_jobs(daemon: &Daemon, expected: &[u64]) {
     crate::independent::begin(daemon, "copy", "");
     crate::independent::wait_independent(daemon, "copy");
     assert_eq!(tags(&daemon.content("copy")), expected);
-    daemon.send("DELETE", "/v1/volumes/copy", "").ok();
+    crate::volumes::delete(daemon, "copy");
     daemon.delete("vm0@a");
 }
 
