@@ -21,6 +21,7 @@ mod plan;
 mod read;
 mod request;
 mod restore;
+mod runs;
 mod snapshot;
 mod update;
 mod view;
