@@ -291,6 +291,8 @@ defects! {
     WrittenBlockKept,
     /// A volume that is updated takes its source for unchanged where that is not known.
     UnknownSourceKept,
+    /// A volume that is made independent copies what it stands on over what was written to it meanwhile.
+    FilledOverWritten,
     /// What a volume that is updated keeps is in a table on stable storage before its bytes are there.
     KeptBeforeBytes,
     /// A volume begins anew although bookmarks of its old life could be asked what changed since.
@@ -313,6 +315,8 @@ defects! {
     SettledNotStored,
     /// A block is brought back without saving what an older version reads there.
     BroughtBackUnsaved,
+    /// A block is brought back over what was written to it meanwhile.
+    BroughtBackOverWritten,
     /// Discards from before a restore are still carried out after it.
     DiscardsOutliveRestore,
     /// The records do not say that a restore has begun.

@@ -14,7 +14,7 @@ use crate::job::{Outcome, Pace};
 /// How many ended jobs are still listed.
 const ENDED_JOBS_MAX: usize = 32;
 
-/// How long a job may take to stop: one block's copy, on a slow disk.
+/// How long a job may take to stop: the copies of one step, on a slow disk.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
 /// A job and how far it is.

@@ -1,7 +1,7 @@
 //! Giving a volume everything that it does not own (source 004: forced migration, figure 8).
 //!
 //! The table of its oldest log is the state: a job that was stopped or cut off goes on with the blocks that are left. Each
-//! block is copied under its own lock, many side by side, so a guest's write waits for at most one block's copy.
+//! block is copied under its lock, many side by side, so a guest's write waits for the copy of one run of neighbours at most.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -1,8 +1,9 @@
 //! Background copying over the mirror: paced, with progress, stopped between two blocks.
 //!
-//! What always holds: a job locks one block at a time, so a guest's write waits for at most one block's copy; a job that
-//! is stopped has done whole blocks only, and can be begun again from the start. Each step takes a turn first, before the
-//! epoch and the block locks, so that a guest at work goes first ([`Disk::background_turn`]); no pause is made in one.
+//! What always holds: a job locks a run of neighbouring blocks or a single one, a few side by side, so a guest's write waits
+//! for the copy of one run at most; a job that is stopped has done whole blocks only, and can be begun again from the start.
+//! Each step takes a turn first, before the epoch and the block locks, so that a guest at work goes first
+//! ([`Disk::background_turn`]); no pause is made in one.
 //!
 //! What this room does not know: who asked, and what is recorded about it.
 
@@ -29,6 +30,9 @@ const PAUSE_SLICE: Duration = Duration::from_millis(50);
 
 /// A job with a limit does this many steps in a second, if its blocks are small enough.
 const STEPS_PER_SECOND: u64 = 20;
+
+/// Blocks that are handed over or folded side by side when a version goes.
+const LET_GO_SIDE_BY_SIDE: usize = 32;
 
 /// How fast a job goes, how far it is, and whether it should stop. Shared with whoever watches it.
 #[derive(Debug, Default)]
@@ -137,15 +141,16 @@ pub async fn retire(
     let lane = disk.clock().lane();
     let mut at = BlockIndex(0);
     loop {
-        let next = {
-            let _turn = disk.background_turn(block_bytes, block_bytes).await;
+        let some = {
+            let most = pace.side_by_side(block_bytes, LET_GO_SIDE_BY_SIDE);
+            let turn = disk.background_turn(most as u64 * block_bytes, block_bytes).await;
             let ticket = lane.enter();
-            disk.let_go_of_next(&queue, &ticket, version.id, at).await?
+            disk.let_go_of_some(&queue, &ticket, version.id, at, most.min(turn.blocks(block_bytes))).await?
         };
-        let Some(next) = next else { break };
+        let Some((next, blocks)) = some else { break };
         at = next;
         crash::point("between two blocks of a deletion");
-        if !pace.step(&queue, block_bytes).await {
+        if !pace.step(&queue, blocks * block_bytes).await {
             return Ok(Outcome::Stopped);
         }
     }

@@ -1,4 +1,4 @@
-//! Bringing back what a restore in place still shows of an older version (source 004: one block at a time is locked).
+//! Bringing back what a restore in place still shows of an older version (source 004), a few blocks at a time.
 //!
 //! The table of pending blocks is the state: a job that was stopped or cut off goes on with the blocks that are left.
 

@@ -3,8 +3,8 @@
 //!
 //! What always holds:
 //! - Blocks go into the oldest log, above the origin: what is newer reads through it, so all versions keep their content.
-//! - A block is copied under its own lock, and looked at again under it; its bit follows its bytes. So a guest's write waits
-//!   for one block at most, and no reader sees a place that is not filled.
+//! - Blocks are copied under their locks, and looked at again under them; their bits follow their bytes. So a guest's write
+//!   waits for one run of blocks at most ([`super::runs`]), and no reader sees a place that is not filled.
 //! - The origin leaves only when the log owns every block. Nothing takes an entry out of that log meanwhile, unless its
 //!   version is deleted; whoever completes a volume makes sure that no version of it is on its way out.
 
@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use super::chain::{Chain, Layer, Link, Owned, VersionIndex};
 use super::join::join_all;
-use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::lock::BLOCKS_PER_GUARD_MAX;
 use super::plan::Copy;
 use super::planted::{self, Defect};
+use super::runs::those;
 use super::{Backing, ChainEditor, Changed, Disk, Mark, Ticket, VersionId};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -34,13 +35,14 @@ pub struct Filled {
 }
 
 impl Disk {
-    /// Copies up to `most` blocks side by side, at or after `from`, that the volume does not own. None when there is none.
+    /// Copies up to `most` blocks, at or after `from`, that the volume does not own: neighbours together, and several such
+    /// runs side by side. None when there is none.
     ///
     /// The ticket keeps what it reads from being taken away.
     ///
     /// # Errors
-    /// When what it stands on cannot be read, the log cannot be written, or a version of it is being deleted. Nothing is
-    /// lost; it can be tried again.
+    /// When what it stands on cannot be read, the log cannot be written, or a version of it is being deleted. What could be
+    /// copied besides is kept; it can be tried again.
     pub async fn fill_some(
         &self,
         queue: &IoQueue,
@@ -53,12 +55,16 @@ impl Disk {
         if let Some(filled) = table.next_clear(from).and_then(|first| self.fill_zeros(first)) {
             return Ok(Some(filled));
         }
-        let next = |after: &BlockIndex| table.next_clear(BlockIndex(after.0 + 1));
-        let blocks: Vec<_> = std::iter::successors(table.next_clear(from), next).take(most.max(1)).collect();
-        let Some(last) = blocks.last() else { return Ok(None) };
-        let next = BlockIndex(last.0 + 1);
-        let copies = blocks.into_iter().map(|block| self.fill_block(queue, block)).collect();
-        let bytes = join_all(copies).await.into_iter().sum::<Result<u64, String>>()?;
+        let runs = self.next_runs(from, most, |at| table.next_clear(at));
+        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
+        let bytes = runs.iter().map(|&run| self.geometry.bytes(run).1).sum();
+        match planted::is(Defect::FilledWithoutLock) {
+            true => {
+                let copies = runs.into_iter().map(|run| self.fill_run(queue, run)).collect();
+                join_all(copies).await.into_iter().collect::<Result<(), String>>()?;
+            }
+            false => self.copy_runs(runs, |run| self.fill_run(queue, run)).await?,
+        }
         Ok(Some(Filled { next, bytes }))
     }
 
@@ -92,26 +98,25 @@ impl Disk {
         (end > first.0).then_some(BlockRange { start: first, end: BlockIndex(end) })
     }
 
-    async fn fill_block(&self, queue: &IoQueue, block: BlockIndex) -> Result<u64, String> {
-        let one = BlockRange::one(block);
-        let _guard = match planted::is(Defect::FilledWithoutLock) {
-            true => None,
-            false => Some(self.locks.acquire(one, Mode::Exclusive).await),
-        };
-        // Only now: a guest may have written the block, and a cut may have come in between.
+    /// The caller holds the locks of `run`.
+    async fn fill_run(&self, queue: &IoQueue, run: BlockRange) -> Result<(), String> {
+        // Only now: a guest may have written some of it, and a cut may have come in between.
         let chain = self.chain();
-        let Some(table) = table_to_fill(&chain)? else { return Ok(0) };
-        let bytes = self.geometry.bytes(one).1;
-        if table.get(block) {
-            return Ok(bytes);
-        }
-        table.prepare(one).map_err(|e| format!("its table cannot grow: {e}"))?;
-        if planted::is(Defect::FilledBitFirst) {
-            table.set(one);
-        }
-        self.copy_blocks(queue, &chain, one, Copy { from: ORIGIN, to: OLDEST_LOG }).await?;
-        table.set(one);
-        Ok(bytes)
+        let Some(table) = table_to_fill(&chain)? else { return Ok(()) };
+        let left = those(run, |block| !table.get(block) || planted::is(Defect::FilledOverWritten));
+        let copies = left.map(|part| {
+            let chain = &chain;
+            async move {
+                table.prepare(part).map_err(|e| format!("its table cannot grow: {e}"))?;
+                if planted::is(Defect::FilledBitFirst) {
+                    table.set(part);
+                }
+                self.copy_blocks(queue, chain, part, Copy { from: ORIGIN, to: OLDEST_LOG }).await?;
+                table.set(part);
+                Ok(())
+            }
+        });
+        join_all(copies.collect()).await.into_iter().collect()
     }
 
     /// How many blocks there are to copy before it can be independent; None if it stands on nothing.

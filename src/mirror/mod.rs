@@ -22,6 +22,7 @@ mod plan;
 mod read;
 mod request;
 mod restore;
+mod runs;
 mod snapshot;
 mod update;
 mod view;

@@ -9,6 +9,7 @@ use super::disk::{Target, index_of};
 use super::join::join_all;
 use super::planted::{self, Defect};
 use super::restore::{Restore, RestoreSource};
+use super::runs::alike;
 use super::{Backing, Disk, Epoch, RequestError};
 use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
@@ -145,7 +146,7 @@ impl Disk {
         let Some(restoring) = chain.restoring() else { return Ok(of(index, blocks).collect()) };
         let mut extents = Vec::new();
         // Each bit is looked at once: what is found the same by the next look was the same all the time.
-        for (run, is_pending) in runs(blocks, |block| restoring.is_pending(block)) {
+        for (run, is_pending) in alike(blocks, |block| restoring.is_pending(block)) {
             match restoring.source() {
                 _ if !is_pending => extents.extend(of(index, run)),
                 RestoreSource::View(view) => extents.push(Extent { blocks: run, image: Backing::View(view.clone()) }),
@@ -159,19 +160,6 @@ impl Disk {
 /// Whether the same images have the same blocks.
 fn is_same(now: &[Extent], before: &[Extent]) -> bool {
     now.len() == before.len() && now.iter().zip(before).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image))
-}
-
-/// The runs of `blocks` for which `of` says the same.
-fn runs<T: PartialEq>(blocks: BlockRange, of: impl Fn(BlockIndex) -> T) -> Vec<(BlockRange, T)> {
-    let mut runs: Vec<(BlockRange, T)> = Vec::new();
-    for block in blocks.iter() {
-        let what = of(block);
-        match runs.last_mut() {
-            Some((run, same)) if *same == what => run.end = BlockIndex(block.0 + 1),
-            _ => runs.push((BlockRange::one(block), what)),
-        }
-    }
-    runs
 }
 
 /// The runs of `blocks` by the version whose layer has their bytes.

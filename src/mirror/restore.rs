@@ -16,11 +16,11 @@ use std::task::{Poll, Waker};
 
 use super::chain::{Chain, Owned, Saved, VersionId, VersionIndex};
 use super::join::join_all;
-use super::lock::Mode;
 use super::plan::Fill;
 use super::planted::{self, Defect};
-use super::read::usize_of;
-use super::{ChainEditor, Changes, Disk, RequestError, Ticket, View};
+use super::read::{owners, usize_of};
+use super::runs::those;
+use super::{Backing, ChainEditor, Changes, Disk, RequestError, Ticket, View};
 use crate::image::{AlignedBuf, IoBuf, IoQueue};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{Mutex, lock};
@@ -316,11 +316,12 @@ impl Disk {
         self.chain().restoring().map_or(0, |restoring| restoring.pending.table().count())
     }
 
-    /// Brings up to `most` pending blocks back, at or after `from`, side by side and each under its own lock. Returns where to
-    /// go on and how many there were, or None when there is none. The ticket keeps the disk's versions from going meanwhile.
+    /// Brings up to `most` pending blocks back, at or after `from`: neighbours together, and several such runs side by side.
+    /// Returns where to go on and how many there were, or None when there is none. The ticket keeps the disk's versions from
+    /// going meanwhile.
     ///
     /// # Errors
-    /// When what is restored cannot be read, or the disk cannot be written. That block is still pending then.
+    /// When what is restored cannot be read, or the disk cannot be written. Those blocks are still pending then.
     pub async fn bring_back_some(
         &self,
         queue: &IoQueue,
@@ -330,45 +331,41 @@ impl Disk {
     ) -> Result<Option<(BlockIndex, u64)>, RequestError> {
         let chain = self.chain();
         let Some(restoring) = chain.restoring() else { return Ok(None) };
-        let table = restoring.pending.table();
-        let after = |block: &BlockIndex| table.next_set(BlockIndex(block.0 + 1));
-        let blocks: Vec<_> = std::iter::successors(table.next_set(from), after).take(most.max(1)).collect();
-        let Some(last) = blocks.last() else { return Ok(None) };
-        let (next, count) = (BlockIndex(last.0 + 1), blocks.len() as u64);
-        let done = join_all(blocks.into_iter().map(|block| self.bring_back(queue, block)).collect()).await;
-        done.into_iter().collect::<Result<(), _>>()?;
+        let runs = self.next_runs(from, most, |at| restoring.pending.table().next_set(at));
+        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
+        let count = runs.iter().map(|run| run.count()).sum();
+        self.copy_runs(runs, |run| self.bring_back(queue, run)).await?;
         Ok(Some((next, count)))
     }
 
-    async fn bring_back(&self, queue: &IoQueue, block: BlockIndex) -> Result<(), RequestError> {
-        let _guard = self.locks.acquire(BlockRange::one(block), Mode::Exclusive).await;
+    /// The caller holds the locks of `run`.
+    async fn bring_back(&self, queue: &IoQueue, run: BlockRange) -> Result<(), RequestError> {
         let chain = self.chain();
+        let Some(restoring) = chain.restoring() else { return Ok(()) };
         // A guest's write may have come before us.
-        if let Some(restoring) = chain.pending(chain.live(), block) {
-            let bytes = self.restored(queue, &chain, restoring, block).await?;
-            self.write_block(queue, &chain, block, bytes).await?;
-        }
-        Ok(())
-    }
-
-    async fn restored(
-        &self,
-        queue: &IoQueue,
-        chain: &Chain,
-        restoring: &Restoring,
-        block: BlockIndex,
-    ) -> Result<AlignedBuf, RequestError> {
-        let (at, len) = self.geometry.bytes(BlockRange::one(block));
-        let into = IoBuf::Owned(AlignedBuf::zeroed(usize_of(len)));
-        let read = match &restoring.source {
-            RestoreSource::View(view) => view.read(queue, at, into).await?,
-            RestoreSource::Own(id) => {
-                let index = restoring.position(chain, *id)?;
-                chain.layer(chain.resolve(index, block)).image.read(queue, at, into).await?
+        let left = those(run, |block| restoring.is_pending(block) || planted::is(Defect::BroughtBackOverWritten));
+        let mut sources: Vec<(BlockRange, Backing)> = Vec::with_capacity(1);
+        for part in left {
+            match &restoring.source {
+                RestoreSource::View(view) => sources.push((part, Backing::View(view.clone()))),
+                RestoreSource::Own(id) => {
+                    let of = owners(&chain, restoring.position(&chain, *id)?, part);
+                    sources.extend(of.map(|(part, owner)| (part, chain.layer(owner).image.clone())));
+                }
             }
-        };
-        let IoBuf::Owned(bytes) = read else { unreachable!("a transfer gives back the buffer it was given") };
-        Ok(bytes)
+        }
+        let copies = sources.into_iter().map(|(part, source)| {
+            let chain = &chain;
+            async move {
+                let (at, len) = self.geometry.bytes(part);
+                let into = IoBuf::Owned(AlignedBuf::zeroed(usize_of(len)));
+                let IoBuf::Owned(bytes) = source.read(queue, at, into).await? else {
+                    unreachable!("a transfer gives back the buffer it was given")
+                };
+                self.write_blocks(queue, chain, part, bytes).await
+            }
+        });
+        join_all(copies.collect()).await.into_iter().collect()
     }
 
     /// Makes durable what was brought back until now.

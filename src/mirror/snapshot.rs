@@ -8,10 +8,11 @@
 use std::sync::Arc;
 
 use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
-use super::lock::Mode;
+use super::join::join_all;
 use super::plan::Copy;
 use super::planted::{self, Defect};
 use super::restore::Restore;
+use super::runs::{alike, those};
 use super::{Backing, Changed, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
 use crate::image::IoQueue;
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -176,7 +177,7 @@ impl ChainEditor {
 
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
     /// writes of the version above go to its image from now on. Returns the epoch that must drain before
-    /// [`Disk::let_go_of_next`] may begin, so that no request still goes by the old state.
+    /// [`Disk::let_go_of_some`] may begin, so that no request still goes by the old state.
     ///
     /// # Errors
     /// When too many older cuts still drain, or another version of this disk is on its way out.
@@ -256,69 +257,90 @@ impl Disk {
         chain.position(id).and_then(|i| moving_table(&chain, i)).map_or(0, |(_, table)| table.count())
     }
 
-    /// Does the next block that must move before version `id` can go, at or after `from`: an entry of the version itself
-    /// goes to the neighbour that reads it there; if it is the pivot, an entry of the neighbour that takes its image over
-    /// is folded into that. Returns where to go on, or None when all is done. One block is locked at a time.
+    /// Does the next blocks, up to `most`, that must move before version `id` can go, at or after `from`: an entry of the
+    /// version itself goes to the neighbour that reads it there; if it is the pivot, an entry of the neighbour that takes its
+    /// image over is folded into that. Neighbouring blocks go together, and several such runs side by side. Returns where to
+    /// go on and how many there were, or None when all is done.
     ///
-    /// The ticket makes the retirement of an heir wait until this block has arrived there.
+    /// The ticket makes the retirement of an heir wait until these blocks have arrived there.
     ///
     /// # Errors
     /// When a block cannot be moved to where the live version needs it. Nothing is lost; it can be tried again.
-    pub async fn let_go_of_next(
+    pub async fn let_go_of_some(
         &self,
         queue: &IoQueue,
         _ticket: &Ticket,
         id: VersionId,
         from: BlockIndex,
-    ) -> Result<Option<BlockIndex>, String> {
+        most: usize,
+    ) -> Result<Option<(BlockIndex, u64)>, String> {
         let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(None) };
         if planted::is(Defect::DeleteWithoutHandover) {
             return Ok(None);
         }
         let Some((_, table)) = moving_table(&chain, retiring) else { return Ok(None) };
-        let Some(block) = table.next_set(from) else { return Ok(None) };
-        let one = BlockRange::one(block);
-        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
-        // Only now: a cut may have come in between.
-        let chain = self.chain();
-        let Some(retiring) = chain.position(id) else { return Ok(None) };
-        let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(None) };
-        if !table.get(block) && !planted::is(Defect::LetGoOfOverwritten) {
-            // A guest's write came before us.
-        } else if owner < retiring {
-            self.give_to_older(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
-        } else if owner > retiring {
-            self.fold(queue, &chain, one, Copy { from: owner, to: retiring }).await?;
-        } else if retiring < chain.pivot_of(retiring) {
-            self.hand_to_older(queue, &chain, retiring, block).await?;
-        } else {
-            self.hand_to_newer(queue, &chain, retiring, block).await?;
-        }
-        Ok(Some(BlockIndex(block.0 + 1)))
+        let runs = self.next_runs(from, most, |at| table.next_set(at));
+        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
+        let count = runs.iter().map(|run| run.count()).sum();
+        self.copy_runs(runs, |run| self.let_go_of_run(queue, id, run)).await?;
+        Ok(Some((next, count)))
     }
 
-    /// Below the pivot the nearest older version reads here. One that cannot take the block is lost; then the next older
+    /// The caller holds the locks of `run`.
+    async fn let_go_of_run(&self, queue: &IoQueue, id: VersionId, run: BlockRange) -> Result<(), String> {
+        // Only now: a cut may have come in between.
+        let chain = self.chain();
+        let Some(retiring) = chain.position(id) else { return Ok(()) };
+        let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(()) };
+        // A guest's write may have come before us.
+        let left = those(run, |block| table.get(block) || planted::is(Defect::LetGoOfOverwritten));
+        let moves = left.map(|part| {
+            let chain = &chain;
+            async move {
+                if owner < retiring {
+                    self.give_to_older(queue, chain, part, Copy { from: owner, to: retiring }).await
+                } else if owner > retiring {
+                    self.fold(queue, chain, part, Copy { from: owner, to: retiring }).await
+                } else if retiring < chain.pivot_of(retiring) {
+                    self.hand_to_older(queue, chain, retiring, part).await
+                } else {
+                    self.hand_to_newer(queue, chain, retiring, part).await
+                }
+            }
+        });
+        join_all(moves.collect()).await.into_iter().collect()
+    }
+
+    /// Below the pivot the nearest older version reads here. One that cannot take the blocks is lost; then the next older
     /// one reads here.
     async fn hand_to_older(
         &self,
         queue: &IoQueue,
         chain: &Chain,
         retiring: VersionIndex,
-        block: BlockIndex,
+        blocks: BlockRange,
     ) -> Result<(), String> {
-        let one = BlockRange::one(block);
-        while let Some(heir) = chain.nearest_reader(retiring, block) {
-            match self.copy_blocks(queue, chain, one, Copy { from: retiring, to: heir }).await {
-                // Durable with the rest ([`Disk::settle`]): until then the entry that it was copied from is.
-                Ok(()) => {
-                    set(chain, heir, one);
-                    break;
-                }
-                Err(reason) => self.give_up(chain, heir, &reason).map_err(|e| e.to_string())?,
+        // Each turn without an end breaks a version.
+        loop {
+            let heirs = alike(blocks, |block| chain.nearest_reader(retiring, block));
+            let copies = heirs.into_iter().filter_map(|(part, heir)| {
+                let heir = heir?;
+                Some(async move {
+                    match self.copy_blocks(queue, chain, part, Copy { from: retiring, to: heir }).await {
+                        // Durable with the rest ([`Disk::settle`]): until then the entry that it was copied from is.
+                        Ok(()) => set(chain, heir, part),
+                        Err(reason) => self.give_up(chain, heir, &reason).map_err(|e| e.to_string())?,
+                    }
+                    Ok(())
+                })
+            });
+            let copies: Vec<_> = copies.collect();
+            if copies.is_empty() {
+                return Ok(());
             }
+            join_all(copies).await.into_iter().collect::<Result<(), String>>()?;
         }
-        Ok(())
     }
 
     /// Above the pivot the next newer version reads here, and the live one through it.
@@ -327,59 +349,80 @@ impl Disk {
         queue: &IoQueue,
         chain: &Chain,
         retiring: VersionIndex,
-        block: BlockIndex,
+        blocks: BlockRange,
     ) -> Result<(), String> {
-        let (one, heir) = (BlockRange::one(block), retiring + 1);
-        if !chain.layer(heir).owns(block) {
+        let heir = retiring + 1;
+        let copies = those(blocks, |block| !chain.layer(heir).owns(block)).map(|part| async move {
             if planted::is(Defect::HandOverBitFirst) {
-                set(chain, heir, one);
+                set(chain, heir, part);
             }
-            self.copy_blocks(queue, chain, one, Copy { from: retiring, to: heir }).await?;
-            set(chain, heir, one);
-        }
-        Ok(())
+            self.copy_blocks(queue, chain, part, Copy { from: retiring, to: heir }).await?;
+            set(chain, heir, part);
+            Ok(())
+        });
+        join_all(copies.collect()).await.into_iter().collect()
     }
 
-    /// Moves one entry of a log into the full image below, after saving what an older version reads there.
-    async fn fold(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) -> Result<(), String> {
-        if !planted::is(Defect::FoldWithoutPreserve) {
-            while let Some(to) = chain.nearest_reader(copy.to, one.start) {
-                let save = Copy { from: chain.resolve(to, one.start), to };
-                let saved = match self.copy_blocks(queue, chain, one, save).await {
-                    Ok(()) => {
-                        set(chain, to, one);
-                        match planted::is(Defect::FoldBeforeSaved) {
-                            true => Ok(()),
-                            false => self.commit_saved(queue, chain, to).await,
-                        }
-                    }
-                    failed => failed,
-                };
-                if let Err(reason) = saved {
-                    // Those that read through it must not count on what no power cut would leave.
-                    if let Owned::Table(table) = &chain.layer(to).owned
-                        && !planted::is(Defect::FoldedEntryKept)
-                    {
-                        table.clear(one);
-                    }
-                    self.give_up(chain, to, &reason).map_err(|e| e.to_string())?;
-                }
+    /// Moves entries of a log into the full image below, after saving what older versions read there.
+    async fn fold(&self, queue: &IoQueue, chain: &Chain, blocks: BlockRange, copy: Copy) -> Result<(), String> {
+        while !planted::is(Defect::FoldWithoutPreserve) {
+            let save =
+                |block| chain.nearest_reader(copy.to, block).map(|to| Copy { from: chain.resolve(to, block), to });
+            let saves = alike(blocks, save).into_iter().filter_map(|(part, save)| Some((part, save?)));
+            let saves: Vec<_> = saves.map(|(part, save)| self.save_for_fold(queue, chain, part, save)).collect();
+            if saves.is_empty() {
+                break;
             }
+            join_all(saves).await.into_iter().collect::<Result<(), String>>()?;
         }
         if planted::is(Defect::FoldDropsFirst) {
-            self.drop_entries(queue, chain, copy.from, one).await;
+            self.drop_entries(queue, chain, copy.from, blocks).await;
         }
-        self.copy_blocks(queue, chain, one, copy).await?;
-        self.drop_entries(queue, chain, copy.from, one).await;
+        self.copy_blocks(queue, chain, blocks, copy).await?;
+        self.drop_entries(queue, chain, copy.from, blocks).await;
         Ok(())
     }
 
-    /// Moves one entry of an older version into the full image of a frozen pivot, which that version takes over. If it
-    /// cannot be put there the older version is lost; those that read the entry through it get it themselves.
-    async fn give_to_older(&self, queue: &IoQueue, chain: &Chain, one: BlockRange, copy: Copy) -> Result<(), String> {
-        if let Err(reason) = self.copy_blocks(queue, chain, one, copy).await {
+    /// Saves what an older version reads, or gives that version up.
+    async fn save_for_fold(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        blocks: BlockRange,
+        save: Copy,
+    ) -> Result<(), String> {
+        let saved = match self.copy_blocks(queue, chain, blocks, save).await {
+            Ok(()) => {
+                set(chain, save.to, blocks);
+                match planted::is(Defect::FoldBeforeSaved) {
+                    true => Ok(()),
+                    false => self.commit_saved(queue, chain, save.to).await,
+                }
+            }
+            failed => failed,
+        };
+        let Err(reason) = saved else { return Ok(()) };
+        // Those that read through it must not count on what no power cut would leave.
+        if let Owned::Table(table) = &chain.layer(save.to).owned
+            && !planted::is(Defect::FoldedEntryKept)
+        {
+            table.clear(blocks);
+        }
+        self.give_up(chain, save.to, &reason).map_err(|e| e.to_string())
+    }
+
+    /// Moves entries of an older version into the full image of a frozen pivot, which that version takes over. If they
+    /// cannot be put there the older version is lost; those that read the entries through it get them themselves.
+    async fn give_to_older(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        blocks: BlockRange,
+        copy: Copy,
+    ) -> Result<(), String> {
+        if let Err(reason) = self.copy_blocks(queue, chain, blocks, copy).await {
             self.give_up(chain, copy.from, &reason).map_err(|e| e.to_string())?;
-            self.hand_to_older(queue, chain, copy.from, one.start).await?;
+            self.hand_to_older(queue, chain, copy.from, blocks).await?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! see it (2705, 2709), release (2710). Data that goes to two places is copied once, so that a guest that
 //! changes its buffer meanwhile cannot make the places differ.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::chain::{Chain, Owned, VersionIndex};
@@ -16,7 +17,7 @@ use super::read::usize_of;
 use super::restore::{Restore, RestoreSource};
 use super::{Backing, Disk, Epoch, RequestError, Ticket};
 use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
-use crate::store::{BlockIndex, BlockRange};
+use crate::store::BlockRange;
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
 /// rewrite the neighbours in it.
@@ -197,29 +198,36 @@ impl Disk {
         result
     }
 
-    /// Writes a whole block of the live version, of which the caller holds the lock exclusively.
-    pub(super) async fn write_block(
+    /// Writes whole blocks of the live version, of which the caller holds the locks exclusively. Blocks of zeros take no
+    /// room.
+    pub(super) async fn write_blocks(
         &self,
         queue: &IoQueue,
         chain: &Chain,
-        block: BlockIndex,
+        blocks: BlockRange,
         bytes: AlignedBuf,
     ) -> Result<(), RequestError> {
-        let blocks = BlockRange::one(block);
-        let (at, len) = self.geometry.bytes(blocks);
-        let data = match is_zero(&bytes) {
-            true => Data::Zeros { len, unmap: true },
-            false => Data::Guest(GuestBuf::from_owned(bytes).0),
-        };
-        let part = Part { at, len, data, blocks, durable: false };
-        let decide = || {
-            let mut plan = WritePlan::decide(chain, chain.live(), blocks, |_| true);
-            if planted::is(Defect::BroughtBackUnsaved) {
-                plan.runs.iter_mut().for_each(|run| run.plan.preserve = None);
+        let pieces = pieces(&bytes, self.geometry.block_bytes as usize);
+        let (at, bytes) = (self.geometry.bytes(blocks).0, GuestBuf::from_owned(bytes).0);
+        let writes = pieces.into_iter().map(|(piece, is_zero)| {
+            let (at, len) = (at.add(piece.start as u64), piece.len() as u64);
+            let data = match is_zero {
+                true => Data::Zeros { len, unmap: true },
+                false => Data::Guest(bytes.slice(piece)),
+            };
+            let part = Part { at, len, data, blocks: self.geometry.covering(at, len), durable: false };
+            async move {
+                let decide = || {
+                    let mut plan = WritePlan::decide(chain, chain.live(), part.blocks, |_| true);
+                    if planted::is(Defect::BroughtBackUnsaved) {
+                        plan.runs.iter_mut().for_each(|run| run.plan.preserve = None);
+                    }
+                    plan
+                };
+                self.write_planned(queue, chain, decide(), decide, &part).await
             }
-            plan
-        };
-        self.write_planned(queue, chain, decide(), decide, &part).await
+        });
+        join_all(writes.collect()).await.into_iter().collect()
     }
 
     /// Saves the old bytes that older versions read. On failure says which version cannot be kept, and why.
@@ -272,14 +280,17 @@ impl Disk {
         let old = from.read(queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
-        let pieces = nonzero_pieces(&old, self.geometry.block_bytes as usize);
-        let copied: usize = pieces.iter().map(std::ops::Range::len).sum();
-        if copied < old.len() && copy.to >= chain.pivot_of(copy.to) && !planted::is(Defect::ZerosNotCopied) {
-            to.zero(queue, at, len, true).await.map_err(|e| e.to_string())?;
-        }
-        let writes = pieces.into_iter().map(|piece| {
-            let here = at.add(piece.start as u64);
-            to.write(queue, here, IoBuf::Shared(old.clone(), piece), false)
+        let pieces = pieces(&old, self.geometry.block_bytes as usize);
+        let copied: usize = pieces.iter().filter(|(_, is_zero)| !is_zero).map(|(piece, _)| piece.len()).sum();
+        let writes = pieces.into_iter().map(|(piece, is_zero)| {
+            let (here, old) = (at.add(piece.start as u64), old.clone());
+            async move {
+                match is_zero {
+                    false => to.write(queue, here, IoBuf::Shared(old, piece), false).await,
+                    true if copy.to < chain.pivot_of(copy.to) || planted::is(Defect::ZerosNotCopied) => Ok(()),
+                    true => to.zero(queue, here, piece.len() as u64, true).await,
+                }
+            }
         });
         for done in join_all(writes.collect()).await {
             done.map_err(|e| e.to_string())?;
@@ -620,17 +631,15 @@ fn epoch_of_part(ticket: &Ticket, done: u64) -> Epoch {
     ticket.epoch()
 }
 
-/// The pieces of `bytes` that are not zero, in whole blocks, neighbours joined.
-fn nonzero_pieces(bytes: &[u8], block_bytes: usize) -> Vec<std::ops::Range<usize>> {
-    let mut pieces: Vec<std::ops::Range<usize>> = Vec::new();
+/// The pieces of `bytes` that are all zeros or not, in whole blocks, neighbours joined.
+fn pieces(bytes: &[u8], block_bytes: usize) -> Vec<(Range<usize>, bool)> {
+    let mut pieces: Vec<(Range<usize>, bool)> = Vec::with_capacity(1);
     for start in (0..bytes.len()).step_by(block_bytes) {
         let end = (start + block_bytes).min(bytes.len());
-        if is_zero(&bytes[start..end]) {
-            continue;
-        }
+        let is_zero = is_zero(&bytes[start..end]);
         match pieces.last_mut() {
-            Some(last) if last.end == start => last.end = end,
-            _ => pieces.push(start..end),
+            Some((last, same)) if *same == is_zero => last.end = end,
+            _ => pieces.push((start..end, is_zero)),
         }
     }
     pieces

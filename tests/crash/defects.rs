@@ -122,7 +122,7 @@ fn every_defect_is_noticed() {
             Defect::ImagesByTheNearest => (80, Shape::of),
             Defect::GivenUnstored => (760, Shape::of),
             Defect::CleansUnstored => (210, Shape::of),
-            Defect::CleansSideBySide => (410, Shape::of),
+            Defect::CleansSideBySide => (1410, Shape::of),
             Defect::SplitNotStored => (680, Shape::of),
             Defect::LegBeforeBits => (450, Shape::of_new_leg),
             _ => (0, Shape::of),

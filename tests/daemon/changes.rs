@@ -220,7 +220,7 @@ fn a_volume_with_bookmarks_is_not_begun_anew() {
 /// What a deletion leaves is decided when it begins: whoever asks for a bookmark later is told so.
 #[test]
 fn a_deletion_that_has_begun_does_not_promise_a_bookmark() {
-    let daemon = Daemon::with_disks(&[SIZE], "");
+    let daemon = Daemon::with_disks(&[crate::restart::SLOW_SIZE], "");
     crate::restart::slow_deletion(&daemon);
     let job = format!("/v1/jobs/{}", daemon.get("/v1/jobs").json()[0]["id"]);
     assert_eq!(daemon.send("DELETE", &job, "").json()["state"], "stopped");

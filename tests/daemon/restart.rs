@@ -306,13 +306,19 @@ fn a_table_from_another_time_is_not_believed() {
     daemon.assert_only_disks_left();
 }
 
+/// The size of a disk on which a deletion goes on until it is told to pause.
+pub(crate) const SLOW_SIZE: u64 = 64 << 20;
+
 /// Lays out a deletion that takes long, and returns when it is on its way: `b` is deleted, `a` inherits.
 pub(crate) fn slow_deletion(daemon: &Daemon) -> Vec<u64> {
     let mut client = daemon.client("vm0");
-    client.write(ALL, 1);
+    let mut write_all = |tag| {
+        (0..SLOW_SIZE as usize / SECTOR).step_by(ALL.end).for_each(|at| client.write(at..at + ALL.end, tag));
+    };
+    write_all(1);
     daemon.snap("a");
     daemon.snap("b");
-    client.write(ALL, 2);
+    write_all(2);
     drop(client);
     let expected = shows(daemon, "vm0@a");
     let api = daemon.api();
@@ -331,7 +337,7 @@ pub(crate) fn slow_deletion(daemon: &Daemon) -> Vec<u64> {
 
 #[test]
 fn a_deletion_that_is_stopped_goes_on_at_the_next_start() {
-    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let mut daemon = Daemon::with_disks(&[SLOW_SIZE], "");
     let expected = slow_deletion(&daemon);
     daemon.restart();
     daemon.api().wait_gone("vm0@b");
@@ -344,7 +350,7 @@ fn a_deletion_that_is_stopped_goes_on_at_the_next_start() {
 
 #[test]
 fn a_deletion_that_is_killed_goes_on_at_the_next_start() {
-    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    let mut daemon = Daemon::with_disks(&[SLOW_SIZE], "");
     let expected = slow_deletion(&daemon);
     daemon.kill();
     daemon.start();
@@ -353,7 +359,7 @@ fn a_deletion_that_is_killed_goes_on_at_the_next_start() {
     assert_eq!(shows(&daemon, "vm0@a"), expected);
     daemon.delete("vm0@a");
     daemon.assert_only_disks_left();
-    assert_eq!(shows(&daemon, "vm0"), vec![2; ALL.end]);
+    assert_eq!(shows(&daemon, "vm0"), vec![2; SLOW_SIZE as usize / SECTOR]);
 }
 
 #[test]

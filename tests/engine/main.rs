@@ -16,6 +16,7 @@ mod poison;
 mod restore;
 mod rules;
 mod run;
+mod runs;
 mod saved;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]

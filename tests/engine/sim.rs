@@ -30,6 +30,12 @@ struct Pending {
 
 thread_local! {
     static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
+    static AT_NEXT_START: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// Has something happen when the next operation is started, before anybody knows of that.
+pub fn at_next_start(what: impl FnOnce() + 'static) {
+    AT_NEXT_START.set(Some(Box::new(what)));
 }
 
 /// An answer that an image gives instead of doing what it is asked.
@@ -66,6 +72,8 @@ struct State {
     fail_zeroing: Mutex<Option<i32>>,
     fail_syncs: Mutex<Option<i32>>,
     longest: AtomicUsize,
+    reads: AtomicUsize,
+    writes: AtomicUsize,
     syncs: AtomicUsize,
     poisoned: AtomicBool,
     path: PathBuf,
@@ -91,6 +99,8 @@ impl SimImage {
                 fail_zeroing: Mutex::new(None),
                 fail_syncs: Mutex::new(None),
                 longest: AtomicUsize::new(0),
+                reads: AtomicUsize::new(0),
+                writes: AtomicUsize::new(0),
                 syncs: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
                 path: PathBuf::from(name),
@@ -146,6 +156,11 @@ impl SimImage {
         self.state.longest.load(Ordering::SeqCst)
     }
 
+    /// How many reads and writes were asked for.
+    pub fn transfers(&self) -> (usize, usize) {
+        (self.state.reads.load(Ordering::SeqCst), self.state.writes.load(Ordering::SeqCst))
+    }
+
     /// How many syncs were asked for.
     pub fn syncs(&self) -> usize {
         self.state.syncs.load(Ordering::SeqCst)
@@ -199,6 +214,9 @@ impl Image for SimImage {
         Alignment { offset_bytes: self.state.alignment, memory_bytes: 1 }
     }
     fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
+        if let Some(what) = AT_NEXT_START.take() {
+            what();
+        }
         let (data, len) = match ticket.kind() {
             OpKind::Write { .. } => (ticket.copy_out(), ticket.len()),
             OpKind::Read => (vec![0; ticket.len()], ticket.len()),
@@ -209,11 +227,14 @@ impl Image for SimImage {
         let unit = self.state.alignment as usize;
         assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
         assert!(len.is_multiple_of(SECTOR) && at + len <= self.state.bytes.lock().unwrap().len(), "outside the image");
-        if ticket.kind() == OpKind::Sync {
-            self.state.syncs.fetch_add(1, Ordering::SeqCst);
-        }
-        if ticket.kind() == OpKind::Read {
-            self.state.longest.fetch_max(len, Ordering::SeqCst);
+        match ticket.kind() {
+            OpKind::Sync => _ = self.state.syncs.fetch_add(1, Ordering::SeqCst),
+            OpKind::Write { .. } => _ = self.state.writes.fetch_add(1, Ordering::SeqCst),
+            OpKind::Read => {
+                self.state.reads.fetch_add(1, Ordering::SeqCst);
+                self.state.longest.fetch_max(len, Ordering::SeqCst);
+            }
+            _ => {}
         }
         let left = (0..len / SECTOR).collect();
         PENDING
@@ -367,4 +388,5 @@ pub type Scheduler = schedule::Scheduler<Sim>;
 pub fn reset() {
     let left = PENDING.with_borrow_mut(std::mem::take);
     drop(left);
+    drop(AT_NEXT_START.take());
 }

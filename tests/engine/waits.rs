@@ -1,5 +1,6 @@
-//! Whatever reads or copies in the background makes a guest's write wait for no more than one block's copy: while its
-//! I/O of one block is held, writes of all other blocks end, and a write of that block waits for just that block.
+//! Whatever reads or copies in the background makes a guest's write wait for no more than one copy of its own block, alone or
+//! with its neighbours: while the I/O of some blocks is held, writes of all other blocks end, and a write of one of those
+//! waits for just that copy.
 
 use std::sync::Arc;
 
@@ -9,7 +10,10 @@ use halfsilver::mirror::{Ticket, Version};
 use crate::bench::{BLOCK, Bench, block};
 use crate::sim::{self, Rng, Scheduler};
 
-const BLOCKS: usize = 6;
+/// A job that copies runs does so many blocks side by side.
+const SIDE_BY_SIDE: usize = 32;
+/// Some more than a job does side by side.
+const BLOCKS: usize = SIDE_BY_SIDE + 5;
 
 /// Something in the background, and how many blocks it has done.
 struct Background {
@@ -20,6 +24,8 @@ struct Background {
     guest: Ticket,
     /// How many times in a row each block's I/O goes out: a read, then writes.
     steps: usize,
+    /// How many blocks it does side by side.
+    at_once: usize,
 }
 
 fn bench() -> Bench {
@@ -36,7 +42,7 @@ impl Background {
     fn retires(bench: Bench, version: &Arc<Version>, steps: usize) -> Background {
         let (job, pace) = bench.start_retiring(version);
         let done_blocks = Box::new(move || pace.done_bytes.load(std::sync::atomic::Ordering::Relaxed) / BLOCK as u64);
-        Background { guest: bench.ticket(), bench, job, done_blocks, steps }
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps, at_once: SIDE_BY_SIDE }
     }
 
     /// Lets it begin its next I/O, and keeps that from moving.
@@ -54,13 +60,13 @@ impl Background {
         self.bench.start_write(&self.guest, block(at), fill)
     }
 
-    /// While the job is at each step of block 0, writes of all other blocks end.
+    /// While the job is at each step of the first blocks, writes of all other blocks end.
     fn lets_writes_of_other_blocks_through(mut self) {
         for step in 0..self.steps {
             assert!(self.begin_step() > 0, "step {step} has I/O");
             assert_eq!((self.done_blocks)(), 0);
-            for at in 1..BLOCKS {
-                let fill = u8::try_from(10 * step + at).unwrap();
+            for at in self.at_once..BLOCKS {
+                let fill = u8::try_from(40 * step + at).unwrap();
                 let whole = self.write(at, fill);
                 assert!(ends(whole), "step {step}: a write of block {at} waits");
                 // A part of a block, and a part that reaches into the next one.
@@ -73,7 +79,7 @@ impl Background {
         assert!(self.job.settle(&mut Rng::new(2)));
     }
 
-    /// A write of block 0 waits for the steps of block 0, and is done while the job stands still at block 1.
+    /// A write of block 0 waits for the steps of its copy, and is done while the job stands still at the next blocks.
     fn holds_up_a_write_for_one_block(mut self) {
         assert!(self.begin_step() > 0);
         let mut write = self.write(0, 7);
@@ -81,13 +87,13 @@ impl Background {
             assert!(!write.settle(&mut Rng::new(4)), "it is alone on its block");
             self.end_step();
             assert!(self.begin_step() > 0, "step {step} has I/O");
-            assert_eq!((self.done_blocks)(), 0, "step {step} is about the same block");
+            assert_eq!((self.done_blocks)(), 0, "step {step} is about the same blocks");
         }
         assert!(!write.settle(&mut Rng::new(4)));
         self.end_step();
-        assert!(self.begin_step() > 0, "the next block");
-        assert_eq!((self.done_blocks)(), 1);
-        assert!(ends(write), "it waits for a second block");
+        assert!(self.begin_step() > 0, "the next blocks");
+        assert_eq!((self.done_blocks)(), self.at_once as u64);
+        assert!(ends(write), "it waits for a second copy");
         assert_eq!(self.bench.read(&self.guest, block(0)), [7; 8]);
         self.end_step();
         assert!(self.job.settle(&mut Rng::new(6)));
@@ -106,7 +112,7 @@ fn check(make: impl Fn() -> Background) {
 
 /// Below the pivot: what the version that goes had saved, the next older one reads through it.
 #[test]
-fn handing_over_to_an_older_version_holds_up_one_block() {
+fn handing_over_to_an_older_version_holds_up_one_run() {
     check(|| {
         let bench = bench();
         bench.cut();
@@ -118,7 +124,7 @@ fn handing_over_to_an_older_version_holds_up_one_block() {
 
 /// Above the pivot: what a log has, the next log reads through it.
 #[test]
-fn handing_over_to_a_newer_version_holds_up_one_block() {
+fn handing_over_to_a_newer_version_holds_up_one_run() {
     check(|| {
         let bench = bench();
         bench.cut_to_log();
@@ -130,7 +136,7 @@ fn handing_over_to_a_newer_version_holds_up_one_block() {
 
 /// A read of the log, a write to the base, and giving back the entry's place.
 #[test]
-fn folding_a_log_holds_up_one_block() {
+fn folding_a_log_holds_up_one_run() {
     check(|| {
         let bench = bench();
         let (cut, _) = bench.cut_to_log();
@@ -141,7 +147,7 @@ fn folding_a_log_holds_up_one_block() {
 
 /// As before, after the base's old bytes were read and saved for an older version.
 #[test]
-fn folding_a_log_over_a_saved_version_holds_up_one_block() {
+fn folding_a_log_over_a_saved_version_holds_up_one_run() {
     check(|| {
         let bench = bench();
         let (older, _) = bench.cut();
@@ -152,9 +158,9 @@ fn folding_a_log_over_a_saved_version_holds_up_one_block() {
     });
 }
 
-/// Many blocks are copied side by side, each under its own lock.
+/// Many blocks are copied side by side, each run under its own locks.
 #[test]
-fn completing_a_volume_holds_up_each_block_by_itself() {
+fn completing_a_volume_holds_up_each_run_by_itself() {
     let many = 80;
     let bench = Bench::with_blocks(u32::try_from(BLOCK).unwrap(), many);
     write_all(&bench, &bench.ticket(), 1);
@@ -171,26 +177,27 @@ fn completing_a_volume_holds_up_each_block_by_itself() {
     let complete = job::complete(bench.queue.clone(), volume.clone(), pace.clone());
     job.spawn(async move { assert_eq!(complete.await, Ok(Outcome::Done)) });
     assert!(!job.poll());
-    let side_by_side = sim::hold_all_in_flight(true);
-    assert!(side_by_side > 8, "{side_by_side} reads");
-    for at in side_by_side..side_by_side + 8 {
+    let reads = sim::hold_all_in_flight(true);
+    let a_run = usize::try_from(volume.geometry().blocks_per_run()).unwrap();
+    assert_eq!(reads, SIDE_BY_SIDE.div_ceil(a_run));
+    for at in SIDE_BY_SIDE..SIDE_BY_SIDE + 8 {
         assert!(ends(start(at, 2)), "a write of block {at} waits");
     }
     let mut write = start(0, 7);
-    assert!(!write.settle(&mut Rng::new(4)), "it is alone on its block");
+    assert!(!write.settle(&mut Rng::new(4)), "it is alone on its blocks");
     for _ in 0..2 {
         sim::hold_all_in_flight(false);
         sim::finish_io();
         assert!(!job.poll());
         sim::hold_all_in_flight(true);
     }
-    assert!(ends(write), "it waits for more than its block's read and write");
+    assert!(ends(write), "it waits for more than one read and write");
     assert!(volume.blocks_to_fill().unwrap() > 0, "some are left");
     sim::hold_all_in_flight(false);
     assert!(job.settle(&mut Rng::new(6)));
     assert!(bench.editor.make_independent(&volume));
     let shown = crate::volumes::read_all(&bench, &volume).unwrap();
-    assert_eq!((shown[0], shown[8], shown[8 * side_by_side]), (7, 1, 2));
+    assert_eq!((shown[0], shown[8], shown[8 * SIDE_BY_SIDE]), (7, 1, 2));
 }
 
 #[test]
@@ -209,7 +216,7 @@ fn carrying_out_discards_holds_up_one_block() {
         job.spawn(async move { assert!(matches!(carry_out.await, Ok(Outcome::Done))) });
         let disk = bench.disk.clone();
         let done_blocks = Box::new(move || put_off - disk.discards().count());
-        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1 }
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1, at_once: 1 }
     });
 }
 

@@ -1,0 +1,91 @@
+//! Neighbouring blocks that a background job copies together: one guard, one read and one write for all of them. On storage
+//! that is limited in requests a second, a request for each block would take them from the guests.
+//!
+//! What always holds:
+//! - A run is locked as a whole only if nobody holds or wants one of its blocks. Otherwise each block is copied under its own
+//!   lock, so nobody waits longer for a contended block than for the copy of one.
+//! - What is to be done with a block is looked at under the guard, as for one block: a run that was found before may have
+//!   holes by then, and only what is left of it is copied.
+
+use super::join::join_all;
+use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
+use super::{Disk, Geometry};
+use crate::store::{BlockIndex, BlockRange};
+
+/// The most bytes of a run: a guest's write to one of its blocks may wait for the copy of all of them, which at this size
+/// takes little longer than that of one.
+const RUN_BYTES_MAX: u64 = 64 << 10;
+
+impl Geometry {
+    /// How many blocks a job copies under one guard at most.
+    #[must_use]
+    pub fn blocks_per_run(&self) -> u64 {
+        (RUN_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
+    }
+}
+
+impl Disk {
+    /// The first `most` blocks, one at least, of those that `next` finds at or after a block, from `from` on: neighbours
+    /// together.
+    pub(super) fn next_runs(
+        &self,
+        from: BlockIndex,
+        most: usize,
+        next: impl Fn(BlockIndex) -> Option<BlockIndex>,
+    ) -> Vec<BlockRange> {
+        let blocks_max = self.geometry.blocks_per_run();
+        let after = |block: &BlockIndex| next(BlockIndex(block.0 + 1));
+        let mut runs: Vec<BlockRange> = Vec::new();
+        for block in std::iter::successors(next(from), after).take(most.max(1)) {
+            match runs.last_mut() {
+                Some(run) if run.end == block && run.count() < blocks_max => run.end = BlockIndex(block.0 + 1),
+                _ => runs.push(BlockRange::one(block)),
+            }
+        }
+        runs
+    }
+
+    /// Does `copy` for all `runs` side by side: for a whole run under one guard, or for each of its blocks under its own.
+    ///
+    /// # Errors
+    /// The first one, when all have ended.
+    pub(super) async fn copy_runs<E, F: Future<Output = Result<(), E>>>(
+        &self,
+        runs: Vec<BlockRange>,
+        copy: impl Fn(BlockRange) -> F,
+    ) -> Result<(), E> {
+        let copy = &copy;
+        let copies = runs.into_iter().map(|run| async move {
+            if run.count() > 1
+                && let Some(_guard) = self.locks.try_exclusive(run)
+            {
+                return copy(run).await;
+            }
+            let alone = run.iter().map(|block| async move {
+                let one = BlockRange::one(block);
+                let _guard = self.locks.acquire(one, Mode::Exclusive).await;
+                copy(one).await
+            });
+            join_all(alone.collect()).await.into_iter().collect()
+        });
+        join_all(copies.collect()).await.into_iter().collect()
+    }
+}
+
+/// The runs of `blocks` for which `of` says the same.
+pub(super) fn alike<T: PartialEq>(blocks: BlockRange, of: impl Fn(BlockIndex) -> T) -> Vec<(BlockRange, T)> {
+    let mut runs: Vec<(BlockRange, T)> = Vec::new();
+    for block in blocks.iter() {
+        let what = of(block);
+        match runs.last_mut() {
+            Some((run, same)) if *same == what => run.end = BlockIndex(block.0 + 1),
+            _ => runs.push((BlockRange::one(block), what)),
+        }
+    }
+    runs
+}
+
+/// The runs of `blocks` that `is_one` picks.
+pub(super) fn those(blocks: BlockRange, is_one: impl Fn(BlockIndex) -> bool) -> impl Iterator<Item = BlockRange> {
+    alike(blocks, is_one).into_iter().filter(|(_, is_one)| *is_one).map(|(run, _)| run)
+}
