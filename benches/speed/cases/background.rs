@@ -137,6 +137,17 @@ fn follow(daemon: &Halfsilver, job: &Value, until: &Arc<AtomicBool>) -> Result<u
     }
 }
 
+/// The row of a guest's reads or writes beside a kind of work.
+pub(crate) fn row_name(op: &str, work: &str) -> String {
+    let article = if work.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("guest, 4K random {op} depth 32, beside {article} {work}")
+}
+
+/// The kinds of work that the guest is to notice little of.
+pub(crate) fn works() -> impl Iterator<Item = &'static str> {
+    WORKS.iter().map(|work| work.name)
+}
+
 pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
     for work in &WORKS {
         for (op, name) in [(Op::Read, "read"), (Op::Write, "write")] {
@@ -146,7 +157,7 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
                 continue;
             }
             let rounds = if is_short && work.is_long { 1 } else { stage.settings.fewer_rounds() };
-            let row = stage.row(CASE, &format!("guest, 4K random {name} depth 32, beside a {}", work.name), 1);
+            let row = stage.row(CASE, &row_name(name, work.name), 1);
             for round in 0..rounds {
                 of_daemons(stage, work, op, &row, round, results)?;
                 if work.name == "backup" {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::table::Table;
 use super::{number, ratio};
-use crate::cases::{cut, first_writes, many, plain, scale};
+use crate::cases::{background, cut, first_writes, many, plain, scale};
 use crate::place::Device;
 use crate::results::{Results, Spread};
 use crate::stage::QSD_IO_URING;
@@ -69,6 +69,7 @@ pub(crate) fn compute(results: &Results) -> Vec<Claim> {
     of_plain(results, &mut claims);
     of_first_writes(results, &mut claims);
     of_cut(results, &mut claims);
+    of_background(results, &mut claims);
     of_many(results, &mut claims);
     let row = results.find(scale::CASE, scale::FOUR_DISKS, Device::Shm, 1);
     claims.push(Claim {
@@ -188,6 +189,21 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
                     measured: of("longest_of_all_ratio"),
                 });
             }
+        }
+    }
+}
+
+fn of_background(results: &Results, claims: &mut Vec<Claim>) {
+    for work in background::works() {
+        for op in ["read", "write"] {
+            let what = background::row_name(op, work);
+            let row = results.find(background::CASE, &what, Device::Disk, 1);
+            claims.push(Claim {
+                what: format!("{what}, disk: rate against alone"),
+                unit: " x",
+                bound: Bound::AtLeast(0.8),
+                measured: row.and_then(|row| results.ratio(&row, work, "alone", "per_s")),
+            });
         }
     }
 }
