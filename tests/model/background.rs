@@ -88,7 +88,7 @@ fn turns_keep_the_window_and_leave_nobody_behind() {
 }
 
 #[test]
-fn a_window_that_is_not_kept_and_turns_that_are_not_passed_on_are_noticed() {
+fn planted_windows_not_kept_and_turns_not_passed_on_are_noticed() {
     let _alone = alone();
     for defect in [Defect::WindowNotKept, Defect::TurnNotPassedOn] {
         plant(Some(defect));
