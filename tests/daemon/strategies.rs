@@ -258,7 +258,8 @@ fn a_damaged_log_table_stops_the_disk_from_being_served() {
 /// A fold that is slowed down, stopped, killed and resumed, under a guest that writes.
 #[test]
 fn a_fold_is_stopped_and_resumed_also_across_restarts() {
-    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    // Beside a guest at work it goes block by block, and can be slowed down before it is done.
+    let mut daemon = Daemon::with_disks(&[SIZE], "background=4K");
     let mut client = daemon.client("vm0");
     client.write(ALL, 1);
     log_snapshot(&daemon, "a");
@@ -267,6 +268,7 @@ fn a_fold_is_stopped_and_resumed_also_across_restarts() {
     let deleting = std::thread::spawn(move || api.send("DELETE", "/v1/snapshots/vm0@a", ""));
     let mut job = Value::Null;
     wait_until("the job", || {
+        client.write(0..1, 2);
         job = daemon.get("/v1/jobs").json()[0].clone();
         !job.is_null()
     });

@@ -131,14 +131,9 @@ impl Qsd {
     }
 }
 
-/// How often a command is told again that QEMU did not understand.
-const TOLD_AGAIN_MAX: u64 = 3;
-
 /// The monitor: one command at a time. Events are skipped.
 struct Monitor {
     from: BufReader<UnixStream>,
-    /// How many commands were sent; each has the count before it as its name.
-    sent: u64,
 }
 
 impl Monitor {
@@ -157,7 +152,7 @@ impl Monitor {
     fn greet(path: &Path) -> Result<Monitor> {
         let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        let mut monitor = Monitor { from: BufReader::new(stream), sent: 0 };
+        let mut monitor = Monitor { from: BufReader::new(stream) };
         monitor.line()?;
         monitor.command("qmp_capabilities", &json!({}))?;
         monitor.from.get_ref().set_read_timeout(Some(PATIENCE))?;
@@ -172,33 +167,29 @@ impl Monitor {
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// Sends a command and takes its answer. QEMU 7.2 now and then loses the first bytes that it is sent after its start, and
-    /// complains of what is left; it has done nothing then, and is told again.
+    /// Sends a command and takes its answer. QEMU 7.2 now and then loses the first bytes that it is sent after its start. It
+    /// complains of each piece of what is left, without the command's id, and has done nothing then: it is told again, once.
     fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value> {
-        let first = self.sent;
-        self.send(command, arguments)?;
+        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": command }));
+        self.from.get_mut().write_all(text.as_bytes())?;
+        let mut told_again = false;
         loop {
             let mut answer = self.line()?;
-            let id = answer["id"].as_u64();
-            if id.is_some_and(|id| id < first) {
-                continue; // Of a command that was told twice.
-            }
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
             }
-            let Some(error) = answer.get("error") else { continue };
-            let is_lost = id.is_none() && error["desc"].as_str().is_some_and(|e| e.starts_with("JSON parse error"));
-            if !is_lost || self.sent > first + TOLD_AGAIN_MAX {
-                return Err(format!("qemu-storage-daemon refused {command} {arguments}: {answer}").into());
+            match (answer.get("error"), answer.get("id")) {
+                (None, _) => {}
+                (Some(_), Some(_)) => {
+                    return Err(format!("qemu-storage-daemon refused {command} {arguments}: {answer}").into());
+                }
+                (Some(_), None) if told_again => {}
+                (Some(_), None) => {
+                    told_again = true;
+                    self.from.get_mut().write_all(text.as_bytes())?;
+                }
             }
-            self.send(command, arguments)?;
         }
-    }
-
-    fn send(&mut self, command: &str, arguments: &Value) -> Result<()> {
-        let text = format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": self.sent }));
-        self.sent += 1;
-        Ok(self.from.get_mut().write_all(text.as_bytes())?)
     }
 
     fn command(&mut self, command: &str, arguments: &Value) -> Result<()> {
