@@ -59,13 +59,11 @@ async fn fill(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcom
     let lane = disk.clock().lane();
     let (mut at, mut since_checkpoint) = (BlockIndex(0), 0);
     loop {
-        let most = pace.side_by_side(block_bytes, SIDE_BY_SIDE);
         let filled = {
             // What it stands on is read, and its guest may be at work as well.
-            let turn = disk.background_turn(most as u64 * block_bytes, block_bytes).await;
-            let most = most.min(turn.blocks(block_bytes));
+            let turn = pace.turn(&disk, SIDE_BY_SIDE).await;
             let ticket = lane.enter();
-            disk.fill_some(&queue, &ticket, at, most).await?
+            disk.fill_some(&queue, &ticket, at, turn.blocks(block_bytes)).await?
         };
         let Some(Filled { next, bytes }) = filled else { break };
         at = next;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crate::crash;
 use crate::image::IoQueue;
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{ChainEditor, Disk, Epoch, RequestError, Version};
+use crate::mirror::{ChainEditor, Disk, Epoch, RequestError, Turn, Version};
 use crate::store::BlockIndex;
 
 /// A job looks this often whether its pace has changed or it should stop.
@@ -114,6 +114,13 @@ impl Pace {
             limit => usize::try_from(limit / STEPS_PER_SECOND / block_bytes).unwrap_or(most).clamp(1, most),
         }
     }
+
+    /// Waits for a turn for a step of at most `most` blocks, one at least.
+    async fn turn(&self, disk: &Disk, most: usize) -> Turn {
+        let block_bytes = u64::from(disk.geometry().block_bytes);
+        let most = self.side_by_side(block_bytes, most) as u64;
+        disk.background_turn(most * block_bytes, block_bytes).await
+    }
 }
 
 /// Lets a frozen version go: waits until nobody goes by the old state (`grace`), hands its blocks to the neighbour that
@@ -142,10 +149,9 @@ pub async fn retire(
     let mut at = BlockIndex(0);
     loop {
         let some = {
-            let most = pace.side_by_side(block_bytes, LET_GO_SIDE_BY_SIDE);
-            let turn = disk.background_turn(most as u64 * block_bytes, block_bytes).await;
+            let turn = pace.turn(&disk, LET_GO_SIDE_BY_SIDE).await;
             let ticket = lane.enter();
-            disk.let_go_of_some(&queue, &ticket, version.id, at, most.min(turn.blocks(block_bytes))).await?
+            disk.let_go_of_some(&queue, &ticket, version.id, at, turn.blocks(block_bytes)).await?
         };
         let Some((next, blocks)) = some else { break };
         at = next;
@@ -167,12 +173,11 @@ pub async fn retire(
 /// # Errors
 /// When the image refuses; the rest stays put off.
 pub async fn carry_out_discards(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcome, RequestError> {
-    let block_bytes = u64::from(disk.geometry().block_bytes);
     let lane = disk.clock().lane();
     let mut at = BlockIndex(0);
     loop {
         let next = {
-            let _turn = disk.background_turn(block_bytes, block_bytes).await;
+            let _turn = pace.turn(&disk, 1).await;
             let ticket = lane.enter();
             disk.carry_out_discard(&queue, &ticket, at).await?
         };

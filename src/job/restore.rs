@@ -29,11 +29,10 @@ pub async fn restore(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result
         // Guests bring blocks back as well.
         let left = disk.blocks_to_bring_back() * block_bytes;
         pace.total_bytes.store(pace.done_bytes.load(Ordering::Relaxed) + left, Ordering::Relaxed);
-        let most = pace.side_by_side(block_bytes, SIDE_BY_SIDE);
         let some = {
-            let turn = disk.background_turn(most as u64 * block_bytes, block_bytes).await;
+            let turn = pace.turn(&disk, SIDE_BY_SIDE).await;
             let ticket = lane.enter();
-            disk.bring_back_some(&queue, &ticket, at, most.min(turn.blocks(block_bytes))).await?
+            disk.bring_back_some(&queue, &ticket, at, turn.blocks(block_bytes)).await?
         };
         let Some((next, blocks)) = some else { break };
         at = next;

@@ -310,8 +310,7 @@ impl Pair {
     }
 
     /// Copies the next blocks, `most` at the most, to the leg that is being synchronised, side by side and each under its
-    /// own lock. Returns how many bytes
-    /// are done with, or None when no region is left.
+    /// own lock. Returns how many bytes are done with, or None when no region is left.
     ///
     /// # Errors
     /// When the leg was dropped, also by this; or the one to copy from cannot be read.
