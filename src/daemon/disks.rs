@@ -1,31 +1,32 @@
 //! Serving disks: adding them, taking up what is remembered of them, and letting them go.
 //!
-//! How a disk's versions are taken up again is in [`super::takeup`].
+//! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::changes::with_tables;
 use super::config::DiskSpec;
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
-use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
+use super::layers::{DiskLayers, direct_of, remove_file};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::Standing;
-use super::takeup::{Taken, Trust, take_up};
+use super::takeup::{Planned, lock_wait, unserved};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
+use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, RestoreRecord, SnapshotRecord, Table, TableName};
+use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -52,25 +53,39 @@ impl Manager {
     /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
     pub(super) fn take_up(&self, given: &[DiskSpec], take_flushed: &[Name]) -> Result<(), ApiError> {
         let _structure = locked(&self.structure);
+        let mut planned = Vec::new();
         for spec in given {
-            let take_flushed = take_flushed.contains(&spec.name);
-            self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;
+            planned.push(self.plan(&spec.name, self.completed(&spec.name, &spec.config))?);
         }
-        let (volumes, disks): (Vec<_>, Vec<_>) =
-            self.records.disks().map_err(record_error)?.into_iter().partition(DiskRecord::is_volume);
-        for record in disks {
-            let name: Name = record.name.parse()?;
-            if self.disk(&name).is_ok() {
+        for record in self.records.disks().map_err(record_error)? {
+            let (name, config) = (record.name.parse::<Name>(), serde_json::from_value(record.config.clone()));
+            let (Ok(name), Ok(config)) = (name, config) else {
+                log::error!(
+                    "disk {}: its name or configuration cannot be understood; it is left as it is",
+                    record.name
+                );
                 continue;
-            }
-            let config: DiskConfig = serde_json::from_value(record.config)
-                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
-            if let Err(e) = self.add_disk(&name, &config, take_flushed.contains(&name)) {
-                log::error!("{e}; its record and snapshots are kept, and other disks are served");
-                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
+            };
+            if !planned.iter().any(|p| p.name == name) {
+                planned.push(Planned { name, config, record: Some(record) });
             }
         }
-        self.take_up_volumes(volumes, take_flushed)?;
+        let decided = self.decide(&planned, take_flushed)?;
+        let mut volumes = Vec::new();
+        for (at, (planned, recovery)) in planned.into_iter().zip(decided).enumerate() {
+            let name = planned.name.clone();
+            match recovery {
+                recovery if at < given.len() => drop(self.add_planned(planned, recovery)?),
+                Some(recovery) if recovery.record.is_volume() => volumes.push((planned, recovery)),
+                recovery => {
+                    if let Err(e) = self.add_planned(planned, recovery) {
+                        log::error!("{e}; its record and snapshots are kept, and other disks are served");
+                        self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
+                    }
+                }
+            }
+        }
+        self.take_up_volumes(volumes);
         self.resume_restores();
         self.tidy_moments_later();
         Ok(())
@@ -90,7 +105,9 @@ impl Manager {
             let message = format!("disk {name} exists and is configured differently");
             return Err(ApiError::new(ErrorCode::DiskExists, message));
         }
-        let entry = self.add_disk(name, &config, false)?;
+        let planned = self.plan(name, config)?;
+        let recovery = self.decide(std::slice::from_ref(&planned), &[])?.into_iter().flatten().next();
+        let entry = self.add_planned(planned, recovery)?;
         self.resume_restores();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
@@ -157,60 +174,50 @@ impl Manager {
             .with_action("serve it as before and delete the snapshots first, or use another name"))
     }
 
-    pub(super) fn add_disk(
-        &self,
-        name: &Name,
-        config: &DiskConfig,
-        take_flushed: bool,
-    ) -> Result<Arc<DiskEntry>, ApiError> {
-        let record = self.record_of(name, config)?;
+    fn plan(&self, name: &Name, config: DiskConfig) -> Result<Planned, ApiError> {
+        let record = self.record_of(name, &config)?;
+        Ok(Planned { name: name.clone(), config, record })
+    }
+
+    /// Serves a disk as it was decided; one of which nothing is remembered as it is.
+    pub(super) fn add_planned(&self, planned: Planned, recovery: Option<Recovery>) -> Result<Arc<DiskEntry>, ApiError> {
+        let Planned { name, config, record } = &planned;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
-        let direct = direct_of(config);
-        // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
-        let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
-        let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
-        let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
-        // Looked at before it is opened, because opening may count as a change. A mirror looks at its legs itself.
-        // Whether what a volume stands on may be believed is said there.
-        let looks = match record.as_ref().filter(|r| r.mirror.is_some() || r.volume.is_some()) {
-            Some(record) => record.saved,
-            None => Fingerprint::of(&config.path).ok(),
-        };
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
+            return Err(in_disk(unserved(why)));
+        }
+        let lock_wait = lock_wait(record.as_ref());
+        let options = ImageOptions { direct: direct_of(config), read_only: config.readonly, lock_wait };
         let standing = record.as_ref().map(Standing::of).unwrap_or_default();
-        let Base { backing, mut mirror } = match &standing.volume {
-            Some(volume) => Base { backing: self.base_of(volume), mirror: None },
-            None => self.open_base(config, record.as_ref(), options).map_err(in_disk)?,
+        let Base { backing, mirror } = match &standing.volume {
+            Some(volume) => {
+                let lost = recovery.as_ref().and_then(Recovery::why_hollow);
+                Base { backing: self.base_of(volume, lost), mirror: None }
+            }
+            None => self.open_base(config, recovery.as_ref(), options).map_err(in_disk)?,
         };
-        let unit = backing.alignment().offset_bytes;
-        if unit > config.block_size {
-            let message = format!(
-                "disk {name}: {} takes units of {unit} bytes, more than its block size of {}",
-                config.path.display(),
-                config.block_size
-            );
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
-                .with_action(format!("give it block-size={unit}, or direct=off")));
+        let (path, block_bytes) = (config.path.clone(), config.block_size);
+        let unit_bytes = backing.alignment().offset_bytes;
+        if unit_bytes > block_bytes {
+            return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
         }
         let geometry = Geometry::of(&backing, config.block_size);
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
-        let trust = record.as_ref().map(|record| match Trust::of(record, looks, boot) {
-            Trust::SameBoot if take_flushed => Trust::PowerCut,
-            trust => trust,
-        });
-        let taken = match record.clone().zip(trust) {
-            None => Taken::of_new_disk(backing.clone()),
-            Some((record, trust)) => {
-                if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
-                    && let Err(e) = discards.load(&self.places.durable_table(id), seal)
-                {
-                    log::warn!("disk {name}: discards that were put off are forgotten: {e}");
-                }
-                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
-                take_up(record, &backing, &config.path, trust, &layers).map_err(in_disk)?
+        match recovery.as_ref().and_then(|r| r.discards.as_ref()) {
+            Some(Ok(seal)) => {
+                discards.load(&self.places.durable_table(id), *seal).map_err(table_error).map_err(in_disk)?
             }
+            Some(Err(why)) => log::warn!("disk {name}: discards that were put off are forgotten: {why}"),
+            None => {}
+        }
+        let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
+        let taken = match &recovery {
+            None => Taken::of_new_disk(backing.clone()),
+            Some(recovery) => carry_out(recovery, &backing, Timestamp::now().unix_ms(), &layers)
+                .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
         };
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
@@ -218,12 +225,9 @@ impl Manager {
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, awaited) = match record.as_ref().zip(trust) {
+        let (restore, awaited) = match &recovery {
             None => (None, None),
-            Some((record, trust)) => {
-                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
-                self.take_up_restore(&disk, record, &layers).map_err(in_disk)?
-            }
+            Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
@@ -232,15 +236,13 @@ impl Manager {
         }
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
-        // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
-        for (lost, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
-            let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
-            let (gone, stays) =
-                std::mem::take(&mut mirror.legs).into_iter().partition(|(leg, _)| leg.path == lost.image);
-            mirror.legs = stays;
-            former_legs.extend(Vec::into_iter(gone).map(|(leg, _)| leg.path));
-            config.path.clone_from(&mirror.legs[0].0.path);
-            config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+        if let (Some(decided), Some(mirror)) = (recovery.as_ref().and_then(|r| r.mirror.as_ref()), &mirror) {
+            let gone = decided.legs.iter().filter(|(_, leg)| *leg == LegUse::Forgotten).map(|(path, _)| path.clone());
+            former_legs.extend(gone);
+            if decided.legs.iter().any(|(_, leg)| *leg == LegUse::Forgotten) {
+                config.path.clone_from(&mirror.legs[0].0.path);
+                config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+            }
         }
         for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
             self.settle_mark(&disk, gone, &mut bookmarks);

@@ -14,13 +14,13 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::layers::{block_on, open_image, open_made_here, remove_file, store_file};
 use super::manager::{Manager, image_error, table_error};
-use super::takeup::Trust;
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
 use crate::job::{self, Outcome};
 use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
-use crate::store::{DiskRecord, Fingerprint, LegRecord, MirrorRecord};
+use crate::recovery::{LegUse, Recovery};
+use crate::store::{LegRecord, MirrorRecord};
 
 /// How long a change of the mirror waits for the requests in flight.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
@@ -118,7 +118,7 @@ fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<Shared
         store_file(&image).map_err(table_error)?;
         return Ok(image);
     }
-    let image = open_image(path, config, Trust::Saved).map_err(image_error)?;
+    let image = open_image(path, config, Duration::ZERO).map_err(image_error)?;
     if image.size_bytes() != size_bytes {
         let message = format!(
             "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
@@ -169,62 +169,42 @@ impl Manager {
         made.map(|pair| (id, pair)).inspect_err(|_| remove_file(&path))
     }
 
-    /// Opens the full image of a disk: its one image, or the legs of its mirror that are there and that nobody changed.
+    /// Opens the full image of a disk: its one image, or the legs of its mirror that are to be used.
     pub(super) fn open_base(
         &self,
         config: &DiskConfig,
-        record: Option<&DiskRecord>,
+        recovery: Option<&Recovery>,
         options: ImageOptions,
     ) -> Result<Base, ApiError> {
         let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
-        let Some((record, mirror)) = record.and_then(|r| Some((r, r.mirror.clone()?))) else {
+        let mirrored = recovery.and_then(|r| Some((r.record.mirror.as_ref()?, r.mirror.as_ref()?)));
+        let Some((mirror, decided)) = mirrored else {
             // That of a volume which became independent was a log, wherever it lies.
-            let image = match record.is_some_and(|r| r.logical_block_bytes.is_some()) {
+            let image = match recovery.is_some_and(|r| r.record.logical_block_bytes.is_some()) {
                 true => open_made_here(&config.path, config, options),
                 false => open(&config.path),
             };
             return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
         };
-        // Those from before the last split; the full image of the newer ones is the mirror.
-        let split_off = match record.live_splits {
-            true => &record.snapshots[..],
-            false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
-        };
-        let (mut legs, mut images, mut why) = (Vec::new(), Vec::new(), None);
-        for leg in mirror.legs {
-            let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
-            let changed = record.saved.is_some() && leg.saved != Fingerprint::of(&leg.path).ok();
-            let image = match (is_frozen, changed) {
-                (true, _) => None,
-                (_, true) => {
-                    why.get_or_insert_with(|| {
-                        format!("{} was changed while the daemon was not running", leg.path.display())
-                    });
+        let (mut legs, mut images) = (Vec::new(), Vec::new());
+        for (leg, (_, what)) in mirror.legs.iter().zip(&decided.legs) {
+            let image = match what {
+                LegUse::InUse(_) => Some(open(&leg.path).map_err(image_error)?),
+                LegUse::Held | LegUse::Forgotten => None,
+                LegUse::Unused(why) => {
+                    log::error!("{}: this leg is not used: {why}", leg.path.display());
                     None
                 }
-                _ => match open(&leg.path) {
-                    Ok(image) => Some(image),
-                    Err(e) => {
-                        why.get_or_insert_with(|| e.to_string());
-                        None
-                    }
-                },
             };
             images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
-            legs.push((leg, image));
-        }
-        if let Some(why) = &why {
-            log::error!("a leg is not used: {why}");
+            if *what != LegUse::Forgotten {
+                legs.push((leg.clone(), image));
+            }
         }
         let (id, block_bytes) = (mirror.bitmap, config.block_size);
-        let path = self.bitmap_path(id);
         let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
-        let bitmap: SharedImage = Arc::new(FileImage::open(&path, bitmap).map_err(image_error)?);
-        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await);
-        let pair = pair.map_err(|e| match &why {
-            Some(why) => ApiError { message: format!("{}; {why}", e.message), ..e },
-            None => e,
-        })?;
+        let bitmap: SharedImage = Arc::new(FileImage::open(&self.bitmap_path(id), bitmap).map_err(image_error)?);
+        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
         let mirror = Mirror { bitmap: id, pair: pair.clone(), legs };
         Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
     }

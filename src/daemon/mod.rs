@@ -25,7 +25,7 @@ mod service;
 mod snapshots;
 mod standing;
 mod strays;
-pub mod takeup;
+mod takeup;
 mod update;
 mod volumes;
 mod work;

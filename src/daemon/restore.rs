@@ -17,7 +17,6 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::layers::{DiskLayers, block_on, remove_file};
 use super::manager::{Manager, table_error};
-use super::takeup::Trust;
 use crate::control::api::{
     self, DeleteSnapshotOptions, JobKind, JobState, RestoreRequest, SnapshotRequest, VolumeSource, Writers,
 };
@@ -27,6 +26,7 @@ use crate::image::IoQueue;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
+use crate::recovery::Recovery;
 use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord, VolumeRecord};
 
 /// A disk that waits for the volume that it is restored from.
@@ -425,31 +425,21 @@ impl Manager {
         Ok(())
     }
 
-    /// Puts a restore that the record tells of into the disk's chain, before the disk is served. One from a volume waits
-    /// until that is served.
+    /// Puts a restore that is to go on into the disk's chain, before the disk is served. One from a volume waits until that
+    /// is served.
     pub(super) fn take_up_restore(
         &self,
         disk: &Arc<Disk>,
-        record: &DiskRecord,
+        recovery: &Recovery,
         layers: &DiskLayers,
     ) -> Result<(Option<RestoreRecord>, Option<Awaited>), ApiError> {
-        let Some(restore) = record.restore.clone().filter(|r| r.is_active) else { return Ok((None, None)) };
-        let lost = |why: String| {
-            let message =
-                format!("it is being restored from {}, and what is not copied yet cannot be had: {why}", restore.from);
-            ApiError::new(ErrorCode::DiskFailed, message)
-                .with_action("put back what is missing and start again; nothing has been changed")
-        };
-        if layers.trust == Trust::Changed {
-            return Err(lost("the disk's image was changed while the daemon was not running".to_owned()));
-        }
-        let pending = layers.open_pending(restore.id, &self.places.log_table(restore.id)).map_err(lost)?;
+        let restores = recovery.record.restore.clone().zip(recovery.restore.as_ref());
+        let Some((restore, decided)) = restores else { return Ok((None, None)) };
+        let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
+        let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
+        let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
         if !restore.is_own {
             return Ok((Some(restore), Some(Awaited { closed: self.editor.close(disk, true), pending })));
-        }
-        let why = record.snapshots.iter().find(|s| s.id == restore.source).and_then(|s| s.broken.clone());
-        if disk.chain().position(restore.source).is_none() {
-            return Err(lost(why.unwrap_or_else(|| "the snapshot is lost".to_owned())));
         }
         self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
         Ok((Some(restore), None))

@@ -17,6 +17,7 @@ use super::disks::Opened;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::standing::Standing;
+use super::takeup::Planned;
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, VolumeRequest, VolumeSource, VolumeState, Writers,
 };
@@ -25,6 +26,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Owned, VOLUMES_DEEP_MAX, View};
+use crate::recovery::{Recovery, Why};
 use crate::store::{DiskRecord, Table, TableName, VolumeRecord};
 
 impl Manager {
@@ -79,13 +81,16 @@ impl Manager {
             .with_action(format!("delete first what stands on it: halfsilver volume delete {first}")))
     }
 
-    /// What a volume stands on, as it is now. One that is lost says why at each request.
-    pub(super) fn base_of(&self, volume: &VolumeRecord) -> Backing {
+    /// What a volume stands on, as it is now. One that is lost, by what was decided too, says why at each request.
+    pub(super) fn base_of(&self, volume: &VolumeRecord, decided: Option<&Why>) -> Backing {
         let found = self.all_disks().into_iter().find_map(|disk| {
             let entry = disk.snapshots().into_iter().find(|s| s.id == volume.snapshot)?;
             Some((disk, entry))
         });
         let lost = |why: &str| View::lost(why, volume.snapshot, &volume.from, volume.size_bytes);
+        if let Some(Why::BaseLost { why, .. }) = decided {
+            return Backing::View(lost(&why.to_string()));
+        }
         Backing::View(match found {
             None => lost("its disk is not served"),
             Some((_, entry)) if entry.version.is_none() => lost(&entry.broken().unwrap_or_default()),
@@ -96,19 +101,15 @@ impl Manager {
         })
     }
 
-    /// Serves the volumes that are remembered, each after what it stands on. The structure is locked.
-    pub(super) fn take_up_volumes(&self, mut left: Vec<DiskRecord>, take_flushed: &[Name]) -> Result<(), ApiError> {
+    /// Serves the volumes that are remembered as it was decided, each after what it stands on. The structure is locked.
+    pub(super) fn take_up_volumes(&self, mut left: Vec<(Planned, Recovery)>) {
         while !left.is_empty() {
-            let base = |r: &DiskRecord| r.volume.as_ref().map(|v| v.snapshot);
-            let waits = |r: &DiskRecord| left.iter().any(|o| o.snapshots.iter().any(|s| Some(s.id) == base(r)));
-            let record = left.swap_remove(left.iter().position(|r| !waits(r)).unwrap_or(0));
-            let name: Name = record.name.parse()?;
-            let config: DiskConfig = serde_json::from_value(record.config.clone())
-                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
-            if self.disk(&name).is_ok() {
-                continue; // The configuration has it: its image is one that it has alone.
-            }
-            let added = self.add_disk(&name, &config, take_flushed.contains(&name));
+            let base = |r: &Recovery| r.record.volume.as_ref().map(|v| v.snapshot);
+            let has = |r: &Recovery, version| r.record.snapshots.iter().any(|s| Some(s.id) == version);
+            let waits = |(_, r): &(Planned, Recovery)| left.iter().any(|(_, other)| has(other, base(r)));
+            let (planned, recovery) = left.swap_remove(left.iter().position(|one| !waits(one)).unwrap_or(0));
+            let (name, record) = (planned.name.clone(), planned.record.clone());
+            let added = self.add_planned(planned, Some(recovery));
             let broken = match &added {
                 Ok(entry) => entry.failure(),
                 Err(e) => Some(e.message.clone()),
@@ -118,10 +119,11 @@ impl Manager {
             self.bus.publish(Notice::of_disk(EventKind::VolumeBroken, &name).because(&reason));
             match added {
                 Ok(entry) => entry.failure_told.store(true, std::sync::atomic::Ordering::SeqCst),
-                Err(_) => drop(locked(&self.lost_volumes).insert(name, (record, reason))),
+                Err(_) => {
+                    locked(&self.lost_volumes).extend(record.map(|record| (name, (record, reason))));
+                }
             }
         }
-        Ok(())
     }
 
     pub(super) fn make_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {

@@ -16,6 +16,7 @@ mod intact;
 mod records;
 mod run_header;
 mod table;
+mod table_files;
 mod work;
 
 pub use block::{BlockIndex, BlockRange};
@@ -26,4 +27,5 @@ pub use records::{
 };
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};
+pub use table_files::TableFiles;
 pub use work::{Work, WorkRecord};
