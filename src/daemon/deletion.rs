@@ -54,20 +54,15 @@ impl Manager {
     }
 
     pub(super) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
-        let DeleteSnapshotOptions { force, keep_image, keep_bookmark } = options;
-        let deadline = Instant::now() + DELETION_WAIT;
+        let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
+        let deadline =
+            Instant::now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let job = loop {
             let structure = locked(&self.structure);
             self.refuse_when_stopping()?;
             let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
-            self.refuse_while_restored(&disk, ErrorCode::SnapshotBusy)?;
-            self.refuse_if_stood_on(&entry, ErrorCode::SnapshotBusy)?;
-            self.refuse_if_restored_from(&entry, ErrorCode::SnapshotBusy)?;
-            if keep_bookmark {
-                entry.refuse_bookmark_if_broken()?;
-                entry.refuse_bookmark_if_going()?;
-            }
+            self.refuse_deletion(&disk, &entry, options)?;
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
@@ -98,20 +93,17 @@ impl Manager {
                     if old_frontends > 0 && force {
                         self.move_frontends(&entry)?;
                     } else if old_frontends > 0 {
-                        let message = format!("{old_frontends} frontends still write snapshot {reference}");
-                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-                            .with_action(format!("move them over first: halfsilver snapshot cutover {reference}")));
+                        return Err(entry.still_written(&disk));
                     } else if Instant::now() >= deadline {
                         let message = format!("snapshot {reference} is still draining");
                         return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
                             .with_action("try again when the requests that were in flight at the cut are done"));
                     }
                 }
-                _ if !force && entry.frontends.count() > 0 => {
-                    let message = format!("snapshot {reference} is being read");
-                    return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
+                _ => {
+                    entry.refuse_readers(force)?;
+                    break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?;
                 }
-                _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
             }
             drop(structure);
             std::thread::sleep(Duration::from_millis(10));
@@ -131,6 +123,23 @@ impl Manager {
             }
             JobState::Done | JobState::Running => Ok(Deletion::Done),
         }
+    }
+
+    /// Refuses to delete a snapshot that others need, or that cannot leave what it is to leave. The structure is locked.
+    pub(super) fn refuse_deletion(
+        &self,
+        disk: &DiskEntry,
+        entry: &SnapshotEntry,
+        options: DeleteSnapshotOptions,
+    ) -> Result<(), ApiError> {
+        self.refuse_while_restored(disk, ErrorCode::SnapshotBusy)?;
+        self.refuse_if_stood_on(entry, ErrorCode::SnapshotBusy)?;
+        self.refuse_if_restored_from(entry, ErrorCode::SnapshotBusy)?;
+        if options.keep_bookmark {
+            entry.refuse_bookmark_if_broken()?;
+            entry.refuse_bookmark_if_going()?;
+        }
+        Ok(())
     }
 
     /// The newest job that deletes this snapshot.
@@ -321,6 +330,22 @@ impl Manager {
         log::info!("snapshot {}: deleted", entry.reference);
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
         persisted
+    }
+}
+
+impl SnapshotEntry {
+    pub(super) fn refuse_readers(&self, force: bool) -> Result<(), ApiError> {
+        if force || self.frontends.count() == 0 {
+            return Ok(());
+        }
+        Err(ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {} is being read", self.reference)))
+    }
+
+    pub(super) fn still_written(&self, disk: &DiskEntry) -> ApiError {
+        let (reference, old_frontends) = (&self.reference, self.old_frontends(disk));
+        let message = format!("{old_frontends} frontends still write snapshot {reference}");
+        ApiError::new(ErrorCode::SnapshotBusy, message)
+            .with_action(format!("move them over first: halfsilver snapshot cutover {reference}"))
     }
 }
 

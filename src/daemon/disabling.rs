@@ -56,7 +56,7 @@ impl Manager {
         }
         self.record_disabled(&disk, false)?;
         crash::point("after a volume was recorded as enabled");
-        match serve_live(name, &disk.config, &disk.disk, &disk.frontends) {
+        match serve_live(name, &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
             Err(e) => {
                 self.record_disabled(&disk, true)?;
@@ -110,7 +110,7 @@ impl Manager {
         let was = chain.layer(chain.live()).image.path().to_owned();
         let path = self.path_beside(&was, old, live);
         let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
-        let layer = self.make_log(&path, live, &disk.config, disk.disk.geometry()).map_err(named)?;
+        let layer = self.make_log(&path, live, &disk.config(), disk.disk.geometry()).map_err(named)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
             self.remove_changed_table(live);

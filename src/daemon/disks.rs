@@ -17,7 +17,7 @@ use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::mirror::{Base, Mirror};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
-use super::standing::Standing;
+use super::standing::{Standing, set_of};
 use super::takeup::{Taken, Trust, take_up};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
@@ -63,11 +63,12 @@ impl Manager {
             if self.disk(&name).is_ok() {
                 continue;
             }
-            let config: DiskConfig = serde_json::from_value(record.config)
+            let config: DiskConfig = serde_json::from_value(record.config.clone())
                 .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
             if let Err(e) = self.add_disk(&name, &config, take_flushed.contains(&name)) {
                 log::error!("{e}; its record and snapshots are kept, and other disks are served");
-                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
+                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(&e.message));
+                locked(&self.lost_disks).insert(name, (record, e.message));
             }
         }
         self.take_up_volumes(volumes, take_flushed)?;
@@ -88,25 +89,34 @@ impl Manager {
                 return Ok(PutOutcome::Unchanged(old.to_api()));
             }
             let message = format!("disk {name} exists and is configured differently");
-            return Err(ApiError::new(ErrorCode::DiskExists, message));
+            return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
+                "change what can be changed while it is served (halfsilver disk set {name}), or remove it first"
+            )));
         }
         let entry = self.add_disk(name, &config, false)?;
+        locked(&self.lost_disks).remove(name);
         self.resume_restores();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
 
-    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there.
+    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there, and
+    /// of what was set, as it was set.
     pub(super) fn completed(&self, name: &Name, config: &DiskConfig) -> DiskConfig {
+        let served = self.disk(name).ok().map(|disk| disk.to_record());
+        let record = served.or_else(|| self.records.disks().ok()?.into_iter().find(|r| r.name == name.as_str()));
+        let path = record.as_ref().and_then(|r| r.config.get("path")?.as_str()).map(PathBuf::from);
+        let set = record.as_ref().map(set_of).unwrap_or_default();
+        let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
+        let is_leg = legs.iter().any(|leg| leg.path == config.path);
         let mut config = config.clone();
-        if config.mirror.is_none() {
-            let served = self.disk(name).ok().map(|disk| disk.to_record());
-            let record = served.or_else(|| self.records.disks().ok()?.into_iter().find(|r| r.name == name.as_str()));
-            let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
-            if legs.iter().any(|leg| leg.path == config.path) {
-                config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
-            }
+        if is_leg || path.as_ref() == Some(&config.path) {
+            config = config.or_set(&set);
         }
+        if is_leg && config.mirror.is_none() {
+            config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+        }
+        config = config.filled();
         config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
         config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
         config
@@ -169,14 +179,15 @@ impl Manager {
         // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
         let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
         let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
-        let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
+        let options = ImageOptions { direct, read_only: config.readonly(), lock_wait };
         // Looked at before it is opened, because opening may count as a change. A mirror looks at its legs itself.
         // Whether what a volume stands on may be believed is said there.
         let looks = match record.as_ref().filter(|r| r.mirror.is_some() || r.volume.is_some()) {
             Some(record) => record.saved,
             None => Fingerprint::of(&config.path).ok(),
         };
-        let standing = record.as_ref().map(Standing::of).unwrap_or_default();
+        let mut standing = record.as_ref().map(Standing::of).unwrap_or_default();
+        standing.set = standing.set.still_in(config);
         let Base { backing, mut mirror } = match &standing.volume {
             Some(volume) => Base { backing: self.base_of(volume), mirror: None },
             None => self.open_base(config, record.as_ref(), options).map_err(in_disk)?,
@@ -213,7 +224,7 @@ impl Manager {
             }
         };
         let options =
-            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
+            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
         let disk = Disk::announcing(standing.logical_block_bytes, self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
@@ -307,7 +318,7 @@ impl Manager {
             bookmarks,
             record,
         } = opened;
-        disk.background().set_window(config.background_bytes.into());
+        disk.background().set_window(config.background_bytes().into());
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
@@ -440,7 +451,8 @@ impl Manager {
         }
         let bookmarks = entry.bookmarks_of_users();
         if !force && !bookmarks.is_empty() {
-            return busy(format!("disk {name} has {} bookmarks", bookmarks.len()));
+            return busy(format!("disk {name} has {} bookmarks", bookmarks.len()))
+                .map_err(|e: ApiError| e.with_action(bookmarks_go("disk remove", name)));
         }
         if !entry.disk.can_move_pivot() {
             return busy(format!(
@@ -469,6 +481,14 @@ impl Manager {
     }
 }
 
+/// What it means that a disk or volume with bookmarks goes.
+pub(super) fn bookmarks_go(command: &str, name: &Name) -> String {
+    format!(
+        "they go with it, and backups that go by them copy everything once: halfsilver {command} {name} --force, or \
+         delete each of them first: halfsilver bookmark delete"
+    )
+}
+
 /// Opens the socket of a disk's live version.
 pub(super) fn serve_live(
     name: &Name,
@@ -480,7 +500,7 @@ pub(super) fn serve_live(
         name: name.to_string(),
         socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
         attachment: disk.attach_live(),
-        queues: config.queues,
+        queues: config.queues(),
         serial: config.serial.clone().unwrap_or_default(),
         observer: frontends.clone(),
         once: false,

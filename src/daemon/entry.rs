@@ -225,9 +225,9 @@ impl DiskEntry {
         record
     }
 
-    /// How it would be served again: its legs may have changed since it was served.
+    /// How it would be served again: its legs may have changed since it was served, and what was set.
     pub(super) fn config(&self) -> DiskConfig {
-        let mut config = self.config.clone();
+        let mut config = self.config.patched(&locked(&self.standing).set);
         config.path = locked(&self.path).clone();
         let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
         config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
@@ -261,21 +261,21 @@ impl DiskEntry {
     }
 
     pub(super) fn to_api(&self) -> api::Disk {
-        let reason = self.failure();
+        let (reason, config) = (self.failure(), self.config());
         let frontends = self.frontends.count();
         let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
         api::Disk {
-            id: self.id,
+            id: Some(self.id),
             name: self.name.clone(),
-            path: locked(&self.path).clone(),
-            socket: self.config.socket.clone().unwrap_or_default(),
+            path: Some(locked(&self.path).clone()),
+            socket: config.socket.clone(),
             size_bytes,
             block_size,
-            queues: self.config.queues,
-            direct: self.config.direct,
-            readonly: self.config.readonly,
-            serial: self.config.serial.clone().unwrap_or_default(),
+            queues: config.queues(),
+            direct: config.direct,
+            readonly: config.readonly(),
+            serial: config.serial.clone().unwrap_or_default(),
             state: if reason.is_some() { DiskState::Failed } else { DiskState::Serving },
             reason,
             connected: frontends > 0,
@@ -283,9 +283,9 @@ impl DiskEntry {
             epoch: chain.version(chain.live()).began.0,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
             allocated_bytes: self.base().allocated_bytes().unwrap_or(size_bytes),
-            shared: self.config.shared,
-            durability: self.config.durability,
-            background_bytes: self.config.background_bytes,
+            shared: config.shared,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             restoring: self.restore_status(),
         }

@@ -36,6 +36,8 @@ pub struct Manager {
     pub(super) editor: Arc<ChainEditor>,
     pub(super) bus: Arc<EventBus>,
     pub(super) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
+    /// Disks that are remembered and cannot be served, and why.
+    pub(super) lost_disks: Mutex<BTreeMap<Name, (DiskRecord, String)>>,
     /// Volumes that are remembered and cannot be served, and why.
     pub(super) lost_volumes: Mutex<BTreeMap<Name, (DiskRecord, String)>>,
     pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
@@ -106,6 +108,7 @@ impl Manager {
             clock,
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
+            lost_disks: Mutex::default(),
             lost_volumes: Mutex::default(),
             jobs: Mutex::default(),
             next_job: AtomicU64::new(1),

@@ -277,7 +277,7 @@ impl Manager {
         if let Some(reason) = disk.failure() {
             return Err(in_disk(ApiError::new(ErrorCode::DiskFailed, reason)));
         }
-        if disk.config.readonly {
+        if disk.config().readonly() {
             return Err(in_disk(ApiError::new(ErrorCode::InvalidConfig, "a read-only disk is not mirrored")));
         }
         self.add_leg(&disk, path).map_err(in_disk)?;

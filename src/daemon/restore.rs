@@ -106,7 +106,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Unsupported, message)
                 .with_action("make another volume off the snapshot: halfsilver volume create"));
         }
-        if disk.config.readonly {
+        if disk.config().readonly() {
             return Err(ApiError::new(
                 ErrorCode::InvalidConfig,
                 format!("disk {name} is read-only: it is not restored"),

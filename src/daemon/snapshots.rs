@@ -246,12 +246,12 @@ impl Manager {
             Strategy::CopyOnWrite => {
                 let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
                 let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
-                let layer = self.make_frozen_layer(&path, frozen, &disk.config, geometry)?;
+                let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
                 Ok((NewLayer::Frozen { layer }, path))
             }
             Strategy::WriteLogging => {
                 let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
-                let layer = self.make_log(&path, new_live, &disk.config, geometry)?;
+                let layer = self.make_log(&path, new_live, &disk.config(), geometry)?;
                 Ok((NewLayer::Live { layer }, path))
             }
             Strategy::WriteMirroring if request.image.is_some() => {
@@ -361,7 +361,7 @@ impl Manager {
             name: entry.reference.to_string(),
             socket: SocketSource::Path(socket.clone()),
             attachment: disk.disk.attach_frozen(entry.id),
-            queues: disk.config.queues,
+            queues: disk.config().queues(),
             serial: entry.reference.name.as_str().chars().take(20).collect(),
             frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
             observer: entry.frontends.clone(),

@@ -177,7 +177,7 @@ impl Manager {
     }
 
     fn serve_again(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let e = match serve_live(&disk.name, &disk.config, &disk.disk, &disk.frontends) {
+        let e = match serve_live(&disk.name, &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => {
                 *locked(&disk.server) = Some(Arc::new(server));
                 return Ok(());

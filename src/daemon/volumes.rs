@@ -60,7 +60,7 @@ impl Manager {
     }
 
     /// The volumes that stand on a version, those that cannot be served too.
-    fn volumes_on(&self, version: Uuid) -> Vec<Name> {
+    pub(super) fn volumes_on(&self, version: Uuid) -> Vec<Name> {
         let stands = |volume: Option<&VolumeRecord>| volume.is_some_and(|v| v.snapshot == version);
         let mut names: Vec<Name> =
             self.all_disks().iter().filter(|d| d.stands_on(version)).map(|d| d.name.clone()).collect();
@@ -143,7 +143,7 @@ impl Manager {
     fn snapshot_for(&self, disk: &Name, request: &VolumeRequest) -> Result<SnapshotRef, ApiError> {
         {
             let _structure = locked(&self.structure);
-            self.check_volume(request, &self.disk(disk)?.config)?;
+            self.check_volume(request, &self.disk(disk)?.config())?;
         }
         let (name, disks) = (request.name.clone(), vec![disk.clone()]);
         let snapshot = SnapshotRequest {
@@ -186,7 +186,7 @@ impl Manager {
             mirror: None,
             socket: request.socket.clone(),
             serial: None,
-            readonly: false,
+            readonly: None,
             shared: false,
             ..like.clone()
         };
@@ -217,7 +217,7 @@ impl Manager {
     ) -> Result<Arc<DiskEntry>, ApiError> {
         let (name, from) = (&request.name, entry.reference.to_string());
         let in_volume = |e: ApiError| ApiError { message: format!("volume {name}: {}", e.message), ..e };
-        let mut config = self.check_volume(request, &disk.config)?;
+        let mut config = self.check_volume(request, &disk.config())?;
         config.path = PathBuf::from(&from);
         let view = View::of(disk.disk.clone(), entry.id, &from);
         if view.depth() > VOLUMES_DEEP_MAX {
@@ -336,7 +336,8 @@ impl Manager {
         }
         let bookmarks = entry.bookmarks_of_users();
         if !force && !bookmarks.is_empty() {
-            return busy(format!("volume {name} has {} bookmarks", bookmarks.len()));
+            return busy(format!("volume {name} has {} bookmarks", bookmarks.len()))
+                .map_err(|e: ApiError| e.with_action(super::disks::bookmarks_go("volume delete", name)));
         }
         let changes = entry.ids_of_changes();
         let record = entry.to_record();
@@ -411,13 +412,13 @@ fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api::Volume> {
         from_id: volume.snapshot,
         state: VolumeState::Broken,
         reason: Some(why.to_owned()),
-        socket: config.socket.unwrap_or_default(),
+        socket: config.socket.clone().unwrap_or_default(),
         independent: record.volume.is_none(),
-        image: record.live_log.clone().unwrap_or(config.path),
+        image: record.live_log.clone().unwrap_or_else(|| config.path.clone()),
         size_bytes: volume.size_bytes,
         block_size: config.block_size,
         owned_bytes: 0,
-        queues: config.queues,
+        queues: config.queues(),
         connected: false,
         frontends: 0,
         snapshots: u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX),
@@ -460,7 +461,7 @@ impl DiskEntry {
             size_bytes: geometry.size_bytes,
             block_size: geometry.block_bytes,
             owned_bytes: owned_bytes.min(geometry.size_bytes),
-            queues: self.config.queues,
+            queues: self.config().queues(),
             connected: frontends > 0,
             frontends,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),

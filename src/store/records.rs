@@ -292,6 +292,9 @@ pub struct DiskRecord {
     /// The stable name of a live version that is about to take the place of this one: until it has, its files may go.
     #[serde(default)]
     pub next_live: Option<Uuid>,
+    /// What was set of its configuration while it was served; for this room only text.
+    #[serde(default)]
+    pub set: serde_json::Value,
     /// Its restore in place, if one is under way.
     #[serde(default)]
     pub restore: Option<RestoreRecord>,
