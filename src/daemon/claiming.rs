@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use super::entry::locked;
 use super::jobs::JobEntry;
 use super::manager::Manager;
-use crate::control::api::ClaimStatus;
-use crate::control::{ApiError, ErrorCode, Timestamp};
-use crate::registry::{Claim, ClaimKey, Command, Plan, Wanted, decide};
+use crate::control::api;
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode};
+use crate::registry::{self, ClaimKey, Command, Plan, Registry, Wanted, decide};
 
 /// How long a command waits for what another one has claimed.
 const CLAIM_WAIT: Duration = Duration::from_secs(10);
@@ -58,13 +59,7 @@ impl Manager {
             let registry = self.registry();
             let mut plan = decide(&registry, command)?;
             plan.wanted.changes.extend(also.iter().cloned());
-            let named = |key: &ClaimKey| match key {
-                ClaimKey::Entity(id) => registry.disk(*id).map(|disk| disk.name.to_string()),
-                ClaimKey::Name(name) => Some(name.to_string()),
-                ClaimKey::Path(_) => None,
-            };
-            let names = plan.wanted.changes.iter().filter_map(named).collect();
-            Ok((plan.wanted.clone(), names, plan))
+            Ok((plan.wanted.clone(), names_of(&registry, &plan.wanted), plan))
         })
     }
 
@@ -72,6 +67,21 @@ impl Manager {
     pub(super) fn claim_keys(&self, operation: &str, names: &[&str], wanted: Wanted) -> Result<Held<'_>, ApiError> {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         self.claim_when(operation, || Ok((wanted.clone(), names.clone(), ()))).map(|(held, ())| held)
+    }
+
+    /// Claims what `decide` wants, whenever it can still be had.
+    pub(super) fn claim_decided(
+        &self,
+        operation: &str,
+        decide: &dyn Fn(&Registry) -> Result<Wanted, ApiError>,
+    ) -> Result<Held<'_>, ApiError> {
+        let claimed = self.claim_when(operation, || {
+            let registry = self.registry();
+            let wanted = decide(&registry)?;
+            let names = names_of(&registry, &wanted);
+            Ok((wanted, names, ()))
+        });
+        claimed.map(|(held, ())| held)
     }
 
     fn claim_when<T>(
@@ -84,7 +94,7 @@ impl Manager {
         loop {
             self.refuse_when_stopping()?;
             let (wanted, names, decided) = decide()?;
-            let claim = Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
+            let claim = registry::Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
             let refused = match claims.take(claim) {
                 Ok(id) => return Ok((Held { manager: self, id }, decided)),
                 Err(held) => claimed(held),
@@ -110,7 +120,7 @@ impl Manager {
             }
             let wanted = Wanted::changing([key.clone()]);
             let claim =
-                Claim { operation: operation.to_owned(), names: names.clone(), wanted, since, waits_for: None };
+                registry::Claim { operation: operation.to_owned(), names: names.clone(), wanted, since, waits_for: None };
             if let Ok(id) = claims.take(claim) {
                 return Some(Held { manager: self, id });
             }
@@ -137,19 +147,29 @@ impl Manager {
     }
 
     /// Everything that is claimed, the oldest first.
-    pub(super) fn claims_to_api(&self) -> Vec<ClaimStatus> {
-        let to_api = |claim: &Claim| ClaimStatus {
+    pub(super) fn claims_to_api(&self) -> Vec<api::Claim> {
+        let to_api = |claim: &registry::Claim| api::Claim {
             operation: claim.operation.clone(),
             entities: claim.names.clone(),
-            since: Timestamp::before_now(claim.since.elapsed()),
+            since: Timestamp::ago(claim.since.elapsed()),
             waits_for: claim.waits_for.clone(),
         };
         locked(&self.claims).held().map(to_api).collect()
     }
 }
 
+/// The names of what is changed.
+fn names_of(registry: &Registry, wanted: &Wanted) -> Vec<String> {
+    let named = |key: &ClaimKey| match key {
+        ClaimKey::Entity(id) => registry.disk(*id).map(|disk| disk.name.to_string()),
+        ClaimKey::Name(name) => Some(name.to_string()),
+        ClaimKey::Path(_) => None,
+    };
+    wanted.changes.iter().filter_map(named).collect()
+}
+
 /// Who has it, and since when.
-fn claimed(by: &Claim) -> ApiError {
+fn claimed(by: &registry::Claim) -> ApiError {
     let seconds = by.since.elapsed().as_secs();
     let waits = by.waits_for.as_ref().map(|what| format!(", which waits for {what}")).unwrap_or_default();
     let message = format!("'{}' has been at work on {} for {seconds} s{waits}", by.operation, by.names.join(", "));

@@ -37,7 +37,7 @@ impl Manager {
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
         let image = Backing::One(create_image(path, config, geometry)?);
-        let made = match config.durability {
+        let made = match config.durability() {
             Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
             Durability::Power => self
                 .make_saved_table(id, geometry)

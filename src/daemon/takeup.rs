@@ -25,7 +25,7 @@ pub(super) fn recovery_of(
     take_flushed: bool,
 ) -> Recovery {
     let (path, block_bytes) = (config.path.clone(), config.block_size);
-    let setup = ImageSetup { path, block_bytes, direct: direct_of(config), read_only: config.readonly };
+    let setup = ImageSetup { path, block_bytes, direct: direct_of(config), read_only: config.readonly() };
     let evidence = Files { tables, boot, setup, lock_wait };
     let shutdown = match Shutdown::of(record, &evidence, boot) {
         Shutdown::Killed if take_flushed => Shutdown::PowerCut,
@@ -41,6 +41,7 @@ pub(super) fn lock_wait(record: Option<&DiskRecord>) -> Duration {
 }
 
 /// A disk that is to be served.
+#[derive(Clone)]
 pub(super) struct Planned {
     pub(super) name: Name,
     pub(super) config: DiskConfig,
@@ -51,19 +52,22 @@ pub(super) struct Planned {
 impl Manager {
     /// What a start makes of some disks, in their order; None of those of which nothing is remembered.
     pub(super) fn decide(&self, planned: &[Planned], take_flushed: &[Name]) -> Result<Vec<Option<Recovery>>, ApiError> {
-        let boot = TableName::of_this_boot(Uuid::nil()).map_err(super::manager::table_error)?.boot;
-        let tables = self.places.tables();
-        let of = |Planned { name, config, record }: &Planned| {
-            let take_flushed = take_flushed.contains(name);
-            let wait = lock_wait(record.as_ref());
-            record.as_ref().map(|record| recovery_of(record, config, (tables, boot), wait, take_flushed))
-        };
-        let decided: Vec<Option<Recovery>> = planned.iter().map(of).collect();
+        let of = |p: &Planned| self.decide_alone(p, take_flushed.contains(&p.name)).transpose();
+        let decided = planned.iter().map(of).map(Option::transpose).collect::<Result<Vec<Option<Recovery>>, _>>()?;
         let is_known: Vec<bool> = decided.iter().map(Option::is_some).collect();
         let mut recoveries: Vec<Recovery> = decided.into_iter().flatten().collect();
         settle(&mut recoveries, &self.served_versions());
         let mut recoveries = recoveries.into_iter();
         Ok(is_known.into_iter().map(|is_known| if is_known { recoveries.next() } else { None }).collect())
+    }
+
+    /// What a start makes of a disk by itself, whatever becomes of others; None if nothing is remembered of it.
+    pub(super) fn decide_alone(&self, planned: &Planned, takes_flushed: bool) -> Result<Option<Recovery>, ApiError> {
+        let Planned { config, record, .. } = planned;
+        let Some(record) = record else { return Ok(None) };
+        let boot = TableName::of_this_boot(Uuid::nil()).map_err(super::manager::table_error)?.boot;
+        let wait = lock_wait(Some(record));
+        Ok(Some(recovery_of(record, config, (self.places.tables(), boot), wait, takes_flushed)))
     }
 
     fn served_versions(&self) -> Vec<ServedVersion> {
@@ -82,7 +86,7 @@ impl Manager {
 
 /// That a disk which is remembered is not served.
 pub(super) fn unserved(why: &Why) -> ApiError {
-    let put_back = "put back what is missing and start again; nothing has been changed";
+    let put_back = "put back what is missing, and it is served again by itself; nothing has been changed";
     match why {
         Why::Image { kind, errno, text } => {
             let error = ImageError {

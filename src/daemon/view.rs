@@ -40,7 +40,7 @@ fn disk_of(disk: &DiskEntry) -> Disk {
         name: disk.name.clone(),
         kind: kind_of(volume, stood_on),
         phase: if standing.disabled { Phase::Disabled } else { Phase::Served },
-        is_readonly: disk.config.readonly,
+        is_readonly: disk.config().readonly(),
         failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         restore,

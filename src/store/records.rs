@@ -191,6 +191,9 @@ pub struct MirrorRecord {
     pub bitmap: Uuid,
     /// One or two.
     pub legs: Vec<LegRecord>,
+    /// Whether its synchronisation was stopped by the user, and waits to be resumed.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 /// What a volume stands on, as it is remembered.
@@ -292,6 +295,9 @@ pub struct DiskRecord {
     /// The stable name of a live version that is about to take the place of this one: until it has, its files may go.
     #[serde(default)]
     pub next_live: Option<Uuid>,
+    /// What was set of its configuration while it was served; for this room only text.
+    #[serde(default)]
+    pub set: serde_json::Value,
     /// Its restore in place, if one is under way.
     #[serde(default)]
     pub restore: Option<RestoreRecord>,
