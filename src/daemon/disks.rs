@@ -26,7 +26,7 @@ use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
-use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
+use crate::store::{BookmarkRecord, DiskRecord, RecordError, RestoreRecord, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -57,7 +57,13 @@ impl Manager {
         for spec in given {
             planned.push(self.plan(&spec.name, self.completed(&spec.name, &spec.config))?);
         }
-        for record in self.records.disks().map_err(record_error)? {
+        let remembered = self.records.disks().map_err(record_error)?;
+        for (name, why) in &remembered.unreadable {
+            log::error!(
+                "disk {name}: its record cannot be read: {why}; it is left as it is, and other disks are served"
+            );
+        }
+        for record in remembered.disks {
             let (name, config) = (record.name.parse::<Name>(), serde_json::from_value(record.config.clone()));
             let (Ok(name), Ok(config)) = (name, config) else {
                 log::error!(
@@ -118,7 +124,8 @@ impl Manager {
         let mut config = config.clone();
         if config.mirror.is_none() {
             let served = self.disk(name).ok().map(|disk| disk.to_record());
-            let record = served.or_else(|| self.records.disks().ok()?.into_iter().find(|r| r.name == name.as_str()));
+            let record =
+                served.or_else(|| self.records.disks().ok()?.disks.into_iter().find(|r| r.name == name.as_str()));
             let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
             if legs.iter().any(|leg| leg.path == config.path) {
                 config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
@@ -131,8 +138,11 @@ impl Manager {
 
     /// What is remembered of a disk, if it goes with this configuration.
     fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
-        let records = self.records.disks().map_err(record_error)?;
-        let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
+        let mut remembered = self.records.disks().map_err(record_error)?;
+        if let Some(why) = remembered.unreadable.remove(name.as_str()) {
+            return Err(record_error(RecordError::Kept { disk: name.to_string(), why }));
+        }
+        let Some(record) = remembered.disks.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
         let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
         if record.is_volume() {
             // What the configuration of a volume that stands on something has for a path is no path.

@@ -91,13 +91,13 @@ impl Manager {
     pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
         places.refuse_lost_records()?;
         let records = Records::open(&places.records())?;
-        let disks = records.disks()?;
+        let remembered = records.disks()?;
         let dropped = records.dropped()?;
-        places.remove_strays(&disks, &dropped)?;
-        if !dropped.is_empty() {
+        places.remove_strays(&remembered, &dropped)?;
+        if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
-        let clock = EpochClock::new(first_epoch(&disks));
+        let clock = EpochClock::new(first_epoch(&remembered.disks));
         let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
             places: Arc::new(places),

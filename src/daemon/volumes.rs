@@ -27,7 +27,7 @@ use crate::crash;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Owned, VOLUMES_DEEP_MAX, View};
 use crate::recovery::{Recovery, Why};
-use crate::store::{DiskRecord, Table, TableName, VolumeRecord};
+use crate::store::{DiskRecord, RecordError, Table, TableName, VolumeRecord};
 
 impl Manager {
     /// A disk that is no volume.
@@ -177,7 +177,10 @@ impl Manager {
             return exists();
         }
         let remembered = self.records.disks().map_err(record_error)?;
-        if let Some(record) = remembered.iter().find(|r| r.name == name.as_str()) {
+        if let Some(why) = remembered.unreadable.get(name.as_str()) {
+            return Err(record_error(RecordError::Kept { disk: name.to_string(), why: why.clone() }));
+        }
+        if let Some(record) = remembered.disks.iter().find(|r| r.name == name.as_str()) {
             if record.is_volume() {
                 return exists();
             }
@@ -247,7 +250,7 @@ impl Manager {
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
-            source: Some(disk.id),
+            source: disk.id,
             origin,
             size_bytes: geometry.size_bytes,
             created_ms: Timestamp::now().unix_ms(),
