@@ -324,22 +324,19 @@ impl<'a> Examination<'a> {
             self.recovers = true;
             self.note(&path, "its last writer was killed", "nothing: the next start puts it in order");
         }
-        let mut records = Vec::new();
-        for record in &examined.disks {
-            match record {
-                Ok(record) => records.push(record.clone()),
-                Err(e) => self.problem(&path, format!("a start would refuse: {e}"), restore),
-            }
+        let records = examined.remembered.disks.clone();
+        for (name, why) in &examined.remembered.unreadable {
+            self.disks.push(disk::unreadable(name, why));
         }
-        let all_read = records.len() == examined.disks.len();
         for (what, _) in duplicates(&records) {
             self.problem(&path, what, "put a good copy of it back");
         }
-        if all_read {
+        if examined.remembered.unreadable.is_empty() {
             self.look_at_strays(&records, &examined);
         }
         self.look_at_disks(&records);
         self.records = records;
+        self.disks.sort_by(|one, other| one.name.cmp(&other.name));
     }
 
     fn look_at_disks(&mut self, records: &[DiskRecord]) {
@@ -416,7 +413,8 @@ impl<'a> Examination<'a> {
     /// Records of disks with snapshots that can never be believed, with the reason in them; and what to say of it.
     fn broken_for_good(&self) -> Vec<(DiskRecord, Vec<String>)> {
         let mut changed = Vec::new();
-        for (record, checked) in self.records.iter().zip(&self.disks) {
+        for record in &self.records {
+            let Some(checked) = self.disks.iter().find(|disk| disk.name == record.name) else { continue };
             let (mut record, mut said) = (record.clone(), Vec::new());
             for (snapshot, checked) in record.snapshots.iter_mut().zip(&checked.snapshots) {
                 if let (Some(reason), None) = (&checked.for_good, &snapshot.broken) {

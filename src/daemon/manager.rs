@@ -7,7 +7,7 @@
 //!   vouch for its snapshots.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
@@ -21,6 +21,7 @@ use super::followups::{FollowUp, FollowUps};
 use super::jobs::JobEntry;
 use super::places::Places;
 use super::unserved::Unserved;
+use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
 use crate::crash;
 use crate::image::{ImageError, ImageErrorKind};
@@ -42,7 +43,6 @@ pub struct Manager {
     /// What is remembered or configured and cannot be served.
     pub(super) unserved: Mutex<BTreeMap<Name, Unserved>>,
     pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
-    next_job: AtomicU64,
     /// Who is changing what.
     pub(super) claims: Mutex<Claims>,
     /// Rings when a claim was let go.
@@ -97,13 +97,13 @@ impl Manager {
     pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
         places.refuse_lost_records()?;
         let records = Records::open(&places.records())?;
-        let disks = records.disks()?;
+        let remembered = records.disks()?;
         let dropped = records.dropped()?;
-        places.remove_strays(&disks, &dropped)?;
-        if !dropped.is_empty() {
+        places.remove_strays(&remembered, &dropped)?;
+        if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
-        let clock = EpochClock::new(first_epoch(&disks));
+        let clock = EpochClock::new(first_epoch(&remembered.disks));
         let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
             places: Arc::new(places),
@@ -114,7 +114,6 @@ impl Manager {
             disks: Mutex::default(),
             unserved: Mutex::default(),
             jobs: Mutex::default(),
-            next_job: AtomicU64::new(1),
             claims: Mutex::default(),
             released: Condvar::new(),
             follow_ups: Mutex::default(),
@@ -132,7 +131,14 @@ impl Manager {
 
     /// A number that no job had before.
     pub(super) fn next_job_id(&self) -> u64 {
-        self.next_job.fetch_add(1, Ordering::SeqCst)
+        match self.records.take_job_ids(1) {
+            Ok(ids) => ids.start,
+            Err(e) => {
+                // One that the clock gives is not given twice either.
+                log::warn!("a job gets a number by the clock: {e}");
+                Timestamp::now().unix_ms()
+            }
+        }
     }
 
     /// Whether this very disk or volume is served, and not one that has its name now.
@@ -250,7 +256,8 @@ fn first_epoch(disks: &[DiskRecord]) -> Epoch {
 }
 
 pub(super) fn record_error(e: RecordError) -> ApiError {
-    ApiError::new(ErrorCode::Io, e.to_string())
+    let code = if matches!(e, RecordError::NoSpace(_)) { ErrorCode::NoSpace } else { ErrorCode::Io };
+    ApiError::new(code, e.to_string())
 }
 
 pub(super) fn table_error(e: TableError) -> ApiError {

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::strays;
 use crate::mirror::planted::{self, Defect};
-use crate::store::{DiskRecord, TableFiles};
+use crate::store::{DiskRecord, Remembered, TableFiles};
 
 /// The directories, checked and locked.
 #[derive(Debug)]
@@ -240,13 +240,17 @@ impl Places {
     }
 
     /// Removes the tables and images that no record names and nobody misses: what a daemon left that was killed after it
-    /// had made them and before they were recorded, or after they were forgotten and before they were removed.
+    /// had made them and before they were recorded, or after they were forgotten and before they were removed. While there
+    /// is a record that cannot be read nobody knows what it names, and everything stays.
     ///
     /// # Errors
     /// When there are no records at all, but files that may be missed.
-    pub fn remove_strays(&self, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
-        let strays = self.strays(disks, dropped)?;
-        if disks.is_empty() {
+    pub fn remove_strays(&self, remembered: &Remembered, dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
+        if !remembered.unreadable.is_empty() {
+            return Ok(());
+        }
+        let strays = self.strays(&remembered.disks, dropped)?;
+        if remembered.disks.is_empty() {
             self.refuse_kept("names no disk", &strays)?;
         }
         for path in &strays.removable {

@@ -105,10 +105,7 @@ impl Manager {
             }
             let standing = locked(&at.standing).clone();
             // An independent volume has all of the disk as it was, and what was written to it since.
-            let is_of_disk = |was: VolumeRecord| match was.source {
-                Some(source) => source == disk.id,
-                None => was.from.split('@').next() == Some(disk.name.as_str()),
-            };
+            let is_of_disk = |was: VolumeRecord| was.source == disk.id;
             if standing.stood_on.is_some_and(is_of_disk) {
                 return Ok(false);
             }

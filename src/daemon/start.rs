@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::config::DiskSpec;
+use super::entry::locked;
 use super::manager::{Manager, record_error};
 use super::takeup::Planned;
 use super::unserved::Unserved;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name};
 use crate::recovery::{Recovery, settle};
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, Remembered};
 
 /// How long a disk may take to be looked at, and then to be opened: longer than a start waits for the transfers of a process
 /// that was killed.
@@ -40,12 +41,23 @@ impl Manager {
     /// When the records cannot be read, or a name is given that nothing has; with `strict` also when a disk of the
     /// configuration cannot be served.
     pub(super) fn take_up(&self, given: Given) -> Result<(), ApiError> {
-        let records = self.records.disks().map_err(record_error)?;
-        refuse_unknown(given, &records)?;
+        let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
+        refuse_unknown(given, &records, unreadable.keys())?;
+        for (name, why) in unreadable {
+            let Ok(name) = name.parse::<Name>() else {
+                log::error!("the record {name:?} cannot be read: {why}; it is left as it is");
+                continue;
+            };
+            let config = given.disks.iter().find(|spec| spec.name == name).map(|spec| spec.config.clone());
+            let why = format!("its record cannot be read: {why}");
+            let (id, takes_flushed) = (Uuid::new_v4(), given.take_flushed.contains(&name));
+            self.note_unserved(Unserved { name, id, record: None, config, why, takes_flushed });
+        }
         let mut planned = Vec::new();
         for spec in given.disks {
             let config = self.completed(&spec.name, &spec.config);
             match self.plan(&spec.name, config.clone()) {
+                Err(_) if !given.strict && locked(&self.unserved).contains_key(&spec.name) => {}
                 Ok(one) => planned.push(one),
                 Err(e) if given.strict => return Err(e),
                 Err(e) => {
@@ -185,9 +197,13 @@ fn no_answer() -> ApiError {
 }
 
 /// A name that is given to take what was flushed must be that of something.
-fn refuse_unknown(given: Given, records: &[DiskRecord]) -> Result<(), ApiError> {
-    let known: BTreeSet<&str> =
-        given.disks.iter().map(|spec| spec.name.as_str()).chain(records.iter().map(|r| r.name.as_str())).collect();
+fn refuse_unknown<'a>(
+    given: Given,
+    records: &[DiskRecord],
+    unreadable: impl Iterator<Item = &'a String>,
+) -> Result<(), ApiError> {
+    let (configured, remembered) = (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
+    let known: BTreeSet<&str> = configured.chain(remembered).chain(unreadable.map(String::as_str)).collect();
     match given.take_flushed.iter().find(|name| !known.contains(name.as_str())) {
         None => Ok(()),
         Some(name) => Err(ApiError::new(ErrorCode::DiskNotFound, format!("--take-flushed: there is no disk {name}"))

@@ -15,7 +15,7 @@ use super::manager::{Manager, record_error};
 use super::volumes::of_lost;
 use crate::control::api::{self, Disk, DiskConfig};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, RecordError};
 
 /// A disk or volume that is not served.
 #[derive(Clone)]
@@ -44,7 +44,11 @@ impl Manager {
     /// # Errors
     /// When the records cannot be read, or this one cannot.
     pub(super) fn remembered(&self, name: &Name) -> Result<Option<DiskRecord>, ApiError> {
-        Ok(self.records.disks().map_err(record_error)?.into_iter().find(|r| r.name == name.as_str()))
+        let mut remembered = self.records.disks().map_err(record_error)?;
+        if let Some(why) = remembered.unreadable.remove(name.as_str()) {
+            return Err(record_error(RecordError::Kept { disk: name.to_string(), why }));
+        }
+        Ok(remembered.disks.into_iter().find(|r| r.name == name.as_str()))
     }
 
     /// Notes that something is not served, and goes on trying.

@@ -116,7 +116,7 @@ impl Manager {
             let what = format!("{disk} {what}, so there is no present that it could be brought to");
             Err(ApiError::new(ErrorCode::Conflict, in_volume(name, &what)).with_action("make another volume"))
         };
-        if of.source.is_some_and(|id| id != source.id) {
+        if of.source != source.id {
             return other("is another disk than the one that it was made off");
         }
         if source.disk.geometry().size_bytes != volume.disk.geometry().size_bytes {
@@ -228,7 +228,7 @@ impl Manager {
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
-            source: Some(source.id),
+            source: source.id,
             origin: Uuid::new_v4(),
             size_bytes: was.size_bytes,
             created_ms: was.created_ms,
@@ -373,7 +373,9 @@ impl Manager {
 
     fn tidy_moments(&self) {
         let records = match self.records.disks() {
-            Ok(records) => records,
+            // Nobody knows what one needs that cannot be read.
+            Ok(remembered) if !remembered.unreadable.is_empty() => return,
+            Ok(remembered) => remembered.disks,
             Err(e) => return log::warn!("snapshots that were taken for updates stay for now: {e}"),
         };
         // What a volume goes by: what it stands on, or stood on.

@@ -184,7 +184,7 @@ impl Manager {
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
-            source: Some(disk.id),
+            source: disk.id,
             origin,
             size_bytes: geometry.size_bytes,
             created_ms: Timestamp::now().unix_ms(),

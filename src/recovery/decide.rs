@@ -127,9 +127,11 @@ fn decide_mirror(
         Ok(facts) => facts,
         Err(why) => return (decided, Err(why)),
     };
-    for (leg, (_, decided)) in mirror.legs.iter().zip(&mut decided.legs) {
-        if let (LegUse::InUse(state), Some((_, found))) = (decided, facts.legs.iter().find(|(id, _)| *id == leg.id)) {
-            *state = found.clone();
+    for (leg, (_, what)) in mirror.legs.iter().zip(&mut decided.legs) {
+        if matches!(what, LegUse::InUse(_)) {
+            let state = facts.legs.iter().find(|(id, _)| *id == leg.id).map(|(_, state)| state.clone());
+            // It is recorded before the bitmap is told of it.
+            *what = state.map_or(LegUse::Unused(Why::NotAttached), LegUse::InUse);
         }
     }
     decided.facts = Some(facts);

@@ -64,3 +64,6 @@ impl Shutdown {
         }
     }
 }
+
+#[cfg(test)]
+mod decide_tests;

@@ -141,8 +141,9 @@ pub(super) fn contradictions(record: &DiskRecord) -> Vec<String> {
     }
     let mut versions = versions_of(record);
     while !versions.is_empty() {
+        // None at all is what a snapshot has that is lost: it is by itself, and says why it is broken.
         match take_newest_segment(&mut versions).iter().filter(|v| v.owns_all).count() {
-            1 => {}
+            0 | 1 => {}
             n => wrong.push(format!("{n} of its versions that belong together have a full image, not one")),
         }
     }

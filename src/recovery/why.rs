@@ -58,6 +58,9 @@ pub enum Why {
     /// The legs of a mirror do not fit each other.
     #[error("{} has another size than the other leg", _0.display())]
     LegSize(PathBuf),
+    /// A leg that was being added.
+    #[error("it was not added to the end: the mirror does not know it yet")]
+    NotAttached,
     /// No leg of a mirror can be used.
     #[error("none of its legs is there")]
     NoLeg,

@@ -162,6 +162,8 @@ impl Counts {
 
 /// Crash states that were tried.
 pub const STATES: &str = "crash states";
+/// Those of which the start did what was decided.
+pub const COMPARED: &str = "decisions that were carried out as they were made";
 
 /// A host whose disk is served.
 pub struct Machine {

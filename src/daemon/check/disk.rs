@@ -8,7 +8,7 @@ use crate::mirror::{LegState, PairFacts};
 use crate::recovery::{
     Content, Durable, LayerUse, LegUse, MirrorRecovery, Recovery, Shutdown, SnapshotFate, TableSource, TableUse, Why,
 };
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, UnreadableRecord};
 
 const MENDED: &str = "nothing: its other copy is whole, and the next start writes it anew";
 const PUT_BACK: &str = "put back what is missing; nothing has been changed";
@@ -27,6 +27,23 @@ fn unsaid(record: &DiskRecord, config: Option<&DiskConfig>) -> CheckedDisk {
         verdict: DiskVerdict::NotServed,
         reason: None,
         action: None,
+        snapshots: Vec::new(),
+        bookmarks: Vec::new(),
+    }
+}
+
+/// A disk whose record cannot be read.
+pub(super) fn unreadable(name: &str, why: &UnreadableRecord) -> CheckedDisk {
+    CheckedDisk {
+        name: name.to_owned(),
+        path: None,
+        from: None,
+        independent: false,
+        disabled: false,
+        ended: String::new(),
+        verdict: DiskVerdict::NotServed,
+        reason: Some(format!("its record cannot be read: {why}")),
+        action: Some("see to it that it can; until then all its files stay, and others are served".to_owned()),
         snapshots: Vec::new(),
         bookmarks: Vec::new(),
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{Image, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
+use halfsilver::image::{ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
 use halfsilver::mirror::{LegImage, Pair, PairError, PairFacts};
 use halfsilver::recovery::{Durable, DurableFacts, Evidence, ImageFacts, Recovery, Shutdown, decide};
 use halfsilver::store::{DurableTable, Fingerprint, MirrorRecord, RunTableFacts, Table, TableError};
@@ -107,8 +107,7 @@ impl Evidence for Simulated<'_> {
 
     fn durable_table(&self, _which: Durable, id: Uuid, blocks: u64) -> Result<DurableFacts, TableError> {
         let place = log_table(id);
-        let image =
-            self.open(&place).map_err(|e| TableError::Io { path: place.clone(), message: e.to_string() })?;
+        let image = self.open(&place).map_err(|e| TableError::Io { path: place.clone(), message: e.to_string() })?;
         let _aside = set_aside();
         let (queue, table) = (IoQueue::simulated(), Arc::new(Table::in_memory(blocks).unwrap()));
         let loaded = run(&mut Rng::new(1), async move { DurableTable::load(image, id, table, &queue).await });
