@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use halfsilver::control::api::{
-    Bookmark, BookmarkState, ByteRange, DeleteSnapshotOptions, DiffSource, Disk, DiskConfig, DiskState, Job, JobKind,
-    JobPatch, JobState, Leg, LegState, RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState,
-    Strategy, UpdateQuery, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus,
-    Writers,
+    Bookmark, BookmarkState, ByteRange, Claim, DeleteSnapshotOptions, DeletionState, DiffSource, Disk, DiskConfig,
+    DiskPatch, DiskState, GroupDeletion, Job, JobKind, JobPatch, JobState, Leg, LegState, RestoreRequest,
+    RestoreStatus, Snapshot, SnapshotRequest, SnapshotState, Strategy, Unserved, UpdateQuery, VersionInfo, Volume,
+    VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
 };
 use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
@@ -33,6 +33,7 @@ struct State {
     bookmarks: Vec<Bookmark>,
     jobs: Vec<Job>,
     forbidden: Option<Strategy>,
+    claims: Vec<Claim>,
 }
 
 /// Supports everything, unless told otherwise. What takes long is only started: a log to be folded, a leg to be
@@ -75,6 +76,33 @@ impl Fake {
 
     pub(crate) fn has(&self, snapshot: &str) -> bool {
         self.state.lock().unwrap().snapshots.iter().any(|s| s.reference().to_string() == snapshot)
+    }
+
+    /// Takes a disk's image away, as a start without it would find.
+    pub(crate) fn lose(&self, disk: &str, reason: &str) {
+        for (config, lost) in self.state.lock().unwrap().disks.iter_mut().filter(|(_, d)| d.name.as_str() == disk) {
+            let (id, name) = (lost.id, lost.name.clone());
+            *lost = Disk { id, ..Disk::unserved(name, reason.to_owned()) }.with_config(config);
+        }
+    }
+
+    /// Says that something is under way.
+    pub(crate) fn claim(&self, operation: &str, entity: &str, waits_for: Option<&str>) {
+        self.state.lock().unwrap().claims.push(Claim {
+            operation: operation.to_owned(),
+            entities: vec![entity.to_owned()],
+            since: Timestamp::now(),
+            waits_for: waits_for.map(str::to_owned),
+        });
+    }
+
+    /// A snapshot that is whole has no socket.
+    pub(crate) fn quiesce_without_socket(&self, snapshot: &str) {
+        let mut state = self.state.lock().unwrap();
+        for found in state.snapshots.iter_mut().filter(|s| s.reference().to_string() == snapshot) {
+            found.state = SnapshotState::Quiesced;
+            found.reason = Some("its socket is\nin use".to_owned());
+        }
     }
 
     /// From now on one strategy is not supported.
@@ -146,6 +174,15 @@ impl Service for Fake {
         VersionInfo::of_this_build(strategies, Writers::ALL.to_vec())
     }
 
+    fn list_claims(&self) -> Result<Vec<Claim>, ApiError> {
+        Ok(self.state.lock().unwrap().claims.clone())
+    }
+
+    fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError> {
+        let lost = self.list_disks()?.into_iter().filter(|disk| disk.state == DiskState::Unserved);
+        Ok(lost.map(|d| Unserved { name: d.name, id: d.id, reason: d.reason.unwrap_or_default() }).collect())
+    }
+
     fn list_disks(&self) -> Result<Vec<Disk>, ApiError> {
         Ok(self.state.lock().unwrap().disks.iter().map(|(_, disk)| disk.clone()).collect())
     }
@@ -163,15 +200,15 @@ impl Service for Fake {
         }
         let in_sync = |path: &PathBuf| leg(path, LegState::InSync, 0);
         let served = Disk {
-            id: Uuid::new_v4(),
+            id: Some(Uuid::new_v4()),
             name: disk.clone(),
-            path: config.path.clone(),
-            socket: config.socket_or_default(Path::new("/run/fake"), disk),
+            path: Some(config.path.clone()),
+            socket: Some(config.socket_or_default(Path::new("/run/fake"), disk)),
             size_bytes: 1 << 30,
             block_size: config.block_size,
-            queues: config.queues,
+            queues: config.queues(),
             direct: config.direct,
-            readonly: config.readonly,
+            readonly: config.readonly(),
             serial: config.serial.clone().unwrap_or_else(|| disk.to_string()),
             state: DiskState::Serving,
             reason: None,
@@ -181,14 +218,44 @@ impl Service for Fake {
             snapshots: 0,
             allocated_bytes: 0,
             shared: config.shared,
-            durability: config.durability,
-            background_bytes: config.background_bytes,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
             restoring: None,
         };
         state.disks.push((config.clone(), served.clone()));
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));
         Ok(PutOutcome::Created(served))
+    }
+
+    fn set_disk(&self, disk: &Name, patch: &DiskPatch) -> Result<Disk, ApiError> {
+        let mut state = self.state.lock().unwrap();
+        let found = state.disks.iter_mut().find(|(_, other)| other.name == *disk);
+        let (config, set) = found.ok_or_else(|| ApiError::disk_not_found(disk))?;
+        *config = config.patched(patch);
+        let (socket, serial) = (set.socket.clone(), patch.serial.clone().unwrap_or_else(|| set.serial.clone()));
+        *set = Disk { socket, serial, ..set.clone().with_config(config) };
+        self.bus.publish(Notice::of_disk(EventKind::DiskChanged, disk));
+        Ok(set.clone())
+    }
+
+    fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<Volume, ApiError> {
+        self.get_volume(volume)?;
+        if patch.readonly.is_some() {
+            return Err(ApiError::new(ErrorCode::Unsupported, format!("volume {volume} is there to be written")));
+        }
+        let mut state = self.state.lock().unwrap();
+        let found = state.volumes.iter_mut().find(|v| v.name == *volume).unwrap();
+        found.queues = patch.queues.unwrap_or(found.queues);
+        Ok(found.clone())
+    }
+
+    fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        if self.get_disk(disk)?.state != DiskState::Unserved {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} is served")));
+        }
+        self.state.lock().unwrap().disks.retain(|(_, other)| other.name != *disk);
+        Ok(())
     }
 
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
@@ -209,7 +276,7 @@ impl Service for Fake {
             if disk.legs.iter().filter(|leg| leg.state != LegState::Failed).count() == 2 {
                 return Err(ApiError::new(ErrorCode::Conflict, format!("disk {} has two legs", disk.name)));
             }
-            let first = leg(&disk.path, LegState::InSync, 0);
+            let first = leg(disk.path.as_deref().unwrap(), LegState::InSync, 0);
             disk.legs = vec![first, leg(path, LegState::Resynchronising, disk.size_bytes)];
             Ok(true)
         })?;
@@ -249,7 +316,7 @@ impl Service for Fake {
                 let message = format!("{} is the only good leg of disk {}", path.display(), disk.name);
                 return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
             }
-            disk.path = disk.legs[1 - at].path.clone();
+            disk.path = Some(disk.legs[1 - at].path.clone());
             disk.legs.clear();
             Ok(disk.clone())
         })
@@ -358,6 +425,26 @@ impl Service for Fake {
             self.begin_job(8, JobKind::Mirror, &snapshot.disk, None);
         }
         Ok(Deletion::Done)
+    }
+
+    fn delete_group(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<GroupDeletion>, ApiError> {
+        let found: Vec<_> = self.list_snapshots()?.into_iter().filter(|s| s.group == group).collect();
+        if found.is_empty() {
+            return Err(ApiError::snapshot_not_found(group));
+        }
+        if let Some(busy) = found.iter().find(|s| !options.force && s.state == SnapshotState::Draining) {
+            let message = format!("none is deleted: snapshot {} is draining", busy.reference());
+            return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
+        }
+        let delete = |snapshot: &Snapshot| {
+            let (state, problem) = match self.delete_snapshot(&snapshot.reference(), options) {
+                Ok(Deletion::Done) => (DeletionState::Deleted, None),
+                Ok(Deletion::Started(_)) => (DeletionState::Folding, None),
+                Err(e) => (DeletionState::Refused, Some(e.problem())),
+            };
+            GroupDeletion { snapshot: snapshot.reference().to_string(), state, problem }
+        };
+        Ok(found.iter().map(delete).collect())
     }
 
     fn moment_of_id(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {

@@ -3,9 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 
 mod changes;
+mod changing;
 mod cli;
 mod exchange;
 mod fake;
 mod http;
+mod lists;
 mod openapi;
 mod socket;
+mod waiting;
