@@ -152,7 +152,11 @@ impl Manager {
     }
 
     pub(super) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
-        locked(&self.disks).get(name).cloned().ok_or_else(|| ApiError::disk_not_found(name))
+        let found = locked(&self.disks).get(name).cloned();
+        if found.is_none() {
+            self.refuse_unserved(name)?;
+        }
+        found.ok_or_else(|| ApiError::disk_not_found(name))
     }
 
     pub(super) fn all_disks(&self) -> Vec<Arc<DiskEntry>> {

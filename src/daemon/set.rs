@@ -15,7 +15,6 @@ impl Manager {
     pub(super) fn set_plain_disk(&self, name: &Name, patch: &DiskPatch) -> Result<api::Disk, ApiError> {
         let _structure = locked(&self.structure);
         self.refuse_when_stopping()?;
-        self.refuse_unserved(name)?;
         let disk = self.plain_disk(name)?;
         match patch.readonly {
             Some(true) if !disk.config().readonly() => self.refuse_read_only(&disk)?,

@@ -8,7 +8,7 @@ use halfsilver::control::api::SnapshotState;
 use serde_json::{Value, json};
 
 use crate::exchange::{listen, read_until};
-use crate::fake::Rig;
+use crate::rig::Rig;
 
 #[test]
 fn settings_are_changed_one_by_one() {

@@ -9,7 +9,8 @@ use halfsilver::control::api::{JobState, LegState, SnapshotState, Strategy};
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
-use crate::fake::{Rig, name};
+use crate::fake::name;
+use crate::rig::Rig;
 
 fn halfsilver() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
@@ -462,6 +463,12 @@ fn completions_and_manual_pages() {
     assert!(rig.done("serve --help").contains("--state-dir"));
     for (line, text) in [
         ("serve --help", "mirror=other.raw"),
+        ("serve --help", "--strict"),
+        ("disk set --help", "queues, readonly and serial for the next frontend"),
+        ("disk forget --help", "a disk's image stays"),
+        ("snapshot delete --help", "none of them is"),
+        ("job wait --help", "--wait-timeout <SECONDS|5m>"),
+        ("volume list --help", "--after <LAST>"),
         ("disk mirror --help", "replace the failed one"),
         ("disk restore --help", "it shows that at once"),
         ("disk unmirror --help", "stays as a plain raw image"),

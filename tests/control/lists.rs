@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::exchange::Answer;
-use crate::fake::Rig;
+use crate::rig::Rig;
 
 fn names(answer: &Answer) -> Vec<String> {
     assert_eq!(answer.status, 200, "{answer:?}");

@@ -10,5 +10,6 @@ mod fake;
 mod http;
 mod lists;
 mod openapi;
+mod rig;
 mod socket;
 mod waiting;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::fake::Rig;
+use crate::rig::Rig;
 
 #[test]
 fn every_route_and_no_other_is_described() {

@@ -9,7 +9,8 @@ use halfsilver::control::api::{JobState, LegState, SnapshotState};
 use serde_json::{Value, json};
 
 use crate::cli::one_line;
-use crate::fake::{PATIENCE, Rig, name};
+use crate::fake::name;
+use crate::rig::{PATIENCE, Rig};
 
 fn begin(rig: &Rig, line: &str) -> Child {
     rig.command(line).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()

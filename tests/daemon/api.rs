@@ -195,6 +195,9 @@ fn a_disk_whose_image_is_gone_is_listed_until_it_is_back_or_forgotten() {
     assert_eq!(daemon.get("/v1/disks?state=unserved").json(), json!([disk]));
     assert_eq!(daemon.get("/v1/status").json()["unserved"][0]["name"], "vm1");
     assert_eq!(daemon.send("PATCH", "/v1/disks/vm1", r#"{"queues":1}"#).refused(), "disk-failed");
+    let refused = daemon.send("POST", "/v1/snapshots", r#"{"name":"b","disks":["vm1"]}"#);
+    assert_eq!(refused.refused(), "disk-failed");
+    assert!(detail(&refused).contains("disk vm1 is not served"), "{refused:?}");
     // What stands on its snapshot keeps it.
     for (method, target) in [("POST", "/v1/disks/vm1/forget"), ("DELETE", "/v1/disks/vm1?force=true")] {
         let refused = daemon.send(method, target, "");
