@@ -26,8 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use utoipa::{IntoResponses, OpenApi};
 
 use super::api::{
-    CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch,
-    LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
+    CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Glob, Job,
+    JobPatch, LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
 };
 use super::changes;
 use super::error::{ApiError, ErrorCode, Problem};
@@ -513,6 +513,6 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         openapi,
         metrics
     ),
-    components(schemas(Problem))
+    components(schemas(Problem, Glob))
 )]
 struct Document;

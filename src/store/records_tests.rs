@@ -91,6 +91,7 @@ fn disk(name: &str) -> DiskRecord {
         logical_block_bytes: None,
         work: None,
         next_live: None,
+        set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),

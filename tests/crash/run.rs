@@ -521,6 +521,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         logical_block_bytes: None,
         work: None,
         next_live: None,
+        set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(host.boot),
