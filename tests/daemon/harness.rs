@@ -283,6 +283,15 @@ impl Daemon {
         }
     }
 
+    /// Whether it has ended, however that was.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let has_ended = self.child.as_mut().unwrap().try_wait().unwrap().is_some();
+        if has_ended {
+            self.child = None;
+        }
+        has_ended
+    }
+
     /// Whether it has ended, and well.
     #[track_caller]
     pub(crate) fn has_stopped(&mut self) -> bool {

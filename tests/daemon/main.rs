@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
+mod asking;
 mod background;
 mod chain;
 mod changes;
@@ -15,6 +16,7 @@ mod client;
 mod durability;
 mod faults;
 mod golden;
+mod guards;
 mod harness;
 mod images;
 mod independent;
@@ -22,6 +24,7 @@ mod kills;
 mod lifecycle;
 mod load;
 mod mirror;
+mod mirror_jobs;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
@@ -34,6 +37,7 @@ mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/ring.rs"]
 mod ring;
+mod stopped_jobs;
 mod strategies;
 mod survival;
 mod trouble;
