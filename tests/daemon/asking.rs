@@ -75,7 +75,8 @@ pub(crate) fn lift_paces(daemon: &Daemon) {
     }
 }
 
-/// Asks, does what the refusal advises, and asks again, until it is done. Returns what was carried out.
+/// Asks, does what the refusal advises, and asks again, until it is done. What is advised may be refused itself, with
+/// advice of its own. Returns what was carried out.
 #[track_caller]
 pub(crate) fn follow_advice(daemon: &Daemon, ask: &dyn Fn() -> Answer) -> Vec<String> {
     let mut done = Vec::new();
@@ -92,17 +93,31 @@ pub(crate) fn follow_advice(daemon: &Daemon, ask: &dyn Fn() -> Answer) -> Vec<St
         if answer.status < 400 {
             return done;
         }
-        assert!(done.len() < ADVICE_MAX, "the advice leads nowhere: {done:?}, and then {}", answer.body);
-        let problem: Value = answer.json();
-        let action = problem["action"].as_str().unwrap();
-        let next = advised(action).into_iter().find(|words| helps(words));
-        let next = next.unwrap_or_else(|| panic!("after {done:?}: no command helps with it: {}", answer.body));
-        let words: Vec<_> = next.iter().map(String::as_str).collect();
-        let output = cli_within(daemon, &words, *PATIENCE);
-        let output = output.unwrap_or_else(|| panic!("the advice {words:?} of {} does not end", answer.body));
+        let action = answer.json()["action"].as_str().unwrap().to_owned();
+        carry_out(daemon, &action, &answer.body, &mut done);
+    }
+}
+
+/// Carries out the first command of a piece of advice that helps; `refusal` is what it was given with.
+#[track_caller]
+fn carry_out(daemon: &Daemon, advice: &str, refusal: &str, done: &mut Vec<String>) {
+    assert!(done.len() < ADVICE_MAX, "the advice leads nowhere: {done:?}, and then {refusal}");
+    let next = advised(advice).into_iter().find(|words| helps(words));
+    let next = next.unwrap_or_else(|| panic!("after {done:?}: no command helps with it: {refusal}"));
+    if done.last() == Some(&next.join(" ")) {
+        std::thread::sleep(Duration::from_millis(100)); // It has begun what is waited for.
+    }
+    let words: Vec<_> = next.iter().map(String::as_str).collect();
+    let output = cli_within(daemon, &words, *PATIENCE);
+    let output = output.unwrap_or_else(|| panic!("the advice {words:?} of {refusal} does not end"));
+    done.push(next.join(" "));
+    if !output.status.success() {
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "the advice {words:?} of {}: {told}", answer.body);
-        done.push(next.join(" "));
+        assert_eq!(output.status.code(), Some(1), "the advice {words:?} of {refusal}: {told}");
+        // Or what was in the way has gone meanwhile.
+        if advised(&told).iter().any(|words| helps(words)) {
+            carry_out(daemon, &told, &told, done);
+        }
     }
 }
 

@@ -4,7 +4,6 @@
 //! What else may not be done to a disk while it is restored is in `restore.rs`, what is refused at all in `refused.rs`.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -15,6 +14,7 @@ use serde_json::{Value, json};
 use crate::asking::{follow_advice, jobs, lift_paces, start_if_it_can};
 use crate::client::Client;
 use crate::harness::{Daemon, can_mount, wait_until};
+use crate::hung::has_hanging_thread;
 use crate::independent::{post, wait_independent};
 use crate::restore::{self, HOURS, changed_disk, ones};
 use crate::strategies::{End, SIZE, end_and_start, shows};
@@ -387,7 +387,7 @@ fn no_guest_that_comes_during_a_restore_has_its_disk_changed() {
     let api = daemon.api();
     let body = json!({ "from": "vm0@daily" }).to_string();
     let asked = std::thread::spawn(move || api.send("POST", "/v1/disks/vm0/restore", &body));
-    wait_until("the restore to stand still", || asked.is_finished() || has_thread_that_hangs(daemon.pid()));
+    wait_until("the restore to stand still", || asked.is_finished() || has_hanging_thread(daemon.pid()));
     let (socket, (tell, told), over) = (daemon.socket("vm0"), channel(), Arc::new(AtomicBool::new(false)));
     let is_over = over.clone();
     let guest = std::thread::spawn(move || {
@@ -413,16 +413,6 @@ fn no_guest_that_comes_during_a_restore_has_its_disk_changed() {
     println!("a guest got in: {got_in}; the restore: {}; it read {before}, then {after}", answer.status);
     assert_eq!(before, after, "the disk was changed under a guest: {} {}", answer.status, answer.body);
     assert_eq!(after, if answer.status == 202 { 1 } else { 2 }, "{} {}", answer.status, answer.body);
-}
-
-/// Whether a thread of a process waits for something that no signal ends.
-fn has_thread_that_hangs(pid: u32) -> bool {
-    let tasks = Path::new("/proc").join(pid.to_string()).join("task");
-    let state = |task: std::fs::DirEntry| {
-        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
-    };
-    std::fs::read_dir(tasks).is_ok_and(|all| all.flatten().any(|task| state(task) == Some('D')))
 }
 
 /// The same with a guest that comes and goes all the time, and writes what the restore takes back.

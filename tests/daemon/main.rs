@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
+mod announced;
 mod asking;
 mod background;
 mod chain;
@@ -18,6 +19,7 @@ mod faults;
 mod golden;
 mod guards;
 mod harness;
+mod hung;
 mod images;
 mod independent;
 mod kills;
@@ -37,10 +39,12 @@ mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/ring.rs"]
 mod ring;
+mod silent;
 mod stopped_jobs;
 mod strategies;
 mod survival;
 mod trouble;
+mod unserved;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
