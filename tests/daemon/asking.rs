@@ -158,7 +158,7 @@ pub(crate) fn start_if_it_can(daemon: &mut Daemon) -> bool {
         if daemon.is_up() {
             return true;
         }
-        if daemon.has_ended() {
+        if daemon.ended().is_some() {
             return false;
         }
         assert!(Instant::now() < deadline, "the daemon neither serves nor ends");

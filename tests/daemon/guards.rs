@@ -309,7 +309,7 @@ fn survives(daemon: &Daemon, wanted: &[u64]) -> Result<(), String> {
         return Err(format!("the restore is dropped: {disk}"));
     }
     match disk["state"].as_str().unwrap() {
-        "unserved" if disk["reason"].as_str().is_some_and(|why| why.contains("restored")) => Ok(()),
+        "unserved" if disk["reason"].as_str().is_some_and(|why| why.contains("restor")) => Ok(()),
         "serving" if shows(daemon, "vm0") == wanted => Ok(()),
         "serving" => Err("it shows something else".to_owned()),
         _ => Err(disk.to_string()),

@@ -102,15 +102,25 @@ fn others_go_on(daemon: &Daemon, round: &str, far: Far) {
     assert_eq!(answers(daemon, ("DELETE", &path, ""), CHANGE).0.status, 204);
 }
 
-/// The claim of what hangs, as `status` names it: an entry of `claims` that speaks of this entity.
+/// Whether `status` names an operation on this entity: an entry of its `claims` has it among its `entities`.
+fn is_claimed(daemon: &Daemon, entity: &str) -> bool {
+    let (status, _) = ask_within(daemon, ("GET", "/v1/status", ""), READING).expect("status is answered");
+    let status = status.json();
+    let claims = status["claims"].as_array().cloned().unwrap_or_default();
+    claims.iter().any(|claim| claim["entities"].as_array().is_some_and(|all| all.contains(&json!(entity))))
+}
+
+/// The operation that hangs is at work: others are asked after it.
+fn at_work(daemon: &Daemon, entity: &str) {
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until && !is_claimed(daemon, entity) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[track_caller]
 fn assert_claimed(daemon: &Daemon, entity: &str) {
-    wait_until("the claim to be shown", || {
-        let status = answers(daemon, ("GET", "/v1/status", ""), READING).0.json();
-        let claims = status["claims"].as_array().cloned();
-        let claims = claims.unwrap_or_else(|| panic!("status names no claims: {status}"));
-        claims.iter().any(|claim| claim.to_string().contains(&format!("{entity}\"")))
-    });
+    assert!(is_claimed(daemon, entity), "status names no operation on {entity}");
 }
 
 /// Asks on a thread of its own, and is told nothing unless it is asked for.
@@ -186,8 +196,9 @@ fn a_removal_of_a_disk_that_hangs_holds_up_itself_only() {
     let mut slow = Slow::new();
     slow.stand_still_with_a_write();
     let removal = ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
-    assert_claimed(&slow.daemon, "slow");
+    at_work(&slow.daemon, "slow");
     others_go_on(&slow.daemon, "a", Far::Cut);
+    assert_claimed(&slow.daemon, "slow");
     // Another one on the same disk is refused, or waits with a bound; it says who has it.
     let (answer, _) = answers(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""), Duration::from_secs(60));
     assert!(answer.status >= 400 && answer.body.contains("slow"), "{} {}", answer.status, answer.body);
@@ -207,8 +218,9 @@ fn many_calls_that_hang_hold_up_no_other() {
     slow.stand_still_with_a_write();
     let calls: Vec<_> =
         (0..CALLS).map(|_| ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""))).collect();
-    assert_claimed(&slow.daemon, "slow");
+    at_work(&slow.daemon, "slow");
     others_go_on(&slow.daemon, "a", Far::Cut);
+    assert_claimed(&slow.daemon, "slow");
     others_go_on(&slow.daemon, "b", Far::Cut);
     drop(slow.standstill.take());
     let answered = calls.into_iter().map(|call| call.join().unwrap().status).filter(|s| (200..300).contains(s)).count();
@@ -274,7 +286,7 @@ fn the_daemon_ends_while_a_disk_hangs() {
     println!("ended: {in_time}, after {:.1?}", began.elapsed());
     drop(slow.standstill.take());
     removal.join().unwrap();
-    wait_until("the process to be gone", || slow.daemon.has_ended());
+    wait_until("the process to be gone", || slow.daemon.ended().is_some());
     assert!(in_time, "the daemon is still there {STOP:?} after it was told to end");
     slow.daemon.start();
     assert_eq!(slow.daemon.state("vm0@a"), "quiesced", "what does not hang is saved as ever");
@@ -419,15 +431,16 @@ fn adding_an_image_that_never_answers_holds_up_itself_only() {
     silent.fall_silent();
     let add = json!({ "path": silent.path() }).to_string();
     let first = ask_in_vain(&daemon, ("PUT", "/v1/disks/slow", &add));
-    assert_claimed(&daemon, "slow");
+    at_work(&daemon, "slow");
     others_go_on(&daemon, "a", Far::End);
+    assert_claimed(&daemon, "slow");
     let more: Vec<_> = (0..CALLS).map(|_| ask_in_vain(&daemon, ("PUT", "/v1/disks/slow", &add))).collect();
     others_go_on(&daemon, "b", Far::End);
     let began = Instant::now();
     daemon.terminate();
     let ended = std::iter::from_fn(|| {
         std::thread::sleep(Duration::from_millis(50));
-        (began.elapsed() < STOP).then(|| daemon.has_ended())
+        (began.elapsed() < STOP).then(|| daemon.ended().is_some())
     });
     let in_time = ended.into_iter().any(|has_ended| has_ended);
     println!("ended: {in_time}, after {:.1?}", began.elapsed());
@@ -452,11 +465,12 @@ fn a_disk_that_falls_silent_holds_up_itself_only() {
     silent.fall_silent();
     guest.queues[0].submit_read(0, 0..8);
     let removal = ask_in_vain(&daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
-    assert_claimed(&daemon, "slow");
+    at_work(&daemon, "slow");
     others_go_on(&daemon, "a", Far::Cut);
+    assert_claimed(&daemon, "slow");
     let began = Instant::now();
     daemon.terminate();
-    while !daemon.has_ended() {
+    while daemon.ended().is_none() {
         assert!(began.elapsed() < STOP, "the daemon is still there {STOP:?} after it was told to end");
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -478,8 +492,9 @@ fn events_go_on_while_a_disk_hangs() {
     slow.stand_still_with_a_write();
     let events: Events = slow.daemon.events();
     let removal = ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
-    assert_claimed(&slow.daemon, "slow");
+    at_work(&slow.daemon, "slow");
     others_go_on(&slow.daemon, "a", Far::Cut);
+    assert_claimed(&slow.daemon, "slow");
     events.wait_for("SNAPSHOT_CREATED", "vm0@a");
     events.wait_for("DISK_REMOVED", "more-a");
     drop(slow.standstill.take());

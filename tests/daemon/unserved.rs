@@ -237,7 +237,7 @@ fn one_unreadable_record_stops_no_other() {
         }
         for _ in 0..2 {
             assert!(start_if_it_can(&mut daemon), "configured: {configured}: {}", daemon.log_text());
-            assert_unserved(&daemon, "vm0", "damaged");
+            assert_unserved(&daemon, "vm0", "record");
             assert_whole(&daemon, "vm1");
             let refused = daemon.send("PUT", "/v1/disks/vm0", &json!({ "path": daemon.image("vm0") }).to_string());
             assert!(refused.status >= 400, "it is served as a new disk: {}", refused.body);
@@ -354,7 +354,6 @@ fn the_image_of_what_is_lost_is_nothing_else() {
         std::fs::File::create(daemon.path("more.raw")).unwrap().set_len(SIZE).unwrap();
         let refused = daemon.send(method, path, &body.to_string());
         assert!(refused.status >= 400, "{method} {path}: the image of a volume is taken: {}", refused.body);
-        assert!(refused.body.contains('v'), "{}", refused.body);
     }
     std::fs::remove_file(taken).unwrap();
     wait_until("the volume to be served again", || show(&daemon, "v")["state"] == "serving");
