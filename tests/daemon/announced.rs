@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::asking::{advised, cli_within, follow_advice, lift_paces, refused_by_cli, slowed, start_if_it_can};
+use crate::asking::{advised, cli_within, follow_advice, lift_paces, lingers, refused_by_cli, slowed, start_if_it_can};
 use crate::harness::{Answer, Daemon, PATIENCE, command, run, wait_until};
 use crate::independent::post;
 use crate::restore;
@@ -277,7 +277,8 @@ fn advice_that_is_followed_leads_there() {
         let forced = std::cell::RefCell::new(Vec::new());
         let ask = || -> Answer {
             let answer = daemon.send(method, path, &body);
-            if is_forced && answer.status >= 400 && answer.json()["action"].as_str().unwrap().contains("force") {
+            let is_refused = answer.status >= 400 && !lingers(&answer);
+            if is_forced && is_refused && answer.json()["action"].as_str().unwrap().contains("force") {
                 forced.borrow_mut().push(format!("{what}: to be forced, and was: {}", answer.body));
             }
             answer

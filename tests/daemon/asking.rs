@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::harness::{Answer, Daemon, PATIENCE, command, wait_until};
 
 /// How many pieces of advice may follow on each other before a command succeeds.
-const ADVICE_MAX: usize = 12;
+const ADVICE_MAX: usize = 20;
 
 /// The answer, and how long it took; None if there is none in time. Then the call is left to itself.
 pub(crate) fn ask_within(
@@ -64,7 +64,8 @@ pub(crate) fn advised(sentence: &str) -> Vec<Vec<String>> {
 }
 
 /// Whether a command of the advice changes something, or lets time pass; others only show.
-fn helps(words: &[String]) -> bool {
+#[expect(clippy::ptr_arg, reason = "a predicate of iterators over them")]
+fn helps(words: &Vec<String>) -> bool {
     !["show", "list", "status"].iter().any(|shows| words.iter().any(|word| word == shows))
 }
 
@@ -75,6 +76,11 @@ pub(crate) fn lift_paces(daemon: &Daemon) {
     }
 }
 
+/// Whether a refusal is because of a frontend. One that has just left is not forgotten at once.
+pub(crate) fn lingers(answer: &Answer) -> bool {
+    ["frontend connected", "is being read", "is read by"].iter().any(|said| answer.body.contains(said))
+}
+
 /// Asks, does what the refusal advises, and asks again, until it is done. What is advised may be refused itself, with
 /// advice of its own. Returns what was carried out.
 #[track_caller]
@@ -82,9 +88,8 @@ pub(crate) fn follow_advice(daemon: &Daemon, ask: &dyn Fn() -> Answer) -> Vec<St
     let mut done = Vec::new();
     loop {
         let mut answer = ask();
-        // A frontend that has just left is not forgotten at once.
         wait_until("the last frontend to be forgotten", || {
-            let lingers = answer.body.contains("frontend connected") || answer.body.contains("is being read");
+            let lingers = answer.status >= 400 && lingers(&answer);
             if lingers {
                 answer = ask();
             }
@@ -98,25 +103,28 @@ pub(crate) fn follow_advice(daemon: &Daemon, ask: &dyn Fn() -> Answer) -> Vec<St
     }
 }
 
-/// Carries out the first command of a piece of advice that helps; `refusal` is what it was given with.
+/// Carries out a piece of advice, one step after the other; of alternatives the first one. `refusal` is what it was given
+/// with.
 #[track_caller]
 fn carry_out(daemon: &Daemon, advice: &str, refusal: &str, done: &mut Vec<String>) {
-    assert!(done.len() < ADVICE_MAX, "the advice leads nowhere: {done:?}, and then {refusal}");
-    let next = advised(advice).into_iter().find(|words| helps(words));
-    let next = next.unwrap_or_else(|| panic!("after {done:?}: no command helps with it: {refusal}"));
-    if done.last() == Some(&next.join(" ")) {
-        std::thread::sleep(Duration::from_millis(100)); // It has begun what is waited for.
-    }
-    let words: Vec<_> = next.iter().map(String::as_str).collect();
-    let output = cli_within(daemon, &words, *PATIENCE);
-    let output = output.unwrap_or_else(|| panic!("the advice {words:?} of {refusal} does not end"));
-    done.push(next.join(" "));
-    if !output.status.success() {
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "the advice {words:?} of {refusal}: {told}");
-        // Or what was in the way has gone meanwhile.
-        if advised(&told).iter().any(|words| helps(words)) {
-            carry_out(daemon, &told, &told, done);
+    let steps: Vec<_> = advice.split("; then ").filter_map(|step| advised(step).into_iter().find(helps)).collect();
+    assert!(!steps.is_empty(), "after {done:?}: no command helps with it: {refusal}");
+    for step in steps {
+        assert!(done.len() < ADVICE_MAX, "the advice leads nowhere: {done:?}, and then {refusal}");
+        if done.last() == Some(&step.join(" ")) {
+            std::thread::sleep(Duration::from_millis(100)); // It has begun what is waited for.
+        }
+        let words: Vec<_> = step.iter().map(String::as_str).collect();
+        let output = cli_within(daemon, &words, *PATIENCE);
+        let output = output.unwrap_or_else(|| panic!("the advice {words:?} of {refusal} does not end"));
+        done.push(step.join(" "));
+        if !output.status.success() {
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "the advice {words:?} of {refusal}: {told}");
+            // Or what was in the way has gone meanwhile.
+            if advised(&told).iter().any(helps) {
+                carry_out(daemon, &told, &told, done);
+            }
         }
     }
 }

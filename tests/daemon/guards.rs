@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::asking::{follow_advice, jobs, lift_paces, start_if_it_can};
-use crate::client::Client;
-use crate::harness::{Daemon, can_mount, wait_until};
+use crate::asking::{cli_within, follow_advice, jobs, lift_paces, start_if_it_can};
+use crate::client::{Client, tags};
+use crate::harness::{Daemon, PATIENCE, can_mount, wait_until};
 use crate::hung::has_hanging_thread;
 use crate::independent::{post, wait_independent};
 use crate::restore::{self, HOURS, changed_disk, ones};
@@ -138,7 +138,6 @@ fn what_a_disk_is_restored_from_never_goes() {
         &[
             ("DELETE", &snapshot, "", "snapshot-busy", "vm0"),
             ("DELETE", "/v1/disks/v?force=true", "", "disk-busy", "vm0"),
-            ("POST", "/v1/disks/v/restore", &json!({ "from": from, "force": true }).to_string(), "disk-busy", "vm0"),
         ],
         &wanted,
     );
@@ -146,6 +145,43 @@ fn what_a_disk_is_restored_from_never_goes() {
     daemon.start();
     restore::finish(&daemon);
     assert_eq!(shows(&daemon, "vm0"), wanted);
+}
+
+/// A name is a name: what is needed under one is needed under the next, and a restore goes on whatever its disk is called.
+#[test]
+fn what_is_needed_is_needed_by_any_name() {
+    let (mut daemon, wanted) = restored_from_volume();
+    post(&daemon, "v/promote").ok();
+    let rename = |from: &str, to: &str| {
+        let output = cli_within(&daemon, &["disk", "rename", from, to], *PATIENCE).expect("it ends");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(daemon.get(&format!("/v1/disks/{from}")).status, 404);
+    };
+    rename("v", "w");
+    assert_needed(&daemon, &[("DELETE", "/v1/disks/w?force=true", "", "disk-busy", "vm0")], &wanted);
+    rename("vm0", "main");
+    // Another one of the old name is another one.
+    daemon.make_image("v", SIZE);
+    daemon.send("PUT", "/v1/disks/v", &json!({ "path": daemon.image("v") }).to_string()).ok();
+    daemon.send("DELETE", "/v1/disks/v", "").ok();
+    daemon.forget_args();
+    daemon.kill();
+    daemon.start();
+    let disk = daemon.show_disk("main");
+    assert!(disk["restoring"]["from"].as_str().is_some_and(|from| from.starts_with("w@")), "{disk}");
+    let content = || {
+        let socket = daemon.show_disk("main")["socket"].as_str().unwrap().to_owned();
+        let mut client = Client::connect(socket.as_ref(), 1, true).unwrap();
+        tags(&client.read_all())
+    };
+    assert_eq!(content(), wanted);
+    let refused = daemon.send("DELETE", "/v1/disks/w?force=true", "");
+    assert_eq!(refused.refused(), "disk-busy", "{}", refused.body);
+    assert!(refused.body.contains("main"), "{}", refused.body);
+    lift_paces(&daemon);
+    wait_until("the restore to be over", || daemon.show_disk("main")["restoring"].is_null());
+    assert_eq!(content(), wanted);
+    daemon.send("DELETE", "/v1/disks/w?force=true", "").ok();
 }
 
 /// RestoredThrough: newer snapshots of the source, through which the restored one reads, stay until all is copied; so do
