@@ -451,6 +451,28 @@ fn adding_an_image_that_never_answers_holds_up_itself_only() {
     assert_eq!(daemon.client("vm0").tag(63), 3);
 }
 
+/// A start waits for no image either: what answers is served, and the rest is listed.
+#[test]
+fn a_start_waits_for_no_image_that_never_answers() {
+    if !can_mount("a_start_waits_for_no_image_that_never_answers") {
+        return;
+    }
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(0..64, 3);
+    daemon.snap("a");
+    daemon.stop();
+    let silent = SilentFile::mount(&daemon.path("silent"), SIZE as usize);
+    silent.fall_silent();
+    daemon.arg_disk_at("slow", &silent.path(), "");
+    daemon.start();
+    assert_eq!(daemon.client("vm0").tag(63), 3);
+    assert_eq!(daemon.state("vm0@a"), "quiesced");
+    let disk = daemon.show_disk("slow");
+    assert_eq!(disk["state"], "unserved", "{disk}");
+    assert!(disk["reason"].is_string(), "{disk}");
+    others_go_on(&daemon, "b", Far::End);
+}
+
 /// A disk whose image falls silent while a guest reads it: its removal hangs by itself, and the daemon ends.
 #[test]
 fn a_disk_that_falls_silent_holds_up_itself_only() {
