@@ -198,8 +198,8 @@ fn no_answer() -> ApiError {
 
 /// A name that is given to take what was flushed must be that of something.
 fn refuse_unknown<'a>(
-    given: Given,
-    records: &[DiskRecord],
+    given: Given<'a>,
+    records: &'a [DiskRecord],
     unreadable: impl Iterator<Item = &'a String>,
 ) -> Result<(), ApiError> {
     let (configured, remembered) = (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
