@@ -100,7 +100,7 @@ fn lock_for_a_while(directory: &OwnedFd) -> io::Result<()> {
         match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(io::Error::other("another process has held a lock on it for some seconds"));
+                return Err(io::Error::other("it is in use: another process has had it locked for some seconds"));
             }
             done => return Ok(done?),
         }

@@ -14,12 +14,35 @@ use super::manager::Manager;
 use crate::control::api;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
-use crate::registry::{self, ClaimKey, Command, Plan, Registry, Wanted, decide};
+use crate::registry::{self, ClaimKey, Command, Plan, Refusal, Registry, Wanted, decide};
 
 /// How long a command waits for what another one has claimed.
 const CLAIM_WAIT: Duration = Duration::from_secs(10);
+/// How long a connection that stands in the way may take to hang up.
+const HANG_UP_WAIT: Duration = Duration::from_secs(1);
+/// How often it is looked at.
+const HANG_UP_LOOK: Duration = Duration::from_millis(5);
 /// How often a job that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// Why something is not claimed.
+struct Denied {
+    error: ApiError,
+    /// Whether that may be over in a moment.
+    may_pass: bool,
+}
+
+impl From<ApiError> for Denied {
+    fn from(error: ApiError) -> Denied {
+        Denied { error, may_pass: false }
+    }
+}
+
+impl From<Refusal> for Denied {
+    fn from(refusal: Refusal) -> Denied {
+        Denied { may_pass: refusal.may_pass, error: refusal.into() }
+    }
+}
 
 /// A claim, until this is dropped.
 pub(super) struct Held<'a> {
@@ -73,7 +96,7 @@ impl Manager {
     pub(super) fn claim_decided(
         &self,
         operation: &str,
-        decide: &dyn Fn(&Registry) -> Result<Wanted, ApiError>,
+        decide: &dyn Fn(&Registry) -> Result<Wanted, Refusal>,
     ) -> Result<Held<'_>, ApiError> {
         let claimed = self.claim_when(operation, || {
             let registry = self.registry();
@@ -87,13 +110,21 @@ impl Manager {
     fn claim_when<T>(
         &self,
         operation: &str,
-        decide: impl Fn() -> Result<(Wanted, Vec<String>, T), ApiError>,
+        decide: impl Fn() -> Result<(Wanted, Vec<String>, T), Denied>,
     ) -> Result<(Held<'_>, T), ApiError> {
         let (since, deadline) = (Instant::now(), Instant::now() + CLAIM_WAIT);
         let mut claims = locked(&self.claims);
         loop {
             self.refuse_when_stopping()?;
-            let (wanted, names, decided) = decide()?;
+            let (wanted, names, decided) = match decide() {
+                Ok(decided) => decided,
+                Err(Denied { may_pass: true, .. }) if since.elapsed() < HANG_UP_WAIT => {
+                    let woken = self.released.wait_timeout(claims, HANG_UP_LOOK);
+                    claims = woken.unwrap_or_else(PoisonError::into_inner).0;
+                    continue;
+                }
+                Err(denied) => return Err(denied.error),
+            };
             let claim = registry::Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
             let refused = match claims.take(claim) {
                 Ok(id) => return Ok((Held { manager: self, id }, decided)),
@@ -119,8 +150,13 @@ impl Manager {
                 return None;
             }
             let wanted = Wanted::changing([key.clone()]);
-            let claim =
-                registry::Claim { operation: operation.to_owned(), names: names.clone(), wanted, since, waits_for: None };
+            let claim = registry::Claim {
+                operation: operation.to_owned(),
+                names: names.clone(),
+                wanted,
+                since,
+                waits_for: None,
+            };
             if let Ok(id) = claims.take(claim) {
                 return Some(Held { manager: self, id });
             }
@@ -133,7 +169,8 @@ impl Manager {
         let deadline = Instant::now() + timeout;
         let mut claims = locked(&self.claims);
         loop {
-            let left: Vec<String> = claims.held().map(|c| format!("{} ({})", c.operation, c.names.join(", "))).collect();
+            let left: Vec<String> =
+                claims.held().map(|c| format!("{} ({})", c.operation, c.names.join(", "))).collect();
             let Some(time) = deadline.checked_duration_since(Instant::now()).filter(|_| !left.is_empty()) else {
                 return left;
             };

@@ -104,8 +104,9 @@ impl Manager {
                         self.move_frontends(&entry)?;
                     } else if Instant::now() >= deadline {
                         let message = format!("snapshot {reference} is still draining");
-                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-                            .with_action(format!("wait until {reference} is quiesced: halfsilver snapshot show {reference}")));
+                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!(
+                            "wait until {reference} is quiesced: halfsilver snapshot show {reference}"
+                        )));
                     }
                 }
                 _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,

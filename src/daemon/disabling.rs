@@ -79,8 +79,9 @@ impl Manager {
         // content differs from theirs.
         if !disk.bookmarks().is_empty() && !planted::is(Defect::BegunAnewBookmarked) {
             let what = in_volume(name, "it has bookmarks of what was written to it");
-            return Err(ApiError::new(ErrorCode::VolumeBusy, what)
-                .with_action("delete them first: halfsilver bookmark delete"));
+            return Err(
+                ApiError::new(ErrorCode::VolumeBusy, what).with_action("delete them first: halfsilver bookmark delete")
+            );
         }
         let chain = disk.disk.chain();
         let (old, live) = (chain.version(chain.live()).id, Uuid::new_v4());

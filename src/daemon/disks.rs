@@ -2,7 +2,7 @@
 //!
 //! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -64,6 +64,7 @@ impl Manager {
             )));
         }
         let entry = self.add_now(name, config)?;
+        self.hurry_unserved();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
@@ -86,6 +87,10 @@ impl Manager {
         let take_flushed: Vec<Name> =
             locked(&self.unserved).get(name).filter(|u| u.takes_flushed).map(|u| u.name.clone()).into_iter().collect();
         let planned = self.plan(name, config)?;
+        if let Some(base) = self.base_not_served(&planned) {
+            let message = format!("volume {name}: what it stands on is not served: {base}");
+            return Err(ApiError::new(ErrorCode::DiskFailed, message));
+        }
         let recovery = self.decide(std::slice::from_ref(&planned), &take_flushed)?.into_iter().flatten().next();
         let entry = self.add_planned(planned, recovery)?;
         self.resume_restores();
@@ -162,7 +167,39 @@ impl Manager {
 
     pub(super) fn plan(&self, name: &Name, config: DiskConfig) -> Result<Planned, ApiError> {
         let record = self.record_of(name, &config)?;
+        let of_volume = record.as_ref().is_some_and(|r| r.volume.is_some());
+        for path in [Some(&config.path), config.mirror.as_ref()].into_iter().flatten().filter(|_| !of_volume) {
+            self.refuse_what_others_have(name, path, record.as_ref())?;
+        }
         Ok(Planned { name: name.clone(), config, record })
+    }
+
+    /// An image that something else has, served or not, is not served as a disk.
+    fn refuse_what_others_have(&self, name: &Name, path: &Path, record: Option<&DiskRecord>) -> Result<(), ApiError> {
+        let refuse = |whose: String| {
+            let message = format!("disk {name}: {} is {whose}", path.display());
+            Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
+        };
+        let unserved: Vec<DiskRecord> = locked(&self.unserved).values().filter_map(|u| u.record.clone()).collect();
+        let others = self.all_disks().into_iter().map(|disk| disk.to_record()).chain(unserved);
+        for other in others.filter(|other| other.name != name.as_str()) {
+            let what = if other.is_volume() { "volume" } else { "disk" };
+            let own = other.config.get("path").and_then(|path| path.as_str()).map(Path::new);
+            let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
+            if own.into_iter().chain(other.live_log.as_deref()).chain(legs).any(|its| is_same_file(its, path)) {
+                return refuse(format!("that of {what} {}", other.name));
+            }
+            if let Some(snapshot) = other.snapshots.iter().find(|s| is_same_file(&s.image, path)) {
+                return refuse(format!("that of snapshot {}@{}", other.name, snapshot.name));
+            }
+        }
+        // What is there without a record that can be read may be anything.
+        let is_known =
+            record.is_some_and(|r| r.config.get("path").and_then(|p| p.as_str()).is_some_and(|p| Path::new(p) == path));
+        match path.parent().is_some_and(|dir| is_same_file(dir, &self.places.images_dir())) && !is_known {
+            true => refuse("where this daemon keeps the images of snapshots and volumes".to_owned()),
+            false => Ok(()),
+        }
     }
 
     /// Serves a disk as it was decided; one of which nothing is remembered as it is.
@@ -395,6 +432,12 @@ impl Manager {
             drain: Mutex::new(None),
         }))
     }
+}
+
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let look = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    one == other || matches!((look(one), look(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// What would be lost if a disk's record gave way to another one.

@@ -46,7 +46,12 @@ impl Manager {
     }
 
     fn follow_up_after(&self, what: FollowUp, pause: Duration) {
-        locked(&self.follow_ups).0.push((Instant::now() + pause, pause, what));
+        let mut follow_ups = locked(&self.follow_ups);
+        if let FollowUp::Serve(name) = &what {
+            // The newest word on it counts.
+            follow_ups.0.retain(|(.., other)| !matches!(other, FollowUp::Serve(other) if other == name));
+        }
+        follow_ups.0.push((Instant::now() + pause, pause, what));
     }
 
     /// Tries what is due.

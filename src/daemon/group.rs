@@ -47,7 +47,10 @@ impl Manager {
         let found: Vec<SnapshotRef> = registry.disks().flat_map(of).collect();
         let refused = |snapshot: &SnapshotRef| {
             let command = Command::DeleteSnapshot { snapshot: snapshot.clone(), force: options.force };
-            decide(&registry, &command).map_err(ApiError::from).and_then(|_| self.refuse_bookmark(snapshot, options)).err()
+            decide(&registry, &command)
+                .map_err(ApiError::from)
+                .and_then(|_| self.refuse_bookmark(snapshot, options))
+                .err()
         };
         let refusals: Vec<ApiError> = found.iter().filter_map(refused).collect();
         if let Some(first) = refusals.first() {

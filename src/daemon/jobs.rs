@@ -132,9 +132,8 @@ impl Manager {
         });
         let mut jobs = locked(&self.jobs);
         // One that is not done is gone on with by its number, and nothing else.
-        let is_over = |j: &&Arc<JobEntry>| {
-            j.state() == JobState::Done || j.state() == JobState::Failed && !self.has_work_left(j)
-        };
+        let is_over =
+            |j: &&Arc<JobEntry>| j.state() == JobState::Done || j.state() == JobState::Failed && !self.has_work_left(j);
         let ended: Vec<u64> = jobs.values().filter(is_over).map(|j| j.id).collect();
         for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
             jobs.remove(old);

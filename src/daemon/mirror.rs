@@ -305,9 +305,12 @@ impl Manager {
                     }
                     (Some(mirror::LegState::Resynchronising), false) => match &job {
                         Some(job) if job.state() == JobState::Running => {
-                            let message = format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
-                            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
-                                .with_action(format!("wait for it: halfsilver job wait {0}; or: halfsilver job stop {0}", job.id)));
+                            let message =
+                                format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
+                            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message).with_action(format!(
+                                "wait for it: halfsilver job wait {0}; or: halfsilver job stop {0}",
+                                job.id
+                            )));
                         }
                         // One that nobody goes on with gives way.
                         _ => failed = Some(leg.clone()),
@@ -372,7 +375,8 @@ impl Manager {
         let leg = LegRecord { id: Uuid::new_v4(), path: locked(&disk.path).clone(), saved: None };
         let first = LegImage { id: leg.id, image: image.clone() };
         let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
-        *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))], is_stopped: false });
+        *locked(&disk.mirror) =
+            Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))], is_stopped: false });
         self.watch_legs(disk);
         Ok(())
     }
@@ -423,9 +427,12 @@ impl Manager {
         };
         let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
         if state(goes.0.id) == Some(mirror::LegState::Split) {
-            let message = format!("disk {name}: {} is held by a snapshot", goes.0.path.display());
-            return Err(ApiError::new(ErrorCode::DiskBusy, message)
-                .with_action("delete the snapshot with --keep-image: its image then stays as it is"));
+            let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.0.path);
+            let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference.to_string());
+            let message = format!("disk {name}: {} is held by snapshot {holder}", goes.0.path.display());
+            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action(format!(
+                "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
+            )));
         }
         let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(mirror::LegState::InSync)) else {
             let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
@@ -435,8 +442,10 @@ impl Manager {
             && !job.abandon(DRAIN_WAIT)
         {
             let message = format!("job {} does not stop: it waits for a block", job.id);
-            return Err(ApiError::new(ErrorCode::Unavailable, message)
-                .with_action(format!("see 'halfsilver job show {}'; then again: halfsilver disk unmirror {name}", job.id)));
+            return Err(ApiError::new(ErrorCode::Unavailable, message).with_action(format!(
+                "see 'halfsilver job show {}'; then again: halfsilver disk unmirror {name}",
+                job.id
+            )));
         }
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
         if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
@@ -481,7 +490,8 @@ impl Manager {
 
     /// Takes the jobs off the list that synchronised what is no leg any more.
     fn forget_resyncs_of(&self, disk: &DiskEntry) {
-        let is_old = |job: &JobEntry| job.is_on(disk) && job.kind == JobKind::Mirror && job.state() != JobState::Running;
+        let is_old =
+            |job: &JobEntry| job.is_on(disk) && job.kind == JobKind::Mirror && job.state() != JobState::Running;
         locked(&self.jobs).retain(|_, job| !is_old(job));
     }
 

@@ -4,8 +4,8 @@
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
 mod changes;
-mod claiming;
 pub mod check;
+mod claiming;
 mod complete;
 pub mod config;
 mod deletion;

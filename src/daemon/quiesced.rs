@@ -7,7 +7,7 @@ use super::entry::{DiskEntry, SnapshotEntry};
 use super::manager::Manager;
 use crate::control::api::SnapshotState;
 use crate::control::{ApiError, ErrorCode, SnapshotRef};
-use crate::registry::{Registry, Wanted};
+use crate::registry::{Refusal, Registry, Wanted};
 
 /// How long a command waits for a snapshot to be quiesced. It was just taken, or its requests are slow.
 const QUIESCE_WAIT: Duration = Duration::from_secs(60);
@@ -21,7 +21,7 @@ impl Manager {
         &self,
         operation: &str,
         from: &SnapshotRef,
-        decide: impl Fn(&Registry) -> Result<Wanted, ApiError>,
+        decide: impl Fn(&Registry) -> Result<Wanted, Refusal>,
         begin: impl FnOnce(&Arc<DiskEntry>, &Arc<SnapshotEntry>) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
         let deadline = Instant::now() + QUIESCE_WAIT;

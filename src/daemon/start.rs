@@ -97,9 +97,8 @@ impl Manager {
         for (planned, e) in unanswered {
             self.not_served(planned, given, e.message);
         }
-        let (volumes, disks): (Vec<_>, Vec<_>) = looked_at
-            .into_iter()
-            .partition(|(planned, _)| planned.record.as_ref().is_some_and(DiskRecord::is_volume));
+        let (volumes, disks): (Vec<_>, Vec<_>) =
+            looked_at.into_iter().partition(|(planned, _)| planned.record.as_ref().is_some_and(DiskRecord::is_volume));
         let opening: Vec<_> = disks.into_iter().map(|one| self.begin_to_open(one)).collect();
         let deadline = Instant::now() + OPEN_WAIT;
         for (planned, opened) in opening {
@@ -112,6 +111,10 @@ impl Manager {
         }
         // Each after what it stands on.
         for one in in_order(volumes) {
+            if let Some(base) = self.base_not_served(&one.0) {
+                self.not_served(one.0, given, format!("what it stands on is not served: {base}"));
+                continue;
+            }
             let (planned, opened) = self.begin_to_open(one);
             if let Err(e) = opened.recv_timeout(OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
                 self.not_served(planned, given, e.message);
@@ -120,6 +123,13 @@ impl Manager {
             }
         }
         Ok(())
+    }
+
+    /// The disk or volume below one, if it is not served: then it may come back, and this one with it.
+    pub(super) fn base_not_served(&self, planned: &Planned) -> Option<Name> {
+        let on = planned.record.as_ref()?.volume.as_ref()?.snapshot;
+        let has = |record: &DiskRecord| record.snapshots.iter().any(|s| s.id == on);
+        locked(&self.unserved).values().find(|u| u.record.as_ref().is_some_and(has)).map(|u| u.name.clone())
     }
 
     /// What is decided about each of these, and those that do not answer.
@@ -164,7 +174,10 @@ impl Manager {
     }
 
     /// Opens a disk on a thread of its own, which goes on also when nobody waits for it any more.
-    fn begin_to_open(&self, (planned, recovery): (Planned, Option<Recovery>)) -> (Planned, Receiver<Result<(), ApiError>>) {
+    fn begin_to_open(
+        &self,
+        (planned, recovery): (Planned, Option<Recovery>),
+    ) -> (Planned, Receiver<Result<(), ApiError>>) {
         let (me, (tell, told)) = (self.me.clone(), channel());
         let of = planned.clone();
         let started = self.start_thread("open", move || {
@@ -187,7 +200,8 @@ impl Manager {
         if self.disk(&name).is_ok() {
             return; // It was opened meanwhile.
         }
-        let (id, takes_flushed) = (record.as_ref().map_or_else(Uuid::new_v4, |r| r.id), given.take_flushed.contains(&name));
+        let (id, takes_flushed) =
+            (record.as_ref().map_or_else(Uuid::new_v4, |r| r.id), given.take_flushed.contains(&name));
         self.note_unserved(Unserved { name, id, record, config: Some(config), why, takes_flushed });
     }
 }
@@ -202,7 +216,8 @@ fn refuse_unknown<'a>(
     records: &'a [DiskRecord],
     unreadable: impl Iterator<Item = &'a String>,
 ) -> Result<(), ApiError> {
-    let (configured, remembered) = (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
+    let (configured, remembered) =
+        (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
     let known: BTreeSet<&str> = configured.chain(remembered).chain(unreadable.map(String::as_str)).collect();
     match given.take_flushed.iter().find(|name| !known.contains(name.as_str())) {
         None => Ok(()),

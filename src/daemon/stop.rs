@@ -55,7 +55,8 @@ impl Manager {
             log::debug!("the housekeeper has left already");
         }
         let threads_left = self.join_threads(deadline);
-        let is_ended = |disk: &&Arc<DiskEntry>| ended.iter().any(|(of, done)| Arc::ptr_eq(of, disk) && *done == Some(Ok(())));
+        let is_ended =
+            |disk: &&Arc<DiskEntry>| ended.iter().any(|(of, done)| Arc::ptr_eq(of, disk) && *done == Some(Ok(())));
         let quiet: Vec<Arc<DiskEntry>> = disks.iter().filter(is_ended).cloned().collect();
         let saved = self.for_each_disk(&quiet, deadline, |manager, disk| {
             // No request is left, so every version is quiesced.
@@ -82,7 +83,9 @@ impl Manager {
         }
         match (hung.is_empty(), unsaved) {
             (false, _) => Err(ServeError::Hung(format!("these did not end in time: {}", hung.join(", ")))),
-            (true, _) if threads_left > 0 => Err(ServeError::Hung(format!("{threads_left} threads did not end in time"))),
+            (true, _) if threads_left > 0 => {
+                Err(ServeError::Hung(format!("{threads_left} threads did not end in time")))
+            }
             (true, Some(what)) => Err(ServeError::Unsaved(what)),
             (true, None) => Ok(()),
         }
@@ -99,7 +102,10 @@ impl Manager {
             let (me, of, work, (tell, told)) = (self.me.clone(), disk.clone(), work.clone(), channel());
             let run = move || {
                 let Some(manager) = me.upgrade() else { return };
-                if tell.send(work(&manager, &of)).is_err() {
+                let done = work(&manager, &of);
+                // Whoever is told may be the last one that has it, and closes the records.
+                drop(manager);
+                if tell.send(done).is_err() {
                     log::debug!("disk {}: nobody waits for it any more", of.name);
                 }
             };

@@ -91,6 +91,7 @@ impl Manager {
         match self.add_now(name, config) {
             Ok(_) => {
                 log::info!("{name}: what it lacked is back, and it is served again");
+                self.hurry_unserved();
                 self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
                 true
             }
@@ -104,6 +105,13 @@ impl Manager {
                 false
             }
         }
+    }
+
+    /// What waited for something that is served now need not wait any longer.
+    pub(super) fn hurry_unserved(&self) {
+        let names: Vec<Name> =
+            locked(&self.unserved).values().filter(|u| u.config.is_some()).map(|u| u.name.clone()).collect();
+        names.into_iter().for_each(|name| self.follow_up(FollowUp::Serve(name)));
     }
 
     /// The disks that are not served, by name.
@@ -154,6 +162,9 @@ fn disk_of(unserved: &Unserved) -> Disk {
         disk.id = Some(record.id);
         disk.epoch = record.live_began;
         disk.snapshots = u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX);
+        // How much is left is in a table that nobody reads while it is not served.
+        let restore = record.restore.as_ref().filter(|r| r.is_active);
+        disk.restoring = restore.map(|r| api::RestoreStatus { from: r.from.clone(), remaining_bytes: 0 });
     }
     match &unserved.config {
         Some(config) => disk.with_config(config),

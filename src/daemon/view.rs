@@ -126,7 +126,8 @@ fn remembered(unserved: &Unserved) -> Disk {
         kind: kind_of(volume, stood_on),
         restore: restore.map(|r| Restore { source: r.source, through: Vec::new(), is_lost: false }),
         has_work: record.work.is_some(),
-        is_in_log: record.live_log.is_some() && record.volume.is_none(),
+        // Whoever gives up what is not served gives up its log too.
+        is_in_log: false,
         snapshots: record.snapshots.iter().enumerate().filter_map(snapshot).collect(),
         bookmarks: record
             .bookmarks

@@ -106,7 +106,8 @@ impl Manager {
             Ok(wanted)
         };
         let operation = format!("volume create {}", request.name);
-        let made = self.when_quiesced(&operation, from, wanted, |disk, entry| self.make_volume_now(disk, entry, request));
+        let made =
+            self.when_quiesced(&operation, from, wanted, |disk, entry| self.make_volume_now(disk, entry, request));
         Ok(made?.to_volume())
     }
 

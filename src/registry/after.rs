@@ -27,7 +27,7 @@ impl Registry {
             }),
         }
         if let Step::PutBack(disk) = step {
-            self.resume_restore(disk);
+            self.resume_jobs(disk);
         }
     }
 
@@ -99,20 +99,19 @@ impl Registry {
         }
     }
 
-    /// A restore whose source is there again goes on by its job.
-    fn resume_restore(&mut self, name: &Name) {
-        let Some(disk) = self.named(name).filter(|disk| disk.restore.is_some()) else { return };
+    /// What was under way on a disk goes on by jobs when it is served again.
+    fn resume_jobs(&mut self, name: &Name) {
+        let Some(disk) = self.named(name) else { return };
         let id = disk.id;
-        if self.job_on(id, |job| job.kind == JobKind::Restore).is_none() {
-            let job = self.jobs().next_back().map_or(1, |last| last.id + 1);
-            let new = super::entity::Job {
-                id: job,
-                kind: JobKind::Restore,
-                disk: id,
-                snapshot: None,
-                state: JobState::Running,
-            };
-            self.jobs_mut().insert(job, new);
+        let going = disk.snapshots.iter().filter(|s| s.phase == SnapshotPhase::Going).map(|s| Some(s.id));
+        let mut wanted: Vec<(JobKind, Option<Uuid>)> = going.map(|s| (JobKind::Merge, s)).collect();
+        wanted.extend(disk.restore.as_ref().map(|_| (JobKind::Restore, None)));
+        for (kind, snapshot) in wanted {
+            if self.job_on(id, |job| job.snapshot == snapshot && (snapshot.is_some() || job.kind == kind)).is_none() {
+                let job = self.jobs().next_back().map_or(1, |last| last.id + 1);
+                let new = super::entity::Job { id: job, kind, disk: id, snapshot, state: JobState::Running };
+                self.jobs_mut().insert(job, new);
+            }
         }
     }
 

@@ -8,8 +8,8 @@ use uuid::Uuid;
 use super::advice::Step;
 use super::claims::{ClaimKey, Wanted};
 use super::command::Command;
-use super::entity::{Disk, Kind, Registry, Snapshot};
-use super::obstacle::Obstacle;
+use super::entity::{Disk, Registry, Snapshot};
+use super::obstacle::{Obstacle, ObstacleKind};
 use super::table::{Answer, Operation};
 use crate::control::api::JobState;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
@@ -38,6 +38,8 @@ pub struct Refusal {
     pub steps: Vec<Step>,
     /// What to do where no command helps.
     pub instead: Option<String>,
+    /// Whether all that stands in the way are connections: one of them may just be hanging up.
+    pub may_pass: bool,
 }
 
 impl fmt::Display for Refusal {
@@ -53,7 +55,7 @@ impl Refusal {
     /// One that no command clears.
     #[must_use]
     pub fn for_good(code: ErrorCode, what: impl Into<String>, instead: impl Into<String>) -> Refusal {
-        Refusal { code, what: vec![what.into()], steps: Vec::new(), instead: Some(instead.into()) }
+        Refusal { code, what: vec![what.into()], steps: Vec::new(), instead: Some(instead.into()), may_pass: false }
     }
 
     /// What to do about it, as one line.
@@ -134,7 +136,9 @@ impl<'a> Decision<'a> {
                             what: Vec::new(),
                             steps: Vec::new(),
                             instead: None,
+                            may_pass: true,
                         });
+                        refusal.may_pass &= matches!(obstacle.kind, ObstacleKind::ReadBy | ObstacleKind::Attached);
                         if !refusal.what.contains(&obstacle.what) {
                             refusal.what.push(obstacle.what);
                         }
@@ -336,10 +340,6 @@ impl<'a> Decision<'a> {
                 wanted.changes.extend(self.registry.job(*job).map(|job| entity(job.disk)));
             }
             _ => {}
-        }
-        // While it is decided whether something may go, nothing new may come to need it.
-        if let Some(Kind::Volume { on }) = targets.first().map(|t| t.disk().kind) {
-            wanted.needs.extend(self.registry.snapshot(on).map(|(base, _)| entity(base.id)));
         }
         wanted.needs.retain(|key| !wanted.changes.contains(key));
         plan.wanted = wanted;

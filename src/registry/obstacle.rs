@@ -62,13 +62,15 @@ pub enum ObstacleKind {
     HasSnapshots,
     /// It has bookmarks.
     HasBookmarks,
+    /// The deletion of another snapshot of its disk was stopped or has failed.
+    Behind,
     /// Its newest content is in a log.
     InLog,
 }
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 26] = {
+    pub const ALL: [ObstacleKind; 27] = {
         use ObstacleKind::*;
         [
             Unserved,
@@ -96,6 +98,7 @@ impl ObstacleKind {
             Attached,
             HasSnapshots,
             HasBookmarks,
+            Behind,
             InLog,
         ]
     };
@@ -162,6 +165,11 @@ impl Registry {
         let mut found = self.of_itself(disk);
         found.extend(self.needs(disk, &[snapshot.id]));
         found.extend(self.life_of(disk, snapshot));
+        let others = disk.snapshots.iter().filter(|other| other.id != snapshot.id);
+        for other in others.filter(|other| other.phase == SnapshotPhase::Going) {
+            let stopped = self.life_of(disk, other).into_iter().filter(|o| o.kind == ObstacleKind::GoingStopped);
+            found.extend(stopped.map(|o| Obstacle { kind: ObstacleKind::Behind, ..o }));
+        }
         if let Some(why) = &snapshot.broken {
             let what = format!("snapshot {} is broken: {why}", disk.reference(&snapshot.name));
             found.push(obstacle(ObstacleKind::Broken, what, Vec::new()));
@@ -259,27 +267,34 @@ impl Registry {
     /// Who needs one of these snapshots of a disk.
     fn needs(&self, disk: &Disk, snapshots: &[Uuid]) -> Vec<Obstacle> {
         let mut found: Vec<Obstacle> = Vec::new();
-        for edge in self.edges().filter(|edge| snapshots.contains(&edge.needed)) {
-            let Some(needer) = self.disk(edge.needer) else { continue };
-            let named = self.name_of(edge.needed);
-            let new = match edge.kind {
-                EdgeKind::StandsOn => {
-                    let delete = Command::DeleteVolume { volume: needer.name.clone(), force: false };
-                    let what = format!("snapshot {named} is needed by volume {}", needer.name);
-                    obstacle(ObstacleKind::StoodOn, what, vec![Step::Run(delete)])
-                }
-                // The disk's own restore is said of the disk.
-                _ if needer.id == disk.id => continue,
-                EdgeKind::RestoredFrom | EdgeKind::RestoredThrough => {
-                    let (by, steps) = self.job_of_restore(needer);
-                    let (kind, way) = match edge.kind {
-                        EdgeKind::RestoredFrom => (ObstacleKind::RestoredFrom, "from"),
-                        _ => (ObstacleKind::RestoredThrough, "through"),
-                    };
-                    obstacle(kind, format!("disk {} is being restored {way} snapshot {named}{by}", needer.name), steps)
-                }
+        for id in snapshots {
+            let edges: Vec<_> = self.edges().filter(|edge| edge.needed == *id).collect();
+            let needers = |kind| {
+                let of_kind = edges.iter().filter(move |edge| edge.kind == kind);
+                let mut needers: Vec<&Disk> = of_kind.filter_map(|edge| self.disk(edge.needer)).collect();
+                needers.sort_by(|one, other| one.name.cmp(&other.name));
+                needers
             };
-            found.push(new);
+            let named = self.name_of(*id);
+            let volumes = needers(EdgeKind::StandsOn);
+            if !volumes.is_empty() {
+                let names = volumes.iter().map(|v| v.name.as_str()).collect::<Vec<_>>().join(", ");
+                let what = if volumes.len() == 1 { "volume" } else { "volumes" };
+                let delete = |v: &&Disk| Step::Run(Command::DeleteVolume { volume: v.name.clone(), force: false });
+                let what = format!("snapshot {named} is needed by {what} {names}");
+                found.push(obstacle(ObstacleKind::StoodOn, what, volumes.iter().map(delete).collect()));
+            }
+            for (edge, kind, way) in [
+                (EdgeKind::RestoredFrom, ObstacleKind::RestoredFrom, "from"),
+                (EdgeKind::RestoredThrough, ObstacleKind::RestoredThrough, "through"),
+            ] {
+                // The disk's own restore is said of the disk.
+                for needer in needers(edge).into_iter().filter(|needer| needer.id != disk.id) {
+                    let (by, steps) = self.job_of_restore(needer);
+                    let what = format!("disk {} is being restored {way} snapshot {named}{by}", needer.name);
+                    found.push(obstacle(kind, what, steps));
+                }
+            }
         }
         found
     }
@@ -317,7 +332,8 @@ impl Registry {
             }
         }
         if snapshot.readers > 0 {
-            let what = format!("snapshot {reference} is read by {}", counted(snapshot.readers as usize, "frontend"));
+            let what =
+                format!("snapshot {reference} is being read by {}", counted(snapshot.readers as usize, "frontend"));
             found.push(obstacle(ObstacleKind::ReadBy, what, vec![Step::DisconnectReaders(reference)]));
         }
         found

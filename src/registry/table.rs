@@ -93,7 +93,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     //                      delete snap.   del. bookmark set        unmirror      update        enable   read through
     //                         use snapshot   remove disk  rename      restore       promote       fresh
     //                                                                   delete volume
-    (Unserved,          [R, R, R, R, R, F, o, R, R, R, R, R, F, R, R, R, R, R, R, R]),
+    (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, o, R, R, R, R, R, R, R]),
     (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, R, o]),
     (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, R, o, o, o, o]),
     (IsVolume,          [o, o, o, o, o, N, o, o, o, N, N, N, o, o, o, o, o, o, o, o]),
@@ -118,6 +118,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Attached,          [o, o, o, o, o, F, o, o, o, o, o, F, F, o, F, o, F, o, o, o]),
     (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
     (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
+    (Behind,            [o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
     (InLog,             [o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
 ];
 

@@ -66,7 +66,7 @@ fn a_disabled_volume_keeps_its_content() {
         daemon.api().create("s", &["clone"], &json!({ "wait": true })).ok();
         disable(&daemon, "clone");
         let refused = post(&daemon, "clone/enable?fresh=true");
-        assert!(refused.refused() == "volume-busy" && refused.body.contains("snapshots"), "{}", refused.body);
+        assert!(refused.refused() == "volume-busy" && refused.body.contains("1 snapshot"), "{}", refused.body);
         daemon.delete("clone@s");
         enable(&daemon, "clone", true);
         delete(&daemon, "clone");

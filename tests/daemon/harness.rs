@@ -240,7 +240,7 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn refused_start(&self) -> String {
         let other_is_up = self.is_up();
-        let mut child = self.serve_command().stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = self.serve_command().arg("--strict").stderr(Stdio::piped()).spawn().unwrap();
         let deadline = Instant::now() + *PATIENCE;
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {

@@ -7,8 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
-mod api;
 mod announced;
+mod api;
 mod asking;
 mod background;
 mod chain;

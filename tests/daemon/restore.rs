@@ -449,7 +449,12 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
     daemon.stop();
     std::fs::rename(&image, &aside).unwrap();
     daemon.start();
-    for path in ["/v1/volumes/clone?force=true", "/v1/disks/vm0?force=true"] {
+    let needed = daemon.send("DELETE", "/v1/volumes/clone?force=true", "");
+    assert!(
+        needed.refused() == "volume-busy" && needed.body.contains("halfsilver disk remove vm0 --force"),
+        "{needed:?}"
+    );
+    for path in ["/v1/disks/vm0?force=true", "/v1/volumes/clone?force=true"] {
         wait_until("it to be given up", || daemon.send("DELETE", path, "").status == 204);
     }
     daemon.assert_only_disks_left();

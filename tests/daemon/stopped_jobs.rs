@@ -65,6 +65,7 @@ fn a_stopped_deletion_ends_with_its_disk() {
     assert_untouched(&daemon);
     assert_eq!(listed, None, "it is listed without its disk");
     daemon.kill();
+    daemon.forget_args();
     daemon.start();
     assert_eq!(remembered(&daemon, id), None);
     assert_untouched(&daemon);

@@ -205,9 +205,9 @@ fn what_cannot_be_updated_is_refused() {
     drop(guest);
     wait_until("the guest to leave", || show(&daemon, "clone")["connected"] == false);
     daemon.api().create("own", &["clone"], &json!({ "wait": true })).ok();
-    refused("snapshots");
+    refused("snapshot");
     assert_eq!(daemon.send("DELETE", "/v1/snapshots/clone@own?keep-bookmark=true", "").status, 204);
-    refused("bookmarks");
+    refused("bookmark");
     // They would tell of content that is dropped here, too.
     made(&daemon, "other", "vm0@daily");
     daemon.api().create("own", &["other"], &json!({ "wait": true })).ok();
@@ -222,7 +222,7 @@ fn what_cannot_be_updated_is_refused() {
     assert_eq!(shows(&daemon, "clone"), shows(&daemon, "vm0"));
     drop(guest);
     wait_until("the guest to leave", || show(&daemon, "clone")["connected"] == false);
-    refused("is at work on it");
+    refused("copies what it does not own");
     daemon.send("PATCH", &format!("/v1/jobs/{}", begun["id"]), r#"{"bytes_per_second":0}"#).ok();
     wait_independent(&daemon, "clone");
     wait_moments(&daemon, &["daily"], &["clone-update-1"]);
