@@ -158,7 +158,7 @@ pub(super) enum DiskCommand {
         #[command(flatten)]
         set: SetArgs,
         /// Let guests only read
-        #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", value_parser = switch)]
+        #[arg(long, value_name = "on|off", value_parser = switch)]
         readonly: Option<bool>,
     },
     /// Forget a disk or volume that is not served, with its snapshots and all that was made for it; a disk's image stays

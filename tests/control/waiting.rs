@@ -185,6 +185,7 @@ fn settings_are_set() {
         "disk set vm1",
         "disk set vm1 --queues 17",
         "disk set vm1 --readonly maybe",
+        "disk set vm1 --readonly",
         "disk set vm1 --background 5000",
         "disk set vm1 --serial 123456789012345678901",
         "disk set vm1 --durability for-ever",
