@@ -37,6 +37,7 @@ mod ring;
 mod strategies;
 mod survival;
 mod trouble;
+mod unreadable;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
