@@ -17,7 +17,7 @@ use super::mirror::{Base, Mirror};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::Standing;
-use super::takeup::{Planned, lock_wait, unserved};
+use super::startup::{Planned, lock_wait, unserved};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;

@@ -17,7 +17,7 @@ use super::disks::Opened;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
 use super::standing::Standing;
-use super::takeup::Planned;
+use super::startup::Planned;
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, VolumeRequest, VolumeSource, VolumeState, Writers,
 };
