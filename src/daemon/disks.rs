@@ -17,7 +17,7 @@ use super::mirror::{Base, Mirror};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::Standing;
-use super::startup::{Planned, lock_wait, unserved};
+use super::startup::{Planned, lock_wait_after_decision, unserved};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
@@ -196,7 +196,7 @@ impl Manager {
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
             return Err(in_disk(unserved(why)));
         }
-        let lock_wait = lock_wait(record.as_ref());
+        let lock_wait = lock_wait_after_decision(record.as_ref());
         let options = ImageOptions { direct: direct_of(config), read_only: config.readonly, lock_wait };
         let standing = record.as_ref().map(Standing::of).unwrap_or_default();
         let Base { backing, mirror } = match &standing.volume {
