@@ -81,6 +81,11 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
             line(page, 2, &format!("what to do: {action}"));
         }
     }
+    for job in &disk.jobs {
+        let what = job.snapshot.as_ref().map_or_else(String::new, |snapshot| format!(" of {snapshot}"));
+        let verdict = if job.stopped { "would wait to be resumed" } else { "would go on" };
+        line(page, 1, &format!("job {}{what}: {verdict}", job.kind));
+    }
     for bookmark in &disk.bookmarks {
         let what = match &bookmark.lost {
             None => "would be kept".to_owned(),

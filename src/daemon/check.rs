@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::ServeError;
 use super::places::{self, PlaceError, Places};
-use super::takeup::recovery_of;
+use super::startup::recovery_of;
 use crate::control::Name;
 use crate::control::api::DiskConfig;
 use crate::recovery::{Recovery, duplicates, settle};
@@ -104,6 +104,19 @@ pub struct CheckedDisk {
     pub snapshots: Vec<CheckedSnapshot>,
     /// Oldest first.
     pub bookmarks: Vec<CheckedBookmark>,
+    /// What would go on.
+    pub jobs: Vec<CheckedJob>,
+}
+
+/// A job that is there again after a start.
+#[derive(Clone, Debug, Serialize)]
+pub struct CheckedJob {
+    /// `restore`, `migrate`, `update` or `mirror`, as in the list of jobs, or `delete` for a merge or fold.
+    pub kind: &'static str,
+    /// The snapshot that is deleted.
+    pub snapshot: Option<String>,
+    /// Whether it waits to be resumed, because a user had stopped it.
+    pub stopped: bool,
 }
 
 /// A bookmark, and whether it would still be known what changed since.

@@ -16,7 +16,7 @@ use super::mirror::{Base, Mirror, check_new_leg};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::{Standing, set_of};
-use super::takeup::{Planned, lock_wait, unserved};
+use super::startup::{Planned, lock_wait_after_decision, unserved};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
@@ -209,7 +209,7 @@ impl Manager {
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
             return Err(in_disk(unserved(why)));
         }
-        let lock_wait = lock_wait(record.as_ref());
+        let lock_wait = lock_wait_after_decision(record.as_ref());
         let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
         let mut standing = record.as_ref().map(Standing::of).unwrap_or_default();
         standing.set = standing.set.still_in(config);
@@ -249,10 +249,15 @@ impl Manager {
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, awaited) = match &recovery {
+        let (restore, mut awaited) = match &recovery {
             None => (None, None),
             Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
+            && let Some(awaited) = awaited.take()
+        {
+            awaited.lose(why.to_string());
+        }
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
             return Err(ApiError::new(ErrorCode::DiskBusy, message)

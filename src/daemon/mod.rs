@@ -32,7 +32,7 @@ mod standing;
 mod start;
 mod stop;
 mod strays;
-mod takeup;
+mod startup;
 mod unserved;
 mod update;
 mod view;

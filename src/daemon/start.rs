@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::config::DiskSpec;
 use super::entry::locked;
 use super::manager::{Manager, record_error};
-use super::takeup::Planned;
+use super::startup::Planned;
 use super::unserved::Unserved;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name};

@@ -1,231 +1,16 @@
 //! Decisions as a table: record, shutdown and evidence in, what becomes of each thing out.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
 
-use serde_json::json;
-use uuid::Uuid;
-
+use super::fixture::{Found, SIZE, id, legs_of, logged, put, record, restored, set, split, volume};
 use super::{
-    ChangedUse, Content, Durable, DurableFacts, Evidence, ImageFacts, LegUse, Recovery, Role, ServedVersion, Shutdown,
-    SnapshotFate, TableSource, Why, decide, settle,
+    ChangedUse, Content, JobKind, LegUse, Recovery, Role, ServedVersion, Shutdown, SnapshotFate, TableSource, Why,
+    decide, settle,
 };
-use crate::image::{ImageError, ImageErrorKind, ImageOp};
-use crate::mirror::{LegState, PairError, PairFacts};
-use crate::store::{
-    BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, RunTableFacts,
-    SnapshotRecord, TableError, VolumeRecord,
-};
+use crate::mirror::LegState;
+use crate::store::{DiskRecord, Work, WorkRecord};
 
-const SIZE: u64 = 1 << 20;
-const LOOKS: Fingerprint = Fingerprint { size_bytes: SIZE, modified_ns: 7 };
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];
-
-/// Everything is there and whole, but for what is said.
-#[derive(Default)]
-struct Found {
-    missing: BTreeSet<PathBuf>,
-    changed: BTreeSet<PathBuf>,
-    sizes: BTreeMap<PathBuf, u64>,
-    units: BTreeMap<PathBuf, u32>,
-    /// Tables as they were left, saved ones and run tables.
-    no_left: BTreeSet<Uuid>,
-    flagged: BTreeSet<Uuid>,
-    no_durable: BTreeSet<Uuid>,
-    damaged: BTreeSet<Uuid>,
-    given_up: BTreeSet<Uuid>,
-    no_changes: BTreeSet<Uuid>,
-    marks: BTreeMap<Uuid, String>,
-    legs: Vec<(Uuid, LegState)>,
-}
-
-fn no_table(id: Uuid) -> TableError {
-    TableError::Damaged { path: id.to_string().into(), what: "it is not right".to_owned() }
-}
-
-impl Found {
-    fn image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
-        if self.missing.contains(path) {
-            return Err(ImageError::new(ImageErrorKind::Io, ImageOp::Open, path, "it is not there"));
-        }
-        let size_bytes = self.sizes.get(path).copied().unwrap_or(SIZE);
-        let unit_bytes = self.units.get(path).copied().unwrap_or(512);
-        Ok(ImageFacts { path: path.to_owned(), size_bytes, unit_bytes })
-    }
-
-    fn facts(&self, id: Uuid, lost: &BTreeSet<Uuid>) -> Result<RunTableFacts, TableError> {
-        if lost.contains(&id) {
-            return Err(no_table(id));
-        }
-        Ok(RunTableFacts { ones: 1, is_broken: self.flagged.contains(&id) })
-    }
-}
-
-impl Evidence for Found {
-    fn block_bytes(&self) -> u32 {
-        4096
-    }
-
-    fn full_image_looks(&self) -> Option<Fingerprint> {
-        self.looks(Path::new("/vm1.raw"))
-    }
-
-    fn full_image(&self, _made_here: bool) -> Result<ImageFacts, ImageError> {
-        self.image(Path::new("/vm1.raw"))
-    }
-
-    fn leg(&self, path: &Path) -> Result<ImageFacts, ImageError> {
-        self.image(path)
-    }
-
-    fn layer_image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
-        self.image(path)
-    }
-
-    fn mirror(&self, _mirror: &MirrorRecord, usable: &[Uuid], _size: u64) -> Result<PairFacts, PairError> {
-        let known = self.legs.iter().cloned();
-        let legs: Vec<_> = known
-            .map(
-                |(id, state)| {
-                    if usable.contains(&id) { (id, state) } else { (id, LegState::Failed("gone".to_owned())) }
-                },
-            )
-            .collect();
-        if !legs.iter().any(|(_, state)| *state == LegState::InSync) {
-            return Err(PairError::Refused("none of its legs is in sync".to_owned()));
-        }
-        Ok(PairFacts { legs, regions: 0, damaged: Vec::new() })
-    }
-
-    fn looks(&self, path: &Path) -> Option<Fingerprint> {
-        let modified_ns = if self.changed.contains(path) { 8 } else { 7 };
-        (!self.missing.contains(path)).then_some(Fingerprint { modified_ns, ..LOOKS })
-    }
-
-    fn is_file(&self, path: &Path) -> bool {
-        !self.missing.contains(path)
-    }
-
-    fn run_table(&self, id: Uuid, _blocks: u64) -> Result<RunTableFacts, TableError> {
-        self.facts(id, &self.no_left)
-    }
-
-    fn saved_table(&self, id: Uuid, _blocks: u64, _seal: Uuid) -> Result<(), TableError> {
-        if self.no_left.contains(&id) { Err(no_table(id)) } else { Ok(()) }
-    }
-
-    fn durable_table(&self, _which: Durable, id: Uuid, _blocks: u64) -> Result<DurableFacts, TableError> {
-        if self.no_durable.contains(&id) {
-            return Err(no_table(id));
-        }
-        let damage = BlockRange { start: BlockIndex(3), end: BlockIndex(9) };
-        let damaged = if self.damaged.contains(&id) { vec![damage] } else { Vec::new() };
-        Ok(DurableFacts { place: id.to_string().into(), damaged })
-    }
-
-    fn is_given_up(&self, id: Uuid) -> bool {
-        self.given_up.contains(&id)
-    }
-
-    fn run_changes(&self, id: Uuid, _blocks: u64) -> Result<RunTableFacts, TableError> {
-        self.facts(id, &self.no_changes)
-    }
-
-    fn saved_changes(&self, id: Uuid, _blocks: u64, _seal: Uuid) -> Result<(), TableError> {
-        self.facts(id, &self.no_changes).map(drop)
-    }
-
-    fn why_broken(&self, id: Uuid) -> Option<String> {
-        self.marks.get(&id).cloned()
-    }
-}
-
-fn id(n: u128) -> Uuid {
-    Uuid::from_u128(n)
-}
-
-fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
-    serde_json::from_value(json!({
-        "id": id(n), "group": id(n), "name": name, "strategy": "copy-on-write", "writers": "request", "began": began,
-        "ended": began + 1, "image": format!("/{name}.img"), "owns_all": false, "splits": false, "durable": false,
-        "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deleting": false, "keep_image": false,
-        "stopped": false, "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
-        "keep_bookmark": false, "taken_for": null,
-    }))
-    .unwrap()
-}
-
-/// A disk with the bookmark 1, the copy-on-write snapshots 2 and 3, and the live version 9.
-fn record() -> DiskRecord {
-    serde_json::from_value(json!({
-        "id": id(100), "name": "vm1", "config": {}, "live": id(9), "live_began": 20, "live_log": null,
-        "live_saved_table": null, "live_saved": null, "live_splits": false,
-        "live_changed": { "saved": id(99), "lost": null },
-        "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
-            "quiesced_ms": 2, "changed": null, "taken_for": null }],
-        "mirror": null, "volume": null, "stood_on": null, "disabled": false, "own_image": false,
-        "logical_block_bytes": null, "work": null, "next_live": null, "restore": null, "former_legs": [], "boot": null,
-        "snapshots": [snapshot(2, "a", 4), snapshot(3, "b", 8)], "saved": LOOKS, "saved_discards": null
-    }))
-    .unwrap()
-}
-
-/// The same after a write-logging cut: snapshot 4 has the full image, and the live version a log.
-fn logged() -> DiskRecord {
-    let mut record = record();
-    let log = SnapshotRecord { owns_all: true, image: "/vm1.raw".into(), ..snapshot(4, "c", 12) };
-    record.snapshots.push(log);
-    (record.live_log, record.live_saved, record.live_saved_table) =
-        (Some("/live.log".into()), Some(LOOKS), Some(id(99)));
-    record
-}
-
-/// After a split: snapshot 4 has the leg `/leg1`, and the live version the other one.
-fn split() -> DiskRecord {
-    let mut record = record();
-    record.snapshots.push(SnapshotRecord { owns_all: true, image: "/leg1".into(), ..snapshot(4, "c", 12) });
-    record.live_splits = true;
-    let leg = |n, path: &str| LegRecord { id: id(n), path: path.into(), saved: Some(LOOKS) };
-    record.mirror = Some(MirrorRecord { bitmap: id(50), legs: vec![leg(51, "/leg0"), leg(52, "/leg1")] });
-    record
-}
-
-fn legs_of(states: [LegState; 2]) -> Vec<(Uuid, LegState)> {
-    [id(51), id(52)].into_iter().zip(states).collect()
-}
-
-fn volume() -> DiskRecord {
-    let volume = VolumeRecord {
-        snapshot: id(2),
-        from: "vm1@a".to_owned(),
-        source: id(100),
-        origin: id(60),
-        size_bytes: SIZE,
-        created_ms: 1,
-    };
-    let mut record = record();
-    (record.id, record.name, record.live) = (id(101), "clone".to_owned(), id(61));
-    (record.snapshots, record.bookmarks, record.volume) = (vec![snapshot(62, "x", 4)], Vec::new(), Some(volume));
-    (record.live_log, record.live_saved, record.live_saved_table) =
-        (Some("/clone.log".into()), Some(LOOKS), Some(id(99)));
-    record
-}
-
-fn restored(mut record: DiskRecord, source: Uuid, is_own: bool) -> DiskRecord {
-    let from = if is_own { "vm1@b" } else { "clone@x" }.to_owned();
-    record.restore = Some(RestoreRecord {
-        id: id(70),
-        source,
-        from,
-        is_own,
-        is_ours: false,
-        is_active: true,
-        stopped: false,
-        delay_ms: 0,
-        bytes_per_second: 0,
-    });
-    record
-}
 
 /// One letter for each snapshot: kept, broken, deleting, gone, waiting.
 fn fates(recovery: &Recovery) -> String {
@@ -295,31 +80,31 @@ fn what_is_saved_below_a_full_image() {
         (
             "an image is missing",
             record,
-            |f, _| drop(f.missing.insert("/b.img".into())),
+            |f, _| put(&mut f.missing, "/b.img"),
             [("whole", "bb"), ("whole", "bb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "the older image is missing",
             record,
-            |f, _| drop(f.missing.insert("/a.img".into())),
+            |f, _| put(&mut f.missing, "/a.img"),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "an image was written",
             record,
-            |f, _| drop(f.changed.insert("/b.img".into())),
+            |f, _| put(&mut f.changed, "/b.img"),
             [("whole", "bb"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "an image has another size",
             record,
-            |f, _| drop(f.sizes.insert("/a.img".into(), 512)),
+            |f, _| set(&mut f.sizes, "/a.img", 512),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "a table as left is lost",
             record,
-            |f, _| drop(f.no_left.insert(id(2))),
+            |f, _| put(&mut f.no_left, id(2)),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
@@ -361,13 +146,13 @@ fn what_is_saved_below_a_full_image() {
         (
             "a run table says that it is broken",
             record,
-            |f, _| drop(f.flagged.insert(id(3))),
+            |f, _| put(&mut f.flagged, id(3)),
             [("whole", "kk"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "a mark says so",
             record,
-            |f, _| drop(f.marks.insert(id(3), "no space".to_owned())),
+            |f, _| set(&mut f.marks, id(3), "no space".to_owned()),
             [("whole", "kb"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
@@ -382,16 +167,11 @@ fn what_is_saved_below_a_full_image() {
             |_, r| r.snapshots[1].ended = 0,
             [("whole", "kd"), ("whole", "kd"), ("flushed", "bg"), ("whole", "bg")],
         ),
-        (
-            "the disk's image is missing",
-            record,
-            |f, _| drop(f.missing.insert("/vm1.raw".into())),
-            [("unserved", "ww"); 4],
-        ),
+        ("the disk's image is missing", record, |f, _| put(&mut f.missing, "/vm1.raw"), [("unserved", "ww"); 4]),
         (
             "the disk's image takes larger units",
             record,
-            |f, _| drop(f.units.insert("/vm1.raw".into(), 8192)),
+            |f, _| set(&mut f.units, "/vm1.raw", 8192),
             [("unserved", "ww"); 4],
         ),
         (
@@ -406,40 +186,36 @@ fn what_is_saved_below_a_full_image() {
 
 #[test]
 fn logs_above_a_full_image() {
-    let unserved = ("unserved", "bbb");
+    // Snapshots wait for their disk, unless they are lost whatever becomes of it.
+    let (waits, cut, unserved) = (("unserved", "www"), ("unserved", "bbw"), ("unserved", "bbb"));
     check(&[
         ("all is there", logged, |_, _| {}, [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbk"), unserved]),
         (
             "the log's run table is lost",
             logged,
-            |f, _| drop(f.no_left.insert(id(9))),
+            |f, _| put(&mut f.no_left, id(9)),
             // What the guests were told is written must not be gone without a word.
-            [("flushed", "kkk"), ("unserved", "bbb"), ("flushed", "bbk"), unserved],
+            [("flushed", "kkk"), waits, ("flushed", "bbk"), unserved],
         ),
         (
             "the durable table is damaged",
             logged,
-            |f, _| drop(f.damaged.insert(id(9))),
-            [("whole", "kkk"), ("whole", "kkk"), ("unserved", "bbb"), unserved],
+            |f, _| put(&mut f.damaged, id(9)),
+            [("whole", "kkk"), ("whole", "kkk"), cut, unserved],
         ),
-        (
-            "the durable table is lost",
-            logged,
-            |f, _| drop(f.no_durable.insert(id(9))),
-            [("unserved", "bbb"), ("unserved", "bbb"), ("unserved", "bbb"), unserved],
-        ),
-        ("the log is missing", logged, |f, _| drop(f.missing.insert("/live.log".into())), [("unserved", "bbb"); 4]),
+        ("the durable table is lost", logged, |f, _| put(&mut f.no_durable, id(9)), [waits, waits, cut, unserved]),
+        ("the log is missing", logged, |f, _| put(&mut f.missing, "/live.log"), [waits, waits, cut, unserved]),
         (
             "the log was written",
             logged,
-            |f, _| drop(f.changed.insert("/live.log".into())),
-            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+            |f, _| put(&mut f.changed, "/live.log"),
+            [waits, ("whole", "kkk"), ("flushed", "bbk"), unserved],
         ),
         (
             "nobody knows how the log looked",
             logged,
             |_, r| r.live_saved = None,
-            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+            [waits, ("whole", "kkk"), ("flushed", "bbk"), unserved],
         ),
         (
             "it drained",
@@ -461,19 +237,14 @@ fn legs_and_what_was_split_off() {
         (
             "the leg of the snapshot is missing",
             split,
-            |f, _| drop(f.missing.insert("/leg1".into())),
+            |f, _| put(&mut f.missing, "/leg1"),
             [("whole", "bbb"), ("whole", "bbb"), ("flushed", "bbb"), ("whole", "bbb")],
         ),
-        (
-            "the leg of the disk is missing",
-            split,
-            |f, _| drop(f.missing.insert("/leg0".into())),
-            [("unserved", "www"); 4],
-        ),
+        ("the leg of the disk is missing", split, |f, _| put(&mut f.missing, "/leg0"), [("unserved", "www"); 4]),
         (
             "the leg of the disk was written",
             split,
-            |f, _| drop(f.changed.insert("/leg0".into())),
+            |f, _| put(&mut f.changed, "/leg0"),
             [("unserved", "www"); 4], // Its record has fingerprints in all of these.
         ),
     ]);
@@ -527,10 +298,10 @@ fn changed_tables_are_believed_after_a_stop_and_a_kill_and_never_else() {
         let once = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().lost = Some("once".to_owned());
         assert_eq!(lost(once, shutdown), Some(Err(Why::Said("once".to_owned()))), "what was lost once stays lost");
         assert_eq!(lost(|_, r| r.live_changed = None, shutdown), None, "what was never noted");
-        let gone = lost(|f, _| drop(f.no_changes.insert(id(9))), shutdown);
+        let gone = lost(|f, _| put(&mut f.no_changes, id(9)), shutdown);
         assert!(matches!(gone, Some(Err(Why::Table(_)))), "{gone:?}");
     }
-    assert_eq!(lost(|f, _| drop(f.flagged.insert(id(9))), Shutdown::Killed), Some(Err(Why::ChangesIncomplete)));
+    assert_eq!(lost(|f, _| put(&mut f.flagged, id(9)), Shutdown::Killed), Some(Err(Why::ChangesIncomplete)));
     let not_saved = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().saved = None;
     assert_eq!(lost(not_saved, Shutdown::Clean), Some(Err(Why::ChangesNotSaved)));
 }
@@ -568,25 +339,27 @@ fn a_restore_in_place() {
     assert_eq!(decided(nothing, Shutdown::PowerCut), ("flushed", committed));
     assert_eq!(decided(nothing, Shutdown::Changed).0, "unserved");
     for shutdown in [Shutdown::Clean, Shutdown::PowerCut] {
-        assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), shutdown).0, "unserved", "{shutdown:?}");
     }
     let source = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().source = id(80);
     let unbegun = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().is_active = false;
     for shutdown in [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut] {
-        assert_eq!(decided(|f, _| drop(f.missing.insert("/b.img".into())), shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(|f, _| put(&mut f.missing, "/b.img"), shutdown).0, "unserved", "{shutdown:?}");
         assert_eq!(decided(source, shutdown).0, "unserved", "{shutdown:?}");
         assert_eq!(decided(unbegun, shutdown).1, None, "{shutdown:?}: the table says nothing");
         // One that broke while it was served is there all the same.
         let broke = |_: &mut Found, r: &mut DiskRecord| r.snapshots[1].broken = Some("it broke".to_owned());
         assert_ne!(decided(broke, shutdown).0, "unserved", "{shutdown:?}");
     }
-    assert_eq!(decided(|f, _| drop(f.no_left.insert(id(70))), Shutdown::Killed).0, "unserved");
+    assert_eq!(decided(|f, _| put(&mut f.no_left, id(70)), Shutdown::Killed).0, "unserved");
     // What is committed is written anew by what is known better.
-    assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), Shutdown::Killed).0, "whole");
+    assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), Shutdown::Killed).0, "whole");
 }
 
+type Change = fn(&mut Found, &mut DiskRecord, &mut DiskRecord);
+
 /// Decides on a disk and a volume on its snapshot `a`.
-fn both(change: fn(&mut Found, &mut DiskRecord, &mut DiskRecord)) -> [Recovery; 2] {
+fn both(change: Change) -> [Recovery; 2] {
     let (mut found, mut disk, mut clone) = (Found::default(), record(), volume());
     change(&mut found, &mut disk, &mut clone);
     let mut recoveries = [&clone, &disk].map(|record| decide(record, Shutdown::Clean, &found));
@@ -599,22 +372,22 @@ fn both(change: fn(&mut Found, &mut DiskRecord, &mut DiskRecord)) -> [Recovery; 
 fn what_volumes_stand_on() {
     let [disk, clone] = both(|_, _, _| {});
     assert_eq!((content(&disk), content(&clone), fates(&clone).as_str()), ("whole", "whole", "k"));
-    let [disk, clone] = both(|f, _, _| drop(f.missing.insert("/a.img".into())));
+    let [disk, clone] = both(|f, _, _| put(&mut f.missing, "/a.img"));
     let why = Why::BaseLost { from: "vm1@a".to_owned(), why: Box::new(Why::Missing("/a.img".into())) };
     assert_eq!((content(&disk), clone.why_hollow()), ("whole", Some(&why)));
     assert_eq!(reason(&clone, 0), Some(why), "its snapshots show the same");
-    let hollow: [(&str, fn(&mut Found, &mut DiskRecord, &mut DiskRecord)); 5] = [
-        ("the disk is not served", |f, _, _| drop(f.missing.insert("/vm1.raw".into()))),
+    let hollow: [(&str, Change); 5] = [
+        ("the disk is not served", |f, _, _| put(&mut f.missing, "/vm1.raw")),
         ("the snapshot is unknown", |_, _, v| v.volume.as_mut().unwrap().snapshot = id(80)),
         ("the snapshot goes", |_, d, _| d.snapshots[0].deleting = true),
         ("the disk has another size", |_, _, v| v.volume.as_mut().unwrap().size_bytes = 512),
-        ("the snapshot broke", |f, _, _| drop(f.marks.insert(id(2), "it broke".to_owned()))),
+        ("the snapshot broke", |f, _, _| set(&mut f.marks, id(2), "it broke".to_owned())),
     ];
     for (what, change) in hollow {
         let [_, clone] = both(change);
         assert_ne!(content(&clone), "whole", "{what}");
     }
-    let [_, clone] = both(|f, _, _| drop(f.missing.insert("/clone.log".into())));
+    let [_, clone] = both(|f, _, _| put(&mut f.missing, "/clone.log"));
     assert_eq!(content(&clone), "unserved", "its own log is lost");
     // One that cannot be had takes along what stands on it.
     let mut top = volume();
@@ -665,6 +438,42 @@ fn discards_are_advice() {
     assert_eq!(decided(Shutdown::Clean, &found), Some(None));
 }
 
+/// Jobs go on, or wait as the user left them, and those whose disk is not served are not there.
+#[test]
+fn jobs_that_go_on() {
+    let jobs = |recovery: &Recovery| recovery.jobs().into_iter().map(|j| (j.kind, j.is_stopped)).collect::<Vec<_>>();
+    let deletion = || JobKind::Deletion("b".to_owned());
+    for is_stopped in [false, true] {
+        let mut record = restored(record(), id(2), true);
+        record.restore.as_mut().unwrap().stopped = is_stopped;
+        (record.snapshots[1].deleting, record.snapshots[1].stopped) = (true, is_stopped);
+        let recovery = decide(&record, Shutdown::Killed, &Found::default());
+        assert_eq!(jobs(&recovery), [(deletion(), is_stopped), (JobKind::Restore, is_stopped)]);
+        let lost = Found { missing: BTreeSet::from(["/vm1.raw".into()]), ..Found::default() };
+        assert_eq!(jobs(&decide(&record, Shutdown::Killed, &lost)), []);
+        let [_, clone] = both(|_, _, v| {
+            let work = WorkRecord { work: Work::Complete, stopped: true, delay_ms: 0, bytes_per_second: 0 };
+            v.work = Some(work);
+        });
+        assert_eq!(jobs(&clone), [(JobKind::Work(Work::Complete), true)]);
+    }
+    // A leg that a snapshot has is not brought up to date, one whose split never came to be is.
+    let mut record = split();
+    for (states, splits, expected) in [
+        ([LegState::InSync, LegState::Split], true, 0),
+        ([LegState::InSync, LegState::Split], false, 1),
+        ([LegState::InSync, LegState::Resynchronising], false, 1),
+        ([LegState::InSync, LegState::InSync], false, 0),
+    ] {
+        if !splits {
+            (record.live_splits, record.snapshots) = (false, Vec::new());
+        }
+        let found = Found { legs: legs_of(states.clone()), ..Found::default() };
+        let resyncs = vec![(JobKind::Resync, false); expected];
+        assert_eq!(jobs(&decide(&record, Shutdown::Killed, &found)), resyncs, "{states:?}");
+    }
+}
+
 /// What is told for good is what no file could change that is put back.
 #[test]
 fn what_is_lost_for_good() {
@@ -676,7 +485,7 @@ fn what_is_lost_for_good() {
     let nothing = |_: &mut Found, _: &mut DiskRecord| {};
     assert_eq!(why(nothing, Shutdown::PowerCut, 1), Why::PowerCut);
     assert_eq!(why(nothing, Shutdown::PowerCut, 0), Why::ReadsThrough { for_good: true });
-    let missing = |f: &mut Found, _: &mut DiskRecord| drop(f.missing.insert("/b.img".into()));
+    let missing = |f: &mut Found, _: &mut DiskRecord| put(&mut f.missing, "/b.img");
     assert_eq!(why(missing, Shutdown::Killed, 0), Why::ReadsThrough { for_good: false });
     for (reason, is) in [(Why::PowerCut, true), (Why::Broke, true), (Why::DiskChanged, false), (Why::NotSaved, false)] {
         assert_eq!(reason.is_for_good(), is, "{reason}");

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{Shutdown, Why};
 use crate::mirror::{LegState, PairFacts};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::{DiskRecord, SnapshotRecord, Work};
 
 /// What a start makes of a disk.
 #[derive(Debug)]
@@ -176,7 +176,46 @@ pub enum SnapshotFate {
     Waits,
 }
 
+/// A job that is there again after a start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    /// What it does.
+    pub kind: JobKind,
+    /// Whether it waits to be resumed, because a user had stopped it; else it goes on.
+    pub is_stopped: bool,
+}
+
+/// What a job does that goes on after a start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// It deletes the snapshot of this name.
+    Deletion(String),
+    /// It copies back what is restored.
+    Restore,
+    /// It completes or updates a volume.
+    Work(Work),
+    /// It brings a leg up to date.
+    Resync,
+}
+
 impl Recovery {
+    /// The jobs that a start goes on with.
+    #[must_use]
+    pub fn jobs(&self) -> Vec<Job> {
+        if matches!(self.disk, Content::Unserved(_)) {
+            return Vec::new();
+        }
+        let job = |kind, is_stopped| Job { kind, is_stopped };
+        let deleted = self.snapshots().filter(|(_, fate)| *fate == SnapshotFate::Deleting);
+        let deletions = deleted.map(|(s, _)| job(JobKind::Deletion(s.name.clone()), s.stopped));
+        // What is pending is not there while the source is lost.
+        let restores = self.restore.is_some() && !matches!(self.disk, Content::Hollow(Why::RestoreLost { .. }));
+        let restore = self.record.restore.iter().filter(|_| restores).map(|r| job(JobKind::Restore, r.stopped));
+        let work = self.record.work.iter().map(|w| job(JobKind::Work(w.work.clone()), w.stopped));
+        let resync = self.mirror.iter().filter(|m| m.is_behind()).map(|_| job(JobKind::Resync, false));
+        deletions.chain(restore).chain(work).chain(resync).collect()
+    }
+
     /// The snapshots as they are remembered, oldest first, each with what becomes of it.
     pub fn snapshots(&self) -> impl Iterator<Item = (&SnapshotRecord, SnapshotFate)> {
         self.record.snapshots.iter().enumerate().map(|(at, record)| (record, self.fate_of(at, record)))
@@ -217,6 +256,18 @@ impl Recovery {
             Content::Hollow(why) => Some(why),
             Content::Whole | Content::AsFlushed | Content::Unserved(_) => None,
         }
+    }
+}
+
+impl MirrorRecovery {
+    /// Whether a leg is to be brought up to date: also one whose split never came to be, and no snapshot has it.
+    fn is_behind(&self) -> bool {
+        let in_state =
+            |wanted: LegState| self.legs.iter().filter(move |(_, leg)| *leg == LegUse::InUse(wanted.clone()));
+        let may_differ = self.facts.as_ref().is_some_and(|facts| facts.regions > 0 || !facts.damaged.is_empty());
+        in_state(LegState::Resynchronising).count() > 0
+            || in_state(LegState::Split).count() > 0
+            || (in_state(LegState::InSync).count() == 2 && may_differ)
     }
 }
 

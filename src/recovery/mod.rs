@@ -20,8 +20,8 @@ mod why;
 pub use carry_out::{LayerSource, NotCarriedOut, Taken, carry_out};
 pub use decide::decide;
 pub use decision::{
-    ChangedUse, Content, Durable, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role, SnapshotFate,
-    TableSource, TableUse, VersionRecovery,
+    ChangedUse, Content, Durable, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role,
+    SnapshotFate, TableSource, TableUse, VersionRecovery,
 };
 pub use evidence::{DurableFacts, Evidence, ImageFacts};
 pub use files::{Files, ImageSetup};
@@ -67,3 +67,5 @@ impl Shutdown {
 
 #[cfg(test)]
 mod decide_tests;
+#[cfg(test)]
+mod fixture;

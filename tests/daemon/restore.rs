@@ -395,7 +395,9 @@ fn a_disk_whose_source_is_lost_is_not_served() {
     let told = daemon.refused_start();
     assert!(told.contains("being restored from vm0@daily") && told.contains("put back"), "{told}");
     std::fs::rename(&aside, &image).unwrap();
-    assert_eq!(check(&daemon)["verdict"], "served");
+    let checked = check(&daemon);
+    let job = json!([{ "kind": "restore", "snapshot": null, "stopped": true }]);
+    assert_eq!((&checked["verdict"], &checked["jobs"]), (&json!("served"), &job), "{checked}");
     daemon.start();
     assert_eq!(shows(&daemon, "vm0"), ones(&[]));
     daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
@@ -416,6 +418,9 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
     daemon.stop();
     let aside = daemon.path("aside");
     std::fs::rename(&image, &aside).unwrap();
+    let report = crate::check::examine(&daemon).0;
+    assert_eq!(crate::check::verdict(&report, "vm0"), "not-served", "{report}");
+    assert_eq!(crate::check::verdict(&report, "clone"), "not-served", "{report}");
     daemon.start();
     let disk = daemon.show_disk("vm0");
     assert_eq!(disk["state"], "failed", "{disk}");

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use super::{CheckedBookmark, CheckedDisk, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
+use super::{CheckedBookmark, CheckedDisk, CheckedJob, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::api::DiskConfig;
 use crate::mirror::{LegState, PairFacts};
 use crate::recovery::{
-    Content, Durable, LayerUse, LegUse, MirrorRecovery, Recovery, Shutdown, SnapshotFate, TableSource, TableUse, Why,
+    Content, Durable, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, Shutdown, SnapshotFate, TableSource,
+    TableUse, Why,
 };
-use crate::store::{DiskRecord, UnreadableRecord};
+use crate::store::{DiskRecord, UnreadableRecord, Work};
 
 const MENDED: &str = "nothing: its other copy is whole, and the next start writes it anew";
 const PUT_BACK: &str = "put back what is missing; nothing has been changed";
@@ -29,6 +30,7 @@ fn unsaid(record: &DiskRecord, config: Option<&DiskConfig>) -> CheckedDisk {
         action: None,
         snapshots: Vec::new(),
         bookmarks: Vec::new(),
+        jobs: Vec::new(),
     }
 }
 
@@ -46,6 +48,7 @@ pub(super) fn unreadable(name: &str, why: &UnreadableRecord) -> CheckedDisk {
         action: Some("see to it that it can; until then all its files stay, and others are served".to_owned()),
         snapshots: Vec::new(),
         bookmarks: Vec::new(),
+        jobs: Vec::new(),
     }
 }
 
@@ -69,6 +72,7 @@ pub(super) fn tell(of: &mut Examination, config: &DiskConfig, recovery: &Recover
     let is_unserved = recovery.why_unserved().is_some();
     checked.snapshots = recovery.snapshots().map(|(s, fate)| snapshot(record, &s.name, fate, is_unserved)).collect();
     checked.bookmarks = bookmarks(recovery);
+    checked.jobs = recovery.jobs().into_iter().map(|job| to_job(&record.name, job)).collect();
     match &recovery.disk {
         Content::Whole => {
             checked.verdict = DiskVerdict::Served;
@@ -117,6 +121,17 @@ fn snapshot(disk: &DiskRecord, name: &str, fate: SnapshotFate, is_unserved: bool
         // While its disk is not served nothing happens to a snapshot.
         for_good: why.filter(|why| why.is_for_good() && !is_unserved).map(|why| why.in_record()),
     }
+}
+
+fn to_job(disk: &str, Job { kind, is_stopped }: Job) -> CheckedJob {
+    let (kind, snapshot) = match kind {
+        JobKind::Deletion(name) => ("delete", Some(format!("{disk}@{name}"))),
+        JobKind::Restore => ("restore", None),
+        JobKind::Work(Work::Complete) => ("migrate", None),
+        JobKind::Work(Work::Update) => ("update", None),
+        JobKind::Resync => ("mirror", None),
+    };
+    CheckedJob { kind, snapshot, stopped: is_stopped }
 }
 
 /// Since which bookmarks it would be known what changed. What is not costs a backup that copies everything, never a byte.

@@ -35,9 +35,16 @@ pub(super) fn recovery_of(
 }
 
 /// How long a start waits for somebody who holds a disk's images.
-pub(super) fn lock_wait(record: Option<&DiskRecord>) -> Duration {
+fn lock_wait(record: Option<&DiskRecord>) -> Duration {
     // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
     if record.is_some_and(|r| r.saved.is_none()) { OLD_TRANSFERS_WAIT } else { Duration::ZERO }
+}
+
+/// How long one waits that carries a decision out. Of what was looked at just now the kernel may hold a file, and with it our
+/// own lock, for a moment longer than we do.
+pub(super) fn lock_wait_after_decision(record: Option<&DiskRecord>) -> Duration {
+    let looked_at = if record.is_some() { Duration::from_secs(2) } else { Duration::ZERO };
+    lock_wait(record).max(looked_at)
 }
 
 /// A disk that is to be served.
