@@ -4,7 +4,7 @@
 //!
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
-//! | `image`      | bytes at positions; owns buffers until the kernel is done | planted                       |
+//! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
 //! | `store`      | durable records, and tables of blocks                     | image, planted, crash         |
 //! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync, planted   |
 //! | `job`        | paced background copying over `mirror`                    | mirror, store, image, planted, crash |
