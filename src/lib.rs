@@ -10,6 +10,7 @@
 //! | `job`        | paced background copying over `mirror`                    | mirror, store, image, planted, crash |
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image, crash          |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
+//! | `registry`   | what there is, and what needs what; decides, purely       | control (names and words)     |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
 //! | `planted`    | defects that tests switch on, in no release               | –                             |
@@ -24,6 +25,7 @@ pub mod image;
 pub mod job;
 pub mod mirror;
 pub mod planted;
+pub mod registry;
 pub mod store;
 mod sync;
 pub mod vhost_user;

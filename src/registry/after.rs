@@ -1,0 +1,154 @@
+//! What a step of an advice leaves of the registry when it has been carried out, and what it started has ended.
+//!
+//! Only what advice names is here: it clears things. What a real command does is in the room of the operations.
+
+use uuid::Uuid;
+
+use super::advice::Step;
+use super::command::Command;
+use super::entity::{Kind, Phase, Registry, SnapshotPhase};
+use crate::control::api::{JobKind, JobState};
+use crate::control::{Name, SnapshotRef};
+
+impl Registry {
+    /// Carries a step out. One that would be refused does nothing worth speaking of.
+    pub fn carry_out(&mut self, step: &Step) {
+        match step {
+            Step::Run(command) => self.run(command),
+            Step::Disconnect(disk) => self.change(disk, |disk| disk.frontends = 0),
+            Step::DisconnectReaders(snapshot) => self.change_snapshot(snapshot, |s| s.readers = 0),
+            Step::WaitForDrain(snapshot) => self.change_snapshot(snapshot, |s| s.phase = SnapshotPhase::Quiesced),
+            Step::PutBack(disk) => self.change(disk, |disk| {
+                if disk.is_unserved() {
+                    disk.phase = Phase::Served;
+                }
+                disk.failure = None;
+                disk.restore.iter_mut().for_each(|restore| restore.is_lost = false);
+            }),
+        }
+        if let Step::PutBack(disk) = step {
+            self.resume_restore(disk);
+        }
+    }
+
+    fn run(&mut self, command: &Command) {
+        match command {
+            Command::CutOver { snapshot } => self.change_snapshot(snapshot, |s| {
+                (s.old_frontends, s.phase) = (0, SnapshotPhase::Quiesced);
+            }),
+            Command::DeleteSnapshot { snapshot, .. } => {
+                if let Some(id) = self.snapshot_named(snapshot).map(|(_, s)| s.id) {
+                    self.forget_snapshot(id);
+                }
+            }
+            Command::DeleteBookmark { bookmark } => {
+                self.change(&bookmark.disk, |disk| disk.bookmarks.retain(|b| b.name != bookmark.name));
+            }
+            Command::RemoveDisk { disk: name, .. }
+            | Command::Forget { disk: name }
+            | Command::DeleteVolume { volume: name, .. } => {
+                let Some(id) = self.named(name).map(|disk| disk.id) else { return };
+                self.disks_mut().remove(&id);
+                self.jobs_mut().retain(|_, job| job.disk != id);
+            }
+            Command::Set { disk, readonly } => {
+                if let Some(readonly) = *readonly {
+                    self.change(disk, |disk| disk.is_readonly = readonly);
+                }
+            }
+            Command::Complete { volume } => {
+                if let Some(id) = self.named(volume).map(|disk| disk.id) {
+                    self.become_independent(id);
+                }
+            }
+            Command::Disable { volume, .. } => {
+                self.change(volume, |disk| (disk.phase, disk.frontends) = (Phase::Disabled, 0));
+            }
+            Command::Enable { volume, .. } => self.change(volume, |disk| disk.phase = Phase::Served),
+            Command::StopJob { job } => self.change_job(*job, JobState::Stopped),
+            Command::ResumeJob { job } => self.change_job(*job, JobState::Running),
+            Command::WaitForJob { job } => self.end_job(*job),
+            Command::CreateSnapshot { .. }
+            | Command::Rename { .. }
+            | Command::Mirror { .. }
+            | Command::Unmirror { .. }
+            | Command::Restore { .. }
+            | Command::CreateVolume { .. }
+            | Command::Update { .. }
+            | Command::Promote { .. } => {}
+        }
+    }
+
+    fn change(&mut self, name: &Name, change: impl FnOnce(&mut super::entity::Disk)) {
+        if let Some(disk) = self.disks_mut().values_mut().find(|disk| disk.name == *name) {
+            change(disk);
+        }
+    }
+
+    fn change_snapshot(&mut self, reference: &SnapshotRef, change: impl FnOnce(&mut super::entity::Snapshot)) {
+        self.change(&reference.disk, |disk| {
+            if let Some(snapshot) = disk.snapshots.iter_mut().find(|s| s.name == reference.name) {
+                change(snapshot);
+            }
+        });
+    }
+
+    fn change_job(&mut self, id: u64, state: JobState) {
+        if let Some(job) = self.jobs_mut().get_mut(&id) {
+            job.state = state;
+        }
+    }
+
+    /// A restore whose source is there again goes on by its job.
+    fn resume_restore(&mut self, name: &Name) {
+        let Some(disk) = self.named(name).filter(|disk| disk.restore.is_some()) else { return };
+        let id = disk.id;
+        if self.job_on(id, |job| job.kind == JobKind::Restore).is_none() {
+            let job = self.jobs().next_back().map_or(1, |last| last.id + 1);
+            let new = super::entity::Job {
+                id: job,
+                kind: JobKind::Restore,
+                disk: id,
+                snapshot: None,
+                state: JobState::Running,
+            };
+            self.jobs_mut().insert(job, new);
+        }
+    }
+
+    fn end_job(&mut self, id: u64) {
+        let Some(job) = self.jobs_mut().remove(&id) else { return };
+        match job.kind {
+            JobKind::Fold | JobKind::Merge => job.snapshot.into_iter().for_each(|id| self.forget_snapshot(id)),
+            JobKind::Migrate | JobKind::Update => self.become_independent(job.disk),
+            JobKind::Restore => {
+                if let Some(disk) = self.disks_mut().get_mut(&job.disk) {
+                    disk.restore = None;
+                }
+            }
+            JobKind::Mirror => {}
+        }
+    }
+
+    fn become_independent(&mut self, id: Uuid) {
+        self.jobs_mut().retain(|_, job| job.disk != id || !matches!(job.kind, JobKind::Migrate | JobKind::Update));
+        if let Some(disk) = self.disks_mut().get_mut(&id) {
+            disk.has_work = false;
+            disk.is_in_log &= !disk.snapshots.is_empty();
+            if let Kind::Volume { on } = disk.kind {
+                disk.kind = Kind::Independent { from: on };
+            }
+        }
+    }
+
+    fn forget_snapshot(&mut self, id: Uuid) {
+        self.jobs_mut().retain(|_, job| job.snapshot != Some(id));
+        for disk in self.disks_mut().values_mut() {
+            let before = disk.snapshots.len();
+            disk.snapshots.retain(|s| s.id != id);
+            disk.snapshots.iter_mut().for_each(|s| s.through.retain(|newer| *newer != id));
+            // The last log is folded with the last snapshot.
+            disk.is_in_log &= disk.snapshots.len() == before || !disk.snapshots.is_empty();
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The entities: disks and volumes, their snapshots and bookmarks, and jobs.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use crate::control::api::{JobKind, JobState};
+use crate::control::{Name, SnapshotRef};
+
+/// Everything that is remembered at one moment, served or not.
+#[derive(Clone, Debug, Default)]
+pub struct Registry {
+    disks: BTreeMap<Uuid, Disk>,
+    jobs: BTreeMap<u64, Job>,
+}
+
+/// A disk or a volume.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Stays the same as long as it exists.
+    pub id: Uuid,
+    /// How commands find it.
+    pub name: Name,
+    /// What it has to do with others.
+    pub kind: Kind,
+    /// Whether it is served.
+    pub phase: Phase,
+    /// Whether nobody may write it.
+    pub is_readonly: bool,
+    /// Why it cannot be used although it is served: a failed sync, a lost base.
+    pub failure: Option<String>,
+    /// How many frontends are connected.
+    pub frontends: u32,
+    /// Its restore in place, if one is under way.
+    pub restore: Option<Restore>,
+    /// Whether a copy that makes it independent was begun and is not done.
+    pub has_work: bool,
+    /// Whether its newest content is in a log above its full image.
+    pub is_in_log: bool,
+    /// Oldest first.
+    pub snapshots: Vec<Snapshot>,
+    /// Those that users asked for, oldest first.
+    pub bookmarks: Vec<Bookmark>,
+}
+
+/// What a disk has to do with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It is a disk, and stands on nothing.
+    Disk,
+    /// It is a volume that reads through this snapshot.
+    Volume {
+        /// The snapshot's identifier.
+        on: Uuid,
+    },
+    /// It is a volume that stood on this snapshot, and has everything itself now.
+    Independent {
+        /// The snapshot's identifier; it may be gone.
+        from: Uuid,
+    },
+}
+
+/// Whether a disk is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// On its socket.
+    Served,
+    /// Its content is kept and its socket is closed.
+    Disabled,
+    /// It is remembered only.
+    Unserved {
+        /// What it lacks.
+        why: String,
+    },
+}
+
+/// A restore in place.
+#[derive(Clone, Debug)]
+pub struct Restore {
+    /// The snapshot that is restored.
+    pub source: Uuid,
+    /// Snapshots that the source reads through, down to the last full image.
+    pub through: Vec<Uuid>,
+    /// Whether what is not copied yet is lost.
+    pub is_lost: bool,
+}
+
+/// A snapshot of a disk or volume.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Stays the same as long as it exists.
+    pub id: Uuid,
+    /// Its name among those of its disk.
+    pub name: Name,
+    /// Shared by the snapshots of one cut.
+    pub group: Uuid,
+    /// Where it is in its life.
+    pub phase: SnapshotPhase,
+    /// Why it cannot be vouched for.
+    pub broken: Option<String>,
+    /// How many frontends read it.
+    pub readers: u32,
+    /// How many frontends from before the cut still write it.
+    pub old_frontends: u32,
+    /// The volume for whose update it was taken.
+    pub taken_for: Option<Uuid>,
+    /// Other snapshots of the same disk that it reads through, the nearest first.
+    pub through: Vec<Uuid>,
+}
+
+/// Where a snapshot is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotPhase {
+    /// Requests of its epoch still run.
+    Draining,
+    /// It never changes again.
+    Quiesced,
+    /// It is being deleted.
+    Going,
+    /// Only its record is left: its content was lost.
+    Lost,
+}
+
+/// What is left of a snapshot that was deleted.
+#[derive(Clone, Debug)]
+pub struct Bookmark {
+    /// The snapshot's identifier.
+    pub id: Uuid,
+    /// The snapshot's name.
+    pub name: Name,
+}
+
+/// A job that works on a disk.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Never given twice.
+    pub id: u64,
+    /// What it does.
+    pub kind: JobKind,
+    /// The disk that it works on.
+    pub disk: Uuid,
+    /// The snapshot that it deletes.
+    pub snapshot: Option<Uuid>,
+    /// How far it is.
+    pub state: JobState,
+}
+
+impl Registry {
+    /// A registry of these.
+    #[must_use]
+    pub fn new(disks: impl IntoIterator<Item = Disk>, jobs: impl IntoIterator<Item = Job>) -> Registry {
+        Registry {
+            disks: disks.into_iter().map(|disk| (disk.id, disk)).collect(),
+            jobs: jobs.into_iter().map(|job| (job.id, job)).collect(),
+        }
+    }
+
+    /// All disks and volumes.
+    pub fn disks(&self) -> impl Iterator<Item = &Disk> {
+        self.disks.values()
+    }
+
+    /// All jobs, the oldest first.
+    pub fn jobs(&self) -> impl DoubleEndedIterator<Item = &Job> {
+        self.jobs.values()
+    }
+
+    /// The disk or volume with this identifier.
+    #[must_use]
+    pub fn disk(&self, id: Uuid) -> Option<&Disk> {
+        self.disks.get(&id)
+    }
+
+    /// The disk or volume of this name.
+    #[must_use]
+    pub fn named(&self, name: &Name) -> Option<&Disk> {
+        self.disks.values().find(|disk| disk.name == *name)
+    }
+
+    /// A job.
+    #[must_use]
+    pub fn job(&self, id: u64) -> Option<&Job> {
+        self.jobs.get(&id)
+    }
+
+    /// The snapshot with this identifier, and its disk.
+    #[must_use]
+    pub fn snapshot(&self, id: Uuid) -> Option<(&Disk, &Snapshot)> {
+        self.disks.values().find_map(|disk| Some((disk, disk.snapshots.iter().find(|s| s.id == id)?)))
+    }
+
+    /// A snapshot by its name, and its disk.
+    #[must_use]
+    pub fn snapshot_named(&self, reference: &SnapshotRef) -> Option<(&Disk, &Snapshot)> {
+        let disk = self.named(&reference.disk)?;
+        Some((disk, disk.snapshot(&reference.name)?))
+    }
+
+    /// The newest job of such a kind on a disk that is not done.
+    #[must_use]
+    pub fn job_on(&self, disk: Uuid, is_it: impl Fn(&Job) -> bool) -> Option<&Job> {
+        self.jobs.values().rev().find(|job| job.disk == disk && job.state != JobState::Done && is_it(job))
+    }
+
+    pub(super) fn disks_mut(&mut self) -> &mut BTreeMap<Uuid, Disk> {
+        &mut self.disks
+    }
+
+    pub(super) fn jobs_mut(&mut self) -> &mut BTreeMap<u64, Job> {
+        &mut self.jobs
+    }
+}
+
+impl Disk {
+    /// Whether it is a volume, also an independent one.
+    #[must_use]
+    pub fn is_volume(&self) -> bool {
+        self.kind != Kind::Disk
+    }
+
+    /// Whether it is only remembered.
+    #[must_use]
+    pub fn is_unserved(&self) -> bool {
+        matches!(self.phase, Phase::Unserved { .. })
+    }
+
+    /// Its snapshot of that name.
+    #[must_use]
+    pub fn snapshot(&self, name: &Name) -> Option<&Snapshot> {
+        self.snapshots.iter().find(|s| s.name == *name)
+    }
+
+    /// The full name of one of its snapshots or bookmarks.
+    #[must_use]
+    pub fn reference(&self, name: &Name) -> SnapshotRef {
+        SnapshotRef { disk: self.name.clone(), name: name.clone() }
+    }
+
+    /// How it is spoken of.
+    #[must_use]
+    pub fn title(&self) -> String {
+        format!("{} {}", if self.is_volume() { "volume" } else { "disk" }, self.name)
+    }
+}

@@ -1,0 +1,335 @@
+//! What may stand in the way of a command: everything that is the case with a disk or a snapshot and that some command
+//! must mind. What each command minds is in [`super::table`].
+
+use uuid::Uuid;
+
+use super::advice::Step;
+use super::command::Command;
+use super::edge::EdgeKind;
+use super::entity::{Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
+use crate::control::api::{JobKind, JobState};
+
+/// What kind of thing stands in the way. In the order in which they are cleared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ObstacleKind {
+    /// It is remembered and not served.
+    Unserved,
+    /// It is on its socket.
+    Served,
+    /// Its socket is closed.
+    Disabled,
+    /// It is a volume, or was before it was independent.
+    IsVolume,
+    /// It reads through a snapshot.
+    OnSnapshot,
+    /// It has everything itself.
+    Independent,
+    /// A sync has failed, or its base is lost.
+    Failed,
+    /// Nobody may write it.
+    ReadOnly,
+    /// A volume stands on it, or on one of its snapshots.
+    StoodOn,
+    /// A disk is restored from it, or from one of its snapshots.
+    RestoredFrom,
+    /// What a disk is restored from reads through it, or through one of its snapshots.
+    RestoredThrough,
+    /// What is not copied yet of its own restore is lost.
+    RestoreLost,
+    /// It is being restored itself.
+    Restoring,
+    /// A job copies what it does not own.
+    Working,
+    /// Such a job was stopped or has failed.
+    WorkLeft,
+    /// A job synchronises one of its legs.
+    Syncing,
+    /// A job deletes it, or one of its snapshots.
+    Going,
+    /// Such a job was stopped or has failed.
+    GoingStopped,
+    /// Frontends from before the cut still write it, or one of its snapshots.
+    OldFrontends,
+    /// It, or one of its snapshots, still drains.
+    Draining,
+    /// It cannot be vouched for.
+    Broken,
+    /// It, or one of its snapshots, is read.
+    ReadBy,
+    /// A frontend is connected.
+    Attached,
+    /// It has snapshots.
+    HasSnapshots,
+    /// It has bookmarks.
+    HasBookmarks,
+    /// Its newest content is in a log.
+    InLog,
+}
+
+impl ObstacleKind {
+    /// All of them, in order.
+    pub const ALL: [ObstacleKind; 26] = {
+        use ObstacleKind::*;
+        [
+            Unserved,
+            Served,
+            Disabled,
+            IsVolume,
+            OnSnapshot,
+            Independent,
+            Failed,
+            ReadOnly,
+            StoodOn,
+            RestoredFrom,
+            RestoredThrough,
+            RestoreLost,
+            Restoring,
+            Working,
+            WorkLeft,
+            Syncing,
+            Going,
+            GoingStopped,
+            OldFrontends,
+            Draining,
+            Broken,
+            ReadBy,
+            Attached,
+            HasSnapshots,
+            HasBookmarks,
+            InLog,
+        ]
+    };
+}
+
+/// Something that stands in the way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What kind.
+    pub kind: ObstacleKind,
+    /// The same in words, as a sentence of its own.
+    pub what: String,
+    /// What clears it, as far as anything does.
+    pub cleared_by: Vec<Step>,
+}
+
+fn obstacle(kind: ObstacleKind, what: String, cleared_by: Vec<Step>) -> Obstacle {
+    Obstacle { kind, what, cleared_by }
+}
+
+fn counted(n: usize, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+impl Registry {
+    /// Everything that is the case with a disk or volume, and with its snapshots.
+    #[must_use]
+    pub fn of_disk(&self, disk: &Disk) -> Vec<Obstacle> {
+        let mut found = self.of_itself(disk);
+        let own: Vec<Uuid> = disk.snapshots.iter().map(|s| s.id).collect();
+        found.extend(self.needs(disk, &own));
+        for snapshot in &disk.snapshots {
+            found.extend(self.life_of(disk, snapshot));
+        }
+        let title = disk.title();
+        if disk.frontends > 0 {
+            let what = format!("{title} has {} connected", counted(disk.frontends as usize, "frontend"));
+            found.push(obstacle(ObstacleKind::Attached, what, vec![Step::Disconnect(disk.name.clone())]));
+        }
+        let delete =
+            |s: &Snapshot| Step::Run(Command::DeleteSnapshot { snapshot: disk.reference(&s.name), force: false });
+        let deletions: Vec<Step> = disk.snapshots.iter().map(delete).collect();
+        if !disk.snapshots.is_empty() {
+            let what = format!("{title} has {}", counted(disk.snapshots.len(), "snapshot"));
+            found.push(obstacle(ObstacleKind::HasSnapshots, what, deletions.clone()));
+        }
+        if !disk.bookmarks.is_empty() {
+            let what = format!("{title} has {}", counted(disk.bookmarks.len(), "bookmark"));
+            let delete =
+                |b: &super::entity::Bookmark| Step::Run(Command::DeleteBookmark { bookmark: disk.reference(&b.name) });
+            found.push(obstacle(ObstacleKind::HasBookmarks, what, disk.bookmarks.iter().map(delete).collect()));
+        }
+        if disk.is_in_log {
+            let what = format!("the newest content of {title} is in a log, which is folded when its snapshots go");
+            found.push(obstacle(ObstacleKind::InLog, what, deletions));
+        }
+        found.sort_by_key(|o| o.kind);
+        found
+    }
+
+    /// Everything that is the case with a snapshot, and with its disk as far as that concerns it.
+    #[must_use]
+    pub fn of_snapshot(&self, disk: &Disk, snapshot: &Snapshot) -> Vec<Obstacle> {
+        let mut found = self.of_itself(disk);
+        found.extend(self.needs(disk, &[snapshot.id]));
+        found.extend(self.life_of(disk, snapshot));
+        if let Some(why) = &snapshot.broken {
+            let what = format!("snapshot {} is broken: {why}", disk.reference(&snapshot.name));
+            found.push(obstacle(ObstacleKind::Broken, what, Vec::new()));
+        }
+        found.sort_by_key(|o| o.kind);
+        found
+    }
+
+    /// What is the case with a disk or volume by itself.
+    fn of_itself(&self, disk: &Disk) -> Vec<Obstacle> {
+        let (title, name) = (disk.title(), &disk.name);
+        let mut found = Vec::new();
+        let mut add = |kind, what: String, steps| found.push(obstacle(kind, what, steps));
+        match &disk.phase {
+            Phase::Unserved { why } => {
+                let what = format!("{title} is not served: {why}");
+                add(ObstacleKind::Unserved, what, vec![Step::PutBack(name.clone())]);
+            }
+            Phase::Served => {
+                let disable = Command::Disable { volume: name.clone(), force: false };
+                add(ObstacleKind::Served, format!("{title} is served"), vec![Step::Run(disable)]);
+            }
+            Phase::Disabled => {
+                let enable = Command::Enable { volume: name.clone(), fresh: false };
+                add(ObstacleKind::Disabled, format!("{title} is disabled"), vec![Step::Run(enable)]);
+            }
+        }
+        match disk.kind {
+            Kind::Disk => {}
+            Kind::Volume { .. } => {
+                add(ObstacleKind::IsVolume, format!("{name} is a volume"), Vec::new());
+                let complete = Command::Complete { volume: name.clone() };
+                add(ObstacleKind::OnSnapshot, format!("{title} stands on a snapshot"), vec![Step::Run(complete)]);
+            }
+            Kind::Independent { .. } => {
+                add(ObstacleKind::IsVolume, format!("{name} is a volume"), Vec::new());
+                add(ObstacleKind::Independent, format!("{title} is independent already"), Vec::new());
+            }
+        }
+        if let Some(why) = &disk.failure {
+            add(ObstacleKind::Failed, format!("{title}: {why}"), vec![Step::PutBack(name.clone())]);
+        }
+        if disk.is_readonly {
+            let set = Command::Set { disk: name.clone(), readonly: Some(false) };
+            add(ObstacleKind::ReadOnly, format!("{title} is read-only"), vec![Step::Run(set)]);
+        }
+        if let Some(restore) = &disk.restore {
+            found.push(self.own_restore(disk, restore));
+        }
+        let job = |is_it: &dyn Fn(&Job) -> bool| self.job_on(disk.id, is_it);
+        let copies = |j: &Job| matches!(j.kind, JobKind::Migrate | JobKind::Update);
+        match job(&copies) {
+            Some(job) if job.state == JobState::Running => {
+                let what = format!("{title}: job {} copies what it does not own", job.id);
+                // Waiting for it would make the volume another thing; what is copied stays copied.
+                found.push(obstacle(ObstacleKind::Working, what, vec![Step::Run(Command::StopJob { job: job.id })]));
+            }
+            Some(job) if disk.has_work => {
+                let what = format!("{title}: job {}, which copies what it does not own, is {}", job.id, job.state);
+                found.push(obstacle(ObstacleKind::WorkLeft, what, go_on_with(job)));
+            }
+            _ => {}
+        }
+        if let Some(job) = job(&|j| j.kind == JobKind::Mirror && j.state == JobState::Running) {
+            let what = format!("{title}: job {} synchronises one of its legs", job.id);
+            found.push(obstacle(ObstacleKind::Syncing, what, vec![Step::Run(Command::WaitForJob { job: job.id })]));
+        }
+        found
+    }
+
+    fn own_restore(&self, disk: &Disk, restore: &Restore) -> Obstacle {
+        let title = disk.title();
+        let from = self.name_of(restore.source);
+        if restore.is_lost {
+            let what = format!("{title} was being restored from {from}, and what was not copied yet cannot be had");
+            return obstacle(ObstacleKind::RestoreLost, what, vec![Step::PutBack(disk.name.clone())]);
+        }
+        let (by, steps) = self.job_of_restore(disk);
+        obstacle(ObstacleKind::Restoring, format!("{title} is being restored from {from}{by}"), steps)
+    }
+
+    /// By which job a disk is restored, and what ends that.
+    fn job_of_restore(&self, disk: &Disk) -> (String, Vec<Step>) {
+        match self.job_on(disk.id, |j| j.kind == JobKind::Restore) {
+            Some(job) => (format!(" by job {}", job.id), go_on_with(job)),
+            None => (String::new(), vec![Step::PutBack(disk.name.clone())]),
+        }
+    }
+
+    /// Who needs one of these snapshots of a disk.
+    fn needs(&self, disk: &Disk, snapshots: &[Uuid]) -> Vec<Obstacle> {
+        let mut found: Vec<Obstacle> = Vec::new();
+        for edge in self.edges().filter(|edge| snapshots.contains(&edge.needed)) {
+            let Some(needer) = self.disk(edge.needer) else { continue };
+            let named = self.name_of(edge.needed);
+            let new = match edge.kind {
+                EdgeKind::StandsOn => {
+                    let delete = Command::DeleteVolume { volume: needer.name.clone(), force: false };
+                    let what = format!("snapshot {named} is needed by volume {}", needer.name);
+                    obstacle(ObstacleKind::StoodOn, what, vec![Step::Run(delete)])
+                }
+                // The disk's own restore is said of the disk.
+                _ if needer.id == disk.id => continue,
+                EdgeKind::RestoredFrom | EdgeKind::RestoredThrough => {
+                    let (by, steps) = self.job_of_restore(needer);
+                    let (kind, way) = match edge.kind {
+                        EdgeKind::RestoredFrom => (ObstacleKind::RestoredFrom, "from"),
+                        _ => (ObstacleKind::RestoredThrough, "through"),
+                    };
+                    obstacle(kind, format!("disk {} is being restored {way} snapshot {named}{by}", needer.name), steps)
+                }
+            };
+            found.push(new);
+        }
+        found
+    }
+
+    /// Where a snapshot is in its life.
+    fn life_of(&self, disk: &Disk, snapshot: &Snapshot) -> Vec<Obstacle> {
+        let reference = disk.reference(&snapshot.name);
+        let mut found = Vec::new();
+        match snapshot.phase {
+            SnapshotPhase::Quiesced | SnapshotPhase::Lost => {}
+            SnapshotPhase::Draining if snapshot.old_frontends > 0 => {
+                let count = counted(snapshot.old_frontends as usize, "frontend");
+                let what = format!("{count} from before the cut may still write snapshot {reference}");
+                let over = Step::Run(Command::CutOver { snapshot: reference.clone() });
+                found.push(obstacle(ObstacleKind::OldFrontends, what, vec![over]));
+            }
+            SnapshotPhase::Draining => {
+                let what = format!("snapshot {reference} is still draining");
+                found.push(obstacle(ObstacleKind::Draining, what, vec![Step::WaitForDrain(reference.clone())]));
+            }
+            SnapshotPhase::Going => {
+                let job = self.job_on(disk.id, |j| j.snapshot == Some(snapshot.id));
+                let delete = Step::Run(Command::DeleteSnapshot { snapshot: reference.clone(), force: false });
+                let (kind, what, steps) = match job {
+                    Some(job) if job.state == JobState::Running => {
+                        (ObstacleKind::Going, format!("is being deleted by job {}", job.id), go_on_with(job))
+                    }
+                    Some(job) => {
+                        let what = format!("is being deleted by job {}, which is {}", job.id, job.state);
+                        (ObstacleKind::GoingStopped, what, go_on_with(job))
+                    }
+                    None => (ObstacleKind::GoingStopped, "is being deleted".to_owned(), vec![delete]),
+                };
+                found.push(obstacle(kind, format!("snapshot {reference} {what}"), steps));
+            }
+        }
+        if snapshot.readers > 0 {
+            let what = format!("snapshot {reference} is read by {}", counted(snapshot.readers as usize, "frontend"));
+            found.push(obstacle(ObstacleKind::ReadBy, what, vec![Step::DisconnectReaders(reference)]));
+        }
+        found
+    }
+
+    /// A snapshot's full name, also of one that is gone.
+    fn name_of(&self, snapshot: Uuid) -> String {
+        let found = self.snapshot(snapshot).map(|(disk, s)| disk.reference(&s.name).to_string());
+        found.unwrap_or_else(|| "a snapshot that is not served".to_owned())
+    }
+}
+
+/// What brings a job to its end.
+fn go_on_with(job: &Job) -> Vec<Step> {
+    let wait = Step::Run(Command::WaitForJob { job: job.id });
+    match job.state {
+        JobState::Stopped | JobState::Failed => vec![Step::Run(Command::ResumeJob { job: job.id }), wait],
+        JobState::Running | JobState::Done => vec![wait],
+    }
+}
