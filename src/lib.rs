@@ -11,6 +11,7 @@
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image, crash          |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `registry`   | what there is, and what needs what; decides, purely       | control (names and words)     |
+//! | `recovery`   | what a start makes of what was left: decided, and opened  | mirror, store, image, planted |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
 //! | `planted`    | defects that tests switch on, in no release               | –                             |
@@ -26,6 +27,7 @@ pub mod job;
 pub mod mirror;
 pub mod planted;
 pub mod registry;
+pub mod recovery;
 pub mod store;
 mod sync;
 pub mod vhost_user;

@@ -2,19 +2,23 @@
 //!
 //! It knows words and forms only: names, choices, and which options exclude each other.
 
-use std::fmt;
-use std::path::PathBuf;
-use std::str::FromStr;
+mod values;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use std::path::PathBuf;
+use std::time::Duration;
+
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use uuid::Uuid;
 
-use crate::control::api::{JOB_DELAY_MS_MAX, JobPatch, Strategy, VolumeSource, Writers};
-use crate::control::name::NameError;
+use crate::control::api::{
+    BookmarkState, DiskState, Glob, JobKind, JobState, SnapshotState, Strategy, VolumeSource, VolumeState, Writers,
+};
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
+
+pub(super) use values::{MomentArg, PaceArgs, PageArgs, SetArgs, WaitLimit};
+use values::{block_size, one_of, span, switch};
 
 /// Serves disks to virtual machines over vhost-user and freezes them into snapshots without a pause.
 #[derive(Debug, Parser)]
@@ -62,13 +66,13 @@ pub(super) enum Command {
 /// What is asked of a running daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum ClientCommand {
-    /// List, add, mirror, restore and remove disks
+    /// List, add, set, mirror, restore, remove and forget disks
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Make, compare, complete, promote, disable and delete volumes: disks that guests can write, made off snapshots at once
+    /// Make, compare, complete, set, promote, disable and delete volumes: disks that guests can write, made off snapshots at once
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// List and forget bookmarks: what is left of deleted snapshots, to know what has changed since
@@ -107,6 +111,9 @@ pub(super) struct ServeArgs {
     /// entries of its log; guests that were running on it must be started anew
     #[arg(long, value_name = "DISK")]
     pub(super) take_flushed: Vec<Name>,
+    /// Do not start if a disk of the configuration cannot be served; without this the others are served
+    #[arg(long)]
+    pub(super) strict: bool,
 }
 
 #[derive(Debug, Args)]
@@ -127,12 +134,35 @@ pub(super) struct CheckArgs {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum DiskCommand {
-    /// List all disks
-    List,
+    /// List all disks, also those that are remembered and not served
+    List {
+        /// Only those in this state
+        #[arg(long, value_parser = one_of(DiskState::ALL, DiskState::as_str))]
+        state: Option<DiskState>,
+        /// Only those of this name; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        name: Option<Glob>,
+        #[command(flatten)]
+        page: PageArgs<Name>,
+    },
     /// Show one disk
     Show { disk: Name },
     /// Serve a disk; doing so twice with the same configuration is no error
     Add(Box<DiskAddArgs>),
+    /// Change how a disk is served, now and after the next start of the daemon
+    ///
+    /// Durability counts for the next snapshots, background at once; queues, readonly and serial for the next frontend that
+    /// connects. What --disk or the configuration file says of a key beats what was set.
+    Set {
+        disk: Name,
+        #[command(flatten)]
+        set: SetArgs,
+        /// Let guests only read
+        #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", value_parser = switch)]
+        readonly: Option<bool>,
+    },
+    /// Forget a disk or volume that is not served, with its snapshots and all that was made for it; a disk's image stays
+    Forget { disk: Name },
     /// Stop serving a disk; its image stays
     Remove {
         disk: Name,
@@ -148,6 +178,8 @@ pub(super) enum DiskCommand {
         /// Return only when it is in sync
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
     },
     /// Let a leg of a disk go; its file stays as a plain raw image
     Unmirror {
@@ -173,6 +205,8 @@ pub(super) enum DiskCommand {
         /// Return only when all is copied
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
     },
 }
 
@@ -221,7 +255,25 @@ pub(super) enum SnapshotCommand {
     /// Freeze one or more disks at one instant
     Create(SnapshotCreateArgs),
     /// List all snapshots
-    List,
+    List {
+        /// Only those of this disk or volume; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        disk: Option<Glob>,
+        /// Only those in this state
+        #[arg(long, value_parser = one_of(SnapshotState::ALL, SnapshotState::as_str))]
+        state: Option<SnapshotState>,
+        /// Only those of this cut
+        #[arg(long, value_name = "ID")]
+        group: Option<Uuid>,
+        /// Only those that are stored so
+        #[arg(long, value_parser = one_of(Strategy::ALL, Strategy::as_str))]
+        strategy: Option<Strategy>,
+        /// Only those of this name, without the disk; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        name: Option<Glob>,
+        #[command(flatten)]
+        page: PageArgs<SnapshotRef>,
+    },
     /// Show one snapshot
     Show {
         #[arg(value_name = "DISK@NAME|ID")]
@@ -249,14 +301,19 @@ pub(super) enum SnapshotCommand {
         /// Return only when it is quiesced and its socket is open
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
     },
-    /// Delete a snapshot
+    /// Delete a snapshot, or all snapshots of one cut
     ///
-    /// The image of a write-mirroring snapshot goes back to its disk as the second leg, and is synchronised by what has
+    /// If one snapshot of a cut cannot be deleted, none of them is. The image of a write-mirroring snapshot goes back to its disk as the second leg, and is synchronised by what has
     /// changed since.
     Delete {
-        #[arg(value_name = "DISK@NAME")]
-        snapshot: SnapshotRef,
+        #[arg(value_name = "DISK@NAME", required_unless_present = "group")]
+        snapshot: Option<SnapshotRef>,
+        /// All snapshots of this cut: the group that each of them shows
+        #[arg(long, value_name = "ID", conflicts_with_all = ["snapshot", "keep_image"])]
+        group: Option<Uuid>,
         /// Even if a reader is connected
         #[arg(long)]
         force: bool,
@@ -269,6 +326,8 @@ pub(super) enum SnapshotCommand {
         /// Return only when it is gone; without it, folding or merging may go on
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
     },
 }
 
@@ -294,6 +353,8 @@ pub(super) struct SnapshotCreateArgs {
     /// Return only when it is quiesced and its socket is open
     #[arg(long)]
     pub(super) wait: bool,
+    #[command(flatten)]
+    pub(super) limit: WaitLimit,
 }
 
 #[derive(Debug, Subcommand)]
@@ -319,7 +380,16 @@ pub(super) enum VolumeCommand {
         block_size: Option<u32>,
     },
     /// List all volumes
-    List,
+    List {
+        /// Only those that stand, or stood, on this snapshot; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        from: Option<Glob>,
+        /// Only those in this state
+        #[arg(long, value_parser = one_of(VolumeState::ALL, VolumeState::as_str))]
+        state: Option<VolumeState>,
+        #[command(flatten)]
+        page: PageArgs<Name>,
+    },
     /// Show one volume
     Show {
         /// The volume, or its id
@@ -367,6 +437,8 @@ pub(super) enum VolumeCommand {
         /// Return only when it is independent
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
     },
     /// Bring a volume to the present of its source, dropping what was written to it
     ///
@@ -383,6 +455,18 @@ pub(super) enum VolumeCommand {
         /// Return only when what differs is copied
         #[arg(long)]
         wait: bool,
+        #[command(flatten)]
+        limit: WaitLimit,
+    },
+    /// Change how a volume is served, now and after the next start of the daemon
+    ///
+    /// Durability counts for the next snapshots, background at once; queues and serial for the next frontend that connects.
+    Set {
+        /// The volume
+        #[arg(value_name = "NAME")]
+        volume: Name,
+        #[command(flatten)]
+        set: SetArgs,
     },
     /// Make a volume that is complete a disk; its guests stay connected
     Promote {
@@ -419,27 +503,19 @@ pub(super) enum VolumeCommand {
     },
 }
 
-/// How fast a job goes.
-#[derive(Debug, Args)]
-pub(super) struct PaceArgs {
-    /// The pause between two steps, in milliseconds
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(..=i64::from(JOB_DELAY_MS_MAX)))]
-    delay_ms: Option<u32>,
-    /// The most bytes in a second, such as 20M; 0 for as many as it can
-    #[arg(long, value_name = "RATE", value_parser = rate)]
-    limit: Option<u64>,
-}
-
-impl PaceArgs {
-    pub(super) fn patch(&self) -> JobPatch {
-        JobPatch { delay_ms: self.delay_ms, bytes_per_second: self.limit }
-    }
-}
-
 #[derive(Debug, Subcommand)]
 pub(super) enum BookmarkCommand {
     /// List all bookmarks
-    List,
+    List {
+        /// Only those of this disk or volume; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        disk: Option<Glob>,
+        /// Only those in this state
+        #[arg(long, value_parser = one_of(BookmarkState::ALL, BookmarkState::as_str))]
+        state: Option<BookmarkState>,
+        #[command(flatten)]
+        page: PageArgs<SnapshotRef>,
+    },
     /// Show one bookmark
     Show {
         #[arg(value_name = "DISK@NAME|ID")]
@@ -452,37 +528,22 @@ pub(super) enum BookmarkCommand {
     },
 }
 
-/// A snapshot or bookmark by its name or its id.
-#[derive(Clone, Debug)]
-pub(super) enum MomentArg {
-    Name(SnapshotRef),
-    Id(Uuid),
-}
-
-impl FromStr for MomentArg {
-    type Err = NameError;
-
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        match text.parse() {
-            Ok(id) => Ok(MomentArg::Id(id)),
-            Err(_) => text.parse().map(MomentArg::Name),
-        }
-    }
-}
-
-impl fmt::Display for MomentArg {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            MomentArg::Name(name) => name.fmt(f),
-            MomentArg::Id(id) => id.fmt(f),
-        }
-    }
-}
-
 #[derive(Debug, Subcommand)]
 pub(super) enum JobCommand {
     /// List all jobs
-    List,
+    List {
+        /// Only those that do this
+        #[arg(long, value_parser = one_of(JobKind::ALL, JobKind::as_str))]
+        kind: Option<JobKind>,
+        /// Only those in this state
+        #[arg(long, value_parser = one_of(JobState::ALL, JobState::as_str))]
+        state: Option<JobState>,
+        /// Only those of this disk or volume; * stands for any text
+        #[arg(long, value_name = "GLOB")]
+        disk: Option<Glob>,
+        #[command(flatten)]
+        page: PageArgs<u64>,
+    },
     /// Show one job
     Show { id: u64 },
     /// Change the pace of a job
@@ -498,34 +559,10 @@ pub(super) enum JobCommand {
     /// Go on with a stopped job
     Resume { id: u64 },
     /// Wait until a job has ended; fails if it fails or is stopped
-    Wait { id: u64 },
-}
-
-/// Bytes in a second, with K, M, G or T for powers of 1024.
-fn rate(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is no rate; use bytes, or a number with K, M, G or T, such as 20M");
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, unit)) if !unit.is_ascii_digit() => {
-            let place = "KMGT".find(unit.to_ascii_uppercase()).ok_or_else(wrong)?;
-            (&text[..at], 10 * (u32::try_from(place).map_err(|_| wrong())? + 1))
-        }
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(wrong)
-}
-
-fn block_size(text: &str) -> Result<u32, String> {
-    rate(text)
-        .ok()
-        .and_then(|size| u32::try_from(size).ok())
-        .ok_or_else(|| format!("{text:?} is no size; use 4K to 1M"))
-}
-
-/// Takes one of some words, which help and completions show.
-fn one_of<T>(all: &'static [T], word: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
-where
-    T: FromStr<Err = String> + Copy + Send + Sync + 'static,
-{
-    PossibleValuesParser::new(all.iter().map(|value| word(*value))).try_map(|text| text.parse::<T>())
+    Wait {
+        id: u64,
+        /// Wait no longer than this, and then say how far it is: seconds, or a number with s, m or h
+        #[arg(long, value_name = "SECONDS|5m", value_parser = span)]
+        wait_timeout: Option<Duration>,
+    },
 }

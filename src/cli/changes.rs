@@ -6,10 +6,11 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::CliError;
-use super::args::{BookmarkCommand, MomentArg};
+use super::args::{BookmarkCommand, MomentArg, PageArgs};
 use super::client::{Client, query_value};
+use super::lists;
 use super::output::{Output, fields, size, table, text, write};
-use crate::control::api::{Bookmark, ByteRange, VolumeStatus};
+use crate::control::api::{Bookmark, BookmarkList, ByteRange, VolumeStatus};
 use crate::control::changes::DIFF_SOURCE;
 
 /// How many cells a line of a map has.
@@ -176,9 +177,9 @@ pub(super) fn volume_status_fields(status: &VolumeStatus) -> String {
 
 pub(super) fn bookmark(command: BookmarkCommand, client: &Client, output: &Output) -> Result<(), CliError> {
     match command {
-        BookmarkCommand::List => {
-            let bookmarks: Vec<Bookmark> = client.get("/v1/bookmarks")?;
-            output.show(&bookmarks, |bookmarks| bookmark_table(bookmarks))
+        BookmarkCommand::List { disk, state, page: PageArgs { limit, after } } => {
+            let query = BookmarkList { disk, state, limit, after: after.map(|after| after.to_string()) };
+            lists::show("/v1/bookmarks", &query, client, output, bookmark_table)
         }
         BookmarkCommand::Show { bookmark } => {
             let bookmark: Bookmark = client.get(&format!("/v1/bookmarks/{bookmark}"))?;

@@ -3,9 +3,10 @@
 //! Invariants: each request has a connection of its own; every failure becomes one line that says where the daemon was
 //! looked for, or what it refused and what to do. Nothing is retried: only the caller knows what may be done twice.
 
+use std::cell::Cell;
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -23,6 +24,8 @@ use crate::control::{Event, Problem};
 
 /// How long a question may take. Work that may rightly take longer has no limit.
 const ASK_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much longer than a command waits an answer may take that says how far the work is.
+const ANSWER_GRACE: Duration = Duration::from_secs(2);
 /// The longest line of an event stream, and the longest answer to a question, that is read.
 const ANSWER_LEN_MAX: usize = 64 << 20;
 
@@ -30,11 +33,15 @@ const ANSWER_LEN_MAX: usize = 64 << 20;
 pub(super) struct Client {
     control: PathBuf,
     runtime: Runtime,
+    /// Until when whoever asks waits for answers.
+    until: Cell<Option<Instant>>,
 }
 
 /// An answer below 400.
 pub(super) struct Answer {
     pub(super) status: StatusCode,
+    /// Whether a list goes on.
+    pub(super) has_next: bool,
     body: Bytes,
 }
 
@@ -42,6 +49,14 @@ pub(super) struct Answer {
 pub(super) fn query_value(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte);
     text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
+/// What of a query is said, as text.
+pub(super) fn query_of(query: &impl Serialize) -> String {
+    let pairs = serde_json::to_value(query).ok().and_then(|value| value.as_object().cloned()).unwrap_or_default();
+    let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let said = pairs.iter().filter(|(_, value)| !value.is_null());
+    said.map(|(key, value)| format!("{key}={}", query_value(&text(value)))).collect::<Vec<_>>().join("&")
 }
 
 impl Answer {
@@ -59,12 +74,22 @@ impl Client {
     pub(super) fn new(control: PathBuf) -> Result<Self, CliError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::Failed(format!("cannot start an event loop: {error}")))?;
-        Ok(Self { control, runtime })
+        Ok(Self { control, runtime, until: Cell::new(None) })
+    }
+
+    /// From now on no answer is waited for longer than this, and a moment.
+    pub(super) fn answer_until(&self, until: Option<Instant>) {
+        self.until.set(until);
     }
 
     /// Asks for something that is answered at once.
     pub(super) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
         self.request(Method::GET, path, Bytes::new(), Some(ASK_TIMEOUT))?.json()
+    }
+
+    /// The same for a list that may go on.
+    pub(super) fn get_page(&self, path: &str) -> Result<Answer, CliError> {
+        self.request(Method::GET, path, Bytes::new(), Some(ASK_TIMEOUT))
     }
 
     /// The same, or `None` when there is no such thing.
@@ -90,6 +115,11 @@ impl Client {
         self.request(Method::POST, path, Bytes::new(), None)?.json()
     }
 
+    /// The same, where there is nothing to be said afterwards.
+    pub(super) fn post_only(&self, path: &str) -> Result<(), CliError> {
+        self.request(Method::POST, path, Bytes::new(), None).map(drop)
+    }
+
     /// Deletes and waits as long as it takes.
     pub(super) fn delete(&self, path: &str) -> Result<Answer, CliError> {
         self.request(Method::DELETE, path, Bytes::new(), None)
@@ -107,7 +137,7 @@ impl Client {
                 while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
                     let line: Vec<u8> = pending.drain(..=end).collect();
                     let Some(data) = line.strip_prefix(b"data:") else { continue };
-                    let event = Answer { status: StatusCode::OK, body: Bytes::copy_from_slice(data) };
+                    let event = Answer { status: StatusCode::OK, has_next: false, body: Bytes::copy_from_slice(data) };
                     each(event.json()?)?;
                 }
                 if pending.len() > ANSWER_LEN_MAX {
@@ -164,10 +194,13 @@ impl Client {
         work: impl Future<Output = Result<T, CliError>>,
         limit: Option<Duration>,
     ) -> Result<T, CliError> {
-        let Some(limit) = limit else { return work.await };
+        let left = self.until.get().map(|until| until.saturating_duration_since(Instant::now()) + ANSWER_GRACE);
+        let Some(limit) = limit.into_iter().chain(left).min() else { return work.await };
         tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
             let (path, seconds) = (self.control.display(), limit.as_secs());
-            Err(CliError::Failed(format!("the daemon at {path} did not answer within {seconds} s; see its log")))
+            Err(CliError::Failed(format!(
+                "the daemon at {path} did not answer within {seconds} s; see its log and 'halfsilver status'"
+            )))
         })
     }
 
@@ -188,8 +221,8 @@ impl Client {
 
     async fn finish(&self, response: Response<Incoming>) -> Result<Answer, CliError> {
         let response = self.accepted(response).await?;
-        let status = response.status();
-        Ok(Answer { status, body: self.read(response).await? })
+        let (status, has_next) = (response.status(), response.headers().contains_key(header::LINK));
+        Ok(Answer { status, has_next, body: self.read(response).await? })
     }
 
     /// Passes on what the daemon accepted; what it refused becomes an error.

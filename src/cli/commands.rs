@@ -5,26 +5,22 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use hyper::{Method, StatusCode};
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::CliError;
-use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, SnapshotCommand, SnapshotCreateArgs};
+use super::args::{ClientCommand, DiskAddArgs, DiskCommand, JobCommand, PageArgs};
 use super::changes;
 use super::client::{Client, query_value};
-use super::output::{Output, Progress, Spinner, text};
-use super::pages::{
-    disk_fields, disk_table, event_line, job_fields, job_table, snapshot_fields, snapshot_table, status_page,
-};
-use crate::control::api::{
-    CreateSnapshots, Disk, Job, JobKind, JobState, LegState, MirrorRequest, Snapshot, SnapshotState, Status,
-};
-use crate::control::{Name, SnapshotRef};
+use super::lists;
+use super::output::{Output, Spinner};
+use super::pages::{disk_fields, disk_table, event_line, job_fields, job_table, status_page};
+use super::wait::{Patience, Wait};
+use crate::control::api::{Disk, DiskList, DiskPatch, Job, JobList, Status};
 use crate::daemon::config::{DiskSpec, RawDisk};
 
 /// How often `status --watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// How often a command looks that waits for a job.
-const WAIT_INTERVAL: Duration = Duration::from_millis(200);
 /// Clears a terminal and goes to its top left corner.
 const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 
@@ -32,7 +28,7 @@ const CLEAR: &[u8] = b"\x1b[H\x1b[2J";
 pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
     match command {
         ClientCommand::Disk(command) => disk(command, client, output, directory),
-        ClientCommand::Snapshot(command) => snapshot(command, client, output, directory),
+        ClientCommand::Snapshot(command) => super::snapshots::run(command, client, output, directory),
         ClientCommand::Bookmark(command) => changes::bookmark(command, client, output),
         ClientCommand::Volume(command) => super::volumes::run(command, client, output, directory),
         ClientCommand::Job(command) => job(command, client, output),
@@ -43,9 +39,9 @@ pub(super) fn run(command: ClientCommand, client: &Client, output: &Output, dire
 
 fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
     match command {
-        DiskCommand::List => {
-            let disks: Vec<Disk> = client.get("/v1/disks")?;
-            output.show(&disks, |disks| disk_table(disks))
+        DiskCommand::List { state, name, page: PageArgs { limit, after } } => {
+            let query = DiskList { state, name, limit, after: after.map(String::from) };
+            lists::show("/v1/disks", &query, client, output, disk_table)
         }
         DiskCommand::Show { disk } => {
             let disk: Disk = client.get(&format!("/v1/disks/{disk}"))?;
@@ -56,15 +52,27 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             let disk: Disk = client.put(Method::PUT, &format!("/v1/disks/{name}"), &config)?.json()?;
             output.show(&disk, disk_fields)
         }
+        DiskCommand::Set { disk, set, readonly } => {
+            let patch = set.patch(readonly);
+            let disk: Disk = send_patch(&format!("/v1/disks/{disk}"), &patch, client)?;
+            output.show(&disk, |disk| disk_fields(disk) + &counts_later(&patch, disk.frontends))
+        }
+        DiskCommand::Forget { disk } => {
+            let _spinner = Spinner::start(format!("forgetting {disk}"));
+            client.post_only(&format!("/v1/disks/{disk}/forget"))?;
+            output.show(&json!({ "name": disk, "state": "forgotten" }), |_| format!("{disk} forgotten\n"))
+        }
         DiskCommand::Remove { disk, force } => {
             let spinner = Spinner::start(format!("removing {disk}"));
             client.delete(&format!("/v1/disks/{disk}?force={force}"))?;
             drop(spinner);
             output.show(&json!({ "name": disk, "state": "removed" }), |_| format!("{disk} removed\n"))
         }
-        DiskCommand::Mirror { disk, path, wait } => mirror(&disk, &directory.join(path), wait, client, output),
-        DiskCommand::Restore { disk, from, force, pace, wait } => {
-            super::restore::restore(&disk, &from, (force, pace.patch(), wait), client, output)
+        DiskCommand::Mirror { disk, path, wait, limit } => {
+            super::mirror::mirror(&disk, &directory.join(path), limit.patience(wait), client, output)
+        }
+        DiskCommand::Restore { disk, from, force, pace, wait, limit } => {
+            super::restore::restore(&disk, &from, (force, pace.patch(), limit.patience(wait)), client, output)
         }
         DiskCommand::Unmirror { disk, leg } => {
             let leg = leg.map(|leg| directory.join(leg));
@@ -79,40 +87,27 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
     }
 }
 
-/// Gives a disk a second leg.
-fn mirror(name: &Name, leg: &Path, wait: bool, client: &Client, output: &Output) -> Result<(), CliError> {
-    let progress = Progress::start(format!("mirroring {name}"));
-    let request = MirrorRequest { path: leg.to_owned() };
-    let mut disk: Disk = client.put(Method::POST, &format!("/v1/disks/{name}/mirror"), &request)?.json()?;
-    if wait {
-        disk = in_sync(disk, leg, client, &progress)?;
-    }
-    drop(progress);
-    output.show(&disk, disk_fields)
+/// Sends what is to be set.
+pub(super) fn send_patch<T: DeserializeOwned>(path: &str, patch: &DiskPatch, client: &Client) -> Result<T, CliError> {
+    let nothing = "give --durability, --background, --queues, --serial or --readonly";
+    patch.check_change().map_err(|error| match *patch == DiskPatch::default() {
+        true => CliError::Usage(nothing.to_owned()),
+        false => CliError::Usage(error.to_string()),
+    })?;
+    client.put(Method::PATCH, path, patch)?.json()
 }
 
-/// Waits until the leg is in sync; fails when it no longer gets there by itself.
-fn in_sync(mut disk: Disk, leg: &Path, client: &Client, progress: &Progress) -> Result<Disk, CliError> {
-    let name = disk.name.clone();
-    let failed = |what: String| Err(CliError::Failed(format!("leg {} of disk {name} {what}", leg.display())));
-    loop {
-        let Some(found) = disk.legs.iter().find(|other| other.path == leg) else {
-            return failed("was let go meanwhile; add it again".to_owned());
-        };
-        match found.state {
-            LegState::InSync => return Ok(disk),
-            LegState::Resynchronising => {}
-            LegState::Failed | LegState::Split => {
-                let reason = text(found.reason.as_ref());
-                return failed(format!("is {}: {reason}; see 'halfsilver disk show {name}'", found.state));
-            }
-        }
-        let job = unfinished_job(client, |job| job.kind == JobKind::Mirror && job.disk == name)?;
-        job.as_ref().map_or(Ok(()), refuse_ended)?;
-        let done = disk.size_bytes.saturating_sub(found.remaining_bytes);
-        progress.show(done, disk.size_bytes, job.and_then(|job| job.estimated_seconds));
-        sleep(WAIT_INTERVAL);
-        disk = client.get(&format!("/v1/disks/{name}"))?;
+/// What of a patch a guest that is connected does not see yet.
+pub(super) fn counts_later(patch: &DiskPatch, frontends: u32) -> String {
+    let said = [
+        ("queues", patch.queues.is_some()),
+        ("readonly", patch.readonly.is_some()),
+        ("serial", patch.serial.is_some()),
+    ];
+    let said: Vec<_> = said.iter().filter(|(_, is_said)| *is_said).map(|(key, _)| *key).collect();
+    match (said.is_empty(), frontends) {
+        (true, _) | (_, 0) => String::new(),
+        (false, _) => format!("\nfor the next frontend that connects: {}\n", said.join(", ")),
     }
 }
 
@@ -148,135 +143,11 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
     raw.check(directory)
 }
 
-fn snapshot(command: SnapshotCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
-    match command {
-        SnapshotCommand::Create(args) => create(args, client, output, directory),
-        SnapshotCommand::List => {
-            let snapshots: Vec<Snapshot> = client.get("/v1/snapshots")?;
-            output.show(&snapshots, |snapshots| snapshot_table(snapshots))
-        }
-        SnapshotCommand::Show { snapshot } => {
-            let snapshot: Snapshot = client.get(&format!("/v1/snapshots/{snapshot}"))?;
-            output.show(&snapshot, snapshot_fields)
-        }
-        SnapshotCommand::Diff { from, to } => {
-            changes::diff(&format!("/v1/snapshots/{from}"), to.as_ref(), client, output)
-        }
-        SnapshotCommand::Cutover { snapshot, wait } => {
-            let spinner = wait.then(|| Spinner::start(format!("waiting for {snapshot} to quiesce")));
-            let snapshot: Snapshot = client.post(&format!("/v1/snapshots/{snapshot}/cutover?wait={wait}"))?;
-            drop(spinner);
-            output.show(&snapshot, snapshot_fields)?;
-            refuse_broken(&[snapshot])
-        }
-        SnapshotCommand::Delete { snapshot, force, keep_image, keep_bookmark, wait } => {
-            let query = format!("force={force}&keep-image={keep_image}&keep-bookmark={keep_bookmark}");
-            let kept = match (keep_image, keep_bookmark) {
-                (false, false) => "",
-                (true, false) => ", its image is kept",
-                (false, true) => ", a bookmark is kept",
-                (true, true) => ", its image and a bookmark are kept",
-            };
-            if let Some(started) = delete(&snapshot, &query, wait, client)? {
-                return output.show(&started, |started| format!("{} {}\n", started.reference(), started.state));
-            }
-            let deleted = json!({ "disk": snapshot.disk, "name": snapshot.name, "state": "deleted" });
-            output.show(&deleted, |_| format!("{snapshot} deleted{kept}\n"))
-        }
-    }
-}
-
-fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
-    let SnapshotCreateArgs { name, disks, strategy, writers, socket, image, wait } = args;
-    let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
-    let request = CreateSnapshots {
-        name: name.to_string(),
-        disks: disks.iter().map(ToString::to_string).collect(),
-        strategy,
-        writers,
-        socket: absolute(socket),
-        image: absolute(image),
-        wait,
-    };
-    // The daemon would refuse the same; what is wrong with the arguments alone is a usage error.
-    request.validate().map_err(|error| CliError::Usage(error.to_string()))?;
-
-    let spinner = wait.then(|| Spinner::start(format!("waiting for {name} to quiesce")));
-    let snapshots: Vec<Snapshot> = client.put(Method::POST, "/v1/snapshots", &request)?.json()?;
-    drop(spinner);
-    match &snapshots[..] {
-        [snapshot] => output.show(snapshot, snapshot_fields)?,
-        snapshots => output.show(snapshots, snapshot_table)?,
-    }
-    refuse_broken(&snapshots)
-}
-
-fn refuse_broken(snapshots: &[Snapshot]) -> Result<(), CliError> {
-    match snapshots.iter().find(|snapshot| snapshot.state == SnapshotState::Broken) {
-        Some(broken) => {
-            let (snapshot, reason) = (broken.reference(), text(broken.reason.as_ref()));
-            Err(CliError::Failed(format!("snapshot {snapshot} is broken: {reason}; delete it and take another")))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Deletes a snapshot. Returns it if it is still on its way and nobody wants to wait.
-fn delete(snapshot: &SnapshotRef, query: &str, wait: bool, client: &Client) -> Result<Option<Snapshot>, CliError> {
-    let path = format!("/v1/snapshots/{snapshot}");
-    let progress = Progress::start(format!("deleting {snapshot}"));
-    let answer = client.delete(&format!("{path}?{query}"))?;
-    if answer.status != StatusCode::ACCEPTED {
-        return Ok(None);
-    }
-    let started: Snapshot = answer.json()?;
-    if !wait {
-        return Ok(Some(started));
-    }
-    let of_this = |job: &Job| job.disk == snapshot.disk && job.snapshot.as_ref() == Some(&snapshot.name);
-    loop {
-        // Before the snapshot: when it is gone, so is its job.
-        let job = unfinished_job(client, of_this)?;
-        let Some(latest) = client.find::<Snapshot>(&path)?.filter(|latest| latest.id == started.id) else {
-            return Ok(None);
-        };
-        if latest.state == SnapshotState::Broken {
-            let reason = text(latest.reason.as_ref());
-            return Err(CliError::Failed(format!("snapshot {snapshot} broke: {reason}; see the daemon's log")));
-        }
-        if let Some(job) = job {
-            refuse_ended(&job)?;
-            progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
-        }
-        sleep(WAIT_INTERVAL);
-    }
-}
-
-/// The job that somebody waits for, if it runs or could go on.
-fn unfinished_job(client: &Client, wanted: impl Fn(&Job) -> bool) -> Result<Option<Job>, CliError> {
-    let jobs: Vec<Job> = client.get("/v1/jobs")?;
-    let found = |state| jobs.iter().find(|job| job.state == state && wanted(job));
-    Ok(found(JobState::Running).or_else(|| found(JobState::Stopped)).cloned())
-}
-
-/// An error if the job will not come to its end by itself.
-pub(super) fn refuse_ended(job: &Job) -> Result<(), CliError> {
-    let Job { id, reason, .. } = job;
-    let because = reason.as_ref().map_or_else(String::new, |reason| format!(": {}", text(Some(reason))));
-    match job.state {
-        JobState::Running | JobState::Done => Ok(()),
-        JobState::Stopped => {
-            Err(CliError::Failed(format!("job {id} is stopped{because}; resume it: halfsilver job resume {id}")))
-        }
-        JobState::Failed => Err(CliError::Failed(format!("job {id} failed{because}; see the daemon's log"))),
-    }
-}
-
 fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliError> {
     match command {
-        JobCommand::List => {
-            let jobs: Vec<Job> = client.get("/v1/jobs")?;
-            output.show(&jobs, |jobs| job_table(jobs))
+        JobCommand::List { kind, state, disk, page: PageArgs { limit, after } } => {
+            let query = JobList { kind, state, disk, limit, after: after.map(|id| id.to_string()) };
+            lists::show("/v1/jobs", &query, client, output, job_table)
         }
         JobCommand::Show { id } => {
             let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
@@ -302,24 +173,12 @@ fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliE
             let job: Job = client.post(&format!("/v1/jobs/{id}/resume"))?;
             output.show(&job, job_fields)
         }
-        JobCommand::Wait { id } => {
-            let job = wait_for_job(id, format!("job {id}"), client)?;
-            output.show(&job, job_fields)?;
-            refuse_ended(&job)
+        JobCommand::Wait { id, wait_timeout } => {
+            let patience = Patience { wait: true, most: wait_timeout };
+            let wait = Wait::begin(format!("job {id}"), format!("halfsilver job show {id}"), patience, client);
+            let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
+            wait.show_job(job, output)
         }
-    }
-}
-
-/// Waits until a job has ended, however it ends.
-pub(super) fn wait_for_job(id: u64, what: String, client: &Client) -> Result<Job, CliError> {
-    let progress = Progress::start(what);
-    loop {
-        let job: Job = client.get(&format!("/v1/jobs/{id}"))?;
-        if job.state != JobState::Running {
-            return Ok(job);
-        }
-        progress.show(job.done_bytes, job.total_bytes, job.estimated_seconds);
-        sleep(WAIT_INTERVAL);
     }
 }
 

@@ -9,10 +9,14 @@ mod changes;
 mod check_page;
 mod client;
 mod commands;
+mod lists;
+mod mirror;
 mod output;
 mod pages;
 mod restore;
+mod snapshots;
 mod volumes;
+mod wait;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -100,8 +104,9 @@ fn dispatch(cli: Cli) -> Result<(), CliError> {
 }
 
 fn serve(args: ServeArgs, control: Option<PathBuf>, environment: &Environment) -> Result<(), CliError> {
-    let ServeArgs { config, state_dir, run_dir, disks, take_flushed } = args;
-    let config = ServeOptions { config, control, state_dir, run_dir, disks, take_flushed }.resolve(environment)?;
+    let ServeArgs { config, state_dir, run_dir, disks, take_flushed, strict } = args;
+    let options = ServeOptions { config, control, state_dir, run_dir, disks, take_flushed, strict };
+    let config = options.resolve(environment)?;
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     daemon::serve(config).map_err(|error| CliError::Failed(error.to_string()))
 }

@@ -2,14 +2,14 @@
 //!
 //! Tables stay compact; everything is on the page. Scripts read the JSON, so words and columns here may change.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::output::{duration, fields, size, table, text};
 use crate::control::Event;
-use crate::control::api::{Disk, Job, Leg, LegState, RestoreStatus, Snapshot, Status, Volume};
+use crate::control::api::{Claim, Disk, Job, Leg, LegState, RestoreStatus, Snapshot, Status, Unserved, Volume};
 
 pub(super) fn status_page(status: &Status) -> String {
-    let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs } = status;
+    let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs, claims, unserved } = status;
     let mut page = format!("halfsilver {} {state} since {started_at}, pid {pid}\n\n", version.version);
     page.push_str(&disk_table(disks));
     let legs = disks.iter().flat_map(|disk| disk.legs.iter().map(move |leg| (disk, leg)));
@@ -30,7 +30,24 @@ pub(super) fn status_page(status: &Status) -> String {
         page.push('\n');
         page.push_str(&job_table(jobs));
     }
+    if !unserved.is_empty() {
+        let row = |each: &Unserved| [each.name.to_string(), text(Some(&each.reason))];
+        page.push('\n');
+        page.push_str(&table(["NOT SERVED", "REASON"], unserved.iter().map(row).collect()));
+    }
+    if !claims.is_empty() {
+        let row = |claim: &Claim| {
+            let (operation, entities) = (text(Some(&claim.operation)), text(Some(claim.entities.join(", "))));
+            [operation, entities, claim.since.to_string(), text(claim.waits_for.as_ref())]
+        };
+        page.push('\n');
+        page.push_str(&table(["UNDER WAY", "HOLDS", "SINCE", "WAITS FOR"], claims.iter().map(row).collect()));
+    }
     page
+}
+
+fn place_text(path: Option<&PathBuf>) -> String {
+    text(path.map(|path| path.to_string_lossy()))
 }
 
 fn path_text(path: &Path) -> String {
@@ -41,7 +58,7 @@ pub(super) fn disk_table(disks: &[Disk]) -> String {
     let row = |disk: &Disk| {
         let state = disk.state.to_string();
         let (frontends, snapshots) = (disk.frontends.to_string(), disk.snapshots.to_string());
-        [disk.name.to_string(), state, size(disk.size_bytes), frontends, snapshots, path_text(&disk.socket)]
+        [disk.name.to_string(), state, size(disk.size_bytes), frontends, snapshots, place_text(disk.socket.as_ref())]
     };
     table(["DISK", "STATE", "SIZE", "FRONTENDS", "SNAPSHOTS", "SOCKET"], disks.iter().map(row).collect())
 }
@@ -49,11 +66,11 @@ pub(super) fn disk_table(disks: &[Disk]) -> String {
 pub(super) fn disk_fields(disk: &Disk) -> String {
     let mut page = fields(&[
         ("disk", disk.name.to_string()),
-        ("id", disk.id.to_string()),
+        ("id", text(disk.id.map(|id| id.to_string()))),
         ("state", disk.state.to_string()),
         ("reason", text(disk.reason.as_ref())),
-        ("path", path_text(&disk.path)),
-        ("socket", path_text(&disk.socket)),
+        ("path", place_text(disk.path.as_ref())),
+        ("socket", place_text(disk.socket.as_ref())),
         ("size", size(disk.size_bytes)),
         ("allocated", size(disk.allocated_bytes)),
         ("block size", size(disk.block_size.into())),

@@ -6,13 +6,16 @@ use hyper::Method;
 use serde_json::json;
 
 use super::CliError;
-use super::args::VolumeCommand;
+use super::args::{PageArgs, VolumeCommand};
 use super::changes;
-use super::client::Client;
-use super::commands::{refuse_ended, wait_for_job};
+use super::client::{Client, query_of};
+use super::commands::{counts_later, send_patch};
+use super::lists;
 use super::output::{Output, Spinner};
-use super::pages::{disk_fields, job_fields, volume_fields, volume_table};
-use crate::control::api::{CreateVolume, Disk, Job, JobPatch, Volume, VolumeStatus};
+use super::pages::{disk_fields, volume_fields, volume_table};
+use super::wait::{Patience, Wait};
+use crate::control::Name;
+use crate::control::api::{CreateVolume, Disk, Job, Volume, VolumeList, VolumeStatus};
 
 /// Runs one command; relative paths start at `directory`.
 pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
@@ -28,9 +31,9 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             drop(spinner);
             output.show(&volume, volume_fields)
         }
-        VolumeCommand::List => {
-            let volumes: Vec<Volume> = client.get("/v1/volumes")?;
-            output.show(&volumes, |volumes| volume_table(volumes))
+        VolumeCommand::List { from, state, page: PageArgs { limit, after } } => {
+            let query = VolumeList { from, state, limit, after: after.map(String::from) };
+            lists::show("/v1/volumes", &query, client, output, volume_table)
         }
         VolumeCommand::Show { volume } => {
             let volume: Volume = client.get(&format!("/v1/volumes/{volume}"))?;
@@ -44,14 +47,21 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             let status: VolumeStatus = client.get(&format!("/v1/volumes/{volume}/status"))?;
             output.show(&status, changes::volume_status_fields)
         }
-        VolumeCommand::Complete { volume, pace, wait } => {
-            let job: Job = client.post(&format!("/v1/volumes/{volume}/complete?{}", query_of(pace.patch())))?;
-            show_job(job, wait.then(|| format!("completing {volume}")), client, output)
+        VolumeCommand::Set { volume, set } => {
+            let patch = set.patch(None);
+            let volume: Volume = send_patch(&format!("/v1/volumes/{volume}"), &patch, client)?;
+            output.show(&volume, |volume| volume_fields(volume) + &counts_later(&patch, volume.frontends))
         }
-        VolumeCommand::Update { volume, force, pace, wait } => {
-            let query = query_of(pace.patch());
+        VolumeCommand::Complete { volume, pace, wait, limit } => {
+            let wait = begin(format!("completing {volume}"), &volume, limit.patience(wait), client);
+            let job: Job = client.post(&format!("/v1/volumes/{volume}/complete?{}", query_of(&pace.patch())))?;
+            wait.show_job(job, output)
+        }
+        VolumeCommand::Update { volume, force, pace, wait, limit } => {
+            let wait = begin(format!("updating {volume}"), &volume, limit.patience(wait), client);
+            let query = query_of(&pace.patch());
             let job: Job = client.post(&format!("/v1/volumes/{volume}/update?force={force}&{query}"))?;
-            show_job(job, wait.then(|| format!("updating {volume}")), client, output)
+            wait.show_job(job, output)
         }
         VolumeCommand::Promote { volume } => {
             let disk: Disk = client.post(&format!("/v1/volumes/{volume}/promote"))?;
@@ -72,19 +82,6 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
     }
 }
 
-/// What of a pace is said, as a query.
-fn query_of(JobPatch { delay_ms, bytes_per_second }: JobPatch) -> String {
-    let said = [("delay_ms", delay_ms.map(u64::from)), ("bytes_per_second", bytes_per_second)];
-    let said: Vec<_> = said.iter().filter_map(|(key, value)| Some(format!("{key}={}", (*value)?))).collect();
-    said.join("&")
-}
-
-/// Shows a job, when it has ended if it is waited for.
-fn show_job(mut job: Job, wait: Option<String>, client: &Client, output: &Output) -> Result<(), CliError> {
-    let is_awaited = wait.is_some();
-    if let Some(what) = wait {
-        job = wait_for_job(job.id, what, client)?;
-    }
-    output.show(&job, job_fields)?;
-    if is_awaited { refuse_ended(&job) } else { Ok(()) }
+fn begin<'a>(what: String, volume: &Name, patience: Patience, client: &'a Client) -> Wait<'a> {
+    Wait::begin(what, format!("halfsilver volume status {volume}"), patience, client)
 }

@@ -6,8 +6,11 @@
 //! clients ignore fields that they do not know. Sizes are bytes. No policy lives here.
 
 mod changes;
+mod deletion;
 mod disk;
+mod list;
 mod restore;
+mod status;
 mod volume;
 
 use std::path::{Path, PathBuf};
@@ -24,8 +27,11 @@ use super::timestamp::Timestamp;
 use super::words::words;
 
 pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
-pub use disk::{Disk, DiskConfig, Leg, LegQuery, MirrorRequest};
+pub use deletion::{DeleteGroupOptions, DeleteQuery, DeleteSnapshotOptions, DeletionState, GroupDeletion};
+pub use disk::{Disk, DiskConfig, DiskPatch, Leg, LegQuery, MirrorRequest};
+pub use list::{BookmarkList, DiskList, Glob, JobList, ListQuery, SnapshotList, VolumeList};
 pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
+pub use status::{Claim, Status, Unserved};
 pub use volume::{CreateVolume, EnableQuery, ForceQuery, UpdateQuery, Volume, VolumeRequest, VolumeSource};
 
 /// The version of the API, the `v1` of its paths.
@@ -80,6 +86,8 @@ words! {
         Serving = "serving",
         /// It stopped; its reason says why.
         Failed = "failed",
+        /// It is remembered and could not be served; its reason says why. It is served when that is mended.
+        Unserved = "unserved",
     }
 }
 
@@ -179,29 +187,18 @@ impl VersionInfo {
     }
 }
 
-/// Everything at a glance.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Status {
-    /// Always `serving`: a daemon that does not serve does not answer.
-    pub state: String,
-    /// What is running.
-    pub version: VersionInfo,
-    /// The daemon's process id.
-    pub pid: u32,
-    /// Since when the control socket answers.
-    pub started_at: Timestamp,
-    /// All disks.
-    pub disks: Vec<Disk>,
-    /// All snapshots, those of volumes too.
-    pub snapshots: Vec<Snapshot>,
-    /// All volumes.
-    pub volumes: Vec<Volume>,
-    /// All jobs.
-    pub jobs: Vec<Job>,
-}
-
 fn invalid(message: String) -> ApiError {
     ApiError::new(ErrorCode::InvalidRequest, message)
+}
+
+/// Only who waits can have waited long enough.
+fn check_wait(wait: bool, timeout_ms: Option<u64>) -> Result<(), ApiError> {
+    match timeout_ms {
+        Some(_) if !wait => {
+            Err(invalid("wait_timeout_ms: nothing is waited for".to_owned()).with_action("add wait=true"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_absolute(key: &str, path: &Path) -> Result<(), ApiError> {
@@ -298,6 +295,9 @@ pub struct CreateSnapshots {
     /// Whether to answer only when all are quiesced or broken, rather than at the cut.
     #[serde(default)]
     pub wait: bool,
+    /// The longest to wait for that, in milliseconds; then the answer says how far they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_timeout_ms: Option<u64>,
 }
 
 /// A [`CreateSnapshots`] that makes sense by itself. Whether the disks exist is for the service to say.
@@ -323,6 +323,7 @@ impl CreateSnapshots {
     /// # Errors
     /// `invalid-name` or `invalid-request`.
     pub fn validate(&self) -> Result<SnapshotRequest, ApiError> {
+        check_wait(self.wait, self.wait_timeout_ms)?;
         let name = self.name.parse()?;
         let disks = self.disks.iter().map(|disk| disk.parse()).collect::<Result<Vec<Name>, _>>()?;
         if disks.is_empty() {
@@ -442,51 +443,6 @@ impl JobPatch {
     }
 }
 
-/// The query of `DELETE /v1/disks/{disk}` and `DELETE /v1/volumes/{volume}`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub struct DeleteQuery {
-    /// Remove it even if a frontend is connected, and with its snapshots.
-    #[serde(default)]
-    #[param(required = false)]
-    pub force: bool,
-}
-
-/// How a snapshot is deleted: the query of `DELETE /v1/snapshots/{snapshot}`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-#[into_params(parameter_in = Query)]
-pub struct DeleteSnapshotOptions {
-    /// Delete it even if a reader is connected.
-    #[serde(default)]
-    #[param(required = false)]
-    pub force: bool,
-    /// Leave its image as an independent raw file instead of giving it back to the disk as its second leg; only for
-    /// write-mirroring.
-    #[serde(default)]
-    #[param(required = false)]
-    pub keep_image: bool,
-    /// Leave a bookmark: what has changed since the snapshot is still known.
-    #[serde(default)]
-    #[param(required = false)]
-    pub keep_bookmark: bool,
-}
-
-impl DeleteSnapshotOptions {
-    /// Whether a snapshot that is stored so can be deleted so.
-    ///
-    /// # Errors
-    /// `invalid-request` if the image is to be kept and holds only a part of the content.
-    pub fn check(self, snapshot: &SnapshotRef, strategy: Strategy) -> Result<(), ApiError> {
-        if !self.keep_image || strategy == Strategy::WriteMirroring {
-            return Ok(());
-        }
-        let message = format!("keep-image: snapshot {snapshot} is {strategy}, so its image alone is not its content");
-        Err(invalid(message).with_action("copy it from its socket first if it is wanted, then delete it as usual"))
-    }
-}
-
 /// The query of `POST /v1/snapshots/{snapshot}/cutover`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -496,6 +452,19 @@ pub struct CutoverQuery {
     #[serde(default)]
     #[param(required = false)]
     pub wait: bool,
+    /// The longest to wait for that, in milliseconds; then the answer says how far it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_timeout_ms: Option<u64>,
+}
+
+impl CutoverQuery {
+    /// Whether the values go together.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check(self) -> Result<(), ApiError> {
+        check_wait(self.wait, self.wait_timeout_ms)
+    }
 }
 
 #[cfg(test)]
@@ -517,6 +486,7 @@ mod tests {
     fn what_was_recorded_before_there_were_mirrors_is_still_read() {
         let config: DiskConfig = serde_json::from_str(r#"{"path":"/vm1.raw"}"#).unwrap();
         assert_eq!(config, DiskConfig::new("/vm1.raw"));
+        assert_eq!((config.queues(), config.readonly(), config.durability()), (1, false, Durability::Process));
         assert_eq!((config.mirror, config.shared), (None, false));
     }
 }

@@ -190,12 +190,6 @@ pub(super) async fn volume_status(State(context): State<Context>, path: PathText
     context.call(move |service| service.volume_status(&volume)).await.map(Json)
 }
 
-#[utoipa::path(get, path = "/v1/bookmarks", tag = "bookmarks",
-    responses((status = 200, description = "All bookmarks", body = [Bookmark]), Refused))]
-pub(super) async fn list_bookmarks(State(context): State<Context>) -> Reply<Vec<Bookmark>> {
-    context.call(|service| service.list_bookmarks()).await.map(Json)
-}
-
 #[utoipa::path(get, path = "/v1/bookmarks/{bookmark}", tag = "bookmarks",
     params(("bookmark" = String, Path, description = "disk@name, or an id", example = "vm1@daily")),
     responses((status = 200, description = "The bookmark", body = Bookmark), Refused))]

@@ -26,6 +26,8 @@ words! {
         DiskAdded = "DISK_ADDED",
         /// A disk is no longer served.
         DiskRemoved = "DISK_REMOVED",
+        /// How a disk or volume is served was changed.
+        DiskChanged = "DISK_CHANGED",
         /// A disk stopped working; see the reason.
         DiskFailed = "DISK_FAILED",
         /// A leg of a mirrored disk gets no writes any more; see the reason. The disk goes on with the other one.

@@ -3,12 +3,15 @@
 //! No state is kept between requests and no policy is made here. Whatever `router` serves, the OpenAPI document at the
 //! end of this file describes; a test holds the two against each other.
 
+mod group;
+mod lists;
 mod restore;
+mod set;
 mod volume;
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, Request, State};
@@ -18,13 +21,13 @@ use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use utoipa::{IntoResponses, OpenApi};
 
 use super::api::{
-    CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch,
-    LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
+    CreateSnapshots, CreateVolume, CutoverQuery, DeleteQuery, DeleteSnapshotOptions, Disk, DiskConfig, Glob, Job,
+    JobPatch, LegQuery, LegState, MirrorRequest, Snapshot, SnapshotState, Status, VersionInfo, Volume,
 };
 use super::changes;
 use super::error::{ApiError, ErrorCode, Problem};
@@ -40,6 +43,9 @@ use super::timestamp::Timestamp;
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How often a waiting request looks again even if no event tells it to.
 const RECHECK: Duration = Duration::from_millis(500);
+
+/// How many commands may be under way: one more is refused, since it would wait for what the others wait for.
+pub(super) const COMMANDS_MAX: usize = 256;
 
 /// What every handler may use.
 #[derive(Clone)]
@@ -70,18 +76,19 @@ pub(super) fn router(context: Context) -> Router {
     Router::new()
         .route("/v1/version", get(version))
         .route("/v1/status", get(status))
-        .route("/v1/disks", get(list_disks))
-        .route("/v1/disks/{disk}", get(get_disk).put(put_disk).delete(delete_disk))
+        .route("/v1/disks", get(lists::list_disks))
+        .route("/v1/disks/{disk}", get(get_disk).put(put_disk).patch(set::set_disk).delete(delete_disk))
         .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
         .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
-        .route("/v1/snapshots", get(list_snapshots).post(create_snapshots))
+        .route("/v1/disks/{disk}/forget", post(set::forget_disk))
+        .route("/v1/snapshots", get(lists::list_snapshots).post(create_snapshots).delete(group::delete_group))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
         .route("/v1/snapshots/{snapshot}/diff", get(changes::diff_snapshot))
-        .route("/v1/bookmarks", get(changes::list_bookmarks))
+        .route("/v1/bookmarks", get(lists::list_bookmarks))
         .route("/v1/bookmarks/{bookmark}", get(changes::get_bookmark).delete(changes::delete_bookmark))
-        .route("/v1/volumes", get(list_volumes).post(create_volume))
-        .route("/v1/volumes/{volume}", get(get_volume).delete(delete_volume))
+        .route("/v1/volumes", get(lists::list_volumes).post(create_volume))
+        .route("/v1/volumes/{volume}", get(get_volume).patch(set::set_volume).delete(delete_volume))
         .route("/v1/volumes/{volume}/diff", get(changes::diff_volume))
         .route("/v1/volumes/{volume}/map", get(changes::map_volume))
         .route("/v1/volumes/{volume}/status", get(changes::volume_status))
@@ -90,7 +97,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/volumes/{volume}/promote", post(volume::promote_volume))
         .route("/v1/volumes/{volume}/disable", post(volume::disable_volume))
         .route("/v1/volumes/{volume}/enable", post(volume::enable_volume))
-        .route("/v1/jobs", get(list_jobs))
+        .route("/v1/jobs", get(lists::list_jobs))
         .route("/v1/jobs/{id}", get(get_job).patch(patch_job).delete(delete_job))
         .route("/v1/jobs/{id}/resume", post(resume_job))
         .route("/v1/events", get(events))
@@ -98,8 +105,24 @@ pub(super) fn router(context: Context) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(Arc::new(Semaphore::new(COMMANDS_MAX)), bound_commands))
         .layer(middleware::from_fn(log_request))
         .with_state(context)
+}
+
+/// Refuses a command when too many are under way. Reading is always allowed.
+async fn bound_commands(State(places): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    if request.method().is_safe() {
+        return next.run(request).await;
+    }
+    match places.try_acquire() {
+        Ok(_place) => next.run(request).await,
+        Err(_) => {
+            let message = format!("{COMMANDS_MAX} commands are under way and do not end");
+            let error = ApiError::new(ErrorCode::Unavailable, message);
+            error.with_action("see what they wait for: halfsilver status").into_response()
+        }
+    }
 }
 
 /// Leaves a line in the log for whatever may have changed something.
@@ -144,15 +167,11 @@ async fn status(State(context): State<Context>) -> Reply<Status> {
             snapshots: service.list_snapshots()?,
             volumes: service.list_volumes()?,
             jobs: service.list_jobs()?,
+            claims: service.list_claims()?,
+            unserved: service.list_unserved()?,
         })
     };
     context.call(work).await.map(Json)
-}
-
-#[utoipa::path(get, path = "/v1/disks", tag = "disks",
-    responses((status = 200, description = "All disks", body = [Disk]), Refused))]
-async fn list_disks(State(context): State<Context>) -> Reply<Vec<Disk>> {
-    context.call(|service| service.list_disks()).await.map(Json)
 }
 
 #[utoipa::path(get, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path)),
@@ -179,7 +198,7 @@ async fn put_disk(
     }
 }
 
-/// Stops serving a disk; its image stays.
+/// Stops serving a disk, or forgets one that is not served; its image stays.
 #[utoipa::path(delete, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path), DeleteQuery),
     responses((status = 204, description = "It is no longer served"), Refused))]
 async fn delete_disk(
@@ -221,12 +240,6 @@ async fn unmirror_disk(State(context): State<Context>, path: PathText, query: Qu
     context.call(move |service| service.unmirror_disk(&disk, query.leg.as_deref())).await.map(Json)
 }
 
-#[utoipa::path(get, path = "/v1/snapshots", tag = "snapshots",
-    responses((status = 200, description = "All snapshots", body = [Snapshot]), Refused))]
-async fn list_snapshots(State(context): State<Context>) -> Reply<Vec<Snapshot>> {
-    context.call(|service| service.list_snapshots()).await.map(Json)
-}
-
 /// Takes one cut through any number of disks.
 #[utoipa::path(post, path = "/v1/snapshots", tag = "snapshots", request_body = CreateSnapshots,
     responses((status = 201, description = "One snapshot a disk, in the order of the request", body = [Snapshot]),
@@ -235,27 +248,33 @@ async fn create_snapshots(
     State(context): State<Context>,
     JsonBody(body): JsonBody<CreateSnapshots>,
 ) -> Result<(StatusCode, Json<Vec<Snapshot>>), ApiError> {
-    let request = body.validate()?;
+    let (request, patience) = (body.validate()?, body.wait_timeout_ms.map(Duration::from_millis));
     // Listening begins before the cut, so that no event falls between the two.
     let events = context.service.events().subscribe();
     let mut snapshots = context.call(move |service| service.create_snapshots(&request)).await?;
     if body.wait {
-        snapshots = drained(&context, snapshots, events).await?;
+        snapshots = drained(&context, snapshots, events, patience).await?;
     }
     Ok((StatusCode::CREATED, Json(snapshots)))
 }
 
-/// Waits until none of the snapshots is draining.
+/// Waits until none of the snapshots is draining, or for so long.
 async fn drained(
     context: &Context,
     mut snapshots: Vec<Snapshot>,
     mut events: Subscription,
+    patience: Option<Duration>,
 ) -> Result<Vec<Snapshot>, ApiError> {
     let mut stop = context.stop.clone();
+    let asked = Instant::now();
     while snapshots.iter().any(|snapshot| snapshot.state == SnapshotState::Draining) {
+        let left = patience.map(|patience| patience.saturating_sub(asked.elapsed()));
+        if left.is_some_and(|left| left.is_zero()) {
+            break;
+        }
         tokio::select! {
             Some(_) = events.next() => {}
-            () = tokio::time::sleep(RECHECK) => {}
+            () = tokio::time::sleep(left.map_or(RECHECK, |left| left.min(RECHECK))) => {}
             () = stop.wait() => {
                 return Err(ApiError::new(ErrorCode::Unavailable, "the daemon stops; the snapshot may still drain"));
             }
@@ -293,11 +312,13 @@ async fn cut_over_snapshot(
     path: PathText,
     query: QueryText<CutoverQuery>,
 ) -> Reply<Snapshot> {
-    let (snapshot, wait): (SnapshotRef, bool) = (path?.parse()?, query?.wait);
+    let (snapshot, Query(query)): (SnapshotRef, _) = (path?.parse()?, query?);
+    query.check()?;
     let events = context.service.events().subscribe();
     let mut snapshots = vec![context.call(move |service| service.cut_over_snapshot(&snapshot)).await?];
-    if wait {
-        snapshots = drained(&context, snapshots, events).await?;
+    if query.wait {
+        let patience = query.wait_timeout_ms.map(Duration::from_millis);
+        snapshots = drained(&context, snapshots, events, patience).await?;
     }
     Ok(Json(snapshots.remove(0)))
 }
@@ -317,12 +338,6 @@ async fn delete_snapshot(
         Deletion::Done => StatusCode::NO_CONTENT.into_response(),
         Deletion::Started(snapshot) => (StatusCode::ACCEPTED, Json(snapshot)).into_response(),
     })
-}
-
-#[utoipa::path(get, path = "/v1/volumes", tag = "volumes",
-    responses((status = 200, description = "All volumes", body = [Volume]), Refused))]
-async fn list_volumes(State(context): State<Context>) -> Reply<Vec<Volume>> {
-    context.call(|service| service.list_volumes()).await.map(Json)
 }
 
 /// Makes a volume: a writable branch off a snapshot.
@@ -355,12 +370,6 @@ async fn delete_volume(
     let (volume, force): (Name, bool) = (path?.parse()?, options?.force);
     context.call(move |service| service.delete_volume(&volume, force)).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-#[utoipa::path(get, path = "/v1/jobs", tag = "jobs",
-    responses((status = 200, description = "All jobs", body = [Job]), Refused))]
-async fn list_jobs(State(context): State<Context>) -> Reply<Vec<Job>> {
-    context.call(|service| service.list_jobs()).await.map(Json)
 }
 
 #[utoipa::path(get, path = "/v1/jobs/{id}", tag = "jobs", params(("id" = u64, Path)),
@@ -463,27 +472,31 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
     paths(
         version,
         status,
-        list_disks,
+        lists::list_disks,
         get_disk,
         put_disk,
+        set::set_disk,
         delete_disk,
+        set::forget_disk,
         mirror_disk,
         unmirror_disk,
         restore::restore_disk,
-        list_snapshots,
+        lists::list_snapshots,
         create_snapshots,
+        group::delete_group,
         get_snapshot,
         cut_over_snapshot,
         delete_snapshot,
-        list_volumes,
+        lists::list_volumes,
         create_volume,
         get_volume,
+        set::set_volume,
         delete_volume,
         changes::diff_snapshot,
         changes::diff_volume,
         changes::map_volume,
         changes::volume_status,
-        changes::list_bookmarks,
+        lists::list_bookmarks,
         changes::get_bookmark,
         changes::delete_bookmark,
         volume::complete_volume,
@@ -491,7 +504,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         volume::promote_volume,
         volume::disable_volume,
         volume::enable_volume,
-        list_jobs,
+        lists::list_jobs,
         get_job,
         patch_job,
         delete_job,
@@ -500,6 +513,6 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         openapi,
         metrics
     ),
-    components(schemas(Problem))
+    components(schemas(Problem, Glob))
 )]
 struct Document;

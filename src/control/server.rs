@@ -30,9 +30,10 @@ pub const SHUTDOWN_GRACE: Duration = Duration::from_secs(3);
 /// How long a client may take to send its headers, and how long an idle connection is kept.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// More clients than this wait in the socket's backlog.
-const CONNECTIONS_MAX: usize = 128;
-/// More blocking requests than this wait for each other.
-const BLOCKING_THREADS_MAX: usize = 64;
+const CONNECTIONS_MAX: usize = 1024;
+/// More blocking requests than this wait for each other: more than there may be commands ([`super::routes::COMMANDS_MAX`]), so
+/// that whoever only reads has a thread whatever commands wait for.
+const BLOCKING_THREADS_MAX: usize = 384;
 /// The pause after a failed accept, which is how being out of file descriptors shows.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 

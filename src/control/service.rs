@@ -10,8 +10,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::api::{
-    Bookmark, DeleteSnapshotOptions, Disk, DiskConfig, Job, JobPatch, RestoreRequest, Snapshot, SnapshotRequest,
-    UpdateQuery, VersionInfo, Volume, VolumeRequest, VolumeStatus,
+    Bookmark, Claim, DeleteSnapshotOptions, Disk, DiskConfig, DiskPatch, GroupDeletion, Job, JobPatch, RestoreRequest,
+    Snapshot, SnapshotRequest, Unserved, UpdateQuery, VersionInfo, Volume, VolumeRequest, VolumeStatus,
 };
 use super::changes::{Diff, FoundMap};
 use super::error::ApiError;
@@ -55,7 +55,19 @@ pub trait Service: Send + Sync + 'static {
     /// What is running and what it supports.
     fn version(&self) -> VersionInfo;
 
-    /// All disks, by name.
+    /// The operations that are under way, and what each of them holds.
+    ///
+    /// # Errors
+    /// Only if the daemon cannot tell.
+    fn list_claims(&self) -> Result<Vec<Claim>, ApiError>;
+
+    /// The disks and volumes that are remembered and not served, and why, by name.
+    ///
+    /// # Errors
+    /// Only if the daemon cannot tell.
+    fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError>;
+
+    /// All disks, by name, also those that are not served.
     ///
     /// # Errors
     /// Only if the daemon cannot tell.
@@ -73,7 +85,30 @@ pub trait Service: Send + Sync + 'static {
     /// `disk-exists` if it is configured differently, `invalid-config`, `conflict`, `io-error`.
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError>;
 
-    /// Stops serving a disk; its image stays. With `force` also when frontends are connected or snapshots exist.
+    /// Changes how a disk is served, and remembers it: what a later configuration says nothing of stays as it was set. How
+    /// it is connected to counts for the next frontend.
+    ///
+    /// # Errors
+    /// `disk-not-found`, `disk-failed` if it is not served, `invalid-config` if a disk with a mirror is to be read-only,
+    /// `disk-busy` if something writes a disk that is to be read-only, `unsupported` if its image was opened to be read
+    /// only, `io-error`.
+    fn set_disk(&self, disk: &Name, patch: &DiskPatch) -> Result<Disk, ApiError>;
+
+    /// The same of a volume, which cannot be read-only.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `volume-busy` if it is broken, `unsupported`, `io-error`.
+    fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<Volume, ApiError>;
+
+    /// Forgets a disk or volume that is not served: its record, its tables, and the images that were made for it. A disk's
+    /// own image stays.
+    ///
+    /// # Errors
+    /// `disk-not-found`; `disk-busy` if it is served, or others need its snapshots; `io-error`.
+    fn forget_disk(&self, disk: &Name) -> Result<(), ApiError>;
+
+    /// Stops serving a disk; its image stays. With `force` also when frontends are connected or snapshots exist. One that is
+    /// not served is forgotten.
     ///
     /// # Errors
     /// `disk-not-found`, `disk-busy`, also with `force` while volumes stand on its snapshots.
@@ -138,6 +173,13 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// `snapshot-not-found`, `snapshot-busy`, also while volumes stand on it, `io-error`, and `invalid-request` of [`DeleteSnapshotOptions::check`].
     fn delete_snapshot(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError>;
+
+    /// Removes all snapshots of one cut, or starts to. Whether each of them may go is found out before the first one does;
+    /// one that may not keeps all of them. The answer has one entry a snapshot, by disk.
+    ///
+    /// # Errors
+    /// `snapshot-not-found` if there is none of that group, and those of [`Service::delete_snapshot`].
+    fn delete_group(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<GroupDeletion>, ApiError>;
 
     /// Makes a volume: a writable branch off a snapshot, or off one that is taken for it first.
     ///

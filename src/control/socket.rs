@@ -6,9 +6,11 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -17,6 +19,9 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 pub const SOCKET_PATH_LEN_MAX: usize = 107;
 
 const LISTEN_BACKLOG: i32 = 128;
+/// How long another start may have the directory locked.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why the control socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +68,7 @@ pub(super) fn listen(path: &Path) -> Result<(UnixListener, SocketFile), SocketEr
     };
     let lock = rustix::fs::open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| failed("open the directory of")(errno.into()))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-        .map_err(|errno| failed("lock the directory of")(errno.into()))?;
+    lock_for_a_while(&lock).map_err(failed("lock the directory of"))?;
     remove_stale(path)?;
 
     let listener = bind_private(path).map_err(failed("bind"))?;
@@ -85,6 +89,20 @@ impl Drop for SocketFile {
         }
         if let Err(error) = fs::remove_file(&self.path) {
             log::warn!("cannot remove the control socket {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Another start has it for a moment; whoever has it for longer is no daemon that starts.
+fn lock_for_a_while(directory: &OwnedFd) -> io::Result<()> {
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(io::Error::other("another process has held a lock on it for some seconds"));
+            }
+            done => return Ok(done?),
         }
     }
 }

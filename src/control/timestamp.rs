@@ -21,6 +21,12 @@ const UNIX_MS_MAX: u64 = 253_402_300_799_999;
 pub struct Timestamp(u64);
 
 impl Timestamp {
+    /// The time so long ago.
+    pub fn ago(elapsed: std::time::Duration) -> Self {
+        let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        Self::from_unix_ms(Self::now().unix_ms().saturating_sub(elapsed_ms))
+    }
+
     /// The time now; 1970 if the clock is set before it.
     pub fn now() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

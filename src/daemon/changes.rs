@@ -18,6 +18,7 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::mirror::{Changed, Disk};
+use crate::registry::{ClaimKey, Wanted};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What a clean stop saved of changed tables: the seal of each, or why there is none.
@@ -110,8 +111,10 @@ impl Manager {
     }
 
     pub(super) fn remove_bookmark(&self, reference: &SnapshotRef) -> Result<(), ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let disk = self.disk(&reference.disk).map_err(|_| self.no_bookmark(reference))?;
+        // One that an update left is no user's, and not in the registry.
+        let wanted = Wanted::changing([ClaimKey::Entity(disk.id)]);
+        let _claim = self.claim_keys(&format!("bookmark delete {reference}"), &[disk.name.as_str()], wanted)?;
         let disk = self.disk(&reference.disk).map_err(|_| self.no_bookmark(reference))?;
         let id = disk.bookmarks().iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.filter(|_| disk.snapshot(&reference.name).is_none()).ok_or_else(|| self.no_bookmark(reference))?;
@@ -175,11 +178,6 @@ impl DiskEntry {
     /// Those that were not left by what was taken for an update: nobody asked for these.
     pub(super) fn bookmarks_of_users(&self) -> Vec<BookmarkRecord> {
         self.bookmarks().into_iter().filter(|b| b.taken_for.is_none()).collect()
-    }
-
-    /// All of it that may have changed tables.
-    pub(super) fn ids_of_changes(&self) -> Vec<Uuid> {
-        ids_of_changes(&self.to_record()).collect()
     }
 
     fn bookmarks_to_api(&self) -> Vec<Bookmark> {

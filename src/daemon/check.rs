@@ -4,17 +4,14 @@
 //! - Nobody else has the directory meanwhile. Without `repair` nothing is changed, and nothing is made.
 //! - What is repaired cannot lose anything: no image, log, durable table or record is ever removed that is not let go.
 //!
-//! What is not done here: to decide what a start does with a disk; that is in [`verdict`].
+//! What is not done here: to decide what a start does with a disk. The room `recovery` decides, here as in a start.
 
-mod changes;
 mod disk;
-mod restore;
-mod verdict;
 
-use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use serde::Serialize;
@@ -22,6 +19,10 @@ use uuid::Uuid;
 
 use super::ServeError;
 use super::places::{self, PlaceError, Places};
+use super::takeup::recovery_of;
+use crate::control::Name;
+use crate::control::api::DiskConfig;
+use crate::recovery::{Recovery, duplicates, settle};
 use crate::store::{DiskRecord, ExaminedRecords, Records, TableName};
 
 /// What to examine.
@@ -125,9 +126,9 @@ pub struct CheckedSnapshot {
     pub reason: Option<String>,
     /// What to do then.
     pub action: Option<String>,
-    /// Whether nothing that could be put back would change that.
+    /// Why, as it is to be remembered, if nothing that could be put back would change it.
     #[serde(skip)]
-    pub(super) for_good: bool,
+    pub(super) for_good: Option<String>,
 }
 
 /// How bad it is.
@@ -152,6 +153,9 @@ pub struct Finding {
     /// What to do.
     pub action: String,
 }
+
+/// How long to wait for the last transfers of a daemon that was killed just now.
+const PROBE_WAIT: Duration = Duration::from_secs(2);
 
 const DO_REPAIR: &str = "run 'halfsilver check --repair'";
 
@@ -320,47 +324,39 @@ impl<'a> Examination<'a> {
             self.recovers = true;
             self.note(&path, "its last writer was killed", "nothing: the next start puts it in order");
         }
-        let mut records = Vec::new();
-        for record in &examined.disks {
-            match record {
-                Ok(record) => records.push(record.clone()),
-                Err(e) => self.problem(&path, format!("a start would refuse: {e}"), restore),
-            }
+        let records = examined.remembered.disks.clone();
+        for (name, why) in &examined.remembered.unreadable {
+            self.disks.push(disk::unreadable(name, why));
         }
-        let all_read = records.len() == examined.disks.len();
-        self.look_at_names(&path, &records);
-        if all_read {
+        for (what, _) in duplicates(&records) {
+            self.problem(&path, what, "put a good copy of it back");
+        }
+        if examined.remembered.unreadable.is_empty() {
             self.look_at_strays(&records, &examined);
         }
-        for record in &records {
-            let checked = disk::examine(self, record);
-            self.disks.push(checked);
-        }
-        while disk::look_at_base(&mut self.disks, &records) {}
+        self.look_at_disks(&records);
         self.records = records;
+        self.disks.sort_by(|one, other| one.name.cmp(&other.name));
     }
 
-    /// Names and UUIDs must be unique, and versions in order.
-    fn look_at_names(&mut self, path: &Path, records: &[DiskRecord]) {
-        let mut seen: BTreeMap<Uuid, String> = BTreeMap::new();
-        let ids = |d: &DiskRecord| {
-            let of_disk = [(d.id, format!("disk {}", d.name)), (d.live, format!("the live version of {}", d.name))];
-            let of_snapshots = d.snapshots.iter().map(|s| (s.id, format!("{}@{}", d.name, s.name)));
-            let of_bookmarks = d.bookmarks.iter().map(|b| (b.id, format!("bookmark {}@{}", d.name, b.name)));
-            let volume = d.volume.iter().chain(&d.stood_on).map(|v| (v.origin, format!("the origin of {}", d.name)));
-            let restore = d.restore.iter().map(|r| (r.id, format!("the restore of {}", d.name)));
-            let others = of_snapshots.chain(of_bookmarks).chain(volume).chain(restore);
-            of_disk.into_iter().chain(others).collect::<Vec<_>>()
+    fn look_at_disks(&mut self, records: &[DiskRecord]) {
+        let config_of = |record: &DiskRecord| -> Option<DiskConfig> {
+            let is_name = record.name.parse::<Name>().is_ok();
+            serde_json::from_value(record.config.clone()).ok().filter(|_| is_name)
         };
-        for (id, whose) in records.iter().flat_map(ids) {
-            if let Some(other) = seen.insert(id, whose.clone()) {
-                self.problem(path, format!("{other} and {whose} have the same id {id}"), "put a good copy of it back");
-            }
-        }
-        for record in records {
-            for what in verdict::contradictions(record) {
-                self.problem(path, format!("disk {}: {what}", record.name), "put a good copy of it back");
-            }
+        let configs: Vec<Option<DiskConfig>> = records.iter().map(config_of).collect();
+        let known = || records.iter().zip(&configs).filter_map(|(record, config)| Some((record, config.as_ref()?)));
+        let by = (self.places.tables(), self.boot);
+        let mut recoveries: Vec<Recovery> =
+            known().map(|(record, config)| recovery_of(record, config, by, PROBE_WAIT, false)).collect();
+        settle(&mut recoveries, &[]);
+        let mut recoveries = recoveries.into_iter();
+        for (record, config) in records.iter().zip(&configs) {
+            let checked = match config.as_ref().and_then(|config| Some((config, recoveries.next()?))) {
+                Some((config, recovery)) => disk::tell(self, config, &recovery),
+                None => disk::not_understood(record),
+            };
+            self.disks.push(checked);
         }
     }
 
@@ -417,10 +413,11 @@ impl<'a> Examination<'a> {
     /// Records of disks with snapshots that can never be believed, with the reason in them; and what to say of it.
     fn broken_for_good(&self) -> Vec<(DiskRecord, Vec<String>)> {
         let mut changed = Vec::new();
-        for (record, checked) in self.records.iter().zip(&self.disks) {
+        for record in &self.records {
+            let Some(checked) = self.disks.iter().find(|disk| disk.name == record.name) else { continue };
             let (mut record, mut said) = (record.clone(), Vec::new());
             for (snapshot, checked) in record.snapshots.iter_mut().zip(&checked.snapshots) {
-                if let (true, None, Some(reason)) = (checked.for_good, &snapshot.broken, &checked.reason) {
+                if let (Some(reason), None) = (&checked.for_good, &snapshot.broken) {
                     snapshot.broken = Some(reason.clone());
                     said.push(format!("{}: marked as broken: {reason}", checked.snapshot));
                 }

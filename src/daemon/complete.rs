@@ -17,33 +17,19 @@ use super::jobs::JobEntry;
 use super::layers::{block_on, remove_file};
 use super::manager::{Manager, record_error};
 use super::recording;
-use super::standing::in_volume;
 use crate::control::api::{self, JobKind, JobPatch, JobState};
-use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::control::{ApiError, EventKind, Name, Notice};
 use crate::crash;
 use crate::job::{self, Outcome};
 use crate::mirror::Backing;
-use crate::mirror::planted::{self, Defect};
+use crate::registry::Command;
 use crate::store::{Work, WorkRecord};
 
 impl Manager {
     /// Begins to make a volume independent, or goes on with it (source 004: forced migration).
     pub(super) fn begin_completion(&self, name: &Name, pacing: JobPatch) -> Result<api::Job, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let _claim = self.claim(&Command::Complete { volume: name.clone() })?;
         let disk = self.volume(name)?;
-        if locked(&disk.standing).volume.is_none() {
-            let message = in_volume(name, "it is independent already");
-            return Err(ApiError::new(ErrorCode::Conflict, message).with_action("nothing is to be done"));
-        }
-        if let Some(reason) = disk.failure() {
-            return Err(ApiError::new(ErrorCode::DiskFailed, in_volume(name, &reason))
-                .with_action("what it stands on is lost; delete it and make another"));
-        }
-        if let Some(goes) = disk.snapshots().iter().find(|s| locked(&s.record).deleting) {
-            let message = in_volume(name, &format!("its snapshot {} is being deleted", goes.reference));
-            return Err(ApiError::new(ErrorCode::VolumeBusy, message).with_action("wait until it is gone"));
-        }
         if let Some(job) = self.work_of(&disk) {
             super::work::apply(pacing, &job.pace);
             if job.state() != JobState::Running {
@@ -58,15 +44,6 @@ impl Manager {
             bytes_per_second: pacing.bytes_per_second.unwrap_or(0),
         };
         Ok(self.begin_work(&disk, record)?.to_api())
-    }
-
-    /// A version of a disk that is being worked on does not go. The structure is locked.
-    pub(super) fn refuse_beside_work(&self, disk: &DiskEntry) -> Result<(), ApiError> {
-        let job = self.work_of(disk).filter(|job| job.state() == JobState::Running);
-        let Some(job) = job.filter(|_| !planted::is(Defect::DeletedWhileCompleted)) else { return Ok(()) };
-        let message = format!("{}: job {} is at work on it, and needs its snapshots", disk.name, job.id);
-        Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-            .with_action(format!("wait for it (halfsilver job wait {0}) or stop it (halfsilver job stop {0})", job.id)))
     }
 
     /// The job: copies, and then records that the volume is independent.
@@ -90,10 +67,9 @@ impl Manager {
         };
         let done = block_on(work)??;
         if done == Outcome::Done {
-            let _structure = locked(&self.structure);
-            if self.is_stopping() {
+            let Some(_claim) = self.claim_for_job(job) else {
                 return Ok(Outcome::Stopped); // A restart finds nothing left to copy.
-            }
+            };
             self.make_independent(disk)?;
         }
         drop(turn);
@@ -101,7 +77,7 @@ impl Manager {
         Ok(done)
     }
 
-    /// One record, one chain. The structure is locked.
+    /// One record, one chain. The volume is claimed.
     fn make_independent(&self, disk: &Arc<DiskEntry>) -> Result<(), String> {
         let Some((oldest, Backing::One(image))) = disk.disk.oldest_log() else {
             return Err("it has no log that could be its full image".to_owned());
@@ -163,19 +139,9 @@ impl Manager {
 
     /// Makes an independent volume a disk. Its guests notice nothing.
     pub(super) fn promote(&self, name: &Name) -> Result<api::Disk, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let _claim = self.claim(&Command::Promote { volume: name.clone() })?;
         let disk = self.volume(name)?;
         let old = locked(&disk.standing).clone();
-        if let Some(volume) = &old.volume {
-            let message = in_volume(name, &format!("it stands on snapshot {}", volume.from));
-            return Err(ApiError::new(ErrorCode::VolumeBusy, message)
-                .with_action(format!("make it independent first: halfsilver volume complete {name}")));
-        }
-        if old.disabled {
-            return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it is disabled, and a disk is served"))
-                .with_action(format!("enable it first: halfsilver volume enable {name}")));
-        }
         locked(&disk.standing).stood_on = None;
         if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
             *locked(&disk.standing) = old;

@@ -35,6 +35,8 @@ pub struct ServeConfig {
     pub disks: Vec<DiskSpec>,
     /// Disks of which what was flushed last is taken, as if the machine had gone down.
     pub take_flushed: Vec<Name>,
+    /// Whether a disk of the configuration that cannot be served ends the start.
+    pub strict: bool,
 }
 
 /// A named disk, as `--disk` and a `[[disk]]` table describe it.
@@ -155,6 +157,8 @@ pub struct ServeOptions {
     pub disks: Vec<RawDisk>,
     /// `--take-flushed`, as often as it was given.
     pub take_flushed: Vec<Name>,
+    /// `--strict`
+    pub strict: bool,
 }
 
 impl ServeOptions {
@@ -185,7 +189,7 @@ impl ServeOptions {
             disk.config.socket = Some(disk.config.socket_or_default(&run_dir, &disk.name));
         }
         check_sockets(&control, &disks)?;
-        Ok(ServeConfig { control, state_dir, run_dir, disks, take_flushed: self.take_flushed })
+        Ok(ServeConfig { control, state_dir, run_dir, disks, take_flushed: self.take_flushed, strict: self.strict })
     }
 }
 
@@ -252,13 +256,13 @@ impl RawDisk {
         let mut config = DiskConfig::new(absolute("path", self.path.ok_or("path: is missing")?)?);
         config.mirror = self.mirror.map(|path| absolute("mirror", path)).transpose()?;
         config.socket = self.socket.map(|socket| absolute("socket", socket)).transpose()?;
-        config.queues = self.queues.unwrap_or(config.queues);
+        config.queues = self.queues;
         config.direct = self.direct.map_or(config.direct, |Switch(on)| on);
-        config.readonly = self.readonly.map_or(config.readonly, |Switch(on)| on);
+        config.readonly = self.readonly.map(|Switch(on)| on);
         config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
-        config.durability = self.durability.unwrap_or(config.durability);
+        config.durability = self.durability;
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
-        config.background_bytes = self.background.map_or(config.background_bytes, |Window(Size(bytes))| bytes);
+        config.background_bytes = self.background.map(|Window(Size(bytes))| bytes);
         config.serial = self.serial;
         config.check().map_err(|error| error.message)?;
         Ok(DiskSpec { name, config })

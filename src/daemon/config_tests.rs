@@ -31,9 +31,9 @@ fn a_disk_with_every_key() {
     assert_eq!(spec.name.as_str(), "vm1");
     let mut want = DiskConfig::new("/images/vm1.raw");
     want.socket = Some("/s/vm1.sock".into());
-    (want.queues, want.direct, want.shared, want.block_size) = (2, false, true, 65_536);
-    want.durability = Durability::Power;
-    want.background_bytes = 256 << 10;
+    (want.queues, want.direct, want.shared, want.block_size) = (Some(2), false, true, 65_536);
+    want.durability = Some(Durability::Power);
+    want.background_bytes = Some(256 << 10);
     want.mirror = Some("/other/vm1.raw".into());
     want.serial = Some("S 1".to_owned());
     assert_eq!(spec.config, want);
@@ -43,22 +43,22 @@ fn a_disk_with_every_key() {
 #[test]
 fn values_of_each_kind() {
     for (text, on) in [("on", true), ("true", true), ("yes", true), ("off", false), ("false", false), ("no", false)] {
-        assert_eq!(disk(&format!("name=a,path=p,readonly={text}")).unwrap().config.readonly, on);
+        assert_eq!(disk(&format!("name=a,path=p,readonly={text}")).unwrap().config.readonly(), on);
     }
     for (text, bytes) in [("4096", 4096), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("1024K", 1 << 20)] {
         assert_eq!(disk(&format!("name=a,path=p,block-size={text}")).unwrap().config.block_size, bytes);
     }
     for (text, bytes) in [("off", 0), ("0", 0), ("4K", 4096), ("68K", 68 << 10), ("1024M", 1 << 30)] {
-        assert_eq!(disk(&format!("name=a,path=p,background={text}")).unwrap().config.background_bytes, bytes);
+        assert_eq!(disk(&format!("name=a,path=p,background={text}")).unwrap().config.background_bytes(), bytes);
     }
     for (text, bytes) in [("\"64K\"", 64 << 10), ("65536", 64 << 10), ("\"off\"", 0), ("false", 0)] {
         let disks = file(&format!("[[disk]]\nname = \"a\"\npath = \"p\"\nbackground = {text}")).unwrap().disks;
-        assert_eq!(disks[0].config.background_bytes, bytes, "{text}");
+        assert_eq!(disks[0].config.background_bytes(), bytes, "{text}");
     }
     // What an older version has written down has none.
     let old: DiskConfig = serde_json::from_str(r#"{"path": "/p"}"#).unwrap();
-    assert_eq!(old.background_bytes, 128 << 10);
-    assert_eq!(u64::from(old.background_bytes), crate::mirror::WINDOW_BYTES);
+    assert_eq!(old.background_bytes(), 128 << 10);
+    assert_eq!(u64::from(old.background_bytes()), crate::mirror::WINDOW_BYTES);
     assert_eq!(disk("name=a,path=p,mirror=m").unwrap().config.mirror.as_deref(), Some(Path::new("/images/m")));
     assert!(!disk("name=a,path=p,shared=off").unwrap().config.shared);
     assert_eq!(disk("name=a,path=x,,y,,,,z").unwrap().config.path, Path::new("/images/x,y,,z"));
@@ -162,9 +162,9 @@ block-size = 4096
     let [vm1, vm2] = &config.disks[..] else { panic!("{config:?}") };
     assert_eq!(vm1.config.path, Path::new("/etc/halfsilver/vm1.raw"));
     assert_eq!(vm1.config.mirror.as_deref(), Some(Path::new("/etc/halfsilver/copy/vm1.raw")));
-    assert_eq!((vm1.config.queues, vm1.config.direct, vm1.config.shared), (4, false, true));
-    assert_eq!((vm1.config.durability, vm2.config.durability), (Durability::Power, Durability::Process));
-    assert_eq!((vm2.config.readonly, vm2.config.shared, &vm2.config.mirror), (true, false, &None));
+    assert_eq!((vm1.config.queues(), vm1.config.direct, vm1.config.shared), (4, false, true));
+    assert_eq!((vm1.config.durability(), vm2.config.durability()), (Durability::Power, Durability::Process));
+    assert_eq!((vm2.config.readonly(), vm2.config.shared, &vm2.config.mirror), (true, false, &None));
     assert_eq!((vm1.config.block_size, vm2.config.block_size), (8192, 4096));
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::followups::FollowUp;
 use super::jobs::JobEntry;
 use super::layers::{block_on, remove_file};
 use super::manager::Manager;
@@ -21,6 +22,7 @@ use crate::image::SharedImage;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
+use crate::registry::Command;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -49,21 +51,25 @@ impl Manager {
                 self.run_deletion(disk, entry, job);
             }
         } else if is_served {
-            self.open_socket(disk, entry);
+            self.resume_socket(disk, entry);
+        }
+    }
+
+    /// Opens the socket of a quiesced snapshot, now or as soon as it can be.
+    pub(super) fn resume_socket(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        if !self.open_socket(disk, entry) {
+            self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
         }
     }
 
     pub(super) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
-        let DeleteSnapshotOptions { force, keep_image, keep_bookmark } = options;
-        let deadline = Instant::now() + DELETION_WAIT;
+        let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
+        let deadline =
+            Instant::now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let job = loop {
-            let structure = locked(&self.structure);
-            self.refuse_when_stopping()?;
-            let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+            let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
+            let disk = self.disk(&reference.disk)?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
-            self.refuse_while_restored(&disk, ErrorCode::SnapshotBusy)?;
-            self.refuse_if_stood_on(&entry, ErrorCode::SnapshotBusy)?;
-            self.refuse_if_restored_from(&entry, ErrorCode::SnapshotBusy)?;
             if keep_bookmark {
                 entry.refuse_bookmark_if_broken()?;
                 entry.refuse_bookmark_if_going()?;
@@ -80,7 +86,6 @@ impl Manager {
                 return Ok(Deletion::Done);
             }
             let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
-            let old_frontends = entry.old_frontends(&disk);
             match entry.state(&disk) {
                 // One whose job has failed or was stopped is tried again.
                 SnapshotState::Deleting | SnapshotState::Folding
@@ -88,32 +93,24 @@ impl Manager {
                 {
                     self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
                 }
-                SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(reference) {
+                SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(&disk, &entry) {
                     Some(job) if job.state() == JobState::Running => break job,
                     Some(job) => break self.resume_deletion(&disk, &entry, job)?,
                     None => break self.start_deletion(&disk, &entry),
                 },
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
-                    if old_frontends > 0 && force {
+                    if entry.old_frontends(&disk) > 0 {
                         self.move_frontends(&entry)?;
-                    } else if old_frontends > 0 {
-                        let message = format!("{old_frontends} frontends still write snapshot {reference}");
-                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-                            .with_action(format!("move them over first: halfsilver snapshot cutover {reference}")));
                     } else if Instant::now() >= deadline {
                         let message = format!("snapshot {reference} is still draining");
                         return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-                            .with_action("try again when the requests that were in flight at the cut are done"));
+                            .with_action(format!("wait until {reference} is quiesced: halfsilver snapshot show {reference}")));
                     }
-                }
-                _ if !force && entry.frontends.count() > 0 => {
-                    let message = format!("snapshot {reference} is being read");
-                    return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
                 }
                 _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
             }
-            drop(structure);
+            drop(claim);
             std::thread::sleep(Duration::from_millis(10));
         };
         if !job.wait(deadline.saturating_duration_since(Instant::now())) {
@@ -134,9 +131,8 @@ impl Manager {
     }
 
     /// The newest job that deletes this snapshot.
-    fn deletion_of(&self, reference: &SnapshotRef) -> Option<Arc<JobEntry>> {
-        let is_it = |j: &&Arc<JobEntry>| j.disk == reference.disk && j.snapshot.as_ref() == Some(&reference.name);
-        locked(&self.jobs).values().rev().find(is_it).filter(|j| j.state() != JobState::Done).cloned()
+    fn deletion_of(&self, disk: &DiskEntry, entry: &Arc<SnapshotEntry>) -> Option<Arc<JobEntry>> {
+        self.job_on(disk, |job| job.snapshot.as_ref().is_some_and(|s| Arc::ptr_eq(s, entry)))
     }
 
     fn begin_deletion(
@@ -146,7 +142,6 @@ impl Manager {
         keep_image: bool,
         keep_bookmark: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        self.refuse_beside_work(disk)?;
         if keep_image {
             refuse_if_read_through(disk, entry)?;
         }
@@ -164,7 +159,8 @@ impl Manager {
             return Err(e);
         }
         let job = self.start_deletion(disk, entry);
-        drop(locked(&entry.server).take());
+        let server = locked(&entry.server).take();
+        drop(server);
         Ok(job)
     }
 
@@ -174,11 +170,11 @@ impl Manager {
         job
     }
 
-    fn new_deletion(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> Arc<JobEntry> {
+    fn new_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Arc<JobEntry> {
         let chain = disk.disk.chain();
         let folds = chain.position(entry.id).is_some_and(|i| i == chain.pivot_of(i) && i < chain.segment_of(i).last);
         let kind = if folds { JobKind::Fold } else { JobKind::Merge };
-        self.new_job(kind, &disk.name, Some(&entry.reference.name))
+        self.new_job(kind, disk, Some(entry))
     }
 
     /// Goes on with a deletion that was stopped or failed.
@@ -200,7 +196,10 @@ impl Manager {
         let (on, going, stopped, ours) = (disk.clone(), entry.clone(), entry.clone(), job.clone());
         let run = move |manager: &Manager| manager.retire(&on, &going, &ours);
         let mark_stopped = move || locked(&stopped.record).stopped = true;
-        self.run_job("delete", disk, &job, run, mark_stopped, |_, _| ());
+        if job.kind == JobKind::Fold {
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotFolding, &entry.reference));
+        }
+        self.run_job("delete", &job, run, mark_stopped, |_, _| ());
     }
 
     /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.
@@ -235,7 +234,7 @@ impl Manager {
         let chain = disk.disk.chain();
         let goes = chain.links().iter().map(|link| &link.version).find(|v| v.is_retiring() && v.id != id)?;
         let other = disk.snapshots().into_iter().find(|s| s.id == goes.id)?;
-        let job = self.deletion_of(&other.reference)?;
+        let job = self.deletion_of(disk, &other)?;
         match job.state() {
             JobState::Stopped => Some((job.id, "was stopped")),
             JobState::Failed => Some((job.id, "has failed")),
@@ -256,7 +255,7 @@ impl Manager {
             return Ok(Outcome::Stopped);
         }
         {
-            let _structure = locked(&self.structure);
+            let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
             let (is_split, keep) = {
                 let record = locked(&entry.record);
                 (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)

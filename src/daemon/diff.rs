@@ -53,10 +53,7 @@ impl Manager {
 
     fn served_volume(&self, name: &Name) -> Result<(Arc<DiskEntry>, VolumeRecord), ApiError> {
         let name = &self.disk_name(name);
-        if let Some((_, why)) = locked(&self.lost_volumes).get(name) {
-            return Err(ApiError::new(ErrorCode::Conflict, format!("volume {name} is not served: {why}"))
-                .with_action("put back what is missing and restart the daemon, or delete the volume"));
-        }
+        self.refuse_unserved(name).map_err(|e| ApiError { code: ErrorCode::Conflict, ..e })?;
         let disk = self.disk(name).map_err(|_| ApiError::volume_not_found(name))?;
         let volume = locked(&disk.standing).relation().cloned();
         let volume = volume.ok_or_else(|| ApiError::volume_not_found(name))?;

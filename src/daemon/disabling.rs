@@ -18,37 +18,30 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 use crate::mirror::Changed;
 use crate::mirror::planted::{self, Defect};
+use crate::registry::Command;
 
 impl Manager {
     pub(super) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
         let disk = self.volume(name)?;
         if locked(&disk.standing).disabled {
             return Ok(disk.to_volume());
         }
-        if !force && disk.frontends.count() > 0 {
-            return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it has a frontend connected"))
-                .with_action("disconnect the guest first, or force it"));
-        }
         self.record_disabled(&disk, true)?;
         crash::point("after a volume was recorded as disabled");
+        claim.waits_for(Some("its requests in flight".to_owned()));
         disk.stop_server();
-        drop(locked(&disk.server).take());
+        let server = locked(&disk.server).take();
+        drop(server);
         log::info!("volume {name}: disabled");
         self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
         Ok(disk.to_volume())
     }
 
     pub(super) fn enable(&self, name: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let _claim = self.claim(&Command::Enable { volume: name.clone(), fresh })?;
         let disk = self.volume(name)?;
         if !locked(&disk.standing).disabled {
-            if fresh {
-                return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it is served"))
-                    .with_action(format!("disable it first: halfsilver volume disable {name}")));
-            }
             return Ok(disk.to_volume());
         }
         if fresh {
@@ -56,13 +49,14 @@ impl Manager {
         }
         self.record_disabled(&disk, false)?;
         crash::point("after a volume was recorded as enabled");
-        match serve_live(name, &disk.config, &disk.disk, &disk.frontends) {
+        match serve_live(name, &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
             Err(e) => {
                 self.record_disabled(&disk, true)?;
                 let socket = disk.config.socket.clone().unwrap_or_default();
                 let message = in_volume(name, &format!("cannot serve {}: {e}", socket.display()));
-                return Err(ApiError::new(ErrorCode::Conflict, message));
+                return Err(ApiError::new(ErrorCode::Conflict, message)
+                    .with_action(format!("make room for its socket, then: halfsilver volume enable {name}")));
             }
         }
         log::info!("volume {name}: enabled{}", if fresh { ", with nothing written to it" } else { "" });
@@ -78,39 +72,22 @@ impl Manager {
         self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
     }
 
-    /// Drops what was written to a disabled volume. The structure is locked.
+    /// Drops what was written to a disabled volume. It is claimed.
     fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let name = &disk.name;
-        let busy = |what: &str, action: &str| {
-            Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
-        };
-        if locked(&disk.standing).volume.is_none() {
-            let what = in_volume(name, "it is independent, so there is nothing that it could show again");
-            return Err(ApiError::new(ErrorCode::Unsupported, what)
-                .with_action("enable it without --fresh, or delete it and make another"));
-        }
-        if !disk.snapshots().is_empty() {
-            return busy("it has snapshots of what was written to it", "delete them first");
-        }
-        // What they are asked is what changed since, and nobody notes in what the new content differs from theirs.
+        // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
+        // content differs from theirs.
         if !disk.bookmarks().is_empty() && !planted::is(Defect::BegunAnewBookmarked) {
-            return busy("it has bookmarks of what was written to it", "delete them first: halfsilver bookmark delete");
-        }
-        if let Some(job) = self.work_of(disk) {
-            return busy(
-                &format!("job {} is not done", job.id),
-                &format!("wait for it: halfsilver job wait {}", job.id),
-            );
-        }
-        if let Some(reason) = disk.failure() {
-            return busy(&reason, "delete it and make another");
+            let what = in_volume(name, "it has bookmarks of what was written to it");
+            return Err(ApiError::new(ErrorCode::VolumeBusy, what)
+                .with_action("delete them first: halfsilver bookmark delete"));
         }
         let chain = disk.disk.chain();
         let (old, live) = (chain.version(chain.live()).id, Uuid::new_v4());
         let was = chain.layer(chain.live()).image.path().to_owned();
         let path = self.path_beside(&was, old, live);
         let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
-        let layer = self.make_log(&path, live, &disk.config, disk.disk.geometry()).map_err(named)?;
+        let layer = self.make_log(&path, live, &disk.config(), disk.disk.geometry()).map_err(named)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
             self.remove_changed_table(live);
@@ -125,7 +102,7 @@ impl Manager {
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));
         record.live_changed = recording::of_changed(Some(&changed));
-        record.own_image = false;
+        (record.own_image, record.work) = (false, None);
         if let Err(e) = self.records.put([&record]) {
             // Nobody knows whether that was stored. The new log goes when the records name the old one again.
             return Err(match self.persist(std::slice::from_ref(disk)) {
@@ -135,7 +112,12 @@ impl Manager {
         }
         crash::point("after a volume was begun anew");
         self.editor.begin_anew(&disk.disk, live, layer, changed);
-        locked(&disk.standing).own_image = false;
+        {
+            // What a stopped job had copied is dropped with the rest.
+            let mut standing = locked(&disk.standing);
+            (standing.own_image, standing.work) = (false, None);
+        }
+        self.forget_jobs_of(disk);
         self.remove_layer(old, &was);
         self.remove_changed_table(old);
         Ok(())

@@ -1,31 +1,32 @@
 //! Serving disks: adding them, taking up what is remembered of them, and letting them go.
 //!
-//! How a disk's versions are taken up again is in [`super::takeup`].
+//! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::changes::with_tables;
-use super::config::DiskSpec;
-use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked, record_of};
-use super::layers::{DiskLayers, OLD_TRANSFERS_WAIT, direct_of, remove_file};
+use super::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, locked, record_of};
+use super::layers::{DiskLayers, direct_of};
 use super::manager::{BrokenVersions, Manager, record_error, table_error};
-use super::mirror::{Base, Mirror};
+use super::mirror::{Base, Mirror, check_new_leg};
 use super::restore::Awaited;
 use super::snapshots::store_shown;
-use super::standing::Standing;
-use super::takeup::{Taken, Trust, take_up};
+use super::standing::{Standing, set_of};
+use super::takeup::{Planned, lock_wait, unserved};
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
+use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
-use crate::store::{BookmarkRecord, DiskRecord, Fingerprint, RestoreRecord, SnapshotRecord, Table, TableName};
+use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
+use crate::registry::{ClaimKey, Wanted};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// A disk or volume of which all is there.
@@ -46,40 +47,9 @@ pub(super) struct Opened<'a> {
 }
 
 impl Manager {
-    /// Serves the disks that the configuration names, and those that are remembered from before.
-    ///
-    /// # Errors
-    /// When one that the configuration names cannot be served. One that is only remembered is left as it is then.
-    pub(super) fn take_up(&self, given: &[DiskSpec], take_flushed: &[Name]) -> Result<(), ApiError> {
-        let _structure = locked(&self.structure);
-        for spec in given {
-            let take_flushed = take_flushed.contains(&spec.name);
-            self.add_disk(&spec.name, &self.completed(&spec.name, &spec.config), take_flushed)?;
-        }
-        let (volumes, disks): (Vec<_>, Vec<_>) =
-            self.records.disks().map_err(record_error)?.into_iter().partition(DiskRecord::is_volume);
-        for record in disks {
-            let name: Name = record.name.parse()?;
-            if self.disk(&name).is_ok() {
-                continue;
-            }
-            let config: DiskConfig = serde_json::from_value(record.config)
-                .map_err(|e| ApiError::new(ErrorCode::Internal, format!("the record of {name}: {e}")))?;
-            if let Err(e) = self.add_disk(&name, &config, take_flushed.contains(&name)) {
-                log::error!("{e}; its record and snapshots are kept, and other disks are served");
-                self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &name).because(e.message));
-            }
-        }
-        self.take_up_volumes(volumes, take_flushed)?;
-        self.resume_restores();
-        self.tidy_moments_later();
-        Ok(())
-    }
-
     pub(super) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
         let config = self.completed(name, config);
+        let _claim = self.claim_to_add("disk add", name, &config)?;
         if let Ok(old) = self.disk(name) {
             if old.is_volume() {
                 return Err(not_a_disk(name));
@@ -88,25 +58,57 @@ impl Manager {
                 return Ok(PutOutcome::Unchanged(old.to_api()));
             }
             let message = format!("disk {name} exists and is configured differently");
-            return Err(ApiError::new(ErrorCode::DiskExists, message));
+            return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
+                "change what can be changed while it is served (halfsilver disk set {name}), or remove it first: \
+                 halfsilver disk remove {name}"
+            )));
         }
-        let entry = self.add_disk(name, &config, false)?;
-        self.resume_restores();
+        let entry = self.add_now(name, config)?;
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api()))
     }
 
-    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there.
+    /// What must be nobody else's while a disk is added.
+    pub(super) fn claim_to_add(
+        &self,
+        operation: &str,
+        name: &Name,
+        config: &DiskConfig,
+    ) -> Result<super::claiming::Held<'_>, ApiError> {
+        let known = self.registry().named(name).map(|disk| ClaimKey::Entity(disk.id));
+        let places = [&config.socket, &config.mirror].into_iter().flatten().chain([&config.path]);
+        let keys = places.map(|path| ClaimKey::Path(path.clone())).chain([ClaimKey::Name(name.clone())]).chain(known);
+        self.claim_keys(&format!("{operation} {name}"), &[name.as_str()], Wanted::changing(keys))
+    }
+
+    /// Decides about a disk and serves it. It is claimed.
+    pub(super) fn add_now(&self, name: &Name, config: DiskConfig) -> Result<Arc<DiskEntry>, ApiError> {
+        let take_flushed: Vec<Name> =
+            locked(&self.unserved).get(name).filter(|u| u.takes_flushed).map(|u| u.name.clone()).into_iter().collect();
+        let planned = self.plan(name, config)?;
+        let recovery = self.decide(std::slice::from_ref(&planned), &take_flushed)?.into_iter().flatten().next();
+        let entry = self.add_planned(planned, recovery)?;
+        self.resume_restores();
+        Ok(entry)
+    }
+
+    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there, and
+    /// of what was set, as it was set.
     pub(super) fn completed(&self, name: &Name, config: &DiskConfig) -> DiskConfig {
+        let served = self.disk(name).ok().map(|disk| disk.to_record());
+        let record = served.or_else(|| self.remembered(name).ok().flatten());
+        let path = record.as_ref().and_then(|r| r.config.get("path")?.as_str()).map(PathBuf::from);
+        let set = record.as_ref().map(set_of).unwrap_or_default();
+        let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
+        let is_leg = legs.iter().any(|leg| leg.path == config.path);
         let mut config = config.clone();
-        if config.mirror.is_none() {
-            let served = self.disk(name).ok().map(|disk| disk.to_record());
-            let record = served.or_else(|| self.records.disks().ok()?.into_iter().find(|r| r.name == name.as_str()));
-            let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
-            if legs.iter().any(|leg| leg.path == config.path) {
-                config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
-            }
+        if is_leg || path.as_ref() == Some(&config.path) {
+            config = config.or_set(&set);
         }
+        if is_leg && config.mirror.is_none() {
+            config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+        }
+        config = config.filled();
         config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
         config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
         config
@@ -114,8 +116,7 @@ impl Manager {
 
     /// What is remembered of a disk, if it goes with this configuration.
     fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
-        let records = self.records.disks().map_err(record_error)?;
-        let Some(record) = records.into_iter().find(|r| r.name == name.as_str()) else { return Ok(None) };
+        let Some(record) = self.remembered(name)? else { return Ok(None) };
         let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
         if record.is_volume() {
             // What the configuration of a volume that stands on something has for a path is no path.
@@ -147,83 +148,73 @@ impl Manager {
             }
             return Ok(Some(record));
         }
-        if record.snapshots.is_empty() && record.bookmarks.is_empty() && legs.len() < 2 {
+        let with = what_is_kept(&record);
+        if with.is_empty() {
             return Ok(None); // Another image under an old name: a new disk.
         }
         let was =
             old.map_or_else(String::new, |o| format!(" of {} with block size {}", o.path.display(), o.block_size));
-        let message = format!("disk {name} is remembered with {} snapshots{was}", record.snapshots.len());
-        Err(ApiError::new(ErrorCode::DiskExists, message)
-            .with_action("serve it as before and delete the snapshots first, or use another name"))
+        let message = format!("disk {name} is remembered{was}, with {}", with.join(", "));
+        Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
+            "serve it as it was, or use another name, or give up what is remembered: halfsilver disk forget {name}"
+        )))
     }
 
-    pub(super) fn add_disk(
-        &self,
-        name: &Name,
-        config: &DiskConfig,
-        take_flushed: bool,
-    ) -> Result<Arc<DiskEntry>, ApiError> {
-        let record = self.record_of(name, config)?;
+    pub(super) fn plan(&self, name: &Name, config: DiskConfig) -> Result<Planned, ApiError> {
+        let record = self.record_of(name, &config)?;
+        Ok(Planned { name: name.clone(), config, record })
+    }
+
+    /// Serves a disk as it was decided; one of which nothing is remembered as it is.
+    pub(super) fn add_planned(&self, planned: Planned, recovery: Option<Recovery>) -> Result<Arc<DiskEntry>, ApiError> {
+        let Planned { name, config, record } = &planned;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
-        let direct = direct_of(config);
-        // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
-        let killed = record.as_ref().is_some_and(|r| r.saved.is_none());
-        let lock_wait = if killed { OLD_TRANSFERS_WAIT } else { Duration::ZERO };
-        let options = ImageOptions { direct, read_only: config.readonly, lock_wait };
-        // Looked at before it is opened, because opening may count as a change. A mirror looks at its legs itself.
-        // Whether what a volume stands on may be believed is said there.
-        let looks = match record.as_ref().filter(|r| r.mirror.is_some() || r.volume.is_some()) {
-            Some(record) => record.saved,
-            None => Fingerprint::of(&config.path).ok(),
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
+            return Err(in_disk(unserved(why)));
+        }
+        let lock_wait = lock_wait(record.as_ref());
+        let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
+        let mut standing = record.as_ref().map(Standing::of).unwrap_or_default();
+        standing.set = standing.set.still_in(config);
+        let Base { backing, mirror } = match &standing.volume {
+            Some(volume) => {
+                let lost = recovery.as_ref().and_then(Recovery::why_hollow);
+                Base { backing: self.base_of(volume, lost), mirror: None }
+            }
+            None => self.open_base(config, recovery.as_ref(), options).map_err(in_disk)?,
         };
-        let standing = record.as_ref().map(Standing::of).unwrap_or_default();
-        let Base { backing, mut mirror } = match &standing.volume {
-            Some(volume) => Base { backing: self.base_of(volume), mirror: None },
-            None => self.open_base(config, record.as_ref(), options).map_err(in_disk)?,
-        };
-        let unit = backing.alignment().offset_bytes;
-        if unit > config.block_size {
-            let message = format!(
-                "disk {name}: {} takes units of {unit} bytes, more than its block size of {}",
-                config.path.display(),
-                config.block_size
-            );
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
-                .with_action(format!("give it block-size={unit}, or direct=off")));
+        let (path, block_bytes) = (config.path.clone(), config.block_size);
+        let unit_bytes = backing.alignment().offset_bytes;
+        if unit_bytes > block_bytes {
+            return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
         }
         let geometry = Geometry::of(&backing, config.block_size);
         let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
-        let trust = record.as_ref().map(|record| match Trust::of(record, looks, boot) {
-            Trust::SameBoot if take_flushed => Trust::PowerCut,
-            trust => trust,
-        });
-        let taken = match record.clone().zip(trust) {
-            None => Taken::of_new_disk(backing.clone()),
-            Some((record, trust)) => {
-                if let (Trust::Saved, Some(seal)) = (trust, record.saved_discards)
-                    && let Err(e) = discards.load(&self.places.durable_table(id), seal)
-                {
-                    log::warn!("disk {name}: discards that were put off are forgotten: {e}");
-                }
-                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
-                take_up(record, &backing, &config.path, trust, &layers).map_err(in_disk)?
+        match recovery.as_ref().and_then(|r| r.discards.as_ref()) {
+            Some(Ok(seal)) => {
+                discards.load(&self.places.durable_table(id), *seal).map_err(table_error).map_err(in_disk)?
             }
+            Some(Err(why)) => log::warn!("disk {name}: discards that were put off are forgotten: {why}"),
+            None => {}
+        }
+        let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
+        let taken = match &recovery {
+            None => Taken::of_new_disk(backing.clone()),
+            Some(recovery) => carry_out(recovery, &backing, Timestamp::now().unix_ms(), &layers)
+                .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
         };
         let options =
-            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly, discards };
+            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
         let disk = Disk::announcing(standing.logical_block_bytes, self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, awaited) = match record.as_ref().zip(trust) {
+        let (restore, awaited) = match &recovery {
             None => (None, None),
-            Some((record, trust)) => {
-                let layers = DiskLayers { manager: self, config, geometry: &geometry, trust };
-                self.take_up_restore(&disk, record, &layers).map_err(in_disk)?
-            }
+            Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
@@ -232,15 +223,13 @@ impl Manager {
         }
         let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
         let mut config = config.clone();
-        // With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.
-        for (lost, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
-            let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
-            let (gone, stays) =
-                std::mem::take(&mut mirror.legs).into_iter().partition(|(leg, _)| leg.path == lost.image);
-            mirror.legs = stays;
-            former_legs.extend(Vec::into_iter(gone).map(|(leg, _)| leg.path));
-            config.path.clone_from(&mirror.legs[0].0.path);
-            config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+        if let (Some(decided), Some(mirror)) = (recovery.as_ref().and_then(|r| r.mirror.as_ref()), &mirror) {
+            let gone = decided.legs.iter().filter(|(_, leg)| *leg == LegUse::Forgotten).map(|(path, _)| path.clone());
+            former_legs.extend(gone);
+            if decided.legs.iter().any(|(_, leg)| *leg == LegUse::Forgotten) {
+                config.path.clone_from(&mirror.legs[0].0.path);
+                config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+            }
         }
         for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
             self.settle_mark(&disk, gone, &mut bookmarks);
@@ -254,7 +243,11 @@ impl Manager {
                 store_shown(&disk, version);
             }
         }
-        let leg = config.mirror.clone();
+        let leg = config.mirror.clone().filter(|_| mirror.is_none());
+        if let Some(path) = &leg {
+            // What is wrong with it is said before the record says that the disk may have changed.
+            check_new_leg(path, &config, &disk).map_err(in_disk)?;
+        }
         let opened = Opened {
             id,
             boot,
@@ -276,15 +269,18 @@ impl Manager {
         for snapshot in entry.snapshots() {
             self.resume_snapshot(&entry, &snapshot);
         }
-        if let Some(path) = leg.filter(|_| locked(&entry.mirror).is_none())
+        if let Some(path) = leg
             && let Err(e) = self.add_leg(&entry, &path)
         {
-            // Nothing was asked of it yet: it goes as if it had never come.
+            // It goes as it goes at a stop, so that what was vouched for still is.
             locked(&self.disks).remove(name);
             entry.stop_server();
-            let gone = if record.is_some() { self.persist(&[entry]) } else { self.forget_disk(&entry) };
+            let gone = match record.is_some() {
+                true => self.save(&entry),
+                false => self.forget_record(&entry.to_record()).map_err(|e| e.message),
+            };
             if let Err(e) = gone {
-                log::error!("disk {name}: {}", e.message);
+                log::error!("disk {name}: {e}");
             }
             return Err(in_disk(e));
         }
@@ -307,7 +303,7 @@ impl Manager {
             bookmarks,
             record,
         } = opened;
-        disk.background().set_window(config.background_bytes.into());
+        disk.background().set_window(config.background_bytes().into());
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
@@ -357,8 +353,10 @@ impl Manager {
             snapshots: Mutex::new(snapshots),
             bookmarks: Mutex::new(bookmarks),
             failure_told: AtomicBool::new(false),
+            allocated: Allocated::default(),
         });
         locked(&self.disks).insert(name.clone(), entry.clone());
+        locked(&self.unserved).remove(name);
         log::info!(
             "disk {name}: serving {} ({} bytes) at {}",
             entry.config.path.display(),
@@ -397,76 +395,24 @@ impl Manager {
             drain: Mutex::new(None),
         }))
     }
+}
 
-    pub(super) fn remove_disk_files(&self, disk: &DiskEntry) {
-        remove_file(&self.places.durable_table(disk.id));
-        remove_file(&self.places.run_table(disk.id));
-        if let Some(mirror) = &*locked(&disk.mirror) {
-            remove_file(&self.places.log_table(mirror.bitmap));
-        }
-        if let Some(restore) = &*locked(&disk.restore) {
-            self.remove_restore_files(restore.id);
-        }
-    }
-
-    fn forget_disk(&self, disk: &DiskEntry) -> Result<(), ApiError> {
-        self.records.remove(disk.name.as_str()).map_err(record_error)?;
-        self.remove_disk_files(disk);
-        Ok(())
-    }
-
-    pub(super) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
-        let entry = self.plain_disk(name)?;
-        let busy = |message: String| Err(ApiError::new(ErrorCode::DiskBusy, message));
-        for snapshot in entry.snapshots() {
-            self.refuse_if_stood_on(&snapshot, ErrorCode::DiskBusy)?;
-        }
-        // What is restored is lost: whoever gives the disk up keeps its image, in which it is not all.
-        let is_given_up = force && entry.disk.restore_lost().is_some();
-        if !is_given_up {
-            self.refuse_while_restored(&entry, ErrorCode::DiskBusy)?;
-        }
-        if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name) {
-            return busy(format!("disk {name}: job {} is still working on it", job.id));
-        }
-        if !force && entry.frontends.count() > 0 {
-            return busy(format!("disk {name} has a frontend connected"));
-        }
-        let count = entry.snapshots().len();
-        if !force && count > 0 {
-            return busy(format!("disk {name} has {count} snapshots"));
-        }
-        let bookmarks = entry.bookmarks_of_users();
-        if !force && !bookmarks.is_empty() {
-            return busy(format!("disk {name} has {} bookmarks", bookmarks.len()));
-        }
-        if !entry.disk.can_move_pivot() {
-            return busy(format!(
-                "disk {name}: its newest content is in a log; delete its snapshots, so that it is folded"
-            ));
-        }
-        locked(&self.disks).remove(name);
-        entry.stop_server();
-        // Who still waits for one of them to be quiesced finds it gone.
-        let snapshots = std::mem::take(&mut *locked(&entry.snapshots));
-        for snapshot in &snapshots {
-            drop(locked(&snapshot.server).take());
-        }
-        self.records.remove(name.as_str()).map_err(record_error)?;
-        for snapshot in &snapshots {
-            let record = locked(&snapshot.record);
-            if !record.owns_all {
-                self.remove_layer(record.id, &record.image);
-            }
-        }
-        entry.ids_of_changes().into_iter().for_each(|id| self.remove_changed_table(id));
-        self.remove_disk_files(&entry);
-        self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
-        log::info!("disk {name}: no longer served");
-        Ok(())
-    }
+/// What would be lost if a disk's record gave way to another one.
+fn what_is_kept(record: &DiskRecord) -> Vec<String> {
+    let counted = |n: usize, what: &str| (n > 0).then(|| format!("{n} {what}{}", if n == 1 { "" } else { "s" }));
+    let restore = record.restore.as_ref().filter(|r| r.is_active).map(|r| format!("a restore from {}", r.from));
+    let legs = record.mirror.as_ref().map_or(0, |m| m.legs.len());
+    [
+        restore,
+        counted(record.snapshots.len(), "snapshot"),
+        counted(record.bookmarks.len(), "bookmark"),
+        record.live_log.as_ref().map(|log| format!("its newest content in {}", log.display())),
+        record.work.as_ref().map(|_| "work that is not done".to_owned()),
+        (legs > 1).then(|| "two legs".to_owned()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Opens the socket of a disk's live version.
@@ -480,7 +426,7 @@ pub(super) fn serve_live(
         name: name.to_string(),
         socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
         attachment: disk.attach_live(),
-        queues: config.queues,
+        queues: config.queues(),
         serial: config.serial.clone().unwrap_or_default(),
         observer: frontends.clone(),
         once: false,

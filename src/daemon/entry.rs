@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +19,9 @@ use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
+
+/// How long it is waited for an image that is asked how much storage it takes.
+const LOOK_WAIT: Duration = Duration::from_millis(20);
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -78,6 +82,11 @@ pub(super) struct SnapshotEntry {
 }
 
 impl SnapshotEntry {
+    /// Whether its socket is open.
+    pub(super) fn is_open(&self) -> bool {
+        locked(&self.server).is_some()
+    }
+
     /// Why the content cannot be vouched for, if so.
     pub(super) fn broken(&self) -> Option<String> {
         let now = self.version.as_ref().and_then(|v| v.broken()).map(str::to_owned);
@@ -202,6 +211,37 @@ pub(super) struct DiskEntry {
     /// What is known of bookmarks but for their tables, oldest first.
     pub(super) bookmarks: Mutex<Vec<BookmarkRecord>>,
     pub(super) failure_told: AtomicBool,
+    pub(super) allocated: Allocated,
+}
+
+/// How much storage an image takes, looked at by a thread of its own: one that does not answer holds up nobody.
+#[derive(Default)]
+pub(super) struct Allocated(Arc<Looked>);
+
+#[derive(Default)]
+struct Looked {
+    is_looking: AtomicBool,
+    last: Mutex<Option<u64>>,
+}
+
+impl Allocated {
+    /// What is known now, which is what was known before if the image does not answer at once.
+    fn look(&self, image: &Backing) -> Option<u64> {
+        if !self.0.is_looking.swap(true, Ordering::SeqCst) {
+            let (of, image, (tell, told)) = (self.0.clone(), image.clone(), channel());
+            let look = move || {
+                *locked(&of.last) = image.allocated_bytes();
+                of.is_looking.store(false, Ordering::SeqCst);
+                drop(tell);
+            };
+            match std::thread::Builder::new().name("look".to_owned()).spawn(look) {
+                // An error says that it is done.
+                Ok(_) => drop(told.recv_timeout(LOOK_WAIT) as Result<(), _>),
+                Err(_) => self.0.is_looking.store(false, Ordering::SeqCst),
+            }
+        }
+        *locked(&self.0.last)
+    }
 }
 
 impl DiskEntry {
@@ -225,9 +265,9 @@ impl DiskEntry {
         record
     }
 
-    /// How it would be served again: its legs may have changed since it was served.
+    /// How it would be served again: its legs may have changed since it was served, and what was set.
     pub(super) fn config(&self) -> DiskConfig {
-        let mut config = self.config.clone();
+        let mut config = self.config.patched(&locked(&self.standing).set);
         config.path = locked(&self.path).clone();
         let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
         config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
@@ -261,31 +301,31 @@ impl DiskEntry {
     }
 
     pub(super) fn to_api(&self) -> api::Disk {
-        let reason = self.failure();
+        let (reason, config) = (self.failure(), self.config());
         let frontends = self.frontends.count();
         let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
         api::Disk {
-            id: self.id,
+            id: Some(self.id),
             name: self.name.clone(),
-            path: locked(&self.path).clone(),
-            socket: self.config.socket.clone().unwrap_or_default(),
+            path: Some(locked(&self.path).clone()),
+            socket: config.socket.clone(),
             size_bytes,
             block_size,
-            queues: self.config.queues,
-            direct: self.config.direct,
-            readonly: self.config.readonly,
-            serial: self.config.serial.clone().unwrap_or_default(),
+            queues: config.queues(),
+            direct: config.direct,
+            readonly: config.readonly(),
+            serial: config.serial.clone().unwrap_or_default(),
             state: if reason.is_some() { DiskState::Failed } else { DiskState::Serving },
             reason,
             connected: frontends > 0,
             frontends,
             epoch: chain.version(chain.live()).began.0,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            allocated_bytes: self.base().allocated_bytes().unwrap_or(size_bytes),
-            shared: self.config.shared,
-            durability: self.config.durability,
-            background_bytes: self.config.background_bytes,
+            allocated_bytes: self.allocated.look(&self.base()).unwrap_or(size_bytes),
+            shared: config.shared,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             restoring: self.restore_status(),
         }

@@ -1,6 +1,7 @@
 //! Jobs that run, as the manager holds them.
 
-use std::sync::atomic::Ordering;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,9 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::manager::Manager;
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
-use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Name, Notice};
+use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Notice};
 use crate::job::{Outcome, Pace};
+use crate::registry::Command;
 
 /// How many ended jobs are still listed.
 const ENDED_JOBS_MAX: usize = 32;
@@ -17,18 +19,20 @@ const ENDED_JOBS_MAX: usize = 32;
 /// How long a job may take to stop: the copies of one step, on a slow disk.
 const STOP_WAIT: Duration = Duration::from_secs(10);
 
-/// A job and how far it is.
+/// A job and how far it is. It is bound to the very disk and snapshot that it works on, whatever their names become.
 pub(super) struct JobEntry {
     pub(super) id: u64,
     pub(super) kind: JobKind,
-    pub(super) disk: Name,
-    pub(super) snapshot: Option<Name>,
+    pub(super) disk: Arc<DiskEntry>,
+    pub(super) snapshot: Option<Arc<SnapshotEntry>>,
     pub(super) pace: Arc<Pace>,
     started_at: Timestamp,
     /// When it began to run the last time, and how much was done then.
     running_since: Mutex<(Instant, u64)>,
     state: Mutex<(JobState, Option<String>)>,
     ended: Condvar,
+    /// Whether what it works on goes: then nothing is remembered of its stop.
+    is_abandoned: AtomicBool,
 }
 
 impl JobEntry {
@@ -39,8 +43,8 @@ impl JobEntry {
         api::Job {
             id: self.id,
             kind: self.kind,
-            disk: self.disk.clone(),
-            snapshot: self.snapshot.clone(),
+            disk: self.disk.name.clone(),
+            snapshot: self.snapshot.as_ref().map(|s| s.reference.name.clone()),
             state,
             reason,
             done_bytes: done,
@@ -76,6 +80,23 @@ impl JobEntry {
         locked(&self.state).0
     }
 
+    /// Whether it works on this disk or volume.
+    pub(super) fn is_on(&self, disk: &DiskEntry) -> bool {
+        self.disk.id == disk.id
+    }
+
+    /// Whether it works on a disk by copying what it does not own.
+    pub(super) fn is_work(&self) -> bool {
+        matches!(self.kind, JobKind::Migrate | JobKind::Update)
+    }
+
+    /// Stops it because what it works on goes. Returns whether it has ended in time.
+    pub(super) fn abandon(&self, timeout: Duration) -> bool {
+        self.is_abandoned.store(true, Ordering::Release);
+        self.pace.stop.store(true, Ordering::Release);
+        self.wait(timeout)
+    }
+
     /// Waits until the job has ended, at most for `timeout`. Returns whether it has.
     pub(super) fn wait(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
@@ -90,8 +111,13 @@ impl JobEntry {
 
 impl Manager {
     /// Enters a new job in the list.
-    pub(super) fn new_job(&self, kind: JobKind, disk: &Name, snapshot: Option<&Name>) -> Arc<JobEntry> {
-        let id = self.next_job.fetch_add(1, Ordering::SeqCst);
+    pub(super) fn new_job(
+        &self,
+        kind: JobKind,
+        disk: &Arc<DiskEntry>,
+        snapshot: Option<&Arc<SnapshotEntry>>,
+    ) -> Arc<JobEntry> {
+        let id = self.next_job_id();
         let job = Arc::new(JobEntry {
             id,
             kind,
@@ -102,52 +128,51 @@ impl Manager {
             running_since: Mutex::new((Instant::now(), 0)),
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
+            is_abandoned: AtomicBool::new(false),
         });
-        let listed: Vec<_> = locked(&self.jobs).values().cloned().collect();
-        // A restore that has failed is gone on with by its job, and nothing else.
-        let is_over = |j: &&Arc<JobEntry>| match j.state() {
-            JobState::Done => true,
-            JobState::Failed => self.restored_by(j).is_none(),
-            JobState::Running | JobState::Stopped => false,
-        };
-        let ended: Vec<u64> = listed.iter().filter(is_over).map(|j| j.id).collect();
         let mut jobs = locked(&self.jobs);
+        // One that is not done is gone on with by its number, and nothing else.
+        let is_over = |j: &&Arc<JobEntry>| {
+            j.state() == JobState::Done || j.state() == JobState::Failed && !self.has_work_left(j)
+        };
+        let ended: Vec<u64> = jobs.values().filter(is_over).map(|j| j.id).collect();
         for old in ended.iter().take((ended.len() + 1).saturating_sub(ENDED_JOBS_MAX)) {
             jobs.remove(old);
         }
         jobs.insert(id, job.clone());
         drop(jobs);
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, disk).with_job(id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(id));
         job
     }
 
     /// Carries a job out on a thread of its own: `run`, then how it ended is told, then `after`. Of a job that somebody
-    /// stopped it is remembered, by `mark_stopped` with the structure locked, so that no restart goes on with it.
+    /// stopped it is remembered, by `mark_stopped` while the disk is claimed, so that no restart goes on with it.
     pub(super) fn run_job(
         &self,
         thread: &str,
-        disk: &Arc<DiskEntry>,
         job: &Arc<JobEntry>,
         run: impl FnOnce(&Manager) -> Result<Outcome, String> + Send + 'static,
         mark_stopped: impl FnOnce() + Send + 'static,
         after: impl FnOnce(&Manager, JobState) + Send + 'static,
     ) {
-        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
+        let (me, ours) = (self.me.clone(), job.clone());
         let started = self.start_thread(thread, move || {
             let Some(manager) = me.upgrade() else { return };
-            let (state, reason) = match run(&manager) {
+            // A panic of the work must not leave a job that runs for ever.
+            let done = std::panic::catch_unwind(AssertUnwindSafe(|| run(&manager)));
+            let done = done.unwrap_or_else(|_| Err("it panicked; see the daemon's log, and report it".to_owned()));
+            let (state, reason) = match done {
                 Ok(Outcome::Done) => (JobState::Done, None),
-                Ok(Outcome::Stopped) if manager.is_stopping() => {
-                    (JobState::Stopped, Some("the daemon is going down".to_owned()))
-                }
-                Ok(Outcome::Stopped) => {
-                    let _structure = locked(&manager.structure);
-                    mark_stopped();
-                    match manager.persist(std::slice::from_ref(&disk)) {
-                        Ok(()) => (JobState::Stopped, None),
-                        Err(e) => (JobState::Stopped, Some(format!("a restart will go on with it: {e}"))),
+                Ok(Outcome::Stopped) if ours.is_abandoned.load(Ordering::Acquire) => (JobState::Stopped, None),
+                Ok(Outcome::Stopped) => match manager.claim_for_job(&ours) {
+                    None => (JobState::Stopped, Some("the daemon is going down".to_owned())),
+                    Some(_claim) => {
+                        mark_stopped();
+                        let stored = manager.persist(std::slice::from_ref(&ours.disk));
+                        let why = stored.err().map(|e| format!("a restart will go on with it: {e}"));
+                        (JobState::Stopped, why)
                     }
-                }
+                },
                 Err(reason) => (JobState::Failed, Some(reason)),
             };
             manager.end_job(&ours, state, reason);
@@ -165,7 +190,7 @@ impl Manager {
             JobState::Failed => EventKind::JobFailed,
             JobState::Stopped | JobState::Running => EventKind::JobStopped,
         };
-        let notice = Notice::of_disk(kind, &job.disk).with_job(job.id);
+        let notice = Notice::of_disk(kind, &job.disk.name).with_job(job.id);
         *locked(&job.state) = (state, reason.clone());
         job.ended.notify_all();
         self.bus.publish(match reason {
@@ -182,6 +207,34 @@ impl Manager {
         locked(&self.jobs).values().filter(|j| j.state() == JobState::Running).cloned().collect()
     }
 
+    /// The newest job on a disk that is not done.
+    pub(super) fn job_on(&self, disk: &DiskEntry, is_it: impl Fn(&JobEntry) -> bool) -> Option<Arc<JobEntry>> {
+        let is_it = |j: &&Arc<JobEntry>| j.is_on(disk) && j.state() != JobState::Done && is_it(j);
+        locked(&self.jobs).values().rev().find(is_it).cloned()
+    }
+
+    /// Takes the jobs of a disk that is gone off the list.
+    pub(super) fn forget_jobs_of(&self, disk: &DiskEntry) {
+        locked(&self.jobs).retain(|_, job| !job.is_on(disk) || job.state() == JobState::Running);
+    }
+
+    /// Whether something is left that only this job, which has stopped or failed, goes on with.
+    fn has_work_left(&self, job: &JobEntry) -> bool {
+        let disk = &job.disk;
+        if !self.is_served(disk) {
+            return false;
+        }
+        match job.kind {
+            JobKind::Fold | JobKind::Merge => {
+                let is_it = |s: &Arc<SnapshotEntry>| job.snapshot.as_ref().is_some_and(|of| Arc::ptr_eq(of, s));
+                disk.snapshots().iter().any(is_it)
+            }
+            JobKind::Migrate | JobKind::Update => locked(&disk.standing).work.is_some(),
+            JobKind::Restore => locked(&disk.restore).is_some(),
+            JobKind::Mirror => disk.has_leg_behind(),
+        }
+    }
+
     /// Stops a job between two blocks, or forgets one that has ended.
     pub(super) fn stop_job(&self, id: u64) -> Result<JobDeletion, ApiError> {
         let job = self.job(id)?;
@@ -191,22 +244,16 @@ impl Manager {
                 if !job.wait(STOP_WAIT) {
                     let message =
                         format!("job {id} has not stopped yet: it waits for a block, or for requests in flight");
-                    return Err(ApiError::new(ErrorCode::Unavailable, message).with_action("look at it again later"));
+                    return Err(ApiError::new(ErrorCode::Unavailable, message)
+                        .with_action(format!("see 'halfsilver job show {id}': it stops by itself")));
                 }
                 match job.state() {
                     JobState::Done => Err(ApiError::job_ended(id, JobState::Done)),
                     _ => Ok(JobDeletion::Stopped(job.to_api())),
                 }
             }
-            JobState::Stopped => Err(ApiError::job_unfinished(id)),
-            JobState::Failed
-                if self.snapshot_of(&job).is_some()
-                    || self.disk_of_work(&job).is_some()
-                    || self.restored_by(&job).is_some() =>
-            {
-                Err(ApiError::job_unfinished(id))
-            }
-            JobState::Done | JobState::Failed => {
+            JobState::Stopped | JobState::Failed if self.has_work_left(&job) => Err(ApiError::job_unfinished(id)),
+            JobState::Stopped | JobState::Done | JobState::Failed => {
                 locked(&self.jobs).remove(&id);
                 Ok(JobDeletion::Removed)
             }
@@ -215,40 +262,24 @@ impl Manager {
 
     /// Goes on with a job that was stopped or has failed.
     pub(super) fn go_on_with_job(&self, id: u64) -> Result<api::Job, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let _claimed = self.claim(&Command::ResumeJob { job: id })?;
         let job = self.job(id)?;
-        match (job.state(), self.snapshot_of(&job)) {
-            (JobState::Running, _) => {}
-            (JobState::Stopped | JobState::Failed, Some((disk, snapshot))) => {
+        if job.state() == JobState::Running {
+            return Ok(job.to_api());
+        }
+        if !self.has_work_left(&job) {
+            return Err(ApiError::job_ended(id, job.state()));
+        }
+        let disk = job.disk.clone();
+        match (job.kind, job.snapshot.clone()) {
+            (JobKind::Fold | JobKind::Merge, Some(snapshot)) => {
                 self.resume_deletion(&disk, &snapshot, job.clone())?;
             }
-            (JobState::Stopped | JobState::Failed, None) if job.kind == JobKind::Mirror => {
-                let disk = self.disk(&job.disk)?;
-                self.resume_resync(&disk, job.clone())?;
-            }
-            (state, None) if job.kind == JobKind::Restore => {
-                let disk = self.restored_by(&job).ok_or_else(|| ApiError::job_ended(id, state))?;
-                self.go_on_with_restore(&disk, job.clone())?;
-            }
-            (state, _) => match self.disk_of_work(&job) {
-                Some(disk) => self.go_on_with_work(&disk, job.clone())?,
-                None => return Err(ApiError::job_ended(id, state)),
-            },
+            (JobKind::Fold | JobKind::Merge, None) => return Err(ApiError::job_ended(id, job.state())),
+            (JobKind::Mirror, _) => self.resume_resync(&disk, job.clone())?,
+            (JobKind::Restore, _) => self.go_on_with_restore(&disk, job.clone())?,
+            (JobKind::Migrate | JobKind::Update, _) => self.go_on_with_work(&disk, job.clone())?,
         }
         Ok(job.to_api())
-    }
-
-    /// The disk that a job restores, if that is not over.
-    pub(super) fn restored_by(&self, job: &JobEntry) -> Option<Arc<DiskEntry>> {
-        let disk = self.disk(&job.disk).ok().filter(|_| job.kind == JobKind::Restore)?;
-        let is_under_way = locked(&disk.restore).is_some();
-        is_under_way.then_some(disk)
-    }
-
-    fn snapshot_of(&self, job: &JobEntry) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {
-        let disk = self.disk(&job.disk).ok()?;
-        let snapshot = disk.snapshot(job.snapshot.as_ref()?)?;
-        Some((disk, snapshot))
     }
 }

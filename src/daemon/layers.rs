@@ -9,18 +9,13 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::manager::{Manager, image_error, table_error};
-use super::takeup::{LayerSource, Trust};
 use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
-use crate::image::{
-    Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
-};
-use crate::mirror::planted::{self, Defect};
+use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
-use crate::store::{
-    DurableTable, Fingerprint, LoadReport, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName,
-};
+use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
+use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError, TableName};
 
 /// How long a start waits for the transfers of a process that was killed.
 pub(super) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
@@ -28,12 +23,8 @@ pub(super) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
 /// Runs something on a ring of its own.
 pub(super) fn block_on<T: 'static>(
     future: impl AsyncFnOnce(crate::image::IoQueue) -> T + 'static,
-) -> Result<T, String>
-where
-{
-    let executor = Executor::new(RingOptions { entries: 8 }).map_err(|e| format!("no ring: {e}"))?;
-    let queue = executor.queue().clone();
-    executor.block_on(async move { future(queue).await }).map_err(|e| e.to_string())
+) -> Result<T, String> {
+    crate::image::block_on(future).map_err(|e| format!("no ring: {e}"))
 }
 
 impl Manager {
@@ -46,7 +37,7 @@ impl Manager {
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
         let image = Backing::One(create_image(path, config, geometry)?);
-        let made = match config.durability {
+        let made = match config.durability() {
             Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
             Durability::Power => self
                 .make_saved_table(id, geometry)
@@ -151,185 +142,113 @@ pub(super) struct DiskLayers<'a> {
     pub(super) manager: &'a Manager,
     pub(super) config: &'a DiskConfig,
     pub(super) geometry: &'a Geometry,
-    pub(super) trust: Trust,
+    /// After a kill the old process's last transfers may still run; nothing is read or written before they are done.
+    pub(super) lock_wait: Duration,
 }
 
 impl DiskLayers<'_> {
+    /// The durable table that goes by this name, as it was decided.
+    pub(super) fn open_table(&self, id: Uuid, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
+        let which = how.durable.ok_or_else(|| NotCarriedOut(format!("table {id} is not durable")))?;
+        let place = which.place(self.manager.places.tables(), id);
+        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: self.lock_wait };
+        let durable: SharedImage = Arc::new(FileImage::open(&place, options)?);
+        let table = match how.source {
+            TableSource::Committed(_) => self.committed_table(id, durable, how)?,
+            _ => {
+                let table = Arc::new(self.left_table(id, how)?);
+                crate::image::block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)??.0
+            }
+        };
+        Ok(table)
+    }
+
     /// The table of a version as it was left: by a clean stop, or by a daemon that was killed in this boot.
-    fn left_table(&self, id: Uuid, seal: Option<Uuid>) -> Result<Table, String> {
-        match self.trust {
-            Trust::Saved => {
-                let table = self.manager.make_run_table(id, self.geometry).map_err(|e| e.to_string())?;
-                let seal = seal.ok_or("its table was not saved")?;
-                table.load(&self.manager.places.durable_table(id), seal).map_err(|e| e.to_string())?;
-                Ok(table)
+    fn left_table(&self, id: Uuid, how: &TableUse) -> Result<Table, NotCarriedOut> {
+        let places = &self.manager.places;
+        let table = match how.source {
+            TableSource::Saved(seal) => {
+                let table = self.manager.make_run_table(id, self.geometry)?;
+                table.load(&places.durable_table(id), seal)?;
+                table
             }
-            Trust::SameBoot => {
-                let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
-                let path = self.manager.places.run_table(id);
-                Table::open(&path, self.geometry.blocks(), name).map_err(|e| e.to_string())
-            }
-            Trust::PowerCut => Err("its table was not on stable storage".to_owned()),
-            Trust::Changed => Err("the disk's image was changed while the daemon was not running".to_owned()),
+            _ => Table::open(&places.run_table(id), self.geometry.blocks(), TableName::of_this_boot(id)?)?,
+        };
+        if how.is_broken {
+            table.mark_broken();
         }
+        Ok(table)
     }
 
-    /// The table of a version that has a durable one at `place`: as it was left, or else as it was committed last.
-    fn durable_table(
-        &self,
-        (id, image): (Uuid, &Path),
-        place: &Path,
-        left: Result<Table, String>,
-        is_lost: bool,
-    ) -> Result<DurableTable, String> {
-        match left {
-            Ok(table) => {
-                if is_lost {
-                    table.mark_broken();
-                }
-                let (table, durable) = (Arc::new(table), self.open_durable(place)?);
-                let resumed = block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)?;
-                resumed.map(|(table, _)| table).map_err(|e| e.to_string())
-            }
-            Err(why) => {
-                if self.trust != Trust::PowerCut {
-                    log::warn!("{}: {why}; what was made durable last is taken", image.display());
-                }
-                self.committed_table((id, image), place, is_lost)
-            }
-        }
-    }
-
-    /// The table of a restore, of which blocks are pending: as it was left, or as it was committed last.
-    pub(super) fn open_pending(&self, id: Uuid, place: &Path) -> Result<DurableTable, String> {
-        match self.trust {
-            Trust::SameBoot => {
-                let left = self.left_table(id, None).map_err(|why| without_run_table(&why))?;
-                self.durable_table((id, place), place, Ok(left), false)
-            }
-            // A clean stop commits it.
-            Trust::Saved | Trust::PowerCut | Trust::Changed => self.committed_table((id, place), place, false),
-        }
-    }
-
-    fn open_durable(&self, place: &Path) -> Result<SharedImage, String> {
-        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: lock_wait(self.trust) };
-        Ok(Arc::new(FileImage::open(place, options).map_err(|e| e.to_string())?))
-    }
-
-    /// A table as it was committed last to the durable copy at `place`.
-    fn committed_table(&self, (id, image): (Uuid, &Path), place: &Path, is_lost: bool) -> Result<DurableTable, String> {
-        let (places, durable) = (&self.manager.places, self.open_durable(place)?);
+    /// A table as it was committed last to its durable copy.
+    fn committed_table(&self, id: Uuid, durable: SharedImage, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
+        let (places, place) = (&self.manager.places, durable.path().to_owned());
         // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
         let filling = places.run_table(id).with_extension("filling");
-        let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
-        let table = Arc::new(Table::create(&filling, self.geometry.blocks(), name).map_err(|e| e.to_string())?);
-        let loaded = block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)?;
-        let (table, report) = loaded.map_err(|e| e.to_string())?;
-        if let Some(what) = damage_of(place, image, &report) {
-            return Err(what);
+        let table = Arc::new(Table::create(&filling, self.geometry.blocks(), TableName::of_this_boot(id)?)?);
+        let (table, report) =
+            crate::image::block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)??;
+        if !report.damaged.is_empty() {
+            return Err(NotCarriedOut(format!("{} is damaged", place.display())));
         }
-        if is_lost {
+        if how.is_broken {
             table.table().mark_broken(); // Under this name nobody has to ask again.
         }
-        std::fs::rename(&filling, places.run_table(id)).map_err(|e| e.to_string())?;
+        std::fs::rename(&filling, places.run_table(id))?;
         Ok(table)
+    }
+
+    /// An image of the disk's size: what is cut off would read as an error, or as zeros.
+    fn open_whole(&self, path: &Path) -> Result<SharedImage, NotCarriedOut> {
+        let image = open_image(path, self.config, self.lock_wait)?;
+        match image.size_bytes() == self.geometry.size_bytes {
+            true => Ok(image),
+            false => Err(Why::Size { path: path.to_owned(), size_bytes: image.size_bytes() }.into()),
+        }
     }
 }
 
 impl LayerSource for DiskLayers<'_> {
-    fn is_file(&self, path: &Path) -> bool {
-        std::fs::symlink_metadata(path).is_ok_and(|m| m.is_file())
+    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut> {
+        self.open_whole(image)
     }
 
-    fn fingerprint(&self, path: &Path) -> Option<Fingerprint> {
-        Fingerprint::of(path).ok()
-    }
-
-    fn broke(&self, id: Uuid) -> Option<String> {
-        self.manager.places.why_broken(id)
-    }
-
-    fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
-        open_whole(path, self.config, self.geometry, self.trust)
-    }
-
-    fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
-        let left = self.left_table(record.id, record.saved_table);
-        let image = Backing::One(open_whole(&record.image, self.config, self.geometry, self.trust)?);
-        if !record.durable {
-            return Ok(Layer::of(image, Arc::new(left?)));
+    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let image = Backing::One(self.open_whole(image)?);
+        if how.durable.is_none() {
+            return Ok(Layer::of(image, Arc::new(self.left_table(id, how)?)));
         }
-        let (places, id) = (&self.manager.places, record.id);
-        let given_up = places.given_up_table(id);
-        let is_given_up = given_up.exists();
-        // Older ones still read through one that was given up, by a table that is as durable as theirs.
-        let place = if is_given_up { given_up } else { places.saved_table(id) };
-        let is_lost = is_given_up || (left.is_err() && is_only_in_memory(record, self.trust));
-        let table = self.durable_table((id, &record.image), &place, left, is_lost)?;
-        let saved = Saved { table, revoke: self.manager.revoke(record.id) };
+        let saved = Saved { table: self.open_table(id, how)?, revoke: self.manager.revoke(id) };
         // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
         // over, may not be durable yet.
         let bytes = image.clone();
-        let committed = block_on(async move |queue| {
-            let done = saved.table.commit_after(&queue, || bytes.sync(&queue)).await;
-            done.map(|()| saved).map_err(|e| e.to_string())
+        let committed = crate::image::block_on(async move |queue| {
+            saved.table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| saved)
         })??;
         Ok(Layer::saved(image, Arc::new(committed)))
     }
 
-    fn open_changed(&self, id: Uuid, seal: Option<Uuid>) -> Result<Arc<Table>, String> {
-        let places = &self.manager.places;
-        if self.trust == Trust::Saved {
-            let seal = seal.ok_or("its changed table was not saved")?;
-            let table = self.manager.make_changed_table(id, self.geometry).map_err(|e| e.to_string())?;
-            table.load(&places.saved_changes(id), seal).map_err(|e| e.to_string())?;
-            return Ok(table);
-        }
-        let name = TableName::of_this_boot(id).map_err(|e| e.to_string())?;
-        Table::open(&places.changed_table(id), self.geometry.blocks(), name).map(Arc::new).map_err(|e| e.to_string())
-    }
-
-    fn open_log(&self, id: Uuid, path: &Path, seal: Option<Uuid>) -> Result<Layer, String> {
-        let left = self.left_table(id, seal);
-        if let (Trust::SameBoot, Err(why)) = (self.trust, &left)
-            && !planted::is(Defect::FlushedTakenUnasked)
-        {
-            // The guest may go on: what it was told is written must not be gone without a word.
-            return Err(without_run_table(why));
-        }
-        let place = self.manager.places.log_table(id);
-        let table = self.durable_table((id, path), &place, left, false)?;
-        let image = open_whole(path, self.config, self.geometry, self.trust)?;
-        let freed = Table::in_memory(self.geometry.blocks()).map_err(|e| e.to_string())?;
+    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let table = self.open_table(id, how)?;
+        let image = self.open_whole(image)?;
+        let freed = Table::in_memory(self.geometry.blocks())?;
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
-}
 
-/// What of a durable table cannot be read.
-pub(super) fn damage_of(place: &Path, image: &Path, report: &LoadReport) -> Option<String> {
-    let range = report.damaged.first()?;
-    let blocks = report.damaged.iter().map(|r| r.count()).sum::<u64>();
-    Some(format!(
-        "{} is damaged: it does not tell whether {blocks} of the disk's blocks, from block {} on, are in {}",
-        place.display(),
-        range.start.0,
-        image.display()
-    ))
-}
-
-/// Whether what a daemon knew of a snapshot is nowhere if its run table is gone: requests that drain take entries of newer
-/// versions away in memory only.
-pub(super) fn is_only_in_memory(record: &SnapshotRecord, trust: Trust) -> bool {
-    trust == Trust::SameBoot && record.quiesced_ms.is_none()
-}
-
-/// Why a log is not served in the boot in which its run table was lost.
-pub(super) fn without_run_table(why: &str) -> String {
-    format!(
-        "{why}; without it what was written after the last flush is lost. Put it back, or stop the guests, start with \
-         --take-flushed DISK, and start the guests anew"
-    )
+    fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
+        let places = &self.manager.places;
+        match from {
+            ChangedUse::Saved(seal) => {
+                let table = self.manager.make_changed_table(id, self.geometry)?;
+                table.load(&places.saved_changes(id), seal)?;
+                Ok(table)
+            }
+            ChangedUse::Run => {
+                let name = TableName::of_this_boot(id)?;
+                Ok(Arc::new(Table::open(&places.changed_table(id), self.geometry.blocks(), name)?))
+            }
+        }
+    }
 }
 
 /// The file that a version's content takes room in beside the full image: for one whose layer has everything, or that lies
@@ -343,11 +262,6 @@ pub(super) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<A
         Owned::All => None,
     };
     (layer.image.path().to_owned(), table)
-}
-
-fn lock_wait(trust: Trust) -> Duration {
-    // After a kill the old process's last transfers may still run; nothing is read or written before they are done.
-    if trust == Trust::SameBoot { OLD_TRANSFERS_WAIT } else { Duration::ZERO }
 }
 
 /// A new image as its disk's is opened, through the page cache where that is all there is.
@@ -384,8 +298,8 @@ pub(super) fn store_file(image: &SharedImage) -> Result<(), TableError> {
 }
 
 /// Opens a layer's image as its disk's is opened.
-pub(super) fn open_image(path: &Path, config: &DiskConfig, trust: Trust) -> Result<SharedImage, ImageError> {
-    let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait: lock_wait(trust) };
+pub(super) fn open_image(path: &Path, config: &DiskConfig, lock_wait: Duration) -> Result<SharedImage, ImageError> {
+    let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait };
     open_made_here(path, config, options)
 }
 
@@ -405,20 +319,6 @@ pub(super) fn open_made_here(
         other => other,
     };
     image.map(|image| Arc::new(image) as SharedImage)
-}
-
-/// The same, if it has the size of the disk: what is cut off would read as an error, or as zeros.
-pub(super) fn open_whole(
-    path: &Path,
-    config: &DiskConfig,
-    geometry: &Geometry,
-    trust: Trust,
-) -> Result<SharedImage, String> {
-    let image = open_image(path, config, trust).map_err(|e| e.to_string())?;
-    match image.size_bytes() == geometry.size_bytes {
-        true => Ok(image),
-        false => Err(format!("its image {} has {} bytes, not the disk's", path.display(), image.size_bytes())),
-    }
 }
 
 pub(super) fn direct_of(config: &DiskConfig) -> Direct {

@@ -1,28 +1,32 @@
 //! The manager: which disks are served, their snapshots, and what is remembered of them.
 //!
 //! What always holds:
-//! - One operation at a time changes what there is (`structure`); reading never waits for it.
+//! - What changes a disk has claimed it ([`super::claiming`]); reading waits for nobody.
 //! - A record is durable before what it announces can be seen, and files go before their record goes.
 //! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
 //!   vouch for its snapshots.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::ServeError;
-use super::entry::{DiskEntry, locked};
+use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::followups::{FollowUp, FollowUps};
 use super::jobs::JobEntry;
 use super::places::Places;
+use super::unserved::Unserved;
+use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
 use crate::crash;
 use crate::image::{ImageError, ImageErrorKind};
 use crate::mirror::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::registry::Claims;
 use crate::store::{DiskRecord, RecordError, Records, TableError};
 
 /// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
@@ -36,14 +40,16 @@ pub struct Manager {
     pub(super) editor: Arc<ChainEditor>,
     pub(super) bus: Arc<EventBus>,
     pub(super) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
-    /// Volumes that are remembered and cannot be served, and why.
-    pub(super) lost_volumes: Mutex<BTreeMap<Name, (DiskRecord, String)>>,
+    /// What is remembered or configured and cannot be served.
+    pub(super) unserved: Mutex<BTreeMap<Name, Unserved>>,
     pub(super) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
-    pub(super) next_job: AtomicU64,
-    /// Volumes that are being put on another snapshot, which may not be in any record yet.
-    pub(super) updating: Mutex<BTreeSet<Uuid>>,
-    /// Held by whoever adds or removes disks or snapshots.
-    pub(super) structure: Mutex<()>,
+    /// Who is changing what.
+    pub(super) claims: Mutex<Claims>,
+    /// Rings when a claim was let go.
+    pub(super) released: Condvar,
+    pub(super) follow_ups: Mutex<FollowUps>,
+    /// Whether the control socket answers.
+    pub(super) is_listening: AtomicBool,
     pub(super) stopping: AtomicBool,
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
     pub(super) house: Sender<HouseNews>,
@@ -91,13 +97,13 @@ impl Manager {
     pub fn open(places: Places) -> Result<Arc<Manager>, ServeError> {
         places.refuse_lost_records()?;
         let records = Records::open(&places.records())?;
-        let disks = records.disks()?;
+        let remembered = records.disks()?;
         let dropped = records.dropped()?;
-        places.remove_strays(&disks, &dropped)?;
-        if !dropped.is_empty() {
+        places.remove_strays(&remembered, &dropped)?;
+        if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
-        let clock = EpochClock::new(first_epoch(&disks));
+        let clock = EpochClock::new(first_epoch(&remembered.disks));
         let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
             places: Arc::new(places),
@@ -106,11 +112,12 @@ impl Manager {
             clock,
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
-            lost_volumes: Mutex::default(),
+            unserved: Mutex::default(),
             jobs: Mutex::default(),
-            next_job: AtomicU64::new(1),
-            updating: Mutex::default(),
-            structure: Mutex::new(()),
+            claims: Mutex::default(),
+            released: Condvar::new(),
+            follow_ups: Mutex::default(),
+            is_listening: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             threads: Mutex::default(),
             house,
@@ -120,6 +127,28 @@ impl Manager {
         let started = manager.start_thread("housekeeper", move || keep_house(&keeper, &inbox));
         started.map_err(|e| ServeError::System(format!("cannot start a thread: {e}")))?;
         Ok(manager)
+    }
+
+    /// A number that no job had before.
+    pub(super) fn next_job_id(&self) -> u64 {
+        match self.records.take_job_ids(1) {
+            Ok(ids) => ids.start,
+            Err(e) => {
+                // One that the clock gives is not given twice either.
+                log::warn!("a job gets a number by the clock: {e}");
+                Timestamp::now().unix_ms()
+            }
+        }
+    }
+
+    /// Whether this very disk or volume is served, and not one that has its name now.
+    pub(super) fn is_served(&self, disk: &DiskEntry) -> bool {
+        locked(&self.disks).get(&disk.name).is_some_and(|served| served.id == disk.id)
+    }
+
+    /// Whether this very snapshot is there.
+    pub(super) fn is_there(&self, disk: &DiskEntry, snapshot: &Arc<SnapshotEntry>) -> bool {
+        self.is_served(disk) && disk.snapshots().iter().any(|s| Arc::ptr_eq(s, snapshot))
     }
 
     /// Whether the daemon is going down.
@@ -149,7 +178,11 @@ impl Manager {
     }
 
     pub(super) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
-        locked(&self.disks).get(name).cloned().ok_or_else(|| ApiError::disk_not_found(name))
+        if let Some(disk) = locked(&self.disks).get(name) {
+            return Ok(disk.clone());
+        }
+        self.refuse_unserved(name)?;
+        Err(ApiError::disk_not_found(name))
     }
 
     pub(super) fn all_disks(&self) -> Vec<Arc<DiskEntry>> {
@@ -173,13 +206,8 @@ impl Manager {
                 log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
             }
             crash::point("before it is recorded that a version is broken");
-            // Not beside another change, whose record this one would undo; and the disk may have gone meanwhile.
-            let _structure = locked(&self.structure);
-            if self.disk(&disk.name).is_ok_and(|served| Arc::ptr_eq(&served, &disk))
-                && let Err(e) = self.persist(std::slice::from_ref(&disk))
-            {
-                log::error!("cannot record that snapshot {} is broken: {e}", snapshot.reference);
-            }
+            // Beside no other change, whose record this one would undo; so nobody here waits for it.
+            self.follow_up_at_once(FollowUp::Record(disk));
         }
     }
 
@@ -209,6 +237,7 @@ fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
             Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
             Err(RecvTimeoutError::Timeout) => {
                 manager.tell_failures();
+                manager.try_follow_ups();
                 if last_clean.elapsed() >= CLEAN_INTERVAL {
                     last_clean = Instant::now();
                     manager.clean_mirrors();
@@ -227,7 +256,8 @@ fn first_epoch(disks: &[DiskRecord]) -> Epoch {
 }
 
 pub(super) fn record_error(e: RecordError) -> ApiError {
-    ApiError::new(ErrorCode::Io, e.to_string())
+    let code = if matches!(e, RecordError::NoSpace(_)) { ErrorCode::NoSpace } else { ErrorCode::Io };
+    ApiError::new(code, e.to_string())
 }
 
 pub(super) fn table_error(e: TableError) -> ApiError {

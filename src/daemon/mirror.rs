@@ -14,13 +14,14 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::layers::{block_on, open_image, open_made_here, remove_file, store_file};
 use super::manager::{Manager, image_error, table_error};
-use super::takeup::Trust;
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
 use crate::job::{self, Outcome};
 use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
-use crate::store::{DiskRecord, Fingerprint, LegRecord, MirrorRecord};
+use crate::recovery::{LegUse, Recovery};
+use crate::registry::{ClaimKey, Command};
+use crate::store::{LegRecord, MirrorRecord};
 
 /// How long a change of the mirror waits for the requests in flight.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
@@ -31,12 +32,14 @@ pub(super) struct Mirror {
     /// What the live version writes by.
     pub(super) pair: Arc<Pair>,
     pub(super) legs: Vec<(LegRecord, Option<SharedImage>)>,
+    /// Whether its synchronisation was stopped by the user, and waits to be resumed.
+    pub(super) is_stopped: bool,
 }
 
 impl Mirror {
     pub(super) fn to_record(&self) -> MirrorRecord {
         let legs = self.legs.iter().map(|(leg, _)| LegRecord { saved: None, ..leg.clone() }).collect();
-        MirrorRecord { bitmap: self.bitmap, legs }
+        MirrorRecord { bitmap: self.bitmap, legs, stopped: self.is_stopped }
     }
 
     fn state_of(&self, id: Uuid) -> Option<mirror::LegState> {
@@ -118,7 +121,7 @@ fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<Shared
         store_file(&image).map_err(table_error)?;
         return Ok(image);
     }
-    let image = open_image(path, config, Trust::Saved).map_err(image_error)?;
+    let image = open_image(path, config, Duration::ZERO).map_err(image_error)?;
     if image.size_bytes() != size_bytes {
         let message = format!(
             "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
@@ -128,6 +131,20 @@ fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<Shared
         return Err(ApiError::new(ErrorCode::InvalidConfig, message));
     }
     Ok(image)
+}
+
+/// Whether an image can become a second leg of a disk that is about to be served. It is not made yet.
+pub(super) fn check_new_leg(path: &Path, config: &DiskConfig, disk: &Disk) -> Result<(), ApiError> {
+    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+        let parent = path.parent().filter(|dir| !dir.is_dir());
+        return parent.map_or(Ok(()), |dir| {
+            let message = format!("mirror: there is no directory {} for {}", dir.display(), path.display());
+            Err(ApiError::new(ErrorCode::InvalidConfig, message).with_action("make it first, or name another image"))
+        });
+    }
+    let image = leg_image(path, disk.geometry().size_bytes, config)?;
+    let chain = disk.chain();
+    check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)
 }
 
 /// The image that is to become a leg of a disk, if it can.
@@ -169,63 +186,43 @@ impl Manager {
         made.map(|pair| (id, pair)).inspect_err(|_| remove_file(&path))
     }
 
-    /// Opens the full image of a disk: its one image, or the legs of its mirror that are there and that nobody changed.
+    /// Opens the full image of a disk: its one image, or the legs of its mirror that are to be used.
     pub(super) fn open_base(
         &self,
         config: &DiskConfig,
-        record: Option<&DiskRecord>,
+        recovery: Option<&Recovery>,
         options: ImageOptions,
     ) -> Result<Base, ApiError> {
         let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
-        let Some((record, mirror)) = record.and_then(|r| Some((r, r.mirror.clone()?))) else {
+        let mirrored = recovery.and_then(|r| Some((r.record.mirror.as_ref()?, r.mirror.as_ref()?)));
+        let Some((mirror, decided)) = mirrored else {
             // That of a volume which became independent was a log, wherever it lies.
-            let image = match record.is_some_and(|r| r.logical_block_bytes.is_some()) {
+            let image = match recovery.is_some_and(|r| r.record.logical_block_bytes.is_some()) {
                 true => open_made_here(&config.path, config, options),
                 false => open(&config.path),
             };
             return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
         };
-        // Those from before the last split; the full image of the newer ones is the mirror.
-        let split_off = match record.live_splits {
-            true => &record.snapshots[..],
-            false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
-        };
-        let (mut legs, mut images, mut why) = (Vec::new(), Vec::new(), None);
-        for leg in mirror.legs {
-            let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
-            let changed = record.saved.is_some() && leg.saved != Fingerprint::of(&leg.path).ok();
-            let image = match (is_frozen, changed) {
-                (true, _) => None,
-                (_, true) => {
-                    why.get_or_insert_with(|| {
-                        format!("{} was changed while the daemon was not running", leg.path.display())
-                    });
+        let (mut legs, mut images) = (Vec::new(), Vec::new());
+        for (leg, (_, what)) in mirror.legs.iter().zip(&decided.legs) {
+            let image = match what {
+                LegUse::InUse(_) => Some(open(&leg.path).map_err(image_error)?),
+                LegUse::Held | LegUse::Forgotten => None,
+                LegUse::Unused(why) => {
+                    log::error!("{}: this leg is not used: {why}", leg.path.display());
                     None
                 }
-                _ => match open(&leg.path) {
-                    Ok(image) => Some(image),
-                    Err(e) => {
-                        why.get_or_insert_with(|| e.to_string());
-                        None
-                    }
-                },
             };
             images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
-            legs.push((leg, image));
-        }
-        if let Some(why) = &why {
-            log::error!("a leg is not used: {why}");
+            if *what != LegUse::Forgotten {
+                legs.push((leg.clone(), image));
+            }
         }
         let (id, block_bytes) = (mirror.bitmap, config.block_size);
-        let path = self.bitmap_path(id);
         let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
-        let bitmap: SharedImage = Arc::new(FileImage::open(&path, bitmap).map_err(image_error)?);
-        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await);
-        let pair = pair.map_err(|e| match &why {
-            Some(why) => ApiError { message: format!("{}; {why}", e.message), ..e },
-            None => e,
-        })?;
-        let mirror = Mirror { bitmap: id, pair: pair.clone(), legs };
+        let bitmap: SharedImage = Arc::new(FileImage::open(&self.bitmap_path(id), bitmap).map_err(image_error)?);
+        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
+        let mirror = Mirror { bitmap: id, pair: pair.clone(), legs, is_stopped: mirror.stopped };
         Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
     }
 
@@ -251,6 +248,10 @@ impl Manager {
                 return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
             }
         }
+        if locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.is_stopped) {
+            let job = self.new_job(JobKind::Mirror, disk, None);
+            return self.end_job(&job, JobState::Stopped, None);
+        }
         self.start_resync(disk, pair);
     }
 
@@ -269,17 +270,10 @@ impl Manager {
 
     /// Gives a disk a second leg, or puts one in the place of a failed one.
     pub(super) fn mirror(&self, name: &Name, path: &Path) -> Result<api::Disk, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
-        let disk = self.disk_with_mirror(name)?;
-        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
+        let place = ClaimKey::Path(path.to_owned());
+        let _claim = self.claim_with(&Command::Mirror { disk: name.clone() }, [place])?;
+        let disk = self.disk(name)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
-        if let Some(reason) = disk.failure() {
-            return Err(in_disk(ApiError::new(ErrorCode::DiskFailed, reason)));
-        }
-        if disk.config.readonly {
-            return Err(in_disk(ApiError::new(ErrorCode::InvalidConfig, "a read-only disk is not mirrored")));
-        }
         self.add_leg(&disk, path).map_err(in_disk)?;
         Ok(disk.to_api())
     }
@@ -294,32 +288,46 @@ impl Manager {
             opened = Some(image);
             self.make_mirror(disk)?;
         }
-        let (pair, failed) = {
+        let job = self.job_on(disk, |job| job.kind == JobKind::Mirror);
+        let (pair, failed, again) = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().expect("just made");
-            let mut failed = None;
+            let (mut failed, mut again) = (None, None);
             for (leg, _) in &mirror.legs {
                 match (mirror.state_of(leg.id), leg.path == path) {
-                    (Some(mirror::LegState::InSync | mirror::LegState::Resynchronising), true) => return Ok(()),
+                    (Some(mirror::LegState::InSync), true) => return Ok(()),
+                    // Whoever asks again wants it to go on.
+                    (Some(mirror::LegState::Resynchronising), true) => again = Some(mirror.pair.clone()),
                     (Some(mirror::LegState::Split), _) => {
                         let message = format!("its leg {} is held by a snapshot", leg.path.display());
                         return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
                             .with_action("delete that snapshot first; its leg then comes back by itself"));
                     }
-                    (Some(mirror::LegState::Resynchronising), false) => {
-                        let message = format!("its leg {} is still being synchronised", leg.path.display());
-                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
-                    }
+                    (Some(mirror::LegState::Resynchronising), false) => match &job {
+                        Some(job) if job.state() == JobState::Running => {
+                            let message = format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
+                            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
+                                .with_action(format!("wait for it: halfsilver job wait {0}; or: halfsilver job stop {0}", job.id)));
+                        }
+                        // One that nobody goes on with gives way.
+                        _ => failed = Some(leg.clone()),
+                    },
                     (Some(mirror::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
                     (Some(mirror::LegState::InSync), false) => {}
                 }
             }
-            if failed.is_none() && mirror.legs.len() > 1 {
-                let message = "it has two good legs; let one go first: halfsilver disk unmirror";
-                return Err(ApiError::new(ErrorCode::Conflict, message));
+            if failed.is_none() && again.is_none() && mirror.legs.len() > 1 {
+                return Err(ApiError::new(ErrorCode::Conflict, "it has two good legs")
+                    .with_action(format!("let one go first: halfsilver disk unmirror {}", disk.name)));
             }
-            (mirror.pair.clone(), failed)
+            (mirror.pair.clone(), failed, again)
         };
+        if let Some(pair) = again {
+            self.start_resync(disk, pair);
+            return Ok(());
+        }
+        // What worked on a leg that goes has nothing to go on with.
+        self.forget_resyncs_of(disk);
         // The failed leg itself, taken again, may still be open.
         if opened.is_none() && failed.as_ref().is_none_or(|failed| failed.path != path) {
             opened = Some(new_leg(disk, path)?);
@@ -364,7 +372,7 @@ impl Manager {
         let leg = LegRecord { id: Uuid::new_v4(), path: locked(&disk.path).clone(), saved: None };
         let first = LegImage { id: leg.id, image: image.clone() };
         let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
-        *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))] });
+        *locked(&disk.mirror) = Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))], is_stopped: false });
         self.watch_legs(disk);
         Ok(())
     }
@@ -400,10 +408,8 @@ impl Manager {
 
     /// Lets a leg go; its file stays.
     pub(super) fn unmirror(&self, name: &Name, path: Option<&Path>) -> Result<api::Disk, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
-        let disk = self.disk_with_mirror(name)?;
-        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
+        let _claim = self.claim(&Command::Unmirror { disk: name.clone() })?;
+        let disk = self.disk(name)?;
         let (goes, stays) = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;
@@ -425,11 +431,12 @@ impl Manager {
             let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
             return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
         };
-        if let Some(job) = self.running_jobs().into_iter().find(|j| j.disk == *name && j.kind == JobKind::Mirror) {
-            job.pace.stop.store(true, std::sync::atomic::Ordering::Release);
-            if !job.wait(DRAIN_WAIT) {
-                return Err(ApiError::new(ErrorCode::Unavailable, format!("job {} does not stop; try again", job.id)));
-            }
+        if let Some(job) = self.job_on(&disk, |j| j.kind == JobKind::Mirror && j.state() == JobState::Running)
+            && !job.abandon(DRAIN_WAIT)
+        {
+            let message = format!("job {} does not stop: it waits for a block", job.id);
+            return Err(ApiError::new(ErrorCode::Unavailable, message)
+                .with_action(format!("see 'halfsilver job show {}'; then again: halfsilver disk unmirror {name}", job.id)));
         }
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
         if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
@@ -449,6 +456,7 @@ impl Manager {
         if let Some(old) = old {
             remove_file(&self.bitmap_path(old.bitmap));
         }
+        self.forget_resyncs_of(&disk);
         Ok(disk.to_api())
     }
 
@@ -456,45 +464,62 @@ impl Manager {
         if self.is_stopping() {
             return; // The next start goes on with it.
         }
-        if self.running_jobs().iter().any(|j| j.disk == disk.name && j.kind == JobKind::Mirror) {
-            return; // It copies whatever is marked, also what has just been.
+        match self.job_on(disk, |j| j.kind == JobKind::Mirror) {
+            // It copies whatever is marked, also what has just been.
+            Some(job) if job.state() == JobState::Running => {}
+            Some(job) => {
+                job.begin_again();
+                self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+                self.run_resync(disk, pair, job);
+            }
+            None => {
+                let job = self.new_job(JobKind::Mirror, disk, None);
+                self.run_resync(disk, pair, job);
+            }
         }
-        let job = self.new_job(JobKind::Mirror, &disk.name, None);
-        self.run_resync(disk, pair, job);
+    }
+
+    /// Takes the jobs off the list that synchronised what is no leg any more.
+    fn forget_resyncs_of(&self, disk: &DiskEntry) {
+        let is_old = |job: &JobEntry| job.is_on(disk) && job.kind == JobKind::Mirror && job.state() != JobState::Running;
+        locked(&self.jobs).retain(|_, job| !is_old(job));
     }
 
     /// Goes on with a synchronisation that was stopped or failed.
     pub(super) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
         let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.is_stopped = false;
+        }
+        self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
         self.run_resync(disk, pair, job);
         Ok(())
     }
 
     fn run_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>, job: Arc<JobEntry>) {
-        let (me, disk, ours) = (self.me.clone(), disk.clone(), job.clone());
-        let started = self.start_thread("mirror", move || {
-            let Some(manager) = me.upgrade() else { return };
-            let (of, pace, copy) = (disk.disk.clone(), ours.pace.clone(), pair.clone());
-            let done = block_on(async move |queue| job::resync(queue, of, copy, pace).await);
-            let (state, reason) = match done {
-                Ok(Ok(Outcome::Done)) => {
-                    let legs = locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
-                    if let Some(leg) = legs.last() {
-                        manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &disk.name).with_leg(&leg.path));
-                    }
-                    (JobState::Done, None)
-                }
-                Ok(Ok(Outcome::Stopped)) => (JobState::Stopped, None),
-                Ok(Err(e)) => (JobState::Failed, Some(e.to_string())),
-                Err(e) => (JobState::Failed, Some(e)),
-            };
-            manager.end_job(&ours, state, reason);
-        });
-        if let Err(e) = started {
-            self.end_job(&job, JobState::Failed, Some(format!("it has no thread: {e}")));
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.is_stopped = false;
         }
+        let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
+        let run = move |manager: &Manager| {
+            let (disk, pace) = (on.disk.clone(), ours.pace.clone());
+            let done = block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
+            let outcome = done.map_err(|e| e.to_string())?;
+            let legs = locked(&on.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
+            if let (Outcome::Done, Some(leg)) = (outcome, legs.last()) {
+                manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &on.name).with_leg(&leg.path));
+            }
+            Ok(outcome)
+        };
+        let mark_stopped = move || {
+            if let Some(mirror) = locked(&of.mirror).as_mut() {
+                mirror.is_stopped = true;
+            }
+        };
+        self.run_job("mirror", &job, run, mark_stopped, |_, _| ());
     }
 
     /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
@@ -592,5 +617,14 @@ impl Manager {
                 disk.cleaning.store(false, std::sync::atomic::Ordering::Release);
             }
         }
+    }
+}
+
+impl DiskEntry {
+    /// Whether a leg of it is to be synchronised.
+    pub(super) fn has_leg_behind(&self) -> bool {
+        let mirror = locked(&self.mirror);
+        let status = mirror.as_ref().map(|mirror| mirror.pair.status()).unwrap_or_default();
+        status.iter().any(|leg| leg.state == mirror::LegState::Resynchronising)
     }
 }

@@ -4,6 +4,7 @@
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
 mod changes;
+mod claiming;
 pub mod check;
 mod complete;
 pub mod config;
@@ -12,6 +13,8 @@ mod diff;
 mod disabling;
 mod disks;
 mod entry;
+mod followups;
+mod group;
 mod jobs;
 mod layers;
 mod manager;
@@ -19,14 +22,20 @@ mod mirror;
 mod places;
 mod quiesced;
 pub mod recording;
+mod removal;
 mod restore;
 mod save;
 mod service;
+mod set;
 mod snapshots;
 mod standing;
+mod start;
+mod stop;
 mod strays;
-pub mod takeup;
+mod takeup;
+mod unserved;
 mod update;
+mod view;
 mod volumes;
 mod work;
 
@@ -34,14 +43,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use config::ServeConfig;
-use manager::HouseNews;
 pub use manager::Manager;
 pub use places::{PlaceError, Places};
 
 use crate::control::{ApiError, Server, ServerError};
-use crate::mirror::planted::{self, Defect};
 use crate::store::RecordError;
-use entry::locked;
+use start::Given;
 
 /// Why the daemon did not start, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +71,9 @@ pub enum ServeError {
     /// Not everything could be saved at the end.
     #[error("{0}; the snapshots of that disk will not be vouched for at the next start")]
     Unsaved(String),
+    /// Something did not end in time.
+    #[error("{0}; what they have is as after a kill, and nothing that was acknowledged is lost")]
+    Hung(String),
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -89,6 +99,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
             return Err(e);
         }
     };
+    manager.listening();
     notify(&[sd_notify::NotifyState::Ready]);
     log::info!("ready; the control socket is {}", config.control.display());
     let signal = signals.wait()?;
@@ -96,77 +107,20 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     notify(&[sd_notify::NotifyState::Stopping]);
     manager.stopping.store(true, Ordering::SeqCst);
     control.shutdown();
-    manager.stop()?;
+    let stopped = manager.stop();
+    if matches!(stopped, Err(ServeError::Hung(_))) {
+        // Nobody may wait for what still hangs, not even to take it down.
+        std::mem::forget(manager);
+    }
+    stopped?;
     log::info!("all is saved");
     Ok(())
 }
 
 fn start(manager: &Arc<Manager>, config: &ServeConfig) -> Result<Server, ServeError> {
-    manager.take_up(&config.disks, &config.take_flushed)?;
+    let (disks, take_flushed) = (&config.disks, &config.take_flushed);
+    manager.take_up(Given { disks, take_flushed, strict: config.strict })?;
     Ok(Server::start(&config.control, manager.clone())?)
-}
-
-impl Manager {
-    /// Finishes all requests, closes all sockets and saves everything.
-    ///
-    /// # Errors
-    /// When some disk could not be saved; all others are.
-    fn stop(&self) -> Result<(), ServeError> {
-        self.stopping.store(true, Ordering::SeqCst);
-        // Whatever is being changed is changed now, and nothing is after this.
-        drop(locked(&self.structure));
-        for job in self.running_jobs() {
-            job.pace.stop.store(true, Ordering::Release);
-        }
-        let disks: Vec<_> = std::mem::take(&mut *locked(&self.disks)).into_values().collect();
-        for disk in disks.iter().filter(|_| planted::is(Defect::SavedBeforeDrained)) {
-            self.save(disk).map_err(ServeError::Unsaved)?;
-        }
-        for disk in &disks {
-            // Requests may still wait for a volume, when the start ends half way.
-            if let Some(awaited) = locked(&disk.awaited).take() {
-                awaited.lose("the daemon is going down".to_owned());
-            }
-            disk.stop_server();
-            for snapshot in disk.snapshots() {
-                drop(locked(&snapshot.server).take());
-            }
-        }
-        if self.house.send(HouseNews::Stopping).is_err() {
-            log::debug!("the housekeeper has left already");
-        }
-        // A thread may start another one before it ends, and must not wait for us.
-        loop {
-            let threads = std::mem::take(&mut *locked(&self.threads));
-            if threads.is_empty() {
-                break;
-            }
-            for thread in threads {
-                if thread.join().is_err() {
-                    log::error!("a thread panicked");
-                }
-            }
-        }
-        let mut unsaved = None;
-        for disk in &disks {
-            // No request is left, so every version is quiesced.
-            let draining: Vec<_> = disk
-                .snapshots()
-                .into_iter()
-                .filter(|s| s.version.is_some() && locked(&s.record).quiesced_ms.is_none())
-                .map(|s| (disk.clone(), s))
-                .collect();
-            self.quiesced(&draining, std::time::Duration::ZERO);
-            if planted::is(Defect::SavedBeforeDrained) {
-                continue;
-            }
-            if let Err(e) = self.save(disk) {
-                unsaved = Some(format!("disk {} could not be saved: {e}", disk.name));
-                log::error!("{}", unsaved.as_deref().unwrap_or_default());
-            }
-        }
-        unsaved.map_or(Ok(()), |e| Err(ServeError::Unsaved(e)))
-    }
 }
 
 /// SIGTERM and SIGINT, taken by waiting rather than by a handler.

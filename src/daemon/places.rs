@@ -14,13 +14,14 @@ use uuid::Uuid;
 
 use super::strays;
 use crate::mirror::planted::{self, Defect};
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, Remembered, TableFiles};
 
 /// The directories, checked and locked.
 #[derive(Debug)]
 pub struct Places {
     state_dir: PathBuf,
     run_dir: PathBuf,
+    tables: TableFiles,
     // None for who only looks.
     _locks: Vec<File>,
 }
@@ -90,12 +91,13 @@ impl Places {
         if !is_same(state_dir, run_dir)? {
             locks.push(lock(run_dir, "--run-dir")?);
         }
-        Ok(Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _locks: locks })
+        Ok(Places { _locks: locks, ..Places::to_look_at(state_dir, run_dir) })
     }
 
     /// The same places for who only looks: nothing is made and nothing is locked.
     pub(super) fn to_look_at(state_dir: &Path, run_dir: &Path) -> Places {
-        Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), _locks: Vec::new() }
+        let tables = TableFiles::below(state_dir, run_dir);
+        Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), tables, _locks: Vec::new() }
     }
 
     /// The state directory.
@@ -115,16 +117,22 @@ impl Places {
         self.state_dir.join("records.redb")
     }
 
+    /// Where tables are.
+    #[must_use]
+    pub fn tables(&self) -> &TableFiles {
+        &self.tables
+    }
+
     /// The durable copy of a table.
     #[must_use]
     pub fn durable_table(&self, id: Uuid) -> PathBuf {
-        self.state_dir.join("tables").join(format!("{id}.table"))
+        self.tables.saved(id)
     }
 
     /// The mapped copy of a table.
     #[must_use]
     pub fn run_table(&self, id: Uuid) -> PathBuf {
-        self.run_dir.join("tables").join(format!("{id}.bits"))
+        self.tables.run(id)
     }
 
     /// Where a snapshot's image goes when nothing else is said.
@@ -136,45 +144,37 @@ impl Places {
     /// The durable table of a log, or a write-intent bitmap: committed while it is in use.
     #[must_use]
     pub fn log_table(&self, id: Uuid) -> PathBuf {
-        self.state_dir.join("tables").join(format!("{id}.log"))
+        self.tables.log(id)
     }
 
-    /// The durable table of a snapshot that outlives a power cut. A version may have had a log before it was frozen, whose
-    /// table still waits to be removed.
+    /// The durable table of a snapshot that outlives a power cut.
     #[must_use]
     pub fn saved_table(&self, id: Uuid) -> PathBuf {
-        self.state_dir.join("tables").join(format!("{id}.saved"))
+        self.tables.durable(id)
     }
 
-    /// What becomes of it when the snapshot is given up: older ones still read by it.
+    /// What becomes of it when the snapshot is given up.
     #[must_use]
     pub fn given_up_table(&self, id: Uuid) -> PathBuf {
-        self.saved_table(id).with_extension("lost")
+        self.tables.given_up(id)
     }
 
     /// The mapped changed table of a version, or of a bookmark.
     #[must_use]
     pub fn changed_table(&self, id: Uuid) -> PathBuf {
-        self.run_dir.join("tables").join(format!("{id}.changed"))
+        self.tables.changed(id)
     }
 
     /// What a clean stop saves of it.
     #[must_use]
     pub fn saved_changes(&self, id: Uuid) -> PathBuf {
-        self.state_dir.join("tables").join(format!("{id}.changes"))
+        self.tables.saved_changes(id)
     }
 
     /// Says why a version broke, to whoever comes after a kill of the daemon.
     #[must_use]
     pub fn broken_mark(&self, id: Uuid) -> PathBuf {
-        self.run_dir.join("tables").join(format!("{id}.broken"))
-    }
-
-    /// What the mark of a broken version says. It is true whatever came after it: no version becomes whole again.
-    pub(super) fn why_broken(&self, id: Uuid) -> Option<String> {
-        let reason = std::fs::read(self.broken_mark(id)).ok()?;
-        let reason = String::from_utf8_lossy(&reason).trim_matches(['\0', ' ', '\n']).to_owned();
-        Some(if reason.is_empty() { super::takeup::BROKE.to_owned() } else { reason })
+        self.tables.broken_mark(id)
     }
 
     /// Where the log of a live version goes when nothing else is said. It has no snapshot's name: it may outlive the
@@ -192,7 +192,7 @@ impl Places {
 
     /// Our directories in which files have names that records know.
     pub(super) fn own_dirs(&self) -> [PathBuf; 3] {
-        [self.state_dir.join("tables"), self.images_dir(), self.run_dir.join("tables")]
+        [self.tables.state_dir().to_owned(), self.images_dir(), self.tables.run_dir().to_owned()]
     }
 
     /// Where images go when nothing else is said.
@@ -240,13 +240,17 @@ impl Places {
     }
 
     /// Removes the tables and images that no record names and nobody misses: what a daemon left that was killed after it
-    /// had made them and before they were recorded, or after they were forgotten and before they were removed.
+    /// had made them and before they were recorded, or after they were forgotten and before they were removed. While there
+    /// is a record that cannot be read nobody knows what it names, and everything stays.
     ///
     /// # Errors
     /// When there are no records at all, but files that may be missed.
-    pub fn remove_strays(&self, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
-        let strays = self.strays(disks, dropped)?;
-        if disks.is_empty() {
+    pub fn remove_strays(&self, remembered: &Remembered, dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
+        if !remembered.unreadable.is_empty() {
+            return Ok(());
+        }
+        let strays = self.strays(&remembered.disks, dropped)?;
+        if remembered.disks.is_empty() {
             self.refuse_kept("names no disk", &strays)?;
         }
         for path in &strays.removable {

@@ -46,6 +46,7 @@ pub fn of_disk(
         logical_block_bytes: None,
         work: None,
         next_live: None,
+        set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(boot),

@@ -17,7 +17,6 @@ use super::entry::{DiskEntry, SnapshotEntry, locked};
 use super::jobs::JobEntry;
 use super::layers::{DiskLayers, block_on, remove_file};
 use super::manager::{Manager, table_error};
-use super::takeup::Trust;
 use crate::control::api::{
     self, DeleteSnapshotOptions, JobKind, JobState, RestoreRequest, SnapshotRequest, VolumeSource, Writers,
 };
@@ -27,6 +26,8 @@ use crate::image::IoQueue;
 use crate::job::{self, Outcome};
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
+use crate::recovery::Recovery;
+use crate::registry::{Answer, Command, Operation, Registry, decide};
 use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord, VolumeRecord};
 
 /// A disk that waits for the volume that it is restored from.
@@ -67,18 +68,16 @@ impl Manager {
 
     /// Takes the snapshot of a volume that a disk is restored to.
     fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<SnapshotRef, ApiError> {
-        {
-            let _structure = locked(&self.structure);
-            let disk = self.disk_to_restore(name, force)?;
-            let source = self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?;
-            if self.relation_of(&disk, &source)? {
-                let message = format!("disk {name} cannot be restored from itself");
-                return Err(ApiError::new(ErrorCode::InvalidRequest, message)
-                    .with_action(format!("name a snapshot of it, such as {name}@NAME, or a volume")));
-            }
-        }
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(Uuid::new_v4())).parse()? };
+        let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
+        // All that would refuse it is said before a snapshot is taken for its sake.
+        refuse_to_restore(&self.registry(), name, force)?;
+        if self.relation_of(&disk, &source)? {
+            let message = format!("disk {name} cannot be restored from itself");
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_action(format!("name a snapshot of it, such as {name}@NAME, or a volume")));
+        }
         let snapshot = SnapshotRequest {
             name: reference.name.clone(),
             disks: vec![volume.clone()],
@@ -97,78 +96,6 @@ impl Manager {
         }
     }
 
-    /// A disk that can be restored now. The structure is locked.
-    fn disk_to_restore(&self, name: &Name, force: bool) -> Result<Arc<DiskEntry>, ApiError> {
-        self.refuse_when_stopping()?;
-        let disk = self.disk(name)?;
-        if disk.is_volume() {
-            let message = format!("{name} is a volume, and only disks are restored in place");
-            return Err(ApiError::new(ErrorCode::Unsupported, message)
-                .with_action("make another volume off the snapshot: halfsilver volume create"));
-        }
-        if disk.config.readonly {
-            return Err(ApiError::new(
-                ErrorCode::InvalidConfig,
-                format!("disk {name} is read-only: it is not restored"),
-            )
-            .with_action("serve it without readonly=on"));
-        }
-        if let Some(reason) = disk.failure() {
-            return Err(ApiError::new(ErrorCode::DiskFailed, format!("disk {name}: {reason}")));
-        }
-        self.refuse_while_restored(&disk, ErrorCode::DiskBusy)?;
-        for snapshot in disk.snapshots().iter().filter(|s| s.version.is_some()) {
-            let what = match locked(&snapshot.record) {
-                record if record.deleting => "is being deleted",
-                record if record.quiesced_ms.is_none() => "is still draining",
-                _ => continue,
-            };
-            let message = format!("disk {name} is not restored while its snapshot {} {what}", snapshot.reference.name);
-            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action("try again when that is over"));
-        }
-        let unfinished = self.work_of(&disk);
-        let running = self.running_jobs().into_iter().find(|j| j.disk == *name && j.kind != JobKind::Mirror);
-        if let Some(job) = running.or(unfinished) {
-            let message = format!("disk {name}: job {} is still working on it", job.id);
-            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action("try again when that is over"));
-        }
-        if !force && disk.frontends.count() > 0 {
-            let message = format!("disk {name} has a frontend connected, whose guest may hold old content in memory");
-            return Err(ApiError::new(ErrorCode::DiskBusy, message)
-                .with_action("stop the guest first, or restore under it with --force"));
-        }
-        Ok(disk)
-    }
-
-    /// Refuses what a disk cannot have done to it while it is restored, and names the job.
-    pub(super) fn refuse_while_restored(&self, disk: &DiskEntry, code: ErrorCode) -> Result<(), ApiError> {
-        let Some(from) = locked(&disk.restore).as_ref().map(|r| r.from.clone()) else { return Ok(()) };
-        let job = self.restore_of(disk);
-        let by = job.as_ref().map_or_else(String::new, |job| format!(" by job {}", job.id));
-        let action = match job {
-            Some(job) if job.state() == JobState::Running => format!("wait for it: halfsilver job wait {}", job.id),
-            Some(job) => format!("go on with it first: halfsilver job resume {}", job.id),
-            None => format!("see 'halfsilver disk show {}'", disk.name),
-        };
-        Err(ApiError::new(code, format!("disk {} is being restored from {from}{by}", disk.name)).with_action(action))
-    }
-
-    /// Refuses to let a snapshot go that a disk is restored from. The structure is locked.
-    pub(super) fn refuse_if_restored_from(&self, entry: &SnapshotEntry, code: ErrorCode) -> Result<(), ApiError> {
-        for disk in self.all_disks() {
-            if locked(&disk.restore).as_ref().is_some_and(|r| r.source == entry.id) {
-                self.refuse_while_restored(&disk, code)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The newest job that restores this disk.
-    fn restore_of(&self, disk: &DiskEntry) -> Option<Arc<JobEntry>> {
-        let is_it = |j: &&Arc<JobEntry>| j.disk == disk.name && j.kind == JobKind::Restore;
-        locked(&self.jobs).values().rev().find(is_it).filter(|j| j.state() != JobState::Done).cloned()
-    }
-
     /// Whether what is restored is the disk's own, or else a volume that stands on the disk.
     fn relation_of(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>) -> Result<bool, ApiError> {
         let mut at = source.clone();
@@ -178,10 +105,7 @@ impl Manager {
             }
             let standing = locked(&at.standing).clone();
             // An independent volume has all of the disk as it was, and what was written to it since.
-            let is_of_disk = |was: VolumeRecord| match was.source {
-                Some(source) => source == disk.id,
-                None => was.from.split('@').next() == Some(disk.name.as_str()),
-            };
+            let is_of_disk = |was: VolumeRecord| was.source == disk.id;
             if standing.stood_on.is_some_and(is_of_disk) {
                 return Ok(false);
             }
@@ -208,24 +132,27 @@ impl Manager {
         request: &RestoreRequest,
         is_ours: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        let check = || {
-            let disk = self.disk_to_restore(name, request.force)?;
-            let source = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
-            let is_own = self.relation_of(&disk, &source)?;
-            Ok((disk, is_own))
-        };
-        self.when_quiesced(from, check, |(disk, is_own), source, entry| {
+        let command = Command::Restore { disk: name.clone(), from: from.clone(), force: request.force };
+        let wanted = |registry: &Registry| Ok(decide(registry, &command)?.wanted);
+        self.when_quiesced(&format!("disk restore {name}"), from, wanted, |source, entry| {
+            let disk = self.disk(name)?;
             let record = RestoreRecord {
                 id: Uuid::new_v4(),
                 source: entry.id,
                 from: from.to_string(),
-                is_own,
+                is_own: self.relation_of(&disk, source)?,
                 is_ours,
                 is_active: false,
                 stopped: false,
                 delay_ms: request.delay_ms,
                 bytes_per_second: request.bytes_per_second,
             };
+            // A guest that comes from here on finds what is restored, or keeps the disk from being restored.
+            let server = locked(&disk.server).clone();
+            let _away = server.as_ref().filter(|_| !request.force).map(|server| server.hold());
+            if !request.force {
+                decide(&self.registry(), &command)?;
+            }
             self.begin_restore(&disk, source, record)
         })
     }
@@ -333,7 +260,8 @@ impl Manager {
             }
             return Err(e);
         }
-        match locked(&disk.standing).volume.as_ref().map(|volume| volume.snapshot) {
+        let below = locked(&disk.standing).volume.as_ref().map(|volume| volume.snapshot);
+        match below {
             None => Ok(()),
             Some(below) => match self.holder_of(below) {
                 Some((disk, _)) => self.make_outlive_power_cuts(&disk, below),
@@ -364,8 +292,8 @@ impl Manager {
     }
 
     /// A new job of a disk's restore, with the pace that is remembered.
-    fn restore_job(&self, disk: &DiskEntry) -> Arc<JobEntry> {
-        let job = self.new_job(JobKind::Restore, &disk.name, None);
+    fn restore_job(&self, disk: &Arc<DiskEntry>) -> Arc<JobEntry> {
+        let job = self.new_job(JobKind::Restore, disk, None);
         if let Some(record) = locked(&disk.restore).as_ref() {
             job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
             job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
@@ -388,7 +316,7 @@ impl Manager {
                 manager.let_snapshot_go(&reference);
             }
         };
-        self.run_job("restore", disk, &job, run, mark_stopped, after);
+        self.run_job("restore", &job, run, mark_stopped, after);
     }
 
     /// The job of a restore, on a thread and ring of its own.
@@ -398,7 +326,7 @@ impl Manager {
         if done == Outcome::Stopped {
             return Ok(done);
         }
-        let _structure = locked(&self.structure);
+        let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
         let record = locked(&disk.restore).take();
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             *locked(&disk.restore) = record;
@@ -425,37 +353,27 @@ impl Manager {
         Ok(())
     }
 
-    /// Puts a restore that the record tells of into the disk's chain, before the disk is served. One from a volume waits
-    /// until that is served.
+    /// Puts a restore that is to go on into the disk's chain, before the disk is served. One from a volume waits until that
+    /// is served.
     pub(super) fn take_up_restore(
         &self,
         disk: &Arc<Disk>,
-        record: &DiskRecord,
+        recovery: &Recovery,
         layers: &DiskLayers,
     ) -> Result<(Option<RestoreRecord>, Option<Awaited>), ApiError> {
-        let Some(restore) = record.restore.clone().filter(|r| r.is_active) else { return Ok((None, None)) };
-        let lost = |why: String| {
-            let message =
-                format!("it is being restored from {}, and what is not copied yet cannot be had: {why}", restore.from);
-            ApiError::new(ErrorCode::DiskFailed, message)
-                .with_action("put back what is missing and start again; nothing has been changed")
-        };
-        if layers.trust == Trust::Changed {
-            return Err(lost("the disk's image was changed while the daemon was not running".to_owned()));
-        }
-        let pending = layers.open_pending(restore.id, &self.places.log_table(restore.id)).map_err(lost)?;
+        let restores = recovery.record.restore.clone().zip(recovery.restore.as_ref());
+        let Some((restore, decided)) = restores else { return Ok((None, None)) };
+        let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
+        let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
+        let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
         if !restore.is_own {
             return Ok((Some(restore), Some(Awaited { closed: self.editor.close(disk, true), pending })));
-        }
-        let why = record.snapshots.iter().find(|s| s.id == restore.source).and_then(|s| s.broken.clone());
-        if disk.chain().position(restore.source).is_none() {
-            return Err(lost(why.unwrap_or_else(|| "the snapshot is lost".to_owned())));
         }
         self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
         Ok((Some(restore), None))
     }
 
-    /// Goes on with the restores of disks that are served, and whose volumes are. The structure is locked.
+    /// Goes on with the restores of disks that are served, and whose volumes are.
     pub(super) fn resume_restores(&self) {
         for disk in self.all_disks() {
             let awaited = locked(&disk.awaited).take();
@@ -473,7 +391,7 @@ impl Manager {
                     }
                 }
             }
-            if disk.disk.restore_lost().is_some() || self.restore_of(&disk).is_some() {
+            if disk.disk.restore_lost().is_some() || self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some() {
                 continue;
             }
             let job = self.restore_job(&disk);
@@ -547,4 +465,26 @@ async fn forget_pending(pending: &DurableTable, queue: &IoQueue) {
 
 fn short(id: Uuid) -> String {
     id.simple().to_string()[..8].to_owned()
+}
+
+/// What keeps a disk from being restored, whatever it is restored from.
+fn refuse_to_restore(registry: &Registry, name: &Name, force: bool) -> Result<(), ApiError> {
+    let Some(disk) = registry.named(name) else { return Err(ApiError::disk_not_found(name)) };
+    let refuses = |kind| match Operation::Restore.about(kind) {
+        Answer::Fine | Answer::Waits => false,
+        Answer::Forced => !force,
+        Answer::Refused | Answer::Never => true,
+    };
+    match registry.of_disk(disk).into_iter().find(|obstacle| refuses(obstacle.kind)) {
+        None => Ok(()),
+        Some(obstacle) => {
+            let steps: Vec<String> = obstacle.cleared_by.iter().map(ToString::to_string).collect();
+            let code = Operation::Restore.code(obstacle.kind);
+            let action = match steps.is_empty() {
+                true => Operation::Restore.instead(obstacle.kind, name.as_str()),
+                false => steps.join("; then "),
+            };
+            Err(ApiError::new(code, obstacle.what).with_action(action))
+        }
+    }
 }

@@ -21,7 +21,7 @@ impl Manager {
             log::warn!("disk {}: {reason}; it is left as it is", disk.name);
             return Ok(());
         }
-        if !disk.config.readonly && !planted::is(Defect::StopWithoutSync) {
+        if !disk.disk.is_read_only() && !planted::is(Defect::StopWithoutSync) {
             sync(disk.base())?;
         }
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());

@@ -11,12 +11,12 @@ use super::entry::locked;
 use super::manager::Manager;
 use super::mirror::Mirror;
 use crate::control::api::{
-    self, Bookmark, DeleteSnapshotOptions, DiskConfig, Job, JobPatch, RestoreRequest, SnapshotRequest, Strategy,
-    UpdateQuery, VersionInfo, VolumeRequest, VolumeStatus, Writers,
+    self, Bookmark, Claim, DeleteSnapshotOptions, DiskConfig, DiskPatch, GroupDeletion, Job, JobPatch, RestoreRequest,
+    SnapshotRequest, Strategy, Unserved, UpdateQuery, VersionInfo, VolumeRequest, VolumeStatus, Writers,
 };
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
-use crate::control::{ApiError, Deletion, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
+use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
 use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
@@ -27,12 +27,26 @@ impl Service for Manager {
         )
     }
 
+    fn list_claims(&self) -> Result<Vec<Claim>, ApiError> {
+        Ok(self.claims_to_api())
+    }
+
+    fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError> {
+        Ok(self.all_unserved())
+    }
+
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
-        Ok(self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api()).collect())
+        let mut disks: Vec<_> = self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api()).collect();
+        disks.extend(self.unserved_disks());
+        disks.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(disks)
     }
 
     fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
-        Ok(self.plain_disk(&self.disk_name(disk))?.to_api())
+        match self.unserved_disk(disk) {
+            Some(disk) => Ok(disk),
+            None => Ok(self.plain_disk(&self.disk_name(disk))?.to_api()),
+        }
     }
 
     fn put_disk(&self, disk: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -40,7 +54,20 @@ impl Service for Manager {
     }
 
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
-        self.remove_disk(disk, force)
+        let name = self.unserved_disk(disk).map_or_else(|| disk.clone(), |disk| disk.name);
+        self.remove_disk(&name, force)
+    }
+
+    fn set_disk(&self, disk: &Name, patch: &DiskPatch) -> Result<api::Disk, ApiError> {
+        self.set_plain_disk(disk, patch)
+    }
+
+    fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
+        self.set_served_volume(volume, patch)
+    }
+
+    fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        self.forget(disk)
     }
 
     fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<api::Disk, ApiError> {
@@ -65,7 +92,10 @@ impl Service for Manager {
     }
 
     fn get_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
-        let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+        let disk = self.disk(&reference.disk).map_err(|e| match e.code {
+            ErrorCode::DiskNotFound => ApiError::snapshot_not_found(reference),
+            _ => e,
+        })?;
         let snapshot = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
         Ok(snapshot.to_api(&disk))
     }
@@ -77,6 +107,10 @@ impl Service for Manager {
     fn delete_snapshot(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
         options.check(reference, self.get_snapshot(reference)?.strategy)?;
         self.delete(reference, options)
+    }
+
+    fn delete_group(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<GroupDeletion>, ApiError> {
+        self.delete_all_of(group, options)
     }
 
     fn create_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {

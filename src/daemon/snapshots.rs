@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use super::followups::FollowUp;
 use super::layers::block_on;
 use super::manager::{Manager, record_error};
 use super::recording;
@@ -21,6 +22,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
 use crate::mirror::planted::{self, Defect};
 use crate::mirror::{self, Disk, Epoch, NewLayer, PreparedSnapshot, Version};
+use crate::registry::{ClaimKey, Command};
 use crate::store::{DiskRecord, SnapshotRecord};
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, SocketSource, serve};
 
@@ -64,20 +66,12 @@ impl Manager {
         request: &SnapshotRequest,
         volume: Option<Uuid>,
     ) -> Result<Vec<api::Snapshot>, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
+        let command = Command::CreateSnapshot { disks: request.disks.clone(), name: request.name.clone() };
+        let places = [&request.socket, &request.image].into_iter().flatten();
+        let _claim = self.claim_with(&command, places.map(|path| ClaimKey::Path(path.clone())))?;
         let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
-        for disk in &disks {
-            if let Some(reason) = disk.failure() {
-                return Err(ApiError::new(ErrorCode::DiskFailed, format!("disk {}: {reason}", disk.name)));
-            }
-            self.refuse_while_restored(disk, ErrorCode::DiskBusy)?;
-            if disk.snapshot(&request.name).is_some() {
-                let message = format!("disk {} has a snapshot {} already", disk.name, request.name);
-                return Err(ApiError::new(ErrorCode::SnapshotExists, message));
-            }
-            disk.refuse_if_bookmarked(&request.name)?;
-        }
+        // Those of users were decided about; one that an update left has its name too.
+        disks.iter().try_for_each(|disk| disk.refuse_if_bookmarked(&request.name))?;
         let group = Uuid::new_v4();
         let mut ready = Vec::new();
         for disk in &disks {
@@ -114,7 +108,7 @@ impl Manager {
         // A cut is refused before it changes anything; the entries then go as in undo().
         crash::point("before the cut");
         let cut = self.editor.cut(prepared, writers).map_err(|e| {
-            self.forget(&entries, &made);
+            self.take_back(&entries, &made);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
         crash::point("after the cut");
@@ -137,15 +131,19 @@ impl Manager {
         // Also when they could not be recorded: they must be quiesced to be deleted.
         let (me, ended) = (self.me.clone(), cut.ended);
         let mut waits = Ok(());
-        for one in entries {
+        for (disk, entry) in entries {
             let me = me.clone();
             // Each for itself: a frontend that stays on one disk does not hold up the other.
             let started = self.start_thread("drain", move || {
                 loop {
                     let Some(manager) = me.upgrade() else { return };
-                    let free = one.0.disk.connections().wait_free(ended, LOOK);
+                    let free = disk.disk.connections().wait_free(ended, LOOK);
                     if free.is_some_and(|last| manager.clock.wait_drained(last, LOOK)) {
-                        return manager.quiesced(&[one], at.elapsed());
+                        let drain = at.elapsed();
+                        if !manager.quiesced(&disk, &entry, drain) {
+                            manager.follow_up(FollowUp::Quiesce(disk, entry, drain));
+                        }
+                        return;
                     }
                     if manager.is_stopping() {
                         return; // The end of the daemon drains everything itself.
@@ -246,12 +244,12 @@ impl Manager {
             Strategy::CopyOnWrite => {
                 let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
                 let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
-                let layer = self.make_frozen_layer(&path, frozen, &disk.config, geometry)?;
+                let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
                 Ok((NewLayer::Frozen { layer }, path))
             }
             Strategy::WriteLogging => {
                 let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
-                let layer = self.make_log(&path, new_live, &disk.config, geometry)?;
+                let layer = self.make_log(&path, new_live, &disk.config(), geometry)?;
                 Ok((NewLayer::Live { layer }, path))
             }
             Strategy::WriteMirroring if request.image.is_some() => {
@@ -296,12 +294,12 @@ impl Manager {
 
     fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
         let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
-        self.forget(&entries, &Made::of(ready));
+        self.take_back(&entries, &Made::of(ready));
         error
     }
 
     /// Takes snapshots that never came to be out of everything.
-    fn forget(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &Made) {
+    fn take_back(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &Made) {
         let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
@@ -318,80 +316,108 @@ impl Manager {
         }
     }
 
-    /// All requests of their epoch are done: these snapshots never change again.
-    pub(super) fn quiesced(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], drain: Duration) {
-        for (disk, entry) in entries {
-            if let Some(version) = &entry.version {
-                store_shown(&disk.disk, version);
-            }
+    /// All requests of its epoch are done: this snapshot never changes again. Returns whether that could be recorded; before
+    /// it is, nobody is told.
+    pub(super) fn quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
+        if let Some(version) = &entry.version {
+            store_shown(&disk.disk, version);
         }
-        let _structure = locked(&self.structure);
-        for (disk, entry) in entries {
-            if let Some(version) = &entry.version {
-                version.set_quiesced();
-            }
-            if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) && !planted::is(Defect::QuiescedUnasked) {
-                continue; // Its disk has been removed, and must not come back with it.
-            }
-            locked(&entry.drain).get_or_insert(drain);
-            // Durable before anybody is told: from then on a power cut must not break it.
-            let quiesced_ms = Some(Timestamp::now().unix_ms());
-            let mut record = disk.to_record();
-            record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
-            if !planted::is(Defect::QuiescedBeforeRecord)
-                && let Err(e) = self.records.put([&record])
-            {
-                log::error!("cannot record that snapshot {} is quiesced: {e}", entry.reference);
-            }
-            crash::point("before a snapshot is opened");
-            if entry.broken().is_none() && !self.is_stopping() {
-                self.open_socket(disk, entry);
-            }
-            locked(&entry.record).quiesced_ms = quiesced_ms;
-            if entry.broken().is_none() {
-                log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
-                self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));
-            }
+        let key = ClaimKey::Entity(disk.id);
+        let operation = format!("quiesce {}", entry.reference);
+        let Some(_claim) = self.claim_patiently(&operation, disk.name.as_str(), key) else {
+            return true; // The end of the daemon records it.
+        };
+        self.record_quiesced(disk, entry, drain)
+    }
+
+    /// The same at the end of the daemon, when nobody is left who could claim anything.
+    pub(super) fn store_and_record_quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        if locked(&entry.record).quiesced_ms.is_some() {
+            return;
+        }
+        if let Some(version) = &entry.version {
+            store_shown(&disk.disk, version);
+        }
+        if !self.record_quiesced(disk, entry, Duration::ZERO) {
+            log::error!("snapshot {}: a start finds it as it drained", entry.reference);
         }
     }
 
-    pub(super) fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) {
+    /// The same, with the disk claimed.
+    fn record_quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
+        if let Some(version) = &entry.version {
+            version.set_quiesced();
+        }
+        if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) && !planted::is(Defect::QuiescedUnasked) {
+            return true; // Its disk has been removed, and must not come back with it.
+        }
+        if locked(&entry.record).quiesced_ms.is_some() {
+            return true;
+        }
+        locked(&entry.drain).get_or_insert(drain);
+        // Durable before anybody is told: from then on a power cut must not break it.
+        let quiesced_ms = Some(Timestamp::now().unix_ms());
+        let mut record = disk.to_record();
+        record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
+        if !planted::is(Defect::QuiescedBeforeRecord)
+            && let Err(e) = self.records.put([&record])
+        {
+            let what = format!("that it is quiesced cannot be recorded yet: {e}");
+            if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
+                log::error!("snapshot {}: {what}", entry.reference);
+            }
+            return false;
+        }
+        *locked(&entry.socket_error) = None;
+        crash::point("before a snapshot is opened");
+        if entry.broken().is_none() && !self.is_stopping() && !self.open_socket(disk, entry) {
+            self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
+        }
+        locked(&entry.record).quiesced_ms = quiesced_ms;
+        if entry.broken().is_none() {
+            log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));
+        }
+        true
+    }
+
+    /// Opens a snapshot's socket. Returns whether it is open.
+    pub(super) fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> bool {
         let socket = locked(&entry.record).socket.clone();
         let server = serve(ServeOptions {
             name: entry.reference.to_string(),
             socket: SocketSource::Path(socket.clone()),
             attachment: disk.disk.attach_frozen(entry.id),
-            queues: disk.config.queues,
+            queues: disk.config().queues(),
             serial: entry.reference.name.as_str().chars().take(20).collect(),
             frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
             observer: entry.frontends.clone(),
             once: false,
         });
         match server {
-            Ok(server) => *locked(&entry.server) = Some(server),
+            Ok(server) => {
+                *locked(&entry.server) = Some(server);
+                *locked(&entry.socket_error) = None;
+                true
+            }
             Err(e) => {
                 let what = format!("its socket {} cannot be opened: {e}", socket.display());
-                log::error!("snapshot {}: {what}", entry.reference);
-                *locked(&entry.socket_error) = Some(what);
+                if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
+                    log::error!("snapshot {}: {what}", entry.reference);
+                }
+                false
             }
         }
     }
 
     /// Moves the frontends that still write a snapshot over to the live version.
     pub(super) fn cut_over(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
-        let _structure = locked(&self.structure);
-        self.refuse_when_stopping()?;
-        let disk = self.disk(&reference.disk).map_err(|_| ApiError::snapshot_not_found(reference))?;
+        let _claim = self.claim(&Command::CutOver { snapshot: reference.clone() })?;
+        let disk = self.disk(&reference.disk)?;
         let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
-        match entry.state(&disk) {
-            SnapshotState::Quiesced => return Ok(entry.to_api(&disk)),
-            SnapshotState::Folding | SnapshotState::Deleting => {
-                let message = format!("snapshot {reference} is being deleted");
-                return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
-            }
-            SnapshotState::Draining | SnapshotState::Broken => {}
+        if entry.state(&disk) != SnapshotState::Quiesced {
+            self.move_frontends(&entry)?;
         }
-        self.move_frontends(&entry)?;
         Ok(entry.to_api(&disk))
     }
 

@@ -2,7 +2,7 @@
 //! that goes on after a restart. Remembered in its record, and held by its entry.
 
 use crate::control::Name;
-use crate::control::api::VolumeState;
+use crate::control::api::{DiskPatch, VolumeState};
 use crate::store::{DiskRecord, VolumeRecord, WorkRecord};
 
 use super::entry::{DiskEntry, locked};
@@ -24,6 +24,8 @@ pub(super) struct Standing {
     pub(super) work: Option<WorkRecord>,
     /// The live version that an update is about to give it.
     pub(super) next_live: Option<uuid::Uuid>,
+    /// What was set while it was served, and counts where a configuration says nothing.
+    pub(super) set: DiskPatch,
 }
 
 impl Standing {
@@ -36,6 +38,7 @@ impl Standing {
             logical_block_bytes: record.logical_block_bytes,
             work: record.work.clone(),
             next_live: record.next_live,
+            set: set_of(record),
         }
     }
 
@@ -47,6 +50,7 @@ impl Standing {
         record.logical_block_bytes = self.logical_block_bytes;
         record.work.clone_from(&self.work);
         record.next_live = self.next_live;
+        record.set = serde_json::to_value(&self.set).expect("settings are plain data");
     }
 
     /// What it stands on, or stood on.
@@ -61,11 +65,6 @@ impl DiskEntry {
         locked(&self.standing).relation().is_some()
     }
 
-    /// Whether it stands on this version.
-    pub(super) fn stands_on(&self, version: uuid::Uuid) -> bool {
-        locked(&self.standing).volume.as_ref().is_some_and(|v| v.snapshot == version)
-    }
-
     /// Whether it can be used.
     pub(super) fn volume_state(&self, failure: Option<&String>) -> VolumeState {
         match (failure, locked(&self.standing).disabled) {
@@ -74,6 +73,11 @@ impl DiskEntry {
             (None, false) => VolumeState::Serving,
         }
     }
+}
+
+/// What was set of a disk or volume, as its record says. What is not understood was never set.
+pub(super) fn set_of(record: &DiskRecord) -> DiskPatch {
+    serde_json::from_value(record.set.clone()).unwrap_or_default()
 }
 
 /// How a volume is spoken of.

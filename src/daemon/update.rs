@@ -26,16 +26,8 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::image::SharedImage;
 use crate::mirror::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
+use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
 use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
-
-/// A volume whose update is under way, until this is dropped: what is taken for it stays.
-struct Updating<'a>(&'a Manager, Uuid);
-
-impl Drop for Updating<'_> {
-    fn drop(&mut self) {
-        locked(&self.0.updating).remove(&self.1);
-    }
-}
 
 /// What a volume is about to become.
 struct Next {
@@ -59,15 +51,11 @@ impl Manager {
     }
 
     fn update_with_snapshot(&self, name: &Name, force: bool, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
-        let (id, source, _updating) = {
-            let _structure = locked(&self.structure);
-            let disk = self.volume_to_update(name, force)?;
-            let source = self.source_of(&disk)?;
-            if !locked(&self.updating).insert(disk.id) {
-                return Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, "it is being updated already")));
-            }
-            (disk.id, source, Updating(self, disk.id))
-        };
+        let command = Command::Update { volume: name.clone(), force };
+        // Until it is over, what is taken for it stays.
+        let (claim, _) = self.claim(&command)?;
+        let disk = self.volume_to_update(name)?;
+        let source = self.source_of(&disk)?;
         let reference = SnapshotRef { name: name_for(name, &source)?, disk: source.name.clone() };
         let request = SnapshotRequest {
             name: reference.name.clone(),
@@ -77,34 +65,33 @@ impl Manager {
             socket: None,
             image: None,
         };
-        self.create_for(&request, Some(id)).map_err(|e| ApiError { message: in_volume(name, &e.message), ..e })?;
-        self.update_when_quiesced((name, id), force, pacing, &reference)
+        let in_update = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
+        self.create_for(&request, Some(disk.id)).map_err(in_update)?;
+        claim.waits_for(Some(format!("{reference} to be quiesced")));
+        let needs = |_: &Registry| {
+            let keys = [ClaimKey::Entity(source.id)].into_iter().collect();
+            Ok(Wanted { changes: Default::default(), needs: keys })
+        };
+        self.when_quiesced(&format!("volume update {name}"), &reference, needs, |source, entry| {
+            // A frontend may have come meanwhile.
+            decide(&self.registry(), &command)?;
+            self.update_now(&disk, source, entry, pacing)
+        })
     }
 
-    /// A volume that can be updated now. The structure is locked.
-    fn volume_to_update(&self, name: &Name, force: bool) -> Result<Arc<DiskEntry>, ApiError> {
-        self.refuse_when_stopping()?;
+    /// A volume that can be updated now, as far as its images go.
+    fn volume_to_update(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.volume(name)?;
-        let busy = |what: &str, action: &str| {
+        let busy = |what: &str, action: String| {
             Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
         };
-        if !disk.snapshots().is_empty() {
-            return busy("it has snapshots of what was written to it", "delete them first");
+        // Those of users were decided about.
+        if let Some(bookmark) = disk.bookmarks().first() {
+            let action = format!("delete it first: halfsilver bookmark delete {name}@{}", bookmark.name);
+            return busy("it has bookmarks, which tell what was written to it since", action);
         }
-        if !disk.bookmarks().is_empty() {
-            return busy("it has bookmarks, which tell what was written to it since", "delete them first");
-        }
-        if let Some(job) = self.running_jobs().iter().find(|j| j.disk == *name) {
-            let action = format!("wait for it (halfsilver job wait {0}) or stop it (halfsilver job stop {0})", job.id);
-            return busy(&format!("job {} is at work on it", job.id), &action);
-        }
-        if !force && disk.frontends.count() > 0 {
-            let what = "it has a frontend connected, whose guest may hold old content in memory";
-            return busy(what, "disconnect the guest first, or force it");
-        }
-        self.refuse_while_restored(&disk, ErrorCode::VolumeBusy)?;
         let Some(image) = disk.disk.only_image() else {
-            return busy("its content is in more than one image", "try again when its snapshots are deleted");
+            return busy("its content is in more than one image", format!("see 'halfsilver volume show {name}'"));
         };
         if image.is_poisoned() {
             let message = in_volume(name, &format!("a sync of {} failed", image.path().display()));
@@ -122,41 +109,23 @@ impl Manager {
         };
         let disk = of.from.parse::<SnapshotRef>()?.disk;
         let source = self.disk(&disk).map_err(|e| {
-            ApiError { message: in_volume(name, &format!("its source {disk} is not there")), ..e }
-                .with_action("serve it again, or make another volume")
+            ApiError { message: in_volume(name, &format!("its source {disk} is not there: {}", e.message)), ..e }
+                .with_action(format!("serve {disk} again, or make another volume"))
         })?;
         let other = |what: &str| {
             let what = format!("{disk} {what}, so there is no present that it could be brought to");
             Err(ApiError::new(ErrorCode::Conflict, in_volume(name, &what)).with_action("make another volume"))
         };
-        if of.source.is_some_and(|id| id != source.id) {
+        if of.source != source.id {
             return other("is another disk than the one that it was made off");
         }
         if source.disk.geometry().size_bytes != volume.disk.geometry().size_bytes {
             return other("has another size now");
         }
-        self.refuse_while_restored(&source, ErrorCode::DiskBusy)?;
         Ok(source)
     }
 
-    fn update_when_quiesced(
-        &self,
-        (name, id): (&Name, Uuid),
-        force: bool,
-        pacing: JobPatch,
-        from: &SnapshotRef,
-    ) -> Result<Arc<JobEntry>, ApiError> {
-        let check = || {
-            let disk = self.volume_to_update(name, force)?;
-            match disk.id == id {
-                true => Ok(disk),
-                false => Err(ApiError::volume_not_found(name)), // Another one has its name now.
-            }
-        };
-        self.when_quiesced(from, check, |disk, source, entry| self.update_now(&disk, source, entry, pacing))
-    }
-
-    /// The update itself. The structure is locked, and stays so until the volume is served again.
+    /// The update itself. The volume is claimed, and stays so until it is served again.
     fn update_now(
         &self,
         disk: &Arc<DiskEntry>,
@@ -166,7 +135,9 @@ impl Manager {
     ) -> Result<Arc<JobEntry>, ApiError> {
         // From here on nobody writes it, and nobody connects.
         disk.stop_server();
-        let was_served = locked(&disk.server).take().is_some();
+        let server = locked(&disk.server).take();
+        let was_served = server.is_some();
+        drop(server);
         let moved = self.put_on(disk, source, entry, pacing);
         if was_served && !locked(&disk.standing).disabled {
             self.serve_again(disk)?;
@@ -177,7 +148,7 @@ impl Manager {
     }
 
     fn serve_again(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let e = match serve_live(&disk.name, &disk.config, &disk.disk, &disk.frontends) {
+        let e = match serve_live(&disk.name, &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => {
                 *locked(&disk.server) = Some(Arc::new(server));
                 return Ok(());
@@ -257,7 +228,7 @@ impl Manager {
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
-            source: Some(source.id),
+            source: source.id,
             origin: Uuid::new_v4(),
             size_bytes: was.size_bytes,
             created_ms: was.created_ms,
@@ -367,11 +338,7 @@ impl Manager {
     /// The job that copies what is missing; one that is over if nothing is to be copied.
     fn job_after_update(&self, disk: &Arc<DiskEntry>, work: Option<WorkRecord>) -> Arc<JobEntry> {
         // What was stopped is begun anew, whatever it was.
-        let is_old = |job: &JobEntry| {
-            job.disk == disk.name
-                && matches!(job.kind, JobKind::Update | JobKind::Migrate)
-                && job.state() != JobState::Done
-        };
+        let is_old = |job: &JobEntry| job.is_on(disk) && job.is_work() && job.state() != JobState::Done;
         locked(&self.jobs).retain(|_, job| !is_old(job));
         match work {
             Some(work) => {
@@ -381,7 +348,7 @@ impl Manager {
                 job
             }
             None => {
-                let job = self.new_job(JobKind::Update, &disk.name, None);
+                let job = self.new_job(JobKind::Update, disk, None);
                 self.end_job(&job, JobState::Done, None);
                 job
             }
@@ -406,7 +373,9 @@ impl Manager {
 
     fn tidy_moments(&self) {
         let records = match self.records.disks() {
-            Ok(records) => records,
+            // Nobody knows what one needs that cannot be read.
+            Ok(remembered) if !remembered.unreadable.is_empty() => return,
+            Ok(remembered) => remembered.disks,
             Err(e) => return log::warn!("snapshots that were taken for updates stay for now: {e}"),
         };
         // What a volume goes by: what it stands on, or stood on.
@@ -416,7 +385,8 @@ impl Manager {
             (of.is_some_and(|r| is(&r.volume)), of.is_some_and(|r| is(&r.stood_on)))
         };
         for disk in self.all_disks() {
-            let is_settled = |volume: &Uuid| !locked(&self.updating).contains(volume);
+            // What an update that is under way has taken is not needed by any record yet.
+            let is_settled = |volume: &Uuid| !self.is_being_changed(*volume);
             for snapshot in disk.snapshots() {
                 let taken_for = locked(&snapshot.record).taken_for;
                 let Some(volume) = taken_for.filter(is_settled) else { continue };

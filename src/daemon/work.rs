@@ -12,8 +12,9 @@ use super::entry::{DiskEntry, locked};
 use super::jobs::JobEntry;
 use super::manager::Manager;
 use crate::control::api::{JobKind, JobPatch, JobState};
-use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::job::{Outcome, Pace};
+use crate::registry::{ClaimKey, Wanted};
 use crate::store::{Work, WorkRecord};
 
 fn kind_of(work: &Work) -> JobKind {
@@ -42,7 +43,7 @@ impl Manager {
         }
     }
 
-    /// Begins a work. The structure is locked.
+    /// Begins a work. The disk is claimed.
     pub(super) fn begin_work(&self, disk: &Arc<DiskEntry>, record: WorkRecord) -> Result<Arc<JobEntry>, ApiError> {
         if let Some(job) = self.work_of(disk) {
             return Err(ApiError::new(ErrorCode::Conflict, format!("{}: job {} is not done", disk.name, job.id))
@@ -69,7 +70,7 @@ impl Manager {
         }
     }
 
-    /// Goes on with what was stopped or has failed. The structure is locked.
+    /// Goes on with what was stopped or has failed. The disk is claimed.
     pub(super) fn go_on_with_work(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
         let Some(mut record) = locked(&disk.standing).work.clone() else {
             return Err(ApiError::job_ended(job.id, job.state()));
@@ -86,43 +87,38 @@ impl Manager {
     /// The job that works on the disk, or would if it were resumed.
     pub(super) fn work_of(&self, disk: &DiskEntry) -> Option<Arc<JobEntry>> {
         let kind = kind_of(&locked(&disk.standing).work.as_ref()?.work);
-        let is_it = |j: &&Arc<JobEntry>| j.disk == disk.name && j.kind == kind && j.state() != JobState::Done;
-        locked(&self.jobs).values().rev().find(is_it).cloned()
-    }
-
-    /// The disk that a job works on, if there is work left.
-    pub(super) fn disk_of_work(&self, job: &JobEntry) -> Option<Arc<DiskEntry>> {
-        let disk = self.disk(&job.disk).ok()?;
-        let is_it = self.work_of(&disk).is_some_and(|of| of.id == job.id);
-        is_it.then_some(disk)
+        self.job_on(disk, |job| job.kind == kind)
     }
 
     /// Remembers how a job is paced, if a restart goes on with it.
     pub(super) fn remember_pace(&self, job: &JobEntry) -> Result<(), ApiError> {
-        let remembered = || self.disk_of_work(job).or_else(|| self.restored_by(job));
-        if remembered().is_none() {
-            return Ok(()); // Nothing is remembered of it, and nobody is waited for.
+        let disk = &job.disk;
+        if job.state() == JobState::Done || !matches!(job.kind, JobKind::Restore | JobKind::Migrate | JobKind::Update) {
+            return Ok(()); // Nothing is remembered of it.
         }
-        let _structure = locked(&self.structure);
-        let Some(disk) = remembered() else { return Ok(()) };
-        if let Some(restore) = locked(&disk.restore).as_mut() {
-            restore.delay_ms = job.pace.delay_ms.load(Ordering::Relaxed);
-            restore.bytes_per_second = job.pace.bytes_per_second.load(Ordering::Relaxed);
+        let wanted = Wanted::changing([ClaimKey::Entity(disk.id)]);
+        let _claim = self.claim_keys(&format!("job set {}", job.id), &[disk.name.as_str()], wanted)?;
+        if !self.is_served(disk) {
+            return Ok(());
         }
-        if let Some(work) = &mut locked(&disk.standing).work {
-            work.delay_ms = job.pace.delay_ms.load(Ordering::Relaxed);
-            work.bytes_per_second = job.pace.bytes_per_second.load(Ordering::Relaxed);
+        let (delay_ms, limit) = (&job.pace.delay_ms, &job.pace.bytes_per_second);
+        if job.kind == JobKind::Restore
+            && let Some(restore) = locked(&disk.restore).as_mut()
+        {
+            restore.delay_ms = delay_ms.load(Ordering::Relaxed);
+            restore.bytes_per_second = limit.load(Ordering::Relaxed);
         }
-        self.persist(&[disk])
+        if job.is_work()
+            && let Some(work) = &mut locked(&disk.standing).work
+        {
+            work.delay_ms = delay_ms.load(Ordering::Relaxed);
+            work.bytes_per_second = limit.load(Ordering::Relaxed);
+        }
+        self.persist(std::slice::from_ref(disk))
     }
 
-    /// Takes the jobs of what is gone off the list.
-    pub(super) fn forget_jobs_of(&self, disk: &Name) {
-        locked(&self.jobs).retain(|_, job| job.disk != *disk || job.state() == JobState::Running);
-    }
-
-    pub(super) fn job_of(&self, disk: &DiskEntry, record: &WorkRecord) -> Arc<JobEntry> {
-        let job = self.new_job(kind_of(&record.work), &disk.name, None);
+    pub(super) fn job_of(&self, disk: &Arc<DiskEntry>, record: &WorkRecord) -> Arc<JobEntry> {
+        let job = self.new_job(kind_of(&record.work), disk, None);
         job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
         job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
         job
@@ -136,6 +132,6 @@ impl Manager {
                 work.stopped = true;
             }
         };
-        self.run_job("work", disk, &job, run, mark_stopped, |_, _| ());
+        self.run_job("work", &job, run, mark_stopped, |_, _| ());
     }
 }

@@ -233,6 +233,16 @@ impl Executor {
     }
 }
 
+/// Runs something on a small ring of its own, in this thread.
+///
+/// # Errors
+/// When there is no ring, or it fails.
+pub fn block_on<T: 'static>(future: impl AsyncFnOnce(IoQueue) -> T + 'static) -> io::Result<T> {
+    let executor = Executor::new(RingOptions { entries: 8 })?;
+    let queue = executor.queue().clone();
+    executor.block_on(async move { future(queue).await })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -55,9 +55,6 @@ pub struct FileImage {
 /// Guest sectors; a disk's size is a multiple of this (virtio 1.2, 5.2.4).
 const SECTOR_BYTES: u64 = 512;
 
-/// The last transfers of a process that was killed keep its locks for a moment.
-const PROBE_WAIT: Duration = Duration::from_secs(2);
-
 impl FileImage {
     /// Opens and locks an existing raw file or block device.
     ///
@@ -80,22 +77,29 @@ impl FileImage {
         Self::finish_open(file, path, options, is_block, mode)
     }
 
-    /// Opens a file or block device as it would be opened for writing, and with the same locks, but only to read: to
-    /// find out whether it could be.
+    /// Opens a file or block device as [`FileImage::open`] would, with the same locks and only if it could be written by
+    /// whoever asks, but only to read: to find out whether it could be.
     ///
     /// # Errors
     /// As for [`FileImage::open`].
-    pub fn probe(path: &Path, direct: Direct) -> Result<FileImage, ImageError> {
+    pub fn probe(path: &Path, options: ImageOptions) -> Result<FileImage, ImageError> {
         let meta = std::fs::metadata(path).map_err(|e| open_error(path, &e))?;
         let is_block = meta.file_type().is_block_device();
         if !is_block && !meta.is_file() {
             let message = "it is neither a regular file nor a block device";
             return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
         }
-        let claim = if is_block { libc::O_EXCL } else { 0 };
-        let options = ImageOptions { direct, read_only: true, lock_wait: PROBE_WAIT };
+        let (mut claim, mut mode) = (0, LockMode::Read);
+        if !options.read_only {
+            let may_write =
+                rustix::fs::accessat(rustix::fs::CWD, path, rustix::fs::Access::WRITE_OK, rustix::fs::AtFlags::EACCESS);
+            may_write.map_err(|e| open_error(path, &e.into()))?;
+            claim = if is_block { libc::O_EXCL } else { 0 };
+            mode = LockMode::Write;
+        }
+        let options = ImageOptions { read_only: true, ..options };
         let file = open_with(path, options, libc::O_CLOEXEC | libc::O_NOCTTY | claim)?;
-        Self::finish_open(file, path, options, is_block, LockMode::Write)
+        Self::finish_open(file, path, options, is_block, mode)
     }
 
     /// Creates a sparse file of `size_bytes`, mode 0600, open for writing and locked. Fails if the name is taken,

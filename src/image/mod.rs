@@ -21,7 +21,7 @@ mod transfer;
 
 pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
 pub use error::{ImageError, ImageErrorKind, ImageOp};
-pub use executor::{Executor, RemoteWaker};
+pub use executor::{Executor, RemoteWaker, block_on};
 pub use file::{Direct, FileImage, ImageOptions};
 pub use join::join_all;
 pub use lock::LockMode;

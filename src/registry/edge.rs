@@ -35,8 +35,7 @@ impl Registry {
                 Kind::Volume { on } => Some(on),
                 Kind::Disk | Kind::Independent { .. } => None,
             };
-            // What is lost needs nothing any more.
-            let restore = disk.restore.as_ref().filter(|restore| !restore.is_lost);
+            let restore = disk.restore.as_ref();
             let through = restore.iter().flat_map(|r| r.through.clone()).collect::<Vec<_>>();
             stands
                 .map(edge(EdgeKind::StandsOn))

@@ -155,6 +155,20 @@ impl Registry {
         }
     }
 
+    /// The same with what each restore reads through.
+    #[must_use]
+    pub fn with_ways_of_restores(mut self) -> Registry {
+        let source = |disk: &Disk| Some((disk.id, disk.restore.as_ref()?.source));
+        let restores: Vec<(Uuid, Uuid)> = self.disks.values().filter_map(source).collect();
+        for (id, source) in restores {
+            let through = self.through(source);
+            if let Some(restore) = self.disks.get_mut(&id).and_then(|disk| disk.restore.as_mut()) {
+                restore.through = through;
+            }
+        }
+        self
+    }
+
     /// All disks and volumes.
     pub fn disks(&self) -> impl Iterator<Item = &Disk> {
         self.disks.values()

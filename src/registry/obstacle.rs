@@ -245,6 +245,11 @@ impl Registry {
 
     /// By which job a disk is restored, and what ends that.
     fn job_of_restore(&self, disk: &Disk) -> (String, Vec<Step>) {
+        if disk.restore.as_ref().is_some_and(|restore| restore.is_lost) {
+            // What it needs may come back; or the disk is given up as it is.
+            let give_up = Command::RemoveDisk { disk: disk.name.clone(), force: true };
+            return (", and waits for what it lacks".to_owned(), vec![Step::Run(give_up)]);
+        }
         match self.job_on(disk.id, |j| j.kind == JobKind::Restore) {
             Some(job) => (format!(" by job {}", job.id), go_on_with(job)),
             None => (String::new(), vec![Step::PutBack(disk.name.clone())]),

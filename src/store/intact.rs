@@ -33,7 +33,9 @@ const HEADER_BYTES: usize = 320;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Content {
     /// None before the first commit.
-    pub(super) format: Option<u64>,
+    pub(super) layout: Option<u64>,
+    /// The number of the next job. None before the first one.
+    pub(super) next_job: Option<u64>,
     pub(super) disks: BTreeMap<String, Vec<u8>>,
     pub(super) dropped: BTreeSet<String>,
 }
@@ -53,7 +55,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Whole, String> {
     let flags = bytes[FLAGS_AT];
     let is_unclean = flags & UNCLEAN != 0;
     if flags & TWO_PHASES == 0 {
-        // Never committed, or an older program was killed while it wrote: the one commit that redb finds.
+        // Never committed by this program: the one commit that redb finds.
         return Ok(Whole { content: open(bytes.to_vec())?, is_unclean });
     }
     let named = usize::from(flags & PRIMARY);
@@ -98,7 +100,10 @@ pub(super) fn content_of(database: &Database) -> Result<Content, String> {
     let read = database.begin_read().map_err(|e| e.to_string())?;
     let mut content = Content::default();
     match read.open_table(META) {
-        Ok(meta) => content.format = meta.get("format").map_err(|e| e.to_string())?.map(|v| v.value()),
+        Ok(meta) => {
+            content.layout = meta.get("format").map_err(|e| e.to_string())?.map(|v| v.value());
+            content.next_job = meta.get("next_job").map_err(|e| e.to_string())?.map(|v| v.value());
+        }
         Err(TableError::TableDoesNotExist(_)) => return Ok(content),
         Err(e) => return Err(e.to_string()),
     }

@@ -13,17 +13,21 @@ mod durable;
 #[cfg(test)]
 mod flip_tests;
 mod intact;
+mod record;
 mod records;
 mod run_header;
 mod table;
+mod table_files;
 mod work;
 
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
-pub use records::{
-    BookmarkRecord, ChangedRecord, DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError,
-    Records, RestoreRecord, SnapshotRecord, VolumeRecord,
+pub use record::{
+    BookmarkRecord, ChangedRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, SnapshotRecord,
+    VolumeRecord,
 };
+pub use records::{ExaminedRecords, RecordError, Records, Remembered, UnreadableRecord};
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, TableError, sync_directory_of};
+pub use table_files::TableFiles;
 pub use work::{Work, WorkRecord};

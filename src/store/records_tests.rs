@@ -1,12 +1,17 @@
 //! Records on real files: damage of every kind is found and named, or gives exactly what was recorded.
 //!
 //! Checked: single flipped bits, of a file that was closed and of one whose writer was killed, with commits before the
-//! last one still in it; older formats. Not checked: several flipped bits, somebody who computes new checksums.
+//! last one still in it; records that cannot be read beside others. Not checked: several flipped bits, somebody who computes new checksums.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+
+use uuid::Uuid;
 
 use super::*;
-use crate::store::Work;
+use crate::store::{
+    BookmarkRecord, ChangedRecord, Fingerprint, RestoreRecord, SnapshotRecord, VolumeRecord, Work, WorkRecord,
+};
 
 /// xorshift64*: small, and the same everywhere.
 struct Rng(u64);
@@ -86,6 +91,7 @@ fn disk(name: &str) -> DiskRecord {
         logical_block_bytes: None,
         work: None,
         next_live: None,
+        set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(Uuid::new_v4()),
@@ -102,7 +108,7 @@ fn file_with_history(path: &Path, closed: bool) -> (Vec<u8>, Vec<DiskRecord>, BT
     let volume = VolumeRecord {
         snapshot: disks[0].snapshots[0].id,
         from: "vm0@a".to_owned(),
-        source: Some(disks[0].id),
+        source: disks[0].id,
         origin: Uuid::new_v4(),
         size_bytes: 1 << 20,
         created_ms: 3,
@@ -127,19 +133,26 @@ fn file_with_history(path: &Path, closed: bool) -> (Vec<u8>, Vec<DiskRecord>, BT
     records.put([&disks[1]]).unwrap();
     disks[2].saved = Some(Fingerprint { size_bytes: 5, modified_ns: 6 });
     records.put([&disks[2]]).unwrap();
-    let (now, dropped) = (records.disks().unwrap(), records.dropped().unwrap());
+    let (now, dropped) = (all(&records), records.dropped().unwrap());
     assert_eq!((now, dropped.len()), (disks.clone(), 2));
     let killed = std::fs::read(path).unwrap();
     drop(records);
     (if closed { std::fs::read(path).unwrap() } else { killed }, disks, dropped)
 }
 
+/// All disks, whose records can be read.
+fn all(records: &Records) -> Vec<DiskRecord> {
+    let Remembered { disks, unreadable } = records.disks().unwrap();
+    assert!(unreadable.is_empty(), "{unreadable:?}");
+    disks
+}
+
 /// None when the damage was found; else what is read.
 fn reading(bytes: &[u8]) -> Option<(Vec<DiskRecord>, BTreeSet<String>)> {
     let content = intact::read(bytes).ok()?.content;
-    check_format(content.format).ok()?;
-    let disks = content.disks.iter().map(|(name, value)| decode(content.format, name, value));
-    Some((disks.collect::<Result<_, _>>().ok()?, content.dropped))
+    check_layout(content.layout).ok()?;
+    let remembered = decode_all(&content);
+    remembered.unreadable.is_empty().then_some((remembered.disks, content.dropped))
 }
 
 /// Flips bits of a file one at a time: after each, the damage is found or everything is as it was. Returns how many were
@@ -222,7 +235,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
         match Records::open(&path) {
             Ok(records) => {
                 opened += 1;
-                assert_eq!((records.disks().unwrap(), records.dropped().unwrap()), (disks.clone(), dropped.clone()));
+                assert_eq!((all(&records), records.dropped().unwrap()), (disks.clone(), dropped.clone()));
             }
             Err(e) => {
                 refused += 1;
@@ -235,7 +248,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
     for len in [1, 100, 4096, good.len() - 4096, good.len() - 1] {
         std::fs::write(&path, &good[..len]).unwrap();
         match Records::open(&path) {
-            Ok(records) => assert_eq!(records.disks().unwrap(), disks, "cut to {len}"),
+            Ok(records) => assert_eq!(all(&records), disks, "cut to {len}"),
             Err(e) => assert!(e.to_string().contains("damaged"), "{e}"),
         }
     }
@@ -250,65 +263,157 @@ fn a_header_that_names_the_commit_before_the_last_one_is_seen_through() {
     bytes[9] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
     let records = Records::open(&path).unwrap();
-    assert_eq!((records.disks().unwrap(), records.dropped().unwrap()), (disks.clone(), dropped));
+    assert_eq!((all(&records), records.dropped().unwrap()), (disks.clone(), dropped));
     drop(records);
-    assert_eq!(Records::open(&path).unwrap().disks().unwrap(), disks);
+    assert_eq!(all(&Records::open(&path).unwrap()), disks);
 }
 
 #[test]
 fn a_record_checks_itself_and_its_name() {
     let record = disk("vm0");
     let value = encode(&record).unwrap();
-    assert_eq!(decode(Some(FORMAT), "vm0", &value).unwrap(), record);
-    assert!(decode(Some(FORMAT), "vm1", &value).is_err(), "under another name");
+    assert_eq!(decode("vm0", &value).unwrap(), record);
+    assert!(decode("vm1", &value).is_err(), "under another name");
     for bit in 0..value.len() * 8 {
         let mut bad = value.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
-        let answer = decode(Some(FORMAT), "vm0", &bad);
-        assert!(matches!(answer, Err(RecordError::Damaged { .. })), "flipped bit {bit} went unnoticed");
+        let answer = decode("vm0", &bad);
+        assert!(matches!(answer, Err(UnreadableRecord::Damaged(_))), "flipped bit {bit} went unnoticed");
     }
     for len in 0..value.len() {
-        assert!(decode(Some(FORMAT), "vm0", &value[..len]).is_err(), "cut to {len}");
+        assert!(decode("vm0", &value[..len]).is_err(), "cut to {len}");
     }
 }
 
-/// As an older program wrote it: one phase, and plain JSON before there were checksums.
-fn older_file(path: &Path, format: u64, disks: &[DiskRecord]) {
+/// Puts bytes in the place of a record, as another program would, or a medium that forgets.
+fn put_bytes(path: &Path, name: &str, value: &[u8]) {
     let database = Database::create(path).unwrap();
-    let change = database.begin_write().unwrap();
-    change.open_table(META).unwrap().insert("format", format).unwrap();
-    {
-        let mut table = change.open_table(DISKS).unwrap();
-        for disk in disks {
-            let mut json = serde_json::to_value(disk).unwrap();
-            json.as_object_mut().unwrap().remove("volume");
-            let json = serde_json::to_vec(&json).unwrap();
-            let value = if format < FORMAT_SEALED { json } else { seal(&disk.name, &json) };
-            table.insert(disk.name.as_str(), value.as_slice()).unwrap();
-        }
-    }
+    let change = begin(&database).unwrap();
+    change.open_table(DISKS).unwrap().insert(name, value).unwrap();
     change.commit().unwrap();
 }
 
+fn bytes_of(path: &Path, name: &str) -> Vec<u8> {
+    intact::read(&std::fs::read(path).unwrap()).unwrap().content.disks[name].clone()
+}
+
+fn with_unknown_field(record: &DiskRecord) -> Vec<u8> {
+    let mut json = serde_json::to_value(record).unwrap();
+    json["snapshots"][0]["locked_until"] = 7.into();
+    seal(&record.name, FORMAT, json.to_string().as_bytes())
+}
+
 #[test]
-fn older_formats_are_read_and_become_this_one_and_later_ones_are_left_alone() {
+fn a_record_that_cannot_be_read_stays_and_does_not_stop_the_others() {
     let dir = tempfile::tempdir().unwrap();
-    let disks: Vec<DiskRecord> = ["vm0", "vm1"].map(disk).into();
-    for format in FORMAT_FIRST..FORMAT {
-        let path = dir.path().join(format!("format-{format}"));
-        older_file(&path, format, &disks);
+    let [good, other] = ["vm0", "vm1"].map(disk);
+    let mut flipped = encode(&other).unwrap();
+    flipped[200] ^= 1;
+    let newer: fn(&UnreadableRecord) -> bool = |why| matches!(why, UnreadableRecord::Newer(_));
+    let damaged: fn(&UnreadableRecord) -> bool = |why| matches!(why, UnreadableRecord::Damaged(_));
+    let json = serde_json::to_vec(&other).unwrap();
+    let cases = [
+        ("newer", seal("vm1", FORMAT + 1, b"whatever it may be"), newer),
+        ("field", with_unknown_field(&other), newer),
+        ("flipped", flipped, damaged),
+        ("renamed", seal("vm1", FORMAT, &serde_json::to_vec(&good).unwrap()), damaged),
+        ("empty", Vec::new(), damaged),
+        ("unsealed", json.clone(), damaged),
+        ("format", seal("vm1", FORMAT - 1, &json), damaged),
+    ];
+    for (what, value, is_it) in cases {
+        let path = dir.path().join(what);
+        Records::open(&path).unwrap().put([&good, &other]).unwrap();
+        put_bytes(&path, "vm1", &value);
         let examined = Records::examine(&path).unwrap().unwrap();
-        assert_eq!(examined.format, Some(format));
-        assert_eq!(examined.disks.into_iter().collect::<Result<Vec<_>, _>>().unwrap(), disks);
-        assert_eq!(Records::open(&path).unwrap().disks().unwrap(), disks);
-        assert_eq!(Records::examine(&path).unwrap().unwrap().format, Some(FORMAT));
-        assert_eq!(Records::open(&path).unwrap().disks().unwrap(), disks);
+        let records = Records::open(&path).unwrap();
+        let remembered = records.disks().unwrap();
+        assert_eq!(examined.remembered, remembered, "{what}");
+        assert_eq!(remembered.disks, std::slice::from_ref(&good), "{what}");
+        let why = &remembered.unreadable["vm1"];
+        assert!(remembered.unreadable.len() == 1 && is_it(why), "{what}: {why}");
+        // It is not replaced, alone or with others, and the others are.
+        let mut changed = good.clone();
+        changed.live_began = 9;
+        for put in [vec![&other], vec![&changed, &other]] {
+            assert!(matches!(records.put(put), Err(RecordError::Kept { disk, .. }) if disk == "vm1"), "{what}");
+        }
+        assert_eq!(records.disks().unwrap(), remembered, "{what}");
+        records.put([&changed]).unwrap();
+        records.take_job_ids(1).unwrap();
+        records.forget_dropped().unwrap();
+        drop(records);
+        assert_eq!(bytes_of(&path, "vm1"), value, "{what}: byte for byte");
+        let records = Records::open(&path).unwrap();
+        assert_eq!(records.disks().unwrap().unreadable, remembered.unreadable, "{what}");
+        records.remove("vm1").unwrap();
+        assert_eq!(all(&records), [changed], "{what}");
+        assert!(records.dropped().unwrap().is_empty(), "{what}: nobody knows what it named");
+        records.put([&other]).unwrap();
     }
-    let path = dir.path().join("later");
-    older_file(&path, FORMAT + 1, &disks);
-    let before = std::fs::read(&path).unwrap();
-    assert!(matches!(Records::open(&path), Err(RecordError::Format { .. })));
-    assert!(std::fs::read(&path).unwrap() == before);
+}
+
+#[test]
+fn a_store_of_another_layout_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("records");
+    Records::open(&path).unwrap().put([&disk("vm0")]).unwrap();
+    for layout in [1, LAYOUT - 1, LAYOUT + 1] {
+        let database = Database::create(&path).unwrap();
+        let change = begin(&database).unwrap();
+        change.open_table(META).unwrap().insert("format", layout).unwrap();
+        change.commit().unwrap();
+        drop(database);
+        let before = std::fs::read(&path).unwrap();
+        assert!(matches!(Records::open(&path), Err(RecordError::Layout { found }) if found == layout));
+        assert!(matches!(Records::examine(&path), Err(RecordError::Layout { found }) if found == layout));
+        assert!(std::fs::read(&path).unwrap() == before);
+    }
+}
+
+#[test]
+fn the_number_of_a_job_is_never_given_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("records");
+    let (mut given, mut last) = (BTreeSet::new(), 0);
+    for (round, closed) in [true, false, true, false, true].into_iter().enumerate() {
+        let records = Records::open(&path).unwrap();
+        for count in [1, 1, 3, 1, 40, 0, 1, 31, 2] {
+            let ids = records.take_job_ids(count).unwrap();
+            assert_eq!(ids.end - ids.start, count);
+            for id in ids {
+                assert!(given.insert(id) && id > last, "round {round}: {id} after {last}");
+                last = id;
+            }
+        }
+        records.put([&disk("vm0")]).unwrap();
+        // As a kill leaves it, or closed.
+        let killed = std::fs::read(&path).unwrap();
+        drop(records);
+        if !closed {
+            std::fs::write(&path, killed).unwrap();
+        }
+    }
+    assert_eq!(given.first(), Some(&1));
+}
+
+/// A transaction is two syncs, and jobs begin while guests write.
+#[test]
+fn numbers_of_jobs_are_set_aside_in_lots() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("records");
+    let records = Records::open(&path).unwrap();
+    let changed = || std::fs::metadata(&path).unwrap().mtime_nsec();
+    let next_stored = || intact::read(&std::fs::read(&path).unwrap()).unwrap().content.next_job.unwrap();
+    records.take_job_ids(1).unwrap();
+    let (before, lot_end) = (changed(), next_stored());
+    assert_eq!(lot_end, 1 + JOB_LOT, "it is stored before it is given");
+    for _ in 1..JOB_LOT {
+        records.take_job_ids(1).unwrap();
+    }
+    assert_eq!((changed(), next_stored()), (before, lot_end), "the rest of a lot costs nothing");
+    assert_eq!(records.take_job_ids(1).unwrap(), lot_end..lot_end + 1);
+    assert_eq!(next_stored(), lot_end + JOB_LOT);
 }
 
 #[test]
@@ -325,10 +430,10 @@ fn what_is_let_go_is_remembered_until_it_is_recorded_again_or_forgotten() {
     records.put([&record]).unwrap();
     assert_eq!(records.dropped().unwrap(), BTreeSet::from([gone.id.to_string()]));
     records.remove("vm0").unwrap();
-    let all: BTreeSet<String> = record.names().into_iter().chain([gone.id.to_string()]).collect();
-    assert_eq!(records.dropped().unwrap(), all);
+    let names: BTreeSet<String> = record.names().into_iter().chain([gone.id.to_string()]).collect();
+    assert_eq!(records.dropped().unwrap(), names);
     records.forget_dropped().unwrap();
-    assert!(records.dropped().unwrap().is_empty() && records.disks().unwrap().is_empty());
+    assert!(records.dropped().unwrap().is_empty() && all(&records).is_empty());
 }
 
 /// redb does not open a file that it has only begun to make, so that is done beside the place.
@@ -340,7 +445,7 @@ fn a_store_has_its_name_when_it_is_complete() {
     drop(Records::open(&path).unwrap());
     assert!(path.exists() && !beside.exists(), "it is made beside its place, also where one was begun before");
     let made = Records::examine(&path).unwrap().unwrap();
-    assert_eq!((made.format, made.disks.len()), (Some(FORMAT), 0));
+    assert_eq!((made.is_unclean, made.remembered), (false, Remembered::default()));
     // What an older program has only begun to make is refused, and not taken for an empty one.
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     assert!(Records::open(&path).is_err());
@@ -359,7 +464,7 @@ fn the_image_of_a_disk_is_not_let_go() {
     clone.stood_on = Some(VolumeRecord {
         snapshot: Uuid::new_v4(),
         from: "vm0@a".to_owned(),
-        source: None,
+        source: Uuid::new_v4(),
         origin: Uuid::new_v4(),
         size_bytes: 4096,
         created_ms: 1,

@@ -14,16 +14,14 @@ pub enum Work {
 
 /// Work that is under way, and how it was paced.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WorkRecord {
     /// What is done.
     pub work: Work,
     /// Whether the user has stopped it; then it waits to be resumed.
-    #[serde(default)]
     pub stopped: bool,
     /// The pause between two steps, in milliseconds.
-    #[serde(default)]
     pub delay_ms: u32,
     /// The most that it copies in a second; 0 for as much as it can.
-    #[serde(default)]
     pub bytes_per_second: u64,
 }

@@ -26,7 +26,7 @@ mod worker;
 
 pub use features::QUEUES_MAX;
 pub use intake::{AvailSource, intake};
-pub use server::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
+pub use server::{FRONTENDS_MAX, Offer, ServeOptions, ServerHandle, SocketSource, serve};
 pub use socket::clear_stale;
 pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
 

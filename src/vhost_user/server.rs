@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -62,12 +62,27 @@ pub struct ServeOptions {
     pub once: bool,
 }
 
+/// What the next frontends get that connect; those that are connected keep what they have.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// How many queues they may use: 1 to [`QUEUES_MAX`].
+    pub queues: u16,
+    /// The serial number that the guest can ask for; up to 20 bytes, longer ones are cut.
+    pub serial: String,
+    /// Whether they may only read.
+    pub read_only: bool,
+}
+
 struct Shared {
     stop: AtomicBool,
     connected: AtomicUsize,
     wake: OwnedFd,
-    counters: Vec<Arc<QueueCounters>>,
+    offer: Mutex<Offer>,
+    /// As many as any frontend was ever offered.
+    counters: Mutex<Vec<Arc<QueueCounters>>>,
     ended: (Mutex<bool>, Condvar),
+    /// Held while a frontend gets its session, or while none is to get one.
+    door: Mutex<()>,
 }
 
 /// A socket that is being served. Dropping it stops the server.
@@ -99,18 +114,18 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
     }
     let (bound, first) = open(socket)?;
     let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
-    let counters: Vec<_> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
-    let mut serial_bytes = [0; SERIAL_BYTES];
-    let len = serial.len().min(SERIAL_BYTES);
-    serial_bytes[..len].copy_from_slice(&serial.as_bytes()[..len]);
-    let context =
-        SessionContext { name: name.clone(), attachment, serial: serial_bytes, counters: counters.clone(), observer };
+    let offer = Offer { queues, serial, read_only: false };
+    // What is offered is put in when a frontend comes.
+    let (serial, counters) = ([0; SERIAL_BYTES], Vec::new());
+    let context = SessionContext { name: name.clone(), attachment, serial, counters, read_only: false, observer };
     let shared = Arc::new(Shared {
         stop: AtomicBool::new(false),
         connected: AtomicUsize::new(usize::from(first.is_some())),
         wake,
-        counters,
+        offer: Mutex::new(offer),
+        counters: Mutex::default(),
         ended: (Mutex::new(false), Condvar::new()),
+        door: Mutex::new(()),
     });
     let once = once || bound.is_none();
     let mut server = Server::new(shared.clone(), context, bound, frontends_max, once)?;
@@ -169,6 +184,12 @@ impl ServerHandle {
         }
     }
 
+    /// Keeps frontends that come from getting a session until this is dropped: they wait. Those that have one are counted by
+    /// then.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        self.shared.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the server has ended.
     #[must_use]
     pub fn is_ended(&self) -> bool {
@@ -191,8 +212,14 @@ impl ServerHandle {
     #[must_use]
     pub fn stats(&self) -> QueueStats {
         let mut total = QueueStats::default();
-        self.shared.counters.iter().for_each(|c| c.add_to(&mut total));
+        self.shared.counters().iter().for_each(|c| c.add_to(&mut total));
         total
+    }
+
+    /// Offers something else to the frontends that connect from now on. Queues beyond [`QUEUES_MAX`] are not.
+    pub fn offer(&self, offer: Offer) {
+        let offer = Offer { queues: offer.queues.clamp(1, QUEUES_MAX), ..offer };
+        *self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 
     /// The same for each queue.
@@ -203,7 +230,7 @@ impl ServerHandle {
             c.add_to(&mut stats);
             stats
         };
-        self.shared.counters.iter().map(one).collect()
+        self.shared.counters().iter().map(one).collect()
     }
 }
 
@@ -214,6 +241,25 @@ impl Drop for ServerHandle {
 }
 
 impl Shared {
+    fn counters(&self) -> MutexGuard<'_, Vec<Arc<QueueCounters>>> {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a frontend what is offered now.
+    fn make_offer(&self, context: &mut SessionContext) {
+        let offer = self.offer.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let len = offer.serial.len().min(SERIAL_BYTES);
+        context.serial = [0; SERIAL_BYTES];
+        context.serial[..len].copy_from_slice(&offer.serial.as_bytes()[..len]);
+        context.read_only = offer.read_only;
+        let queues = usize::from(offer.queues);
+        let mut counters = self.counters();
+        if counters.len() < queues {
+            counters.resize_with(queues, Arc::default);
+        }
+        context.counters = counters[..queues].to_vec();
+    }
+
     fn wake(&self) {
         if let Err(e) = rustix::io::write(&self.wake, &1u64.to_ne_bytes())
             && e != rustix::io::Errno::AGAIN
@@ -372,8 +418,11 @@ impl Server {
     }
 
     fn start(&mut self, stream: UnixStream) {
+        let shared = self.shared.clone();
+        let _door = shared.door.lock().unwrap_or_else(PoisonError::into_inner);
         self.served += 1;
         let mut context = self.context.clone();
+        self.shared.make_offer(&mut context);
         if self.frontends_max > 1 {
             // Several may have something to complain about.
             context.name = format!("{} frontend {}", context.name, self.served);

@@ -38,7 +38,15 @@ pub(super) struct SessionContext {
     pub(super) serial: [u8; SERIAL_BYTES],
     /// One for each queue.
     pub(super) counters: Vec<Arc<QueueCounters>>,
+    /// Whether the frontend may only read, also what could be written.
+    pub(super) read_only: bool,
     pub(super) observer: Arc<dyn Observer>,
+}
+
+impl SessionContext {
+    fn is_read_only(&self) -> bool {
+        self.read_only || self.attachment.is_read_only()
+    }
 }
 
 /// Serves one connection until it ends, for whatever reason. Logs the reason unless the frontend just left.
@@ -128,7 +136,7 @@ fn failed(e: impl Into<io::Error>) -> Error {
 impl Session {
     fn new(context: SessionContext, closer: Arc<Closer>) -> Session {
         let queues = context.counters.len();
-        let read_only = context.attachment.is_read_only();
+        let read_only = context.is_read_only();
         let queues_offered = u16::try_from(queues).unwrap_or(features::QUEUES_MAX);
         Session {
             config: ConfigSpace::new(context.attachment.geometry(), read_only, queues_offered),
@@ -143,7 +151,7 @@ impl Session {
     }
 
     fn offered(&self) -> u64 {
-        features::offered(self.context.attachment.is_read_only())
+        features::offered(self.context.is_read_only())
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring> {
@@ -185,7 +193,7 @@ impl Session {
             capacity_bytes: self.context.attachment.geometry().size_bytes,
             features,
             durable: true,
-            read_only: self.context.attachment.is_read_only(),
+            read_only: self.context.is_read_only(),
             serial: self.context.serial,
         });
         let vring = self.vring(index)?;

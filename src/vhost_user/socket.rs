@@ -81,11 +81,24 @@ pub fn clear_stale(path: &Path) -> io::Result<()> {
             "something that is not a socket is already there; remove it or choose another path",
         ));
     }
-    match UnixStream::connect(path) {
+    match probe(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-        Ok(_) => Err(with_path(path, "another process is listening on this socket")),
+        // One that accepts nobody has a full backlog: it is in use all the same.
+        Ok(()) => Err(with_path(path, "another process is listening on this socket")),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            Err(with_path(path, "another process is listening on this socket"))
+        }
         Err(e) => Err(with_path(path, &format!("cannot tell whether this socket is in use: {e}"))),
     }
+}
+
+/// Connects without waiting.
+fn probe(path: &Path) -> io::Result<()> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    drop(UnixStream::from(socket));
+    Ok(())
 }
 
 fn with_path(path: &Path, what: &str) -> io::Error {

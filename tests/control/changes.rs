@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::exchange::{read_head, read_until, request};
-use crate::fake::Rig;
+use crate::rig::Rig;
 
 fn cli(rig: &Rig, args: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_halfsilver")).arg("--control").arg(&rig.path).args(args).output();

@@ -9,7 +9,8 @@ use halfsilver::control::api::{JobState, LegState, SnapshotState, Strategy};
 use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
-use crate::fake::{Rig, name};
+use crate::fake::name;
+use crate::rig::Rig;
 
 fn halfsilver() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
@@ -18,19 +19,19 @@ fn halfsilver() -> Command {
 }
 
 impl Rig {
-    fn command(&self, line: &str) -> Command {
+    pub(crate) fn command(&self, line: &str) -> Command {
         let mut command = halfsilver();
         command.env("HALFSILVER_CONTROL", &self.path).current_dir(self.directory.path()).args(line.split_whitespace());
         command
     }
 
-    fn run(&self, line: &str) -> Output {
+    pub(crate) fn run(&self, line: &str) -> Output {
         self.command(line).output().unwrap()
     }
 
     /// Runs a command that must work, and returns what it printed.
     #[track_caller]
-    fn done(&self, line: &str) -> String {
+    pub(crate) fn done(&self, line: &str) -> String {
         let output = self.run(line);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!((output.status.code(), &*stderr), (Some(0), ""), "{line}");
@@ -38,19 +39,19 @@ impl Rig {
     }
 
     #[track_caller]
-    fn json(&self, line: &str) -> Value {
+    pub(crate) fn json(&self, line: &str) -> Value {
         serde_json::from_str(&self.done(line)).unwrap()
     }
 
     /// Runs a command that must be refused, and returns its one line.
     #[track_caller]
-    fn fails(&self, line: &str) -> String {
+    pub(crate) fn fails(&self, line: &str) -> String {
         one_line(&self.run(line))
     }
 }
 
 #[track_caller]
-fn one_line(output: &Output) -> String {
+pub(crate) fn one_line(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("halfsilver: ") && stderr.ends_with('\n') && stderr.lines().count() == 1, "{stderr:?}");
@@ -462,6 +463,12 @@ fn completions_and_manual_pages() {
     assert!(rig.done("serve --help").contains("--state-dir"));
     for (line, text) in [
         ("serve --help", "mirror=other.raw"),
+        ("serve --help", "--strict"),
+        ("disk set --help", "queues, readonly and serial for the next frontend"),
+        ("disk forget --help", "a disk's image stays"),
+        ("snapshot delete --help", "none of them is"),
+        ("job wait --help", "--wait-timeout <SECONDS|5m>"),
+        ("volume list --help", "--after <LAST>"),
         ("disk mirror --help", "replace the failed one"),
         ("disk restore --help", "it shows that at once"),
         ("disk unmirror --help", "stays as a plain raw image"),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::fake::PATIENCE;
+use crate::rig::PATIENCE;
 
 #[derive(Debug)]
 pub(crate) struct Answer {

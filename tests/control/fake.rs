@@ -2,28 +2,20 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use halfsilver::control::api::{
-    Bookmark, BookmarkState, ByteRange, DeleteSnapshotOptions, DiffSource, Disk, DiskConfig, DiskState, Job, JobKind,
-    JobPatch, JobState, Leg, LegState, RestoreRequest, RestoreStatus, Snapshot, SnapshotRequest, SnapshotState,
-    Strategy, UpdateQuery, VersionInfo, Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus,
-    Writers,
+    Bookmark, BookmarkState, ByteRange, Claim, DeleteSnapshotOptions, DeletionState, DiffSource, Disk, DiskConfig,
+    DiskPatch, DiskState, GroupDeletion, Job, JobKind, JobPatch, JobState, Leg, LegState, RestoreRequest,
+    RestoreStatus, Snapshot, SnapshotRequest, SnapshotState, Strategy, Unserved, UpdateQuery, VersionInfo, Volume,
+    VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
 };
 use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use halfsilver::control::timestamp::Timestamp;
 use halfsilver::control::{
-    ApiError, Deletion, ErrorCode, EventBus, EventKind, JobDeletion, Name, Notice, PutOutcome, Server, Service,
-    SnapshotRef,
+    ApiError, Deletion, ErrorCode, EventBus, EventKind, JobDeletion, Name, Notice, PutOutcome, Service, SnapshotRef,
 };
-use serde_json::Value;
 use uuid::Uuid;
-
-use crate::exchange::{Answer, exchange};
-
-/// Long enough for a loaded machine, short enough for a hang to be seen.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 struct State {
@@ -33,6 +25,7 @@ struct State {
     bookmarks: Vec<Bookmark>,
     jobs: Vec<Job>,
     forbidden: Option<Strategy>,
+    claims: Vec<Claim>,
 }
 
 /// Supports everything, unless told otherwise. What takes long is only started: a log to be folded, a leg to be
@@ -75,6 +68,33 @@ impl Fake {
 
     pub(crate) fn has(&self, snapshot: &str) -> bool {
         self.state.lock().unwrap().snapshots.iter().any(|s| s.reference().to_string() == snapshot)
+    }
+
+    /// Takes a disk's image away, as a start without it would find.
+    pub(crate) fn lose(&self, disk: &str, reason: &str) {
+        for (config, lost) in self.state.lock().unwrap().disks.iter_mut().filter(|(_, d)| d.name.as_str() == disk) {
+            let (id, name) = (lost.id, lost.name.clone());
+            *lost = Disk { id, ..Disk::unserved(name, reason.to_owned()) }.with_config(config);
+        }
+    }
+
+    /// Says that something is under way.
+    pub(crate) fn claim(&self, operation: &str, entity: &str, waits_for: Option<&str>) {
+        self.state.lock().unwrap().claims.push(Claim {
+            operation: operation.to_owned(),
+            entities: vec![entity.to_owned()],
+            since: Timestamp::now(),
+            waits_for: waits_for.map(str::to_owned),
+        });
+    }
+
+    /// A snapshot that is whole has no socket.
+    pub(crate) fn quiesce_without_socket(&self, snapshot: &str) {
+        let mut state = self.state.lock().unwrap();
+        for found in state.snapshots.iter_mut().filter(|s| s.reference().to_string() == snapshot) {
+            found.state = SnapshotState::Quiesced;
+            found.reason = Some("its socket is\nin use".to_owned());
+        }
     }
 
     /// From now on one strategy is not supported.
@@ -146,6 +166,15 @@ impl Service for Fake {
         VersionInfo::of_this_build(strategies, Writers::ALL.to_vec())
     }
 
+    fn list_claims(&self) -> Result<Vec<Claim>, ApiError> {
+        Ok(self.state.lock().unwrap().claims.clone())
+    }
+
+    fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError> {
+        let lost = self.list_disks()?.into_iter().filter(|disk| disk.state == DiskState::Unserved);
+        Ok(lost.map(|d| Unserved { name: d.name, id: d.id, reason: d.reason.unwrap_or_default() }).collect())
+    }
+
     fn list_disks(&self) -> Result<Vec<Disk>, ApiError> {
         Ok(self.state.lock().unwrap().disks.iter().map(|(_, disk)| disk.clone()).collect())
     }
@@ -163,15 +192,15 @@ impl Service for Fake {
         }
         let in_sync = |path: &PathBuf| leg(path, LegState::InSync, 0);
         let served = Disk {
-            id: Uuid::new_v4(),
+            id: Some(Uuid::new_v4()),
             name: disk.clone(),
-            path: config.path.clone(),
-            socket: config.socket_or_default(Path::new("/run/fake"), disk),
+            path: Some(config.path.clone()),
+            socket: Some(config.socket_or_default(Path::new("/run/fake"), disk)),
             size_bytes: 1 << 30,
             block_size: config.block_size,
-            queues: config.queues,
+            queues: config.queues(),
             direct: config.direct,
-            readonly: config.readonly,
+            readonly: config.readonly(),
             serial: config.serial.clone().unwrap_or_else(|| disk.to_string()),
             state: DiskState::Serving,
             reason: None,
@@ -181,14 +210,44 @@ impl Service for Fake {
             snapshots: 0,
             allocated_bytes: 0,
             shared: config.shared,
-            durability: config.durability,
-            background_bytes: config.background_bytes,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
             restoring: None,
         };
         state.disks.push((config.clone(), served.clone()));
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));
         Ok(PutOutcome::Created(served))
+    }
+
+    fn set_disk(&self, disk: &Name, patch: &DiskPatch) -> Result<Disk, ApiError> {
+        let mut state = self.state.lock().unwrap();
+        let found = state.disks.iter_mut().find(|(_, other)| other.name == *disk);
+        let (config, set) = found.ok_or_else(|| ApiError::disk_not_found(disk))?;
+        *config = config.patched(patch);
+        let (socket, serial) = (set.socket.clone(), patch.serial.clone().unwrap_or_else(|| set.serial.clone()));
+        *set = Disk { socket, serial, ..set.clone().with_config(config) };
+        self.bus.publish(Notice::of_disk(EventKind::DiskChanged, disk));
+        Ok(set.clone())
+    }
+
+    fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<Volume, ApiError> {
+        self.get_volume(volume)?;
+        if patch.readonly.is_some() {
+            return Err(ApiError::new(ErrorCode::Unsupported, format!("volume {volume} is there to be written")));
+        }
+        let mut state = self.state.lock().unwrap();
+        let found = state.volumes.iter_mut().find(|v| v.name == *volume).unwrap();
+        found.queues = patch.queues.unwrap_or(found.queues);
+        Ok(found.clone())
+    }
+
+    fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        if self.get_disk(disk)?.state != DiskState::Unserved {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} is served")));
+        }
+        self.state.lock().unwrap().disks.retain(|(_, other)| other.name != *disk);
+        Ok(())
     }
 
     fn delete_disk(&self, disk: &Name, force: bool) -> Result<(), ApiError> {
@@ -209,7 +268,7 @@ impl Service for Fake {
             if disk.legs.iter().filter(|leg| leg.state != LegState::Failed).count() == 2 {
                 return Err(ApiError::new(ErrorCode::Conflict, format!("disk {} has two legs", disk.name)));
             }
-            let first = leg(&disk.path, LegState::InSync, 0);
+            let first = leg(disk.path.as_deref().unwrap(), LegState::InSync, 0);
             disk.legs = vec![first, leg(path, LegState::Resynchronising, disk.size_bytes)];
             Ok(true)
         })?;
@@ -249,7 +308,7 @@ impl Service for Fake {
                 let message = format!("{} is the only good leg of disk {}", path.display(), disk.name);
                 return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
             }
-            disk.path = disk.legs[1 - at].path.clone();
+            disk.path = Some(disk.legs[1 - at].path.clone());
             disk.legs.clear();
             Ok(disk.clone())
         })
@@ -358,6 +417,26 @@ impl Service for Fake {
             self.begin_job(8, JobKind::Mirror, &snapshot.disk, None);
         }
         Ok(Deletion::Done)
+    }
+
+    fn delete_group(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<GroupDeletion>, ApiError> {
+        let found: Vec<_> = self.list_snapshots()?.into_iter().filter(|s| s.group == group).collect();
+        if found.is_empty() {
+            return Err(ApiError::snapshot_not_found(group));
+        }
+        if let Some(busy) = found.iter().find(|s| !options.force && s.state == SnapshotState::Draining) {
+            let message = format!("none is deleted: snapshot {} is draining", busy.reference());
+            return Err(ApiError::new(ErrorCode::SnapshotBusy, message));
+        }
+        let delete = |snapshot: &Snapshot| {
+            let (state, problem) = match self.delete_snapshot(&snapshot.reference(), options) {
+                Ok(Deletion::Done) => (DeletionState::Deleted, None),
+                Ok(Deletion::Started(_)) => (DeletionState::Folding, None),
+                Err(e) => (DeletionState::Refused, Some(e.problem())),
+            };
+            GroupDeletion { snapshot: snapshot.reference().to_string(), state, problem }
+        };
+        Ok(found.iter().map(delete).collect())
     }
 
     fn moment_of_id(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
@@ -590,65 +669,5 @@ impl Service for Fake {
 
     fn events(&self) -> Arc<EventBus> {
         Arc::clone(&self.bus)
-    }
-}
-
-/// A server with a fake behind it, in a directory of its own.
-pub(crate) struct Rig {
-    pub(crate) fake: Arc<Fake>,
-    pub(crate) server: Server,
-    pub(crate) path: PathBuf,
-    pub(crate) directory: tempfile::TempDir,
-}
-
-impl Rig {
-    pub(crate) fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("control.sock");
-        let fake = Arc::new(Fake::default());
-        let service: Arc<dyn Service> = fake.clone();
-        let server = Server::start(&path, service).unwrap();
-        Self { fake, server, path, directory }
-    }
-
-    /// With the disks vm1 and vm2.
-    pub(crate) fn with_disks() -> Self {
-        let rig = Self::new();
-        for disk in ["vm1", "vm2"] {
-            rig.fake.put_disk(&name(disk), &DiskConfig::new(format!("/images/{disk}.raw"))).unwrap();
-        }
-        rig
-    }
-
-    /// With vm1@daily too, still draining.
-    pub(crate) fn with_snapshot(strategy: &str) -> Self {
-        let rig = Self::with_disks();
-        let body = format!(r#"{{"name":"daily","disks":["vm1"],"strategy":"{strategy}"}}"#);
-        assert_eq!(rig.post("/v1/snapshots", &body).status, 201);
-        rig
-    }
-
-    pub(crate) fn get(&self, target: &str) -> Answer {
-        self.send("GET", target, "")
-    }
-
-    pub(crate) fn post(&self, target: &str, body: &str) -> Answer {
-        self.send("POST", target, body)
-    }
-
-    pub(crate) fn send(&self, method: &str, target: &str, body: &str) -> Answer {
-        exchange(&self.path, method, target, body.as_bytes())
-    }
-
-    /// Sends a request that must be refused, and returns the problem.
-    pub(crate) fn refused(&self, method: &str, target: &str, body: &str) -> Value {
-        let answer = self.send(method, target, body);
-        assert_eq!(answer.header("content-type"), Some("application/problem+json"), "{method} {target}: {answer:?}");
-        let problem = answer.json();
-        assert_eq!(problem["status"], answer.status);
-        for key in ["type", "title", "detail", "code", "action"] {
-            assert!(problem[key].as_str().is_some_and(|text| !text.is_empty()), "{key} in {problem}");
-        }
-        problem
     }
 }

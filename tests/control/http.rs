@@ -9,7 +9,8 @@ use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
 use crate::exchange::{listen, read_until};
-use crate::fake::{Rig, name};
+use crate::fake::name;
+use crate::rig::Rig;
 
 const VM1: &str = r#"{"path":"/images/vm1.raw"}"#;
 
@@ -350,7 +351,7 @@ fn what_is_no_http_is_dropped() {
     let rig = Rig::new();
     for garbage in [&b"\x16\x03\x01\x02\x00\x01\x00"[..], b"GET\r\n\r\n", &[b'A'; 1 << 20]] {
         let mut stream = UnixStream::connect(&rig.path).unwrap();
-        stream.set_read_timeout(Some(crate::fake::PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(crate::rig::PATIENCE)).unwrap();
         stream.write_all(garbage).ok();
         stream.shutdown(std::net::Shutdown::Write).ok();
         let mut answer = Vec::new();

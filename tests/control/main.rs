@@ -3,9 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 
 mod changes;
+mod changing;
 mod cli;
 mod exchange;
 mod fake;
 mod http;
+mod lists;
 mod openapi;
+mod rig;
 mod socket;
+mod waiting;

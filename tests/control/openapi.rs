@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::fake::Rig;
+use crate::rig::Rig;
 
 #[test]
 fn every_route_and_no_other_is_described() {
@@ -52,6 +52,10 @@ fn every_operation_describes_its_refusals() {
         "RestoreStatus",
         "Disk",
         "DiskConfig",
+        "DiskPatch",
+        "GroupDeletion",
+        "Claim",
+        "Unserved",
         "Snapshot",
         "CreateSnapshots",
         "Volume",
@@ -90,10 +94,16 @@ fn every_query_key_is_described() {
         ("/v1/volumes/{volume}/disable", "post", &["force"]),
         ("/v1/volumes/{volume}/enable", "post", &["fresh"]),
         ("/v1/disks/{disk}/mirror", "delete", &["leg"]),
-        ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image", "keep-bookmark"]),
+        ("/v1/snapshots/{snapshot}", "delete", &["force", "keep-image", "keep-bookmark", "wait_timeout_ms"]),
+        ("/v1/snapshots", "delete", &["force", "keep-bookmark", "wait_timeout_ms"]),
+        ("/v1/snapshots", "get", &["disk", "state", "group", "strategy", "name", "limit", "after"]),
+        ("/v1/disks", "get", &["state", "name", "limit", "after"]),
+        ("/v1/volumes", "get", &["from", "state", "limit", "after"]),
+        ("/v1/bookmarks", "get", &["disk", "state", "limit", "after"]),
+        ("/v1/jobs", "get", &["kind", "state", "disk", "limit", "after"]),
         ("/v1/snapshots/{snapshot}/diff", "get", &["to"]),
         ("/v1/volumes/{volume}/diff", "get", &["to"]),
-        ("/v1/snapshots/{snapshot}/cutover", "post", &["wait"]),
+        ("/v1/snapshots/{snapshot}/cutover", "post", &["wait", "wait_timeout_ms"]),
     ] {
         let parameters = document["paths"][path][method]["parameters"].as_array().unwrap();
         let query = parameters.iter().filter(|parameter| parameter["in"] == "query" && parameter["required"] == false);

@@ -14,7 +14,8 @@ use halfsilver::control::socket::SocketError;
 use halfsilver::control::{Server, ServerError};
 
 use crate::exchange::{exchange, listen, read_until, request};
-use crate::fake::{Fake, Rig};
+use crate::fake::Fake;
+use crate::rig::Rig;
 
 fn start(path: &Path) -> Result<Server, ServerError> {
     Server::start(path, Arc::new(Fake::default()))

@@ -3,6 +3,7 @@
 //!
 //! Left out: sockets, events, stops, cutovers, and what follows from images that fail.
 
+mod evidence;
 mod legs;
 
 use std::cell::{Cell, RefCell};
@@ -13,16 +14,19 @@ use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex};
 
 use halfsilver::daemon::recording;
-use halfsilver::daemon::takeup::{LayerSource, Taken, Trust, take_up};
 use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
     NewLayer, Owned, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,
 };
-use halfsilver::store::{BlockIndex, DiskRecord, DurableTable, Fingerprint, PAYLOAD_BYTES, SnapshotRecord, Table};
+use halfsilver::recovery::{
+    ChangedUse, LayerSource, LegUse, NotCarriedOut, Recovery, TableSource, TableUse, Taken, carry_out,
+};
+use halfsilver::store::{BlockIndex, DiskRecord, DurableTable, PAYLOAD_BYTES, SnapshotRecord, Table};
 use uuid::Uuid;
 
+pub use self::evidence::decided;
 use self::legs::{Mirror, open_base};
 use crate::host::{Host, Lock, yield_now};
 use crate::media::{self, run, set_aside};
@@ -106,40 +110,52 @@ fn log_table(id: Uuid) -> PathBuf {
 /// As `layers::DiskLayers`.
 struct Layers {
     host: Rc<RefCell<Host>>,
-    trust: Trust,
     blocks: u64,
     slip: Option<Slip>,
 }
 
 impl Layers {
-    /// `Manager::left_table`.
-    fn left_table(&self, id: Uuid) -> Result<Arc<Table>, String> {
-        match self.trust {
-            Trust::SameBoot => self.host.borrow().run_tables.get(&id).cloned().ok_or_else(|| "no run table".to_owned()),
-            _ => Err("its table was not on stable storage".to_owned()),
+    fn open(&self, path: &Path) -> Result<SharedImage, NotCarriedOut> {
+        self.host.borrow().open(path).map_err(NotCarriedOut)
+    }
+
+    /// `DiskLayers::left_table`.
+    fn left_table(&self, id: Uuid) -> Result<Arc<Table>, NotCarriedOut> {
+        self.host.borrow().run_tables.get(&id).cloned().ok_or_else(|| NotCarriedOut("no run table".to_owned()))
+    }
+
+    /// `DiskLayers::open_table`. Nothing else goes on meanwhile.
+    fn open_table(&self, id: Uuid, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
+        let (durable, queue) = (self.open(&log_table(id))?, IoQueue::simulated());
+        let _aside = set_aside();
+        if how.source == TableSource::Run {
+            let table = self.left_table(id)?;
+            let resumed = async move { DurableTable::resume(durable, id, table, &queue).await };
+            return Ok(run(&mut Rng::new(1), resumed)?.0);
         }
+        let table = Arc::new(Table::in_memory(self.blocks).unwrap());
+        let into = table.clone();
+        let loaded = run(&mut Rng::new(1), async move { DurableTable::load(durable, id, into, &queue).await });
+        let (durable, report) = loaded?;
+        if !report.damaged.is_empty() {
+            return Err(NotCarriedOut(format!("{} is damaged", log_table(id).display())));
+        }
+        self.host.borrow_mut().run_tables.insert(id, table);
+        Ok(durable)
     }
 }
 
 impl LayerSource for Layers {
-    fn is_file(&self, path: &Path) -> bool {
-        self.host.borrow().files.contains_key(path)
+    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut> {
+        self.open(image)
     }
 
-    fn fingerprint(&self, _path: &Path) -> Option<Fingerprint> {
-        None
-    }
-
-    fn open_full(&self, path: &Path) -> Result<SharedImage, String> {
-        self.host.borrow().open(path)
-    }
-
-    fn open_frozen(&self, record: &SnapshotRecord) -> Result<Layer, String> {
-        let image = Backing::One(self.host.borrow().open(&record.image)?);
-        if !record.durable {
-            return Ok(Layer::of(image, self.left_table(record.id)?));
+    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let image = Backing::One(self.open(image)?);
+        if how.durable.is_none() {
+            return Ok(Layer::of(image, self.left_table(id)?));
         }
-        let table = self.durable_table(record.id)?;
+        let table = self.open_table(id, how)?;
         if self.slip == Some(Slip::SavedNotCommitted) {
             return Ok(saved(image, table));
         }
@@ -150,44 +166,19 @@ impl LayerSource for Layers {
                 &mut Rng::new(1),
                 async move { table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| table) },
             );
-        Ok(saved(image, committed.map_err(|e| e.to_string())?))
+        Ok(saved(image, committed?))
     }
 
-    fn open_changed(&self, id: Uuid, _seal: Option<Uuid>) -> Result<Arc<Table>, String> {
-        self.host.borrow().changed.get(&id).cloned().ok_or_else(|| "no changed table".to_owned())
-    }
-
-    fn open_log(&self, id: Uuid, path: &Path, _seal: Option<Uuid>) -> Result<Layer, String> {
-        let table = self.durable_table(id)?;
-        let image = self.host.borrow().open(path)?;
+    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let table = self.open_table(id, how)?;
+        let image = self.open(image)?;
         let freed = Table::in_memory(self.blocks).unwrap();
         Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
     }
-}
 
-impl Layers {
-    /// `DiskLayers::durable_table`. Nothing else goes on meanwhile.
-    fn durable_table(&self, id: Uuid) -> Result<DurableTable, String> {
-        let durable = self.host.borrow().open(&log_table(id))?;
-        let queue = IoQueue::simulated();
-        let _aside = set_aside();
-        Ok(match self.left_table(id) {
-            Ok(table) => {
-                let resumed = async move { DurableTable::resume(durable, id, table, &queue).await };
-                run(&mut Rng::new(1), resumed).map_err(|e| e.to_string())?.0
-            }
-            Err(_) => {
-                let table = Arc::new(Table::in_memory(self.blocks).unwrap());
-                let into = table.clone();
-                let loaded = run(&mut Rng::new(1), async move { DurableTable::load(durable, id, into, &queue).await });
-                let (durable, report) = loaded.map_err(|e| e.to_string())?;
-                if !report.damaged.is_empty() {
-                    return Err(format!("{} is damaged", log_table(id).display()));
-                }
-                self.host.borrow_mut().run_tables.insert(id, table);
-                durable
-            }
-        })
+    fn open_changed(&self, id: Uuid, _from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
+        let changed = self.host.borrow().changed.get(&id).cloned();
+        changed.ok_or_else(|| NotCarriedOut("no changed table".to_owned()))
     }
 }
 
@@ -230,15 +221,18 @@ impl Daemon {
     ) -> Result<Rc<Daemon>, String> {
         let _phase = phases.begin("a start");
         remove_strays(&mut host.borrow_mut());
-        let record = host.borrow().record.clone().ok_or("its record is gone")?;
-        let trust = Trust::of(&record, None, host.borrow().boot);
+        let recovery = decided(&host, shape)?;
+        let Recovery { record, .. } = &recovery;
+        if let Some(why) = recovery.why_unserved() {
+            return Err(why.to_string());
+        }
         let path: PathBuf = record.config["path"].as_str().unwrap().into();
         let queue = IoQueue::simulated();
-        let (backing, mut mirror) = open_base(&host, &record, &path, shape, &queue).await?;
+        let (backing, mirror) = open_base(&host, &recovery, &path, shape, &queue).await?;
         let geometry = Geometry::of(&backing, shape.block);
-        let layers = Layers { host: host.clone(), trust, blocks: geometry.blocks(), slip: shape.slip };
-        let taken = take_up(record.clone(), &backing, &path, trust, &layers).map_err(|e| e.message)?;
-        let clock = EpochClock::new(first_epoch(&record));
+        let layers = Layers { host: host.clone(), blocks: geometry.blocks(), slip: shape.slip };
+        let taken = carry_out(&recovery, &backing, 1, &layers).map_err(|e| e.to_string())?;
+        let clock = EpochClock::new(first_epoch(record));
         let discards = Table::in_memory(geometry.blocks()).unwrap();
         let options = DiskOptions { image: backing, block_bytes: shape.block, read_only: false, discards };
         let drained = record.snapshots.iter().filter(|s| s.quiesced_ms.is_none()).map(|s| s.id).collect();
@@ -248,13 +242,10 @@ impl Daemon {
         disk.observe(broken.clone());
         disk.remember_marks(marks);
         let (mut former_legs, mut path) = (record.former_legs.clone(), path);
-        for (lost, _) in snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting && s.owns_all) {
-            let Some(mirror) = mirror.as_mut().filter(|m| m.legs.len() > 1) else { continue };
-            let (gone, stays) =
-                std::mem::take(&mut mirror.legs).into_iter().partition(|(leg, _)| leg.path == lost.image);
-            mirror.legs = stays;
-            former_legs.extend(Vec::into_iter(gone).map(|(leg, _)| leg.path));
-            path.clone_from(&mirror.legs[0].0.path);
+        let forgotten = recovery.mirror.iter().flat_map(|m| &m.legs).filter(|(_, leg)| *leg == LegUse::Forgotten);
+        for (gone, _) in forgotten {
+            former_legs.push(gone.clone());
+            path.clone_from(&mirror.as_ref().unwrap().legs[0].0.path);
         }
         let daemon = Rc::new_cyclic(|me| Daemon {
             editor: Arc::new(ChainEditor::new(clock.clone())),

@@ -4,15 +4,16 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use halfsilver::mirror::{ChangeSource, NoChanges};
+use halfsilver::mirror::{ChangeSource, LegState, NoChanges, Owned};
+use halfsilver::recovery::{LayerUse, LegUse, Recovery, SnapshotFate};
 use halfsilver::store::{BlockIndex, SnapshotRecord};
 use uuid::Uuid;
 
-use crate::daemon::{Begun, Daemon, Entry};
+use crate::daemon::{Begun, Daemon, Entry, decided};
 use crate::host::{End, Host};
 use crate::media::run;
 use crate::oracle::Oracle;
-use crate::run::{Counts, Shape, Strategy, entries_of_logs, legs_are_equal, read};
+use crate::run::{COMPARED, Counts, Shape, Strategy, entries_of_logs, legs_are_equal, read};
 use crate::schedule::Rng;
 
 /// Takes the disk up and looks at everything. Returns the specification from here on.
@@ -25,8 +26,14 @@ pub fn find(
     counts: &Rc<RefCell<Counts>>,
 ) -> Result<Oracle, String> {
     let (host, of) = (Rc::new(RefCell::new(host)), oracle.clone());
+    let said = decided(&host, shape)?;
     let opened = run(rng, async move { Daemon::open(host, of, shape, Rc::default(), Begun::default()).await });
-    let daemon = opened.map_err(|e| format!("it does not start: {e}"))?;
+    let daemon = match (opened, said.why_unserved()) {
+        (Ok(daemon), None) => daemon,
+        (Ok(_), Some(why)) => return Err(format!("it starts although it was decided not to serve the disk: {why}")),
+        (Err(e), _) => return Err(format!("it does not start: {e}")),
+    };
+    is_as_decided(&said, &daemon, counts).map_err(|e| format!("it was decided otherwise: {e}"))?;
     crate::trace(|| format!("after {end:?}: {}", daemon.describe()));
     told(&daemon, &oracle.borrow())?;
     legs_are_equal(&daemon)?;
@@ -56,6 +63,60 @@ pub fn find(
     }
     let chain = daemon.disk.chain();
     Ok(oracle.after((chain.version(chain.live()).id, live), end.is_power_cut(), frozen))
+}
+
+/// What was taken up is what was decided before anything was opened, which `halfsilver check` prints.
+fn is_as_decided(said: &Recovery, daemon: &Daemon, counts: &Rc<RefCell<Counts>>) -> Result<(), String> {
+    let (entries, chain) = (daemon.entries.borrow(), daemon.disk.chain());
+    for (record, fate) in said.snapshots() {
+        let entry = entries.iter().find(|e| e.id == record.id);
+        let is_in_chain = chain.position(record.id).is_some();
+        let broken = entry.and_then(|e| e.record.borrow().broken.clone());
+        let is_deleting = entry.is_some_and(|e| e.record.borrow().deleting);
+        let (kind, agrees) = match &fate {
+            SnapshotFate::Kept => ("kept", is_in_chain && !is_deleting && broken.is_none()),
+            SnapshotFate::Deleting => ("deleted", is_in_chain && is_deleting),
+            SnapshotFate::Gone => ("gone", entry.is_none() && !is_in_chain),
+            SnapshotFate::Broken(why) => ("broken", !is_deleting && broken == Some(why.in_record())),
+            SnapshotFate::Waits => ("waiting", false),
+        };
+        if !agrees {
+            return Err(format!(
+                "snapshot {} is to be {fate:?}: in the chain {is_in_chain}, broken {broken:?}",
+                record.id
+            ));
+        }
+        counts.borrow_mut().add(format!("snapshots that were said to be {kind}"));
+    }
+    if let Some(entry) = entries.iter().find(|e| !said.record.snapshots.iter().any(|s| s.id == e.id)) {
+        return Err(format!("nothing was said of snapshot {}", entry.id));
+    }
+    let kept: Vec<_> = said.versions.iter().filter(|v| v.layer.is_ok()).collect();
+    if kept.len() != chain.links().len() {
+        return Err(format!("{} versions are to be kept, and {} are", kept.len(), chain.links().len()));
+    }
+    for (version, link) in kept.into_iter().zip(chain.links()) {
+        let is_full = matches!(version.layer, Ok(LayerUse::Base | LayerUse::Full(_)));
+        // With a snapshot that is gone, what was noted for it may be forgotten at once.
+        let is_known = link.version.changed().map(|changed| changed.known().is_ok());
+        let said_of_changes = version.changed.as_ref().map(Result::is_ok);
+        let is_it = version.id == link.version.id
+            && version.splits == link.splits
+            && is_full == matches!(link.layer.owned, Owned::All)
+            && (is_known.is_none() || is_known == said_of_changes);
+        if !is_it {
+            return Err(format!("version {} is to be {version:?}", link.version.id));
+        }
+    }
+    let in_use = |(path, leg): &(_, LegUse)| matches!(leg, LegUse::InUse(_)).then(|| std::path::PathBuf::clone(path));
+    let used: Vec<_> = said.mirror.iter().flat_map(|m| m.legs.iter().filter_map(in_use)).collect();
+    let legs = daemon.legs();
+    let has_failed = |path| legs.iter().any(|(leg, state)| leg == path && matches!(state, LegState::Failed(_)));
+    if used.iter().any(|path| has_failed(path) || !legs.iter().any(|(leg, _)| leg == path)) {
+        return Err(format!("the legs {used:?} are to be used, and they are {legs:?}"));
+    }
+    counts.borrow_mut().add(COMPARED);
+    Ok(())
 }
 
 /// Each block that differs from the snapshot is among those that are said to; after a power cut nobody says so by what was

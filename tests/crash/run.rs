@@ -162,6 +162,8 @@ impl Counts {
 
 /// Crash states that were tried.
 pub const STATES: &str = "crash states";
+/// Those of which the start did what was decided.
+pub const COMPARED: &str = "decisions that were carried out as they were made";
 
 /// A host whose disk is served.
 pub struct Machine {
@@ -519,6 +521,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         logical_block_bytes: None,
         work: None,
         next_live: None,
+        set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
         boot: Some(host.boot),

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::run::{Counts, Machine, STATES, Shape};
+use crate::run::{COMPARED, Counts, Machine, STATES, Shape};
 
 /// 600 have more than 200000 states; the rest is for the rare ones.
 const SEEDS: u64 = 800;
@@ -12,7 +12,7 @@ pub const THREADS: u64 = 2;
 const ACTIONS: usize = 60;
 
 /// What the runs must have come to, each at least once.
-const REACHED: [&str; 38] = [
+const REACHED: [&str; 42] = [
     "kills",
     "power cuts",
     "depth 1",
@@ -27,6 +27,10 @@ const REACHED: [&str; 38] = [
     "changes that outlived a kill",
     "changes told by owners",
     "snapshots that outlived a power cut",
+    "snapshots that were said to be kept",
+    "snapshots that were said to be deleted",
+    "snapshots that were said to be gone",
+    "snapshots that were said to be broken",
     "amid a guest's change",
     "amid a change of an old epoch",
     "amid a flush",
@@ -91,5 +95,6 @@ fn whatever_a_crash_leaves_is_right() {
     }
     let missing: Vec<_> = REACHED.iter().filter(|what| total.of(what) == 0).collect();
     assert!(seeds < 100 || missing.is_empty(), "no run reached: {missing:?}");
+    assert_eq!(total.of(STATES), total.of(COMPARED), "each state is compared");
     assert!(seeds < SEEDS || total.of(STATES) >= STATES_MIN, "{} crash states are too few", total.of(STATES));
 }

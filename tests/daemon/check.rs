@@ -300,7 +300,7 @@ fn records(daemon: &Daemon) -> PathBuf {
 /// The records, read by the library itself.
 pub(crate) fn record(daemon: &Daemon, disk: &str) -> halfsilver::store::DiskRecord {
     let examined = halfsilver::store::Records::examine(&records(daemon)).unwrap().unwrap();
-    examined.disks.into_iter().map(Result::unwrap).find(|d| d.name == disk).unwrap()
+    examined.remembered.disks.into_iter().find(|d| d.name == disk).unwrap()
 }
 
 fn log(daemon: &Daemon) -> PathBuf {

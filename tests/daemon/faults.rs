@@ -42,7 +42,7 @@ fn log() -> Value {
 }
 
 /// A daemon whose state or run directory is on a small file system.
-fn on_small(which: &str) -> (Daemon, Mount) {
+pub(crate) fn on_small(which: &str) -> (Daemon, Mount) {
     let mut daemon = Daemon::place();
     let dir = if which == "state" { daemon.state_dir() } else { daemon.run_dir() };
     let mount = Mount::tmpfs(&dir, "8m");
@@ -55,7 +55,7 @@ fn on_small(which: &str) -> (Daemon, Mount) {
 }
 
 /// Takes all room there is; given back when it is removed.
-fn fill(dir: &Path) -> std::path::PathBuf {
+pub(crate) fn fill(dir: &Path) -> std::path::PathBuf {
     use std::io::Write;
     let path = dir.join("filler");
     let mut file = std::fs::File::create(&path).unwrap();

@@ -224,8 +224,7 @@ impl Daemon {
     pub(crate) fn wait_up(&mut self) {
         let deadline = Instant::now() + *PATIENCE;
         while !self.is_up() {
-            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
-                self.child = None;
+            if let Some(status) = self.ended() {
                 panic!("the daemon ended at its start with {status}:\n{}", self.log_text());
             }
             assert!(Instant::now() < deadline, "the daemon does not answer");
@@ -277,17 +276,22 @@ impl Daemon {
     /// Fails if it has ended.
     #[track_caller]
     pub(crate) fn require_running(&mut self) {
-        if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
-            self.child = None;
+        if let Some(status) = self.ended() {
             panic!("the daemon ended with {status}:\n{}", self.log_text());
         }
+    }
+
+    /// How it has ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        let status = self.child.as_mut().unwrap().try_wait().unwrap()?;
+        self.child = None;
+        Some(status)
     }
 
     /// Whether it has ended, and well.
     #[track_caller]
     pub(crate) fn has_stopped(&mut self) -> bool {
-        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
-        self.child = None;
+        let Some(status) = self.ended() else { return false };
         assert!(status.success(), "the daemon ended with {status}:\n{}", self.log_text());
         true
     }
@@ -296,8 +300,7 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn has_died_by(&mut self, signal: i32) -> bool {
         use std::os::unix::process::ExitStatusExt;
-        let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() else { return false };
-        self.child = None;
+        let Some(status) = self.ended() else { return false };
         assert_eq!(status.signal(), Some(signal), "the daemon ended with {status}:\n{}", self.log_text());
         true
     }
@@ -306,8 +309,7 @@ impl Daemon {
     pub(crate) fn wait_exit(&mut self) -> ExitStatus {
         let deadline = Instant::now() + *PATIENCE;
         loop {
-            if let Some(status) = self.child.as_mut().unwrap().try_wait().unwrap() {
-                self.child = None;
+            if let Some(status) = self.ended() {
                 return status;
             }
             assert!(Instant::now() < deadline, "the daemon does not end");

@@ -7,6 +7,9 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
+mod api;
+mod announced;
+mod asking;
 mod background;
 mod chain;
 mod changes;
@@ -15,13 +18,16 @@ mod client;
 mod durability;
 mod faults;
 mod golden;
+mod guards;
 mod harness;
+mod hung;
 mod images;
 mod independent;
 mod kills;
 mod lifecycle;
 mod load;
 mod mirror;
+mod mirror_jobs;
 mod oracle;
 #[cfg(feature = "planted")]
 mod planted;
@@ -34,9 +40,12 @@ mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/ring.rs"]
 mod ring;
+mod silent;
+mod stopped_jobs;
 mod strategies;
 mod survival;
 mod trouble;
+mod unserved;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]

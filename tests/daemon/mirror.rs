@@ -12,7 +12,7 @@ use crate::trouble::Mount;
 const SIZE: u64 = 8 << 20;
 const ALL: Range<usize> = 0..16384;
 
-fn mirrored() -> (Daemon, PathBuf) {
+pub(crate) fn mirrored() -> (Daemon, PathBuf) {
     let mut daemon = Daemon::place();
     daemon.make_image("vm0", SIZE);
     let leg = daemon.path("leg.raw");
@@ -22,21 +22,21 @@ fn mirrored() -> (Daemon, PathBuf) {
     (daemon, leg)
 }
 
-fn legs(daemon: &Daemon) -> Vec<(String, String)> {
+pub(crate) fn legs(daemon: &Daemon) -> Vec<(String, String)> {
     let disk = daemon.show_disk("vm0");
     let text = |v: &Value| v.as_str().unwrap().to_owned();
     disk["legs"].as_array().unwrap().iter().map(|l| (text(&l["path"]), text(&l["state"]))).collect()
 }
 
 #[track_caller]
-fn in_sync(daemon: &Daemon) {
+pub(crate) fn in_sync(daemon: &Daemon) {
     wait_until("both legs to be in sync", || {
         let legs = legs(daemon);
         legs.len() == 2 && legs.iter().all(|(_, state)| state == "in-sync")
     });
 }
 
-fn raw(path: &std::path::Path) -> Vec<u64> {
+pub(crate) fn raw(path: &std::path::Path) -> Vec<u64> {
     tags(&std::fs::read(path).unwrap())
 }
 

@@ -10,11 +10,11 @@ use crate::harness::{Answer, Daemon, can_mount, wait_until};
 use crate::strategies::{ALL, End, SIZE, end_and_start, shows};
 
 /// Longer than any test: the job does one block and waits.
-const HOURS: u32 = 3_600_000;
+pub(crate) const HOURS: u32 = 3_600_000;
 const STRATEGIES: [&str; 2] = ["copy-on-write", "write-logging"];
 
 /// A disk full of 1 with a snapshot `daily`, and changes everywhere since.
-fn changed_disk(strategy: &str) -> Daemon {
+pub(crate) fn changed_disk(strategy: &str) -> Daemon {
     let daemon = Daemon::with_disks(&[SIZE], "");
     let mut client = daemon.client("vm0");
     client.write(ALL, 1);
@@ -33,21 +33,21 @@ fn ask(daemon: &Daemon, from: &str, force: bool, delay_ms: u32) -> Answer {
 }
 
 #[track_caller]
-fn begin(daemon: &Daemon, from: &str, delay_ms: u32) -> Value {
+pub(crate) fn begin(daemon: &Daemon, from: &str, delay_ms: u32) -> Value {
     wait_until("the last frontend to be forgotten", || daemon.show_disk("vm0")["frontends"] == 0);
     let answer = ask(daemon, from, false, delay_ms);
     assert_eq!(answer.status, 202, "{}", answer.body);
     answer.json()
 }
 
-fn the_job(daemon: &Daemon) -> Value {
+pub(crate) fn the_job(daemon: &Daemon) -> Value {
     let jobs = daemon.get("/v1/jobs").json();
     jobs.as_array().unwrap().iter().rfind(|j| j["kind"] == "restore").unwrap().clone()
 }
 
 /// Has the job go on as fast as it can, and waits for its end.
 #[track_caller]
-fn finish(daemon: &Daemon) {
+pub(crate) fn finish(daemon: &Daemon) {
     let path = format!("/v1/jobs/{}", the_job(daemon)["id"]);
     daemon.send("PATCH", &path, r#"{"delay_ms":0}"#).ok();
     wait_until("a restore to end", || {
@@ -58,7 +58,7 @@ fn finish(daemon: &Daemon) {
     assert_eq!(daemon.show_disk("vm0")["restoring"], Value::Null);
 }
 
-fn ones(changes: &[(Range<usize>, u64)]) -> Vec<u64> {
+pub(crate) fn ones(changes: &[(Range<usize>, u64)]) -> Vec<u64> {
     let mut all = vec![1; ALL.end];
     changes.iter().for_each(|(at, tag)| all[at.clone()].fill(*tag));
     all

@@ -36,17 +36,17 @@ pub struct DiskConfig {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub socket: Option<PathBuf>,
-    /// The most virtqueues a frontend may use, 1 to 16.
-    #[serde(default = "one")]
+    /// The most virtqueues a frontend may use, 1 to 16; what was set or 1 when absent.
+    #[serde(default)]
     #[schema(minimum = 1, maximum = 16)]
-    pub queues: u16,
+    pub queues: Option<u16>,
     /// Whether the image is opened with O_DIRECT.
     #[serde(default = "yes")]
     pub direct: bool,
-    /// Whether guests may only read.
+    /// Whether guests may only read; what was set or false when absent.
     #[serde(default)]
-    pub readonly: bool,
-    /// What the guest sees as the serial, up to 20 printable ASCII characters; the disk's name when absent.
+    pub readonly: Option<bool>,
+    /// What the guest sees as the serial, up to 20 printable ASCII characters; what was set or the disk's name when absent.
     #[serde(default)]
     pub serial: Option<String>,
     /// The size of the blocks that tables count in: a power of two from 4096 to 1048576.
@@ -55,18 +55,14 @@ pub struct DiskConfig {
     /// Whether several frontends may be connected at the same time.
     #[serde(default)]
     pub shared: bool,
-    /// What snapshots outlive that are taken from now on.
-    #[serde(default = "process")]
-    pub durability: Durability,
+    /// What snapshots outlive that are taken from now on; what was set or `process` when absent.
+    #[serde(default)]
+    pub durability: Option<Durability>,
     /// The most bytes that backups and jobs have in flight while the guest is at work: a multiple of 4096 up to
-    /// 1073741824; 0 for no limit.
-    #[serde(default = "background_bytes")]
+    /// 1073741824; 0 for no limit; what was set or 131072 when absent.
+    #[serde(default)]
     #[schema(maximum = 1_073_741_824)]
-    pub background_bytes: u32,
-}
-
-fn one() -> u16 {
-    1
+    pub background_bytes: Option<u32>,
 }
 
 fn yes() -> bool {
@@ -89,10 +85,6 @@ fn background_bytes() -> u32 {
     BACKGROUND_BYTES
 }
 
-fn process() -> Durability {
-    Durability::Process
-}
-
 impl DiskConfig {
     /// The configuration with nothing but the image given.
     pub fn new(path: impl Into<PathBuf>) -> Self {
@@ -100,15 +92,79 @@ impl DiskConfig {
             path: path.into(),
             mirror: None,
             socket: None,
-            queues: one(),
+            queues: None,
             direct: yes(),
-            readonly: false,
+            readonly: None,
             serial: None,
             block_size: block_size_min(),
             shared: false,
-            durability: process(),
-            background_bytes: background_bytes(),
+            durability: None,
+            background_bytes: None,
         }
+    }
+
+    /// The most virtqueues a frontend may use.
+    pub fn queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+
+    /// Whether guests may only read.
+    pub fn readonly(&self) -> bool {
+        self.readonly.unwrap_or(false)
+    }
+
+    /// What snapshots outlive.
+    pub fn durability(&self) -> Durability {
+        self.durability.unwrap_or(Durability::Process)
+    }
+
+    /// The most bytes that backups and jobs have in flight while the guest is at work; 0 for no limit.
+    pub fn background_bytes(&self) -> u32 {
+        self.background_bytes.unwrap_or(BACKGROUND_BYTES)
+    }
+
+    /// The same with everything said but the places and the serial.
+    #[must_use]
+    pub fn filled(self) -> Self {
+        Self {
+            queues: Some(self.queues()),
+            readonly: Some(self.readonly()),
+            durability: Some(self.durability()),
+            background_bytes: Some(self.background_bytes()),
+            ..self
+        }
+    }
+
+    /// What is said here; where nothing is, what was set.
+    #[must_use]
+    pub fn or_set(mut self, set: &DiskPatch) -> Self {
+        self.queues = self.queues.or(set.queues);
+        self.readonly = self.readonly.or(set.readonly);
+        self.serial = self.serial.or_else(|| set.serial.clone());
+        self.durability = self.durability.or(set.durability);
+        self.background_bytes = self.background_bytes.or(set.background_bytes);
+        self
+    }
+
+    /// With what a patch says in the place of what is said here.
+    #[must_use]
+    pub fn patched(&self, patch: &DiskPatch) -> Self {
+        let Self { path, mirror, socket, direct, block_size, shared, .. } = self.clone();
+        let said = patch.clone();
+        let said = Self {
+            path,
+            mirror,
+            socket,
+            direct,
+            block_size,
+            shared,
+            queues: said.queues,
+            readonly: said.readonly,
+            serial: said.serial,
+            durability: said.durability,
+            background_bytes: said.background_bytes,
+        };
+        said.or_set(&DiskPatch::of(self))
     }
 
     /// Whether every value is one that could be served.
@@ -123,7 +179,7 @@ impl DiskConfig {
                 return Err(invalid(format!("mirror: {} is the disk's path already", mirror.display()))
                     .with_action("name another image, best on another device"));
             }
-            if self.readonly {
+            if self.readonly() {
                 return Err(invalid("mirror: a disk with readonly=on cannot have one".to_owned())
                     .with_action("leave out one of the two"));
             }
@@ -131,12 +187,81 @@ impl DiskConfig {
         if let Some(socket) = &self.socket {
             check_socket("socket", socket)?;
         }
-        if !(1..=QUEUES_MAX).contains(&self.queues) {
-            return Err(invalid(format!("queues: {} is not from 1 to {QUEUES_MAX}", self.queues)));
-        }
         check_block_size("block-size", self.block_size)?;
-        let window = self.background_bytes;
-        if window > BACKGROUND_BYTES_MAX || !window.is_multiple_of(BACKGROUND_BYTES_UNIT) {
+        DiskPatch::of(self).check()
+    }
+
+    /// Where the disk's vhost-user socket goes.
+    pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
+    }
+}
+
+/// What of a disk or volume can be changed while it is served: the body of `PATCH /v1/disks/{disk}`. What is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskPatch {
+    /// What snapshots outlive that are taken from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub durability: Option<Durability>,
+    /// The most bytes that backups and jobs have in flight while the guest is at work: a multiple of 4096 up to
+    /// 1073741824; 0 for no limit. Counts at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(maximum = 1_073_741_824)]
+    pub background_bytes: Option<u32>,
+    /// The most virtqueues of the next frontend, 1 to 16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 16)]
+    pub queues: Option<u16>,
+    /// Whether the next frontend may only read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub readonly: Option<bool>,
+    /// What the next frontend sees as the serial, up to 20 printable ASCII characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}
+
+impl DiskPatch {
+    /// What a configuration says of what can be changed.
+    pub fn of(config: &DiskConfig) -> Self {
+        let DiskConfig { durability, background_bytes, queues, readonly, ref serial, .. } = *config;
+        Self { durability, background_bytes, queues, readonly, serial: serial.clone() }
+    }
+
+    /// What was set before and what is set now.
+    #[must_use]
+    pub fn with(self, newer: &Self) -> Self {
+        Self {
+            durability: newer.durability.or(self.durability),
+            background_bytes: newer.background_bytes.or(self.background_bytes),
+            queues: newer.queues.or(self.queues),
+            readonly: newer.readonly.or(self.readonly),
+            serial: newer.serial.clone().or(self.serial),
+        }
+    }
+
+    /// What of it a configuration has as well: what it says otherwise was said later, and is set no more.
+    #[must_use]
+    pub fn still_in(self, config: &DiskConfig) -> Self {
+        Self {
+            durability: self.durability.filter(|_| self.durability == config.durability),
+            background_bytes: self.background_bytes.filter(|_| self.background_bytes == config.background_bytes),
+            queues: self.queues.filter(|_| self.queues == config.queues),
+            readonly: self.readonly.filter(|_| self.readonly == config.readonly),
+            serial: self.serial.filter(|serial| Some(serial) == config.serial.as_ref()),
+        }
+    }
+
+    /// Whether every value is one that could be served.
+    ///
+    /// # Errors
+    /// `invalid-request`, with a message that starts with the key.
+    pub fn check(&self) -> Result<(), ApiError> {
+        if let Some(queues) = self.queues.filter(|queues| !(1..=QUEUES_MAX).contains(queues)) {
+            return Err(invalid(format!("queues: {queues} is not from 1 to {QUEUES_MAX}")));
+        }
+        let fits = |window: u32| window <= BACKGROUND_BYTES_MAX && window.is_multiple_of(BACKGROUND_BYTES_UNIT);
+        if let Some(window) = self.background_bytes.filter(|window| !fits(*window)) {
             return Err(invalid(format!("background: {window} is neither off nor a multiple of 4K up to 1024M")));
         }
         match &self.serial {
@@ -150,26 +275,34 @@ impl DiskConfig {
         }
     }
 
-    /// Where the disk's vhost-user socket goes.
-    pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
+    /// The same, and whether anything is to be changed at all.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn check_change(&self) -> Result<(), ApiError> {
+        if *self == Self::default() {
+            let message = "none of durability, background_bytes, queues, readonly and serial is there";
+            return Err(invalid(message.to_owned()));
+        }
+        self.check()
     }
 }
 
-/// A disk that is served.
+/// A disk. Of one that is not served `size_bytes` and `allocated_bytes` are 0, and what its record does not tell is null, 0,
+/// false or empty.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Disk {
-    /// Stays the same as long as the disk exists, across restarts.
-    #[schema(value_type = String, format = "uuid")]
-    pub id: Uuid,
+    /// Stays the same as long as the disk exists, across restarts; null when its record cannot be read.
+    #[schema(value_type = Option<String>, format = "uuid")]
+    pub id: Option<Uuid>,
     /// Its name.
     pub name: Name,
-    /// The image; with a mirror, the first leg.
-    #[schema(value_type = String)]
-    pub path: PathBuf,
-    /// The vhost-user socket.
-    #[schema(value_type = String)]
-    pub socket: PathBuf,
+    /// The image; with a mirror, the first leg. Null when its record cannot be read.
+    #[schema(value_type = Option<String>)]
+    pub path: Option<PathBuf>,
+    /// The vhost-user socket. Null when its record cannot be read.
+    #[schema(value_type = Option<String>)]
+    pub socket: Option<PathBuf>,
     /// The size that guests see.
     pub size_bytes: u64,
     /// The size of the blocks that tables count in.
@@ -184,7 +317,7 @@ pub struct Disk {
     pub serial: String,
     /// Whether it can be used.
     pub state: DiskState,
-    /// Why it failed.
+    /// Why it failed, or is not served.
     pub reason: Option<String>,
     /// Whether any frontend is connected.
     pub connected: bool,
@@ -208,6 +341,54 @@ pub struct Disk {
     /// The restore in place that is under way.
     #[serde(default)]
     pub restoring: Option<RestoreStatus>,
+}
+
+impl Disk {
+    /// A disk of which nothing is known but that it cannot be served.
+    pub fn unserved(name: Name, reason: String) -> Self {
+        Self {
+            id: None,
+            name,
+            path: None,
+            socket: None,
+            size_bytes: 0,
+            block_size: 0,
+            queues: 0,
+            direct: false,
+            readonly: false,
+            serial: String::new(),
+            state: DiskState::Unserved,
+            reason: Some(reason),
+            connected: false,
+            frontends: 0,
+            epoch: 0,
+            snapshots: 0,
+            allocated_bytes: 0,
+            shared: false,
+            durability: Durability::Process,
+            background_bytes: 0,
+            legs: Vec::new(),
+            restoring: None,
+        }
+    }
+
+    /// The same, with what its configuration says.
+    #[must_use]
+    pub fn with_config(self, config: &DiskConfig) -> Self {
+        Self {
+            path: Some(config.path.clone()),
+            socket: config.socket.clone(),
+            block_size: config.block_size,
+            queues: config.queues(),
+            direct: config.direct,
+            readonly: config.readonly(),
+            serial: config.serial.clone().unwrap_or_default(),
+            shared: config.shared,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
+            ..self
+        }
+    }
 }
 
 /// One of the two images of a mirrored disk.

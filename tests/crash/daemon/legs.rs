@@ -8,7 +8,8 @@ use std::sync::Arc;
 use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{Backing, LegImage, LegState, Pair};
-use halfsilver::store::{DiskRecord, LegRecord, MirrorRecord};
+use halfsilver::recovery::{LegUse, Recovery};
+use halfsilver::store::{LegRecord, MirrorRecord};
 use uuid::Uuid;
 
 use super::{Daemon, Entry, log_table};
@@ -168,24 +169,24 @@ impl Daemon {
 /// `Manager::open_base`.
 pub(super) async fn open_base(
     host: &Rc<RefCell<Host>>,
-    record: &DiskRecord,
+    recovery: &Recovery,
     path: &Path,
     shape: Shape,
     queue: &IoQueue,
 ) -> Result<(Backing, Option<Mirror>), String> {
-    let Some(mirror) = record.mirror.clone() else {
+    let Some((mirror, decided)) = recovery.record.mirror.as_ref().zip(recovery.mirror.as_ref()) else {
         return Ok((Backing::One(host.borrow().open(path)?), None));
     };
-    let split_off = match record.live_splits {
-        true => &record.snapshots[..],
-        false => &record.snapshots[..record.snapshots.iter().rposition(|s| s.splits).unwrap_or(0)],
-    };
     let (mut legs, mut images) = (Vec::new(), Vec::new());
-    for leg in mirror.legs {
-        let is_frozen = split_off.iter().any(|s| s.owns_all && s.image == leg.path);
-        let image = if is_frozen { None } else { host.borrow().open(&leg.path).ok() };
+    for (leg, (_, what)) in mirror.legs.iter().zip(&decided.legs) {
+        let image = match what {
+            LegUse::InUse(_) => Some(host.borrow().open(&leg.path)?),
+            LegUse::Held | LegUse::Forgotten | LegUse::Unused(_) => None,
+        };
         images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
-        legs.push((leg, image));
+        if *what != LegUse::Forgotten {
+            legs.push((leg.clone(), image));
+        }
     }
     let bitmap = host.borrow().open(&log_table(mirror.bitmap))?;
     let pair = Pair::open(&images, bitmap, mirror.bitmap, shape.block, queue).await.map_err(|e| e.to_string())?;

@@ -1,0 +1,48 @@
+//! Routes of disks and volumes that are there: what of them is set anew, and how one that is not served is forgotten.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+
+use super::{Context, PathText, Refused, Reply};
+use crate::control::api::{Disk, DiskPatch, Volume};
+use crate::control::error::ApiError;
+use crate::control::extract::JsonBody;
+use crate::control::name::Name;
+
+/// Changes how a disk is served, and remembers it: `durability` counts for the next snapshots, `background_bytes` at once,
+/// `queues`, `readonly` and `serial` for the next frontend that connects.
+#[utoipa::path(patch, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path)), request_body = DiskPatch,
+    responses((status = 200, description = "The disk as it is set now", body = Disk), Refused))]
+pub(super) async fn set_disk(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(patch): JsonBody<DiskPatch>,
+) -> Reply<Disk> {
+    let disk: Name = path?.parse()?;
+    patch.check_change()?;
+    context.call(move |service| service.set_disk(&disk, &patch)).await.map(Json)
+}
+
+/// Changes how a volume is served, and remembers it; as that of disks, without `readonly`.
+#[utoipa::path(patch, path = "/v1/volumes/{volume}", tag = "volumes", params(("volume" = Name, Path)),
+    request_body = DiskPatch,
+    responses((status = 200, description = "The volume as it is set now", body = Volume), Refused))]
+pub(super) async fn set_volume(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(patch): JsonBody<DiskPatch>,
+) -> Reply<Volume> {
+    let volume: Name = path?.parse()?;
+    patch.check_change()?;
+    context.call(move |service| service.set_volume(&volume, &patch)).await.map(Json)
+}
+
+/// Forgets a disk or volume that is not served, and all that is remembered of it. A disk's own image stays.
+#[utoipa::path(post, path = "/v1/disks/{disk}/forget", tag = "disks", params(("disk" = Name, Path)),
+    responses((status = 204, description = "Nothing is remembered of it"), Refused))]
+pub(super) async fn forget_disk(State(context): State<Context>, path: PathText) -> Result<StatusCode, ApiError> {
+    let disk: Name = path?.parse()?;
+    context.call(move |service| service.forget_disk(&disk)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

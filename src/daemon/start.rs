@@ -1,0 +1,225 @@
+//! What a start serves: the disks of the configuration, and what is remembered from before.
+//!
+//! What always holds: what cannot be served is noted with the reason, and all else is served; one image that never answers
+//! holds a start up for [`OPEN_WAIT`] at most.
+
+use std::collections::BTreeSet;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use super::config::DiskSpec;
+use super::entry::locked;
+use super::manager::{Manager, record_error};
+use super::takeup::Planned;
+use super::unserved::Unserved;
+use crate::control::api::DiskConfig;
+use crate::control::{ApiError, ErrorCode, Name};
+use crate::recovery::{Recovery, settle};
+use crate::store::{DiskRecord, Remembered};
+
+/// How long a disk may take to be looked at, and then to be opened: longer than a start waits for the transfers of a process
+/// that was killed.
+const OPEN_WAIT: Duration = Duration::from_secs(40);
+
+/// What is to be served at a start.
+#[derive(Clone, Copy)]
+pub(super) struct Given<'a> {
+    /// The disks of the configuration.
+    pub(super) disks: &'a [DiskSpec],
+    /// Those of which what was flushed last is taken.
+    pub(super) take_flushed: &'a [Name],
+    /// Whether one of the configuration that cannot be served ends the start.
+    pub(super) strict: bool,
+}
+
+impl Manager {
+    /// Serves all that can be served.
+    ///
+    /// # Errors
+    /// When the records cannot be read, or a name is given that nothing has; with `strict` also when a disk of the
+    /// configuration cannot be served.
+    pub(super) fn take_up(&self, given: Given) -> Result<(), ApiError> {
+        let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
+        refuse_unknown(given, &records, unreadable.keys())?;
+        for (name, why) in unreadable {
+            let Ok(name) = name.parse::<Name>() else {
+                log::error!("the record {name:?} cannot be read: {why}; it is left as it is");
+                continue;
+            };
+            let config = given.disks.iter().find(|spec| spec.name == name).map(|spec| spec.config.clone());
+            let why = format!("its record cannot be read: {why}");
+            let (id, takes_flushed) = (Uuid::new_v4(), given.take_flushed.contains(&name));
+            self.note_unserved(Unserved { name, id, record: None, config, why, takes_flushed });
+        }
+        let mut planned = Vec::new();
+        for spec in given.disks {
+            let config = self.completed(&spec.name, &spec.config);
+            match self.plan(&spec.name, config.clone()) {
+                Err(_) if !given.strict && locked(&self.unserved).contains_key(&spec.name) => {}
+                Ok(one) => planned.push(one),
+                Err(e) if given.strict => return Err(e),
+                Err(e) => {
+                    let record = records.iter().find(|r| r.name == spec.name.as_str()).cloned();
+                    self.not_served(Planned { name: spec.name.clone(), config, record }, given, e.message);
+                }
+            }
+        }
+        for record in records {
+            let Ok(name) = record.name.parse::<Name>() else {
+                log::error!("the record {:?} has no name that a disk can have; it is left as it is", record.name);
+                continue;
+            };
+            if given.disks.iter().any(|spec| spec.name == name) {
+                continue;
+            }
+            match serde_json::from_value::<DiskConfig>(record.config.clone()) {
+                Ok(config) => planned.push(Planned { name, config, record: Some(record) }),
+                Err(e) => self.note_unserved(Unserved {
+                    id: record.id,
+                    name,
+                    record: Some(record),
+                    config: None,
+                    why: format!("its configuration cannot be understood: {e}"),
+                    takes_flushed: false,
+                }),
+            }
+        }
+        self.open_all(planned, given)?;
+        self.resume_restores();
+        self.tidy_moments_later();
+        Ok(())
+    }
+
+    fn open_all(&self, planned: Vec<Planned>, given: Given) -> Result<(), ApiError> {
+        let (looked_at, unanswered) = self.look_at_all(planned, given.take_flushed);
+        for (planned, e) in unanswered {
+            self.not_served(planned, given, e.message);
+        }
+        let (volumes, disks): (Vec<_>, Vec<_>) = looked_at
+            .into_iter()
+            .partition(|(planned, _)| planned.record.as_ref().is_some_and(DiskRecord::is_volume));
+        let opening: Vec<_> = disks.into_iter().map(|one| self.begin_to_open(one)).collect();
+        let deadline = Instant::now() + OPEN_WAIT;
+        for (planned, opened) in opening {
+            let why = opened.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            let Err(e) = why.unwrap_or_else(|_| Err(no_answer())) else { continue };
+            if given.strict && given.disks.iter().any(|spec| spec.name == planned.name) {
+                return Err(e);
+            }
+            self.not_served(planned, given, e.message);
+        }
+        // Each after what it stands on.
+        for one in in_order(volumes) {
+            let (planned, opened) = self.begin_to_open(one);
+            if let Err(e) = opened.recv_timeout(OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
+                self.not_served(planned, given, e.message);
+            } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure()) {
+                log::error!("volume {} is broken: {reason}; what was written to it is kept", planned.name);
+            }
+        }
+        Ok(())
+    }
+
+    /// What is decided about each of these, and those that do not answer.
+    fn look_at_all(
+        &self,
+        planned: Vec<Planned>,
+        take_flushed: &[Name],
+    ) -> (Vec<(Planned, Option<Recovery>)>, Vec<(Planned, ApiError)>) {
+        let look = |planned: Planned| {
+            let (me, (tell, told)) = (self.me.clone(), channel());
+            let (of, takes_flushed) = (planned.clone(), take_flushed.contains(&planned.name));
+            let started = self.start_thread("look", move || {
+                let Some(manager) = me.upgrade() else { return };
+                let decided = manager.decide_alone(&of, takes_flushed);
+                if tell.send(decided).is_err() {
+                    log::debug!("disk {}: nobody waits for it any more", of.name);
+                }
+            });
+            if let Err(e) = started {
+                log::error!("disk {}: no thread can look at it: {e}", planned.name);
+            }
+            (planned, told)
+        };
+        let looking: Vec<_> = planned.into_iter().map(look).collect();
+        let deadline = Instant::now() + OPEN_WAIT;
+        let (mut found, mut unanswered) = (Vec::new(), Vec::new());
+        for (planned, told) in looking {
+            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Ok(decided)) => found.push((planned, decided)),
+                Ok(Err(e)) => unanswered.push((planned, e)),
+                Err(_) => unanswered.push((planned, no_answer())),
+            }
+        }
+        // Whether what they stand on and are restored from is there is seen over all of them.
+        let known: Vec<bool> = found.iter().map(|(_, decided)| decided.is_some()).collect();
+        let (plans, decided): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let mut recoveries: Vec<Recovery> = decided.into_iter().flatten().collect();
+        settle(&mut recoveries, &[]);
+        let mut recoveries = recoveries.into_iter();
+        let settled = known.into_iter().map(|is_known| if is_known { recoveries.next() } else { None });
+        (plans.into_iter().zip(settled).collect(), unanswered)
+    }
+
+    /// Opens a disk on a thread of its own, which goes on also when nobody waits for it any more.
+    fn begin_to_open(&self, (planned, recovery): (Planned, Option<Recovery>)) -> (Planned, Receiver<Result<(), ApiError>>) {
+        let (me, (tell, told)) = (self.me.clone(), channel());
+        let of = planned.clone();
+        let started = self.start_thread("open", move || {
+            let Some(manager) = me.upgrade() else { return };
+            let name = of.name.clone();
+            let held = manager.claim_to_add("start", &name, &of.config);
+            let added = held.and_then(|_claim| manager.add_planned(of, recovery).map(drop));
+            if tell.send(added).is_err() {
+                log::warn!("disk {name}: its image answers at last");
+            }
+        });
+        if let Err(e) = started {
+            log::error!("disk {}: no thread can open it: {e}", planned.name);
+        }
+        (planned, told)
+    }
+
+    fn not_served(&self, planned: Planned, given: Given, why: String) {
+        let Planned { name, config, record } = planned;
+        if self.disk(&name).is_ok() {
+            return; // It was opened meanwhile.
+        }
+        let (id, takes_flushed) = (record.as_ref().map_or_else(Uuid::new_v4, |r| r.id), given.take_flushed.contains(&name));
+        self.note_unserved(Unserved { name, id, record, config: Some(config), why, takes_flushed });
+    }
+}
+
+fn no_answer() -> ApiError {
+    ApiError::new(ErrorCode::DiskFailed, "its image does not answer")
+}
+
+/// A name that is given to take what was flushed must be that of something.
+fn refuse_unknown<'a>(
+    given: Given<'a>,
+    records: &'a [DiskRecord],
+    unreadable: impl Iterator<Item = &'a String>,
+) -> Result<(), ApiError> {
+    let (configured, remembered) = (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
+    let known: BTreeSet<&str> = configured.chain(remembered).chain(unreadable.map(String::as_str)).collect();
+    match given.take_flushed.iter().find(|name| !known.contains(name.as_str())) {
+        None => Ok(()),
+        Some(name) => Err(ApiError::new(ErrorCode::DiskNotFound, format!("--take-flushed: there is no disk {name}"))
+            .with_action(format!("name one of: {}", known.into_iter().collect::<Vec<_>>().join(", ")))),
+    }
+}
+
+/// Volumes, each after those that it stands on.
+fn in_order(mut left: Vec<(Planned, Option<Recovery>)>) -> Vec<(Planned, Option<Recovery>)> {
+    let mut ordered = Vec::new();
+    while !left.is_empty() {
+        let base = |p: &Planned| p.record.as_ref().and_then(|r| r.volume.as_ref()).map(|v| v.snapshot);
+        let has = |p: &Planned, id| p.record.iter().any(|r| r.snapshots.iter().any(|s| Some(s.id) == id));
+        let waits = |p: &Planned| base(p).is_some() && left.iter().any(|(other, _)| has(other, base(p)));
+        let next = left.iter().position(|(p, _)| !waits(p)).unwrap_or(0);
+        ordered.push(left.swap_remove(next));
+    }
+    ordered
+}

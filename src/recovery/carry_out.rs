@@ -1,0 +1,176 @@
+//! Carries a decision out: opens what is kept of a disk's versions, and nothing else.
+//!
+//! What always holds: nothing is decided here. What cannot be opened although it was to be is an error, and the disk is not
+//! served.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::{ChangedUse, LayerUse, Recovery, Role, TableUse, VersionRecovery, Why};
+use crate::image::{ImageError, SharedImage};
+use crate::mirror::{Backing, Changed, Epoch, Layer, Link, Mark, Version};
+use crate::store::{SnapshotRecord, Table, TableError};
+
+/// What was decided cannot be done: something has changed since, or the system refuses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NotCarriedOut(pub String);
+
+impl From<ImageError> for NotCarriedOut {
+    fn from(e: ImageError) -> NotCarriedOut {
+        NotCarriedOut(e.to_string())
+    }
+}
+
+impl From<TableError> for NotCarriedOut {
+    fn from(e: TableError) -> NotCarriedOut {
+        NotCarriedOut(e.to_string())
+    }
+}
+
+impl From<Why> for NotCarriedOut {
+    fn from(why: Why) -> NotCarriedOut {
+        NotCarriedOut(why.to_string())
+    }
+}
+
+impl From<std::io::Error> for NotCarriedOut {
+    fn from(e: std::io::Error) -> NotCarriedOut {
+        NotCarriedOut(e.to_string())
+    }
+}
+
+/// Opens layers as it was decided.
+pub trait LayerSource {
+    /// A full image beside the disk's own.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut>;
+
+    /// What is saved for a frozen version.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open_saved(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<Layer, NotCarriedOut>;
+
+    /// The log of a version.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open_log(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<Layer, NotCarriedOut>;
+
+    /// The changed table of a version or bookmark.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut>;
+}
+
+/// What is taken up of a disk.
+pub struct Taken {
+    /// Oldest first; the last one is live.
+    pub links: Vec<Link>,
+    /// Oldest first. Those without a version are lost.
+    pub snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
+    /// What is known of changes up to bookmarks and to snapshots without a version.
+    pub marks: Vec<Mark>,
+}
+
+impl Taken {
+    /// A disk of which nothing is remembered.
+    #[must_use]
+    pub fn of_new_disk(base: Backing) -> Taken {
+        let link = Link { version: Version::new(Uuid::new_v4(), Epoch(0)), layer: Layer::full(base), splits: false };
+        Taken { links: vec![link], snapshots: Vec::new(), marks: Vec::new() }
+    }
+}
+
+/// Opens the versions of a disk whose full image is `base`; of a volume that is what it stands on. Snapshots that drained when
+/// the daemon ended never change again: they are quiesced at `now_ms`.
+///
+/// # Errors
+/// When the decision is not to serve the disk, or something that was to be opened cannot be.
+pub fn carry_out(
+    recovery: &Recovery,
+    base: &Backing,
+    now_ms: u64,
+    source: &dyn LayerSource,
+) -> Result<Taken, NotCarriedOut> {
+    if let Some(why) = recovery.why_unserved() {
+        return Err(why.clone().into());
+    }
+    let record = &recovery.record;
+    // An independent volume still knows what was written since it was made.
+    let origin = record.stood_on.as_ref().map(|volume| Mark { id: volume.origin, began: Epoch(0), changed: None });
+    let mut taken = Taken { links: Vec::new(), snapshots: Vec::new(), marks: origin.into_iter().collect() };
+    for (bookmark, changed) in record.bookmarks.iter().zip(&recovery.bookmarks) {
+        let changed = open_changed(bookmark.id, changed.as_ref(), source)?;
+        taken.marks.push(Mark { id: bookmark.id, began: Epoch(bookmark.began), changed });
+    }
+    for version in &recovery.versions {
+        let changed = open_changed(version.id, version.changed.as_ref(), source)?;
+        let mut snapshot = match version.role {
+            Role::Frozen(at) => Some(record.snapshots[at].clone()),
+            Role::Origin | Role::Live => None,
+        };
+        let Ok(layer) = &version.layer else {
+            let mut snapshot = snapshot.ok_or_else(|| NotCarriedOut("the live version has no layer".to_owned()))?;
+            let why = version.broken.as_ref().or(version.layer.as_ref().err());
+            snapshot.broken = why.map(Why::in_record);
+            snapshot.splits = version.splits;
+            taken.marks.push(Mark { id: version.id, began: Epoch(version.began), changed });
+            taken.snapshots.push((snapshot, None));
+            continue;
+        };
+        let layer = open_layer(version, layer, base, source)?;
+        let is_live = version.role == Role::Live;
+        let opened = Version::noting(version.id, Epoch(version.began), changed);
+        if !is_live {
+            // Of what a volume stands on too: nobody is left who could change it.
+            opened.set_quiesced();
+        }
+        if let Some(snapshot) = &mut snapshot {
+            opened.set_leaves_mark(snapshot.keep_bookmark);
+            snapshot.quiesced_ms.get_or_insert(now_ms);
+            snapshot.broken = version.broken.as_ref().map(Why::in_record);
+            if let Some(reason) = &snapshot.broken {
+                opened.set_broken(reason.clone());
+            }
+        }
+        taken.snapshots.extend(snapshot.map(|snapshot| (snapshot, Some(opened.clone()))));
+        taken.links.push(Link { version: opened, layer, splits: version.splits });
+    }
+    Ok(taken)
+}
+
+fn open_layer(
+    version: &VersionRecovery,
+    layer: &LayerUse,
+    base: &Backing,
+    source: &dyn LayerSource,
+) -> Result<Layer, NotCarriedOut> {
+    match layer {
+        LayerUse::Base => Ok(Layer::full(base.clone())),
+        LayerUse::Full(image) => Ok(Layer::full(Backing::One(source.open_full(image)?))),
+        LayerUse::Log(image, table) => source.open_log(version.id, image, table),
+        LayerUse::Saved(image, table) => source.open_saved(version.id, image, table),
+    }
+}
+
+fn open_changed(
+    id: Uuid,
+    changed: Option<&Result<ChangedUse, Why>>,
+    source: &dyn LayerSource,
+) -> Result<Option<Changed>, NotCarriedOut> {
+    Ok(match changed {
+        None => None,
+        Some(Ok(from)) => Some(Changed::Noted(source.open_changed(id, *from)?)),
+        Some(Err(why)) => {
+            log::warn!("version {id}: everything counts as changed: {why}");
+            Some(Changed::unknown(&why.to_string()))
+        }
+    })
+}

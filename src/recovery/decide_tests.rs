@@ -1,0 +1,685 @@
+//! Decisions as a table: record, shutdown and evidence in, what becomes of each thing out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{
+    ChangedUse, Content, Durable, DurableFacts, Evidence, ImageFacts, LegUse, Recovery, Role, ServedVersion, Shutdown,
+    SnapshotFate, TableSource, Why, decide, settle,
+};
+use crate::image::{ImageError, ImageErrorKind, ImageOp};
+use crate::mirror::{LegState, PairError, PairFacts};
+use crate::store::{
+    BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, RunTableFacts,
+    SnapshotRecord, TableError, VolumeRecord,
+};
+
+const SIZE: u64 = 1 << 20;
+const LOOKS: Fingerprint = Fingerprint { size_bytes: SIZE, modified_ns: 7 };
+const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];
+
+/// Everything is there and whole, but for what is said.
+#[derive(Default)]
+struct Found {
+    missing: BTreeSet<PathBuf>,
+    changed: BTreeSet<PathBuf>,
+    sizes: BTreeMap<PathBuf, u64>,
+    units: BTreeMap<PathBuf, u32>,
+    /// Tables as they were left, saved ones and run tables.
+    no_left: BTreeSet<Uuid>,
+    flagged: BTreeSet<Uuid>,
+    no_durable: BTreeSet<Uuid>,
+    damaged: BTreeSet<Uuid>,
+    given_up: BTreeSet<Uuid>,
+    no_changes: BTreeSet<Uuid>,
+    marks: BTreeMap<Uuid, String>,
+    legs: Vec<(Uuid, LegState)>,
+}
+
+fn no_table(id: Uuid) -> TableError {
+    TableError::Damaged { path: id.to_string().into(), what: "it is not right".to_owned() }
+}
+
+impl Found {
+    fn image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
+        if self.missing.contains(path) {
+            return Err(ImageError::new(ImageErrorKind::Io, ImageOp::Open, path, "it is not there"));
+        }
+        let size_bytes = self.sizes.get(path).copied().unwrap_or(SIZE);
+        let unit_bytes = self.units.get(path).copied().unwrap_or(512);
+        Ok(ImageFacts { path: path.to_owned(), size_bytes, unit_bytes })
+    }
+
+    fn facts(&self, id: Uuid, lost: &BTreeSet<Uuid>) -> Result<RunTableFacts, TableError> {
+        if lost.contains(&id) {
+            return Err(no_table(id));
+        }
+        Ok(RunTableFacts { ones: 1, is_broken: self.flagged.contains(&id) })
+    }
+}
+
+impl Evidence for Found {
+    fn block_bytes(&self) -> u32 {
+        4096
+    }
+
+    fn full_image_looks(&self) -> Option<Fingerprint> {
+        self.looks(Path::new("/vm1.raw"))
+    }
+
+    fn full_image(&self, _made_here: bool) -> Result<ImageFacts, ImageError> {
+        self.image(Path::new("/vm1.raw"))
+    }
+
+    fn leg(&self, path: &Path) -> Result<ImageFacts, ImageError> {
+        self.image(path)
+    }
+
+    fn layer_image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
+        self.image(path)
+    }
+
+    fn mirror(&self, _mirror: &MirrorRecord, usable: &[Uuid], _size: u64) -> Result<PairFacts, PairError> {
+        let known = self.legs.iter().cloned();
+        let legs: Vec<_> = known
+            .map(
+                |(id, state)| {
+                    if usable.contains(&id) { (id, state) } else { (id, LegState::Failed("gone".to_owned())) }
+                },
+            )
+            .collect();
+        if !legs.iter().any(|(_, state)| *state == LegState::InSync) {
+            return Err(PairError::Refused("none of its legs is in sync".to_owned()));
+        }
+        Ok(PairFacts { legs, regions: 0, damaged: Vec::new() })
+    }
+
+    fn looks(&self, path: &Path) -> Option<Fingerprint> {
+        let modified_ns = if self.changed.contains(path) { 8 } else { 7 };
+        (!self.missing.contains(path)).then_some(Fingerprint { modified_ns, ..LOOKS })
+    }
+
+    fn is_file(&self, path: &Path) -> bool {
+        !self.missing.contains(path)
+    }
+
+    fn run_table(&self, id: Uuid, _blocks: u64) -> Result<RunTableFacts, TableError> {
+        self.facts(id, &self.no_left)
+    }
+
+    fn saved_table(&self, id: Uuid, _blocks: u64, _seal: Uuid) -> Result<(), TableError> {
+        if self.no_left.contains(&id) { Err(no_table(id)) } else { Ok(()) }
+    }
+
+    fn durable_table(&self, _which: Durable, id: Uuid, _blocks: u64) -> Result<DurableFacts, TableError> {
+        if self.no_durable.contains(&id) {
+            return Err(no_table(id));
+        }
+        let damage = BlockRange { start: BlockIndex(3), end: BlockIndex(9) };
+        let damaged = if self.damaged.contains(&id) { vec![damage] } else { Vec::new() };
+        Ok(DurableFacts { place: id.to_string().into(), damaged })
+    }
+
+    fn is_given_up(&self, id: Uuid) -> bool {
+        self.given_up.contains(&id)
+    }
+
+    fn run_changes(&self, id: Uuid, _blocks: u64) -> Result<RunTableFacts, TableError> {
+        self.facts(id, &self.no_changes)
+    }
+
+    fn saved_changes(&self, id: Uuid, _blocks: u64, _seal: Uuid) -> Result<(), TableError> {
+        self.facts(id, &self.no_changes).map(drop)
+    }
+
+    fn why_broken(&self, id: Uuid) -> Option<String> {
+        self.marks.get(&id).cloned()
+    }
+}
+
+fn id(n: u128) -> Uuid {
+    Uuid::from_u128(n)
+}
+
+fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
+    serde_json::from_value(json!({
+        "id": id(n), "group": id(n), "name": name, "strategy": "copy-on-write", "writers": "request", "began": began,
+        "ended": began + 1, "image": format!("/{name}.img"), "owns_all": false, "splits": false, "durable": false,
+        "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deleting": false, "keep_image": false,
+        "stopped": false, "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
+        "keep_bookmark": false, "taken_for": null,
+    }))
+    .unwrap()
+}
+
+/// A disk with the bookmark 1, the copy-on-write snapshots 2 and 3, and the live version 9.
+fn record() -> DiskRecord {
+    serde_json::from_value(json!({
+        "id": id(100), "name": "vm1", "config": {}, "live": id(9), "live_began": 20, "live_log": null,
+        "live_saved_table": null, "live_saved": null, "live_splits": false,
+        "live_changed": { "saved": id(99), "lost": null },
+        "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
+            "quiesced_ms": 2, "changed": null, "taken_for": null }],
+        "mirror": null, "volume": null, "stood_on": null, "disabled": false, "own_image": false,
+        "logical_block_bytes": null, "work": null, "next_live": null, "restore": null, "former_legs": [], "boot": null,
+        "snapshots": [snapshot(2, "a", 4), snapshot(3, "b", 8)], "saved": LOOKS, "saved_discards": null
+    }))
+    .unwrap()
+}
+
+/// The same after a write-logging cut: snapshot 4 has the full image, and the live version a log.
+fn logged() -> DiskRecord {
+    let mut record = record();
+    let log = SnapshotRecord { owns_all: true, image: "/vm1.raw".into(), ..snapshot(4, "c", 12) };
+    record.snapshots.push(log);
+    (record.live_log, record.live_saved, record.live_saved_table) =
+        (Some("/live.log".into()), Some(LOOKS), Some(id(99)));
+    record
+}
+
+/// After a split: snapshot 4 has the leg `/leg1`, and the live version the other one.
+fn split() -> DiskRecord {
+    let mut record = record();
+    record.snapshots.push(SnapshotRecord { owns_all: true, image: "/leg1".into(), ..snapshot(4, "c", 12) });
+    record.live_splits = true;
+    let leg = |n, path: &str| LegRecord { id: id(n), path: path.into(), saved: Some(LOOKS) };
+    record.mirror = Some(MirrorRecord { bitmap: id(50), legs: vec![leg(51, "/leg0"), leg(52, "/leg1")] });
+    record
+}
+
+fn legs_of(states: [LegState; 2]) -> Vec<(Uuid, LegState)> {
+    [id(51), id(52)].into_iter().zip(states).collect()
+}
+
+fn volume() -> DiskRecord {
+    let volume = VolumeRecord {
+        snapshot: id(2),
+        from: "vm1@a".to_owned(),
+        source: id(100),
+        origin: id(60),
+        size_bytes: SIZE,
+        created_ms: 1,
+    };
+    let mut record = record();
+    (record.id, record.name, record.live) = (id(101), "clone".to_owned(), id(61));
+    (record.snapshots, record.bookmarks, record.volume) = (vec![snapshot(62, "x", 4)], Vec::new(), Some(volume));
+    (record.live_log, record.live_saved, record.live_saved_table) =
+        (Some("/clone.log".into()), Some(LOOKS), Some(id(99)));
+    record
+}
+
+fn restored(mut record: DiskRecord, source: Uuid, is_own: bool) -> DiskRecord {
+    let from = if is_own { "vm1@b" } else { "clone@x" }.to_owned();
+    record.restore = Some(RestoreRecord {
+        id: id(70),
+        source,
+        from,
+        is_own,
+        is_ours: false,
+        is_active: true,
+        stopped: false,
+        delay_ms: 0,
+        bytes_per_second: 0,
+    });
+    record
+}
+
+/// One letter for each snapshot: kept, broken, deleting, gone, waiting.
+fn fates(recovery: &Recovery) -> String {
+    let letter = |fate| match fate {
+        SnapshotFate::Kept => 'k',
+        SnapshotFate::Broken(_) => 'b',
+        SnapshotFate::Deleting => 'd',
+        SnapshotFate::Gone => 'g',
+        SnapshotFate::Waits => 'w',
+    };
+    recovery.snapshots().map(|(_, fate)| letter(fate)).collect()
+}
+
+fn reason(recovery: &Recovery, at: usize) -> Option<Why> {
+    recovery.snapshots().nth(at).and_then(|(_, fate)| match fate {
+        SnapshotFate::Broken(why) => Some(why),
+        _ => None,
+    })
+}
+
+fn content(recovery: &Recovery) -> &'static str {
+    match recovery.disk {
+        Content::Whole => "whole",
+        Content::AsFlushed => "flushed",
+        Content::Hollow(_) => "hollow",
+        Content::Unserved(_) => "unserved",
+    }
+}
+
+/// A row: what is found, and what becomes of the disk and its snapshots after each of the four ends.
+type Row = (&'static str, fn() -> DiskRecord, fn(&mut Found, &mut DiskRecord), [(&'static str, &'static str); 4]);
+
+fn check(rows: &[Row]) {
+    for (what, record, change, expected) in rows {
+        for (shutdown, expected) in ENDS.into_iter().zip(expected) {
+            let (mut found, mut record) = (Found::default(), record());
+            found.legs = legs_of([LegState::InSync, LegState::Split]);
+            change(&mut found, &mut record);
+            let recovery = decide(&record, shutdown, &found);
+            assert_eq!((content(&recovery), fates(&recovery).as_str()), *expected, "{what}, after {shutdown:?}");
+        }
+    }
+}
+
+const ALL_LOST: (&str, &str) = ("whole", "bb");
+
+#[test]
+fn what_is_saved_below_a_full_image() {
+    check(&[
+        ("all is there", record, |_, _| {}, [("whole", "kk"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST]),
+        (
+            "durable",
+            record,
+            |_, r| r.snapshots.iter_mut().for_each(|s| s.durable = true),
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "kk"), ALL_LOST],
+        ),
+        (
+            "durable, and the newer one drains",
+            record,
+            |_, r| {
+                r.snapshots.iter_mut().for_each(|s| s.durable = true);
+                r.snapshots[1].quiesced_ms = None;
+            },
+            // Older ones read through it all the same.
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "kb"), ALL_LOST],
+        ),
+        (
+            "an image is missing",
+            record,
+            |f, _| drop(f.missing.insert("/b.img".into())),
+            [("whole", "bb"), ("whole", "bb"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "the older image is missing",
+            record,
+            |f, _| drop(f.missing.insert("/a.img".into())),
+            [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "an image was written",
+            record,
+            |f, _| drop(f.changed.insert("/b.img".into())),
+            [("whole", "bb"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "an image has another size",
+            record,
+            |f, _| drop(f.sizes.insert("/a.img".into(), 512)),
+            [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "a table as left is lost",
+            record,
+            |f, _| drop(f.no_left.insert(id(2))),
+            [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "the table of a durable one is lost",
+            record,
+            |f, r| {
+                r.snapshots[0].durable = true;
+                f.no_left.insert(id(2));
+            },
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "and it drained",
+            record,
+            |f, r| {
+                (r.snapshots[0].durable, r.snapshots[0].quiesced_ms) = (true, None);
+                f.no_left.insert(id(2));
+            },
+            [("whole", "kk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "the durable table is damaged",
+            record,
+            |f, r| {
+                r.snapshots[1].durable = true;
+                f.damaged.insert(id(3));
+            },
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "a version was given up",
+            record,
+            |f, r| {
+                r.snapshots.iter_mut().for_each(|s| s.durable = true);
+                f.given_up.insert(id(3));
+            },
+            [("whole", "kb"), ("whole", "kb"), ("flushed", "kb"), ALL_LOST],
+        ),
+        (
+            "a run table says that it is broken",
+            record,
+            |f, _| drop(f.flagged.insert(id(3))),
+            [("whole", "kk"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "a mark says so",
+            record,
+            |f, _| drop(f.marks.insert(id(3), "no space".to_owned())),
+            [("whole", "kb"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "a deletion is under way",
+            record,
+            |_, r| r.snapshots[1].deleting = true,
+            [("whole", "kd"), ("whole", "kd"), ("flushed", "bg"), ("whole", "bg")],
+        ),
+        (
+            "a cut was being prepared",
+            record,
+            |_, r| r.snapshots[1].ended = 0,
+            [("whole", "kd"), ("whole", "kd"), ("flushed", "bg"), ("whole", "bg")],
+        ),
+        (
+            "the disk's image is missing",
+            record,
+            |f, _| drop(f.missing.insert("/vm1.raw".into())),
+            [("unserved", "ww"); 4],
+        ),
+        (
+            "the disk's image takes larger units",
+            record,
+            |f, _| drop(f.units.insert("/vm1.raw".into(), 8192)),
+            [("unserved", "ww"); 4],
+        ),
+        (
+            "the record says that one is broken",
+            record,
+            |_, r| r.snapshots[1].broken = Some("it is".to_owned()),
+            [("whole", "kb"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
+        ),
+        ("the record contradicts itself", record, |_, r| r.snapshots[1].owns_all = true, [("unserved", "ww"); 4]),
+    ]);
+}
+
+#[test]
+fn logs_above_a_full_image() {
+    let unserved = ("unserved", "bbb");
+    check(&[
+        ("all is there", logged, |_, _| {}, [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbk"), unserved]),
+        (
+            "the log's run table is lost",
+            logged,
+            |f, _| drop(f.no_left.insert(id(9))),
+            // What the guests were told is written must not be gone without a word.
+            [("flushed", "kkk"), ("unserved", "bbb"), ("flushed", "bbk"), unserved],
+        ),
+        (
+            "the durable table is damaged",
+            logged,
+            |f, _| drop(f.damaged.insert(id(9))),
+            [("whole", "kkk"), ("whole", "kkk"), ("unserved", "bbb"), unserved],
+        ),
+        (
+            "the durable table is lost",
+            logged,
+            |f, _| drop(f.no_durable.insert(id(9))),
+            [("unserved", "bbb"), ("unserved", "bbb"), ("unserved", "bbb"), unserved],
+        ),
+        ("the log is missing", logged, |f, _| drop(f.missing.insert("/live.log".into())), [("unserved", "bbb"); 4]),
+        (
+            "the log was written",
+            logged,
+            |f, _| drop(f.changed.insert("/live.log".into())),
+            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+        ),
+        (
+            "nobody knows how the log looked",
+            logged,
+            |_, r| r.live_saved = None,
+            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+        ),
+        (
+            "it drained",
+            logged,
+            |_, r| r.snapshots[2].quiesced_ms = None,
+            [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbb"), unserved],
+        ),
+    ]);
+}
+
+#[test]
+fn legs_and_what_was_split_off() {
+    let forgets = |record: &DiskRecord, shutdown, found: &Found| {
+        let recovery = decide(record, shutdown, found);
+        recovery.mirror.unwrap().legs.iter().map(|(_, leg)| leg.clone()).collect::<Vec<_>>()
+    };
+    check(&[
+        ("all is there", split, |_, _| {}, [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbk"), ("whole", "bbb")]),
+        (
+            "the leg of the snapshot is missing",
+            split,
+            |f, _| drop(f.missing.insert("/leg1".into())),
+            [("whole", "bbb"), ("whole", "bbb"), ("flushed", "bbb"), ("whole", "bbb")],
+        ),
+        (
+            "the leg of the disk is missing",
+            split,
+            |f, _| drop(f.missing.insert("/leg0".into())),
+            [("unserved", "www"); 4],
+        ),
+        (
+            "the leg of the disk was written",
+            split,
+            |f, _| drop(f.changed.insert("/leg0".into())),
+            [("unserved", "www"); 4], // Its record has fingerprints in all of these.
+        ),
+    ]);
+    let mut record = split();
+    let mut found = Found { legs: legs_of([LegState::InSync, LegState::Split]), ..Found::default() };
+    let in_sync = LegUse::InUse(LegState::InSync);
+    assert_eq!(forgets(&record, Shutdown::Clean, &found), [in_sync.clone(), LegUse::Held]);
+    // With a snapshot that goes, and whose leg nobody knows any more, the leg goes.
+    record.snapshots[2].deleting = true;
+    found.changed.insert("/leg1".into());
+    assert_eq!(forgets(&record, Shutdown::Clean, &found), [in_sync.clone(), LegUse::Forgotten]);
+    // Without a split both are in use, or why one is not.
+    (record.live_splits, record.snapshots) = (false, Vec::new());
+    found.legs = legs_of([LegState::InSync, LegState::Resynchronising]);
+    let unused = |why| LegUse::Unused(why);
+    assert_eq!(forgets(&record, Shutdown::Clean, &found)[1], unused(Why::ImageChanged("/leg1".into())));
+    record.saved = None;
+    assert_eq!(forgets(&record, Shutdown::Killed, &found)[1], LegUse::InUse(LegState::Resynchronising));
+    found.legs.pop();
+    assert_eq!(
+        forgets(&record, Shutdown::Killed, &found),
+        [in_sync, unused(Why::NotAttached)],
+        "recorded, not attached"
+    );
+    found.sizes.insert("/leg1".into(), 512);
+    let recovery = decide(&record, Shutdown::Killed, &found);
+    assert_eq!(recovery.why_unserved(), Some(&Why::LegSize("/leg1".into())));
+}
+
+#[test]
+fn changed_tables_are_believed_after_a_stop_and_a_kill_and_never_else() {
+    for shutdown in ENDS {
+        let recovery = decide(&record(), shutdown, &Found::default());
+        let expected = match shutdown {
+            Shutdown::Clean => Ok(ChangedUse::Saved(id(99))),
+            Shutdown::Killed => Ok(ChangedUse::Run),
+            Shutdown::PowerCut => Err(Why::ChangesCut),
+            Shutdown::Changed => Err(Why::DiskChanged),
+        };
+        for version in &recovery.versions {
+            assert_eq!(version.changed, Some(expected.clone()), "{shutdown:?}: {:?}", version.role);
+        }
+        assert_eq!(recovery.bookmarks, [None], "the oldest has nothing before it");
+    }
+    let lost = |change: fn(&mut Found, &mut DiskRecord), shutdown| {
+        let (mut found, mut record) = (Found::default(), record());
+        change(&mut found, &mut record);
+        decide(&record, shutdown, &found).version(Role::Live).unwrap().changed.clone()
+    };
+    for shutdown in [Shutdown::Clean, Shutdown::Killed] {
+        let once = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().lost = Some("once".to_owned());
+        assert_eq!(lost(once, shutdown), Some(Err(Why::Said("once".to_owned()))), "what was lost once stays lost");
+        assert_eq!(lost(|_, r| r.live_changed = None, shutdown), None, "what was never noted");
+        let gone = lost(|f, _| drop(f.no_changes.insert(id(9))), shutdown);
+        assert!(matches!(gone, Some(Err(Why::Table(_)))), "{gone:?}");
+    }
+    assert_eq!(lost(|f, _| drop(f.flagged.insert(id(9))), Shutdown::Killed), Some(Err(Why::ChangesIncomplete)));
+    let not_saved = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().saved = None;
+    assert_eq!(lost(not_saved, Shutdown::Clean), Some(Err(Why::ChangesNotSaved)));
+}
+
+/// Requests from before it may have reached one leg only.
+#[test]
+fn a_split_that_still_drained_is_doubted() {
+    let whole = |record: &DiskRecord| {
+        let found = Found { legs: legs_of([LegState::InSync, LegState::Split]), ..Found::default() };
+        decide(record, Shutdown::Killed, &found).version(Role::Live).unwrap().changed.clone().unwrap().is_ok()
+    };
+    let mut record = split();
+    assert!(whole(&record), "it had drained");
+    record.snapshots[2].quiesced_ms = None;
+    assert!(!whole(&record));
+    let mut record = logged();
+    record.snapshots[2].quiesced_ms = None;
+    assert!(whole(&record), "without a split there is one place for both");
+}
+
+#[test]
+fn a_restore_in_place() {
+    let decided = |change: fn(&mut Found, &mut DiskRecord), shutdown| {
+        let (mut found, mut record) = (Found::default(), restored(record(), id(3), true));
+        record.snapshots[1].durable = true;
+        change(&mut found, &mut record);
+        let recovery = decide(&record, shutdown, &found);
+        let pending = recovery.restore.as_ref().map(|r| r.pending.as_ref().ok().map(|table| table.source.clone()));
+        (content(&recovery), pending)
+    };
+    let committed = Some(Some(TableSource::Committed(None)));
+    let nothing = |_: &mut Found, _: &mut DiskRecord| {};
+    assert_eq!(decided(nothing, Shutdown::Clean), ("whole", committed.clone()), "a clean stop commits it");
+    assert_eq!(decided(nothing, Shutdown::Killed), ("whole", Some(Some(TableSource::Run))));
+    assert_eq!(decided(nothing, Shutdown::PowerCut), ("flushed", committed));
+    assert_eq!(decided(nothing, Shutdown::Changed).0, "unserved");
+    for shutdown in [Shutdown::Clean, Shutdown::PowerCut] {
+        assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), shutdown).0, "unserved", "{shutdown:?}");
+    }
+    let source = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().source = id(80);
+    let unbegun = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().is_active = false;
+    for shutdown in [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut] {
+        assert_eq!(decided(|f, _| drop(f.missing.insert("/b.img".into())), shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(source, shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(unbegun, shutdown).1, None, "{shutdown:?}: the table says nothing");
+        // One that broke while it was served is there all the same.
+        let broke = |_: &mut Found, r: &mut DiskRecord| r.snapshots[1].broken = Some("it broke".to_owned());
+        assert_ne!(decided(broke, shutdown).0, "unserved", "{shutdown:?}");
+    }
+    assert_eq!(decided(|f, _| drop(f.no_left.insert(id(70))), Shutdown::Killed).0, "unserved");
+    // What is committed is written anew by what is known better.
+    assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), Shutdown::Killed).0, "whole");
+}
+
+/// Decides on a disk and a volume on its snapshot `a`.
+fn both(change: fn(&mut Found, &mut DiskRecord, &mut DiskRecord)) -> [Recovery; 2] {
+    let (mut found, mut disk, mut clone) = (Found::default(), record(), volume());
+    change(&mut found, &mut disk, &mut clone);
+    let mut recoveries = [&clone, &disk].map(|record| decide(record, Shutdown::Clean, &found));
+    settle(&mut recoveries, &[]);
+    let [clone, disk] = recoveries;
+    [disk, clone]
+}
+
+#[test]
+fn what_volumes_stand_on() {
+    let [disk, clone] = both(|_, _, _| {});
+    assert_eq!((content(&disk), content(&clone), fates(&clone).as_str()), ("whole", "whole", "k"));
+    let [disk, clone] = both(|f, _, _| drop(f.missing.insert("/a.img".into())));
+    let why = Why::BaseLost { from: "vm1@a".to_owned(), why: Box::new(Why::Missing("/a.img".into())) };
+    assert_eq!((content(&disk), clone.why_hollow()), ("whole", Some(&why)));
+    assert_eq!(reason(&clone, 0), Some(why), "its snapshots show the same");
+    let hollow: [(&str, fn(&mut Found, &mut DiskRecord, &mut DiskRecord)); 5] = [
+        ("the disk is not served", |f, _, _| drop(f.missing.insert("/vm1.raw".into()))),
+        ("the snapshot is unknown", |_, _, v| v.volume.as_mut().unwrap().snapshot = id(80)),
+        ("the snapshot goes", |_, d, _| d.snapshots[0].deleting = true),
+        ("the disk has another size", |_, _, v| v.volume.as_mut().unwrap().size_bytes = 512),
+        ("the snapshot broke", |f, _, _| drop(f.marks.insert(id(2), "it broke".to_owned()))),
+    ];
+    for (what, change) in hollow {
+        let [_, clone] = both(change);
+        assert_ne!(content(&clone), "whole", "{what}");
+    }
+    let [_, clone] = both(|f, _, _| drop(f.missing.insert("/clone.log".into())));
+    assert_eq!(content(&clone), "unserved", "its own log is lost");
+    // One that cannot be had takes along what stands on it.
+    let mut top = volume();
+    (top.id, top.name, top.live) = (id(110), "top".to_owned(), id(111));
+    (top.snapshots, top.volume.as_mut().unwrap().snapshot) = (Vec::new(), id(62));
+    top.volume.as_mut().unwrap().origin = id(112);
+    let found = Found { missing: BTreeSet::from(["/a.img".into()]), ..Found::default() };
+    let mut all = [&top, &volume(), &record()].map(|record| decide(record, Shutdown::Clean, &found));
+    settle(&mut all, &[]);
+    assert_eq!(all.each_ref().map(content), ["hollow", "hollow", "whole"]);
+    // What is served already counts.
+    let served = |broken| [ServedVersion { id: id(2), size_bytes: SIZE, broken }];
+    for (broken, expected) in [(None, "whole"), (Some(Why::Broke), "hollow")] {
+        let mut alone = [decide(&volume(), Shutdown::Clean, &Found::default())];
+        settle(&mut alone, &served(broken));
+        assert_eq!(content(&alone[0]), expected);
+    }
+}
+
+#[test]
+fn what_disks_are_restored_from() {
+    let [disk, _] = both(|_, d, _| *d = restored(d.clone(), id(62), false));
+    assert_eq!(content(&disk), "whole");
+    let [disk, _] = both(|f, d, _| {
+        *d = restored(d.clone(), id(62), false);
+        f.missing.insert("/x.img".into());
+    });
+    assert!(matches!(disk.why_hollow(), Some(Why::RestoreLost { from, .. }) if from == "clone@x"), "{:?}", disk.disk);
+}
+
+#[test]
+fn one_name_for_two_things() {
+    let [disk, clone] = both(|_, d, v| v.snapshots[0].id = d.snapshots[1].id);
+    for recovery in [disk, clone] {
+        assert!(matches!(recovery.why_unserved(), Some(Why::Contradiction(_))), "{:?}", recovery.disk);
+    }
+}
+
+#[test]
+fn discards_are_advice() {
+    let mut record = record();
+    record.saved_discards = Some(id(98));
+    let decided = |shutdown, found: &Found| decide(&record, shutdown, found).discards.map(|d| d.ok());
+    let mut found = Found::default();
+    assert_eq!(decided(Shutdown::Clean, &found), Some(Some(id(98))));
+    assert_eq!(decided(Shutdown::Killed, &found), None);
+    found.no_left.insert(id(100));
+    assert_eq!(decided(Shutdown::Clean, &found), Some(None));
+}
+
+/// What is told for good is what no file could change that is put back.
+#[test]
+fn what_is_lost_for_good() {
+    let why = |change: fn(&mut Found, &mut DiskRecord), shutdown, at| {
+        let (mut found, mut record) = (Found::default(), record());
+        change(&mut found, &mut record);
+        reason(&decide(&record, shutdown, &found), at).unwrap()
+    };
+    let nothing = |_: &mut Found, _: &mut DiskRecord| {};
+    assert_eq!(why(nothing, Shutdown::PowerCut, 1), Why::PowerCut);
+    assert_eq!(why(nothing, Shutdown::PowerCut, 0), Why::ReadsThrough { for_good: true });
+    let missing = |f: &mut Found, _: &mut DiskRecord| drop(f.missing.insert("/b.img".into()));
+    assert_eq!(why(missing, Shutdown::Killed, 0), Why::ReadsThrough { for_good: false });
+    for (reason, is) in [(Why::PowerCut, true), (Why::Broke, true), (Why::DiskChanged, false), (Why::NotSaved, false)] {
+        assert_eq!(reason.is_for_good(), is, "{reason}");
+        assert!(reason.in_record().contains("delete it and take another"), "{reason}");
+    }
+}

@@ -1,0 +1,272 @@
+//! What is remembered of a disk: for this room only fields that are stored.
+//!
+//! What always holds: a field that this program does not know makes a record unreadable to it, so that none is lost by being
+//! stored again. Who adds or changes one gives the records another format ([`super::records`]).
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::work::WorkRecord;
+
+/// How an image looked when its tables were saved. If it looks different at the start, something else wrote it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprint {
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// When it was last written, in nanoseconds since 1970; 0 for a block device, which does not tell.
+    pub modified_ns: i64,
+}
+
+/// A snapshot, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRecord {
+    /// The version's stable name.
+    pub id: Uuid,
+    /// Shared by the snapshots of one cut.
+    pub group: Uuid,
+    /// The name that the user gave.
+    pub name: String,
+    /// `copy-on-write`, `write-logging` or `write-mirroring`.
+    pub strategy: String,
+    /// `request` or `connection`.
+    pub writers: String,
+    /// The epoch in which the version began.
+    pub began: u64,
+    /// The last epoch that belongs to it; 0 while the cut is being prepared.
+    pub ended: u64,
+    /// The image of its layer.
+    pub image: PathBuf,
+    /// Whether that image has everything: it is the pivot, or a leg that a split left to it.
+    pub owns_all: bool,
+    /// Whether the mirror was split when it began, so that it shares no bytes with older ones.
+    pub splits: bool,
+    /// Whether what is saved for it outlives a power cut, with a durable table. Only below the full image.
+    pub durable: bool,
+    /// Its socket.
+    pub socket: PathBuf,
+    /// When the cut was, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// When it was quiesced.
+    pub quiesced_ms: Option<u64>,
+    /// Why it cannot be vouched for.
+    pub broken: Option<String>,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Whether its image is left as it is when it is deleted, instead of going back to the mirror.
+    pub keep_image: bool,
+    /// Whether its deletion was stopped by the user, and waits to be resumed.
+    pub stopped: bool,
+    /// How its image looked at the last clean stop.
+    pub saved: Option<Fingerprint>,
+    /// The seal of its table's durable copy.
+    pub saved_table: Option<Uuid>,
+    /// Its changed table. None if nothing was noted.
+    pub changed: Option<ChangedRecord>,
+    /// Whether a bookmark stays when it is deleted.
+    pub keep_bookmark: bool,
+    /// The stable name of the volume for whose update it was taken. It goes when that needs it no more.
+    pub taken_for: Option<Uuid>,
+}
+
+/// A changed table, as it is remembered: it goes by its version's name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangedRecord {
+    /// The seal of its durable copy, at a clean stop.
+    pub saved: Option<Uuid>,
+    /// Why it is not believed, for ever.
+    pub lost: Option<String>,
+}
+
+/// What is left of a deleted snapshot, as it is remembered: a moment, and what was changed up to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BookmarkRecord {
+    /// The stable name of the version that it was.
+    pub id: Uuid,
+    /// Shared by the snapshots of one cut.
+    pub group: Uuid,
+    /// The name that the user gave.
+    pub name: String,
+    /// The epoch in which the version began.
+    pub began: u64,
+    /// The last epoch that belongs to it.
+    pub ended: u64,
+    /// When the cut was, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// When it was quiesced.
+    pub quiesced_ms: Option<u64>,
+    /// What was changed from the marker before it on. None if nothing was noted.
+    pub changed: Option<ChangedRecord>,
+    /// As [`SnapshotRecord::taken_for`].
+    pub taken_for: Option<Uuid>,
+}
+
+/// A leg of a mirror, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LegRecord {
+    /// Its stable name.
+    pub id: Uuid,
+    /// Its image.
+    pub path: PathBuf,
+    /// How it looked at the last clean stop.
+    pub saved: Option<Fingerprint>,
+}
+
+/// A mirror, as it is remembered. Which of its legs are good is in its write-intent bitmap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorRecord {
+    /// The stable name of the bitmap.
+    pub bitmap: Uuid,
+    /// One or two.
+    pub legs: Vec<LegRecord>,
+    /// Whether its synchronisation was stopped by the user, and waits to be resumed.
+    pub stopped: bool,
+}
+
+/// What a volume stands on, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRecord {
+    /// The stable name of the snapshot's version.
+    pub snapshot: Uuid,
+    /// The snapshot as the user calls it, `disk@name`.
+    pub from: String,
+    /// The stable name of the disk of the snapshot.
+    pub source: Uuid,
+    /// The stable name of the volume's oldest version, which shows the snapshot.
+    pub origin: Uuid,
+    /// Its size in bytes, should the snapshot be lost.
+    pub size_bytes: u64,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// A restore in place, as it is remembered. Which blocks are pending is in its table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRecord {
+    /// The stable name of the table.
+    pub id: Uuid,
+    /// The stable name of the version that is restored.
+    pub source: Uuid,
+    /// Its snapshot as the user calls it, `disk@name`.
+    pub from: String,
+    /// Whether it is the disk's own, and not a volume's.
+    pub is_own: bool,
+    /// Whether the snapshot was taken for the restore, and goes with it.
+    pub is_ours: bool,
+    /// Whether it has begun. Before that the table says nothing.
+    pub is_active: bool,
+    /// Whether its job was stopped by the user, and waits to be resumed.
+    pub stopped: bool,
+    /// The pause between two steps, in milliseconds.
+    pub delay_ms: u32,
+    /// The most that it copies in a second; 0 for as much as it can.
+    pub bytes_per_second: u64,
+}
+
+/// A disk, as it is remembered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskRecord {
+    /// Its stable name.
+    pub id: Uuid,
+    /// The name that the user gave.
+    pub name: String,
+    /// How it is served; for this room only text.
+    pub config: serde_json::Value,
+    /// What was set of its configuration while it was served; for this room only text.
+    pub set: serde_json::Value,
+    /// The live version's stable name.
+    pub live: Uuid,
+    /// The epoch in which the live version began.
+    pub live_began: u64,
+    /// The log in which the live version is stored, above the full image of an older one. None while the live
+    /// version has the full image.
+    pub live_log: Option<PathBuf>,
+    /// The seal of the durable copy of the log's table, at a clean stop.
+    pub live_saved_table: Option<Uuid>,
+    /// How the log looked at the last clean stop.
+    pub live_saved: Option<Fingerprint>,
+    /// Whether the mirror was split when the live version began.
+    pub live_splits: bool,
+    /// The live version's changed table. None if nothing is noted.
+    pub live_changed: Option<ChangedRecord>,
+    /// Oldest first.
+    pub bookmarks: Vec<BookmarkRecord>,
+    /// Its mirror, if it has one.
+    pub mirror: Option<MirrorRecord>,
+    /// What it stands on, if it is a volume.
+    pub volume: Option<VolumeRecord>,
+    /// What it stood on, if it is a volume that became independent.
+    pub stood_on: Option<VolumeRecord>,
+    /// Whether it is not served until it is enabled again.
+    pub disabled: bool,
+    /// Whether the full image is one that was made here: `<id>.raw`.
+    pub own_image: bool,
+    /// The logical block size that guests have always seen, if the image itself would say another.
+    pub logical_block_bytes: Option<u32>,
+    /// What a job is doing to it, that goes on after a restart.
+    pub work: Option<WorkRecord>,
+    /// The stable name of a live version that is about to take the place of this one: until it has, its files may go.
+    pub next_live: Option<Uuid>,
+    /// Its restore in place, if one is under way.
+    pub restore: Option<RestoreRecord>,
+    /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
+    pub former_legs: Vec<PathBuf>,
+    /// The boot in which the disk is served: what the run directory has is believed in that boot only.
+    pub boot: Option<Uuid>,
+    /// Oldest first.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// How the live image looked when all tables were saved at a clean stop. None while the disk is served.
+    pub saved: Option<Fingerprint>,
+    /// The seal of the durable copy of the discards that were put off.
+    pub saved_discards: Option<Uuid>,
+}
+
+impl DiskRecord {
+    /// The names of everything that has files of its own in our directories: of each table its UUID, of a snapshot's
+    /// image `disk@name`.
+    #[must_use]
+    pub fn names(&self) -> BTreeSet<String> {
+        let image = self.own_image.then(|| self.own_image_name());
+        let (bitmap, restore) = (self.mirror.as_ref().map(|m| m.bitmap), self.restore.as_ref().map(|r| r.id));
+        let own = [Some(self.id), Some(self.live), self.next_live, bitmap, restore];
+        let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
+        let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
+        ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).chain(image).collect()
+    }
+
+    /// What a full image that was made here is called.
+    #[must_use]
+    pub fn own_image_name(&self) -> String {
+        format!("{}.raw", self.id)
+    }
+
+    /// Whether it is a volume: it stands on a snapshot, or once did.
+    #[must_use]
+    pub fn is_volume(&self) -> bool {
+        self.volume.is_some() || self.stood_on.is_some()
+    }
+}
+
+impl Fingerprint {
+    /// How the container at `path` looks now.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    pub fn of(path: &Path) -> std::io::Result<Fingerprint> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = std::fs::metadata(path)?;
+        let modified_ns = if meta.is_file() { meta.mtime() * 1_000_000_000 + meta.mtime_nsec() } else { 0 };
+        Ok(Fingerprint { size_bytes: meta.len(), modified_ns })
+    }
+}
