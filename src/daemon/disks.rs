@@ -212,10 +212,15 @@ impl Manager {
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, awaited) = match &recovery {
+        let (restore, mut awaited) = match &recovery {
             None => (None, None),
             Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
+            && let Some(awaited) = awaited.take()
+        {
+            awaited.lose(why.to_string());
+        }
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
             return Err(ApiError::new(ErrorCode::DiskBusy, message)

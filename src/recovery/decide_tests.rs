@@ -39,6 +39,14 @@ struct Found {
     legs: Vec<(Uuid, LegState)>,
 }
 
+fn put<T: Ord>(of: &mut BTreeSet<T>, one: impl Into<T>) {
+    of.insert(one.into());
+}
+
+fn set<K: Ord, V>(of: &mut BTreeMap<K, V>, one: impl Into<K>, value: V) {
+    of.insert(one.into(), value);
+}
+
 fn no_table(id: Uuid) -> TableError {
     TableError::Damaged { path: id.to_string().into(), what: "it is not right".to_owned() }
 }
@@ -295,31 +303,31 @@ fn what_is_saved_below_a_full_image() {
         (
             "an image is missing",
             record,
-            |f, _| drop(f.missing.insert("/b.img".into())),
+            |f, _| put(&mut f.missing, "/b.img"),
             [("whole", "bb"), ("whole", "bb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "the older image is missing",
             record,
-            |f, _| drop(f.missing.insert("/a.img".into())),
+            |f, _| put(&mut f.missing, "/a.img"),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "an image was written",
             record,
-            |f, _| drop(f.changed.insert("/b.img".into())),
+            |f, _| put(&mut f.changed, "/b.img"),
             [("whole", "bb"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "an image has another size",
             record,
-            |f, _| drop(f.sizes.insert("/a.img".into(), 512)),
+            |f, _| set(&mut f.sizes, "/a.img", 512),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "a table as left is lost",
             record,
-            |f, _| drop(f.no_left.insert(id(2))),
+            |f, _| put(&mut f.no_left, id(2)),
             [("whole", "bk"), ("whole", "bk"), ("flushed", "bb"), ALL_LOST],
         ),
         (
@@ -361,13 +369,13 @@ fn what_is_saved_below_a_full_image() {
         (
             "a run table says that it is broken",
             record,
-            |f, _| drop(f.flagged.insert(id(3))),
+            |f, _| put(&mut f.flagged, id(3)),
             [("whole", "kk"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
             "a mark says so",
             record,
-            |f, _| drop(f.marks.insert(id(3), "no space".to_owned())),
+            |f, _| set(&mut f.marks, id(3), "no space".to_owned()),
             [("whole", "kb"), ("whole", "kb"), ("flushed", "bb"), ALL_LOST],
         ),
         (
@@ -382,16 +390,11 @@ fn what_is_saved_below_a_full_image() {
             |_, r| r.snapshots[1].ended = 0,
             [("whole", "kd"), ("whole", "kd"), ("flushed", "bg"), ("whole", "bg")],
         ),
-        (
-            "the disk's image is missing",
-            record,
-            |f, _| drop(f.missing.insert("/vm1.raw".into())),
-            [("unserved", "ww"); 4],
-        ),
+        ("the disk's image is missing", record, |f, _| put(&mut f.missing, "/vm1.raw"), [("unserved", "ww"); 4]),
         (
             "the disk's image takes larger units",
             record,
-            |f, _| drop(f.units.insert("/vm1.raw".into(), 8192)),
+            |f, _| set(&mut f.units, "/vm1.raw", 8192),
             [("unserved", "ww"); 4],
         ),
         (
@@ -406,40 +409,36 @@ fn what_is_saved_below_a_full_image() {
 
 #[test]
 fn logs_above_a_full_image() {
-    let unserved = ("unserved", "bbb");
+    // Snapshots wait for their disk, unless they are lost whatever becomes of it.
+    let (waits, cut, unserved) = (("unserved", "www"), ("unserved", "bbw"), ("unserved", "bbb"));
     check(&[
         ("all is there", logged, |_, _| {}, [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbk"), unserved]),
         (
             "the log's run table is lost",
             logged,
-            |f, _| drop(f.no_left.insert(id(9))),
+            |f, _| put(&mut f.no_left, id(9)),
             // What the guests were told is written must not be gone without a word.
-            [("flushed", "kkk"), ("unserved", "bbb"), ("flushed", "bbk"), unserved],
+            [("flushed", "kkk"), waits, ("flushed", "bbk"), unserved],
         ),
         (
             "the durable table is damaged",
             logged,
-            |f, _| drop(f.damaged.insert(id(9))),
-            [("whole", "kkk"), ("whole", "kkk"), ("unserved", "bbb"), unserved],
+            |f, _| put(&mut f.damaged, id(9)),
+            [("whole", "kkk"), ("whole", "kkk"), cut, unserved],
         ),
-        (
-            "the durable table is lost",
-            logged,
-            |f, _| drop(f.no_durable.insert(id(9))),
-            [("unserved", "bbb"), ("unserved", "bbb"), ("unserved", "bbb"), unserved],
-        ),
-        ("the log is missing", logged, |f, _| drop(f.missing.insert("/live.log".into())), [("unserved", "bbb"); 4]),
+        ("the durable table is lost", logged, |f, _| put(&mut f.no_durable, id(9)), [waits, waits, cut, unserved]),
+        ("the log is missing", logged, |f, _| put(&mut f.missing, "/live.log"), [waits, waits, cut, unserved]),
         (
             "the log was written",
             logged,
-            |f, _| drop(f.changed.insert("/live.log".into())),
-            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+            |f, _| put(&mut f.changed, "/live.log"),
+            [waits, ("whole", "kkk"), ("flushed", "bbk"), unserved],
         ),
         (
             "nobody knows how the log looked",
             logged,
             |_, r| r.live_saved = None,
-            [("unserved", "bbb"), ("whole", "kkk"), ("flushed", "bbk"), unserved],
+            [waits, ("whole", "kkk"), ("flushed", "bbk"), unserved],
         ),
         (
             "it drained",
@@ -461,19 +460,14 @@ fn legs_and_what_was_split_off() {
         (
             "the leg of the snapshot is missing",
             split,
-            |f, _| drop(f.missing.insert("/leg1".into())),
+            |f, _| put(&mut f.missing, "/leg1"),
             [("whole", "bbb"), ("whole", "bbb"), ("flushed", "bbb"), ("whole", "bbb")],
         ),
-        (
-            "the leg of the disk is missing",
-            split,
-            |f, _| drop(f.missing.insert("/leg0".into())),
-            [("unserved", "www"); 4],
-        ),
+        ("the leg of the disk is missing", split, |f, _| put(&mut f.missing, "/leg0"), [("unserved", "www"); 4]),
         (
             "the leg of the disk was written",
             split,
-            |f, _| drop(f.changed.insert("/leg0".into())),
+            |f, _| put(&mut f.changed, "/leg0"),
             [("unserved", "www"); 4], // Its record has fingerprints in all of these.
         ),
     ]);
@@ -527,10 +521,10 @@ fn changed_tables_are_believed_after_a_stop_and_a_kill_and_never_else() {
         let once = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().lost = Some("once".to_owned());
         assert_eq!(lost(once, shutdown), Some(Err(Why::Said("once".to_owned()))), "what was lost once stays lost");
         assert_eq!(lost(|_, r| r.live_changed = None, shutdown), None, "what was never noted");
-        let gone = lost(|f, _| drop(f.no_changes.insert(id(9))), shutdown);
+        let gone = lost(|f, _| put(&mut f.no_changes, id(9)), shutdown);
         assert!(matches!(gone, Some(Err(Why::Table(_)))), "{gone:?}");
     }
-    assert_eq!(lost(|f, _| drop(f.flagged.insert(id(9))), Shutdown::Killed), Some(Err(Why::ChangesIncomplete)));
+    assert_eq!(lost(|f, _| put(&mut f.flagged, id(9)), Shutdown::Killed), Some(Err(Why::ChangesIncomplete)));
     let not_saved = |_: &mut Found, r: &mut DiskRecord| r.live_changed.as_mut().unwrap().saved = None;
     assert_eq!(lost(not_saved, Shutdown::Clean), Some(Err(Why::ChangesNotSaved)));
 }
@@ -568,25 +562,27 @@ fn a_restore_in_place() {
     assert_eq!(decided(nothing, Shutdown::PowerCut), ("flushed", committed));
     assert_eq!(decided(nothing, Shutdown::Changed).0, "unserved");
     for shutdown in [Shutdown::Clean, Shutdown::PowerCut] {
-        assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), shutdown).0, "unserved", "{shutdown:?}");
     }
     let source = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().source = id(80);
     let unbegun = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().is_active = false;
     for shutdown in [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut] {
-        assert_eq!(decided(|f, _| drop(f.missing.insert("/b.img".into())), shutdown).0, "unserved", "{shutdown:?}");
+        assert_eq!(decided(|f, _| put(&mut f.missing, "/b.img"), shutdown).0, "unserved", "{shutdown:?}");
         assert_eq!(decided(source, shutdown).0, "unserved", "{shutdown:?}");
         assert_eq!(decided(unbegun, shutdown).1, None, "{shutdown:?}: the table says nothing");
         // One that broke while it was served is there all the same.
         let broke = |_: &mut Found, r: &mut DiskRecord| r.snapshots[1].broken = Some("it broke".to_owned());
         assert_ne!(decided(broke, shutdown).0, "unserved", "{shutdown:?}");
     }
-    assert_eq!(decided(|f, _| drop(f.no_left.insert(id(70))), Shutdown::Killed).0, "unserved");
+    assert_eq!(decided(|f, _| put(&mut f.no_left, id(70)), Shutdown::Killed).0, "unserved");
     // What is committed is written anew by what is known better.
-    assert_eq!(decided(|f, _| drop(f.damaged.insert(id(70))), Shutdown::Killed).0, "whole");
+    assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), Shutdown::Killed).0, "whole");
 }
 
+type Change = fn(&mut Found, &mut DiskRecord, &mut DiskRecord);
+
 /// Decides on a disk and a volume on its snapshot `a`.
-fn both(change: fn(&mut Found, &mut DiskRecord, &mut DiskRecord)) -> [Recovery; 2] {
+fn both(change: Change) -> [Recovery; 2] {
     let (mut found, mut disk, mut clone) = (Found::default(), record(), volume());
     change(&mut found, &mut disk, &mut clone);
     let mut recoveries = [&clone, &disk].map(|record| decide(record, Shutdown::Clean, &found));
@@ -599,22 +595,22 @@ fn both(change: fn(&mut Found, &mut DiskRecord, &mut DiskRecord)) -> [Recovery; 
 fn what_volumes_stand_on() {
     let [disk, clone] = both(|_, _, _| {});
     assert_eq!((content(&disk), content(&clone), fates(&clone).as_str()), ("whole", "whole", "k"));
-    let [disk, clone] = both(|f, _, _| drop(f.missing.insert("/a.img".into())));
+    let [disk, clone] = both(|f, _, _| put(&mut f.missing, "/a.img"));
     let why = Why::BaseLost { from: "vm1@a".to_owned(), why: Box::new(Why::Missing("/a.img".into())) };
     assert_eq!((content(&disk), clone.why_hollow()), ("whole", Some(&why)));
     assert_eq!(reason(&clone, 0), Some(why), "its snapshots show the same");
-    let hollow: [(&str, fn(&mut Found, &mut DiskRecord, &mut DiskRecord)); 5] = [
-        ("the disk is not served", |f, _, _| drop(f.missing.insert("/vm1.raw".into()))),
+    let hollow: [(&str, Change); 5] = [
+        ("the disk is not served", |f, _, _| put(&mut f.missing, "/vm1.raw")),
         ("the snapshot is unknown", |_, _, v| v.volume.as_mut().unwrap().snapshot = id(80)),
         ("the snapshot goes", |_, d, _| d.snapshots[0].deleting = true),
         ("the disk has another size", |_, _, v| v.volume.as_mut().unwrap().size_bytes = 512),
-        ("the snapshot broke", |f, _, _| drop(f.marks.insert(id(2), "it broke".to_owned()))),
+        ("the snapshot broke", |f, _, _| set(&mut f.marks, id(2), "it broke".to_owned())),
     ];
     for (what, change) in hollow {
         let [_, clone] = both(change);
         assert_ne!(content(&clone), "whole", "{what}");
     }
-    let [_, clone] = both(|f, _, _| drop(f.missing.insert("/clone.log".into())));
+    let [_, clone] = both(|f, _, _| put(&mut f.missing, "/clone.log"));
     assert_eq!(content(&clone), "unserved", "its own log is lost");
     // One that cannot be had takes along what stands on it.
     let mut top = volume();
@@ -676,7 +672,7 @@ fn what_is_lost_for_good() {
     let nothing = |_: &mut Found, _: &mut DiskRecord| {};
     assert_eq!(why(nothing, Shutdown::PowerCut, 1), Why::PowerCut);
     assert_eq!(why(nothing, Shutdown::PowerCut, 0), Why::ReadsThrough { for_good: true });
-    let missing = |f: &mut Found, _: &mut DiskRecord| drop(f.missing.insert("/b.img".into()));
+    let missing = |f: &mut Found, _: &mut DiskRecord| put(&mut f.missing, "/b.img");
     assert_eq!(why(missing, Shutdown::Killed, 0), Why::ReadsThrough { for_good: false });
     for (reason, is) in [(Why::PowerCut, true), (Why::Broke, true), (Why::DiskChanged, false), (Why::NotSaved, false)] {
         assert_eq!(reason.is_for_good(), is, "{reason}");

@@ -114,7 +114,7 @@ fn start_agrees(daemon: &mut Daemon, report: &Value, kind: &str) {
 }
 
 /// vm0: `a` is copy-on-write, `b` below a log. vm1: a mirror with the copy-on-write snapshot `m`, and put-off discards.
-fn populated() -> Daemon {
+pub(crate) fn populated() -> Daemon {
     let daemon = Daemon::with_disks(&[SIZE, SIZE], "");
     let mut client = daemon.client("vm0");
     client.write(0..SECTORS, 1);
@@ -138,7 +138,7 @@ fn populated() -> Daemon {
     daemon
 }
 
-fn show_all(daemon: &Daemon) -> Vec<Vec<u64>> {
+pub(crate) fn show_all(daemon: &Daemon) -> Vec<Vec<u64>> {
     ["vm0", "vm1", "vm0@a", "vm0@b", "vm1@m"].iter().map(|what| tags(&daemon.content(what))).collect()
 }
 
@@ -293,7 +293,7 @@ fn remove(path: &Path) -> Option<FileImage> {
     None
 }
 
-fn records(daemon: &Daemon) -> PathBuf {
+pub(crate) fn records(daemon: &Daemon) -> PathBuf {
     daemon.state_dir().join("records.redb")
 }
 

@@ -46,6 +46,7 @@ mod strategies;
 mod survival;
 mod trouble;
 mod unserved;
+mod unreadable;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
