@@ -123,14 +123,6 @@ defects! {
     LegsTakenForEqual,
     /// A cut does not wait for the record of the split.
     SplitNotStored,
-    /// A snapshot that was not stored is kept after a power cut.
-    UnfinishedKept,
-    /// A snapshot that was prepared, and perhaps never cut, is kept.
-    PendingKept,
-    /// Records are committed in one phase.
-    RecordsInOnePhase,
-    /// The checksum of a record is not compared.
-    RecordNotChecked,
     /// An overwrite does not wait until what was saved is durable.
     OverwriteBeforeSaved,
     /// The entry of what was saved is committed before its bytes are synced.
@@ -169,36 +161,22 @@ defects! {
     StateDirNotLocked,
     /// The run directory is not locked.
     RunDirNotLocked,
-    /// Whether a disk's image was changed between a stop and a start is not looked at.
-    ChangedDiskTaken,
-    /// Whether a snapshot's image was changed between a stop and a start is not looked at.
-    ChangedCopiesTaken,
-    /// What the run directory has is believed in another boot.
-    OtherBootBelieved,
-    /// A log without its run table is taken as of its last flush, unasked.
-    FlushedTakenUnasked,
     /// The records of a disk that is served still say that it was saved.
     StillSaved,
     /// A stop does not sync the disk's image.
     StopWithoutSync,
     /// A stop saves before the last requests are done.
     SavedBeforeDrained,
-    /// A snapshot is deleted although a volume stands on it.
-    VolumeBaseDeleted,
     /// A discard that is carried out is not noted as a change.
     DiscardNotNoted,
     /// A change is noted after its bytes are written.
     NotedAfterBytes,
     /// A write of an old epoch is noted for its own version only, also where it may reach one of several places.
     NotedForWriterOnly,
-    /// What was noted since a split is believed although requests from before it were cut off.
-    SplitNotDoubted,
     /// What was noted for a version is forgotten when it is deleted.
     ChangesNotMerged,
     /// A changed table that is not believed counts as an empty one.
     UnknownTakenAsUnchanged,
-    /// Changed tables are believed after a power cut.
-    ChangesBelievedAfterCut,
     /// A block that a volume gets has its bit before its bytes.
     FilledBitFirst,
     /// A volume gets a block without its lock.
@@ -207,8 +185,6 @@ defects! {
     FilledOverOldBytes,
     /// A volume is recorded as independent before its log is on stable storage.
     IndependentBeforeStored,
-    /// A snapshot of a volume is deleted while the volume is completed.
-    DeletedWhileCompleted,
     /// A volume that is updated keeps blocks that were written in it.
     WrittenBlockKept,
     /// A volume that is updated takes its source for unchanged where that is not known.
