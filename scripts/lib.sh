@@ -16,5 +16,11 @@ die() {
     exit 1
 }
 
+# cargo, on the copy of the crate that has the planted defects. It is woven first.
+woven() { # subcommand, arguments
+    scripts/weave >/dev/null &&
+        cargo "$1" --manifest-path target/woven/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}" --features planted "${@:2}"
+}
+
 # Prints the comment block at the top of the calling script: that is its --help.
 usage() { sed -n '2,/^[^#]/{/^# shellcheck /d;s/^# \{0,1\}//p;}' "$0"; }

@@ -21,8 +21,6 @@ macro_rules! defects {
 }
 
 defects! {
-    /// Rule 1: the epoch is entered before the avail index is loaded.
-    EpochBeforeAvail,
     /// Rule 2: entering does not read the counter again.
     NoEpochRecheck,
     /// Rule 3: each disk of a group is cut at an epoch of its own.
@@ -125,62 +123,6 @@ defects! {
     LegsTakenForEqual,
     /// A cut does not wait for the record of the split.
     SplitNotStored,
-    /// A commit of a durable table does not sync it.
-    CommitWithoutSync,
-    /// A commit stores bits that were set after its first step.
-    CommitOfLaterBits,
-    /// Who asks for a commit shares the one that is running.
-    CommitSharesRunning,
-    /// A table that was read is taken for stored.
-    LeftUnsynced,
-    /// A table that outlived a process is not compared with its durable copy.
-    ResumedBlindly,
-    /// A snapshot that was not stored is kept after a power cut.
-    UnfinishedKept,
-    /// A snapshot that was prepared, and perhaps never cut, is kept.
-    PendingKept,
-    /// Writes to an image whose sync has failed are accepted.
-    PoisonedWritten,
-    /// An image whose sync has failed is still zeroed.
-    PoisonedZeroed,
-    /// A durable write that failed leaves the image trusted.
-    FailedDurableWriteForgotten,
-    /// A sync that failed leaves the image trusted.
-    FailedSyncForgotten,
-    /// A sync is trusted although an earlier one failed.
-    SyncTriedAgain,
-    /// A sync is trusted although another one failed while it ran.
-    OtherSyncTrusted,
-    /// A short transfer is taken for a whole one.
-    ShortTransferTaken,
-    /// A durable write of an image is given to the kernel as any other.
-    DurableFlagLost,
-    /// Images are not locked.
-    ImageNotLocked,
-    /// Whether somebody else has an image is not looked at after it was locked.
-    ImageLockedBlindly,
-    /// The locks that a killed process still has are not waited for.
-    LocksNotWaitedFor,
-    /// A commit that failed is forgotten.
-    FailedCommitForgotten,
-    /// A commit that was abandoned is forgotten.
-    AbandonedCommitForgotten,
-    /// The checksum of a durable table's sector is not compared.
-    SectorsNotChecked,
-    /// A saved table is not synced before it gets its name.
-    SavedTableNotSynced,
-    /// The seal of a saved table is not compared with that of the records.
-    SealNotCompared,
-    /// The checksum of a saved table's page is not compared.
-    SavedPagesNotChecked,
-    /// Whose a run table is, and of which boot, is not looked at.
-    RunHeaderNotChecked,
-    /// Records are committed in one phase.
-    RecordsInOnePhase,
-    /// The checksum of a record is not compared.
-    RecordNotChecked,
-    /// An older commit of the records is taken when the newest one is damaged.
-    OlderCommitTaken,
     /// An overwrite does not wait until what was saved is durable.
     OverwriteBeforeSaved,
     /// The entry of what was saved is committed before its bytes are synced.
@@ -209,34 +151,6 @@ defects! {
     DiscardNotRechecked,
     /// The deletion of an entry is not announced to readers.
     GenerationNotAdvanced,
-    /// A request is started before it is marked as in flight.
-    InflightNotMarked,
-    /// A request is unmarked before its answer is visible.
-    InflightUnmarkedEarly,
-    /// Answers that became visible just before a death are given again.
-    BatchNotRecovered,
-    /// What was in flight is run again in another order.
-    RunAgainUnordered,
-    /// What was in flight is not run again.
-    UnansweredNotRun,
-    /// A ring that is stopped at once has not run what was in flight.
-    StoppedBeforeRunAgain,
-    /// The used index moves before the entry is written.
-    UsedIndexFirst,
-    /// Whether the driver wants to be told is looked at before the answers are visible.
-    CallDecidedEarly,
-    /// The wish to be kicked is expressed after the last look at the ring.
-    ArmedAfterLook,
-    /// The driver without event indices is not asked to kick again.
-    KicksLeftOff,
-    /// The start of a ring does not tell of answers that nobody told of.
-    NoCallAfterStart,
-    /// A chain is taken again while it is in flight.
-    HeadTakenTwice,
-    /// A ring is stopped before its requests are done.
-    StoppedBeforeDrained,
-    /// A connection ends before its requests are done.
-    GoneBeforeDrained,
     /// A snapshot is announced as quiesced before that is recorded.
     QuiescedBeforeRecord,
     /// A snapshot that has become quiesced is recorded although its disk was removed.
@@ -247,36 +161,22 @@ defects! {
     StateDirNotLocked,
     /// The run directory is not locked.
     RunDirNotLocked,
-    /// Whether a disk's image was changed between a stop and a start is not looked at.
-    ChangedDiskTaken,
-    /// Whether a snapshot's image was changed between a stop and a start is not looked at.
-    ChangedCopiesTaken,
-    /// What the run directory has is believed in another boot.
-    OtherBootBelieved,
-    /// A log without its run table is taken as of its last flush, unasked.
-    FlushedTakenUnasked,
     /// The records of a disk that is served still say that it was saved.
     StillSaved,
     /// A stop does not sync the disk's image.
     StopWithoutSync,
     /// A stop saves before the last requests are done.
     SavedBeforeDrained,
-    /// A snapshot is deleted although a volume stands on it.
-    VolumeBaseDeleted,
     /// A discard that is carried out is not noted as a change.
     DiscardNotNoted,
     /// A change is noted after its bytes are written.
     NotedAfterBytes,
     /// A write of an old epoch is noted for its own version only, also where it may reach one of several places.
     NotedForWriterOnly,
-    /// What was noted since a split is believed although requests from before it were cut off.
-    SplitNotDoubted,
     /// What was noted for a version is forgotten when it is deleted.
     ChangesNotMerged,
     /// A changed table that is not believed counts as an empty one.
     UnknownTakenAsUnchanged,
-    /// Changed tables are believed after a power cut.
-    ChangesBelievedAfterCut,
     /// A block that a volume gets has its bit before its bytes.
     FilledBitFirst,
     /// A volume gets a block without its lock.
@@ -285,8 +185,6 @@ defects! {
     FilledOverOldBytes,
     /// A volume is recorded as independent before its log is on stable storage.
     IndependentBeforeStored,
-    /// A snapshot of a volume is deleted while the volume is completed.
-    DeletedWhileCompleted,
     /// A volume that is updated keeps blocks that were written in it.
     WrittenBlockKept,
     /// A volume that is updated takes its source for unchanged where that is not known.

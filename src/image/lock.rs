@@ -8,8 +8,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use crate::planted::{self, Defect};
-
 /// What the holder does with the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockMode {
@@ -46,9 +44,6 @@ impl LockMode {
 /// # Errors
 /// `EAGAIN` when another open of the file uses it in a way that does not go together.
 pub(super) fn lock(file: &File, mode: LockMode) -> io::Result<()> {
-    if planted::is(Defect::ImageNotLocked) {
-        return Ok(());
-    }
     for &bit in mode.used() {
         set_shared(file, PERMISSION_BASE + bit)?;
     }
@@ -59,7 +54,7 @@ pub(super) fn lock(file: &File, mode: LockMode) -> io::Result<()> {
     let unwelcome = mode.used().iter().map(|bit| UNSHARED_BASE + bit);
     let unshareable = mode.unshared().iter().map(|bit| PERMISSION_BASE + bit);
     for byte in unwelcome.chain(unshareable) {
-        if is_held_by_other(file, byte)? && !planted::is(Defect::ImageLockedBlindly) {
+        if is_held_by_other(file, byte)? {
             return Err(io::Error::from_raw_os_error(libc::EAGAIN));
         }
     }

@@ -21,7 +21,6 @@ use std::time::Duration;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::{ByteOffset, Image, IoBuf, IoSegment};
-use crate::planted::{self, Defect};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,8 +237,7 @@ impl IoQueue {
             match slot.kind {
                 OpKind::Read | OpKind::Write { .. } => {
                     let single = if ticket.skip > 0 { None } else { slot.buf.single() };
-                    let is_durable =
-                        slot.kind == (OpKind::Write { durable: true }) && !planted::is(Defect::DurableFlagLost);
+                    let is_durable = slot.kind == (OpKind::Write { durable: true });
                     let flags = if is_durable { libc::RWF_DSYNC } else { 0 };
                     if let Some((address, len)) = single {
                         let len = u32::try_from(len).expect("transfers are bounded far below 4 GiB");

@@ -3,7 +3,6 @@
 use std::io;
 
 use super::{AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind};
-use crate::planted::{self, Defect};
 
 /// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
 const ZERO_CHUNK_BYTES: u64 = 1 << 20;
@@ -52,7 +51,7 @@ pub async fn write_all_at(
     buf: IoBuf,
     durable: bool,
 ) -> Result<(), ImageError> {
-    if image.is_poisoned() && !planted::is(Defect::PoisonedWritten) {
+    if image.is_poisoned() {
         return Err(poisoned(image, ImageOp::Write));
     }
     let alignment = image.alignment();
@@ -63,7 +62,7 @@ pub async fn write_all_at(
         other => other,
     };
     let result = transfer(image, queue, OpKind::Write { durable }, at, buf).await;
-    if durable && result.as_ref().is_err_and(leaves_doubt) && !planted::is(Defect::FailedDurableWriteForgotten) {
+    if durable && result.as_ref().is_err_and(leaves_doubt) {
         // As after a failed sync: nobody can say what is on the medium.
         image.poison();
     }
@@ -119,7 +118,7 @@ pub async fn try_release_range(
 /// # Errors
 /// The system's error, which poisons the image; or `Poisoned` if it was before.
 pub async fn sync(image: &dyn Image, queue: &IoQueue) -> Result<(), ImageError> {
-    if image.is_poisoned() && !planted::is(Defect::SyncTriedAgain) {
+    if image.is_poisoned() {
         return Err(poisoned(image, ImageOp::Sync));
     }
     let done = loop {
@@ -130,13 +129,10 @@ pub async fn sync(image: &dyn Image, queue: &IoQueue) -> Result<(), ImageError> 
     };
     match done {
         // Another worker's sync may have failed while ours ran and swallowed the error state.
-        Ok(_) if !image.is_poisoned() || planted::is(Defect::SyncTriedAgain) => Ok(()),
-        Ok(_) if planted::is(Defect::OtherSyncTrusted) => Ok(()),
+        Ok(_) if !image.is_poisoned() => Ok(()),
         Ok(_) => Err(poisoned(image, ImageOp::Sync)),
         Err(e) => {
-            if !planted::is(Defect::FailedSyncForgotten) {
-                image.poison();
-            }
+            image.poison();
             Err(ImageError::from_io(ImageOp::Sync, image.path(), None, &e))
         }
     }
@@ -162,7 +158,6 @@ async fn transfer(
                 error.at = Some(here);
                 return Err(error);
             }
-            Ok(_) if planted::is(Defect::ShortTransferTaken) => moved = len,
             Ok(n) => moved += n,
             Err(e) if is_transient(&e) => {}
             Err(e) => return Err(ImageError::from_io(op, image.path(), Some(here), &e)),
@@ -179,7 +174,7 @@ async fn begin_zero(
     len: u64,
     unmap: bool,
 ) -> Result<io::Result<usize>, ImageError> {
-    if image.is_poisoned() && !planted::is(Defect::PoisonedZeroed) {
+    if image.is_poisoned() {
         return Err(poisoned(image, ImageOp::Zero));
     }
     loop {

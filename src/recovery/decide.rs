@@ -12,7 +12,6 @@ use super::{
     Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
 use crate::mirror::LegState;
-use crate::planted::{self, Defect};
 use crate::store::{ChangedRecord, DiskRecord, LegRecord, MirrorRecord, SnapshotRecord};
 
 /// Decides, as if whatever a volume stands on and a disk is restored from were there; [`super::settle`] looks at that.
@@ -231,7 +230,7 @@ impl Decision<'_> {
             return Err(Why::Missing(image));
         }
         let is_as_saved = version.saved.is_some() && version.saved == self.evidence.looks(&image);
-        if self.shutdown == Shutdown::Clean && !is_as_saved && !planted::is(Defect::ChangedCopiesTaken) {
+        if self.shutdown == Shutdown::Clean && !is_as_saved {
             return Err(Why::ImageChanged(image));
         }
         let found = self.evidence.layer_image(&image)?;
@@ -292,9 +291,7 @@ impl Decision<'_> {
 
     fn log_table(&self, version: &Remembered, image: &Path) -> Result<TableUse, Why> {
         let left = self.left(version.id, version.saved_table);
-        if let (Shutdown::Killed, Err(why)) = (self.shutdown, &left)
-            && !planted::is(Defect::FlushedTakenUnasked)
-        {
+        if let (Shutdown::Killed, Err(why)) = (self.shutdown, &left) {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(Why::WithoutRunTable(Box::new(why.clone())));
         }
@@ -338,7 +335,7 @@ impl Decision<'_> {
         if layer.table().is_some_and(|table| table.is_broken) {
             return Some(Why::Broke);
         }
-        let is_unfinished = snapshot.quiesced_ms.is_none() && !planted::is(Defect::UnfinishedKept);
+        let is_unfinished = snapshot.quiesced_ms.is_none();
         (self.shutdown == Shutdown::PowerCut && is_unfinished).then_some(Why::Unfinished)
     }
 
@@ -349,7 +346,7 @@ impl Decision<'_> {
             return Some(Err(Why::Said(lost.clone())));
         }
         Some(match self.shutdown {
-            Shutdown::PowerCut if !planted::is(Defect::ChangesBelievedAfterCut) => Err(Why::ChangesCut),
+            Shutdown::PowerCut => Err(Why::ChangesCut),
             Shutdown::Changed => Err(Why::DiskChanged),
             Shutdown::Clean => match record.saved {
                 None => Err(Why::ChangesNotSaved),
@@ -358,7 +355,7 @@ impl Decision<'_> {
                     found.map(|()| ChangedUse::Saved(seal)).map_err(Why::from)
                 }
             },
-            Shutdown::Killed | Shutdown::PowerCut => match self.evidence.run_changes(id, self.blocks) {
+            Shutdown::Killed => match self.evidence.run_changes(id, self.blocks) {
                 Ok(facts) if facts.is_broken => Err(Why::ChangesIncomplete),
                 Ok(_) => Ok(ChangedUse::Run),
                 Err(e) => Err(e.into()),

@@ -30,7 +30,6 @@ pub use why::Why;
 
 use uuid::Uuid;
 
-use crate::planted::{self, Defect};
 use crate::store::DiskRecord;
 
 /// How the daemon ended the last time, and so what is believed of what it left.
@@ -57,9 +56,9 @@ impl Shutdown {
             false => evidence.full_image_looks(),
         };
         match record.saved {
-            Some(_) if record.saved == looks || planted::is(Defect::ChangedDiskTaken) => Shutdown::Clean,
+            Some(_) if record.saved == looks => Shutdown::Clean,
             Some(_) => Shutdown::Changed,
-            None if record.boot == Some(boot) || planted::is(Defect::OtherBootBelieved) => Shutdown::Killed,
+            None if record.boot == Some(boot) => Shutdown::Killed,
             None => Shutdown::PowerCut,
         }
     }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::Role;
-use crate::planted::{self, Defect};
 use crate::store::{ChangedRecord, DiskRecord, Fingerprint};
 
 /// A version as it is remembered.
@@ -77,7 +76,7 @@ pub(super) fn settle_pending(record: &mut DiskRecord) {
     let newest = record.snapshots.iter().flat_map(|s| [s.began, s.ended]).chain([record.live_began]).max();
     if let Some(pending) = record.snapshots.last_mut().filter(|s| s.ended == 0) {
         pending.ended = newest.unwrap_or(0) + 1;
-        pending.deleting = !planted::is(Defect::PendingKept);
+        pending.deleting = true;
         record.live_began = pending.ended + 1;
     }
 }
@@ -91,9 +90,7 @@ fn doubt_splits(versions: &mut [Remembered], record: &DiskRecord) {
             Role::Origin | Role::Live => false,
         };
         let version = &mut versions[newer];
-        if let Some(changed) = version.changed.as_mut().filter(|_| version.splits && !has_drained)
-            && !planted::is(Defect::SplitNotDoubted)
-        {
+        if let Some(changed) = version.changed.as_mut().filter(|_| version.splits && !has_drained) {
             changed.lost.get_or_insert_with(|| super::Why::ChangesSplit.to_string());
         }
     }

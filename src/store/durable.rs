@@ -22,7 +22,6 @@ use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, SharedImage, join_all, read_exact_at,
     sync, write_all_at,
 };
-use crate::planted::{self, Defect};
 
 /// What a crash may leave old or new as a whole.
 const SECTOR_BYTES: usize = 512;
@@ -153,7 +152,7 @@ impl DurableTable {
     ) -> Result<(DurableTable, LoadReport), TableError> {
         let mut stale = Vec::new();
         let compare = |sector: u64, words: Option<[u64; SECTOR_WORDS]>| -> std::io::Result<()> {
-            let is_stale = !planted::is(Defect::ResumedBlindly) && words != Some(words_of(&table, sector));
+            let is_stale = words != Some(words_of(&table, sector));
             stale.extend(is_stale.then_some(sector));
             Ok(())
         };
@@ -233,8 +232,7 @@ impl DurableTable {
             if let Some(earlier) = &state.failed {
                 return Err(self.refusal(&format!("an earlier commit failed: {earlier}")));
             }
-            let shares = planted::is(Defect::CommitSharesRunning) && state.running;
-            if shares { state.begun } else { state.begun + 1 }
+            state.begun + 1
         };
         match poll_fn(|cx| self.poll_turn(wanted, cx.waker())).await {
             Turn::Done(result) => return result,
@@ -275,7 +273,7 @@ impl DurableTable {
         loop {
             let sectors = self.table.take_changes(&mut from, BATCH_SECTORS);
             let runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run)));
-            let mut runs: Vec<(u64, AlignedBuf)> = runs.collect();
+            let runs: Vec<(u64, AlignedBuf)> = runs.collect();
             if wrote && runs.is_empty() {
                 break;
             }
@@ -285,9 +283,6 @@ impl DurableTable {
             }
             wrote = true;
             crash::point("before a durable table is written");
-            if planted::is(Defect::CommitOfLaterBits) {
-                runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run))).collect();
-            }
             self.write_runs(queue, runs).await?;
         }
         if let Some(payload) = header {
@@ -295,7 +290,7 @@ impl DurableTable {
             self.write(queue, ByteOffset(0), owned(&sector)).await?;
             wrote = true;
         }
-        if (wrote || left_unsynced && !planted::is(Defect::LeftUnsynced)) && !planted::is(Defect::CommitWithoutSync) {
+        if wrote || left_unsynced {
             crash::point("before a durable table is synced");
             sync(&*self.image, queue).await?;
             crash::point("after a durable table was synced");
@@ -352,9 +347,7 @@ impl Drop for Leader<'_> {
         state.running = false;
         match self.result.take() {
             Some(Ok(())) => state.done = state.begun,
-            Some(Err(_)) if planted::is(Defect::FailedCommitForgotten) => state.done = state.begun,
             Some(Err(error)) => state.failed = Some(error),
-            None if planted::is(Defect::AbandonedCommitForgotten) => {}
             None => state.failed = Some(self.durable.refusal("a commit was abandoned")),
         }
         if let Some(error) = &state.failed {
@@ -459,7 +452,7 @@ fn decode_sector(id: Uuid, sector: u64, bits: u64, bytes: &[u8]) -> Option<[u64;
     if *bytes == [0; SECTOR_BYTES] {
         return Some([0; SECTOR_WORDS]);
     }
-    if !is_sealed(id, sector + 1, bytes) && !planted::is(Defect::SectorsNotChecked) {
+    if !is_sealed(id, sector + 1, bytes) {
         return None;
     }
     let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));

@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
-use crate::planted::{self, Defect};
 use redb::backends::InMemoryBackend;
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
 
@@ -60,10 +59,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Whole, String> {
         return Ok(Whole { content: open(bytes.to_vec())?, is_unclean });
     }
     let named = usize::from(flags & PRIMARY);
-    let content = match open_slot(bytes, named) {
-        Err(_) if planted::is(Defect::OlderCommitTaken) => open_slot(bytes, 1 - named)?,
-        named => named?,
-    };
+    let content = open_slot(bytes, named)?;
     // A commit that was on its way when the power went, or that the header has forgotten: whole or not, the one before
     // it is. If it is whole it counts.
     if transaction(bytes, 1 - named) > transaction(bytes, named)

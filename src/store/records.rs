@@ -17,7 +17,6 @@ use redb::{Database, ReadableTable, WriteTransaction};
 use super::intact::{self, Content, DISKS, DROPPED, META};
 use super::record::DiskRecord;
 use crate::crash;
-use crate::planted::{self, Defect};
 
 /// The tables of the store, and how a record is wrapped. Another one is refused rather than guessed at.
 const LAYOUT: u64 = 6;
@@ -284,7 +283,7 @@ pub struct ExaminedRecords {
 /// A change in two phases: what the file says is the newest commit has been on stable storage.
 fn begin(database: &Database) -> Result<WriteTransaction, RecordError> {
     let mut change = database.begin_write().map_err(RecordError::of)?;
-    change.set_two_phase_commit(!planted::is(Defect::RecordsInOnePhase));
+    change.set_two_phase_commit(true);
     Ok(change)
 }
 
@@ -349,7 +348,7 @@ fn decode(name: &str, value: &[u8]) -> Result<DiskRecord, UnreadableRecord> {
     let damaged = |what: &str| UnreadableRecord::Damaged(what.to_owned());
     let rest = value.get(9..).unwrap_or_default();
     let is_whole = value.get(..9) == Some(format!("{:08x} ", checksum(name, rest)).as_bytes());
-    if !is_whole && !planted::is(Defect::RecordNotChecked) {
+    if !is_whole {
         return Err(damaged("it does not match its checksum"));
     }
     let space = rest.iter().position(|byte| *byte == b' ').ok_or_else(|| damaged("it has no format"))?;

@@ -26,7 +26,6 @@ use super::run_header::{self, BROKEN, FLAGS_WORD, PAGE_BYTES, RunHeader, TableNa
 use super::{BlockIndex, BlockRange};
 
 use crate::crash;
-use crate::planted::{self, Defect};
 
 const PAGE_BITS: u64 = PAGE_BYTES as u64 * 8;
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
@@ -394,9 +393,7 @@ impl Table {
         }
         let file = out.into_inner().map_err(|e| error(e.into_error()))?;
         crash::point("before a saved table is synced");
-        if !planted::is(Defect::SavedTableNotSynced) {
-            file.sync_all().map_err(error)?;
-        }
+        file.sync_all().map_err(error)?;
         crash::point("before a saved table gets its name");
         std::fs::rename(&beside, path).map_err(error)?;
         crash::point("before the name of a saved table is synced");
@@ -424,14 +421,14 @@ impl Table {
         if u64_at(body, 8) != self.blocks {
             return Err(damaged("it is for a disk of another size"));
         }
-        if body[24..40] != *seal.as_bytes() && !planted::is(Defect::SealNotCompared) {
+        if body[24..40] != *seal.as_bytes() {
             return Err(damaged("it is not the copy that was saved last"));
         }
         for _ in 0..u64_at(body, 16) {
             let mut bytes = [0; 8 + PAGE_BYTES + 4];
             file.read_exact(&mut bytes).map_err(|_| damaged("pages are missing"))?;
             let (body, crc) = bytes.split_at(8 + PAGE_BYTES);
-            if crc != crc32fast::hash(body).to_le_bytes() && !planted::is(Defect::SavedPagesNotChecked) {
+            if crc != crc32fast::hash(body).to_le_bytes() {
                 return Err(damaged("a page does not match its checksum"));
             }
             let page = usize::try_from(u64_at(body, 0)).ok().filter(|&p| p < self.pages);

@@ -18,7 +18,6 @@ use vm_memory::mmap::MmapRegion;
 
 use super::features::RING_ENTRIES_MAX;
 use super::sigbus::Guarded;
-use crate::mirror::planted::{self, Defect};
 
 // Of a queue's part: features u64, version u16, entries u16, last_batch_head u16, used_idx u16; then one state a head:
 // inflight u8, five unused bytes, next u16, counter u64.
@@ -151,7 +150,7 @@ impl InflightQueue {
         let missed = used_idx.wrapping_sub(self.load16(USED_IDX_AT));
         let mut head = self.load16(LAST_BATCH_HEAD_AT);
         for _ in 0..missed.min(ring_entries) {
-            if head >= ring_entries || planted::is(Defect::BatchNotRecovered) {
+            if head >= ring_entries {
                 break;
             }
             self.mark(head, false);
@@ -162,9 +161,7 @@ impl InflightQueue {
             .filter(|&head| self.byte(state(head)).load(Ordering::Acquire) != 0)
             .map(|head| (self.counter_of(head).load(Ordering::Relaxed), head))
             .collect();
-        if !planted::is(Defect::RunAgainUnordered) {
-            found.sort_unstable();
-        }
+        found.sort_unstable();
         self.counter = found.last().map_or(0, |(counter, _)| *counter);
         found.into_iter().map(|(_, head)| head).collect()
     }

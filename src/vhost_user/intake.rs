@@ -8,7 +8,6 @@
 //!
 //! It knows nothing of rings or guests, so that a model can drive it with a ring of its own.
 
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{EpochLane, Ticket};
 
 /// Where requests come from: a ring.
@@ -30,18 +29,10 @@ pub fn intake<S: AvailSource>(
     source: &mut S,
     mut each: impl FnMut(&mut S, S::Item, Ticket),
 ) -> usize {
-    let batch = if planted::is(Defect::EpochBeforeAvail) {
-        let early = lane.enter();
-        if !source.load_avail() {
-            return 0;
-        }
-        early
-    } else {
-        if !source.load_avail() {
-            return 0;
-        }
-        lane.enter()
-    };
+    if !source.load_avail() {
+        return 0;
+    }
+    let batch = lane.enter();
     let mut taken = 0;
     while let Some(item) = source.pop() {
         taken += 1;

@@ -18,7 +18,6 @@ use super::inflight::InflightQueue;
 use super::intake::AvailSource;
 use super::memory::{FrontendAddress, MemoryMap};
 use crate::crash;
-use crate::mirror::planted::{self, Defect};
 
 /// Where a ring is and how it was negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,8 +86,6 @@ pub(super) struct Ring {
     next_used: u16,
     published_used: u16,
     signalled_used: u16,
-    #[cfg(feature = "planted")]
-    decided_early: Option<bool>,
     // One bit a head.
     heads: Vec<u64>,
     inflight: Option<InflightQueue>,
@@ -143,8 +140,6 @@ impl Ring {
             next_used: 0,
             published_used: 0,
             signalled_used: 0,
-            #[cfg(feature = "planted")]
-            decided_early: None,
             heads: vec![0; usize::from(setup.entries).div_ceil(64)],
             inflight,
             is_armed: true,
@@ -213,10 +208,6 @@ impl Ring {
         self.heads[usize::from(head / 64)] &= !(1 << (head % 64));
         let Some(places) = self.places else { return };
         let entry = ENTRIES + usize::from(self.next_used % self.setup.entries) * 4;
-        if planted::is(Defect::UsedIndexFirst) {
-            self.store(places.used, INDEX, self.next_used.wrapping_add(1));
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
         // SAFETY: inside the used ring that locate() found, whose entries are 4-aligned; mapped while `self.memory` is.
         unsafe {
             let at = places.used.add(entry).cast::<u32>();
@@ -233,17 +224,7 @@ impl Ring {
     /// Makes the used entries visible to a driver that looks. One that sleeps is told after [`Ring::wants_call`].
     pub(super) fn publish(&mut self) {
         let Some(places) = self.places.filter(|_| self.published_used != self.next_used) else { return };
-        if planted::is(Defect::InflightUnmarkedEarly)
-            && let Some(inflight) = &self.inflight
-        {
-            inflight.end_batch(&self.batch, self.next_used);
-        }
         crash::point("before answers are visible");
-        #[cfg(feature = "planted")]
-        if planted::is(Defect::CallDecidedEarly) {
-            self.decided_early = Some(self.is_call_wanted(places));
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
         self.store(places.used, INDEX, self.next_used);
         self.published_used = self.next_used;
         crash::point("after answers became visible");
@@ -259,8 +240,6 @@ impl Ring {
         // The index must be visible before we look whether the driver sleeps (virtio 1.2, 2.7.7.2).
         fence(Ordering::SeqCst);
         let wants = self.is_call_wanted(places);
-        #[cfg(feature = "planted")]
-        let wants = self.decided_early.take().unwrap_or(wants);
         self.signalled_used = self.published_used;
         wants
     }
@@ -293,17 +272,10 @@ impl Ring {
     /// Asks to be kicked for the next request. Returns whether there already is one.
     pub(super) fn arm(&mut self) -> bool {
         let Some(places) = self.places else { return false };
-        if planted::is(Defect::ArmedAfterLook) && self.load(places.avail, INDEX, Ordering::Relaxed) == self.next_avail {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-            if self.setup.event_idx {
-                self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
-            }
-            return false;
-        }
         self.is_armed = true;
         if self.setup.event_idx {
             self.store(places.used, ENTRIES + usize::from(self.setup.entries) * 4, self.next_avail);
-        } else if !planted::is(Defect::KicksLeftOff) {
+        } else {
             self.store(places.used, FLAGS, 0);
         }
         // The wish must be visible before we look for requests that came without a kick.
@@ -347,14 +319,12 @@ impl AvailSource for Ring {
             return None;
         }
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        if self.heads[word] & bit != 0 && !planted::is(Defect::HeadTakenTwice) {
+        if self.heads[word] & bit != 0 {
             self.fault = Some(RingFault::HeadInFlight(head));
             return None;
         }
         self.heads[word] |= bit;
-        if let Some(inflight) = &mut self.inflight
-            && !planted::is(Defect::InflightNotMarked)
-        {
+        if let Some(inflight) = &mut self.inflight {
             inflight.begin(head);
         }
         self.next_avail = self.next_avail.wrapping_add(1);

@@ -31,7 +31,6 @@ use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
 use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Attachment, EpochLane, GuestQueue, Ticket};
 
 /// How often a ring without a kick is looked at.
@@ -146,9 +145,6 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if planted::is(Defect::GoneBeforeDrained) {
-            return;
-        }
         // Errors mean that the thread has ended already, which is what is wanted.
         drop(self.call(Command::Stop));
         drop(self.call(Command::Exit));
@@ -285,14 +281,11 @@ impl Loop {
                         }
                         self.ring = Some(ring);
                         self.unanswered = unanswered;
-                        if planted::is(Defect::UnansweredNotRun) {
-                            self.unanswered.clear();
-                        }
                         self.rules = *rules;
                         self.enabled = true;
                         self.set_kick(Some(kick));
                         // An earlier daemon may have died between its last answer and the call that told of it.
-                        if let Some(call) = self.call.as_ref().filter(|_| !planted::is(Defect::NoCallAfterStart)) {
+                        if let Some(call) = &self.call {
                             call.signal();
                         }
                         Ok(0)
@@ -592,11 +585,11 @@ impl Loop {
     }
 
     fn finish_stop(&mut self) {
-        if self.stopping.is_some() && !planted::is(Defect::StoppedBeforeRunAgain) {
+        if self.stopping.is_some() {
             // They are behind the base that is told, even if the ring is stopped before it was served.
             self.begin_unanswered();
         }
-        let drains = self.shared.in_flight.get() > 0 && !planted::is(Defect::StoppedBeforeDrained);
+        let drains = self.shared.in_flight.get() > 0;
         if drains || self.waiting.is_some() || self.stopping.is_none() {
             return;
         }
