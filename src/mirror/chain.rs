@@ -9,208 +9,17 @@
 //! - Of a segment exactly one version, the pivot, owns every block. Walking from a version towards its pivot, the first
 //!   one that owns a block has its bytes (002 [0075], [0092]-[0097]; figures 14 and 21).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use uuid::Uuid;
-
-use super::restore::{Restore, Restoring};
-use super::{Backing, Changed, Epoch};
-use crate::store::{BlockIndex, DurableTable, Table};
-
-/// The stable name of a version.
-pub type VersionId = Uuid;
+use super::epoch::Epoch;
+use super::layer::{Layer, Owned};
+use super::request::RequestError;
+use super::restoring::{Restore, Restoring};
+use super::version::{Version, VersionId};
+use crate::store::BlockIndex;
 
 /// A version's place in its chain; 0 is the oldest.
 pub type VersionIndex = usize;
-
-/// Which blocks a layer holds.
-#[derive(Clone, Debug)]
-pub enum Owned {
-    /// All of them: the pivot.
-    All,
-    /// Those whose bit is set.
-    Table(Arc<Table>),
-}
-
-/// An image and which blocks of it count.
-#[derive(Clone)]
-pub struct Layer {
-    /// Where the bytes are, at the disk's own positions.
-    pub image: Backing,
-    /// Which blocks are there.
-    pub owned: Owned,
-    /// For a log, whose table says where the only copy of acknowledged bytes is.
-    pub log: Option<Arc<Log>>,
-    /// For what is saved for a frozen version below the pivot, if it is to outlive a power cut.
-    pub saved: Option<Arc<Saved>>,
-}
-
-/// What a log has to survive a power cut.
-pub struct Log {
-    /// The durable copy of the layer's table, committed at each flush.
-    pub table: DurableTable,
-    /// Blocks whose entries were deleted. Their places are given back when that is durable: until then the durable
-    /// table still points to them.
-    pub freed: Table,
-}
-
-/// What a frozen version below the pivot has to survive a power cut: its bytes are durable before the entry is, and the
-/// entry is before the overwrite that it announces.
-pub struct Saved {
-    /// The durable copy of the layer's table.
-    pub table: DurableTable,
-    /// Makes durable that nothing of the layer is to be believed any more; the overwrites that it cannot follow come after
-    /// that. Blocks the thread, may be called again, and says why it could not.
-    pub revoke: Revoke,
-}
-
-/// See [`Saved::revoke`].
-pub type Revoke = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
-
-impl Layer {
-    /// A layer that has everything.
-    #[must_use]
-    pub fn full(image: Backing) -> Layer {
-        Layer { image, owned: Owned::All, log: None, saved: None }
-    }
-
-    /// A layer that has what its table says.
-    #[must_use]
-    pub fn of(image: Backing, table: Arc<Table>) -> Layer {
-        Layer { image, owned: Owned::Table(table), log: None, saved: None }
-    }
-
-    /// The same, for a frozen version that outlives a power cut.
-    #[must_use]
-    pub fn saved(image: Backing, saved: Arc<Saved>) -> Layer {
-        Layer { image, owned: Owned::Table(saved.table.table().clone()), log: None, saved: Some(saved) }
-    }
-
-    /// A log, whose table outlives a power cut.
-    #[must_use]
-    pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
-        Layer { image, owned: Owned::Table(log.table.table().clone()), log: Some(log), saved: None }
-    }
-
-    /// Whether the layer holds the block.
-    #[must_use]
-    pub fn owns(&self, block: BlockIndex) -> bool {
-        match &self.owned {
-            Owned::All => true,
-            Owned::Table(table) => table.get(block),
-        }
-    }
-}
-
-/// What stays the same of a version while chains around it change.
-#[derive(Debug)]
-pub struct Version {
-    /// Its stable name.
-    pub id: VersionId,
-    /// The epoch in which it began.
-    pub began: Epoch,
-    /// What was written in its epochs. None where nothing is noted: no older moment asks, or did when it began.
-    changed: Option<Changed>,
-    forgets_changes: AtomicBool,
-    quiesced: AtomicBool,
-    retiring: AtomicBool,
-    leaves_mark: AtomicBool,
-    broken: OnceLock<String>,
-    /// Blocks copied into this version before they were overwritten.
-    pub preserved_blocks: AtomicU64,
-    /// The bytes of those copies that were not holes.
-    pub preserved_bytes: AtomicU64,
-}
-
-impl Version {
-    /// A version that begins at `began`.
-    #[must_use]
-    pub fn new(id: VersionId, began: Epoch) -> Arc<Version> {
-        Version::noting(id, began, None)
-    }
-
-    /// The same, when it is noted what is written in its epochs, or known that it is not known.
-    #[must_use]
-    pub fn noting(id: VersionId, began: Epoch, changed: Option<Changed>) -> Arc<Version> {
-        Arc::new(Version {
-            id,
-            began,
-            changed,
-            forgets_changes: AtomicBool::new(false),
-            leaves_mark: AtomicBool::new(false),
-            quiesced: AtomicBool::new(false),
-            retiring: AtomicBool::new(false),
-            broken: OnceLock::new(),
-            preserved_blocks: AtomicU64::new(0),
-            preserved_bytes: AtomicU64::new(0),
-        })
-    }
-
-    /// Whether it never changes again.
-    #[must_use]
-    pub fn is_quiesced(&self) -> bool {
-        self.quiesced.load(Ordering::SeqCst)
-    }
-
-    /// Says that it never changes again.
-    pub fn set_quiesced(&self) {
-        self.quiesced.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether it is being deleted.
-    #[must_use]
-    pub fn is_retiring(&self) -> bool {
-        self.retiring.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn set_retiring(&self) {
-        self.retiring.store(true, Ordering::SeqCst);
-    }
-
-    /// What was written in its epochs.
-    #[must_use]
-    pub fn changed(&self) -> Option<&Changed> {
-        self.changed.as_ref().filter(|_| !self.forgets_changes.load(Ordering::SeqCst))
-    }
-
-    /// Notes nothing any more: nothing older is left. Whoever finds the table after a kill, with the older ones, must not
-    /// believe it.
-    pub(super) fn forget_changes(&self) {
-        if let Some(Changed::Noted(table)) = &self.changed {
-            table.mark_broken();
-        }
-        self.forgets_changes.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether a mark of it stays when it is deleted.
-    #[must_use]
-    pub fn leaves_mark(&self) -> bool {
-        self.leaves_mark.load(Ordering::SeqCst)
-    }
-
-    /// Says whether a mark of it stays when it is deleted.
-    pub fn set_leaves_mark(&self, leaves: bool) {
-        self.leaves_mark.store(leaves, Ordering::SeqCst);
-    }
-
-    /// Why its content cannot be vouched for, if so.
-    #[must_use]
-    pub fn broken(&self) -> Option<&str> {
-        self.broken.get().map(String::as_str)
-    }
-
-    /// Breaks the version. Returns whether it was whole before.
-    pub fn set_broken(&self, reason: impl Into<String>) -> bool {
-        self.broken.set(reason.into()).is_ok()
-    }
-
-    /// Whether old bytes are still to be kept for it: not for one that goes, nor for one that is lost.
-    #[must_use]
-    pub fn keeps_blocks(&self) -> bool {
-        !self.is_retiring() && self.broken().is_none()
-    }
-}
 
 /// A version and its layer.
 #[derive(Clone)]
@@ -302,6 +111,11 @@ impl Chain {
     #[must_use]
     pub fn pending(&self, index: VersionIndex, block: BlockIndex) -> Option<&Arc<Restoring>> {
         self.restoring().filter(|restoring| index == self.live() && restoring.is_pending(block))
+    }
+
+    /// Where the disk's own version is that the live one is restored to.
+    pub(super) fn restored(&self, id: VersionId) -> Result<VersionIndex, RequestError> {
+        self.position(id).ok_or_else(|| RequestError::Broken("the snapshot that is restored is gone".to_owned()))
     }
 
     /// The versions, oldest first.
@@ -432,5 +246,28 @@ impl Chain {
     pub fn is_read_through(&self, index: VersionIndex, block: BlockIndex) -> bool {
         let segment = self.segment_of(index);
         index <= segment.pivot && index > segment.first && !self.links[index - 1].layer.owns(block)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    Live,
+    Frozen(VersionId),
+}
+
+/// The version that a request on `target` in `epoch` is about.
+pub(super) fn index_of(chain: &Chain, target: Target, epoch: Epoch) -> Result<VersionIndex, RequestError> {
+    match target {
+        Target::Live => Ok(chain.at_epoch(epoch)),
+        Target::Frozen(id) => {
+            let index = chain.position(id).ok_or_else(|| RequestError::Broken("it was deleted".to_owned()))?;
+            let version = chain.version(index);
+            match version.broken() {
+                Some(reason) => Err(RequestError::Broken(reason.to_owned())),
+                // Nothing is kept for it any more, so what it shows may be newer than it should be.
+                None if version.is_retiring() => Err(RequestError::Broken("it is being deleted".to_owned())),
+                None => Ok(index),
+            }
+        }
     }
 }

@@ -13,73 +13,19 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Link, Owned, VersionId, VersionIndex};
+use super::backing::Backing;
+use super::chain::{Chain, Link, VersionIndex};
+use super::changed::Changed;
+use super::disk::Disk;
+use super::editor::ChainEditor;
+use super::epoch::Epoch;
+use super::layer::Owned;
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Backing, ChainEditor, Disk, Epoch};
+use super::restoring::Restore;
+use super::version::{Mark, VersionId};
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 const NOT_NOTED: &str = "nothing was noted of its changes";
-const NO_ROOM: &str = "the run directory had no room for its changed table";
-
-/// What is known of the blocks that were written in the epochs of a version.
-#[derive(Clone, Debug)]
-pub enum Changed {
-    /// Those whose bit is set, and no others, unless the table is marked as broken.
-    Noted(Arc<Table>),
-    /// Any may have been, and why that is so.
-    Unknown(Arc<str>),
-}
-
-impl Changed {
-    /// Nothing is known of them.
-    #[must_use]
-    pub fn unknown(why: &str) -> Changed {
-        Changed::Unknown(why.into())
-    }
-
-    /// The table, if it is to be believed.
-    ///
-    /// # Errors
-    /// Why it is not.
-    pub fn known(&self) -> Result<&Arc<Table>, &str> {
-        match self {
-            Changed::Noted(table) if !table.is_broken() => Ok(table),
-            Changed::Noted(_) => Err(NO_ROOM),
-            Changed::Unknown(why) => Err(why),
-        }
-    }
-
-    /// The table, believed or not.
-    #[must_use]
-    pub fn table(&self) -> Option<&Arc<Table>> {
-        match self {
-            Changed::Noted(table) => Some(table),
-            Changed::Unknown(_) => None,
-        }
-    }
-
-    /// Takes in what was noted for a marker that goes.
-    fn take_in(&self, gone: Option<&Changed>) {
-        let Changed::Noted(table) = self else { return };
-        let merged = gone.and_then(|gone| gone.known().ok()).is_some_and(|gone| table.merge(gone).is_ok());
-        if !merged && !planted::is(Defect::UnknownTakenAsUnchanged) {
-            table.mark_broken();
-        }
-    }
-}
-
-/// A moment of a disk of which only the changes are remembered: a bookmark, or a snapshot whose content was lost.
-#[derive(Clone, Debug)]
-pub struct Mark {
-    /// The name of the version that it was.
-    pub id: VersionId,
-    /// The epoch in which that began.
-    pub began: Epoch,
-    /// What was written from the marker before it on.
-    pub changed: Option<Changed>,
-}
 
 /// Why it cannot be said what changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -268,7 +214,7 @@ impl Chain {
 impl ChainEditor {
     /// Takes a mark away; what was noted for it goes to the next newer one.
     pub fn forget_mark(&self, disk: &Disk, id: VersionId) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let (chain, marks) = (disk.chain(), disk.marks.load_full());
         let Some(mark) = marks.iter().find(|mark| mark.id == id) else { return };
         let left: Vec<_> = marks.iter().filter(|mark| mark.id != id).cloned().collect();

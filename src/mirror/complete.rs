@@ -10,16 +10,20 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Layer, Link, Owned, VersionIndex};
-use super::join::join_all;
+use super::backing::Backing;
+use super::chain::{Chain, Link, VersionIndex};
+use super::changed::Changed;
+use super::disk::Disk;
+use super::editor::ChainEditor;
+use super::layer::{Layer, Owned};
 use super::lock::BLOCKS_PER_GUARD_MAX;
 use super::plan::Copy;
 use super::planted::{self, Defect};
 use super::runs::those;
-use super::{Backing, ChainEditor, Changed, Disk, Mark, Ticket, VersionId};
-use crate::image::IoQueue;
+use super::ticket::Ticket;
+use super::version::{Mark, VersionId};
+use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 /// What a volume stands on, in its chain, and the log that it is copied to.
 const ORIGIN: VersionIndex = 0;
@@ -182,7 +186,7 @@ impl ChainEditor {
     /// Everything must be durable before, and so must be that it is so.
     #[must_use]
     pub fn make_independent(&self, disk: &Disk) -> bool {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let whole = disk.chain();
         let Some(chain) = whole.without_origin() else { return false };
         // What was written since the volume was made is still asked for.
@@ -200,7 +204,7 @@ impl ChainEditor {
     /// # Panics
     /// When it has snapshots, or stands on nothing.
     pub fn begin_anew(&self, disk: &Disk, live: VersionId, layer: Layer, changed: Changed) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let chain = disk.chain();
         let [origin, old] = chain.links() else { panic!("a volume with snapshots is not begun anew") };
         assert!(matches!(origin.layer.image, Backing::View(_)), "a volume that stands on nothing is not begun anew");

@@ -4,10 +4,13 @@
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
 use super::chain::{Chain, VersionIndex};
+use super::disk::Disk;
+use super::epoch::Epoch;
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Disk, Epoch, RequestError, Ticket};
+use super::request::RequestError;
+use super::restoring::Restore;
+use super::ticket::Ticket;
 use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 

@@ -6,13 +6,16 @@
 
 use std::pin::Pin;
 
-use super::chain::{Chain, Layer, Log, VersionIndex};
-use super::join::join_all;
+use super::chain::{Chain, VersionIndex};
+use super::disk::Disk;
+use super::epoch::Epoch;
+use super::layer::{Layer, Log};
 use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Disk, Epoch, RequestError, VersionId};
-use crate::image::{ImageError, IoQueue};
+use super::request::RequestError;
+use super::restoring::Restore;
+use super::version::VersionId;
+use crate::image::{ImageError, IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange};
 
 /// Places that one flush gives back at most, so that it does not take long.

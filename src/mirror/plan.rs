@@ -6,6 +6,7 @@
 
 use super::chain::{Chain, Segment, VersionIndex};
 use super::planted::{self, Defect};
+use super::restoring::{RestoreSource, Restoring};
 use crate::store::{BlockIndex, BlockRange};
 
 /// A block's bytes go from one version's layer into another's.
@@ -102,7 +103,8 @@ impl BlockPlan {
         }
         if let Some(restoring) = chain.pending(writer, block) {
             plan.settles = true;
-            plan.fill_from = (!whole && !planted::is(Defect::PendingNotFilled)).then(|| restoring.fill(chain, block));
+            plan.fill_from =
+                (!whole && !planted::is(Defect::PendingNotFilled)).then(|| rest_of_restored(chain, restoring, block));
         }
         if planted::is(Defect::DrainNotMirrored) {
             plan.others.clear();
@@ -133,6 +135,16 @@ impl BlockPlan {
 /// Old bytes that the nearest older version reads at or above `index` (figure 25).
 fn save_for_older(chain: &Chain, index: VersionIndex, block: BlockIndex) -> Option<Copy> {
     chain.nearest_reader(index, block).map(|to| Copy { from: chain.resolve(to, block), to })
+}
+
+/// Where the rest of a pending block comes from.
+fn rest_of_restored(chain: &Chain, restoring: &Restoring, block: BlockIndex) -> Fill {
+    let own = match restoring.source() {
+        RestoreSource::View(_) => None,
+        RestoreSource::Own(id) => chain.position(*id),
+    };
+    // A version that is gone, which nobody lets happen, is an error when the block is filled.
+    own.map_or(Fill::Restored, |index| Fill::Layer(chain.resolve(index, block)))
 }
 
 /// The pivot goes away and this version's log is folded into its image: the write need not go to the log any more.

@@ -4,15 +4,23 @@
 //! through a table is resolved again after it was read: a bit is set before the overwrite that it announces is
 //! submitted, so "still the same owner" means that what was read had not been overwritten.
 
-use super::chain::{Chain, VersionIndex};
-use super::disk::{Target, index_of};
-use super::join::join_all;
+use std::sync::Arc;
+
+use super::background::Background;
+use super::backing::Backing;
+use super::chain::{Chain, Target, VersionIndex, index_of};
+use super::disk::Disk;
+use super::epoch::Epoch;
+use super::geometry::{Geometry, usize_of};
+use super::layer::{Layer, Owned};
 use super::planted::{self, Defect};
-use super::restore::{Restore, RestoreSource};
+use super::request::RequestError;
+use super::restoring::{Restore, RestoreSource};
 use super::runs::alike;
-use super::{Backing, Disk, Epoch, RequestError};
-use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
-use crate::store::{BlockIndex, BlockRange};
+use super::version::VersionId;
+use super::view::{VersionSource, View, ViewRead};
+use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
+use crate::store::{BlockIndex, BlockRange, Table};
 
 /// Neighbouring blocks whose bytes are in the same image.
 struct Extent {
@@ -150,7 +158,7 @@ impl Disk {
             match restoring.source() {
                 _ if !is_pending => extents.extend(of(index, run)),
                 RestoreSource::View(view) => extents.push(Extent { blocks: run, image: Backing::View(view.clone()) }),
-                RestoreSource::Own(id) => extents.extend(of(restoring.position(&chain, *id)?, run)),
+                RestoreSource::Own(id) => extents.extend(of(chain.restored(*id)?, run)),
             }
         }
         Ok(extents)
@@ -182,6 +190,74 @@ pub(super) fn owners(
     })
 }
 
-pub(super) fn usize_of(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a request's bytes fit the address space")
+impl VersionSource for Disk {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn why_unreadable(&self, version: VersionId) -> Option<String> {
+        match index_of(&self.chain(), Target::Frozen(version), Epoch(0)) {
+            Err(RequestError::Broken(reason)) => Some(reason),
+            Err(e) => Some(e.to_string()),
+            Ok(_) => None,
+        }
+    }
+
+    fn base_broken(&self) -> Option<String> {
+        Disk::base_broken(self)
+    }
+
+    fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a> {
+        Box::pin(async move {
+            if let Some(reason) = view.broken() {
+                return Err(view.refusal(ImageOp::Read, &reason));
+            }
+            let read = async |into| {
+                // A frozen version is the same in every epoch.
+                let read = self.read(queue, Target::Frozen(view.version()), Epoch(0), at, into).await;
+                read.map_err(|e| view.refusal(ImageOp::Read, &e.to_string()))
+            };
+            match buf {
+                IoBuf::Guest(guest) => {
+                    read(guest.clone()).await?;
+                    Ok(IoBuf::Guest(guest))
+                }
+                IoBuf::Owned(memory) => {
+                    let (guest, _memory) = GuestBuf::from_owned(memory);
+                    read(guest.clone()).await?;
+                    Ok(IoBuf::Owned(guest.copy_out()))
+                }
+                IoBuf::Shared(..) | IoBuf::None => Err(view.refusal(ImageOp::Read, "nothing can be read into that")),
+            }
+        })
+    }
+
+    fn zeros_of(&self, version: VersionId, at: ByteOffset, len: u64) -> u64 {
+        self.known_zeros(Target::Frozen(version), at, len)
+    }
+
+    fn base(&self) -> Option<Arc<View>> {
+        Disk::base(self)
+    }
+
+    fn background(&self) -> &Arc<Background> {
+        Disk::background(self)
+    }
+
+    fn owned_above_base(&self, version: VersionId, block_bytes: u32) -> Option<Vec<Arc<Table>>> {
+        let chain = self.chain();
+        let index = chain.position(version)?;
+        let is_volume = self.base.get().is_some_and(|base| base.load().is_some()) && chain.pivot_of(index) == 0;
+        if !is_volume || self.geometry.block_bytes != block_bytes {
+            return None;
+        }
+        Some((1..=index).filter_map(|i| table_of(chain.layer(i)).cloned()).collect())
+    }
+}
+
+fn table_of(layer: &Layer) -> Option<&Arc<Table>> {
+    match &layer.owned {
+        Owned::Table(table) => Some(table),
+        Owned::All => None,
+    }
 }

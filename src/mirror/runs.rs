@@ -7,22 +7,10 @@
 //! - What is to be done with a block is looked at under the guard, as for one block: a run that was found before may have
 //!   holes by then, and only what is left of it is copied.
 
-use super::join::join_all;
-use super::lock::{BLOCKS_PER_GUARD_MAX, Mode};
-use super::{Disk, Geometry};
+use super::disk::Disk;
+use super::lock::Mode;
+use crate::image::join_all;
 use crate::store::{BlockIndex, BlockRange};
-
-/// The most bytes of a run: a guest's write to one of its blocks may wait for the copy of all of them, which at this size
-/// takes little longer than that of one.
-const RUN_BYTES_MAX: u64 = 64 << 10;
-
-impl Geometry {
-    /// How many blocks a job copies under one guard at most.
-    #[must_use]
-    pub fn blocks_per_run(&self) -> u64 {
-        (RUN_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
-    }
-}
 
 impl Disk {
     /// The first `most` blocks, one at least, of those that `next` finds at or after a block, from `from` on: neighbours

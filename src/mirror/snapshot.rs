@@ -7,22 +7,22 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
-use super::join::join_all;
+use super::backing::Backing;
+use super::chain::{Chain, Link, VersionIndex};
+use super::changed::Changed;
+use super::connection::PinChange;
+use super::disk::Disk;
+use super::editor::ChainEditor;
+use super::epoch::{Epoch, TooManyDraining};
+use super::layer::{Layer, Owned};
 use super::plan::Copy;
 use super::planted::{self, Defect};
-use super::restore::Restore;
+use super::restoring::Restore;
 use super::runs::{alike, those};
-use super::{Backing, Changed, Disk, Epoch, EpochClock, PinChange, Ticket, TooManyDraining};
-use crate::image::IoQueue;
+use super::ticket::Ticket;
+use super::version::{Version, VersionId};
+use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::{Mutex, lock};
-
-/// Who may change chains: one at a time for the whole daemon, because a group is published at one cut.
-pub struct ChainEditor {
-    clock: EpochClock,
-    pub(super) editing: Mutex<()>,
-}
 
 /// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
 pub enum NewLayer {
@@ -89,12 +89,6 @@ pub enum RetireError {
 }
 
 impl ChainEditor {
-    /// The editor of the disks that go by `clock`.
-    #[must_use]
-    pub fn new(clock: EpochClock) -> ChainEditor {
-        ChainEditor { clock, editing: Mutex::new(()) }
-    }
-
     /// Freezes a group of disks at one cut.
     ///
     /// # Errors
@@ -104,7 +98,7 @@ impl ChainEditor {
     /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]), or a disk
     /// is being restored.
     pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
@@ -143,7 +137,7 @@ impl ChainEditor {
     /// # Errors
     /// When too many older cuts still drain; nothing has changed then.
     pub fn cut_over(&self, disks: &[&Disk], ended: Epoch) -> Result<usize, TooManyDraining> {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
@@ -164,7 +158,7 @@ impl ChainEditor {
     /// # Errors
     /// When too many older cuts still drain; nothing has changed then.
     pub fn replace_full_image(&self, disk: &Disk, image: Backing) -> Result<Epoch, TooManyDraining> {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
@@ -182,7 +176,7 @@ impl ChainEditor {
     /// # Errors
     /// When too many older cuts still drain, or another version of this disk is on its way out.
     pub fn begin_retire(&self, disk: &Disk, version: &Version) -> Result<Epoch, RetireError> {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         if !self.clock.can_advance() {
             return Err(RetireError::TooManyDraining(TooManyDraining));
         }
@@ -199,7 +193,7 @@ impl ChainEditor {
     /// Takes a version whose blocks have been handed over out of its chain. A pivot leaves its image to the neighbour
     /// that everything was folded into. Readers that are still at an image that goes keep it open.
     pub fn finish_retire(&self, disk: &Disk, id: VersionId) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let chain = disk.chain();
         let Some(index) = chain.position(id) else { return };
         let mut links = chain.links().to_vec();

@@ -11,12 +11,18 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 
-use super::chain::{Chain, Layer, Link, Owned};
+use super::backing::Backing;
+use super::chain::{Chain, Link};
+use super::changed::Changed;
+use super::disk::Disk;
+use super::editor::ChainEditor;
+use super::epoch::Epoch;
+use super::layer::{Layer, Owned};
 use super::planted::{self, Defect};
-use super::{Backing, ChainEditor, Changed, Disk, Epoch, Version, VersionId, View};
+use super::version::{Version, VersionId};
+use super::view::View;
 use crate::image::SharedImage;
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 impl Disk {
     /// The one image in which a volume without snapshots has all that is its own: it is independent, or stands on something
@@ -86,7 +92,7 @@ impl ChainEditor {
         layer: Layer,
         changed: Changed,
     ) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         assert!(disk.only_image().is_some(), "a volume with snapshots is not put on another one");
         let chain = disk.chain();
         let began = chain.version(chain.live()).began;

@@ -8,15 +8,19 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::chain::{Chain, Owned, VersionIndex};
-use super::join::join_all;
+use super::backing::Backing;
+use super::chain::{Chain, VersionIndex};
+use super::disk::Disk;
+use super::epoch::Epoch;
+use super::geometry::usize_of;
+use super::layer::Owned;
 use super::lock::Mode;
 use super::plan::{Copy, Fill, Run, WritePlan};
 use super::planted::{self, Defect};
-use super::read::usize_of;
-use super::restore::{Restore, RestoreSource};
-use super::{Backing, Disk, Epoch, RequestError, Ticket};
-use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
+use super::request::RequestError;
+use super::restoring::{Restore, RestoreSource};
+use super::ticket::Ticket;
+use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::BlockRange;
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may

@@ -10,6 +10,7 @@
 
 mod block;
 mod durable;
+mod error;
 #[cfg(test)]
 mod flip_tests;
 mod intact;
@@ -20,10 +21,11 @@ mod work;
 
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
+pub use error::TableError;
 pub use records::{
     BookmarkRecord, ChangedRecord, DiskRecord, ExaminedRecords, Fingerprint, LegRecord, MirrorRecord, RecordError,
     Records, RestoreRecord, SnapshotRecord, VolumeRecord,
 };
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
-pub use table::{Table, TableError, sync_directory_of};
+pub use table::{Table, sync_directory_of};
 pub use work::{Work, WorkRecord};

@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use uuid::Uuid;
 
-use super::TableError;
+use super::error::TableError;
 use crate::planted::{self, Defect};
 
 /// The unit of a table's mapping.
