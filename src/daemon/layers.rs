@@ -17,7 +17,7 @@ use crate::image::{
     Direct, Executor, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, RingOptions, SharedImage,
 };
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
+use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
 use crate::store::{
     DurableTable, Fingerprint, LoadReport, PAYLOAD_BYTES, SnapshotRecord, Table, TableError, TableName,
 };
@@ -338,11 +338,7 @@ pub(super) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<A
     let segment = chain.segment_of(index);
     let at = if index >= segment.pivot && index < segment.last { index + 1 } else { index };
     let layer = chain.layer(at);
-    let table = match &layer.owned {
-        Owned::Table(table) => Some(table.clone()),
-        Owned::All => None,
-    };
-    (layer.image.path().to_owned(), table)
+    (layer.image.path().to_owned(), layer.table().cloned())
 }
 
 fn lock_wait(trust: Trust) -> Duration {

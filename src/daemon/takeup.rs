@@ -16,7 +16,7 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode};
 use crate::image::SharedImage;
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{Backing, Changed, Epoch, Layer, Link, Mark, Owned, Version};
+use crate::mirror::{Backing, Changed, Epoch, Layer, Link, Mark, Version};
 use crate::store::{ChangedRecord, DiskRecord, Fingerprint, SnapshotRecord, Table};
 
 const POWER_CUT: &str = "the host went down while it was served, and what was saved for it was not on stable storage; \
@@ -281,7 +281,7 @@ impl TakeUp<'_> {
             if let Some(reason) = self.source.broke(slot.id) {
                 snapshot.broken.get_or_insert(reason);
             }
-            if let Owned::Table(table) = &layer.owned
+            if let Some(table) = layer.table()
                 && table.is_broken()
             {
                 snapshot.broken.get_or_insert_with(|| BROKE.to_owned());

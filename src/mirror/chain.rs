@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use super::epoch::Epoch;
-use super::layer::{Layer, Owned};
+use super::layer::Layer;
 use super::request::RequestError;
 use super::restoring::{Restore, Restoring};
 use super::version::{Version, VersionId};
@@ -64,7 +64,7 @@ impl Chain {
             if last + 1 < links.len() && !links[last + 1].splits {
                 continue;
             }
-            let mut pivots = (first..=last).filter(|&i| matches!(links[i].layer.owned, Owned::All));
+            let mut pivots = (first..=last).filter(|&i| links[i].layer.is_full());
             let (Some(pivot), None) = (pivots.next(), pivots.next()) else {
                 panic!("a segment of a chain has exactly one pivot");
             };

@@ -19,7 +19,6 @@ use super::changed::Changed;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::epoch::Epoch;
-use super::layer::Owned;
 use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::version::{Mark, VersionId};
@@ -269,11 +268,7 @@ impl Disk {
         if !matches!(chain.layer(0).image, Backing::View(_)) {
             return None;
         }
-        let tables = chain.links().iter().filter_map(|link| match &link.layer.owned {
-            Owned::Table(table) => Some(table.clone()),
-            Owned::All => None,
-        });
-        let tables = tables.collect();
+        let tables = chain.links().iter().filter_map(|link| link.layer.table().cloned()).collect();
         Some(Changes { blocks: self.geometry.blocks(), tables, ends: Some((chain.clone(), 0, chain.live())) })
     }
 
@@ -336,9 +331,6 @@ fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Op
     if segment != chain.segment_of(to) || [from, to].iter().any(|&end| !chain.version(end).keeps_blocks()) {
         return None;
     }
-    let tables = chain.links()[segment.first..=segment.last].iter().filter_map(|link| match &link.layer.owned {
-        Owned::Table(table) => Some(table.clone()),
-        Owned::All => None,
-    });
+    let tables = chain.links()[segment.first..=segment.last].iter().filter_map(|link| link.layer.table().cloned());
     Some(Changes { blocks, tables: tables.collect(), ends: Some((chain.clone(), from, to)) })
 }

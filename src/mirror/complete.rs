@@ -15,7 +15,7 @@ use super::chain::{Chain, Link, VersionIndex};
 use super::changed::Changed;
 use super::disk::Disk;
 use super::editor::ChainEditor;
-use super::layer::{Layer, Owned};
+use super::layer::Layer;
 use super::lock::BLOCKS_PER_GUARD_MAX;
 use super::plan::Copy;
 use super::planted::{self, Defect};
@@ -149,8 +149,8 @@ impl Disk {
 /// The oldest log above what a volume stands on.
 fn oldest_log(chain: &Chain) -> Option<(&Link, &Arc<Table>)> {
     let [origin, oldest, ..] = chain.links() else { return None };
-    match (&origin.layer.image, &oldest.layer.owned) {
-        (Backing::View(_), Owned::Table(table)) => Some((oldest, table)),
+    match (&origin.layer.image, oldest.layer.table()) {
+        (Backing::View(_), Some(table)) => Some((oldest, table)),
         _ => None,
     }
 }

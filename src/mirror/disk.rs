@@ -18,7 +18,7 @@ use super::changed::Changed;
 use super::connection::Connections;
 use super::epoch::EpochClock;
 use super::geometry::Geometry;
-use super::layer::{Layer, Owned};
+use super::layer::Layer;
 use super::lock::BlockLocks;
 use super::planted::{self, Defect};
 use super::version::{Mark, Version, VersionId};
@@ -217,12 +217,12 @@ impl Disk {
             observer.version_breaks(version.id, reason);
         }
         if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
-            if let Owned::Table(table) = &layer.owned
+            if let Some(table) = layer.table()
                 && !planted::is(Defect::BrokenNotMarked)
             {
                 table.mark_broken();
             }
-            if let Some(saved) = layer.saved.as_ref().filter(|_| version.broken().is_none())
+            if let Some(saved) = layer.saved_durably().filter(|_| version.broken().is_none())
                 && let Err(e) = (saved.revoke)()
             {
                 log::error!("a power cut before this is recorded would show a snapshot as whole that is broken: {e}");
@@ -242,7 +242,7 @@ impl Disk {
     /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
     pub(super) fn give_up(&self, chain: &Chain, index: VersionIndex, reason: &str) -> Result<(), ImageError> {
         let layer = chain.layer(index);
-        if let Some(saved) = layer.saved.as_ref().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
+        if let Some(saved) = layer.saved_durably().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
             (saved.revoke)().map_err(|e| {
                 let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
                 ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)

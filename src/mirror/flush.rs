@@ -5,6 +5,7 @@
 //! looked at from the live version inwards, and stored from the pivot outwards.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use super::chain::{Chain, VersionIndex};
 use super::disk::Disk;
@@ -67,7 +68,7 @@ impl Disk {
         let chain = self.chain();
         let Some(index) = chain.position(id) else { return Ok(()) };
         let is_below = index < chain.pivot_of(index);
-        if is_below && chain.layer(index).saved.is_none() || planted::is(Defect::ShownNotStored) {
+        if is_below && chain.layer(index).saved_durably().is_none() || planted::is(Defect::ShownNotStored) {
             return Ok(());
         }
         let way = way(&chain, index);
@@ -82,7 +83,7 @@ impl Disk {
     /// overwrite of what was saved comes after that. Those who ask at the same time share the syncs.
     pub(super) async fn commit_saved(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex) -> Result<(), String> {
         let layer = chain.layer(index);
-        let Some(saved) = &layer.saved else { return Ok(()) };
+        let Some(saved) = layer.saved_durably() else { return Ok(()) };
         let bytes = async || match planted::is(Defect::SavedWithoutBytes) {
             true => Ok(()),
             false => layer.image.sync(queue).await,
@@ -123,7 +124,7 @@ impl Disk {
         // What it was handed is read by older ones through it, and no power cut would leave it. One that does not outlive
         // a power cut has what it needs.
         for version in older.take_while(|&version| version <= newest) {
-            if version == newest || chain.layer(version).saved.is_some() {
+            if version == newest || chain.layer(version).saved_durably().is_some() {
                 self.give_up(&chain, version, &reason).map_err(text)?;
             }
         }
@@ -197,7 +198,7 @@ impl Disk {
     /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
     /// durable although it is deleted again: then the place waits for the next flush.
     async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
-        let Some(log) = &chain.layer(place.index).log else { return };
+        let Some(log) = chain.layer(place.index).log() else { return };
         let one = BlockRange::one(place.block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
         let is_same = self.locks.generation(one) == place.generation || planted::is(Defect::ReclaimFreedAgain);
@@ -251,7 +252,7 @@ fn commit<'a>(
             }
             join_all(vec![image(), commit(queue, nearer, all)]).await.into_iter().collect()
         };
-        match &farthest.log {
+        match farthest.log() {
             Some(_) if planted::is(Defect::FlushWithoutCommit) => first().await,
             Some(log) => log.table.commit_after(queue, first).await,
             None => first().await,
@@ -276,6 +277,6 @@ fn way(chain: &Chain, index: VersionIndex) -> Vec<VersionIndex> {
     (pivot.min(index)..=pivot.max(index)).collect()
 }
 
-fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Log)> {
-    way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log.as_deref()?)))
+fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Arc<Log>)> {
+    way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log()?)))
 }

@@ -5,26 +5,25 @@ use std::sync::Arc;
 use super::backing::Backing;
 use crate::store::{BlockIndex, DurableTable, Table};
 
-/// Which blocks a layer holds.
-#[derive(Clone, Debug)]
-pub enum Owned {
-    /// All of them: the pivot.
-    All,
-    /// Those whose bit is set.
-    Table(Arc<Table>),
-}
-
 /// An image and which blocks of it count.
 #[derive(Clone)]
 pub struct Layer {
     /// Where the bytes are, at the disk's own positions.
     pub image: Backing,
-    /// Which blocks are there.
-    pub owned: Owned,
-    /// For a log, whose table says where the only copy of acknowledged bytes is.
-    pub log: Option<Arc<Log>>,
-    /// For what is saved for a frozen version below the pivot, if it is to outlive a power cut.
-    pub saved: Option<Arc<Saved>>,
+    kind: Kind,
+}
+
+/// What a layer is for. The table of one that outlives a power cut is here as well: a look at a block goes straight to it.
+#[derive(Clone)]
+enum Kind {
+    /// It has every block: the pivot's.
+    Full,
+    /// It has what the table says, as long as the machine runs.
+    Table(Arc<Table>),
+    /// What is saved for a frozen version below the pivot, and outlives a power cut.
+    Saved(Arc<Table>, Arc<Saved>),
+    /// A log, whose table says where the only copy of acknowledged bytes is.
+    Log(Arc<Table>, Arc<Log>),
 }
 
 /// What a log has to survive a power cut.
@@ -53,33 +52,63 @@ impl Layer {
     /// A layer that has everything.
     #[must_use]
     pub fn full(image: Backing) -> Layer {
-        Layer { image, owned: Owned::All, log: None, saved: None }
+        Layer { image, kind: Kind::Full }
     }
 
     /// A layer that has what its table says.
     #[must_use]
     pub fn of(image: Backing, table: Arc<Table>) -> Layer {
-        Layer { image, owned: Owned::Table(table), log: None, saved: None }
+        Layer { image, kind: Kind::Table(table) }
     }
 
     /// The same, for a frozen version that outlives a power cut.
     #[must_use]
     pub fn saved(image: Backing, saved: Arc<Saved>) -> Layer {
-        Layer { image, owned: Owned::Table(saved.table.table().clone()), log: None, saved: Some(saved) }
+        Layer { image, kind: Kind::Saved(saved.table.table().clone(), saved) }
     }
 
     /// A log, whose table outlives a power cut.
     #[must_use]
     pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
-        Layer { image, owned: Owned::Table(log.table.table().clone()), log: Some(log), saved: None }
+        Layer { image, kind: Kind::Log(log.table.table().clone(), log) }
+    }
+
+    /// Whether it has every block.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.kind, Kind::Full)
+    }
+
+    /// Which blocks it has; None if it has every one.
+    #[must_use]
+    pub fn table(&self) -> Option<&Arc<Table>> {
+        match &self.kind {
+            Kind::Full => None,
+            Kind::Table(table) | Kind::Saved(table, _) | Kind::Log(table, _) => Some(table),
+        }
+    }
+
+    /// What a frozen version's layer has to survive a power cut.
+    #[must_use]
+    pub fn saved_durably(&self) -> Option<&Arc<Saved>> {
+        match &self.kind {
+            Kind::Saved(_, saved) => Some(saved),
+            Kind::Full | Kind::Table(_) | Kind::Log(..) => None,
+        }
+    }
+
+    /// What a log has to survive a power cut.
+    #[must_use]
+    pub fn log(&self) -> Option<&Arc<Log>> {
+        match &self.kind {
+            Kind::Log(_, log) => Some(log),
+            Kind::Full | Kind::Table(_) | Kind::Saved(..) => None,
+        }
     }
 
     /// Whether the layer holds the block.
     #[must_use]
     pub fn owns(&self, block: BlockIndex) -> bool {
-        match &self.owned {
-            Owned::All => true,
-            Owned::Table(table) => table.get(block),
-        }
+        self.table().is_none_or(|table| table.get(block))
     }
 }

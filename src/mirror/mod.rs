@@ -48,7 +48,7 @@ pub use disk::{Disk, DiskObserver, DiskOptions};
 pub use editor::ChainEditor;
 pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, TooManyDraining};
 pub use geometry::Geometry;
-pub use layer::{Layer, Log, Owned, Revoke, Saved};
+pub use layer::{Layer, Log, Revoke, Saved};
 pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairFacts, PairObserver, REGION_BYTES_MIN};
 pub use lock::{BLOCKS_PER_GUARD_MAX, BlockGuard, BlockLocks, Mode};
 pub use plan::{BlockPlan, Copy, Fill, Run, WritePlan};

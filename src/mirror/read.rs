@@ -12,7 +12,6 @@ use super::chain::{Chain, Target, VersionIndex, index_of};
 use super::disk::Disk;
 use super::epoch::Epoch;
 use super::geometry::{Geometry, usize_of};
-use super::layer::{Layer, Owned};
 use super::planted::{self, Defect};
 use super::request::RequestError;
 use super::restoring::{Restore, RestoreSource};
@@ -251,13 +250,6 @@ impl VersionSource for Disk {
         if !is_volume || self.geometry.block_bytes != block_bytes {
             return None;
         }
-        Some((1..=index).filter_map(|i| table_of(chain.layer(i)).cloned()).collect())
-    }
-}
-
-fn table_of(layer: &Layer) -> Option<&Arc<Table>> {
-    match &layer.owned {
-        Owned::Table(table) => Some(table),
-        Owned::All => None,
+        Some((1..=index).filter_map(|i| chain.layer(i).table().cloned()).collect())
     }
 }

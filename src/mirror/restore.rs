@@ -17,7 +17,7 @@ use super::changes::Changes;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::geometry::usize_of;
-use super::layer::{Owned, Saved};
+use super::layer::{Layer, Saved};
 use super::planted::{self, Defect};
 use super::read::owners;
 use super::request::RequestError;
@@ -60,14 +60,19 @@ impl ChainEditor {
         self.publish(disk, Restore::None);
     }
 
-    /// Has what is saved for a frozen version outlive a power cut from now on, or no longer. What was saved before is not
+    /// Has what is saved for a frozen version below the pivot outlive a power cut from now on, or no longer. What was saved before is not
     /// durable by that, and changes that were decided before go by the old state ([`Disk::changes_passed`]).
     pub fn save_durably(&self, disk: &Disk, version: VersionId, saved: Option<Arc<Saved>>) {
         let _editing = self.begin();
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         if let Some(link) = links.iter_mut().find(|link| link.version.id == version) {
-            link.layer.saved = saved;
+            let image = link.layer.image.clone();
+            link.layer = match (saved, link.layer.table()) {
+                (Some(saved), _) => Layer::saved(image, saved),
+                (None, Some(table)) => Layer::of(image, table.clone()),
+                (None, None) => Layer::full(image),
+            };
         }
         disk.chain.store(Arc::new(chain.with_links(links)));
     }
@@ -277,10 +282,7 @@ fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
 
 /// Adds the blocks that a version has itself.
 fn add_owned(chain: &Chain, index: VersionIndex, pending: &Table) -> std::io::Result<()> {
-    match &chain.layer(index).owned {
-        Owned::Table(table) => add_set(table, pending),
-        Owned::All => Ok(()),
-    }
+    chain.layer(index).table().map_or(Ok(()), |table| add_set(table, pending))
 }
 
 fn add_set(table: &Table, pending: &Table) -> std::io::Result<()> {

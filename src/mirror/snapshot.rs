@@ -14,7 +14,7 @@ use super::connection::PinChange;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::epoch::{Epoch, TooManyDraining};
-use super::layer::{Layer, Owned};
+use super::layer::Layer;
 use super::plan::Copy;
 use super::planted::{self, Defect};
 use super::restoring::Restore;
@@ -397,7 +397,7 @@ impl Disk {
         };
         let Err(reason) = saved else { return Ok(()) };
         // Those that read through it must not count on what no power cut would leave.
-        if let Owned::Table(table) = &chain.layer(save.to).owned
+        if let Some(table) = chain.layer(save.to).table()
             && !planted::is(Defect::FoldedEntryKept)
         {
             table.clear(blocks);
@@ -424,16 +424,16 @@ impl Disk {
 
 /// Whose entries must move before the version at `index` can go.
 fn moving_table(chain: &Chain, index: VersionIndex) -> Option<(VersionIndex, &Arc<Table>)> {
-    let owner = match &chain.layer(index).owned {
-        Owned::Table(_) => index,
-        Owned::All => chain.heir_of_pivot(index)?,
+    let owner = match chain.layer(index).table() {
+        Some(_) => index,
+        None => chain.heir_of_pivot(index)?,
     };
-    let Owned::Table(table) = &chain.layer(owner).owned else { unreachable!("a segment has one pivot") };
+    let Some(table) = chain.layer(owner).table() else { unreachable!("a segment has one pivot") };
     Some((owner, table))
 }
 
 fn set(chain: &Chain, index: VersionIndex, blocks: BlockRange) {
-    if let Owned::Table(table) = &chain.layer(index).owned {
+    if let Some(table) = chain.layer(index).table() {
         table.set(blocks);
     }
 }

@@ -17,7 +17,7 @@ use super::changed::Changed;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::epoch::Epoch;
-use super::layer::{Layer, Owned};
+use super::layer::Layer;
 use super::planted::{self, Defect};
 use super::version::{Version, VersionId};
 use super::view::View;
@@ -32,9 +32,9 @@ impl Disk {
         let chain = self.chain();
         let live = chain.layer(chain.live());
         let Backing::One(image) = &live.image else { return None };
-        let is_simple = match (chain.links(), &live.owned) {
-            ([_], Owned::All) => true,
-            ([origin, _], Owned::Table(_)) => matches!(origin.layer.image, Backing::View(_)),
+        let is_simple = match (chain.links(), live.table()) {
+            ([_], None) => true,
+            ([origin, _], Some(_)) => matches!(origin.layer.image, Backing::View(_)),
             _ => false,
         };
         is_simple.then(|| image.clone())
@@ -61,9 +61,9 @@ impl Disk {
         let kept = Table::in_memory(blocks).map_err(|e| e.to_string())?;
         let no_room = |e: std::io::Error| format!("there is no memory for what it keeps: {e}");
         for word in 0..blocks.div_ceil(64) {
-            let owned = match &chain.layer(chain.live()).owned {
-                Owned::Table(table) => table.word_at(word),
-                Owned::All => u64::MAX >> 64_u64.saturating_sub(blocks - word * 64),
+            let owned = match chain.layer(chain.live()).table() {
+                Some(table) => table.word_at(word),
+                None => u64::MAX >> 64_u64.saturating_sub(blocks - word * 64),
             };
             let written = if planted::is(Defect::WrittenBlockKept) { 0 } else { ours.word(word) };
             kept.or_word(word, owned & !written).map_err(no_room)?;

@@ -13,7 +13,6 @@ use super::chain::{Chain, VersionIndex};
 use super::disk::Disk;
 use super::epoch::Epoch;
 use super::geometry::usize_of;
-use super::layer::Owned;
 use super::lock::Mode;
 use super::plan::{Copy, Fill, Run, WritePlan};
 use super::planted::{self, Defect};
@@ -277,7 +276,7 @@ impl Disk {
     ) -> Result<(), String> {
         let (at, len) = self.geometry.bytes(blocks);
         let (from, to) = (&chain.layer(copy.from).image, &chain.layer(copy.to).image);
-        if let Owned::Table(table) = &chain.layer(copy.to).owned {
+        if let Some(table) = chain.layer(copy.to).table() {
             table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         }
         let old = AlignedBuf::scratch(usize_of(len));
@@ -316,7 +315,7 @@ impl Disk {
         part: &Part,
     ) -> Result<(), RequestError> {
         for run in plan.runs.iter().filter(|run| run.plan.adopts) {
-            if let Owned::Table(table) = &chain.layer(run.plan.home).owned {
+            if let Some(table) = chain.layer(run.plan.home).table() {
                 let image = &chain.layer(run.plan.home).image;
                 let at = self.geometry.bytes(run.blocks).0;
                 let full = |e| ImageError::from_io(ImageOp::Write, image.path(), Some(at), &e);
@@ -376,7 +375,7 @@ impl Disk {
     async fn settle_entries(&self, queue: &IoQueue, chain: &Chain, plan: &WritePlan) {
         for run in &plan.runs {
             if run.plan.adopts
-                && let Owned::Table(table) = &chain.layer(run.plan.home).owned
+                && let Some(table) = chain.layer(run.plan.home).table()
             {
                 table.set(run.blocks);
             }
@@ -470,11 +469,11 @@ impl Disk {
     /// new entries by then ([`super::BlockLocks::generation`]).
     pub(super) async fn drop_entries(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, blocks: BlockRange) {
         let layer = chain.layer(index);
-        let Owned::Table(table) = &layer.owned else { unreachable!("the pivot has no entries to delete") };
+        let Some(table) = layer.table() else { unreachable!("the pivot has no entries to delete") };
         table.clear(blocks);
         self.locks.advance_generation(blocks);
         let (at, len) = self.geometry.bytes(blocks);
-        if let (Some(log), false) = (&layer.log, planted::is(Defect::FreedAtOnce)) {
+        if let (Some(log), false) = (layer.log(), planted::is(Defect::FreedAtOnce)) {
             // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
             match log.freed.prepare(blocks) {
                 Ok(()) => log.freed.set(blocks),
@@ -601,7 +600,7 @@ async fn write_zeros(
 fn set_preserved(chain: &Chain, plan: &WritePlan) {
     for run in &plan.runs {
         if let Some(copy) = run.plan.preserve
-            && let Owned::Table(table) = &chain.layer(copy.to).owned
+            && let Some(table) = chain.layer(copy.to).table()
         {
             table.set(run.blocks);
         }
@@ -620,7 +619,7 @@ fn take_back(chain: &Chain, plan: &WritePlan, to: VersionIndex) {
     if planted::is(Defect::SavedEntryKept) {
         return;
     }
-    if let Owned::Table(table) = &chain.layer(to).owned {
+    if let Some(table) = chain.layer(to).table() {
         let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to);
         plan.runs.iter().filter(of_it).for_each(|run| table.clear(run.blocks));
     }
