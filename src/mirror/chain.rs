@@ -9,6 +9,7 @@
 //! - Of a segment exactly one version, the pivot, owns every block. Walking from a version towards its pivot, the first
 //!   one that owns a block has its bytes (002 [0075], [0092]-[0097]; figures 14 and 21).
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::epoch::Epoch;
@@ -16,7 +17,7 @@ use super::layer::Layer;
 use super::request::RequestError;
 use super::restoring::{Restore, Restoring};
 use super::version::{Version, VersionId};
-use crate::store::BlockIndex;
+use crate::store::{BlockIndex, BlockRange};
 
 /// A version's place in its chain; 0 is the oldest.
 pub type VersionIndex = usize;
@@ -107,12 +108,6 @@ impl Chain {
         }
     }
 
-    /// What the live version is restored to, if this block of version `index` still shows that.
-    #[must_use]
-    pub fn pending(&self, index: VersionIndex, block: BlockIndex) -> Option<&Arc<Restoring>> {
-        self.restoring().filter(|restoring| index == self.live() && restoring.is_pending(block))
-    }
-
     /// Where the disk's own version is that the live one is restored to.
     pub(super) fn restored(&self, id: VersionId) -> Result<VersionIndex, RequestError> {
         self.position(id).ok_or_else(|| RequestError::Broken("the snapshot that is restored is gone".to_owned()))
@@ -199,18 +194,71 @@ impl Chain {
         (own..self.live()).find(|&i| self.links[i].version.broken().is_none()).unwrap_or(self.live())
     }
 
-    /// The version whose layer has the bytes of `block` as `index` shows it.
+    /// A version of it, to be asked.
     #[must_use]
-    pub fn resolve(&self, index: VersionIndex, block: BlockIndex) -> VersionIndex {
-        self.resolve_without(index, block, &[])
+    pub fn at(&self, index: VersionIndex) -> VersionIn<'_> {
+        VersionIn { chain: self, index }
+    }
+}
+
+/// A version in its chain.
+#[derive(Clone, Copy)]
+pub struct VersionIn<'a> {
+    /// Its chain.
+    pub chain: &'a Chain,
+    /// Its place there.
+    pub index: VersionIndex,
+}
+
+impl<'a> VersionIn<'a> {
+    /// Another version of the same chain.
+    #[must_use]
+    pub fn other(self, index: VersionIndex) -> VersionIn<'a> {
+        VersionIn { index, ..self }
     }
 
-    /// As [`Chain::resolve`], when the entries that the versions `gone` have for the block are deleted.
+    /// Its layer.
     #[must_use]
-    pub fn resolve_without(&self, index: VersionIndex, block: BlockIndex, gone: &[VersionIndex]) -> VersionIndex {
-        let pivot = self.pivot_of(index);
-        let mut at = index;
-        while at != pivot && (gone.contains(&at) || !self.links[at].layer.owns(block)) {
+    pub fn layer(self) -> &'a Layer {
+        self.chain.layer(self.index)
+    }
+
+    /// The version.
+    #[must_use]
+    pub fn version(self) -> &'a Arc<Version> {
+        self.chain.version(self.index)
+    }
+
+    /// The versions that share bytes with it.
+    #[must_use]
+    pub fn segment(self) -> Segment {
+        self.chain.segment_of(self.index)
+    }
+
+    /// Whether it is older than the pivot, which the versions between go through to.
+    #[must_use]
+    pub fn is_below_pivot(self) -> bool {
+        self.index < self.segment().pivot
+    }
+
+    /// The versions whose layers it reads, from the pivot on if it is newer than that.
+    pub(super) fn way(self) -> RangeInclusive<VersionIndex> {
+        let pivot = self.segment().pivot;
+        pivot.min(self.index)..=pivot.max(self.index)
+    }
+
+    /// The version whose layer has the bytes of `block` as this one shows it.
+    #[must_use]
+    pub fn resolve(self, block: BlockIndex) -> VersionIndex {
+        self.resolve_without(block, &[])
+    }
+
+    /// As [`VersionIn::resolve`], when the entries that the versions `gone` have for the block are deleted.
+    #[must_use]
+    pub fn resolve_without(self, block: BlockIndex, gone: &[VersionIndex]) -> VersionIndex {
+        let pivot = self.segment().pivot;
+        let mut at = self.index;
+        while at != pivot && (gone.contains(&at) || !self.chain.layer(at).owns(block)) {
             if at < pivot {
                 at += 1;
             } else {
@@ -220,35 +268,73 @@ impl Chain {
         at
     }
 
-    /// The nearest version older than `index` that reads `block` through `index` or a newer one and still keeps its
-    /// blocks: the one whose bytes a change of `index` would change. Only it is ever copied to; those
-    /// before it read through it (sources 002 [0097]).
-    #[must_use]
-    pub fn nearest_reader(&self, index: VersionIndex, block: BlockIndex) -> Option<VersionIndex> {
-        let segment = self.segment_of(index);
-        if index > segment.pivot {
-            return None; // Older versions walk towards the pivot, away from here.
-        }
-        for at in (segment.first..index).rev() {
-            if self.links[at].layer.owns(block) {
+    /// The runs of `blocks` by the version whose layer has their bytes.
+    pub(super) fn owners(self, blocks: BlockRange) -> impl Iterator<Item = (BlockRange, VersionIn<'a>)> {
+        let mut next = blocks.start;
+        std::iter::from_fn(move || {
+            if next >= blocks.end {
                 return None;
             }
-            if self.links[at].version.keeps_blocks() {
+            let (start, owner) = (next, self.resolve(next));
+            next = BlockIndex(next.0 + 1);
+            while next < blocks.end && self.resolve(next) == owner {
+                next = BlockIndex(next.0 + 1);
+            }
+            Some((BlockRange { start, end: next }, self.other(owner)))
+        })
+    }
+
+    /// The nearest older version that reads `block` through this one or a newer one and still keeps its blocks: the one whose
+    /// bytes a change of this one would change. Only it is ever copied to; those before it read through it (sources 002
+    /// [0097]).
+    #[must_use]
+    pub fn nearest_reader(self, block: BlockIndex) -> Option<VersionIndex> {
+        let segment = self.segment();
+        if self.index > segment.pivot {
+            return None; // Older versions walk towards the pivot, away from here.
+        }
+        for at in (segment.first..self.index).rev() {
+            if self.chain.layer(at).owns(block) {
+                return None;
+            }
+            if self.chain.version(at).keeps_blocks() {
                 return Some(at);
             }
         }
         None
     }
 
-    /// As [`Chain::nearest_reader`], but for a discard: also a version that is going or lost still reads, so long as
-    /// nothing older than `index` owns the block.
+    /// As [`VersionIn::nearest_reader`], but for a discard: also a version that is going or lost still reads, so long as
+    /// nothing older than this one owns the block.
     #[must_use]
-    pub fn is_read_through(&self, index: VersionIndex, block: BlockIndex) -> bool {
-        let segment = self.segment_of(index);
-        index <= segment.pivot && index > segment.first && !self.links[index - 1].layer.owns(block)
+    pub fn is_read_through(self, block: BlockIndex) -> bool {
+        let segment = self.segment();
+        self.index <= segment.pivot && self.index > segment.first && !self.chain.layer(self.index - 1).owns(block)
+    }
+
+    /// What the live version is restored to, if this is the live one and the block still shows that.
+    #[must_use]
+    pub fn pending(self, block: BlockIndex) -> Option<&'a Arc<Restoring>> {
+        let restoring = self.chain.restoring().filter(|_| self.index == self.chain.live());
+        restoring.filter(|restoring| restoring.is_pending(block))
+    }
+
+    /// Blocks are in its layer from now on, if that has a table.
+    pub(super) fn set(self, blocks: BlockRange) {
+        if let Some(table) = self.layer().table() {
+            table.set(blocks);
+        }
+    }
+
+    /// Blocks are not in its layer any more, if that has a table.
+    pub(super) fn clear(self, blocks: BlockRange) {
+        if let Some(table) = self.layer().table() {
+            table.clear(blocks);
+        }
     }
 }
 
+/// Which version a request is on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Target {
     Live,

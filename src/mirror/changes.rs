@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use super::backing::Backing;
-use super::chain::{Chain, Link, VersionIndex};
+use super::chain::{Chain, Link, VersionIn, VersionIndex};
 use super::changed::Changed;
 use super::disk::Disk;
 use super::editor::ChainEditor;
@@ -90,9 +90,9 @@ impl Changes {
         if let Some((chain, from, to)) = self.ends.as_ref().filter(|_| bits != 0) {
             let differs = |bit: &u32| {
                 let block = BlockIndex(index * 64 + u64::from(*bit));
-                let before = chain.resolve(*from, block);
+                let before = chain.at(*from).resolve(block);
                 // Once more: what is saved for the older one goes before what that makes way for.
-                before != chain.resolve(*to, block) || before != chain.resolve(*from, block)
+                before != chain.at(*to).resolve(block) || before != chain.at(*from).resolve(block)
             };
             bits = (0..64).filter(|bit| bits & (1 << bit) != 0).filter(differs).fold(0, |all, bit| all | 1 << bit);
         }
@@ -196,10 +196,10 @@ fn forget_changes_of_live(links: &[Link], marks: &[Arc<Mark>]) {
     }
 }
 
-impl Chain {
-    /// Notes that blocks of a version are about to be changed. Their locks are held, and nothing has been submitted yet.
-    pub(super) fn note(&self, index: VersionIndex, blocks: BlockRange) {
-        if let Some(Changed::Noted(table)) = self.version(index).changed()
+impl VersionIn<'_> {
+    /// Notes that blocks of it are about to be changed. Their locks are held, and nothing has been submitted yet.
+    pub(super) fn note(self, blocks: BlockRange) {
+        if let Some(Changed::Noted(table)) = self.version().changed()
             && let Err(e) = table.note(blocks)
             && !table.is_broken()
         {
@@ -222,10 +222,10 @@ impl ChainEditor {
         disk.marks.store(Arc::new(left));
     }
 
-    /// What was noted for the version at `index` stays, as a mark or in the next newer marker's table; `links` are the
-    /// versions that will be left. Before they are published: nobody may find neither.
-    pub(super) fn keep_changes(disk: &Disk, chain: &Chain, index: VersionIndex, links: &[Link]) {
-        let (version, marks) = (chain.version(index), disk.marks.load_full());
+    /// What was noted for a version that goes stays, as a mark or in the next newer marker's table; `links` are the versions
+    /// that will be left. Before they are published: nobody may find neither.
+    pub(super) fn keep_changes(disk: &Disk, gone: VersionIn<'_>, links: &[Link]) {
+        let (version, marks) = (gone.version(), disk.marks.load_full());
         if version.leaves_mark() {
             let mark = Mark { id: version.id, began: version.began, changed: version.changed().cloned() };
             let mut more = marks.to_vec();
@@ -234,7 +234,7 @@ impl ChainEditor {
             disk.marks.store(Arc::new(more));
             return;
         }
-        hand_on(chain, &marks, version.began);
+        hand_on(gone.chain, &marks, version.began);
         forget_changes_of_live(links, &marks);
     }
 }

@@ -13,7 +13,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 
 use super::background::{Background, Turn};
 use super::backing::Backing;
-use super::chain::{Chain, Link, VersionIndex};
+use super::chain::{Chain, Link, VersionIn};
 use super::changed::Changed;
 use super::connection::Connections;
 use super::epoch::EpochClock;
@@ -240,15 +240,15 @@ impl Disk {
 impl Disk {
     /// Breaks a version that cannot keep what is about to be overwritten. That it is broken is durable before it is so, if
     /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
-    pub(super) fn give_up(&self, chain: &Chain, index: VersionIndex, reason: &str) -> Result<(), ImageError> {
-        let layer = chain.layer(index);
+    pub(super) fn give_up(&self, of: VersionIn<'_>, reason: &str) -> Result<(), ImageError> {
+        let layer = of.layer();
         if let Some(saved) = layer.saved_durably().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
             (saved.revoke)().map_err(|e| {
                 let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
                 ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)
             })?;
         }
-        self.break_version(chain.version(index), reason);
+        self.break_version(of.version(), reason);
         Ok(())
     }
 }

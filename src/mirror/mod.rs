@@ -39,7 +39,7 @@ pub use crate::planted;
 pub use attachment::Attachment;
 pub use background::{Background, GuestQueue, Turn, WINDOW_BYTES};
 pub use backing::Backing;
-pub use chain::{Chain, Link, Segment, VersionIndex};
+pub use chain::{Chain, Link, Segment, VersionIn, VersionIndex};
 pub use changed::Changed;
 pub use changes::{ChangeSource, Changes, NoChanges};
 pub use complete::Filled;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::background::Background;
 use super::backing::Backing;
-use super::chain::{Chain, Target, VersionIndex, index_of};
+use super::chain::{Target, index_of};
 use super::disk::Disk;
 use super::epoch::Epoch;
 use super::geometry::{Geometry, usize_of};
@@ -19,7 +19,7 @@ use super::runs::alike;
 use super::version::VersionId;
 use super::view::{VersionSource, View, ViewRead};
 use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
-use crate::store::{BlockIndex, BlockRange, Table};
+use crate::store::{BlockRange, Table};
 
 /// Neighbouring blocks whose bytes are in the same image.
 struct Extent {
@@ -141,8 +141,8 @@ impl Disk {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
         let of = |index, blocks| {
-            owners(&chain, index, blocks)
-                .map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() })
+            let owners = chain.at(index).owners(blocks);
+            owners.map(|(blocks, owner)| Extent { blocks, image: owner.layer().image.clone() })
         };
         if index < chain.live() {
             return Ok(of(index, blocks).collect());
@@ -167,26 +167,6 @@ impl Disk {
 /// Whether the same images have the same blocks.
 fn is_same(now: &[Extent], before: &[Extent]) -> bool {
     now.len() == before.len() && now.iter().zip(before).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image))
-}
-
-/// The runs of `blocks` by the version whose layer has their bytes.
-pub(super) fn owners(
-    chain: &Chain,
-    index: VersionIndex,
-    blocks: BlockRange,
-) -> impl Iterator<Item = (BlockRange, VersionIndex)> {
-    let mut next = blocks.start;
-    std::iter::from_fn(move || {
-        if next >= blocks.end {
-            return None;
-        }
-        let (start, owner) = (next, chain.resolve(index, next));
-        next = BlockIndex(next.0 + 1);
-        while next < blocks.end && chain.resolve(index, next) == owner {
-            next = BlockIndex(next.0 + 1);
-        }
-        Some((BlockRange { start, end: next }, owner))
-    })
 }
 
 impl VersionSource for Disk {

@@ -12,14 +12,13 @@
 use std::sync::Arc;
 
 use super::backing::Backing;
-use super::chain::{Chain, VersionIndex};
+use super::chain::VersionIn;
 use super::changes::Changes;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::geometry::usize_of;
 use super::layer::{Layer, Saved};
 use super::planted::{self, Defect};
-use super::read::owners;
 use super::request::RequestError;
 use super::restoring::{Gate, Restore, RestoreSource, Restoring};
 use super::runs::those;
@@ -166,7 +165,7 @@ impl Disk {
         while let Some(start) = next {
             let end = pending.next_clear(start).unwrap_or(BlockIndex(self.geometry.blocks()));
             if !planted::is(Defect::RestoreNotNoted) {
-                chain.note(chain.live(), BlockRange { start, end });
+                chain.at(chain.live()).note(BlockRange { start, end });
             }
             next = pending.next_set(end);
         }
@@ -200,7 +199,7 @@ impl Disk {
             return add_all(self, pending); // After the split of a mirror nothing is shared.
         }
         // Both walk towards the pivot. What nobody owns on either way is in the same place.
-        (index..pivot).chain(pivot.max(index) + 1..=live).try_for_each(|i| add_owned(&chain, i, pending))
+        (index..pivot).chain(pivot.max(index) + 1..=live).try_for_each(|i| add_owned(chain.at(i), pending))
     }
 
     /// How many blocks are still to be brought back.
@@ -242,8 +241,8 @@ impl Disk {
             match restoring.source() {
                 RestoreSource::View(view) => sources.push((part, Backing::View(view.clone()))),
                 RestoreSource::Own(id) => {
-                    let of = owners(&chain, chain.restored(*id)?, part);
-                    sources.extend(of.map(|(part, owner)| (part, chain.layer(owner).image.clone())));
+                    let of = chain.at(chain.restored(*id)?).owners(part);
+                    sources.extend(of.map(|(part, owner)| (part, owner.layer().image.clone())));
                 }
             }
         }
@@ -281,8 +280,8 @@ fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
 }
 
 /// Adds the blocks that a version has itself.
-fn add_owned(chain: &Chain, index: VersionIndex, pending: &Table) -> std::io::Result<()> {
-    chain.layer(index).table().map_or(Ok(()), |table| add_set(table, pending))
+fn add_owned(of: VersionIn<'_>, pending: &Table) -> std::io::Result<()> {
+    of.layer().table().map_or(Ok(()), |table| add_set(table, pending))
 }
 
 fn add_set(table: &Table, pending: &Table) -> std::io::Result<()> {

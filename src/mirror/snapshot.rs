@@ -8,14 +8,14 @@
 use std::sync::Arc;
 
 use super::backing::Backing;
-use super::chain::{Chain, Link, VersionIndex};
+use super::chain::{Chain, Link, VersionIn, VersionIndex};
 use super::changed::Changed;
 use super::connection::PinChange;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::epoch::{Epoch, TooManyDraining};
 use super::layer::Layer;
-use super::plan::Copy;
+use super::plan::{Copy, save_for_older};
 use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::runs::{alike, those};
@@ -204,7 +204,7 @@ impl ChainEditor {
         if gone.splits && links.get(index).is_some_and(|next| !next.splits) {
             links[index].splits = true;
         }
-        ChainEditor::keep_changes(disk, &chain, index, &links);
+        ChainEditor::keep_changes(disk, chain.at(index), &links);
         disk.chain.store(Arc::new(chain.with_links(links)));
     }
 }
@@ -248,7 +248,7 @@ impl Disk {
     #[must_use]
     pub fn blocks_to_let_go(&self, id: VersionId) -> u64 {
         let chain = self.chain();
-        chain.position(id).and_then(|i| moving_table(&chain, i)).map_or(0, |(_, table)| table.count())
+        chain.position(id).and_then(|i| moving_table(chain.at(i))).map_or(0, |(_, table)| table.count())
     }
 
     /// Does the next blocks, up to `most`, that must move before version `id` can go, at or after `from`: an entry of the
@@ -273,7 +273,7 @@ impl Disk {
         if planted::is(Defect::DeleteWithoutHandover) {
             return Ok(None);
         }
-        let Some((_, table)) = moving_table(&chain, retiring) else { return Ok(None) };
+        let Some((_, table)) = moving_table(chain.at(retiring)) else { return Ok(None) };
         let runs = self.next_runs(from, most, |at| table.next_set(at));
         let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
         let count = runs.iter().map(|run| run.count()).sum();
@@ -286,7 +286,7 @@ impl Disk {
         // Only now: a cut may have come in between.
         let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(()) };
-        let Some((owner, table)) = moving_table(&chain, retiring) else { return Ok(()) };
+        let Some((owner, table)) = moving_table(chain.at(retiring)) else { return Ok(()) };
         // A guest's write may have come before us.
         let left = those(run, |block| table.get(block) || planted::is(Defect::LetGoOfOverwritten));
         let moves = left.map(|part| {
@@ -296,10 +296,10 @@ impl Disk {
                     self.give_to_older(queue, chain, part, Copy { from: owner, to: retiring }).await
                 } else if owner > retiring {
                     self.fold(queue, chain, part, Copy { from: owner, to: retiring }).await
-                } else if retiring < chain.pivot_of(retiring) {
-                    self.hand_to_older(queue, chain, retiring, part).await
+                } else if chain.at(retiring).is_below_pivot() {
+                    self.hand_to_older(queue, chain.at(retiring), part).await
                 } else {
-                    self.hand_to_newer(queue, chain, retiring, part).await
+                    self.hand_to_newer(queue, chain.at(retiring), part).await
                 }
             }
         });
@@ -308,23 +308,18 @@ impl Disk {
 
     /// Below the pivot the nearest older version reads here. One that cannot take the blocks is lost; then the next older
     /// one reads here.
-    async fn hand_to_older(
-        &self,
-        queue: &IoQueue,
-        chain: &Chain,
-        retiring: VersionIndex,
-        blocks: BlockRange,
-    ) -> Result<(), String> {
+    async fn hand_to_older(&self, queue: &IoQueue, retiring: VersionIn<'_>, blocks: BlockRange) -> Result<(), String> {
+        let chain = retiring.chain;
         // Each turn without an end breaks a version.
         loop {
-            let heirs = alike(blocks, |block| chain.nearest_reader(retiring, block));
+            let heirs = alike(blocks, |block| retiring.nearest_reader(block));
             let copies = heirs.into_iter().filter_map(|(part, heir)| {
                 let heir = heir?;
                 Some(async move {
-                    match self.copy_blocks(queue, chain, part, Copy { from: retiring, to: heir }).await {
+                    match self.copy_blocks(queue, chain, part, Copy { from: retiring.index, to: heir }).await {
                         // Durable with the rest ([`Disk::settle`]): until then the entry that it was copied from is.
-                        Ok(()) => set(chain, heir, part),
-                        Err(reason) => self.give_up(chain, heir, &reason).map_err(|e| e.to_string())?,
+                        Ok(()) => chain.at(heir).set(part),
+                        Err(reason) => self.give_up(chain.at(heir), &reason).map_err(|e| e.to_string())?,
                     }
                     Ok(())
                 })
@@ -338,20 +333,14 @@ impl Disk {
     }
 
     /// Above the pivot the next newer version reads here, and the live one through it.
-    async fn hand_to_newer(
-        &self,
-        queue: &IoQueue,
-        chain: &Chain,
-        retiring: VersionIndex,
-        blocks: BlockRange,
-    ) -> Result<(), String> {
-        let heir = retiring + 1;
-        let copies = those(blocks, |block| !chain.layer(heir).owns(block)).map(|part| async move {
+    async fn hand_to_newer(&self, queue: &IoQueue, retiring: VersionIn<'_>, blocks: BlockRange) -> Result<(), String> {
+        let heir = retiring.other(retiring.index + 1);
+        let copies = those(blocks, |block| !heir.layer().owns(block)).map(|part| async move {
             if planted::is(Defect::HandOverBitFirst) {
-                set(chain, heir, part);
+                heir.set(part);
             }
-            self.copy_blocks(queue, chain, part, Copy { from: retiring, to: heir }).await?;
-            set(chain, heir, part);
+            self.copy_blocks(queue, heir.chain, part, Copy { from: retiring.index, to: heir.index }).await?;
+            heir.set(part);
             Ok(())
         });
         join_all(copies.collect()).await.into_iter().collect()
@@ -360,9 +349,9 @@ impl Disk {
     /// Moves entries of a log into the full image below, after saving what older versions read there.
     async fn fold(&self, queue: &IoQueue, chain: &Chain, blocks: BlockRange, copy: Copy) -> Result<(), String> {
         while !planted::is(Defect::FoldWithoutPreserve) {
-            let save =
-                |block| chain.nearest_reader(copy.to, block).map(|to| Copy { from: chain.resolve(to, block), to });
-            let saves = alike(blocks, save).into_iter().filter_map(|(part, save)| Some((part, save?)));
+            let saves = alike(blocks, |block| save_for_older(chain.at(copy.to), block))
+                .into_iter()
+                .filter_map(|(part, save)| Some((part, save?)));
             let saves: Vec<_> = saves.map(|(part, save)| self.save_for_fold(queue, chain, part, save)).collect();
             if saves.is_empty() {
                 break;
@@ -370,10 +359,10 @@ impl Disk {
             join_all(saves).await.into_iter().collect::<Result<(), String>>()?;
         }
         if planted::is(Defect::FoldDropsFirst) {
-            self.drop_entries(queue, chain, copy.from, blocks).await;
+            self.drop_entries(queue, chain.at(copy.from), blocks).await;
         }
         self.copy_blocks(queue, chain, blocks, copy).await?;
-        self.drop_entries(queue, chain, copy.from, blocks).await;
+        self.drop_entries(queue, chain.at(copy.from), blocks).await;
         Ok(())
     }
 
@@ -387,22 +376,20 @@ impl Disk {
     ) -> Result<(), String> {
         let saved = match self.copy_blocks(queue, chain, blocks, save).await {
             Ok(()) => {
-                set(chain, save.to, blocks);
+                chain.at(save.to).set(blocks);
                 match planted::is(Defect::FoldBeforeSaved) {
                     true => Ok(()),
-                    false => self.commit_saved(queue, chain, save.to).await,
+                    false => self.commit_saved(queue, chain.at(save.to)).await,
                 }
             }
             failed => failed,
         };
         let Err(reason) = saved else { return Ok(()) };
         // Those that read through it must not count on what no power cut would leave.
-        if let Some(table) = chain.layer(save.to).table()
-            && !planted::is(Defect::FoldedEntryKept)
-        {
-            table.clear(blocks);
+        if !planted::is(Defect::FoldedEntryKept) {
+            chain.at(save.to).clear(blocks);
         }
-        self.give_up(chain, save.to, &reason).map_err(|e| e.to_string())
+        self.give_up(chain.at(save.to), &reason).map_err(|e| e.to_string())
     }
 
     /// Moves entries of an older version into the full image of a frozen pivot, which that version takes over. If they
@@ -415,25 +402,18 @@ impl Disk {
         copy: Copy,
     ) -> Result<(), String> {
         if let Err(reason) = self.copy_blocks(queue, chain, blocks, copy).await {
-            self.give_up(chain, copy.from, &reason).map_err(|e| e.to_string())?;
-            self.hand_to_older(queue, chain, copy.from, blocks).await?;
+            self.give_up(chain.at(copy.from), &reason).map_err(|e| e.to_string())?;
+            self.hand_to_older(queue, chain.at(copy.from), blocks).await?;
         }
         Ok(())
     }
 }
 
-/// Whose entries must move before the version at `index` can go.
-fn moving_table(chain: &Chain, index: VersionIndex) -> Option<(VersionIndex, &Arc<Table>)> {
-    let owner = match chain.layer(index).table() {
-        Some(_) => index,
-        None => chain.heir_of_pivot(index)?,
+/// Whose entries must move before a version can go.
+fn moving_table(retiring: VersionIn<'_>) -> Option<(VersionIndex, &Arc<Table>)> {
+    let owner = match retiring.layer().table() {
+        Some(_) => retiring.index,
+        None => retiring.chain.heir_of_pivot(retiring.index)?,
     };
-    let Some(table) = chain.layer(owner).table() else { unreachable!("a segment has one pivot") };
-    Some((owner, table))
-}
-
-fn set(chain: &Chain, index: VersionIndex, blocks: BlockRange) {
-    if let Some(table) = chain.layer(index).table() {
-        table.set(blocks);
-    }
+    Some((owner, retiring.other(owner).layer().table()?))
 }

@@ -114,7 +114,7 @@ fn a_discard_waits_until_nobody_reads_the_block() {
 fn the_plan_of_a_write_can_be_read() {
     let bench = Bench::new();
     let block = BlockIndex(0);
-    let plan = |writer, whole| BlockPlan::decide(&bench.disk.chain(), writer, block, whole);
+    let plan = |writer, whole| BlockPlan::decide(bench.disk.chain().at(writer), block, whole);
     assert_eq!(plan(0, false), BlockPlan::plain(0));
     bench.cut();
     let first = BlockPlan { preserve: Some(Copy { from: 1, to: 0 }), ..BlockPlan::plain(1) };
