@@ -90,46 +90,6 @@ impl Disk {
         saved.table.commit_after(queue, bytes).await.map_err(|e| e.to_string())
     }
 
-    /// Makes durable what a version has handed over before it leaves its chain, and its layer with it.
-    ///
-    /// # Errors
-    /// When an image refuses that the live version needs. A frozen version that cannot take it over is broken.
-    pub async fn settle(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
-        let chain = self.chain();
-        let Some(index) = chain.position(id) else { return Ok(()) };
-        let segment = chain.segment_of(index);
-        let older = segment.first..index.min(segment.pivot);
-        let layers = segment.pivot..=segment.last;
-        if segment.last == chain.live() && index >= segment.pivot {
-            self.flush_layers(queue, &chain, layers).await.map_err(text)?;
-        } else if index >= segment.pivot
-            && !older.is_empty()
-            && !planted::is(Defect::GivenUnstored)
-            && let Err(e) = self.flush_layers(queue, &chain, layers).await
-        {
-            // Only they are to read the full image.
-            return older
-                .into_iter()
-                .try_for_each(|version| self.give_up(chain.at(version), &e.to_string()))
-                .map_err(text);
-        }
-        let mut lost = None;
-        for version in older.clone().filter(|_| !planted::is(Defect::HandOverNotStored)) {
-            if let Err(reason) = self.commit_saved(queue, chain.at(version)).await {
-                lost = Some((version, reason));
-            }
-        }
-        let Some((newest, reason)) = lost else { return Ok(()) };
-        // What it was handed is read by older ones through it, and no power cut would leave it. One that does not outlive
-        // a power cut has what it needs.
-        for version in older.take_while(|&version| version <= newest) {
-            if version == newest || chain.layer(version).saved_durably().is_some() {
-                self.give_up(chain.at(version), &reason).map_err(text)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Makes durable what the live version and version `of` read: their layers, on their ways to the pivot. Takes no
     /// lock.
     pub(super) async fn flush_from(&self, queue: &IoQueue, of: VersionIn<'_>) -> Result<(), RequestError> {
@@ -173,7 +133,7 @@ impl Disk {
     }
 
     /// The layers are in order from the pivot on.
-    async fn flush_layers(
+    pub(super) async fn flush_layers(
         &self,
         queue: &IoQueue,
         chain: &Chain,

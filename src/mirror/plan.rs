@@ -56,6 +56,32 @@ pub struct Run {
     pub plan: BlockPlan,
 }
 
+/// Whose content a write that failed at one of its targets has spoilt.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Harmed {
+    /// The live version reads there, now or when the superseded entries are deleted: the guest must know.
+    Guest,
+    /// Only these frozen versions do: they are broken, and the guest notices nothing.
+    Frozen(Vec<VersionIndex>),
+}
+
+impl Run {
+    /// Who is harmed when a write of version `writer` fails at one of the targets.
+    #[must_use]
+    pub fn harmed_at(&self, writer: VersionIn<'_>, target: VersionIndex) -> Harmed {
+        let (chain, plan) = (writer.chain, &self.plan);
+        let shows = |version: VersionIndex| {
+            let shown = |block| chain.at(version).resolve_without(block, &plan.supersedes);
+            self.blocks.iter().any(|block| shown(block) == target)
+        };
+        let is_new_in_home = target == plan.home && (plan.adopts || plan.fill_from.is_some());
+        if is_new_in_home || shows(chain.live()) {
+            return Harmed::Guest;
+        }
+        Harmed::Frozen((writer.index..chain.live()).filter(|&version| shows(version)).collect())
+    }
+}
+
 /// What a write does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WritePlan {

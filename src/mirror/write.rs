@@ -14,7 +14,7 @@ use super::disk::Disk;
 use super::epoch::Epoch;
 use super::geometry::usize_of;
 use super::lock::Mode;
-use super::plan::{Copy, Fill, Run, WritePlan};
+use super::plan::{Copy, Fill, Harmed, Run, WritePlan};
 use super::planted::{self, Defect};
 use super::request::RequestError;
 use super::restoring::{Restore, RestoreSource};
@@ -403,8 +403,12 @@ impl Disk {
             writes.truncate(1);
         }
         for (run, target, done) in join_all(writes).await {
-            if let Err(e) = done {
-                self.absorb(chain, plan.writer, run, target, e)?;
+            let Err(e) = done else { continue };
+            match run.harmed_at(chain.at(plan.writer), target) {
+                Harmed::Guest => return Err(e.into()),
+                Harmed::Frozen(lost) => {
+                    lost.into_iter().for_each(|i| self.break_version(chain.version(i), &e.to_string()))
+                }
             }
         }
         Ok(())
@@ -486,29 +490,6 @@ impl Disk {
         if let Err(e) = layer.image.zero(queue, at, len, true).await {
             self.break_version(of.version(), &format!("blocks could not be given back: {e}"));
         }
-    }
-
-    /// A write to one target failed. If the live version reads there, now or when the superseded entries are deleted, the
-    /// guest must know. If only frozen versions do, they are broken and the guest notices nothing.
-    fn absorb(
-        &self,
-        chain: &Chain,
-        writer: VersionIndex,
-        run: &Run,
-        target: VersionIndex,
-        error: ImageError,
-    ) -> Result<(), RequestError> {
-        let shows = |version, block| chain.at(version).resolve_without(block, &run.plan.supersedes) == target;
-        let is_home = target == run.plan.home && (run.plan.adopts || run.plan.fill_from.is_some());
-        if is_home || run.blocks.iter().any(|block| shows(chain.live(), block)) {
-            return Err(error.into());
-        }
-        for version in writer..chain.live() {
-            if run.blocks.iter().any(|block| shows(version, block)) {
-                self.break_version(chain.version(version), &error.to_string());
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,81 +1,25 @@
-//! Changes of the chain: the cut, and letting a version go.
+//! Letting a frozen version go: its blocks are handed to the neighbour that reads them there, or folded, and made durable;
+//! then it leaves its chain.
 //!
-//! A cut (source 002 [0045], [0048]; figure 4) in steps: everything for the coming epoch is prepared, then published
-//! to all disks of the group, then one counter moves. Nobody is paused. A request that has the new chain before
-//! the counter moved does what it would have done with the old one: its version keeps its place in the chain, and
-//! the places where its bytes go are the same.
+//! What always holds:
+//! - Nothing moves before the epoch has drained in which requests still went by the old state ([`ChainEditor::begin_retire`]).
+//! - Nothing is lost that the live version reads: trouble there is an error, and begins again. A frozen version that cannot
+//!   take over what it reads is broken, durably if it would be believed after a power cut.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::backing::Backing;
 use super::chain::{Chain, Link, VersionIn, VersionIndex};
-use super::changed::Changed;
-use super::connection::PinChange;
 use super::disk::Disk;
 use super::editor::ChainEditor;
 use super::epoch::{Epoch, TooManyDraining};
-use super::layer::Layer;
 use super::plan::{Copy, save_for_older};
 use super::planted::{self, Defect};
-use super::restoring::Restore;
 use super::runs::{alike, those};
 use super::ticket::Ticket;
 use super::version::{Version, VersionId};
 use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
-
-/// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
-pub enum NewLayer {
-    /// Copy-on-write: the full image goes with the live version, the frozen one gets an empty image for what is
-    /// saved (002 [0092]; figure 21).
-    Frozen {
-        /// An empty image of the disk's size, with an empty table.
-        layer: Layer,
-    },
-    /// Write logging: the full image stays with the frozen version, the live one gets an empty image for what is
-    /// written (002 [0074], [0076]; figure 14).
-    Live {
-        /// An empty image of the disk's size, with an empty table.
-        layer: Layer,
-    },
-    /// Write mirroring: each version takes a full image (002 [0062], [0063]; figure 9).
-    Split {
-        /// The leg that the frozen version takes.
-        frozen: Backing,
-        /// What the live version keeps.
-        live: Backing,
-    },
-}
-
-/// Who stays with the frozen version when it is cut.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Writers {
-    /// The requests in flight; the next ones of every frontend belong to the live version.
-    Request,
-    /// All requests of the frontends that are connected, until they disconnect or are cut over ([0045], [0051]:
-    /// active processes keep VLUN A, new ones start on VLUN B).
-    Connection,
-}
-
-/// What a snapshot of one disk needs, made before the cut.
-pub struct PreparedSnapshot {
-    /// The disk to freeze.
-    pub disk: Arc<Disk>,
-    /// How.
-    pub layer: NewLayer,
-    /// The name that the new live version gets.
-    pub new_live: VersionId,
-    /// An empty table in which it is noted what is written to it from its beginning on.
-    pub changed: Option<Arc<Table>>,
-}
-
-/// A cut that was made.
-pub struct Cut {
-    /// The epoch that ended with it.
-    pub ended: Epoch,
-    /// The frozen versions, in the order of the group.
-    pub frozen: Vec<Arc<Version>>,
-}
 
 /// A version cannot be let go now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -89,86 +33,6 @@ pub enum RetireError {
 }
 
 impl ChainEditor {
-    /// Freezes a group of disks at one cut.
-    ///
-    /// # Errors
-    /// When too many older cuts still drain; nothing has changed then.
-    ///
-    /// # Panics
-    /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]), or a disk
-    /// is being restored.
-    pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
-        let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
-        let coming = self.clock.current().next();
-        let disks: Vec<_> = group.iter().map(|prepared| prepared.disk.clone()).collect();
-        let pin = || match writers {
-            Writers::Request => Vec::new(),
-            // Nobody joins before these are dropped, so that who is connected is the same for the whole group.
-            Writers::Connection => disks.iter().map(|disk| disk.connections.pin(coming.previous())).collect(),
-        };
-        let mut frozen = Vec::with_capacity(group.len());
-        for prepared in group {
-            let disk = prepared.disk.clone();
-            let began = if planted::is(Defect::CutPerDisk) { self.clock.current().next() } else { coming };
-            frozen.push(disk.publish(prepared, began));
-            if planted::is(Defect::CutPerDisk) {
-                self.clock.advance()?;
-                // Long enough for whole writes of a running guest; a real defect has all the time there is.
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
-        }
-        let pins = if planted::is(Defect::PinAfterCut) { Vec::new() } else { pin() };
-        if !planted::is(Defect::CutPerDisk) {
-            self.clock.advance()?;
-        }
-        drop(pins);
-        if planted::is(Defect::PinAfterCut) {
-            drop(pin());
-        }
-        Ok(Cut { ended: coming.previous(), frozen })
-    }
-
-    /// Moves the connections that still act in `ended` or before over to where they would act without: the versions that
-    /// ended with it drain from now on. A cut by itself, without a new version. Returns how many connections moved.
-    ///
-    /// # Errors
-    /// When too many older cuts still drain; nothing has changed then.
-    pub fn cut_over(&self, disks: &[&Disk], ended: Epoch) -> Result<usize, TooManyDraining> {
-        let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
-        let coming = self.clock.current().next();
-        if planted::is(Defect::CutOverAfterMove) {
-            self.clock.advance()?;
-        }
-        let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
-        if !planted::is(Defect::CutOverAfterMove) {
-            self.clock.advance()?;
-        }
-        Ok(changes.iter().map(PinChange::count).sum())
-    }
-
-    /// Puts another view of the same bytes in the place of the disk's full image. Returns the epoch that must drain before
-    /// nobody goes by the old one.
-    ///
-    /// # Errors
-    /// When too many older cuts still drain; nothing has changed then.
-    pub fn replace_full_image(&self, disk: &Disk, image: Backing) -> Result<Epoch, TooManyDraining> {
-        let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
-        let chain = disk.chain();
-        let mut links = chain.links().to_vec();
-        links[chain.pivot_of(chain.live())].layer.image = image;
-        disk.chain.store(Arc::new(chain.with_links(links)));
-        Ok(self.clock.advance()?.previous())
-    }
-
     /// Begins to let a frozen, quiesced version go: nothing more is kept for it, and if it is a pivot with a log above,
     /// writes of the version above go to its image from now on. Returns the epoch that must drain before
     /// [`Disk::let_go_of_some`] may begin, so that no request still goes by the old state.
@@ -210,40 +74,6 @@ impl ChainEditor {
 }
 
 impl Disk {
-    /// Whether the live version has the full image, so that a cut may move it (copy-on-write) or split it (write
-    /// mirroring). While a log lies above the pivot, a cut can only add another log.
-    #[must_use]
-    pub fn can_move_pivot(&self) -> bool {
-        let chain = self.chain();
-        chain.pivot_of(chain.live()) == chain.live()
-    }
-
-    /// Publishes a new live version that begins at `began`.
-    fn publish(&self, prepared: PreparedSnapshot, began: Epoch) -> Arc<Version> {
-        let chain = self.chain();
-        assert!(matches!(chain.restore(), Restore::None), "a disk is frozen while it is restored");
-        let mut links = chain.links().to_vec();
-        let movable = self.can_move_pivot();
-        let last = links.last_mut().expect("a chain is never empty");
-        let frozen = last.version.clone();
-        let (layer, splits) = match prepared.layer {
-            NewLayer::Frozen { layer } => {
-                assert!(movable, "the full image is moved while a log lies above it");
-                (std::mem::replace(&mut last.layer, layer), false)
-            }
-            NewLayer::Live { layer } => (layer, false),
-            NewLayer::Split { frozen, live } => {
-                assert!(movable, "a mirror is split while a log lies above it");
-                last.layer.image = frozen;
-                (Layer::full(live), true)
-            }
-        };
-        let version = Version::noting(prepared.new_live, began, prepared.changed.map(Changed::Noted));
-        links.push(Link { version, layer, splits });
-        self.chain.store(Arc::new(Chain::new(links)));
-        frozen
-    }
-
     /// How many blocks there are to hand over or to fold before a version can go.
     #[must_use]
     pub fn blocks_to_let_go(&self, id: VersionId) -> u64 {
@@ -406,6 +236,69 @@ impl Disk {
             self.hand_to_older(queue, chain.at(copy.from), blocks).await?;
         }
         Ok(())
+    }
+
+    /// Makes durable what a version has handed over before it leaves its chain, and its layer with it.
+    ///
+    /// # Errors
+    /// When an image refuses that the live version needs. A frozen version that cannot take it over is broken.
+    pub async fn settle(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
+        let chain = self.chain();
+        let Some(index) = chain.position(id) else { return Ok(()) };
+        let give_up = |version, reason: &str| self.give_up(chain.at(version), reason).map_err(|e| e.to_string());
+        let settling = Settling::decide(chain.at(index));
+        let stored = self.flush_layers(queue, &chain, settling.stores.clone()).await;
+        match (stored.map_err(|e| e.to_string()), settling.is_for_live) {
+            (Ok(()), _) => {}
+            (Err(reason), true) => return Err(reason),
+            (Err(reason), false) => return settling.heirs.into_iter().try_for_each(|heir| give_up(heir, &reason)),
+        }
+        let mut lost = None;
+        for heir in settling.heirs.clone().filter(|_| !planted::is(Defect::HandOverNotStored)) {
+            if let Err(reason) = self.commit_saved(queue, chain.at(heir)).await {
+                lost = Some((heir, reason));
+            }
+        }
+        let Some((newest, reason)) = lost else { return Ok(()) };
+        let outlives = |heir| chain.layer(heir).saved_durably().is_some();
+        settling.lost_with(newest, outlives).into_iter().try_for_each(|heir| give_up(heir, &reason))
+    }
+}
+
+/// What is made durable before a version leaves its chain, whose blocks have been handed over.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Settling {
+    /// The layers that are stored first, in order from the pivot on.
+    pub stores: Range<VersionIndex>,
+    /// Whether the live version reads those. Otherwise only the heirs are to read them, and are lost if they cannot be stored.
+    pub is_for_live: bool,
+    /// The older versions that were handed blocks, or read them through one that was: their entries are stored after that.
+    pub heirs: Range<VersionIndex>,
+}
+
+impl Settling {
+    /// What there is to do for a version.
+    #[must_use]
+    pub fn decide(of: VersionIn<'_>) -> Settling {
+        let segment = of.segment();
+        let heirs = segment.first..of.index.min(segment.pivot);
+        let is_for_live = segment.last == of.chain.live();
+        // What is handed to older versions below the pivot is in their layers. On the old side of a split the full image is
+        // an older version's from now on, if there is one.
+        let stores = match of.index >= segment.pivot {
+            true if is_for_live => true,
+            true => !heirs.is_empty() && !planted::is(Defect::GivenUnstored),
+            false => false,
+        };
+        let stores = if stores { segment.pivot..segment.last + 1 } else { 0..0 };
+        Settling { stores, is_for_live, heirs }
+    }
+
+    /// Whom it costs that the entries of heirs cannot be stored, of which `newest` is the newest. What that was handed is read
+    /// by older ones through it, and no power cut would leave it. One that does not outlive a power cut has what it needs.
+    #[must_use]
+    pub fn lost_with(&self, newest: VersionIndex, outlives: impl Fn(VersionIndex) -> bool) -> Vec<VersionIndex> {
+        self.heirs.clone().filter(|&heir| heir == newest || heir < newest && outlives(heir)).collect()
     }
 }
 
