@@ -19,7 +19,7 @@ use super::layer::Layer;
 use super::lock::BLOCKS_PER_GUARD_MAX;
 use super::plan::Copy;
 use super::planted::{self, Defect};
-use super::runs::those;
+use super::runs::{Copied, those};
 use super::ticket::Ticket;
 use super::version::{Mark, VersionId};
 use crate::image::{IoQueue, join_all};
@@ -28,15 +28,6 @@ use crate::store::{BlockIndex, BlockRange, Table};
 /// What a volume stands on, in its chain, and the log that it is copied to.
 const ORIGIN: VersionIndex = 0;
 const OLDEST_LOG: VersionIndex = 1;
-
-/// A step of [`Disk::fill_some`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Filled {
-    /// Where to go on.
-    pub next: BlockIndex,
-    /// How many bytes were copied.
-    pub bytes: u64,
-}
 
 impl Disk {
     /// Copies up to `most` blocks, at or after `from`, that the volume does not own: neighbours together, and several such
@@ -53,28 +44,18 @@ impl Disk {
         _ticket: &Ticket,
         from: BlockIndex,
         most: usize,
-    ) -> Result<Option<Filled>, String> {
+    ) -> Result<Option<Copied>, String> {
         let chain = self.chain();
         let Some(table) = table_to_fill(&chain)? else { return Ok(None) };
         if let Some(filled) = table.next_clear(from).and_then(|first| self.fill_zeros(first)) {
             return Ok(Some(filled));
         }
-        let runs = self.next_runs(from, most, |at| table.next_clear(at));
-        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
-        let bytes = runs.iter().map(|&run| self.geometry.bytes(run).1).sum();
-        match planted::is(Defect::FilledWithoutLock) {
-            true => {
-                let copies = runs.into_iter().map(|run| self.fill_run(queue, run)).collect();
-                join_all(copies).await.into_iter().collect::<Result<(), String>>()?;
-            }
-            false => self.copy_runs(runs, |run| self.fill_run(queue, run)).await?,
-        }
-        Ok(Some(Filled { next, bytes }))
+        self.copy_next(from, most, |at| table.next_clear(at), |run| self.fill_run(queue, run)).await
     }
 
     /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
     /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
-    fn fill_zeros(&self, first: BlockIndex) -> Option<Filled> {
+    fn fill_zeros(&self, first: BlockIndex) -> Option<Copied> {
         let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_GUARD_MAX);
         let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
         let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
@@ -89,7 +70,7 @@ impl Disk {
         let run = self.whole_blocks(first, zeros)?;
         table.prepare(run).ok()?;
         table.set(run);
-        Some(Filled { next: run.end, bytes: self.geometry.bytes(run).1 })
+        Some(Copied { next: run.end, bytes: self.geometry.bytes(run).1 })
     }
 
     /// The blocks from `first` on that so many bytes cover; None if they do not cover one.

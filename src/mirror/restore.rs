@@ -21,7 +21,7 @@ use super::layer::{Layer, Saved};
 use super::planted::{self, Defect};
 use super::request::RequestError;
 use super::restoring::{Gate, Restore, RestoreSource, Restoring};
-use super::runs::those;
+use super::runs::{Copied, those};
 use super::ticket::Ticket;
 use super::version::VersionId;
 use crate::image::{AlignedBuf, IoBuf, IoQueue, join_all};
@@ -209,8 +209,7 @@ impl Disk {
     }
 
     /// Brings up to `most` pending blocks back, at or after `from`: neighbours together, and several such runs side by side.
-    /// Returns where to go on and how many there were, or None when there is none. The ticket keeps the disk's versions from
-    /// going meanwhile.
+    /// None when there is none. The ticket keeps the disk's versions from going meanwhile.
     ///
     /// # Errors
     /// When what is restored cannot be read, or the disk cannot be written. Those blocks are still pending then.
@@ -220,14 +219,11 @@ impl Disk {
         _ticket: &Ticket,
         from: BlockIndex,
         most: usize,
-    ) -> Result<Option<(BlockIndex, u64)>, RequestError> {
+    ) -> Result<Option<Copied>, RequestError> {
         let chain = self.chain();
         let Some(restoring) = chain.restoring() else { return Ok(None) };
-        let runs = self.next_runs(from, most, |at| restoring.pending().table().next_set(at));
-        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
-        let count = runs.iter().map(|run| run.count()).sum();
-        self.copy_runs(runs, |run| self.bring_back(queue, run)).await?;
-        Ok(Some((next, count)))
+        let pending = restoring.pending().table();
+        self.copy_next(from, most, |at| pending.next_set(at), |run| self.bring_back(queue, run)).await
     }
 
     /// The caller holds the locks of `run`.

@@ -15,7 +15,7 @@ use super::editor::ChainEditor;
 use super::epoch::{Epoch, TooManyDraining};
 use super::plan::{Copy, save_for_older};
 use super::planted::{self, Defect};
-use super::runs::{alike, those};
+use super::runs::{Copied, alike, those};
 use super::ticket::Ticket;
 use super::version::{Version, VersionId};
 use crate::image::{IoQueue, join_all};
@@ -83,8 +83,8 @@ impl Disk {
 
     /// Does the next blocks, up to `most`, that must move before version `id` can go, at or after `from`: an entry of the
     /// version itself goes to the neighbour that reads it there; if it is the pivot, an entry of the neighbour that takes its
-    /// image over is folded into that. Neighbouring blocks go together, and several such runs side by side. Returns where to
-    /// go on and how many there were, or None when all is done.
+    /// image over is folded into that. Neighbouring blocks go together, and several such runs side by side. None when all is
+    /// done.
     ///
     /// The ticket makes the retirement of an heir wait until these blocks have arrived there.
     ///
@@ -97,18 +97,14 @@ impl Disk {
         id: VersionId,
         from: BlockIndex,
         most: usize,
-    ) -> Result<Option<(BlockIndex, u64)>, String> {
+    ) -> Result<Option<Copied>, String> {
         let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(None) };
         if planted::is(Defect::DeleteWithoutHandover) {
             return Ok(None);
         }
         let Some((_, table)) = moving_table(chain.at(retiring)) else { return Ok(None) };
-        let runs = self.next_runs(from, most, |at| table.next_set(at));
-        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
-        let count = runs.iter().map(|run| run.count()).sum();
-        self.copy_runs(runs, |run| self.let_go_of_run(queue, id, run)).await?;
-        Ok(Some((next, count)))
+        self.copy_next(from, most, |at| table.next_set(at), |run| self.let_go_of_run(queue, id, run)).await
     }
 
     /// The caller holds the locks of `run`.
