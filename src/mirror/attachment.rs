@@ -4,15 +4,10 @@
 
 use std::sync::Arc;
 
-use super::background::GuestQueue;
 use super::chain::Target;
-use super::connection::Connection;
-use super::disk::Disk;
-use super::geometry::{Geometry, usize_of};
-use super::request::{Request, RequestError};
-use super::ticket::{EpochLane, Ticket};
-use super::version::VersionId;
+use super::geometry::usize_of;
 use super::write::Data;
+use super::{Connection, Disk, EpochLane, Geometry, GuestQueue, Request, RequestError, Ticket, VersionId};
 use crate::image::{ByteOffset, GuestBuf, IoQueue};
 
 /// What one socket serves: the live version of a disk, or a frozen one.

@@ -5,9 +5,7 @@
 
 use std::sync::Arc;
 
-use super::geometry::Geometry;
-use super::legs::Pair;
-use super::view::View;
+use super::{Geometry, Pair, View};
 use crate::image::{
     Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync,
     write_all_at, zero_range,

@@ -12,11 +12,8 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::epoch::Epoch;
-use super::layer::Layer;
-use super::request::RequestError;
-use super::restoring::{Restore, Restoring};
-use super::version::{Version, VersionId};
+use super::restoring::Restore;
+use super::{Epoch, Layer, RequestError, Restoring, Version, VersionId};
 use crate::store::{BlockIndex, BlockRange};
 
 /// A version's place in its chain; 0 is the oldest.

@@ -13,15 +13,9 @@
 
 use std::sync::Arc;
 
-use super::backing::Backing;
-use super::chain::{Chain, Link, VersionIn, VersionIndex};
-use super::changed::Changed;
-use super::disk::Disk;
-use super::editor::ChainEditor;
-use super::epoch::Epoch;
 use super::planted::{self, Defect};
 use super::restoring::Restore;
-use super::version::{Mark, VersionId};
+use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Link, Mark, VersionId, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange, Table};
 
 const NOT_NOTED: &str = "nothing was noted of its changes";

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::epoch::{Epoch, EpochClock};
+use super::{Epoch, EpochClock};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock};
 
 /// Requests that enter `from` or later, and before `until`, act in `at`.

@@ -7,17 +7,11 @@
 
 use std::sync::Arc;
 
-use super::backing::Backing;
-use super::chain::{Chain, Link};
-use super::changed::Changed;
-use super::connection::PinChange;
-use super::disk::Disk;
-use super::editor::ChainEditor;
-use super::epoch::{Epoch, TooManyDraining};
-use super::layer::Layer;
 use super::planted::{self, Defect};
 use super::restoring::Restore;
-use super::version::{Version, VersionId};
+use super::{
+    Backing, Chain, ChainEditor, Changed, Disk, Epoch, Layer, Link, PinChange, TooManyDraining, Version, VersionId,
+};
 use crate::store::Table;
 
 /// Where the pivot goes at a cut, and what the version without it gets: all that a strategy is.
@@ -73,6 +67,14 @@ pub struct Cut {
     pub frozen: Vec<Arc<Version>>,
 }
 
+impl PreparedSnapshot {
+    fn assert_fits(&self) {
+        assert!(matches!(self.disk.chain().restore(), Restore::None), "a disk is frozen while it is restored");
+        let moves = !matches!(self.layer, NewLayer::Live { .. });
+        assert!(!moves || self.disk.can_move_pivot(), "the full image is moved or split while a log lies above it");
+    }
+}
+
 impl ChainEditor {
     /// Freezes a group of disks at one cut.
     ///
@@ -81,12 +83,14 @@ impl ChainEditor {
     ///
     /// # Panics
     /// When a disk's full image is to be moved or split while a log lies above it ([`Disk::can_move_pivot`]), or a disk
-    /// is being restored.
+    /// is being restored. Nothing has changed then.
     pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
         let _editing = self.begin();
         if !self.clock.can_advance() {
             return Err(TooManyDraining);
         }
+        // All of them first: half a group that is published would have a version of an epoch that never comes.
+        group.iter().for_each(PreparedSnapshot::assert_fits);
         let coming = self.clock.current().next();
         let disks: Vec<_> = group.iter().map(|prepared| prepared.disk.clone()).collect();
         let pin = || match writers {
@@ -167,19 +171,13 @@ impl Disk {
     /// Publishes a new live version that begins at `began`.
     fn publish(&self, prepared: PreparedSnapshot, began: Epoch) -> Arc<Version> {
         let chain = self.chain();
-        assert!(matches!(chain.restore(), Restore::None), "a disk is frozen while it is restored");
         let mut links = chain.links().to_vec();
-        let movable = self.can_move_pivot();
         let last = links.last_mut().expect("a chain is never empty");
         let frozen = last.version.clone();
         let (layer, splits) = match prepared.layer {
-            NewLayer::Frozen { layer } => {
-                assert!(movable, "the full image is moved while a log lies above it");
-                (std::mem::replace(&mut last.layer, layer), false)
-            }
+            NewLayer::Frozen { layer } => (std::mem::replace(&mut last.layer, layer), false),
             NewLayer::Live { layer } => (layer, false),
             NewLayer::Split { frozen, live } => {
-                assert!(movable, "a mirror is split while a log lies above it");
                 last.layer.image = frozen;
                 (Layer::full(live), true)
             }

@@ -3,14 +3,9 @@
 //! While an older version reads through a block, a discard of it is only remembered. It is carried out when the last
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
-use super::chain::{Chain, VersionIn, VersionIndex};
-use super::disk::Disk;
-use super::epoch::Epoch;
-use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::request::RequestError;
 use super::restoring::Restore;
-use super::ticket::Ticket;
+use super::{Chain, Disk, Epoch, Mode, RequestError, Ticket, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 

@@ -11,18 +11,11 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
-use super::background::{Background, Turn};
-use super::backing::Backing;
-use super::chain::{Chain, Link, VersionIn};
-use super::changed::Changed;
-use super::connection::Connections;
-use super::epoch::EpochClock;
-use super::geometry::Geometry;
-use super::layer::Layer;
-use super::lock::BlockLocks;
 use super::planted::{self, Defect};
-use super::version::{Mark, Version, VersionId};
-use super::view::View;
+use super::{
+    Background, Backing, BlockLocks, Chain, Changed, Connections, EpochClock, Geometry, Layer, Link, Mark, Turn,
+    Version, VersionId, VersionIn, View,
+};
 use crate::image::{ImageError, ImageErrorKind, ImageOp, SharedImage};
 use crate::store::{Table, TableError};
 

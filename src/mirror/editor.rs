@@ -1,6 +1,6 @@
 //! Who may change chains: one at a time for the whole daemon, because a group of disks is published at one cut.
 
-use super::epoch::EpochClock;
+use super::EpochClock;
 use crate::sync::{Mutex, MutexGuard, lock};
 
 /// Changes chains, one change at a time.

@@ -7,15 +7,9 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::chain::{Chain, VersionIn, VersionIndex};
-use super::disk::Disk;
-use super::epoch::Epoch;
-use super::layer::{Layer, Log};
-use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::request::RequestError;
 use super::restoring::Restore;
-use super::version::VersionId;
+use super::{Chain, Disk, Epoch, Layer, Log, Mode, RequestError, VersionId, VersionIn, VersionIndex};
 use crate::image::{ImageError, IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange};
 

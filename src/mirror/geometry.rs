@@ -1,6 +1,6 @@
 //! Positions of a disk: its size, its blocks, and how many of them are done at once.
 
-use super::lock::BLOCKS_PER_GUARD_MAX;
+use super::BLOCKS_PER_GUARD_MAX;
 use crate::image::ByteOffset;
 use crate::store::BlockRange;
 

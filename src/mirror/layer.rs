@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::backing::Backing;
+use super::Backing;
 use crate::store::{BlockIndex, DurableTable, Table};
 
 /// An image and which blocks of it count.

@@ -4,9 +4,8 @@
 //! 11, 16, 18, 20 and 22, 23, 25, 27 of source 002 are what these rules come to for one frozen version; design.md has
 //! them for any number.
 
-use super::chain::{Chain, Segment, VersionIn, VersionIndex};
 use super::planted::{self, Defect};
-use super::restoring::{RestoreSource, Restoring};
+use super::{Chain, RestoreSource, Restoring, Segment, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange};
 
 /// A block's bytes go from one version's layer into another's.

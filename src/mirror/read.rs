@@ -6,18 +6,13 @@
 
 use std::sync::Arc;
 
-use super::background::Background;
-use super::backing::Backing;
 use super::chain::{Target, index_of};
-use super::disk::Disk;
-use super::epoch::Epoch;
-use super::geometry::{Geometry, usize_of};
+use super::geometry::usize_of;
 use super::planted::{self, Defect};
-use super::request::RequestError;
-use super::restoring::{Restore, RestoreSource};
+use super::restoring::Restore;
 use super::runs::alike;
-use super::version::VersionId;
-use super::view::{VersionSource, View, ViewRead};
+use super::view::ViewRead;
+use super::{Background, Backing, Disk, Epoch, Geometry, RequestError, RestoreSource, VersionId, VersionSource, View};
 use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::{BlockRange, Table};
 

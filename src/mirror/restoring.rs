@@ -8,8 +8,7 @@
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use super::version::VersionId;
-use super::view::View;
+use super::{VersionId, View};
 use crate::store::{BlockIndex, DurableTable};
 use crate::sync::{Mutex, lock};
 

@@ -9,15 +9,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::chain::{Chain, Link, VersionIn, VersionIndex};
-use super::disk::Disk;
-use super::editor::ChainEditor;
-use super::epoch::{Epoch, TooManyDraining};
-use super::plan::{Copy, save_for_older};
+use super::plan::save_for_older;
 use super::planted::{self, Defect};
-use super::runs::{Copied, alike, those};
-use super::ticket::Ticket;
-use super::version::{Version, VersionId};
+use super::runs::{alike, those};
+use super::{
+    Chain, ChainEditor, Copied, Copy, Disk, Epoch, Link, Ticket, TooManyDraining, Version, VersionId, VersionIn,
+    VersionIndex,
+};
 use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
 

@@ -7,9 +7,8 @@
 //! - What is to be done with a block is looked at under the guard, as for one block: a run that was found before may have
 //!   holes by then, and only what is left of it is copied.
 
-use super::disk::Disk;
-use super::lock::Mode;
 use super::planted::{self, Defect};
+use super::{Disk, Mode};
 use crate::image::join_all;
 use crate::store::{BlockIndex, BlockRange};
 

@@ -11,9 +11,9 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use super::connection::Connection;
-use super::epoch::{Epoch, EpochClock, Way};
+use super::epoch::Way;
 use super::planted::{self, Defect};
+use super::{Connection, Epoch, EpochClock};
 use crate::sync::{Ordering, fence};
 
 /// One worker's way into epochs.

@@ -11,16 +11,8 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 
-use super::backing::Backing;
-use super::chain::{Chain, Link};
-use super::changed::Changed;
-use super::disk::Disk;
-use super::editor::ChainEditor;
-use super::epoch::Epoch;
-use super::layer::Layer;
 use super::planted::{self, Defect};
-use super::version::{Version, VersionId};
-use super::view::View;
+use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Layer, Link, Version, VersionId, View};
 use crate::image::SharedImage;
 use crate::store::{BlockIndex, BlockRange, Table};
 

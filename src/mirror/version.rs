@@ -5,8 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
-use super::changed::Changed;
-use super::epoch::Epoch;
+use super::{Changed, Epoch};
 
 /// The stable name of a version.
 pub type VersionId = Uuid;

@@ -11,9 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::background::Background;
-use super::geometry::Geometry;
-use super::version::VersionId;
+use super::{Background, Geometry, VersionId};
 use crate::image::{Alignment, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
 use crate::store::Table;
 

@@ -8,17 +8,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::backing::Backing;
-use super::chain::{Chain, VersionIn, VersionIndex};
-use super::disk::Disk;
-use super::epoch::Epoch;
 use super::geometry::usize_of;
-use super::lock::Mode;
-use super::plan::{Copy, Fill, Harmed, Run, WritePlan};
 use super::planted::{self, Defect};
-use super::request::RequestError;
-use super::restoring::{Restore, RestoreSource};
-use super::ticket::Ticket;
+use super::restoring::Restore;
+use super::{
+    Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
+    VersionIndex, WritePlan,
+};
 use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::BlockRange;
 
