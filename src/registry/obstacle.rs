@@ -285,7 +285,9 @@ impl Registry {
                     found.push(obstacle(kind, what, steps));
                 }
             }
-            let waits = |d: &&Disk| d.restore.as_ref().is_some_and(|r| r.is_lost && (r.source == *id || r.through.contains(id)));
+            let waits = |d: &&Disk| {
+                d.restore.as_ref().is_some_and(|r| r.is_lost && (r.source == *id || r.through.contains(id)))
+            };
             for needer in self.disks().filter(|d| d.id != disk.id).filter(waits) {
                 let what = format!(
                     "disk {} is being restored from snapshot {named} and waits for it: whoever forces this gives up the rest of it",
