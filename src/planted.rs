@@ -143,30 +143,12 @@ defects! {
     BrokenNotMarked,
     /// A block is let go although its entry went before its lock was held.
     LetGoOfOverwritten,
-    /// Two versions of a disk are let go at the same time.
-    RetiresSideBySide,
     /// A discard that was put off is carried out without the block's lock.
     DiscardNotLocked,
     /// A discard that was put off is carried out although the block was written meanwhile.
     DiscardNotRechecked,
     /// The deletion of an entry is not announced to readers.
     GenerationNotAdvanced,
-    /// A snapshot is announced as quiesced before that is recorded.
-    QuiescedBeforeRecord,
-    /// A snapshot that has become quiesced is recorded although its disk was removed.
-    QuiescedUnasked,
-    /// A deletion begins before it is recorded.
-    DeletionBeforeRecord,
-    /// The state directory is not locked.
-    StateDirNotLocked,
-    /// The run directory is not locked.
-    RunDirNotLocked,
-    /// The records of a disk that is served still say that it was saved.
-    StillSaved,
-    /// A stop does not sync the disk's image.
-    StopWithoutSync,
-    /// A stop saves before the last requests are done.
-    SavedBeforeDrained,
     /// A discard that is carried out is not noted as a change.
     DiscardNotNoted,
     /// A change is noted after its bytes are written.
@@ -193,12 +175,6 @@ defects! {
     FilledOverWritten,
     /// What a volume that is updated keeps is in a table on stable storage before its bytes are there.
     KeptBeforeBytes,
-    /// A volume begins anew although bookmarks of its old life could be asked what changed since.
-    BegunAnewBookmarked,
-    /// A volume that begins anew drops its old log before the record names the new one.
-    OldLogDroppedFirst,
-    /// Nobody records that a volume is disabled.
-    DisabledNotRecorded,
     /// A write of a part of a block that a restore has not brought back leaves the rest as it was before the restore.
     PendingNotFilled,
     /// A block counts as brought back before its bytes are there.
@@ -217,14 +193,8 @@ defects! {
     BroughtBackOverWritten,
     /// Discards from before a restore are still carried out after it.
     DiscardsOutliveRestore,
-    /// The records do not say that a restore has begun.
-    RestoreNotRecorded,
     /// Blocks that a restore changes are not noted as changed.
     RestoreNotNoted,
-    /// Which blocks are pending is not durable when a restore begins.
-    PendingNotStored,
-    /// What a restore goes back to may be lost in a power cut while it is under way.
-    RestoredOnlySaved,
     /// Background work has more in flight beside an active guest than the window.
     WindowNotKept,
     /// A turn that ends is not given to those who wait for one.
