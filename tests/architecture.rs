@@ -29,6 +29,9 @@ const UNSAFE_FILES: &[&str] = &[
     "src/vhost_user/sigbus.rs",
 ];
 
+/// Rooms in which no files use each other in a circle.
+const WITHOUT_CIRCLES: &[&str] = &["image", "store", "mirror", "job", "vhost_user"];
+
 /// Lines of a file's header, rows of tables not counted.
 const HEADER_LINES_MAX: usize = 12;
 /// Lines of a Rust file.
@@ -169,39 +172,107 @@ fn line_of(code: &str, at: usize) -> usize {
 
 /// Everything below the crate that the code names, each with its line: `crate::a::b` and `crate::{a, b::c}`.
 fn crate_references(code: &str) -> Vec<(usize, String)> {
-    let mut found = Vec::new();
-    for at in words(code, "crate") {
-        let Some(path) = code[at + "crate".len()..].trim_start().strip_prefix("::") else { continue };
-        let path = path.trim_start();
-        let names = match path.strip_prefix('{') {
-            Some(group) => first_words_of_group(group),
-            None => vec![path.chars().take_while(|&c| is_word(c)).collect()],
-        };
-        found.extend(names.into_iter().map(|name| (line_of(code, at), name)));
-    }
+    let named = paths_from(code, "crate").into_iter().flat_map(|(at, paths)| paths.into_iter().map(move |p| (at, p)));
+    let first = |path: Vec<String>| path.into_iter().nth(1).unwrap_or_default();
+    let mut found: Vec<_> = named.map(|(at, path)| (line_of(code, at), first(path))).collect();
+    found.dedup();
     found
 }
 
-/// The first word of each item of a `use` group, which begins behind its bracket.
-fn first_words_of_group(group: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    let (mut depth, mut item) = (0usize, String::new());
-    for c in group.chars() {
+/// All paths that begin with `word`, by the position of that: `word::{a, b::c}` is two.
+fn paths_from(code: &str, word: &str) -> Vec<(usize, Vec<Vec<String>>)> {
+    let path_begins = |at: &usize| !code[..*at].trim_end().ends_with("::");
+    let found = words(code, word).filter(path_begins).map(|at| (at, paths_of(&code[at..])));
+    found.filter(|(_, paths)| paths.iter().any(|path| path.len() > 1)).collect()
+}
+
+/// The paths of a tree as in `use`, which begins with a name.
+fn paths_of(tree: &str) -> Vec<Vec<String>> {
+    let name: String = tree.chars().take_while(|&c| is_word(c)).collect();
+    let Some(rest) = tree[name.len()..].trim_start().strip_prefix("::") else { return vec![vec![name]] };
+    let rest = rest.trim_start();
+    let below = match rest.strip_prefix('{') {
+        Some(group) => items_of_group(group).into_iter().flat_map(paths_of).collect(),
+        None => paths_of(rest),
+    };
+    below.into_iter().map(|path| std::iter::once(name.clone()).chain(path).collect()).collect()
+}
+
+/// The items of a `use` group, which begins behind its bracket.
+fn items_of_group(group: &str) -> Vec<&str> {
+    let (mut items, mut depth, mut start) = (Vec::new(), 0usize, 0);
+    for (at, c) in group.char_indices() {
         match c {
             '{' => depth += 1,
             '}' if depth > 0 => depth -= 1,
             ',' | '}' if depth == 0 => {
-                let name: String = item.trim().chars().take_while(|&c| is_word(c)).collect();
-                names.extend((!name.is_empty()).then_some(name));
-                item.clear();
+                items.extend(Some(group[start..at].trim()).filter(|item| !item.is_empty()));
+                start = at + 1;
                 if c == '}' {
-                    return names;
+                    return items;
                 }
             }
-            _ => item.push(c),
+            _ => {}
         }
     }
-    names
+    items
+}
+
+/// Which module of a folder uses which of its neighbours. What it has by the name of the folder's own module, `parent`, it
+/// has from where that has it from. Tests at the end of a file do not count. A module's sub-modules are a part of it.
+fn neighbours(folder: &str, parent: &str, files: &[(String, String)]) -> Rooms {
+    let module_of = |path: &str| {
+        let inside = path.strip_prefix(folder)?.strip_prefix('/')?;
+        let module = inside.split('/').next()?.trim_end_matches(".rs").to_owned();
+        (module != "mod" && !inside.ends_with("_tests.rs")).then_some((module, !inside.contains('/')))
+    };
+    let modules: BTreeSet<String> = files.iter().filter_map(|(path, _)| Some(module_of(path)?.0)).collect();
+    let all_paths = |code: &str, word: &str| paths_from(code, word).into_iter().flat_map(|(_, paths)| paths).collect();
+    let parent = code_of(parent);
+    let mut from = BTreeMap::new();
+    for module in &modules {
+        let exported: Vec<Vec<String>> = all_paths(&parent, module);
+        from.extend(exported.into_iter().filter_map(|path| Some((path.last()?.clone(), module.clone()))));
+        from.insert(module.clone(), module.clone());
+    }
+    let here: Vec<String> = folder.split('/').skip(1).map(str::to_owned).collect();
+    let mut uses = Rooms::new();
+    for (path, text) in files {
+        let Some((module, is_direct)) = module_of(path) else { continue };
+        let code = code_of(text);
+        let code = code.split("\n#[cfg(test)]").next().unwrap_or_default();
+        let code = code.split("\n#[cfg(all(test").next().unwrap_or_default();
+        let by_crate: Vec<Vec<String>> = all_paths(code, "crate");
+        let inside = |path: &Vec<String>| Some(path[1..].strip_prefix(&here[..])?.first()?.clone());
+        let mut names: Vec<String> = by_crate.iter().filter_map(inside).collect();
+        if is_direct || path.ends_with("/mod.rs") {
+            let by_super: Vec<Vec<String>> = all_paths(code, "super");
+            names.extend(by_super.into_iter().filter_map(|path| path.into_iter().nth(1)));
+        }
+        let used = names.iter().filter_map(|name| from.get(name)).filter(|&used| *used != module).cloned();
+        uses.entry(module.clone()).or_default().extend(used);
+    }
+    uses
+}
+
+/// A circle of modules that use each other, if there is one.
+fn circle(uses: &Rooms) -> Option<Vec<String>> {
+    // What uses nothing that is left cannot be in one.
+    let mut left = uses.clone();
+    while let Some(done) =
+        left.iter().find(|(_, used)| !used.iter().any(|u| left.contains_key(u))).map(|(m, _)| m.clone())
+    {
+        left.remove(&done);
+    }
+    let mut way = vec![left.keys().next()?.clone()];
+    loop {
+        let next = left[&way[way.len() - 1]].iter().find(|used| left.contains_key(*used))?.clone();
+        let again = way.iter().position(|module| *module == next);
+        way.push(next);
+        if let Some(start) = again {
+            return Some(way.split_off(start));
+        }
+    }
 }
 
 /// What is wrong with a room's file by the table.
@@ -300,6 +371,27 @@ fn rooms_use_only_what_their_row_allows() {
 }
 
 #[test]
+fn files_of_a_room_use_each_other_in_one_direction() {
+    let files = rust_files("src");
+    let mut wrong = Vec::new();
+    for room in WITHOUT_CIRCLES {
+        let room = format!("src/{room}");
+        let inside = |path: &Path| path.starts_with(&room);
+        let folders: BTreeSet<&Path> =
+            files.iter().filter_map(|(path, _)| Path::new(path).parent()).filter(|path| inside(path)).collect();
+        assert!(!folders.is_empty(), "{room} is no folder");
+        for folder in folders {
+            let folder = folder.to_str().unwrap();
+            let is_parent = |path: &str| path == format!("{folder}.rs") || path == format!("{folder}/mod.rs");
+            let parent = files.iter().find(|(path, _)| is_parent(path)).map_or("", |(_, text)| text);
+            let circle = circle(&neighbours(folder, parent, &files));
+            wrong.extend(circle.map(|way| format!("{folder}: {}", way.join(" uses "))));
+        }
+    }
+    assert_none(&wrong);
+}
+
+#[test]
 fn files_have_headers_and_an_end() {
     let files = ["src", "tests", "benches"].into_iter().flat_map(rust_files);
     let wrong: Vec<String> = files
@@ -382,6 +474,34 @@ fn a_forbidden_use_is_found_however_it_is_written() {
     assert_eq!(room_complaints(&rooms, "kitchen", "use crate::cellar;"), Vec::<String>::new());
     assert_eq!(room_complaints(&rooms, "attic", "").len(), 1, "a room without a row");
     assert_eq!(room_complaints(&rooms, "cellar", "\n\ncrate::hall::go()"), ["line 3: cellar may not use hall"]);
+}
+
+#[test]
+fn circles_are_found_however_they_are_written() {
+    let with = |parent: &str, files: [(&str, &str); 3]| {
+        let files = files.map(|(path, text)| (format!("src/cellar/{path}"), text.to_owned()));
+        circle(&neighbours("src/cellar", parent, &files)).map(|way| way.join(" "))
+    };
+    let parent =
+        "mod jar;\nmod lid;\nmod shelf;\npub use jar::Jar;\npub use lid::{Lid, Seal as _};\npub use shelf::Shelf;";
+    for bad in [
+        [("jar.rs", "use super::lid::Lid;"), ("lid.rs", "use super::jar::Jar;"), ("shelf.rs", "")],
+        [("jar.rs", "use super::{Lid, Shelf};"), ("lid.rs", "fn f(jar: &super::Jar) {}"), ("shelf.rs", "")],
+        [("jar.rs", "use crate::cellar::Lid;"), ("lid.rs", "use crate::cellar::{jar::Jar};"), ("shelf.rs", "")],
+        [("jar/mod.rs", ""), ("jar/rim.rs", "use crate::cellar::Lid;"), ("lid.rs", "use super::Jar;")],
+    ] {
+        assert_eq!(with(parent, bad).as_deref(), Some("jar lid jar"), "{bad:?}");
+    }
+    let long = [("jar.rs", "use super::Lid;"), ("lid.rs", "use super::shelf;"), ("shelf.rs", "super::jar::f()")];
+    assert_eq!(with(parent, long).as_deref(), Some("jar lid shelf jar"));
+    for good in [
+        [("jar.rs", "use super::{Lid, Shelf};"), ("lid.rs", "use super::Shelf;"), ("shelf.rs", "// use super::Jar;")],
+        [("jar.rs", "use super::Lid;"), ("lid.rs", "fn f() {}\n#[cfg(test)]\nuse super::Jar;"), ("shelf.rs", "")],
+        [("jar.rs", "use super::Lid;"), ("jar_tests.rs", ""), ("lid_tests.rs", "use super::Jar;")],
+        [("jar.rs", "mod rim;"), ("jar/rim.rs", "use super::Lid;"), ("lid.rs", "use crate::attic::Jar;")],
+    ] {
+        assert_eq!(with(parent, good), None, "{good:?}");
+    }
 }
 
 #[test]

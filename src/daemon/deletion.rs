@@ -20,7 +20,7 @@ use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotR
 use crate::crash;
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
-use crate::mirror::{Backing, Chain, Epoch, Owned, RetireError};
+use crate::mirror::{Backing, Chain, Epoch, RetireError};
 use crate::registry::Command;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -349,15 +349,15 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
 
 /// Whether a version has a layer with a table.
 fn has_table(chain: &Chain, id: Uuid) -> bool {
-    chain.position(id).is_some_and(|index| matches!(chain.layer(index).owned, Owned::Table(_)))
+    chain.position(id).is_some_and(|index| chain.layer(index).table().is_some())
 }
 
 /// The leg that a version has alone, if it has one.
 fn leg_of(disk: &DiskEntry, id: Uuid) -> Option<SharedImage> {
     let chain = disk.disk.chain();
     let index = chain.position(id)?;
-    match (&chain.layer(index).owned, &chain.layer(index).image, chain.heir_of_pivot(index)) {
-        (Owned::All, Backing::One(image), None) => Some(image.clone()),
+    match (chain.layer(index).table(), &chain.layer(index).image, chain.heir_of_pivot(index)) {
+        (None, Backing::One(image), None) => Some(image.clone()),
         _ => None,
     }
 }
@@ -369,5 +369,5 @@ fn left_behind(disk: &DiskEntry, id: Uuid) -> Option<(Uuid, PathBuf)> {
     let index = chain.position(id)?;
     let at = chain.heir_of_pivot(index).unwrap_or(index);
     let layer = chain.layer(at);
-    matches!(layer.owned, Owned::Table(_)).then(|| (chain.version(at).id, layer.image.path().to_owned()))
+    layer.table().is_some().then(|| (chain.version(at).id, layer.image.path().to_owned()))
 }

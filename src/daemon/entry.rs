@@ -16,7 +16,7 @@ use super::standing::Standing;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::mirror::{Backing, Chain, Disk, Epoch, Owned, Version};
+use crate::mirror::{Backing, Chain, Disk, Epoch, Version};
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
@@ -135,13 +135,13 @@ impl SnapshotEntry {
         let geometry = disk.disk.geometry();
         let chain = disk.disk.chain();
         let index = self.version.as_ref().and_then(|_| chain.position(self.id));
-        let owned = index.map_or(0, |i| match &chain.layer(i).owned {
-            Owned::All => geometry.size_bytes,
-            Owned::Table(table) => table.count() * u64::from(geometry.block_bytes),
+        let owned = index.map_or(0, |i| match chain.layer(i).table() {
+            None => geometry.size_bytes,
+            Some(table) => table.count() * u64::from(geometry.block_bytes),
         });
         let image = index.map_or(record.image, |i| space_of(&chain, i).0);
         // It reads through newer ones up to the full image: if one of them is lost, so is it.
-        let outlives = |i| (i..chain.pivot_of(i)).all(|newer| chain.layer(newer).saved.is_some());
+        let outlives = |i| (i..chain.pivot_of(i)).all(|newer| chain.layer(newer).saved_durably().is_some());
         let durable = index.map_or(record.durable, outlives);
         api::Snapshot {
             id: self.id,

@@ -13,7 +13,7 @@ use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage};
-use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Owned, Revoke, Saved, VersionIndex};
+use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
 use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
 use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError, TableName};
 
@@ -257,11 +257,7 @@ pub(super) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<A
     let segment = chain.segment_of(index);
     let at = if index >= segment.pivot && index < segment.last { index + 1 } else { index };
     let layer = chain.layer(at);
-    let table = match &layer.owned {
-        Owned::Table(table) => Some(table.clone()),
-        Owned::All => None,
-    };
-    (layer.image.path().to_owned(), table)
+    (layer.image.path().to_owned(), layer.table().cloned())
 }
 
 /// A new image as its disk's is opened, through the page cache where that is all there is.

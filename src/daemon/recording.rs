@@ -9,7 +9,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::mirror::{Chain, Changed, Mark, NewLayer, Owned, Version};
+use crate::mirror::{Chain, Changed, Mark, NewLayer, Version};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
@@ -22,10 +22,7 @@ pub fn of_disk(
     snapshots: Vec<SnapshotRecord>,
 ) -> DiskRecord {
     let live = &chain.links()[chain.live()];
-    let live_log = match &live.layer.owned {
-        Owned::All => None,
-        Owned::Table(_) => Some(live.layer.image.path().to_owned()),
-    };
+    let live_log = live.layer.table().map(|_| live.layer.image.path().to_owned());
     DiskRecord {
         id,
         name: name.to_owned(),
@@ -64,11 +61,11 @@ pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain:
         let index = chain.position(record.id).filter(|&i| i < chain.live())?;
         let link = &chain.links()[index];
         link.layer.image.path().clone_into(&mut record.image);
-        record.owns_all = matches!(link.layer.owned, Owned::All);
+        record.owns_all = link.layer.is_full();
         record.splits = link.splits;
         record.changed = of_changed(link.version.changed());
         // Also of one that was given up: its table is still there for older ones.
-        record.durable = !record.owns_all && (record.durable || link.layer.saved.is_some());
+        record.durable = !record.owns_all && (record.durable || link.layer.saved_durably().is_some());
     }
     if record.broken.is_none() {
         record.broken = version.and_then(Version::broken).map(str::to_owned);
@@ -120,7 +117,7 @@ pub fn before_cut(
     match layer {
         NewLayer::Frozen { layer } => {
             layer.image.path().clone_into(&mut snapshot.image);
-            snapshot.durable = layer.saved.is_some();
+            snapshot.durable = layer.saved_durably().is_some();
             snapshot.splits = std::mem::take(&mut record.live_splits);
         }
         NewLayer::Live { layer } => {

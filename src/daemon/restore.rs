@@ -24,7 +24,7 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::image::IoQueue;
 use crate::job::{self, Outcome};
-use crate::mirror::{Changes, ClosedDisk, Disk, Owned, RestoreSource, Restoring, Saved, View};
+use crate::mirror::{Changes, ClosedDisk, Disk, RestoreSource, Restoring, Saved, View};
 use crate::recovery::Recovery;
 use crate::registry::{Answer, Command, Operation, Registry, decide};
 use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RestoreRecord, VolumeRecord};
@@ -269,7 +269,7 @@ impl Manager {
         let Some(index) = chain.position(version) else { return Err(io_error("the snapshot is gone")) };
         for at in index..chain.pivot_of(index) {
             let layer = chain.layer(at);
-            let (Owned::Table(table), None) = (&layer.owned, &layer.saved) else { continue };
+            let (Some(table), None) = (layer.table(), layer.saved_durably()) else { continue };
             let id = chain.version(at).id;
             let path = self.places.saved_table(id);
             remove_file(&path); // Of an attempt that came to nothing.

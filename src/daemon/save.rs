@@ -7,7 +7,7 @@ use super::entry::{DiskEntry, locked};
 use super::layers::block_on;
 use super::manager::Manager;
 use crate::image::IoQueue;
-use crate::mirror::{Backing, Owned};
+use crate::mirror::Backing;
 use crate::store::Fingerprint;
 
 impl Manager {
@@ -40,7 +40,7 @@ impl Manager {
         // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
         let mut lost: Option<String> = None;
         for (index, link) in chain.links().iter().enumerate().rev() {
-            let Owned::Table(table) = &link.layer.owned else {
+            let Some(table) = link.layer.table() else {
                 if index < chain.live()
                     && let Err(e) = sync(link.layer.image.clone())
                 {

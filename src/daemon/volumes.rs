@@ -22,7 +22,7 @@ use crate::control::api::{
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
-use crate::mirror::{Backing, Disk, DiskOptions, Geometry, Owned, VOLUMES_DEEP_MAX, View};
+use crate::mirror::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
 use crate::recovery::Why;
 use crate::registry::{ClaimKey, Command, Registry, decide};
 use crate::store::{DiskRecord, Table, TableName, VolumeRecord};
@@ -288,9 +288,9 @@ impl DiskEntry {
     pub(super) fn to_volume(&self) -> api::Volume {
         let (chain, geometry, reason) = (self.disk.chain(), self.disk.geometry(), self.failure());
         let layer = chain.layer(chain.live());
-        let owned_bytes = match &layer.owned {
-            Owned::Table(table) => table.count() * u64::from(geometry.block_bytes),
-            Owned::All => geometry.size_bytes,
+        let owned_bytes = match layer.table() {
+            Some(table) => table.count() * u64::from(geometry.block_bytes),
+            None => geometry.size_bytes,
         };
         let frontends = self.frontends.count();
         let standing = locked(&self.standing).clone();

@@ -6,18 +6,39 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Outcome, Pace};
+use super::pace::Pace;
+use super::step::{CopyStep, Outcome, run};
 use crate::crash;
 use crate::image::{ImageError, IoQueue};
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{Backing, Disk, Filled};
+use crate::mirror::{Backing, Copied, Disk, Ticket};
 use crate::store::{BlockIndex, DurableTable};
 
-/// Blocks that are copied side by side.
-const SIDE_BY_SIDE: usize = 32;
+struct Filling<'a>(&'a Disk);
 
-/// After this many bytes the log is made durable, so that a power cut does not begin everything again.
-const CHECKPOINT_BYTES: u64 = 1 << 30;
+impl CopyStep for Filling<'_> {
+    type Error = String;
+
+    const CHECKPOINT_BYTES: u64 = 1 << 30;
+
+    async fn copy(
+        &mut self,
+        queue: &IoQueue,
+        ticket: &Ticket,
+        from: BlockIndex,
+        most: usize,
+    ) -> Result<Option<Copied>, String> {
+        self.0.fill_some(queue, ticket, from, most).await
+    }
+
+    async fn store(&mut self, queue: &IoQueue) -> Result<(), String> {
+        self.0.commit_logs(queue).await.map_err(|e| e.to_string())
+    }
+
+    fn between_steps(&self) {
+        crash::point("between two steps of a completion");
+    }
+}
 
 /// Copies to a volume's oldest log what it lacks, and makes it durable. What it stands on can leave its chain then
 /// ([`crate::mirror::ChainEditor::make_independent`]). All that the volume has counts as done.
@@ -52,33 +73,15 @@ pub async fn store_kept(queue: &IoQueue, table: &DurableTable, image: &Backing) 
 }
 
 async fn fill(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcome, String> {
-    let block_bytes = u64::from(disk.geometry().block_bytes);
     // Of a volume that was written already, or a job that goes on, some is there.
     let total = pace.total_bytes.load(Ordering::Relaxed);
     pace.done_bytes.store(total.saturating_sub(disk.bytes_to_fill()), Ordering::Relaxed);
-    let lane = disk.clock().lane();
-    let (mut at, mut since_checkpoint) = (BlockIndex(0), 0);
-    loop {
-        let filled = {
-            // What it stands on is read, and its guest may be at work as well.
-            let turn = pace.turn(&disk, SIDE_BY_SIDE).await;
-            let ticket = lane.enter();
-            disk.fill_some(&queue, &ticket, at, turn.blocks(block_bytes)).await?
-        };
-        let Some(Filled { next, bytes }) = filled else { break };
-        at = next;
-        crash::point("between two steps of a completion");
-        if !pace.step(&queue, bytes).await {
-            return Ok(Outcome::Stopped);
-        }
-        since_checkpoint += bytes;
-        if since_checkpoint >= CHECKPOINT_BYTES {
-            since_checkpoint = 0;
-            disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
-        }
+    let mut step = Filling(&disk);
+    if run(&mut step, &queue, &disk, &pace).await? == Outcome::Stopped {
+        return Ok(Outcome::Stopped);
     }
     if !planted::is(Defect::IndependentBeforeStored) {
-        disk.commit_logs(&queue).await.map_err(|e| e.to_string())?;
+        step.store(&queue).await?;
     }
     pace.done_bytes.store(total, Ordering::Relaxed);
     Ok(Outcome::Done)

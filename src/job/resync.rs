@@ -6,15 +6,42 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Outcome, Pace};
+use super::pace::Pace;
+use super::step::{CopyStep, Outcome, run};
 use crate::image::IoQueue;
-use crate::mirror::{CopyCursor, Disk, Pair, PairError};
+use crate::mirror::{Copied, CopyCursor, Disk, Pair, PairError, Ticket};
+use crate::store::BlockIndex;
 
-/// Blocks that are copied side by side.
-const SIDE_BY_SIDE: u64 = 8;
+struct Resyncing<'a> {
+    disk: &'a Disk,
+    pair: &'a Pair,
+    cursor: CopyCursor,
+}
 
-/// After this many bytes the legs are synced and what was copied is struck off the bitmap.
-const CHECKPOINT_BYTES: u64 = 256 << 20;
+impl CopyStep for Resyncing<'_> {
+    type Error = PairError;
+
+    const SIDE_BY_SIDE: usize = 8;
+
+    const CHECKPOINT_BYTES: u64 = 256 << 20;
+
+    /// The cursor says where it goes on.
+    async fn copy(
+        &mut self,
+        queue: &IoQueue,
+        _ticket: &Ticket,
+        next: BlockIndex,
+        most: usize,
+    ) -> Result<Option<Copied>, PairError> {
+        let copied = self.pair.copy_some(queue, self.disk.block_locks(), &mut self.cursor, most).await?;
+        Ok(copied.map(|bytes| Copied { next, bytes }))
+    }
+
+    /// Syncs the legs, and strikes what was copied off the bitmap.
+    async fn store(&mut self, queue: &IoQueue) -> Result<(), PairError> {
+        self.pair.clean(queue, self.disk.block_locks()).await.map(drop)
+    }
+}
 
 /// Copies to the leg of `pair` that is being resynchronised what it lacks, and says that it is in sync.
 ///
@@ -23,29 +50,12 @@ const CHECKPOINT_BYTES: u64 = 256 << 20;
 pub async fn resync(queue: IoQueue, disk: Arc<Disk>, pair: Arc<Pair>, pace: Arc<Pace>) -> Result<Outcome, PairError> {
     let left = pair.status().iter().map(|leg| leg.left_bytes).sum();
     pace.total_bytes.store(left, Ordering::Relaxed);
-    let (locks, block_bytes) = (disk.block_locks(), u64::from(disk.geometry().block_bytes));
-    let mut cursor = CopyCursor::default();
+    let mut step = Resyncing { disk: &disk, pair: &pair, cursor: CopyCursor::default() };
     loop {
-        let mut since_checkpoint = 0;
-        loop {
-            let copied = {
-                let turn = disk.background_turn(SIDE_BY_SIDE * block_bytes, block_bytes).await;
-                pair.copy_some(&queue, locks, &mut cursor, turn.blocks(block_bytes)).await?
-            };
-            let Some(bytes) = copied else { break };
-            if !pace.step(&queue, bytes).await {
-                pair.clean(&queue, locks).await?;
-                return Ok(Outcome::Stopped);
-            }
-            since_checkpoint += bytes;
-            if since_checkpoint >= CHECKPOINT_BYTES {
-                since_checkpoint = 0;
-                pair.clean(&queue, locks).await?;
-            }
-        }
-        if pair.finish_copy(&queue).await? {
-            pair.clean(&queue, locks).await?;
-            return Ok(Outcome::Done);
+        let outcome = run(&mut step, &queue, &disk, &pace).await?;
+        if outcome == Outcome::Stopped || pair.finish_copy(&queue).await? {
+            step.store(&queue).await?;
+            return Ok(outcome);
         }
     }
 }

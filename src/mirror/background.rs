@@ -18,7 +18,6 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::planted::{self, Defect};
-use super::{Disk, View};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
 /// What background work may have in flight beside an active guest, unless a disk is told otherwise.
@@ -168,7 +167,7 @@ impl Background {
     /// Waits for a turn of up to `most` bytes, and of no less than `least` even if that is more than the window.
     pub async fn turn(self: &Arc<Self>, most: u64, least: u64) -> Turn {
         let mut turn = Turn { bytes: most, held: Vec::new() };
-        turn.join(self, Wish { most, least }).await;
+        turn.extend_to(self, least).await;
         turn
     }
 
@@ -176,6 +175,11 @@ impl Background {
     fn window(&self) -> Option<u64> {
         let window = self.window_bytes.load(Ordering::Relaxed);
         (window > 0 && self.guest_is_active()).then_some(window)
+    }
+
+    /// Whether there is such a bound.
+    pub(super) fn is_bounded(&self) -> bool {
+        self.window().is_some()
     }
 
     async fn share(self: &Arc<Self>, wish: Wish) -> Share {
@@ -293,9 +297,9 @@ impl Turn {
         usize::try_from(self.bytes / block_bytes).unwrap_or(usize::MAX).max(1)
     }
 
-    /// Waits for a turn on one more disk.
-    async fn join(&mut self, background: &Arc<Background>, wish: Wish) {
-        let share = background.share(wish).await;
+    /// Waits for a turn on one more disk, of as many bytes as before or fewer.
+    pub(super) async fn extend_to(&mut self, background: &Arc<Background>, least: u64) {
+        let share = background.share(Wish { most: self.bytes, least }).await;
         if share.counted > 0 {
             self.held.push(Held { background: background.clone(), counted: share.counted });
         }
@@ -331,43 +335,6 @@ impl Drop for GuestQueue {
         if !planted::is(Defect::GoneGuestStaysActive) {
             self.ends(Instant::now());
         }
-    }
-}
-
-impl Disk {
-    /// Its guest, and who has to yield to it.
-    #[must_use]
-    pub fn background(&self) -> &Arc<Background> {
-        &self.background
-    }
-
-    /// Waits for a turn on this disk and on all that it stands on: whoever reads or copies of a volume has I/O in flight
-    /// there as well. As [`Background::turn`].
-    pub async fn background_turn(&self, most: u64, least: u64) -> Turn {
-        let mut turn = self.background.turn(most, least).await;
-        let mut base = self.base();
-        while let Some((disk, _)) = base.as_deref().and_then(View::frozen) {
-            let (background, below) = (disk.background.clone(), disk.base());
-            let most = turn.bytes;
-            turn.join(&background, Wish { most, least }).await;
-            base = below;
-        }
-        turn
-    }
-
-    /// Whether background work on this disk has to wait for turns: its guest is active, or that of what it stands on.
-    pub(super) fn yields(&self) -> bool {
-        if self.background.window().is_some() {
-            return true;
-        }
-        let mut base = self.base();
-        while let Some((disk, _)) = base.as_deref().and_then(View::frozen) {
-            if disk.background.window().is_some() {
-                return true;
-            }
-            base = disk.base();
-        }
-        false
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::{Pair, View};
+use super::{Geometry, Pair, View};
 use crate::image::{
     Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync,
     write_all_at, zero_range,
@@ -171,6 +171,18 @@ impl Backing {
             Backing::One(image) => sync(&**image, queue).await,
             Backing::Pair(pair) => Box::pin(pair.sync(queue)).await,
             Backing::View(_) => Ok(()), // It was stored before anybody could stand on it.
+        }
+    }
+}
+
+impl Geometry {
+    /// The geometry of a disk on this image.
+    #[must_use]
+    pub fn of(image: &Backing, block_bytes: u32) -> Geometry {
+        Geometry {
+            size_bytes: image.size_bytes(),
+            logical_block_bytes: image.alignment().offset_bytes.max(512),
+            block_bytes,
         }
     }
 }

@@ -9,208 +9,15 @@
 //! - Of a segment exactly one version, the pivot, owns every block. Walking from a version towards its pivot, the first
 //!   one that owns a block has its bytes (002 [0075], [0092]-[0097]; figures 14 and 21).
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use uuid::Uuid;
-
-use super::restore::{Restore, Restoring};
-use super::{Backing, Changed, Epoch};
-use crate::store::{BlockIndex, DurableTable, Table};
-
-/// The stable name of a version.
-pub type VersionId = Uuid;
+use super::restoring::Restore;
+use super::{Epoch, Layer, RequestError, Restoring, Version, VersionId};
+use crate::store::{BlockIndex, BlockRange};
 
 /// A version's place in its chain; 0 is the oldest.
 pub type VersionIndex = usize;
-
-/// Which blocks a layer holds.
-#[derive(Clone, Debug)]
-pub enum Owned {
-    /// All of them: the pivot.
-    All,
-    /// Those whose bit is set.
-    Table(Arc<Table>),
-}
-
-/// An image and which blocks of it count.
-#[derive(Clone)]
-pub struct Layer {
-    /// Where the bytes are, at the disk's own positions.
-    pub image: Backing,
-    /// Which blocks are there.
-    pub owned: Owned,
-    /// For a log, whose table says where the only copy of acknowledged bytes is.
-    pub log: Option<Arc<Log>>,
-    /// For what is saved for a frozen version below the pivot, if it is to outlive a power cut.
-    pub saved: Option<Arc<Saved>>,
-}
-
-/// What a log has to survive a power cut.
-pub struct Log {
-    /// The durable copy of the layer's table, committed at each flush.
-    pub table: DurableTable,
-    /// Blocks whose entries were deleted. Their places are given back when that is durable: until then the durable
-    /// table still points to them.
-    pub freed: Table,
-}
-
-/// What a frozen version below the pivot has to survive a power cut: its bytes are durable before the entry is, and the
-/// entry is before the overwrite that it announces.
-pub struct Saved {
-    /// The durable copy of the layer's table.
-    pub table: DurableTable,
-    /// Makes durable that nothing of the layer is to be believed any more; the overwrites that it cannot follow come after
-    /// that. Blocks the thread, may be called again, and says why it could not.
-    pub revoke: Revoke,
-}
-
-/// See [`Saved::revoke`].
-pub type Revoke = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
-
-impl Layer {
-    /// A layer that has everything.
-    #[must_use]
-    pub fn full(image: Backing) -> Layer {
-        Layer { image, owned: Owned::All, log: None, saved: None }
-    }
-
-    /// A layer that has what its table says.
-    #[must_use]
-    pub fn of(image: Backing, table: Arc<Table>) -> Layer {
-        Layer { image, owned: Owned::Table(table), log: None, saved: None }
-    }
-
-    /// The same, for a frozen version that outlives a power cut.
-    #[must_use]
-    pub fn saved(image: Backing, saved: Arc<Saved>) -> Layer {
-        Layer { image, owned: Owned::Table(saved.table.table().clone()), log: None, saved: Some(saved) }
-    }
-
-    /// A log, whose table outlives a power cut.
-    #[must_use]
-    pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
-        Layer { image, owned: Owned::Table(log.table.table().clone()), log: Some(log), saved: None }
-    }
-
-    /// Whether the layer holds the block.
-    #[must_use]
-    pub fn owns(&self, block: BlockIndex) -> bool {
-        match &self.owned {
-            Owned::All => true,
-            Owned::Table(table) => table.get(block),
-        }
-    }
-}
-
-/// What stays the same of a version while chains around it change.
-#[derive(Debug)]
-pub struct Version {
-    /// Its stable name.
-    pub id: VersionId,
-    /// The epoch in which it began.
-    pub began: Epoch,
-    /// What was written in its epochs. None where nothing is noted: no older moment asks, or did when it began.
-    changed: Option<Changed>,
-    forgets_changes: AtomicBool,
-    quiesced: AtomicBool,
-    retiring: AtomicBool,
-    leaves_mark: AtomicBool,
-    broken: OnceLock<String>,
-    /// Blocks copied into this version before they were overwritten.
-    pub preserved_blocks: AtomicU64,
-    /// The bytes of those copies that were not holes.
-    pub preserved_bytes: AtomicU64,
-}
-
-impl Version {
-    /// A version that begins at `began`.
-    #[must_use]
-    pub fn new(id: VersionId, began: Epoch) -> Arc<Version> {
-        Version::noting(id, began, None)
-    }
-
-    /// The same, when it is noted what is written in its epochs, or known that it is not known.
-    #[must_use]
-    pub fn noting(id: VersionId, began: Epoch, changed: Option<Changed>) -> Arc<Version> {
-        Arc::new(Version {
-            id,
-            began,
-            changed,
-            forgets_changes: AtomicBool::new(false),
-            leaves_mark: AtomicBool::new(false),
-            quiesced: AtomicBool::new(false),
-            retiring: AtomicBool::new(false),
-            broken: OnceLock::new(),
-            preserved_blocks: AtomicU64::new(0),
-            preserved_bytes: AtomicU64::new(0),
-        })
-    }
-
-    /// Whether it never changes again.
-    #[must_use]
-    pub fn is_quiesced(&self) -> bool {
-        self.quiesced.load(Ordering::SeqCst)
-    }
-
-    /// Says that it never changes again.
-    pub fn set_quiesced(&self) {
-        self.quiesced.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether it is being deleted.
-    #[must_use]
-    pub fn is_retiring(&self) -> bool {
-        self.retiring.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn set_retiring(&self) {
-        self.retiring.store(true, Ordering::SeqCst);
-    }
-
-    /// What was written in its epochs.
-    #[must_use]
-    pub fn changed(&self) -> Option<&Changed> {
-        self.changed.as_ref().filter(|_| !self.forgets_changes.load(Ordering::SeqCst))
-    }
-
-    /// Notes nothing any more: nothing older is left. Whoever finds the table after a kill, with the older ones, must not
-    /// believe it.
-    pub(super) fn forget_changes(&self) {
-        if let Some(Changed::Noted(table)) = &self.changed {
-            table.mark_broken();
-        }
-        self.forgets_changes.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether a mark of it stays when it is deleted.
-    #[must_use]
-    pub fn leaves_mark(&self) -> bool {
-        self.leaves_mark.load(Ordering::SeqCst)
-    }
-
-    /// Says whether a mark of it stays when it is deleted.
-    pub fn set_leaves_mark(&self, leaves: bool) {
-        self.leaves_mark.store(leaves, Ordering::SeqCst);
-    }
-
-    /// Why its content cannot be vouched for, if so.
-    #[must_use]
-    pub fn broken(&self) -> Option<&str> {
-        self.broken.get().map(String::as_str)
-    }
-
-    /// Breaks the version. Returns whether it was whole before.
-    pub fn set_broken(&self, reason: impl Into<String>) -> bool {
-        self.broken.set(reason.into()).is_ok()
-    }
-
-    /// Whether old bytes are still to be kept for it: not for one that goes, nor for one that is lost.
-    #[must_use]
-    pub fn keeps_blocks(&self) -> bool {
-        !self.is_retiring() && self.broken().is_none()
-    }
-}
 
 /// A version and its layer.
 #[derive(Clone)]
@@ -255,7 +62,7 @@ impl Chain {
             if last + 1 < links.len() && !links[last + 1].splits {
                 continue;
             }
-            let mut pivots = (first..=last).filter(|&i| matches!(links[i].layer.owned, Owned::All));
+            let mut pivots = (first..=last).filter(|&i| links[i].layer.is_full());
             let (Some(pivot), None) = (pivots.next(), pivots.next()) else {
                 panic!("a segment of a chain has exactly one pivot");
             };
@@ -298,10 +105,9 @@ impl Chain {
         }
     }
 
-    /// What the live version is restored to, if this block of version `index` still shows that.
-    #[must_use]
-    pub fn pending(&self, index: VersionIndex, block: BlockIndex) -> Option<&Arc<Restoring>> {
-        self.restoring().filter(|restoring| index == self.live() && restoring.is_pending(block))
+    /// Where the disk's own version is that the live one is restored to.
+    pub(super) fn restored(&self, id: VersionId) -> Result<VersionIndex, RequestError> {
+        self.position(id).ok_or_else(|| RequestError::Broken("the snapshot that is restored is gone".to_owned()))
     }
 
     /// The versions, oldest first.
@@ -385,18 +191,71 @@ impl Chain {
         (own..self.live()).find(|&i| self.links[i].version.broken().is_none()).unwrap_or(self.live())
     }
 
-    /// The version whose layer has the bytes of `block` as `index` shows it.
+    /// A version of it, to be asked.
     #[must_use]
-    pub fn resolve(&self, index: VersionIndex, block: BlockIndex) -> VersionIndex {
-        self.resolve_without(index, block, &[])
+    pub fn at(&self, index: VersionIndex) -> VersionIn<'_> {
+        VersionIn { chain: self, index }
+    }
+}
+
+/// A version in its chain.
+#[derive(Clone, Copy)]
+pub struct VersionIn<'a> {
+    /// Its chain.
+    pub chain: &'a Chain,
+    /// Its place there.
+    pub index: VersionIndex,
+}
+
+impl<'a> VersionIn<'a> {
+    /// Another version of the same chain.
+    #[must_use]
+    pub fn other(self, index: VersionIndex) -> VersionIn<'a> {
+        VersionIn { index, ..self }
     }
 
-    /// As [`Chain::resolve`], when the entries that the versions `gone` have for the block are deleted.
+    /// Its layer.
     #[must_use]
-    pub fn resolve_without(&self, index: VersionIndex, block: BlockIndex, gone: &[VersionIndex]) -> VersionIndex {
-        let pivot = self.pivot_of(index);
-        let mut at = index;
-        while at != pivot && (gone.contains(&at) || !self.links[at].layer.owns(block)) {
+    pub fn layer(self) -> &'a Layer {
+        self.chain.layer(self.index)
+    }
+
+    /// The version.
+    #[must_use]
+    pub fn version(self) -> &'a Arc<Version> {
+        self.chain.version(self.index)
+    }
+
+    /// The versions that share bytes with it.
+    #[must_use]
+    pub fn segment(self) -> Segment {
+        self.chain.segment_of(self.index)
+    }
+
+    /// Whether it is older than the pivot, which the versions between go through to.
+    #[must_use]
+    pub fn is_below_pivot(self) -> bool {
+        self.index < self.segment().pivot
+    }
+
+    /// The versions whose layers it reads, from the pivot on if it is newer than that.
+    pub(super) fn way(self) -> RangeInclusive<VersionIndex> {
+        let pivot = self.segment().pivot;
+        pivot.min(self.index)..=pivot.max(self.index)
+    }
+
+    /// The version whose layer has the bytes of `block` as this one shows it.
+    #[must_use]
+    pub fn resolve(self, block: BlockIndex) -> VersionIndex {
+        self.resolve_without(block, &[])
+    }
+
+    /// As [`VersionIn::resolve`], when the entries that the versions `gone` have for the block are deleted.
+    #[must_use]
+    pub fn resolve_without(self, block: BlockIndex, gone: &[VersionIndex]) -> VersionIndex {
+        let pivot = self.segment().pivot;
+        let mut at = self.index;
+        while at != pivot && (gone.contains(&at) || !self.chain.layer(at).owns(block)) {
             if at < pivot {
                 at += 1;
             } else {
@@ -406,31 +265,92 @@ impl Chain {
         at
     }
 
-    /// The nearest version older than `index` that reads `block` through `index` or a newer one and still keeps its
-    /// blocks: the one whose bytes a change of `index` would change. Only it is ever copied to; those
-    /// before it read through it (sources 002 [0097]).
-    #[must_use]
-    pub fn nearest_reader(&self, index: VersionIndex, block: BlockIndex) -> Option<VersionIndex> {
-        let segment = self.segment_of(index);
-        if index > segment.pivot {
-            return None; // Older versions walk towards the pivot, away from here.
-        }
-        for at in (segment.first..index).rev() {
-            if self.links[at].layer.owns(block) {
+    /// The runs of `blocks` by the version whose layer has their bytes.
+    pub(super) fn owners(self, blocks: BlockRange) -> impl Iterator<Item = (BlockRange, VersionIn<'a>)> {
+        let mut next = blocks.start;
+        std::iter::from_fn(move || {
+            if next >= blocks.end {
                 return None;
             }
-            if self.links[at].version.keeps_blocks() {
+            let (start, owner) = (next, self.resolve(next));
+            next = BlockIndex(next.0 + 1);
+            while next < blocks.end && self.resolve(next) == owner {
+                next = BlockIndex(next.0 + 1);
+            }
+            Some((BlockRange { start, end: next }, self.other(owner)))
+        })
+    }
+
+    /// The nearest older version that reads `block` through this one or a newer one and still keeps its blocks: the one whose
+    /// bytes a change of this one would change. Only it is ever copied to; those before it read through it (sources 002
+    /// [0097]).
+    #[must_use]
+    pub fn nearest_reader(self, block: BlockIndex) -> Option<VersionIndex> {
+        let segment = self.segment();
+        if self.index > segment.pivot {
+            return None; // Older versions walk towards the pivot, away from here.
+        }
+        for at in (segment.first..self.index).rev() {
+            if self.chain.layer(at).owns(block) {
+                return None;
+            }
+            if self.chain.version(at).keeps_blocks() {
                 return Some(at);
             }
         }
         None
     }
 
-    /// As [`Chain::nearest_reader`], but for a discard: also a version that is going or lost still reads, so long as
-    /// nothing older than `index` owns the block.
+    /// As [`VersionIn::nearest_reader`], but for a discard: also a version that is going or lost still reads, so long as
+    /// nothing older than this one owns the block.
     #[must_use]
-    pub fn is_read_through(&self, index: VersionIndex, block: BlockIndex) -> bool {
-        let segment = self.segment_of(index);
-        index <= segment.pivot && index > segment.first && !self.links[index - 1].layer.owns(block)
+    pub fn is_read_through(self, block: BlockIndex) -> bool {
+        let segment = self.segment();
+        self.index <= segment.pivot && self.index > segment.first && !self.chain.layer(self.index - 1).owns(block)
+    }
+
+    /// What the live version is restored to, if this is the live one and the block still shows that.
+    #[must_use]
+    pub fn pending(self, block: BlockIndex) -> Option<&'a Arc<Restoring>> {
+        let restoring = self.chain.restoring().filter(|_| self.index == self.chain.live());
+        restoring.filter(|restoring| restoring.is_pending(block))
+    }
+
+    /// Blocks are in its layer from now on, if that has a table.
+    pub(super) fn set(self, blocks: BlockRange) {
+        if let Some(table) = self.layer().table() {
+            table.set(blocks);
+        }
+    }
+
+    /// Blocks are not in its layer any more, if that has a table.
+    pub(super) fn clear(self, blocks: BlockRange) {
+        if let Some(table) = self.layer().table() {
+            table.clear(blocks);
+        }
+    }
+}
+
+/// Which version a request is on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    Live,
+    Frozen(VersionId),
+}
+
+/// The version that a request on `target` in `epoch` is about.
+pub(super) fn index_of(chain: &Chain, target: Target, epoch: Epoch) -> Result<VersionIndex, RequestError> {
+    match target {
+        Target::Live => Ok(chain.at_epoch(epoch)),
+        Target::Frozen(id) => {
+            let index = chain.position(id).ok_or_else(|| RequestError::Broken("it was deleted".to_owned()))?;
+            let version = chain.version(index);
+            match version.broken() {
+                Some(reason) => Err(RequestError::Broken(reason.to_owned())),
+                // Nothing is kept for it any more, so what it shows may be newer than it should be.
+                None if version.is_retiring() => Err(RequestError::Broken("it is being deleted".to_owned())),
+                None => Ok(index),
+            }
+        }
     }
 }

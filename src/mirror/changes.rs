@@ -13,73 +13,12 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Link, Owned, VersionId, VersionIndex};
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Backing, ChainEditor, Disk, Epoch};
+use super::restoring::Restore;
+use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Link, Mark, VersionId, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 const NOT_NOTED: &str = "nothing was noted of its changes";
-const NO_ROOM: &str = "the run directory had no room for its changed table";
-
-/// What is known of the blocks that were written in the epochs of a version.
-#[derive(Clone, Debug)]
-pub enum Changed {
-    /// Those whose bit is set, and no others, unless the table is marked as broken.
-    Noted(Arc<Table>),
-    /// Any may have been, and why that is so.
-    Unknown(Arc<str>),
-}
-
-impl Changed {
-    /// Nothing is known of them.
-    #[must_use]
-    pub fn unknown(why: &str) -> Changed {
-        Changed::Unknown(why.into())
-    }
-
-    /// The table, if it is to be believed.
-    ///
-    /// # Errors
-    /// Why it is not.
-    pub fn known(&self) -> Result<&Arc<Table>, &str> {
-        match self {
-            Changed::Noted(table) if !table.is_broken() => Ok(table),
-            Changed::Noted(_) => Err(NO_ROOM),
-            Changed::Unknown(why) => Err(why),
-        }
-    }
-
-    /// The table, believed or not.
-    #[must_use]
-    pub fn table(&self) -> Option<&Arc<Table>> {
-        match self {
-            Changed::Noted(table) => Some(table),
-            Changed::Unknown(_) => None,
-        }
-    }
-
-    /// Takes in what was noted for a marker that goes.
-    fn take_in(&self, gone: Option<&Changed>) {
-        let Changed::Noted(table) = self else { return };
-        let merged = gone.and_then(|gone| gone.known().ok()).is_some_and(|gone| table.merge(gone).is_ok());
-        if !merged && !planted::is(Defect::UnknownTakenAsUnchanged) {
-            table.mark_broken();
-        }
-    }
-}
-
-/// A moment of a disk of which only the changes are remembered: a bookmark, or a snapshot whose content was lost.
-#[derive(Clone, Debug)]
-pub struct Mark {
-    /// The name of the version that it was.
-    pub id: VersionId,
-    /// The epoch in which that began.
-    pub began: Epoch,
-    /// What was written from the marker before it on.
-    pub changed: Option<Changed>,
-}
 
 /// Why it cannot be said what changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -145,9 +84,9 @@ impl Changes {
         if let Some((chain, from, to)) = self.ends.as_ref().filter(|_| bits != 0) {
             let differs = |bit: &u32| {
                 let block = BlockIndex(index * 64 + u64::from(*bit));
-                let before = chain.resolve(*from, block);
+                let before = chain.at(*from).resolve(block);
                 // Once more: what is saved for the older one goes before what that makes way for.
-                before != chain.resolve(*to, block) || before != chain.resolve(*from, block)
+                before != chain.at(*to).resolve(block) || before != chain.at(*from).resolve(block)
             };
             bits = (0..64).filter(|bit| bits & (1 << bit) != 0).filter(differs).fold(0, |all, bit| all | 1 << bit);
         }
@@ -251,10 +190,10 @@ fn forget_changes_of_live(links: &[Link], marks: &[Arc<Mark>]) {
     }
 }
 
-impl Chain {
-    /// Notes that blocks of a version are about to be changed. Their locks are held, and nothing has been submitted yet.
-    pub(super) fn note(&self, index: VersionIndex, blocks: BlockRange) {
-        if let Some(Changed::Noted(table)) = self.version(index).changed()
+impl VersionIn<'_> {
+    /// Notes that blocks of it are about to be changed. Their locks are held, and nothing has been submitted yet.
+    pub(super) fn note(self, blocks: BlockRange) {
+        if let Some(Changed::Noted(table)) = self.version().changed()
             && let Err(e) = table.note(blocks)
             && !table.is_broken()
         {
@@ -268,7 +207,7 @@ impl Chain {
 impl ChainEditor {
     /// Takes a mark away; what was noted for it goes to the next newer one.
     pub fn forget_mark(&self, disk: &Disk, id: VersionId) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let (chain, marks) = (disk.chain(), disk.marks.load_full());
         let Some(mark) = marks.iter().find(|mark| mark.id == id) else { return };
         let left: Vec<_> = marks.iter().filter(|mark| mark.id != id).cloned().collect();
@@ -277,10 +216,10 @@ impl ChainEditor {
         disk.marks.store(Arc::new(left));
     }
 
-    /// What was noted for the version at `index` stays, as a mark or in the next newer marker's table; `links` are the
-    /// versions that will be left. Before they are published: nobody may find neither.
-    pub(super) fn keep_changes(disk: &Disk, chain: &Chain, index: VersionIndex, links: &[Link]) {
-        let (version, marks) = (chain.version(index), disk.marks.load_full());
+    /// What was noted for a version that goes stays, as a mark or in the next newer marker's table; `links` are the versions
+    /// that will be left. Before they are published: nobody may find neither.
+    pub(super) fn keep_changes(disk: &Disk, gone: VersionIn<'_>, links: &[Link]) {
+        let (version, marks) = (gone.version(), disk.marks.load_full());
         if version.leaves_mark() {
             let mark = Mark { id: version.id, began: version.began, changed: version.changed().cloned() };
             let mut more = marks.to_vec();
@@ -289,7 +228,7 @@ impl ChainEditor {
             disk.marks.store(Arc::new(more));
             return;
         }
-        hand_on(chain, &marks, version.began);
+        hand_on(gone.chain, &marks, version.began);
         forget_changes_of_live(links, &marks);
     }
 }
@@ -323,11 +262,7 @@ impl Disk {
         if !matches!(chain.layer(0).image, Backing::View(_)) {
             return None;
         }
-        let tables = chain.links().iter().filter_map(|link| match &link.layer.owned {
-            Owned::Table(table) => Some(table.clone()),
-            Owned::All => None,
-        });
-        let tables = tables.collect();
+        let tables = chain.links().iter().filter_map(|link| link.layer.table().cloned()).collect();
         Some(Changes { blocks: self.geometry.blocks(), tables, ends: Some((chain.clone(), 0, chain.live())) })
     }
 
@@ -390,9 +325,6 @@ fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Op
     if segment != chain.segment_of(to) || [from, to].iter().any(|&end| !chain.version(end).keeps_blocks()) {
         return None;
     }
-    let tables = chain.links()[segment.first..=segment.last].iter().filter_map(|link| match &link.layer.owned {
-        Owned::Table(table) => Some(table.clone()),
-        Owned::All => None,
-    });
+    let tables = chain.links()[segment.first..=segment.last].iter().filter_map(|link| link.layer.table().cloned());
     Some(Changes { blocks, tables: tables.collect(), ends: Some((chain.clone(), from, to)) })
 }

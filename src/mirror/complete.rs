@@ -10,29 +10,18 @@
 
 use std::sync::Arc;
 
-use super::chain::{Chain, Layer, Link, Owned, VersionIndex};
-use super::join::join_all;
-use super::lock::BLOCKS_PER_GUARD_MAX;
-use super::plan::Copy;
 use super::planted::{self, Defect};
 use super::runs::those;
-use super::{Backing, ChainEditor, Changed, Disk, Mark, Ticket, VersionId};
-use crate::image::IoQueue;
+use super::{
+    BLOCKS_PER_GUARD_MAX, Backing, Chain, ChainEditor, Changed, Copied, Copy, Disk, Layer, Link, Mark, Ticket,
+    VersionId, VersionIndex,
+};
+use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 /// What a volume stands on, in its chain, and the log that it is copied to.
 const ORIGIN: VersionIndex = 0;
 const OLDEST_LOG: VersionIndex = 1;
-
-/// A step of [`Disk::fill_some`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Filled {
-    /// Where to go on.
-    pub next: BlockIndex,
-    /// How many bytes were copied.
-    pub bytes: u64,
-}
 
 impl Disk {
     /// Copies up to `most` blocks, at or after `from`, that the volume does not own: neighbours together, and several such
@@ -49,28 +38,18 @@ impl Disk {
         _ticket: &Ticket,
         from: BlockIndex,
         most: usize,
-    ) -> Result<Option<Filled>, String> {
+    ) -> Result<Option<Copied>, String> {
         let chain = self.chain();
         let Some(table) = table_to_fill(&chain)? else { return Ok(None) };
         if let Some(filled) = table.next_clear(from).and_then(|first| self.fill_zeros(first)) {
             return Ok(Some(filled));
         }
-        let runs = self.next_runs(from, most, |at| table.next_clear(at));
-        let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
-        let bytes = runs.iter().map(|&run| self.geometry.bytes(run).1).sum();
-        match planted::is(Defect::FilledWithoutLock) {
-            true => {
-                let copies = runs.into_iter().map(|run| self.fill_run(queue, run)).collect();
-                join_all(copies).await.into_iter().collect::<Result<(), String>>()?;
-            }
-            false => self.copy_runs(runs, |run| self.fill_run(queue, run)).await?,
-        }
-        Ok(Some(Filled { next, bytes }))
+        self.copy_next(from, most, |at| table.next_clear(at), |run| self.fill_run(queue, run)).await
     }
 
     /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
     /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
-    fn fill_zeros(&self, first: BlockIndex) -> Option<Filled> {
+    fn fill_zeros(&self, first: BlockIndex) -> Option<Copied> {
         let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_GUARD_MAX);
         let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
         let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
@@ -85,7 +64,7 @@ impl Disk {
         let run = self.whole_blocks(first, zeros)?;
         table.prepare(run).ok()?;
         table.set(run);
-        Some(Filled { next: run.end, bytes: self.geometry.bytes(run).1 })
+        Some(Copied { next: run.end, bytes: self.geometry.bytes(run).1 })
     }
 
     /// The blocks from `first` on that so many bytes cover; None if they do not cover one.
@@ -145,8 +124,8 @@ impl Disk {
 /// The oldest log above what a volume stands on.
 fn oldest_log(chain: &Chain) -> Option<(&Link, &Arc<Table>)> {
     let [origin, oldest, ..] = chain.links() else { return None };
-    match (&origin.layer.image, &oldest.layer.owned) {
-        (Backing::View(_), Owned::Table(table)) => Some((oldest, table)),
+    match (&origin.layer.image, oldest.layer.table()) {
+        (Backing::View(_), Some(table)) => Some((oldest, table)),
         _ => None,
     }
 }
@@ -166,7 +145,8 @@ impl Chain {
     #[must_use]
     pub fn without_origin(&self) -> Option<Chain> {
         let (_, table) = oldest_log(self)?;
-        if table.count() < table.blocks() {
+        // By the bits: the count follows them, and a guest may just have written the last block.
+        if table.next_clear(BlockIndex(0)).is_some() {
             return None;
         }
         let mut links = self.links()[OLDEST_LOG..].to_vec();
@@ -182,7 +162,7 @@ impl ChainEditor {
     /// Everything must be durable before, and so must be that it is so.
     #[must_use]
     pub fn make_independent(&self, disk: &Disk) -> bool {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let whole = disk.chain();
         let Some(chain) = whole.without_origin() else { return false };
         // What was written since the volume was made is still asked for.
@@ -200,7 +180,7 @@ impl ChainEditor {
     /// # Panics
     /// When it has snapshots, or stands on nothing.
     pub fn begin_anew(&self, disk: &Disk, live: VersionId, layer: Layer, changed: Changed) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         let chain = disk.chain();
         let [origin, old] = chain.links() else { panic!("a volume with snapshots is not begun anew") };
         assert!(matches!(origin.layer.image, Backing::View(_)), "a volume that stands on nothing is not begun anew");

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Epoch, EpochClock, EpochLane};
+use super::{Epoch, EpochClock};
 use crate::sync::{Condvar, Mutex, MutexGuard, lock};
 
 /// Requests that enter `from` or later, and before `until`, act in `at`.
@@ -180,10 +180,8 @@ impl Drop for PinChange<'_> {
 }
 
 impl Connection {
-    /// A way into the epochs for one of the connection's workers.
-    #[must_use]
-    pub fn lane(self: &Arc<Connection>) -> EpochLane {
-        self.clock.lane_of(Some(self.clone()))
+    pub(super) fn clock(&self) -> &EpochClock {
+        &self.clock
     }
 
     /// The epoch in which requests act that entered `entered`, which the caller is inside of.
@@ -204,6 +202,7 @@ impl Drop for Connection {
 #[cfg(all(test, not(feature = "model")))]
 mod tests {
     use super::*;
+    use crate::mirror::EpochLane;
 
     const NOW: Duration = Duration::ZERO;
 

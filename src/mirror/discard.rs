@@ -3,11 +3,9 @@
 //! While an older version reads through a block, a discard of it is only remembered. It is carried out when the last
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
-use super::chain::{Chain, VersionIndex};
-use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Disk, Epoch, RequestError, Ticket};
+use super::restoring::Restore;
+use super::{Chain, Disk, Epoch, Mode, RequestError, Ticket, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -59,18 +57,18 @@ impl Disk {
             }
             mode = Mode::Exclusive;
         };
-        let writer = chain.at_epoch(epoch);
+        let writer = chain.at(chain.at_epoch(epoch));
         let mut next = blocks.start;
         while next < blocks.end {
-            let (start, (fate, home)) = (next, fate(&chain, writer, next));
-            while next < blocks.end && self::fate(&chain, writer, next) == (fate, home) {
+            let (start, (fate, home)) = (next, fate(writer, next));
+            while next < blocks.end && self::fate(writer, next) == (fate, home) {
                 next = BlockIndex(next.0 + 1);
             }
             let run = BlockRange { start, end: next };
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
-                    note(&chain, writer, run);
+                    note(writer, run);
                     chain.layer(home).image.release(queue, at, len).await?;
                     self.discards.clear(run);
                 }
@@ -108,12 +106,12 @@ impl Disk {
         if !matches!(chain.restore(), Restore::None) {
             return Ok(Some(BlockIndex(block.0 + 1))); // What was discarded before may be wanted again.
         }
-        let writer = chain.at_epoch(ticket.epoch());
-        let pivot = chain.pivot_of(writer);
+        let writer = chain.at(chain.at_epoch(ticket.epoch()));
+        let pivot = writer.segment().pivot;
         let is_wanted = self.discards.get(block) || planted::is(Defect::DiscardNotRechecked);
-        if is_wanted && pivot >= writer && fate(&chain, writer, block) == (Fate::Now, pivot) {
+        if is_wanted && pivot >= writer.index && fate(writer, block) == (Fate::Now, pivot) {
             let (at, len) = self.geometry.bytes(one);
-            note(&chain, writer, one);
+            note(writer, one);
             chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(one);
         }
@@ -122,38 +120,38 @@ impl Disk {
 }
 
 /// A discard that is carried out changes what its version shows.
-fn note(chain: &Chain, writer: VersionIndex, blocks: BlockRange) {
+fn note(writer: VersionIn<'_>, blocks: BlockRange) {
     if !planted::is(Defect::DiscardNotNoted) {
-        chain.note(writer, blocks);
+        writer.note(blocks);
     }
 }
 
 /// What becomes of a discard of version `writer`, and of whose layer it would be.
-fn fate(chain: &Chain, writer: VersionIndex, block: BlockIndex) -> (Fate, VersionIndex) {
-    let segment = chain.segment_of(writer);
+fn fate(writer: VersionIn<'_>, block: BlockIndex) -> (Fate, VersionIndex) {
+    let (chain, segment) = (writer.chain, writer.segment());
     let pivot = segment.pivot;
     if planted::is(Defect::DiscardAtOnce) {
-        return (Fate::Now, pivot.max(writer));
+        return (Fate::Now, pivot.max(writer.index));
     }
-    let newer = |from| (from..=segment.last).any(|i| i != pivot && chain.layer(i).owns(block));
-    if chain.pending(writer, block).is_some() {
+    if writer.pending(block).is_some() {
         // It is not in the place that would be given back.
         return (Fate::Never, pivot);
     }
-    if !chain.segments_after(writer).is_empty() {
+    if !chain.segments_after(writer.index).is_empty() {
         // It would have to be carried out on both sides of the split, to stay one content.
         return (Fate::Never, pivot);
     }
-    if pivot >= writer {
-        let fate = match chain.is_read_through(writer, block) {
+    if pivot >= writer.index {
+        let is_written = || (writer.index..=segment.last).any(|i| i != pivot && chain.layer(i).owns(block));
+        let fate = match writer.is_read_through(block) {
             // A newer epoch has written the block already, and guests may have read what it wrote.
-            _ if newer(writer) || segment.last > pivot => Fate::Never,
+            _ if is_written() || segment.last > pivot => Fate::Never,
             true => Fate::Later,
             false => Fate::Now,
         };
         return (fate, pivot);
     }
     // A log above the pivot: a hole in an owned block reads as zeros; a block it does not own is the pivot's.
-    let in_own_log = chain.layer(writer).owns(block) && writer == chain.live();
-    (if in_own_log && !chain.folds_into(pivot) { Fate::Now } else { Fate::Never }, writer)
+    let in_own_log = writer.layer().owns(block) && writer.index == chain.live();
+    (if in_own_log && !chain.folds_into(pivot) { Fate::Now } else { Fate::Never }, writer.index)
 }

@@ -1,78 +1,23 @@
-//! A disk: its chain, its block locks, and the requests on it.
+//! A disk: its chain, its block locks, and what else all that is done with it shares.
 //!
 //! What always holds:
-//! - A write takes its block locks first and looks at the chain second, so that it sees every version that a
-//!   holder of those locks before it saw.
-//! - A read of the live pivot takes no lock and looks at no table.
+//! - Who changes blocks takes their locks first and looks at the chain second, and so sees every version that a holder of
+//!   those locks before saw.
 //! - Trouble with a frozen version's image breaks that version and never fails the guest's request.
 //!
-//! Changes of the chain itself (cut, retire) are in [`super::snapshot`].
+//! What is not done here: requests ([`super::attachment`], [`super::read`], [`super::write`]) and changes of the chain.
 
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
-use super::chain::{Chain, Layer, Link, Owned, Version, VersionId, VersionIndex};
-use super::lock::{BLOCKS_PER_GUARD_MAX, BlockLocks};
 use super::planted::{self, Defect};
-use super::read::usize_of;
 use super::{
-    Background, Backing, Changed, Connection, Connections, EpochClock, EpochLane, GuestQueue, Mark, Request,
-    RequestError, Ticket, View,
+    Background, Backing, BlockLocks, Chain, Changed, Connections, EpochClock, Geometry, Layer, Link, Mark, Turn,
+    Version, VersionId, VersionIn, View,
 };
-use crate::image::{ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
-use crate::store::{BlockRange, Table, TableError};
-
-/// What a part of a request copies at most, if its blocks are not larger.
-const PART_BYTES_MAX: u64 = 4 << 20;
-
-/// What frontends see of a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    /// Size in bytes; a multiple of 512.
-    pub size_bytes: u64,
-    /// Logical block size to announce (512 or 4096).
-    pub logical_block_bytes: u32,
-    /// The block size of tables and locks: what discards and zeroes are best aligned to.
-    pub block_bytes: u32,
-}
-
-impl Geometry {
-    /// The geometry of a disk on this image.
-    #[must_use]
-    pub fn of(image: &Backing, block_bytes: u32) -> Geometry {
-        Geometry {
-            size_bytes: image.size_bytes(),
-            logical_block_bytes: image.alignment().offset_bytes.max(512),
-            block_bytes,
-        }
-    }
-
-    /// How many blocks the tables have.
-    #[must_use]
-    pub fn blocks(&self) -> u64 {
-        self.size_bytes.div_ceil(u64::from(self.block_bytes))
-    }
-
-    /// How many blocks a part of a request may have: as many as one guard holds, but no more bytes than can be copied
-    /// in memory of our own for each request of each queue.
-    #[must_use]
-    pub fn blocks_per_part(&self) -> u64 {
-        (PART_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
-    }
-
-    /// The blocks that some bytes touch.
-    #[must_use]
-    pub fn covering(&self, at: ByteOffset, len: u64) -> BlockRange {
-        BlockRange::covering(at, len, self.block_bytes)
-    }
-
-    /// The bytes of some blocks; the disk's last block may be short.
-    #[must_use]
-    pub fn bytes(&self, blocks: BlockRange) -> (ByteOffset, u64) {
-        blocks.bytes(self.block_bytes, self.size_bytes)
-    }
-}
+use crate::image::{ImageError, ImageErrorKind, ImageOp, SharedImage};
+use crate::store::{Table, TableError};
 
 /// Who is told what happens to a disk's versions. Called on data-path threads: be quick.
 pub trait DiskObserver: Send + Sync {
@@ -112,20 +57,6 @@ pub struct Disk {
     pub(super) base: OnceLock<ArcSwapOption<View>>,
     pub(super) background: Arc<Background>,
     read_only: bool,
-}
-
-/// What one socket serves: the live version of a disk, or a frozen one.
-#[derive(Clone)]
-pub struct Attachment {
-    disk: Arc<Disk>,
-    target: Target,
-    connection: Option<Arc<Connection>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Target {
-    Live,
-    Frozen(VersionId),
 }
 
 impl Disk {
@@ -270,18 +201,6 @@ impl Disk {
         &self.discards
     }
 
-    /// The live version (VLUN B), to be served.
-    #[must_use]
-    pub fn attach_live(self: &Arc<Disk>) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Live, connection: None }
-    }
-
-    /// A frozen version (VLUN A), to be served read-only. It should be quiesced.
-    #[must_use]
-    pub fn attach_frozen(self: &Arc<Disk>, version: VersionId) -> Attachment {
-        Attachment { disk: self.clone(), target: Target::Frozen(version), connection: None }
-    }
-
     /// Breaks a frozen version and says so once.
     pub fn break_version(&self, version: &Version, reason: &str) {
         let chain = self.chain();
@@ -291,12 +210,12 @@ impl Disk {
             observer.version_breaks(version.id, reason);
         }
         if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
-            if let Owned::Table(table) = &layer.owned
+            if let Some(table) = layer.table()
                 && !planted::is(Defect::BrokenNotMarked)
             {
                 table.mark_broken();
             }
-            if let Some(saved) = layer.saved.as_ref().filter(|_| version.broken().is_none())
+            if let Some(saved) = layer.saved_durably().filter(|_| version.broken().is_none())
                 && let Err(e) = (saved.revoke)()
             {
                 log::error!("a power cut before this is recorded would show a snapshot as whole that is broken: {e}");
@@ -314,143 +233,53 @@ impl Disk {
 impl Disk {
     /// Breaks a version that cannot keep what is about to be overwritten. That it is broken is durable before it is so, if
     /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
-    pub(super) fn give_up(&self, chain: &Chain, index: VersionIndex, reason: &str) -> Result<(), ImageError> {
-        let layer = chain.layer(index);
-        if let Some(saved) = layer.saved.as_ref().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
+    pub(super) fn give_up(&self, of: VersionIn<'_>, reason: &str) -> Result<(), ImageError> {
+        let layer = of.layer();
+        if let Some(saved) = layer.saved_durably().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
             (saved.revoke)().map_err(|e| {
                 let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
                 ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)
             })?;
         }
-        self.break_version(chain.version(index), reason);
+        self.break_version(of.version(), reason);
         Ok(())
     }
 }
 
-impl Attachment {
-    /// The disk behind it.
+impl Disk {
+    /// The locks of its blocks, for copies that go below its versions.
     #[must_use]
-    pub fn disk(&self) -> &Arc<Disk> {
-        &self.disk
+    pub fn block_locks(&self) -> &BlockLocks {
+        &self.locks
     }
 
-    /// Size and block sizes.
+    /// Its guest, and who has to yield to it.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.disk.geometry
+    pub fn background(&self) -> &Arc<Background> {
+        &self.background
     }
 
-    /// Whether writes are refused.
-    #[must_use]
-    pub fn is_read_only(&self) -> bool {
-        self.disk.read_only || self.target != Target::Live
-    }
-
-    /// The same for one frontend's connection, which ends when this and all its clones and lanes are gone. A frozen
-    /// version does not ask who reads it.
-    #[must_use]
-    pub fn connect(&self) -> Attachment {
-        let connection = (self.target == Target::Live).then(|| self.disk.connections.join());
-        Attachment { disk: self.disk.clone(), target: self.target, connection }
-    }
-
-    /// Where a worker says that it is at work for the guest, one for each worker. A backup is no guest.
-    #[must_use]
-    pub fn guest_queue(&self) -> Option<GuestQueue> {
-        (self.target == Target::Live).then(|| self.disk.background.guest_queue())
-    }
-
-    /// A way into the epochs, one for each worker.
-    #[must_use]
-    pub fn lane(&self) -> EpochLane {
-        match &self.connection {
-            Some(connection) => connection.lane(),
-            None => self.disk.clock.lane(),
+    /// Waits for a turn on this disk and on all that it stands on: whoever reads or copies of a volume has I/O in flight
+    /// there as well. As [`Background::turn`].
+    pub async fn background_turn(&self, most: u64, least: u64) -> Turn {
+        let mut turn = self.background.turn(most, least).await;
+        let mut base = self.base();
+        while let Some((disk, _)) = base.as_deref().and_then(View::frozen) {
+            let below = disk.base();
+            turn.extend_to(&disk.background().clone(), least).await;
+            base = below;
         }
+        turn
     }
 
-    /// Executes one request. The caller keeps the ticket until this has finished and is recorded.
-    ///
-    /// # Errors
-    /// When the request does not fit the disk or cannot be carried out; the guest gets an I/O error.
-    pub async fn execute(&self, queue: &IoQueue, ticket: &Ticket, request: Request) -> Result<(), RequestError> {
-        let disk = &*self.disk;
-        // Also what would not read it: half a volume is no volume.
-        if let Some(reason) = disk.base_broken() {
-            return Err(RequestError::Broken(reason));
+    /// Whether background work on this disk has to wait for turns: its guest is active, or that of what it stands on.
+    pub(super) fn yields(&self) -> bool {
+        let mut base = self.base();
+        let mut yields = self.background.is_bounded();
+        while let Some((disk, _)) = base.as_deref().and_then(View::frozen).filter(|_| !yields) {
+            yields = disk.background().is_bounded();
+            base = disk.base();
         }
-        match request {
-            Request::Read { at, into } => {
-                self.check(at, into.len() as u64)?;
-                // A backup's. What volumes read of a frozen version is their own guests'.
-                if self.target != Target::Live && disk.yields() {
-                    return Box::pin(self.read_in_turns(queue, ticket, at, into)).await;
-                }
-                disk.read(queue, self.target, ticket.epoch(), at, into).await
-            }
-            Request::Write { at, from, durable } => {
-                self.check_change(at, from.len() as u64)?;
-                disk.write(queue, ticket, at, super::write::Data::Guest(from), durable).await
-            }
-            Request::WriteZeroes { at, len, unmap, durable } => {
-                self.check_change(at, len)?;
-                disk.write(queue, ticket, at, super::write::Data::Zeros { len, unmap }, durable).await
-            }
-            Request::Discard { at, len } => {
-                self.check_change(at, len)?;
-                Box::pin(disk.discard(queue, ticket.epoch(), at, len)).await
-            }
-            Request::Flush if self.target == Target::Live => Box::pin(disk.flush(queue, ticket.epoch())).await,
-            Request::Flush => Ok(()),
-        }
-    }
-
-    /// Reads piece by piece beside a guest that is at work. A frozen version is the same for all of them.
-    async fn read_in_turns(
-        &self,
-        queue: &IoQueue,
-        ticket: &Ticket,
-        at: ByteOffset,
-        into: GuestBuf,
-    ) -> Result<(), RequestError> {
-        let (mut done, len) = (0, into.len() as u64);
-        while done < len {
-            let turn = self.disk.background_turn(len - done, 1).await;
-            let piece = into.slice(usize_of(done)..usize_of(done + turn.bytes()));
-            self.disk.read(queue, self.target, ticket.epoch(), at.add(done), piece).await?;
-            done += turn.bytes();
-        }
-        Ok(())
-    }
-
-    fn check(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {
-        let size = self.disk.geometry.size_bytes;
-        let fits = at.0.checked_add(len).is_some_and(|end| end <= size);
-        if fits && at.0.is_multiple_of(512) && len.is_multiple_of(512) {
-            Ok(())
-        } else {
-            Err(RequestError::OutOfRange { at, len, size })
-        }
-    }
-
-    fn check_change(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {
-        if self.is_read_only() { Err(RequestError::ReadOnly) } else { self.check(at, len) }
-    }
-}
-
-/// The version that a request on `target` in `epoch` is about.
-pub(super) fn index_of(chain: &Chain, target: Target, epoch: super::Epoch) -> Result<VersionIndex, RequestError> {
-    match target {
-        Target::Live => Ok(chain.at_epoch(epoch)),
-        Target::Frozen(id) => {
-            let index = chain.position(id).ok_or_else(|| RequestError::Broken("it was deleted".to_owned()))?;
-            let version = chain.version(index);
-            match version.broken() {
-                Some(reason) => Err(RequestError::Broken(reason.to_owned())),
-                // Nothing is kept for it any more, so what it shows may be newer than it should be.
-                None if version.is_retiring() => Err(RequestError::Broken("it is being deleted".to_owned())),
-                None => Ok(index),
-            }
-        }
+        yields
     }
 }

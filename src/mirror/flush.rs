@@ -5,14 +5,12 @@
 //! looked at from the live version inwards, and stored from the pivot outwards.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
-use super::chain::{Chain, Layer, Log, VersionIndex};
-use super::join::join_all;
-use super::lock::Mode;
 use super::planted::{self, Defect};
-use super::restore::Restore;
-use super::{Disk, Epoch, RequestError, VersionId};
-use crate::image::{ImageError, IoQueue};
+use super::restoring::Restore;
+use super::{Chain, Disk, Epoch, Layer, Log, Mode, RequestError, VersionId, VersionIn, VersionIndex};
+use crate::image::{ImageError, IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange};
 
 /// Places that one flush gives back at most, so that it does not take long.
@@ -33,9 +31,9 @@ impl Disk {
             for place in freed {
                 self.reclaim(queue, &chain, place).await;
             }
-            return self.flush_from(queue, &chain, chain.at_epoch(epoch)).await;
+            return self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await;
         }
-        self.flush_from(queue, &chain, chain.at_epoch(epoch)).await?;
+        self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await?;
         for place in freed {
             self.reclaim(queue, &chain, place).await;
         }
@@ -63,23 +61,22 @@ impl Disk {
     pub async fn make_durable(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
         let chain = self.chain();
         let Some(index) = chain.position(id) else { return Ok(()) };
-        let is_below = index < chain.pivot_of(index);
-        if is_below && chain.layer(index).saved.is_none() || planted::is(Defect::ShownNotStored) {
+        let of = chain.at(index);
+        if of.is_below_pivot() && of.layer().saved_durably().is_none() || planted::is(Defect::ShownNotStored) {
             return Ok(());
         }
-        let way = way(&chain, index);
-        self.flush_layers(queue, &chain, &way).await.map_err(|e| e.to_string())?;
-        for layer in way {
-            self.commit_saved(queue, &chain, layer).await?;
+        self.flush_layers(queue, &chain, of.way()).await.map_err(text)?;
+        for layer in of.way() {
+            self.commit_saved(queue, of.other(layer)).await?;
         }
         Ok(())
     }
 
     /// Makes durable what was saved for a version, the bytes before the entries, if it is to outlive a power cut. The
     /// overwrite of what was saved comes after that. Those who ask at the same time share the syncs.
-    pub(super) async fn commit_saved(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex) -> Result<(), String> {
-        let layer = chain.layer(index);
-        let Some(saved) = &layer.saved else { return Ok(()) };
+    pub(super) async fn commit_saved(&self, queue: &IoQueue, of: VersionIn<'_>) -> Result<(), String> {
+        let layer = of.layer();
+        let Some(saved) = layer.saved_durably() else { return Ok(()) };
         let bytes = async || match planted::is(Defect::SavedWithoutBytes) {
             true => Ok(()),
             false => layer.image.sync(queue).await,
@@ -87,60 +84,16 @@ impl Disk {
         saved.table.commit_after(queue, bytes).await.map_err(|e| e.to_string())
     }
 
-    /// Makes durable what a version has handed over before it leaves its chain, and its layer with it.
-    ///
-    /// # Errors
-    /// When an image refuses that the live version needs. A frozen version that cannot take it over is broken.
-    pub async fn settle(&self, queue: &IoQueue, id: VersionId) -> Result<(), String> {
-        let chain = self.chain();
-        let Some(index) = chain.position(id) else { return Ok(()) };
-        let segment = chain.segment_of(index);
-        let older = segment.first..index.min(segment.pivot);
-        let layers: Vec<VersionIndex> = (segment.pivot..=segment.last).collect();
-        if segment.last == chain.live() && index >= segment.pivot {
-            self.flush_layers(queue, &chain, &layers).await.map_err(text)?;
-        } else if index >= segment.pivot
-            && !older.is_empty()
-            && !planted::is(Defect::GivenUnstored)
-            && let Err(e) = self.flush_layers(queue, &chain, &layers).await
-        {
-            // Only they are to read the full image.
-            return older
-                .into_iter()
-                .try_for_each(|version| self.give_up(&chain, version, &e.to_string()))
-                .map_err(text);
-        }
-        let mut lost = None;
-        for version in older.clone().filter(|_| !planted::is(Defect::HandOverNotStored)) {
-            if let Err(reason) = self.commit_saved(queue, &chain, version).await {
-                lost = Some((version, reason));
-            }
-        }
-        let Some((newest, reason)) = lost else { return Ok(()) };
-        // What it was handed is read by older ones through it, and no power cut would leave it. One that does not outlive
-        // a power cut has what it needs.
-        for version in older.take_while(|&version| version <= newest) {
-            if version == newest || chain.layer(version).saved.is_some() {
-                self.give_up(&chain, version, &reason).map_err(text)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Makes durable what the live version and version `index` read: their layers, on their ways to the pivot. Takes no
+    /// Makes durable what the live version and version `of` read: their layers, on their ways to the pivot. Takes no
     /// lock.
-    pub(super) async fn flush_from(
-        &self,
-        queue: &IoQueue,
-        chain: &Chain,
-        index: VersionIndex,
-    ) -> Result<(), RequestError> {
+    pub(super) async fn flush_from(&self, queue: &IoQueue, of: VersionIn<'_>) -> Result<(), RequestError> {
+        let chain = of.chain;
         self.flush_live(queue, chain).await?;
-        let live = way(chain, chain.live());
+        let live = chain.at(chain.live()).way();
         // What only a version shows that still drains is not worth a guest's error.
-        let rest: Vec<VersionIndex> = way(chain, index).into_iter().filter(|i| !live.contains(i)).collect();
-        if let Err(e) = self.flush_layers(queue, chain, &rest).await {
-            self.break_version(chain.version(index), &e.to_string());
+        let rest: Vec<VersionIndex> = of.way().filter(|i| !live.contains(i)).collect();
+        if let Err(e) = self.flush_layers(queue, chain, rest.iter().copied()).await {
+            self.break_version(of.version(), &e.to_string());
             self.break_readers_of_failed(queue, chain, &rest).await;
         }
         Ok(())
@@ -149,16 +102,16 @@ impl Disk {
     /// Makes durable what the live version shows. That a block has been brought back comes after its bytes and the entry
     /// that points to them: until then a power cut shows the block as it was restored.
     pub(super) async fn flush_live(&self, queue: &IoQueue, chain: &Chain) -> Result<(), ImageError> {
-        let live = way(chain, chain.live());
-        let Some(restoring) = chain.restoring() else { return self.flush_layers(queue, chain, &live).await };
+        let live = chain.at(chain.live()).way();
+        let Some(restoring) = chain.restoring() else { return self.flush_layers(queue, chain, live).await };
         if planted::is(Defect::SettledBeforeSync) {
             restoring.pending().commit(queue).await?;
-            return self.flush_layers(queue, chain, &live).await;
+            return self.flush_layers(queue, chain, live).await;
         }
         if planted::is(Defect::SettledNotStored) {
-            return self.flush_layers(queue, chain, &live).await;
+            return self.flush_layers(queue, chain, live).await;
         }
-        restoring.pending().commit_after(queue, async || self.flush_layers(queue, chain, &live).await).await
+        restoring.pending().commit_after(queue, async || self.flush_layers(queue, chain, live.clone()).await).await
     }
 
     /// Breaks every frozen version that reads in one of `layers` whose image cannot be synced: nobody knows what it has
@@ -167,15 +120,20 @@ impl Disk {
         for &layer in layers {
             // An image whose sync has failed once says so ever after.
             if let Err(e) = chain.layer(layer).image.sync(queue).await {
-                let readers = (0..chain.live()).filter(|&version| way(chain, version).contains(&layer));
+                let readers = (0..chain.live()).filter(|&version| chain.at(version).way().contains(&layer));
                 readers.for_each(|version| self.break_version(chain.version(version), &e.to_string()));
             }
         }
     }
 
     /// The layers are in order from the pivot on.
-    async fn flush_layers(&self, queue: &IoQueue, chain: &Chain, layers: &[VersionIndex]) -> Result<(), ImageError> {
-        let layers: Vec<&Layer> = layers.iter().map(|&i| chain.layer(i)).collect();
+    pub(super) async fn flush_layers(
+        &self,
+        queue: &IoQueue,
+        chain: &Chain,
+        layers: impl Iterator<Item = VersionIndex>,
+    ) -> Result<(), ImageError> {
+        let layers: Vec<&Layer> = layers.map(|i| chain.layer(i)).collect();
         commit(queue, &layers, &layers).await
     }
 
@@ -194,7 +152,7 @@ impl Disk {
     /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
     /// durable although it is deleted again: then the place waits for the next flush.
     async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
-        let Some(log) = &chain.layer(place.index).log else { return };
+        let Some(log) = chain.layer(place.index).log() else { return };
         let one = BlockRange::one(place.block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
         let is_same = self.locks.generation(one) == place.generation || planted::is(Defect::ReclaimFreedAgain);
@@ -248,7 +206,7 @@ fn commit<'a>(
             }
             join_all(vec![image(), commit(queue, nearer, all)]).await.into_iter().collect()
         };
-        match &farthest.log {
+        match farthest.log() {
             Some(_) if planted::is(Defect::FlushWithoutCommit) => first().await,
             Some(log) => log.table.commit_after(queue, first).await,
             None => first().await,
@@ -267,12 +225,6 @@ fn text(e: ImageError) -> String {
     e.to_string()
 }
 
-/// The layers that a version reads.
-fn way(chain: &Chain, index: VersionIndex) -> Vec<VersionIndex> {
-    let pivot = chain.pivot_of(index);
-    (pivot.min(index)..=pivot.max(index)).collect()
-}
-
-fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Log)> {
-    way(chain, chain.live()).into_iter().filter_map(|i| Some((i, chain.layer(i).log.as_deref()?)))
+fn logs_of(chain: &Chain) -> impl Iterator<Item = (VersionIndex, &Arc<Log>)> {
+    chain.at(chain.live()).way().filter_map(|i| Some((i, chain.layer(i).log()?)))
 }

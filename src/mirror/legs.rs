@@ -27,11 +27,11 @@ use uuid::Uuid;
 
 use self::intent::Intent;
 use self::state::{Shape, State};
-use super::join::join_all;
+
 use super::planted::{self, Defect};
 use crate::image::{
-    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync,
-    try_release_range, write_all_at, zero_range,
+    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, release_range,
+    sync, try_release_range, write_all_at, zero_range,
 };
 use crate::store::{BlockRange, TableError};
 use crate::sync::{AtomicU64, Mutex, lock};

@@ -4,8 +4,8 @@
 //! 11, 16, 18, 20 and 22, 23, 25, 27 of source 002 are what these rules come to for one frozen version; design.md has
 //! them for any number.
 
-use super::chain::{Chain, Segment, VersionIndex};
 use super::planted::{self, Defect};
+use super::{Chain, RestoreSource, Restoring, Segment, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange};
 
 /// A block's bytes go from one version's layer into another's.
@@ -55,6 +55,32 @@ pub struct Run {
     pub plan: BlockPlan,
 }
 
+/// Whose content a write that failed at one of its targets has spoilt.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Harmed {
+    /// The live version reads there, now or when the superseded entries are deleted: the guest must know.
+    Guest,
+    /// Only these frozen versions do: they are broken, and the guest notices nothing.
+    Frozen(Vec<VersionIndex>),
+}
+
+impl Run {
+    /// Who is harmed when a write of version `writer` fails at one of the targets.
+    #[must_use]
+    pub fn harmed_at(&self, writer: VersionIn<'_>, target: VersionIndex) -> Harmed {
+        let (chain, plan) = (writer.chain, &self.plan);
+        let shows = |version: VersionIndex| {
+            let shown = |block| chain.at(version).resolve_without(block, &plan.supersedes);
+            self.blocks.iter().any(|block| shown(block) == target)
+        };
+        let is_new_in_home = target == plan.home && (plan.adopts || plan.fill_from.is_some());
+        if is_new_in_home || shows(chain.live()) {
+            return Harmed::Guest;
+        }
+        Harmed::Frozen((writer.index..chain.live()).filter(|&version| shows(version)).collect())
+    }
+}
+
 /// What a write does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct WritePlan {
@@ -81,28 +107,29 @@ impl BlockPlan {
 
     /// What a write of version `writer` does with `block`, of which it writes the `whole` or a part.
     #[must_use]
-    pub fn decide(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
-        let segment = chain.segment_of(writer);
-        let mut plan = if segment.pivot >= writer {
-            BlockPlan { preserve: save_for_older(chain, writer, block), ..BlockPlan::plain(segment.pivot) }
-        } else if chain.folds_into(segment.pivot) && writer == segment.pivot + 1 {
-            into_the_base(chain, writer, block, whole)
+    pub fn decide(writer: VersionIn<'_>, block: BlockIndex, whole: bool) -> BlockPlan {
+        let (chain, segment) = (writer.chain, writer.segment());
+        let mut plan = if segment.pivot >= writer.index {
+            BlockPlan { preserve: save_for_older(writer, block), ..BlockPlan::plain(segment.pivot) }
+        } else if chain.folds_into(segment.pivot) && writer.index == segment.pivot + 1 {
+            into_the_base(writer, block, whole)
         } else {
-            into_the_log(chain, writer, block, whole)
+            into_the_log(writer, block, whole)
         };
         // Versions from the writer's on that have bytes of their own for this block must show the write as well
         // (002 [0051]: writes to VLUN A are applied to VLUN B, not the other way round).
-        add_owners(chain, Segment { first: writer, ..segment }, block, whole, &mut plan);
-        for newer in chain.segments_after(writer) {
+        add_owners(chain, Segment { first: writer.index, ..segment }, block, whole, &mut plan);
+        for newer in chain.segments_after(writer.index) {
             if planted::is(Defect::SplitNotMirrored) {
                 break;
             }
             plan.others.push(newer.pivot);
             add_owners(chain, *newer, block, whole, &mut plan);
         }
-        if let Some(restoring) = chain.pending(writer, block) {
+        if let Some(restoring) = writer.pending(block) {
             plan.settles = true;
-            plan.fill_from = (!whole && !planted::is(Defect::PendingNotFilled)).then(|| restoring.fill(chain, block));
+            plan.fill_from =
+                (!whole && !planted::is(Defect::PendingNotFilled)).then(|| rest_of_restored(chain, restoring, block));
         }
         if planted::is(Defect::DrainNotMirrored) {
             plan.others.clear();
@@ -130,28 +157,38 @@ impl BlockPlan {
     }
 }
 
-/// Old bytes that the nearest older version reads at or above `index` (figure 25).
-fn save_for_older(chain: &Chain, index: VersionIndex, block: BlockIndex) -> Option<Copy> {
-    chain.nearest_reader(index, block).map(|to| Copy { from: chain.resolve(to, block), to })
+/// Old bytes that the nearest older version reads at or above `home` (figure 25).
+pub(super) fn save_for_older(home: VersionIn<'_>, block: BlockIndex) -> Option<Copy> {
+    home.nearest_reader(block).map(|to| Copy { from: home.other(to).resolve(block), to })
+}
+
+/// Where the rest of a pending block comes from.
+fn rest_of_restored(chain: &Chain, restoring: &Restoring, block: BlockIndex) -> Fill {
+    let own = match restoring.source() {
+        RestoreSource::View(_) => None,
+        RestoreSource::Own(id) => chain.position(*id),
+    };
+    // A version that is gone, which nobody lets happen, is an error when the block is filled.
+    own.map_or(Fill::Restored, |index| Fill::Layer(chain.at(index).resolve(block)))
 }
 
 /// The pivot goes away and this version's log is folded into its image: the write need not go to the log any more.
-fn into_the_base(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
-    let base = writer - 1;
-    let mut plan = BlockPlan { preserve: save_for_older(chain, base, block), ..BlockPlan::plain(base) };
-    if chain.layer(writer).owns(block) {
-        plan.fill_from = (!whole).then_some(Fill::Layer(writer)).filter(|_| !planted::is(Defect::NoFill));
-        plan.supersedes.push(writer);
+fn into_the_base(writer: VersionIn<'_>, block: BlockIndex, whole: bool) -> BlockPlan {
+    let base = writer.other(writer.index - 1);
+    let mut plan = BlockPlan { preserve: save_for_older(base, block), ..BlockPlan::plain(base.index) };
+    if writer.layer().owns(block) {
+        plan.fill_from = (!whole).then_some(Fill::Layer(writer.index)).filter(|_| !planted::is(Defect::NoFill));
+        plan.supersedes.push(writer.index);
     }
     plan
 }
 
 /// The pivot is older than the writer: the write goes to the writer's own image (figure 18).
-fn into_the_log(chain: &Chain, writer: VersionIndex, block: BlockIndex, whole: bool) -> BlockPlan {
-    let mut plan = BlockPlan::plain(writer);
-    if !chain.layer(writer).owns(block) {
+fn into_the_log(writer: VersionIn<'_>, block: BlockIndex, whole: bool) -> BlockPlan {
+    let mut plan = BlockPlan::plain(writer.index);
+    if !writer.layer().owns(block) {
         plan.adopts = true;
-        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| Fill::Layer(chain.resolve(writer, block)));
+        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| Fill::Layer(writer.resolve(block)));
     }
     plan
 }
@@ -174,25 +211,21 @@ fn add_owners(chain: &Chain, segment: Segment, block: BlockIndex, whole: bool, p
 impl WritePlan {
     /// What a write of version `writer` to `blocks` does; `is_whole` says which of them it covers entirely.
     #[must_use]
-    pub fn decide(
-        chain: &Chain,
-        writer: VersionIndex,
-        blocks: BlockRange,
-        is_whole: impl Fn(BlockIndex) -> bool,
-    ) -> WritePlan {
+    pub fn decide(writer: VersionIn<'_>, blocks: BlockRange, is_whole: impl Fn(BlockIndex) -> bool) -> WritePlan {
+        let (chain, index) = (writer.chain, writer.index);
         if chain.live() == 0 && chain.restoring().is_none() {
             // No other version, no table to look at: the common case.
-            return WritePlan { writer, runs: vec![Run { blocks, plan: BlockPlan::plain(0) }] };
+            return WritePlan { writer: index, runs: vec![Run { blocks, plan: BlockPlan::plain(0) }] };
         }
         let mut runs: Vec<Run> = Vec::with_capacity(1);
         for block in blocks.iter() {
-            let plan = BlockPlan::decide(chain, writer, block, is_whole(block));
+            let plan = BlockPlan::decide(writer, block, is_whole(block));
             match runs.last_mut() {
                 Some(run) if run.plan == plan => run.blocks.end = BlockIndex(block.0 + 1),
                 _ => runs.push(Run { blocks: BlockRange::one(block), plan }),
             }
         }
-        WritePlan { writer, runs }
+        WritePlan { writer: index, runs }
     }
 
     /// Whether any of its blocks must be locked exclusively.

@@ -4,15 +4,17 @@
 //! through a table is resolved again after it was read: a bit is set before the overwrite that it announces is
 //! submitted, so "still the same owner" means that what was read had not been overwritten.
 
-use super::chain::{Chain, VersionIndex};
-use super::disk::{Target, index_of};
-use super::join::join_all;
+use std::sync::Arc;
+
+use super::chain::{Target, index_of};
+use super::geometry::usize_of;
 use super::planted::{self, Defect};
-use super::restore::{Restore, RestoreSource};
+use super::restoring::Restore;
 use super::runs::alike;
-use super::{Backing, Disk, Epoch, RequestError};
-use crate::image::{ByteOffset, GuestBuf, IoBuf, IoQueue};
-use crate::store::{BlockIndex, BlockRange};
+use super::view::ViewRead;
+use super::{Background, Backing, Disk, Epoch, Geometry, RequestError, RestoreSource, VersionId, VersionSource, View};
+use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
+use crate::store::{BlockRange, Table};
 
 /// Neighbouring blocks whose bytes are in the same image.
 struct Extent {
@@ -134,8 +136,8 @@ impl Disk {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
         let of = |index, blocks| {
-            owners(&chain, index, blocks)
-                .map(|(blocks, owner)| Extent { blocks, image: chain.layer(owner).image.clone() })
+            let owners = chain.at(index).owners(blocks);
+            owners.map(|(blocks, owner)| Extent { blocks, image: owner.layer().image.clone() })
         };
         if index < chain.live() {
             return Ok(of(index, blocks).collect());
@@ -150,7 +152,7 @@ impl Disk {
             match restoring.source() {
                 _ if !is_pending => extents.extend(of(index, run)),
                 RestoreSource::View(view) => extents.push(Extent { blocks: run, image: Backing::View(view.clone()) }),
-                RestoreSource::Own(id) => extents.extend(of(restoring.position(&chain, *id)?, run)),
+                RestoreSource::Own(id) => extents.extend(of(chain.restored(*id)?, run)),
             }
         }
         Ok(extents)
@@ -162,26 +164,67 @@ fn is_same(now: &[Extent], before: &[Extent]) -> bool {
     now.len() == before.len() && now.iter().zip(before).all(|(a, b)| a.blocks == b.blocks && a.image.is(&b.image))
 }
 
-/// The runs of `blocks` by the version whose layer has their bytes.
-pub(super) fn owners(
-    chain: &Chain,
-    index: VersionIndex,
-    blocks: BlockRange,
-) -> impl Iterator<Item = (BlockRange, VersionIndex)> {
-    let mut next = blocks.start;
-    std::iter::from_fn(move || {
-        if next >= blocks.end {
+impl VersionSource for Disk {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn why_unreadable(&self, version: VersionId) -> Option<String> {
+        match index_of(&self.chain(), Target::Frozen(version), Epoch(0)) {
+            Err(RequestError::Broken(reason)) => Some(reason),
+            Err(e) => Some(e.to_string()),
+            Ok(_) => None,
+        }
+    }
+
+    fn base_broken(&self) -> Option<String> {
+        Disk::base_broken(self)
+    }
+
+    fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a> {
+        Box::pin(async move {
+            if let Some(reason) = view.broken() {
+                return Err(view.refusal(ImageOp::Read, &reason));
+            }
+            let read = async |into| {
+                // A frozen version is the same in every epoch.
+                let read = self.read(queue, Target::Frozen(view.version()), Epoch(0), at, into).await;
+                read.map_err(|e| view.refusal(ImageOp::Read, &e.to_string()))
+            };
+            match buf {
+                IoBuf::Guest(guest) => {
+                    read(guest.clone()).await?;
+                    Ok(IoBuf::Guest(guest))
+                }
+                IoBuf::Owned(memory) => {
+                    let (guest, _memory) = GuestBuf::from_owned(memory);
+                    read(guest.clone()).await?;
+                    Ok(IoBuf::Owned(guest.copy_out()))
+                }
+                IoBuf::Shared(..) | IoBuf::None => Err(view.refusal(ImageOp::Read, "nothing can be read into that")),
+            }
+        })
+    }
+
+    fn zeros_of(&self, version: VersionId, at: ByteOffset, len: u64) -> u64 {
+        self.known_zeros(Target::Frozen(version), at, len)
+    }
+
+    fn base(&self) -> Option<Arc<View>> {
+        Disk::base(self)
+    }
+
+    fn background(&self) -> &Arc<Background> {
+        Disk::background(self)
+    }
+
+    fn owned_above_base(&self, version: VersionId, block_bytes: u32) -> Option<Vec<Arc<Table>>> {
+        let chain = self.chain();
+        let index = chain.position(version)?;
+        let is_volume = self.base.get().is_some_and(|base| base.load().is_some()) && chain.pivot_of(index) == 0;
+        if !is_volume || self.geometry.block_bytes != block_bytes {
             return None;
         }
-        let (start, owner) = (next, chain.resolve(index, next));
-        next = BlockIndex(next.0 + 1);
-        while next < blocks.end && chain.resolve(index, next) == owner {
-            next = BlockIndex(next.0 + 1);
-        }
-        Some((BlockRange { start, end: next }, owner))
-    })
-}
-
-pub(super) fn usize_of(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a request's bytes fit the address space")
+        Some((1..=index).filter_map(|i| chain.layer(i).table().cloned()).collect())
+    }
 }

@@ -11,12 +11,10 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 
-use super::chain::{Chain, Layer, Link, Owned};
 use super::planted::{self, Defect};
-use super::{Backing, ChainEditor, Changed, Disk, Epoch, Version, VersionId, View};
+use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Layer, Link, Version, VersionId, View};
 use crate::image::SharedImage;
 use crate::store::{BlockIndex, BlockRange, Table};
-use crate::sync::lock;
 
 impl Disk {
     /// The one image in which a volume without snapshots has all that is its own: it is independent, or stands on something
@@ -26,9 +24,9 @@ impl Disk {
         let chain = self.chain();
         let live = chain.layer(chain.live());
         let Backing::One(image) = &live.image else { return None };
-        let is_simple = match (chain.links(), &live.owned) {
-            ([_], Owned::All) => true,
-            ([origin, _], Owned::Table(_)) => matches!(origin.layer.image, Backing::View(_)),
+        let is_simple = match (chain.links(), live.table()) {
+            ([_], None) => true,
+            ([origin, _], Some(_)) => matches!(origin.layer.image, Backing::View(_)),
             _ => false,
         };
         is_simple.then(|| image.clone())
@@ -55,9 +53,9 @@ impl Disk {
         let kept = Table::in_memory(blocks).map_err(|e| e.to_string())?;
         let no_room = |e: std::io::Error| format!("there is no memory for what it keeps: {e}");
         for word in 0..blocks.div_ceil(64) {
-            let owned = match &chain.layer(chain.live()).owned {
-                Owned::Table(table) => table.word_at(word),
-                Owned::All => u64::MAX >> 64_u64.saturating_sub(blocks - word * 64),
+            let owned = match chain.layer(chain.live()).table() {
+                Some(table) => table.word_at(word),
+                None => u64::MAX >> 64_u64.saturating_sub(blocks - word * 64),
             };
             let written = if planted::is(Defect::WrittenBlockKept) { 0 } else { ours.word(word) };
             kept.or_word(word, owned & !written).map_err(no_room)?;
@@ -86,7 +84,7 @@ impl ChainEditor {
         layer: Layer,
         changed: Changed,
     ) {
-        let _editing = lock(&self.editing);
+        let _editing = self.begin();
         assert!(disk.only_image().is_some(), "a volume with snapshots is not put on another one");
         let chain = disk.chain();
         let began = chain.version(chain.live()).began;

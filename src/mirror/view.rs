@@ -11,17 +11,49 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::disk::Target;
-use super::{Disk, Epoch, VersionId};
-use crate::image::{Alignment, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
+use super::{Background, Geometry, VersionId};
+use crate::image::{Alignment, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
+use crate::store::Table;
 
 /// How many volumes may stand on each other: each is one more step of a read.
 pub const VOLUMES_DEEP_MAX: usize = 32;
 
+/// The disk that has a view's version, as the view knows it.
+pub trait VersionSource: Send + Sync {
+    /// Its size and block sizes.
+    fn geometry(&self) -> &Geometry;
+
+    /// Why a version cannot be read for a reason of its own, if so.
+    fn why_unreadable(&self, version: VersionId) -> Option<String>;
+
+    /// Why what it stands on cannot be read, if so.
+    fn base_broken(&self) -> Option<String>;
+
+    /// Fills `buf` with what the view's version shows from `at` on. Gives the buffer back. Boxed, because what is read may
+    /// be a volume's, too.
+    fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a>;
+
+    /// How many of the `len` bytes from `at` on a version is known to show as zeros.
+    fn zeros_of(&self, version: VersionId, at: ByteOffset, len: u64) -> u64;
+
+    /// What it stands on, if it is a volume that is not independent.
+    fn base(&self) -> Option<Arc<View>>;
+
+    /// Its guest, and who has to yield to it.
+    fn background(&self) -> &Arc<Background>;
+
+    /// Tables of the blocks that a version of a volume has in layers of the volume's own. None if it is no volume, or its
+    /// blocks have another size.
+    fn owned_above_base(&self, version: VersionId, block_bytes: u32) -> Option<Vec<Arc<Table>>>;
+}
+
+/// See [`VersionSource::read_view`].
+pub(super) type ViewRead<'a> = Pin<Box<dyn Future<Output = Result<IoBuf, ImageError>> + 'a>>;
+
 /// A frozen version, seen from above.
 pub struct View {
     /// The disk that has the version, or why there is none.
-    source: Result<Arc<Disk>, String>,
+    source: Result<Arc<dyn VersionSource>, String>,
     version: VersionId,
     name: PathBuf,
     size_bytes: u64,
@@ -31,7 +63,7 @@ pub struct View {
 impl View {
     /// A quiesced version of a disk; `name` is for messages.
     #[must_use]
-    pub fn of(disk: Arc<Disk>, version: VersionId, name: &str) -> Arc<View> {
+    pub fn of(disk: Arc<dyn VersionSource>, version: VersionId, name: &str) -> Arc<View> {
         let geometry = disk.geometry();
         let alignment = Alignment { offset_bytes: geometry.logical_block_bytes, memory_bytes: 1 };
         let size_bytes = geometry.size_bytes;
@@ -49,19 +81,11 @@ impl View {
     #[must_use]
     pub fn broken(&self) -> Option<String> {
         let why = match &self.source {
-            Err(reason) => return Some(format!("{}: {reason}", self.name.display())),
-            Ok(disk) => {
-                let chain = disk.chain();
-                let version = chain.position(self.version).map(|index| chain.version(index));
-                match version {
-                    None => "it was deleted".to_owned(),
-                    Some(version) if version.is_retiring() => "it is being deleted".to_owned(),
-                    Some(version) => match version.broken() {
-                        Some(reason) => reason.to_owned(),
-                        None => return disk.base_broken(),
-                    },
-                }
-            }
+            Err(reason) => reason.clone(),
+            Ok(disk) => match disk.why_unreadable(self.version) {
+                Some(reason) => reason,
+                None => return disk.base_broken(),
+            },
         };
         Some(format!("{}: {why}", self.name.display()))
     }
@@ -73,7 +97,7 @@ impl View {
     }
 
     /// The version and the disk that has it, if there is one.
-    pub(super) fn frozen(&self) -> Option<(&Arc<Disk>, VersionId)> {
+    pub(super) fn frozen(&self) -> Option<(&Arc<dyn VersionSource>, VersionId)> {
         self.source.as_ref().ok().map(|disk| (disk, self.version))
     }
 
@@ -89,43 +113,21 @@ impl View {
         &self.name
     }
 
-    /// Boxed, because what it reads may be a volume's, too.
-    pub(super) fn read<'a>(
-        &'a self,
-        queue: &'a IoQueue,
-        at: ByteOffset,
-        buf: IoBuf,
-    ) -> Pin<Box<dyn Future<Output = Result<IoBuf, ImageError>> + 'a>> {
-        Box::pin(async move {
-            match buf {
-                IoBuf::Guest(guest) => {
-                    self.read_into(queue, at, guest.clone()).await?;
-                    Ok(IoBuf::Guest(guest))
-                }
-                IoBuf::Owned(memory) => {
-                    let (guest, _memory) = GuestBuf::from_owned(memory);
-                    self.read_into(queue, at, guest.clone()).await?;
-                    Ok(IoBuf::Owned(guest.copy_out()))
-                }
-                IoBuf::Shared(..) | IoBuf::None => Err(self.refusal(ImageOp::Read, "nothing can be read into that")),
-            }
-        })
+    pub(super) fn version(&self) -> VersionId {
+        self.version
     }
 
-    async fn read_into(&self, queue: &IoQueue, at: ByteOffset, into: GuestBuf) -> Result<(), ImageError> {
-        if let Some(reason) = self.broken() {
-            return Err(self.refusal(ImageOp::Read, &reason));
+    pub(super) fn read<'a>(&'a self, queue: &'a IoQueue, at: ByteOffset, buf: IoBuf) -> ViewRead<'a> {
+        match &self.source {
+            Ok(disk) => disk.read_view(queue, self, at, buf),
+            Err(reason) => Box::pin(std::future::ready(Err(self.refusal(ImageOp::Read, reason)))),
         }
-        let Ok(disk) = &self.source else { unreachable!("a version without a disk is broken") };
-        // A frozen version is the same in every epoch.
-        let read = disk.read(queue, Target::Frozen(self.version), Epoch(0), at, into).await;
-        read.map_err(|e| self.refusal(ImageOp::Read, &e.to_string()))
     }
 
     /// See [`super::Backing::known_zeros`].
     pub(super) fn known_zeros(&self, at: ByteOffset, len: u64) -> u64 {
         let source = self.source.as_ref().ok();
-        source.map_or(0, |disk| disk.known_zeros(Target::Frozen(self.version), at, len))
+        source.map_or(0, |disk| disk.zeros_of(self.version, at, len))
     }
 
     pub(super) fn refusal(&self, op: ImageOp, why: &str) -> ImageError {

@@ -8,15 +8,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::chain::{Chain, Owned, VersionIndex};
-use super::join::join_all;
-use super::lock::Mode;
-use super::plan::{Copy, Fill, Run, WritePlan};
+use super::geometry::usize_of;
 use super::planted::{self, Defect};
-use super::read::usize_of;
-use super::restore::{Restore, RestoreSource};
-use super::{Backing, Disk, Epoch, RequestError, Ticket};
-use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
+use super::restoring::Restore;
+use super::{
+    Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
+    VersionIndex, WritePlan,
+};
+use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::BlockRange;
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
@@ -110,12 +109,12 @@ impl Disk {
             if is_plain(&chain, &part) {
                 self.forget_discards(part.blocks);
                 if planted::is(Defect::NotedAfterBytes) {
-                    let done = self.write_in_place(queue, &chain, 0, &part).await;
-                    chain.note(0, part.blocks);
+                    let done = self.write_in_place(queue, chain.at(0), &part).await;
+                    chain.at(0).note(part.blocks);
                     return done;
                 }
-                chain.note(0, part.blocks);
-                return self.write_in_place(queue, &chain, 0, &part).await;
+                chain.at(0).note(part.blocks);
+                return self.write_in_place(queue, chain.at(0), &part).await;
             }
         }
         // Boxed, so that writes without all this do not carry the room for it.
@@ -135,7 +134,7 @@ impl Disk {
                 let (at, len) = self.geometry.bytes(BlockRange::one(block));
                 part.at <= at && at.0 + len <= part.at.0 + part.len
             };
-            let plan = WritePlan::decide(chain, chain.at_epoch(epoch), part.blocks, is_whole);
+            let plan = WritePlan::decide(chain.at(chain.at_epoch(epoch)), part.blocks, is_whole);
             let excludes = plan.excludes(chain) || is_misaligned(chain, &plan, &part);
             (plan, excludes)
         };
@@ -181,7 +180,7 @@ impl Disk {
         part: &Part,
     ) -> Result<(), RequestError> {
         while let Err((lost, reason)) = self.preserve(queue, chain, &plan).await {
-            self.give_up(chain, lost, &reason)?;
+            self.give_up(chain.at(lost), &reason)?;
             plan = again();
         }
         self.forget_discards(part.blocks);
@@ -218,7 +217,7 @@ impl Disk {
             let part = Part { at, len, data, blocks: self.geometry.covering(at, len), durable: false };
             async move {
                 let decide = || {
-                    let mut plan = WritePlan::decide(chain, chain.live(), part.blocks, |_| true);
+                    let mut plan = WritePlan::decide(chain.at(chain.live()), part.blocks, |_| true);
                     if planted::is(Defect::BroughtBackUnsaved) {
                         plan.runs.iter_mut().for_each(|run| run.plan.preserve = None);
                     }
@@ -251,9 +250,9 @@ impl Disk {
                 saved.clear();
             }
             for to in saved {
-                if let Err(e) = self.commit_saved(queue, chain, to).await {
+                if let Err(e) = self.commit_saved(queue, chain.at(to)).await {
                     // Those that read through it must not count on what no power cut would leave.
-                    take_back(chain, plan, to);
+                    take_back(chain.at(to), plan);
                     return Err((to, e));
                 }
             }
@@ -273,7 +272,7 @@ impl Disk {
     ) -> Result<(), String> {
         let (at, len) = self.geometry.bytes(blocks);
         let (from, to) = (&chain.layer(copy.from).image, &chain.layer(copy.to).image);
-        if let Owned::Table(table) = &chain.layer(copy.to).owned {
+        if let Some(table) = chain.layer(copy.to).table() {
             table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         }
         let old = AlignedBuf::scratch(usize_of(len));
@@ -287,7 +286,7 @@ impl Disk {
             async move {
                 match is_zero {
                     false => to.write(queue, here, IoBuf::Shared(old, piece), false).await,
-                    true if copy.to < chain.pivot_of(copy.to) || planted::is(Defect::ZerosNotCopied) => Ok(()),
+                    true if chain.at(copy.to).is_below_pivot() || planted::is(Defect::ZerosNotCopied) => Ok(()),
                     true => to.zero(queue, here, piece.len() as u64, true).await,
                 }
             }
@@ -312,7 +311,7 @@ impl Disk {
         part: &Part,
     ) -> Result<(), RequestError> {
         for run in plan.runs.iter().filter(|run| run.plan.adopts) {
-            if let Owned::Table(table) = &chain.layer(run.plan.home).owned {
+            if let Some(table) = chain.layer(run.plan.home).table() {
                 let image = &chain.layer(run.plan.home).image;
                 let at = self.geometry.bytes(run.blocks).0;
                 let full = |e| ImageError::from_io(ImageOp::Write, image.path(), Some(at), &e);
@@ -327,7 +326,7 @@ impl Disk {
         }
         match plan.single_target() {
             Some(target) if !is_misaligned(chain, plan, part) => {
-                self.write_in_place(queue, chain, target, part).await?;
+                self.write_in_place(queue, chain.at(target), part).await?;
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
@@ -340,20 +339,14 @@ impl Disk {
             && !planted::is(Defect::DurableWithoutEntry)
         {
             // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
-            self.flush_from(queue, chain, plan.writer).await?;
+            self.flush_from(queue, chain.at(plan.writer)).await?;
         }
         Ok(())
     }
 
     /// Writes the part's bytes to one layer as they are.
-    async fn write_in_place(
-        &self,
-        queue: &IoQueue,
-        chain: &Chain,
-        target: VersionIndex,
-        part: &Part,
-    ) -> Result<(), RequestError> {
-        let image = &chain.layer(target).image;
+    async fn write_in_place(&self, queue: &IoQueue, target: VersionIn<'_>, part: &Part) -> Result<(), RequestError> {
+        let image = &target.layer().image;
         match &part.data {
             Data::Guest(guest) => {
                 image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.stores()).await?;
@@ -371,13 +364,11 @@ impl Disk {
     /// The bytes are there: entries follow, and those that they supersede go.
     async fn settle_entries(&self, queue: &IoQueue, chain: &Chain, plan: &WritePlan) {
         for run in &plan.runs {
-            if run.plan.adopts
-                && let Owned::Table(table) = &chain.layer(run.plan.home).owned
-            {
-                table.set(run.blocks);
+            if run.plan.adopts {
+                chain.at(run.plan.home).set(run.blocks);
             }
             for &index in &run.plan.supersedes {
-                self.drop_entries(queue, chain, index, run.blocks).await;
+                self.drop_entries(queue, chain.at(index), run.blocks).await;
             }
         }
     }
@@ -399,7 +390,7 @@ impl Disk {
             for target in run.plan.targets() {
                 let stable = &stable;
                 writes.push(async move {
-                    let done = self.write_run(queue, chain, run, target, part, stable).await;
+                    let done = self.write_run(queue, run, chain.at(target), part, stable).await;
                     (run, target, done)
                 });
             }
@@ -408,8 +399,12 @@ impl Disk {
             writes.truncate(1);
         }
         for (run, target, done) in join_all(writes).await {
-            if let Err(e) = done {
-                self.absorb(chain, plan.writer, run, target, e)?;
+            let Err(e) = done else { continue };
+            match run.harmed_at(chain.at(plan.writer), target) {
+                Harmed::Guest => return Err(e.into()),
+                Harmed::Frozen(lost) => {
+                    lost.into_iter().for_each(|i| self.break_version(chain.version(i), &e.to_string()))
+                }
             }
         }
         Ok(())
@@ -419,17 +414,16 @@ impl Disk {
     async fn write_run(
         &self,
         queue: &IoQueue,
-        chain: &Chain,
         run: &Run,
-        target: VersionIndex,
+        target: VersionIn<'_>,
         part: &Part,
         stable: &Stable,
     ) -> Result<(), ImageError> {
-        let image = &chain.layer(target).image;
+        let (chain, image) = (target.chain, &target.layer().image);
         let (run_at, run_len) = self.geometry.bytes(run.blocks);
         let from = run_at.max(part.at);
         let to = (run_at.0 + run_len).min(part.at.0 + part.len);
-        if let Some(source) = run.plan.fill_from.filter(|_| target == run.plan.home) {
+        if let Some(source) = run.plan.fill_from.filter(|_| target.index == run.plan.home) {
             let source = match (source, chain.restoring().map(|restoring| restoring.source())) {
                 (Fill::Layer(index), _) => chain.layer(index).image.clone(),
                 (Fill::Restored, Some(RestoreSource::View(view))) => Backing::View(view.clone()),
@@ -464,13 +458,13 @@ impl Disk {
     ///
     /// Readers that resolved to the entries find the change when they resolve again, also if the blocks have
     /// new entries by then ([`super::BlockLocks::generation`]).
-    pub(super) async fn drop_entries(&self, queue: &IoQueue, chain: &Chain, index: VersionIndex, blocks: BlockRange) {
-        let layer = chain.layer(index);
-        let Owned::Table(table) = &layer.owned else { unreachable!("the pivot has no entries to delete") };
-        table.clear(blocks);
+    pub(super) async fn drop_entries(&self, queue: &IoQueue, of: VersionIn<'_>, blocks: BlockRange) {
+        let layer = of.layer();
+        debug_assert!(!layer.is_full(), "the pivot has no entries to delete");
+        of.clear(blocks);
         self.locks.advance_generation(blocks);
         let (at, len) = self.geometry.bytes(blocks);
-        if let (Some(log), false) = (&layer.log, planted::is(Defect::FreedAtOnce)) {
+        if let (Some(log), false) = (layer.log(), planted::is(Defect::FreedAtOnce)) {
             // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
             match log.freed.prepare(blocks) {
                 Ok(()) => log.freed.set(blocks),
@@ -478,7 +472,7 @@ impl Disk {
             }
             return;
         }
-        if index > chain.pivot_of(index) {
+        if of.index > of.segment().pivot {
             // Whatever comes to this place later is written there whole, so old bytes may stay.
             if let Err(e) = layer.image.release(queue, at, len).await {
                 log::warn!("the space of superseded blocks is not given back: {e}");
@@ -490,41 +484,18 @@ impl Disk {
         }
         // A place without an entry must be a hole: zeros that are saved later are not written.
         if let Err(e) = layer.image.zero(queue, at, len, true).await {
-            self.break_version(chain.version(index), &format!("blocks could not be given back: {e}"));
+            self.break_version(of.version(), &format!("blocks could not be given back: {e}"));
         }
-    }
-
-    /// A write to one target failed. If the live version reads there, now or when the superseded entries are deleted, the
-    /// guest must know. If only frozen versions do, they are broken and the guest notices nothing.
-    fn absorb(
-        &self,
-        chain: &Chain,
-        writer: VersionIndex,
-        run: &Run,
-        target: VersionIndex,
-        error: ImageError,
-    ) -> Result<(), RequestError> {
-        let shows = |version, block| chain.resolve_without(version, block, &run.plan.supersedes) == target;
-        let is_home = target == run.plan.home && (run.plan.adopts || run.plan.fill_from.is_some());
-        if is_home || run.blocks.iter().any(|block| shows(chain.live(), block)) {
-            return Err(error.into());
-        }
-        for version in writer..chain.live() {
-            if run.blocks.iter().any(|block| shows(version, block)) {
-                self.break_version(chain.version(version), &error.to_string());
-            }
-        }
-        Ok(())
     }
 }
 
 /// Notes what the part changes, for its own version. A write that goes to several places may reach some of them only, by a kill
 /// or an error: then newer versions differ too.
 fn note(chain: &Chain, plan: &WritePlan, part: &Part) {
-    chain.note(plan.writer, part.blocks);
+    chain.at(plan.writer).note(part.blocks);
     let is_split = |run: &&Run| !run.plan.others.is_empty() || !run.plan.supersedes.is_empty();
     for run in plan.runs.iter().filter(is_split).filter(|_| !planted::is(Defect::NotedForWriterOnly)) {
-        (plan.writer + 1..=chain.live()).for_each(|newer| chain.note(newer, run.blocks));
+        (plan.writer + 1..=chain.live()).for_each(|newer| chain.at(newer).note(run.blocks));
     }
 }
 
@@ -596,10 +567,8 @@ async fn write_zeros(
 
 fn set_preserved(chain: &Chain, plan: &WritePlan) {
     for run in &plan.runs {
-        if let Some(copy) = run.plan.preserve
-            && let Owned::Table(table) = &chain.layer(copy.to).owned
-        {
-            table.set(run.blocks);
+        if let Some(copy) = run.plan.preserve {
+            chain.at(copy.to).set(run.blocks);
         }
     }
 }
@@ -612,13 +581,10 @@ fn settle_restored(chain: &Chain, plan: &WritePlan) {
     }
 }
 
-fn take_back(chain: &Chain, plan: &WritePlan, to: VersionIndex) {
-    if planted::is(Defect::SavedEntryKept) {
-        return;
-    }
-    if let Owned::Table(table) = &chain.layer(to).owned {
-        let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to);
-        plan.runs.iter().filter(of_it).for_each(|run| table.clear(run.blocks));
+fn take_back(to: VersionIn<'_>, plan: &WritePlan) {
+    let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to.index);
+    for run in plan.runs.iter().filter(of_it).filter(|_| !planted::is(Defect::SavedEntryKept)) {
+        to.clear(run.blocks);
     }
 }
 

@@ -10,6 +10,7 @@
 
 mod block;
 mod durable;
+mod error;
 #[cfg(test)]
 mod flip_tests;
 mod intact;
@@ -28,6 +29,7 @@ pub use record::{
 };
 pub use records::{ExaminedRecords, RecordError, Records, Remembered, UnreadableRecord};
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
-pub use table::{Table, TableError, sync_directory_of};
+pub use error::TableError;
+pub use table::{Table, sync_directory_of};
 pub use table_files::TableFiles;
 pub use work::{Work, WorkRecord};

@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 use uuid::Uuid;
 
-use super::TableError;
+use super::error::TableError;
 
 /// The unit of a table's mapping.
 pub(super) const PAGE_BYTES: usize = 4096;

@@ -13,7 +13,7 @@ mod note;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +22,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use uuid::Uuid;
 
+use super::error::TableError;
 use super::run_header::{self, BROKEN, FLAGS_WORD, PAGE_BYTES, RunHeader, TableName};
 use super::{BlockIndex, BlockRange};
 
@@ -33,27 +34,6 @@ const PAGE_WORDS: usize = PAGE_BYTES / 8;
 const MAGIC: [u8; 8] = *b"HSTABLE1";
 /// Saved copy: magic, blocks (u64 LE), pages (u64 LE), seal (16 bytes), CRC-32 of the 40 bytes before it (u32 LE).
 const HEADER_BYTES: usize = 44;
-
-/// A table could not be made, loaded or saved.
-#[derive(Debug, thiserror::Error)]
-pub enum TableError {
-    /// The system refused.
-    #[error("table {}: {message}", path.display())]
-    Io {
-        /// Which file.
-        path: PathBuf,
-        /// What the system said.
-        message: String,
-    },
-    /// It is not what was left or saved.
-    #[error("table {} is damaged: {what}", path.display())]
-    Damaged {
-        /// Which file.
-        path: PathBuf,
-        /// What does not fit.
-        what: String,
-    },
-}
 
 /// One bit a block, shared by all workers.
 pub struct Table {

@@ -18,7 +18,7 @@ use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::mirror::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
-    NewLayer, Owned, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,
+    NewLayer, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,
 };
 use halfsilver::recovery::{
     ChangedUse, LayerSource, LegUse, NotCarriedOut, Recovery, TableSource, TableUse, Taken, carry_out,
@@ -596,7 +596,7 @@ impl Daemon {
         self.persist().await;
         if let Some((id, image)) = left {
             let chain = self.disk.chain();
-            let has_table = chain.position(id).is_some_and(|at| matches!(chain.layer(at).owned, Owned::Table(_)));
+            let has_table = chain.position(id).is_some_and(|at| chain.layer(at).table().is_some());
             if has_table && self.shape.slip != Some(Slip::TableInUseRemoved) {
                 self.host.borrow_mut().remove_file(&image);
                 self.host.borrow_mut().remove_file(&log_table(id));
@@ -612,9 +612,9 @@ impl Daemon {
     pub fn describe(&self) -> String {
         let chain = self.disk.chain();
         let describe = |link: &Link| {
-            let bits = match &link.layer.owned {
-                Owned::All => "all".to_owned(),
-                Owned::Table(table) => {
+            let bits = match link.layer.table() {
+                None => "all".to_owned(),
+                Some(table) => {
                     let bit = |block| if table.get(BlockIndex(block)) { '1' } else { '0' };
                     (0..table.blocks()).map(bit).collect()
                 }
@@ -676,8 +676,8 @@ fn what_deletion(chain: &Chain, id: Uuid) -> &'static str {
 /// `deletion::leg_of`.
 fn leg_of(chain: &Chain, id: Uuid) -> Option<SharedImage> {
     let index = chain.position(id)?;
-    match (&chain.layer(index).owned, &chain.layer(index).image, chain.heir_of_pivot(index)) {
-        (Owned::All, Backing::One(image), None) => Some(image.clone()),
+    match (chain.layer(index).table(), &chain.layer(index).image, chain.heir_of_pivot(index)) {
+        (None, Backing::One(image), None) => Some(image.clone()),
         _ => None,
     }
 }
@@ -687,5 +687,5 @@ fn left_behind(chain: &Chain, id: Uuid) -> Option<(Uuid, PathBuf)> {
     let index = chain.position(id)?;
     let at = chain.heir_of_pivot(index).unwrap_or(index);
     let layer = chain.layer(at);
-    matches!(layer.owned, Owned::Table(_)).then(|| (chain.version(at).id, layer.image.path().to_owned()))
+    layer.table().is_some().then(|| (chain.version(at).id, layer.image.path().to_owned()))
 }

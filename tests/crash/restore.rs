@@ -287,7 +287,7 @@ impl Machine {
             attachment.execute(&queue, &disk.clock().lane().enter(), Request::Flush).await.unwrap();
             if kind == Kind::CopyOnWrite {
                 let chain = disk.chain();
-                let halfsilver::mirror::Owned::Table(table) = &chain.layer(0).owned else { unreachable!() };
+                let Some(table) = chain.layer(0).table() else { unreachable!() };
                 let table = create(&of.table, 1, table.clone(), &queue).await;
                 editor.save_durably(&disk, FROZEN, Some(saved(table)));
                 disk.changes_passed().await;

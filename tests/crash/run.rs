@@ -10,7 +10,7 @@ use std::sync::Arc;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::job::{Pace, resync};
 use halfsilver::mirror::{
-    Attachment, Backing, Disk, DiskOptions, Epoch, EpochClock, LegImage, LegState, Owned, Pair, Request, Ticket,
+    Attachment, Backing, Disk, DiskOptions, Epoch, EpochClock, LegImage, LegState, Pair, Request, Ticket,
 };
 use halfsilver::store::{BlockIndex, DiskRecord, LegRecord, MirrorRecord};
 use uuid::Uuid;
@@ -319,15 +319,13 @@ impl Machine {
         }
         if let Some(daemon) = self.daemon() {
             let chain = daemon.disk.chain();
-            if chain.links().iter().filter(|link| link.layer.log.is_some()).count() > 1 {
+            if chain.links().iter().filter(|link| link.layer.log().is_some()).count() > 1 {
                 counts.add("several logs");
             }
             if chain.links().iter().any(|link| link.splits) {
                 counts.add("a mirror that was split");
             }
-            if chain.links().len() > 2
-                && chain.links()[..chain.live()].iter().any(|l| matches!(l.layer.owned, Owned::All))
-            {
+            if chain.links().len() > 2 && chain.links()[..chain.live()].iter().any(|l| l.layer.is_full()) {
                 counts.add("a frozen full image");
             }
         }
@@ -547,6 +545,6 @@ pub fn legs_are_equal(daemon: &Daemon) -> Result<(), String> {
 /// How many entries a log has.
 pub fn entries_of_logs(daemon: &Daemon) -> usize {
     let chain = daemon.disk.chain();
-    let tables = chain.links().iter().filter_map(|link| link.layer.log.as_ref().map(|log| log.table.table().clone()));
+    let tables = chain.links().iter().filter_map(|link| link.layer.log().map(|log| log.table.table().clone()));
     tables.map(|table| table.next_set(BlockIndex(0)).map_or(0, |_| usize::try_from(table.count()).unwrap())).sum()
 }

@@ -65,7 +65,7 @@ impl Mirror {
 
     /// What a write to VLUN A or VLUN B will do.
     fn plan(&self, vlun: usize, block: usize, whole: bool) -> BlockPlan {
-        BlockPlan::decide(&self.bench.disk.chain(), vlun, BlockIndex(block as u64), whole)
+        BlockPlan::decide(self.bench.disk.chain().at(vlun), BlockIndex(block as u64), whole)
     }
 
     fn entry(&self, vlun: usize, block: usize) -> bool {

@@ -23,6 +23,7 @@ mod saved;
 mod schedule;
 mod sim;
 mod strategies;
+mod tables;
 mod volumes;
 mod waits;
 mod world;

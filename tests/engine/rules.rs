@@ -1,8 +1,11 @@
 //! Single rules of the mirror, step by step, each with the one situation that it is about.
 
-use halfsilver::image::AlignedBuf;
-use halfsilver::image::{ByteOffset, GuestBuf, OpKind};
-use halfsilver::mirror::{BlockPlan, Copy, Request, RequestError};
+use std::sync::Arc;
+
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
+use halfsilver::mirror::{
+    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, VersionId, Writers,
+};
 use halfsilver::store::BlockIndex;
 
 use crate::bench::{BLOCK, BLOCKS, Bench, block, write_of};
@@ -114,7 +117,7 @@ fn a_discard_waits_until_nobody_reads_the_block() {
 fn the_plan_of_a_write_can_be_read() {
     let bench = Bench::new();
     let block = BlockIndex(0);
-    let plan = |writer, whole| BlockPlan::decide(&bench.disk.chain(), writer, block, whole);
+    let plan = |writer, whole| BlockPlan::decide(bench.disk.chain().at(writer), block, whole);
     assert_eq!(plan(0, false), BlockPlan::plain(0));
     bench.cut();
     let first = BlockPlan { preserve: Some(Copy { from: 1, to: 0 }), ..BlockPlan::plain(1) };
@@ -304,4 +307,24 @@ fn a_durable_write_of_a_log_makes_earlier_entries_durable() {
     write(&old, 1, false);
     write(&old, 1, true);
     assert_eq!(bench.entries_of(&durable), [2]);
+}
+
+#[test]
+fn a_group_that_cannot_be_cut_changes_no_disk() {
+    let bench = Bench::new();
+    let other = Disk::plain(bench.clock.clone(), Arc::new(bench.empty_image("other")), false).unwrap();
+    let prepared = |disk: &Arc<Disk>, of: fn(Layer) -> NewLayer| PreparedSnapshot {
+        disk: disk.clone(),
+        layer: of(Layer::of(Backing::One(Arc::new(bench.empty_image("layer"))), bench.table())),
+        new_live: VersionId::new_v4(),
+        changed: None,
+    };
+    let (to_log, to_frozen) = (|layer| NewLayer::Live { layer }, |layer| NewLayer::Frozen { layer });
+    bench.editor.cut(vec![prepared(&other, to_log)], Writers::Request).unwrap();
+    let group = vec![prepared(&bench.disk, to_frozen), prepared(&other, to_frozen)];
+    let cut =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| bench.editor.cut(group, Writers::Request).map(drop)));
+    assert!(cut.is_err(), "a log lies above the full image of the second disk");
+    assert_eq!(bench.disk.chain().live(), 0, "the first one has a version of an epoch that never came");
+    assert_eq!(bench.editor.cut(vec![prepared(&bench.disk, to_frozen)], Writers::Request).unwrap().frozen.len(), 1);
 }

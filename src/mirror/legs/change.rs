@@ -12,12 +12,12 @@ use uuid::Uuid;
 
 use super::intent::{Intent, wait_for_holders};
 use super::state::{Leg, LegImage, LegState, LegStatus, Shape, State};
-use super::{Core, Pair, PairError, REGION_BYTES_MIN, image_of, join_all};
+use super::{Core, Pair, PairError, REGION_BYTES_MIN, image_of};
 use crate::image::{
-    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, read_exact_at, write_all_at,
+    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, write_all_at,
 };
+use crate::mirror::lock::{BlockLocks, Mode};
 use crate::mirror::planted::{self, Defect};
-use crate::mirror::{BlockLocks, Disk, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
 
@@ -463,12 +463,4 @@ async fn copy_bytes(
         return Ok(());
     }
     write_all_at(image_of(state, place), queue, at, IoBuf::Owned(bytes), false).await
-}
-
-impl Disk {
-    /// The locks of this disk's blocks, for copies that go below its versions.
-    #[must_use]
-    pub fn block_locks(&self) -> &BlockLocks {
-        &self.locks
-    }
 }

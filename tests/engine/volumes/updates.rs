@@ -101,7 +101,7 @@ fn what_changed_is_told_in_blocks_of_another_size() {
         let changed = Some(Arc::new(Table::in_memory(blocks).unwrap()));
         let volume = super::Disk::noting_volume(bench.clock.clone(), options, origin, (live, layer), changed);
         let chain = volume.chain();
-        let halfsilver::mirror::Owned::Table(owned) = &chain.layer(1).owned else { panic!("it has a log") };
+        let Some(owned) = chain.layer(1).table() else { panic!("it has a log") };
         let every = BlockRange { start: BlockIndex(0), end: BlockIndex(blocks) };
         owned.prepare(every).unwrap();
         owned.set(every);

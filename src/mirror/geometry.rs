@@ -1,0 +1,60 @@
+//! Positions of a disk: its size, its blocks, and how many of them are done at once.
+
+use super::BLOCKS_PER_GUARD_MAX;
+use crate::image::ByteOffset;
+use crate::store::BlockRange;
+
+/// What a part of a request copies at most, if its blocks are not larger.
+const PART_BYTES_MAX: u64 = 4 << 20;
+
+/// The most bytes of a run: a guest's write to one of its blocks may wait for the copy of all of them, which at this size
+/// takes little longer than that of one.
+const RUN_BYTES_MAX: u64 = 64 << 10;
+
+/// What frontends see of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size in bytes; a multiple of 512.
+    pub size_bytes: u64,
+    /// Logical block size to announce (512 or 4096).
+    pub logical_block_bytes: u32,
+    /// The block size of tables and locks: what discards and zeroes are best aligned to.
+    pub block_bytes: u32,
+}
+
+impl Geometry {
+    /// How many blocks the tables have.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.size_bytes.div_ceil(u64::from(self.block_bytes))
+    }
+
+    /// How many blocks a part of a request may have: as many as one guard holds, but no more bytes than can be copied
+    /// in memory of our own for each request of each queue.
+    #[must_use]
+    pub fn blocks_per_part(&self) -> u64 {
+        (PART_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
+    }
+
+    /// The blocks that some bytes touch.
+    #[must_use]
+    pub fn covering(&self, at: ByteOffset, len: u64) -> BlockRange {
+        BlockRange::covering(at, len, self.block_bytes)
+    }
+
+    /// The bytes of some blocks; the disk's last block may be short.
+    #[must_use]
+    pub fn bytes(&self, blocks: BlockRange) -> (ByteOffset, u64) {
+        blocks.bytes(self.block_bytes, self.size_bytes)
+    }
+
+    /// How many blocks a job copies under one guard at most.
+    #[must_use]
+    pub fn blocks_per_run(&self) -> u64 {
+        (RUN_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
+    }
+}
+
+pub(super) fn usize_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a request's bytes fit the address space")
+}

@@ -1,0 +1,114 @@
+//! A version's layer: an image, which blocks of it count, and what is kept of that for a power cut.
+
+use std::sync::Arc;
+
+use super::Backing;
+use crate::store::{BlockIndex, DurableTable, Table};
+
+/// An image and which blocks of it count.
+#[derive(Clone)]
+pub struct Layer {
+    /// Where the bytes are, at the disk's own positions.
+    pub image: Backing,
+    kind: Kind,
+}
+
+/// What a layer is for. The table of one that outlives a power cut is here as well: a look at a block goes straight to it.
+#[derive(Clone)]
+enum Kind {
+    /// It has every block: the pivot's.
+    Full,
+    /// It has what the table says, as long as the machine runs.
+    Table(Arc<Table>),
+    /// What is saved for a frozen version below the pivot, and outlives a power cut.
+    Saved(Arc<Table>, Arc<Saved>),
+    /// A log, whose table says where the only copy of acknowledged bytes is.
+    Log(Arc<Table>, Arc<Log>),
+}
+
+/// What a log has to survive a power cut.
+pub struct Log {
+    /// The durable copy of the layer's table, committed at each flush.
+    pub table: DurableTable,
+    /// Blocks whose entries were deleted. Their places are given back when that is durable: until then the durable
+    /// table still points to them.
+    pub freed: Table,
+}
+
+/// What a frozen version below the pivot has to survive a power cut: its bytes are durable before the entry is, and the
+/// entry is before the overwrite that it announces.
+pub struct Saved {
+    /// The durable copy of the layer's table.
+    pub table: DurableTable,
+    /// Makes durable that nothing of the layer is to be believed any more; the overwrites that it cannot follow come after
+    /// that. Blocks the thread, may be called again, and says why it could not.
+    pub revoke: Revoke,
+}
+
+/// See [`Saved::revoke`].
+pub type Revoke = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+
+impl Layer {
+    /// A layer that has everything.
+    #[must_use]
+    pub fn full(image: Backing) -> Layer {
+        Layer { image, kind: Kind::Full }
+    }
+
+    /// A layer that has what its table says.
+    #[must_use]
+    pub fn of(image: Backing, table: Arc<Table>) -> Layer {
+        Layer { image, kind: Kind::Table(table) }
+    }
+
+    /// The same, for a frozen version that outlives a power cut.
+    #[must_use]
+    pub fn saved(image: Backing, saved: Arc<Saved>) -> Layer {
+        Layer { image, kind: Kind::Saved(saved.table.table().clone(), saved) }
+    }
+
+    /// A log, whose table outlives a power cut.
+    #[must_use]
+    pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
+        Layer { image, kind: Kind::Log(log.table.table().clone(), log) }
+    }
+
+    /// Whether it has every block.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.kind, Kind::Full)
+    }
+
+    /// Which blocks it has; None if it has every one.
+    #[must_use]
+    pub fn table(&self) -> Option<&Arc<Table>> {
+        match &self.kind {
+            Kind::Full => None,
+            Kind::Table(table) | Kind::Saved(table, _) | Kind::Log(table, _) => Some(table),
+        }
+    }
+
+    /// What a frozen version's layer has to survive a power cut.
+    #[must_use]
+    pub fn saved_durably(&self) -> Option<&Arc<Saved>> {
+        match &self.kind {
+            Kind::Saved(_, saved) => Some(saved),
+            Kind::Full | Kind::Table(_) | Kind::Log(..) => None,
+        }
+    }
+
+    /// What a log has to survive a power cut.
+    #[must_use]
+    pub fn log(&self) -> Option<&Arc<Log>> {
+        match &self.kind {
+            Kind::Log(_, log) => Some(log),
+            Kind::Full | Kind::Table(_) | Kind::Saved(..) => None,
+        }
+    }
+
+    /// Whether the layer holds the block.
+    #[must_use]
+    pub fn owns(&self, block: BlockIndex) -> bool {
+        self.table().is_none_or(|table| table.get(block))
+    }
+}
