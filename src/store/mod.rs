@@ -23,13 +23,13 @@ mod work;
 
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
+pub use error::TableError;
 pub use record::{
     BookmarkRecord, ChangedRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, SnapshotRecord,
     VolumeRecord,
 };
 pub use records::{ExaminedRecords, RecordError, Records, Remembered, UnreadableRecord};
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
-pub use error::TableError;
 pub use table::{Table, sync_directory_of};
 pub use table_files::TableFiles;
 pub use work::{Work, WorkRecord};

@@ -45,8 +45,8 @@ mod stopped_jobs;
 mod strategies;
 mod survival;
 mod trouble;
-mod unserved;
 mod unreadable;
+mod unserved;
 mod updates;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]
 #[path = "../wire/vmm.rs"]
