@@ -190,7 +190,8 @@ pub(super) fn split() -> DiskRecord {
     record.snapshots.push(SnapshotRecord { owns_all: true, image: "/leg1".into(), ..snapshot(4, "c", 12) });
     record.live_splits = true;
     let leg = |n, path: &str| LegRecord { id: id(n), path: path.into(), saved: Some(LOOKS) };
-    record.mirror = Some(MirrorRecord { bitmap: id(50), legs: vec![leg(51, "/leg0"), leg(52, "/leg1")] });
+    record.mirror =
+        Some(MirrorRecord { bitmap: id(50), legs: vec![leg(51, "/leg0"), leg(52, "/leg1")], stopped: false });
     record
 }
 

@@ -497,7 +497,7 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
         let count = if legs == Legs::One { 1 } else { 2 };
         let leg = |(at, id)| LegRecord { id, path: format!("legs/{at}").into(), saved: None };
         let legs = ids.into_iter().enumerate().take(count).map(leg);
-        MirrorRecord { bitmap, legs: legs.collect() }
+        MirrorRecord { bitmap, legs: legs.collect(), stopped: false }
     });
     host.record = Some(DiskRecord {
         id: Uuid::from_u128(2),

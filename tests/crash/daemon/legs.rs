@@ -25,7 +25,11 @@ pub(super) struct Mirror {
 
 impl Mirror {
     pub(super) fn to_record(&self) -> MirrorRecord {
-        MirrorRecord { bitmap: self.bitmap, legs: self.legs.iter().map(|(leg, _)| leg.clone()).collect() }
+        MirrorRecord {
+            bitmap: self.bitmap,
+            legs: self.legs.iter().map(|(leg, _)| leg.clone()).collect(),
+            stopped: false,
+        }
     }
 
     fn state_of(&self, id: Uuid) -> Option<LegState> {
