@@ -6,16 +6,15 @@
 //! |--------------|-----------------------------------------------------------|-------------------------------|
 //! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
 //! | `store`      | durable records, and tables of blocks                     | image, crash                  |
-//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync, planted   |
-//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, planted, crash |
+//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
+//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, crash   |
 //! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image, crash          |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `registry`   | what there is, and what needs what; decides, purely       | control (names and words)     |
 //! | `recovery`   | what a start makes of what was left: decided, and opened  | mirror, store, image          |
 //! | `daemon`     | configuration, wiring, start and stop                     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
-//! | `planted`    | defects that tests switch on, in no release               | –                             |
-//! | `sync`       | the synchronisation types that a model may replace        | –                             |
+//! | `sync`       | the synchronisation types that explored tests replace     | –                             |
 //! | `crash`      | points at which a test kills the program                  | –                             |
 
 pub mod cli;
@@ -25,7 +24,6 @@ pub mod daemon;
 pub mod image;
 pub mod job;
 pub mod mirror;
-pub mod planted;
 pub mod recovery;
 pub mod registry;
 pub mod store;

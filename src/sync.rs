@@ -1,17 +1,8 @@
-//! The synchronisation types of the parts whose interleavings are explored: the standard ones, or with the feature
-//! `model` those of a scheduler that tries every order.
+//! The synchronisation types of the parts whose interleavings are explored: the standard ones. `scripts/weave` puts
+//! `tests/planted/sync.rs` in the place of this file, which can exchange them for those of a scheduler that tries every order.
 
-#[cfg(not(feature = "model"))]
-mod imp {
-    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-    pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
-}
-#[cfg(feature = "model")]
-mod imp {
-    pub(crate) use shuttle::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-    pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock};
-}
-pub(crate) use imp::*;
+pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock};
 
 /// Locks a mutex whose data stays valid whatever happened to an earlier holder.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

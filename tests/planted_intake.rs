@@ -3,8 +3,8 @@
 
 #![cfg(feature = "planted")]
 
-use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{Epoch, EpochClock};
+use halfsilver::planted::{Defect, plant};
 use halfsilver::vhost_user::{AvailSource, intake};
 
 /// A ring whose driver announces a request just after a cut, both just before the index is loaded.

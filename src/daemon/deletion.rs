@@ -20,7 +20,6 @@ use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotR
 use crate::crash;
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Chain, Epoch, RetireError};
 use crate::registry::Command;
 
@@ -157,9 +156,7 @@ impl Manager {
         if let Some(version) = &entry.version {
             version.set_leaves_mark(keep_bookmark);
         }
-        if !planted::is(Defect::DeletionBeforeRecord)
-            && let Err(e) = self.persist(std::slice::from_ref(disk))
-        {
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             locked(&entry.record).deleting = false;
             return Err(e);
         }
@@ -333,7 +330,7 @@ pub(super) struct Turn<'a>(&'a AtomicBool);
 
 impl Turn<'_> {
     pub(super) fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
-        (!retires.swap(true, Ordering::AcqRel) || planted::is(Defect::RetiresSideBySide)).then(|| Turn(retires))
+        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
     }
 }
 

@@ -17,7 +17,6 @@ use crate::control::api;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 use crate::mirror::Changed;
-use crate::mirror::planted::{self, Defect};
 use crate::registry::Command;
 
 impl Manager {
@@ -66,9 +65,6 @@ impl Manager {
 
     fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
         locked(&disk.standing).disabled = disabled;
-        if planted::is(Defect::DisabledNotRecorded) {
-            return Ok(());
-        }
         self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
     }
 
@@ -77,7 +73,7 @@ impl Manager {
         let name = &disk.name;
         // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
         // content differs from theirs.
-        if !disk.bookmarks().is_empty() && !planted::is(Defect::BegunAnewBookmarked) {
+        if !disk.bookmarks().is_empty() {
             let what = in_volume(name, "it has bookmarks of what was written to it");
             return Err(
                 ApiError::new(ErrorCode::VolumeBusy, what).with_action("delete them first: halfsilver bookmark delete")
@@ -96,9 +92,6 @@ impl Manager {
         };
         let changed = self.make_changed_table(live, disk.disk.geometry()).map_err(table_error).map_err(undo)?;
         let changed = Changed::Noted(changed);
-        if planted::is(Defect::OldLogDroppedFirst) {
-            self.remove_layer(old, &was);
-        }
         crash::point("before a volume is begun anew");
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));

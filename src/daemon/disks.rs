@@ -23,7 +23,6 @@ use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome, SnapshotRef};
 use crate::image::ImageOptions;
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
 use crate::registry::{ClaimKey, Wanted};
@@ -366,9 +365,7 @@ impl Manager {
         unsaved.former_legs.clone_from(&former_legs);
         unsaved.bookmarks = with_tables(&bookmarks, &disk);
         unsaved.restore.clone_from(&restore);
-        if !planted::is(Defect::StillSaved) {
-            self.records.put([&unsaved]).map_err(record_error)?;
-        }
+        self.records.put([&unsaved]).map_err(record_error)?;
 
         let frontends = Frontends::new(name, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();

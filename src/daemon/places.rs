@@ -13,7 +13,6 @@ use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use super::strays;
-use crate::mirror::planted::{self, Defect};
 use crate::store::{DiskRecord, Remembered, TableFiles};
 
 /// The directories, checked and locked.
@@ -318,12 +317,7 @@ pub(super) fn lock(dir: &Path, option: &'static str) -> Result<File, PlaceError>
         .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(error)?;
-    let free = match option {
-        "--state-dir" => planted::is(Defect::StateDirNotLocked),
-        _ => planted::is(Defect::RunDirNotLocked),
-    };
-    let how = if free { FlockOperation::Unlock } else { FlockOperation::NonBlockingLockExclusive };
-    match rustix::fs::flock(&file, how) {
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(dir, option, file).map_err(error)?),
         Err(e) => return Err(error(e.into())),

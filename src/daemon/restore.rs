@@ -24,7 +24,6 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::image::IoQueue;
 use crate::job::{self, Outcome};
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Changes, ClosedDisk, Disk, RestoreSource, Restoring, Saved, View};
 use crate::recovery::Recovery;
 use crate::registry::{Answer, Command, Operation, Registry, decide};
@@ -229,9 +228,7 @@ impl Manager {
         let pending = in_ring(work)?;
         crash::point("before a restore is recorded");
         *locked(&disk.restore) = Some(RestoreRecord { is_active: true, ..record });
-        if !planted::is(Defect::RestoreNotRecorded)
-            && let Err(e) = self.persist(std::slice::from_ref(disk))
-        {
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             in_ring(async move |queue| {
                 forget_pending(&pending, &queue).await;
                 Ok(())
@@ -245,9 +242,6 @@ impl Manager {
 
     /// From now on what is saved for the versions that `version` reads through outlives a power cut, also below a volume.
     fn make_outlive_power_cuts(&self, disk: &Arc<DiskEntry>, version: Uuid) -> Result<(), ApiError> {
-        if planted::is(Defect::RestoredOnlySaved) {
-            return Ok(());
-        }
         let mut made = Vec::new();
         let done = self.save_durably(disk, version, &mut made).and_then(|()| {
             crash::point("before it is recorded that a layer outlives power cuts");
@@ -449,9 +443,6 @@ async fn find_pending(
         None => disk.find_differences(source, pending.table()),
     };
     found.map_err(|e| e.to_string())?;
-    if planted::is(Defect::PendingNotStored) {
-        return Ok(());
-    }
     pending.commit(queue).await.map_err(|e| e.to_string())
 }
 

@@ -8,7 +8,6 @@ use super::layers::block_on;
 use super::manager::Manager;
 use crate::image::IoQueue;
 use crate::mirror::Backing;
-use crate::mirror::planted::{self, Defect};
 use crate::store::Fingerprint;
 
 impl Manager {
@@ -21,7 +20,7 @@ impl Manager {
             log::warn!("disk {}: {reason}; it is left as it is", disk.name);
             return Ok(());
         }
-        if !disk.disk.is_read_only() && !planted::is(Defect::StopWithoutSync) {
+        if !disk.disk.is_read_only() {
             sync(disk.base())?;
         }
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());

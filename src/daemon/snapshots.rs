@@ -20,7 +20,6 @@ use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{self, Disk, Epoch, NewLayer, PreparedSnapshot, Version};
 use crate::registry::{ClaimKey, Command};
 use crate::store::{DiskRecord, SnapshotRecord};
@@ -348,7 +347,7 @@ impl Manager {
         if let Some(version) = &entry.version {
             version.set_quiesced();
         }
-        if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) && !planted::is(Defect::QuiescedUnasked) {
+        if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
             return true; // Its disk has been removed, and must not come back with it.
         }
         if locked(&entry.record).quiesced_ms.is_some() {
@@ -359,9 +358,7 @@ impl Manager {
         let quiesced_ms = Some(Timestamp::now().unix_ms());
         let mut record = disk.to_record();
         record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
-        if !planted::is(Defect::QuiescedBeforeRecord)
-            && let Err(e) = self.records.put([&record])
-        {
+        if let Err(e) = self.records.put([&record]) {
             let what = format!("that it is quiesced cannot be recorded yet: {e}");
             if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
                 log::error!("snapshot {}: {what}", entry.reference);

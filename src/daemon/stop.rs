@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use super::ServeError;
 use super::entry::{DiskEntry, locked};
 use super::manager::{HouseNews, Manager};
-use crate::mirror::planted::{self, Defect};
 
 /// How long a stop may take. The unit in qemu/systemd gives it 90 s.
 const STOP_WAIT: Duration = Duration::from_secs(60);
@@ -35,9 +34,6 @@ impl Manager {
             log::error!("'{left}' is still under way, and is not waited for");
         }
         let disks = self.all_disks();
-        for disk in disks.iter().filter(|_| planted::is(Defect::SavedBeforeDrained)) {
-            self.save(disk).map_err(ServeError::Unsaved)?;
-        }
         let ended = self.for_each_disk(&disks, deadline, |_, disk| {
             // Requests may still wait for a volume, when the start ends half way.
             let awaited = locked(&disk.awaited).take();
@@ -62,9 +58,6 @@ impl Manager {
             // No request is left, so every version is quiesced.
             for snapshot in disk.snapshots().iter().filter(|s| s.version.is_some()) {
                 manager.store_and_record_quiesced(disk, snapshot);
-            }
-            if planted::is(Defect::SavedBeforeDrained) {
-                return Ok(());
             }
             manager.save(disk)
         });

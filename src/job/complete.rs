@@ -10,7 +10,6 @@ use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
 use crate::crash;
 use crate::image::{ImageError, IoQueue};
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{Backing, Copied, Disk, Ticket};
 use crate::store::{BlockIndex, DurableTable};
 
@@ -65,9 +64,6 @@ pub async fn update(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<
 /// # Errors
 /// When either cannot be stored.
 pub async fn store_kept(queue: &IoQueue, table: &DurableTable, image: &Backing) -> Result<(), ImageError> {
-    if planted::is(Defect::KeptBeforeBytes) {
-        return table.commit(queue).await;
-    }
     // What was copied just before may not be there yet.
     table.commit_after(queue, || image.sync(queue)).await
 }
@@ -80,9 +76,7 @@ async fn fill(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Result<Outcom
     if run(&mut step, &queue, &disk, &pace).await? == Outcome::Stopped {
         return Ok(Outcome::Stopped);
     }
-    if !planted::is(Defect::IndependentBeforeStored) {
-        step.store(&queue).await?;
-    }
+    step.store(&queue).await?;
     pace.done_bytes.store(total, Ordering::Relaxed);
     Ok(Outcome::Done)
 }

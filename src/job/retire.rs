@@ -7,7 +7,6 @@ use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
 use crate::crash;
 use crate::image::IoQueue;
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{ChainEditor, Copied, Disk, Epoch, RequestError, Ticket, Version, VersionId};
 use crate::store::BlockIndex;
 
@@ -65,9 +64,7 @@ pub async fn retire(
     grace: Epoch,
     pace: Arc<Pace>,
 ) -> Result<Outcome, String> {
-    if !planted::is(Defect::FoldWithoutGrace) {
-        disk.clock().drained(grace).await;
-    }
+    disk.clock().drained(grace).await;
     // Of a job that goes on, some is done already.
     let done = pace.done_bytes.load(Ordering::Relaxed);
     let total = done + disk.blocks_to_let_go(version.id) * u64::from(disk.geometry().block_bytes);
@@ -76,9 +73,7 @@ pub async fn retire(
         return Ok(Outcome::Stopped);
     }
     crash::point("after the last block of a deletion");
-    if !planted::is(Defect::GoneBeforeCommit) {
-        disk.settle(&queue, version.id).await?;
-    }
+    disk.settle(&queue, version.id).await?;
     editor.finish_retire(&disk, version.id);
     Ok(Outcome::Done)
 }

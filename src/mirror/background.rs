@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::planted::{self, Defect};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
 /// What background work may have in flight beside an active guest, unless a disk is told otherwise.
@@ -28,11 +27,7 @@ const PIECE_BYTES_MAX: u64 = 64 << 10;
 
 /// How long a guest without a request in flight still counts as active: one that waits for each `fsync`
 /// before it goes on pauses about as long as the disk takes.
-#[cfg(not(feature = "model"))]
 const LINGER: Duration = Duration::from_millis(10);
-/// None, so that a model does not depend on the clock.
-#[cfg(feature = "model")]
-const LINGER: Duration = Duration::ZERO;
 
 /// One disk's guest, and the turns of those who work in the background.
 pub struct Background {
@@ -217,9 +212,6 @@ impl Background {
     /// Gives turns to those at the head of the queue, as far as the window goes.
     fn grant(&self, turns: &mut Turns) -> Vec<Waker> {
         let mut wakers = Vec::new();
-        if planted::is(Defect::TurnNotPassedOn) {
-            return wakers;
-        }
         let window = self.window();
         while let Some(first) = turns.waiting.front() {
             let mut waiter = lock(&first.state);
@@ -247,7 +239,7 @@ impl Background {
 fn share_of(window: Option<u64>, in_flight_bytes: u64, wish: Wish) -> Option<Share> {
     let Some(window) = window else { return Some(Share { bytes: wish.most, counted: 0 }) };
     let piece = wish.most.min(PIECE_BYTES_MAX.min(window)).max(wish.least);
-    let fits = in_flight_bytes == 0 || in_flight_bytes + piece <= window || planted::is(Defect::WindowNotKept);
+    let fits = in_flight_bytes == 0 || in_flight_bytes + piece <= window;
     fits.then_some(Share { bytes: piece, counted: piece })
 }
 
@@ -332,12 +324,10 @@ impl GuestQueue {
 
 impl Drop for GuestQueue {
     fn drop(&mut self) {
-        if !planted::is(Defect::GoneGuestStaysActive) {
-            self.ends(Instant::now());
-        }
+        self.ends(Instant::now());
     }
 }
 
-#[cfg(all(test, not(feature = "model")))]
+#[cfg(test)]
 #[path = "background_tests.rs"]
 mod tests;

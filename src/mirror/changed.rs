@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use super::planted::{self, Defect};
 use crate::store::Table;
 
 const NO_ROOM: &str = "the run directory had no room for its changed table";
@@ -51,7 +50,7 @@ impl Changed {
     pub(super) fn take_in(&self, gone: Option<&Changed>) {
         let Changed::Noted(table) = self else { return };
         let merged = gone.and_then(|gone| gone.known().ok()).is_some_and(|gone| table.merge(gone).is_ok());
-        if !merged && !planted::is(Defect::UnknownTakenAsUnchanged) {
+        if !merged {
             table.mark_broken();
         }
     }

@@ -13,7 +13,6 @@
 
 use std::sync::Arc;
 
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Link, Mark, VersionId, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -174,9 +173,7 @@ fn moments<'a>(chain: &'a Chain, marks: &'a [Arc<Mark>]) -> Vec<Moment<'a>> {
 fn hand_on(chain: &Chain, marks: &[Arc<Mark>], began: Epoch) {
     let all = moments(chain, marks);
     let Some(at) = all.iter().position(|moment| moment.began == began).filter(|&at| at > 0) else { return };
-    if let Some(next) = all.get(at + 1).and_then(|next| next.changed)
-        && !planted::is(Defect::ChangesNotMerged)
-    {
+    if let Some(next) = all.get(at + 1).and_then(|next| next.changed) {
         next.take_in(all[at].changed);
     }
 }
@@ -292,7 +289,7 @@ impl Disk {
         let (tables, unknown): (Vec<_>, Vec<_>) = between.map(known).partition(Result::is_ok);
         let tables = tables.into_iter().flatten().collect();
         let blocks = self.geometry.blocks();
-        match unknown.into_iter().find_map(Result::err).filter(|_| !planted::is(Defect::UnknownTakenAsUnchanged)) {
+        match unknown.into_iter().find_map(Result::err) {
             None => Ok(Changes { blocks, tables, ends: None }),
             Some(why) => by_owners(blocks, &chain, start, end).ok_or(NoChanges::Unknown(why)),
         }

@@ -10,7 +10,6 @@
 
 use std::sync::Arc;
 
-use super::planted::{self, Defect};
 use super::runs::those;
 use super::{
     BLOCKS_PER_GUARD_MAX, Backing, Chain, ChainEditor, Changed, Copied, Copy, Disk, Layer, Link, Mark, Ticket,
@@ -57,10 +56,7 @@ impl Disk {
         let chain = self.chain();
         let table = table_to_fill(&chain).ok()??;
         // What the guest wrote meanwhile is in the log, and so is what was there of an entry that is gone.
-        let zeros = match planted::is(Defect::FilledOverOldBytes) {
-            true => self.geometry.bytes(run).1,
-            false => chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1),
-        };
+        let zeros = chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1);
         let run = self.whole_blocks(first, zeros)?;
         table.prepare(run).ok()?;
         table.set(run);
@@ -82,14 +78,11 @@ impl Disk {
         // Only now: a guest may have written some of it, and a cut may have come in between.
         let chain = self.chain();
         let Some(table) = table_to_fill(&chain)? else { return Ok(()) };
-        let left = those(run, |block| !table.get(block) || planted::is(Defect::FilledOverWritten));
+        let left = those(run, |block| !table.get(block));
         let copies = left.map(|part| {
             let chain = &chain;
             async move {
                 table.prepare(part).map_err(|e| format!("its table cannot grow: {e}"))?;
-                if planted::is(Defect::FilledBitFirst) {
-                    table.set(part);
-                }
                 self.copy_blocks(queue, chain, part, Copy { from: ORIGIN, to: OLDEST_LOG }).await?;
                 table.set(part);
                 Ok(())

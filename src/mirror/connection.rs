@@ -199,7 +199,7 @@ impl Drop for Connection {
     }
 }
 
-#[cfg(all(test, not(feature = "model")))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::mirror::EpochLane;

@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::{
     Backing, Chain, ChainEditor, Changed, Disk, Epoch, Layer, Link, PinChange, TooManyDraining, Version, VersionId,
@@ -101,22 +100,12 @@ impl ChainEditor {
         let mut frozen = Vec::with_capacity(group.len());
         for prepared in group {
             let disk = prepared.disk.clone();
-            let began = if planted::is(Defect::CutPerDisk) { self.clock.current().next() } else { coming };
+            let began = coming;
             frozen.push(disk.publish(prepared, began));
-            if planted::is(Defect::CutPerDisk) {
-                self.clock.advance()?;
-                // Long enough for whole writes of a running guest; a real defect has all the time there is.
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
         }
-        let pins = if planted::is(Defect::PinAfterCut) { Vec::new() } else { pin() };
-        if !planted::is(Defect::CutPerDisk) {
-            self.clock.advance()?;
-        }
+        let pins = pin();
+        self.clock.advance()?;
         drop(pins);
-        if planted::is(Defect::PinAfterCut) {
-            drop(pin());
-        }
         Ok(Cut { ended: coming.previous(), frozen })
     }
 
@@ -131,13 +120,8 @@ impl ChainEditor {
             return Err(TooManyDraining);
         }
         let coming = self.clock.current().next();
-        if planted::is(Defect::CutOverAfterMove) {
-            self.clock.advance()?;
-        }
         let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
-        if !planted::is(Defect::CutOverAfterMove) {
-            self.clock.advance()?;
-        }
+        self.clock.advance()?;
         Ok(changes.iter().map(PinChange::count).sum())
     }
 

@@ -3,7 +3,6 @@
 //! While an older version reads through a block, a discard of it is only remembered. It is carried out when the last
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::{Chain, Disk, Epoch, Mode, RequestError, Ticket, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, IoQueue};
@@ -68,7 +67,7 @@ impl Disk {
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
-                    note(writer, run);
+                    writer.note(run);
                     chain.layer(home).image.release(queue, at, len).await?;
                     self.discards.clear(run);
                 }
@@ -98,20 +97,17 @@ impl Disk {
     ) -> Result<Option<BlockIndex>, RequestError> {
         let Some(block) = self.discards.next_set(from) else { return Ok(None) };
         let one = BlockRange::one(block);
-        let _guard = match planted::is(Defect::DiscardNotLocked) {
-            true => None,
-            false => Some(self.locks.acquire(one, Mode::Exclusive).await),
-        };
+        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
         let chain = self.chain();
         if !matches!(chain.restore(), Restore::None) {
             return Ok(Some(BlockIndex(block.0 + 1))); // What was discarded before may be wanted again.
         }
         let writer = chain.at(chain.at_epoch(ticket.epoch()));
         let pivot = writer.segment().pivot;
-        let is_wanted = self.discards.get(block) || planted::is(Defect::DiscardNotRechecked);
+        let is_wanted = self.discards.get(block);
         if is_wanted && pivot >= writer.index && fate(writer, block) == (Fate::Now, pivot) {
             let (at, len) = self.geometry.bytes(one);
-            note(writer, one);
+            writer.note(one);
             chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(one);
         }
@@ -119,20 +115,10 @@ impl Disk {
     }
 }
 
-/// A discard that is carried out changes what its version shows.
-fn note(writer: VersionIn<'_>, blocks: BlockRange) {
-    if !planted::is(Defect::DiscardNotNoted) {
-        writer.note(blocks);
-    }
-}
-
 /// What becomes of a discard of version `writer`, and of whose layer it would be.
 fn fate(writer: VersionIn<'_>, block: BlockIndex) -> (Fate, VersionIndex) {
     let (chain, segment) = (writer.chain, writer.segment());
     let pivot = segment.pivot;
-    if planted::is(Defect::DiscardAtOnce) {
-        return (Fate::Now, pivot.max(writer.index));
-    }
     if writer.pending(block).is_some() {
         // It is not in the place that would be given back.
         return (Fate::Never, pivot);

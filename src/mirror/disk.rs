@@ -11,7 +11,6 @@ use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 
-use super::planted::{self, Defect};
 use super::{
     Background, Backing, BlockLocks, Chain, Changed, Connections, EpochClock, Geometry, Layer, Link, Mark, Turn,
     Version, VersionId, VersionIn, View,
@@ -205,14 +204,12 @@ impl Disk {
     pub fn break_version(&self, version: &Version, reason: &str) {
         let chain = self.chain();
         // All of this first: a daemon that is killed now must not find the version whole.
-        let marks = version.broken().is_none() && !planted::is(Defect::BrokenNotMarked);
+        let marks = version.broken().is_none();
         if let Some(observer) = self.observer.get().filter(|_| marks) {
             observer.version_breaks(version.id, reason);
         }
         if let Some(layer) = chain.position(version.id).map(|i| chain.layer(i)) {
-            if let Some(table) = layer.table()
-                && !planted::is(Defect::BrokenNotMarked)
-            {
+            if let Some(table) = layer.table() {
                 table.mark_broken();
             }
             if let Some(saved) = layer.saved_durably().filter(|_| version.broken().is_none())
@@ -235,7 +232,7 @@ impl Disk {
     /// the version is one that would be believed after a power cut; if that cannot be had the overwrite must not be made.
     pub(super) fn give_up(&self, of: VersionIn<'_>, reason: &str) -> Result<(), ImageError> {
         let layer = of.layer();
-        if let Some(saved) = layer.saved_durably().filter(|_| !planted::is(Defect::GivenUpInMemory)) {
+        if let Some(saved) = layer.saved_durably() {
             (saved.revoke)().map_err(|e| {
                 let what = format!("a snapshot cannot keep what is overwritten ({reason}), nor be given up ({e})");
                 ImageError::new(ImageErrorKind::Io, ImageOp::Write, layer.image.path(), what)

@@ -7,7 +7,6 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::{Chain, Disk, Epoch, Layer, Log, Mode, RequestError, VersionId, VersionIn, VersionIndex};
 use crate::image::{ImageError, IoQueue, join_all};
@@ -27,12 +26,6 @@ impl Disk {
         }
         // Before the commit: only what was deleted until now is deleted durably when it is done.
         let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
-        if planted::is(Defect::ReclaimBeforeStored) {
-            for place in freed {
-                self.reclaim(queue, &chain, place).await;
-            }
-            return self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await;
-        }
         self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await?;
         for place in freed {
             self.reclaim(queue, &chain, place).await;
@@ -62,7 +55,7 @@ impl Disk {
         let chain = self.chain();
         let Some(index) = chain.position(id) else { return Ok(()) };
         let of = chain.at(index);
-        if of.is_below_pivot() && of.layer().saved_durably().is_none() || planted::is(Defect::ShownNotStored) {
+        if of.is_below_pivot() && of.layer().saved_durably().is_none() {
             return Ok(());
         }
         self.flush_layers(queue, &chain, of.way()).await.map_err(text)?;
@@ -77,10 +70,7 @@ impl Disk {
     pub(super) async fn commit_saved(&self, queue: &IoQueue, of: VersionIn<'_>) -> Result<(), String> {
         let layer = of.layer();
         let Some(saved) = layer.saved_durably() else { return Ok(()) };
-        let bytes = async || match planted::is(Defect::SavedWithoutBytes) {
-            true => Ok(()),
-            false => layer.image.sync(queue).await,
-        };
+        let bytes = async || layer.image.sync(queue).await;
         saved.table.commit_after(queue, bytes).await.map_err(|e| e.to_string())
     }
 
@@ -104,13 +94,6 @@ impl Disk {
     pub(super) async fn flush_live(&self, queue: &IoQueue, chain: &Chain) -> Result<(), ImageError> {
         let live = chain.at(chain.live()).way();
         let Some(restoring) = chain.restoring() else { return self.flush_layers(queue, chain, live).await };
-        if planted::is(Defect::SettledBeforeSync) {
-            restoring.pending().commit(queue).await?;
-            return self.flush_layers(queue, chain, live).await;
-        }
-        if planted::is(Defect::SettledNotStored) {
-            return self.flush_layers(queue, chain, live).await;
-        }
         restoring.pending().commit_after(queue, async || self.flush_layers(queue, chain, live.clone()).await).await
     }
 
@@ -134,7 +117,7 @@ impl Disk {
         layers: impl Iterator<Item = VersionIndex>,
     ) -> Result<(), ImageError> {
         let layers: Vec<&Layer> = layers.map(|i| chain.layer(i)).collect();
-        commit(queue, &layers, &layers).await
+        commit(queue, &layers).await
     }
 
     /// Whether some bytes of the live version are where only a log's table says.
@@ -155,12 +138,12 @@ impl Disk {
         let Some(log) = chain.layer(place.index).log() else { return };
         let one = BlockRange::one(place.block);
         let _guard = self.locks.acquire(one, Mode::Exclusive).await;
-        let is_same = self.locks.generation(one) == place.generation || planted::is(Defect::ReclaimFreedAgain);
+        let is_same = self.locks.generation(one) == place.generation;
         if !is_same && !log.table.table().get(place.block) {
             return;
         }
         log.freed.clear(one);
-        if log.table.table().get(place.block) && !planted::is(Defect::ReclaimBlindly) {
+        if log.table.table().get(place.block) {
             return;
         }
         let (at, len) = self.geometry.bytes(one);
@@ -186,38 +169,17 @@ struct Freed {
 fn commit<'a>(
     queue: &'a IoQueue,
     layers: &'a [&'a Layer],
-    all: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
         let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
-        let image = || -> Pin<Box<dyn Future<Output = Result<(), ImageError>>>> {
-            match () {
-                () if planted::is(Defect::BitsBeforeBytes) => Box::pin(async { Ok(()) }),
-                () if planted::is(Defect::ImagesByTheNearest) => Box::pin(async move {
-                    let images = if nearer.is_empty() { all } else { &[] };
-                    join_all(images.iter().map(|layer| layer.image.sync(queue)).collect()).await.into_iter().collect()
-                }),
-                () => Box::pin(farthest.image.sync(queue)),
-            }
-        };
         let first = async || -> Result<(), ImageError> {
-            if planted::is(Defect::LogsInWrongOrder) {
-                return image().await;
-            }
-            join_all(vec![image(), commit(queue, nearer, all)]).await.into_iter().collect()
+            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> = Box::pin(farthest.image.sync(queue));
+            join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
         };
         match farthest.log() {
-            Some(_) if planted::is(Defect::FlushWithoutCommit) => first().await,
             Some(log) => log.table.commit_after(queue, first).await,
             None => first().await,
-        }?;
-        if planted::is(Defect::LogsInWrongOrder) {
-            return commit(queue, nearer, all).await;
         }
-        if planted::is(Defect::BitsBeforeBytes) {
-            return farthest.image.sync(queue).await;
-        }
-        Ok(())
     })
 }
 

@@ -28,7 +28,6 @@ use uuid::Uuid;
 use self::intent::Intent;
 use self::state::{Shape, State};
 
-use super::planted::{self, Defect};
 use crate::image::{
     AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, release_range,
     sync, try_release_range, write_all_at, zero_range,
@@ -225,10 +224,7 @@ impl Pair {
     /// When no leg that is in sync could be synced.
     pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
         let state = self.core.state.load_full();
-        let mut places: Vec<usize> = state.written(self.splits).collect();
-        if planted::is(Defect::OneLegSynced) {
-            places.truncate(1);
-        }
+        let places: Vec<usize> = state.written(self.splits).collect();
         self.change(queue, &state, &places, ByteOffset(0), &Change::Sync).await
     }
 

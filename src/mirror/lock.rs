@@ -12,7 +12,6 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use super::planted::{self, Defect};
 use crate::store::{BlockIndex, BlockRange};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 
@@ -30,18 +29,11 @@ const QUEUED: u64 = 1 << 62;
 const SHARERS: u64 = QUEUED - 1;
 
 /// Slots of a table; a power of two, several times the blocks that can be in flight at once.
-#[cfg(not(feature = "model"))]
 const SLOTS: usize = 1 << 14;
-#[cfg(feature = "model")]
-const SLOTS: usize = 4;
 const SHARDS: usize = 16;
 
 /// The most blocks that one guard may hold. Longer requests go in parts.
-#[cfg(not(any(feature = "model", feature = "planted")))]
 pub const BLOCKS_PER_GUARD_MAX: u64 = 1024;
-/// The most blocks that one guard may hold: few, so that tests on small disks see requests that go in parts.
-#[cfg(any(feature = "model", feature = "planted"))]
-pub const BLOCKS_PER_GUARD_MAX: u64 = 3;
 
 const _: () = assert!(BLOCKS_PER_GUARD_MAX <= SLOTS as u64);
 
@@ -96,7 +88,6 @@ impl BlockLocks {
     /// When the range has more than [`BLOCKS_PER_GUARD_MAX`] blocks.
     pub async fn acquire(&self, range: BlockRange, mode: Mode) -> BlockGuard<'_> {
         assert!(range.count() <= BLOCKS_PER_GUARD_MAX, "{} blocks in one guard", range.count());
-        let mode = if planted::is(Defect::NoBlockLock) { Mode::Shared } else { mode };
         let mut guard = BlockGuard { locks: self, range, held: 0, mode };
         for slot in slots_of(range) {
             if !self.try_acquire(slot, mode) {
@@ -134,9 +125,6 @@ impl BlockLocks {
 
     /// Announces that entries of these blocks were deleted. Comes before their places are given back.
     pub fn advance_generation(&self, range: BlockRange) {
-        if planted::is(Defect::GenerationNotAdvanced) {
-            return;
-        }
         for slot in slots_of(range) {
             self.generations[slot].fetch_add(1, Ordering::SeqCst);
         }

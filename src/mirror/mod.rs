@@ -36,7 +36,6 @@ mod version;
 mod view;
 mod write;
 
-pub use crate::planted;
 pub use attachment::Attachment;
 pub use background::{Background, GuestQueue, Turn, WINDOW_BYTES};
 pub use backing::Backing;

@@ -4,7 +4,6 @@
 //! 11, 16, 18, 20 and 22, 23, 25, 27 of source 002 are what these rules come to for one frozen version; design.md has
 //! them for any number.
 
-use super::planted::{self, Defect};
 use super::{Chain, RestoreSource, Restoring, Segment, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -120,27 +119,16 @@ impl BlockPlan {
         // (002 [0051]: writes to VLUN A are applied to VLUN B, not the other way round).
         add_owners(chain, Segment { first: writer.index, ..segment }, block, whole, &mut plan);
         for newer in chain.segments_after(writer.index) {
-            if planted::is(Defect::SplitNotMirrored) {
-                break;
-            }
             plan.others.push(newer.pivot);
             add_owners(chain, *newer, block, whole, &mut plan);
         }
         if let Some(restoring) = writer.pending(block) {
             plan.settles = true;
-            plan.fill_from =
-                (!whole && !planted::is(Defect::PendingNotFilled)).then(|| rest_of_restored(chain, restoring, block));
-        }
-        if planted::is(Defect::DrainNotMirrored) {
-            plan.others.clear();
-            plan.supersedes.clear();
+            plan.fill_from = (!whole).then(|| rest_of_restored(chain, restoring, block));
         }
         plan.others.sort_unstable();
         // From the pivot outwards: a version whose entry is gone must not show that of one between it and the pivot.
         plan.supersedes.sort_unstable_by_key(|&i| i.abs_diff(chain.pivot_of(i)));
-        if planted::is(Defect::SupersedesFromOutside) {
-            plan.supersedes.reverse();
-        }
         plan
     }
 
@@ -177,7 +165,7 @@ fn into_the_base(writer: VersionIn<'_>, block: BlockIndex, whole: bool) -> Block
     let base = writer.other(writer.index - 1);
     let mut plan = BlockPlan { preserve: save_for_older(base, block), ..BlockPlan::plain(base.index) };
     if writer.layer().owns(block) {
-        plan.fill_from = (!whole).then_some(Fill::Layer(writer.index)).filter(|_| !planted::is(Defect::NoFill));
+        plan.fill_from = (!whole).then_some(Fill::Layer(writer.index));
         plan.supersedes.push(writer.index);
     }
     plan
@@ -188,7 +176,7 @@ fn into_the_log(writer: VersionIn<'_>, block: BlockIndex, whole: bool) -> BlockP
     let mut plan = BlockPlan::plain(writer.index);
     if !writer.layer().owns(block) {
         plan.adopts = true;
-        plan.fill_from = (!whole && !planted::is(Defect::NoFill)).then(|| Fill::Layer(writer.resolve(block)));
+        plan.fill_from = (!whole).then(|| Fill::Layer(writer.resolve(block)));
     }
     plan
 }
@@ -200,7 +188,6 @@ fn add_owners(chain: &Chain, segment: Segment, block: BlockIndex, whole: bool, p
         let known = i == plan.home || i == segment.pivot || plan.supersedes.contains(&i);
         if !known && chain.layer(i).owns(block) {
             match whole {
-                true if planted::is(Defect::SupersededEntryKept) => {}
                 true => plan.supersedes.push(i),
                 false => plan.others.push(i),
             }

@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use super::chain::{Target, index_of};
 use super::geometry::usize_of;
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::runs::alike;
 use super::view::ViewRead;
@@ -36,9 +35,6 @@ impl Disk {
         }
         if let Some(pivot) = self.pivot_shown(target, epoch)? {
             pivot.read(queue, at, IoBuf::Guest(into)).await?;
-            if planted::is(Defect::NoRetireRecheck) {
-                return Ok(());
-            }
             // A frozen pivot on its way out is overwritten by the log above it.
             return index_of(&self.chain.load(), target, epoch).map(drop);
         }
@@ -99,9 +95,8 @@ impl Disk {
             let done = join_all(reads.collect()).await;
             let generation_now = self.locks.generation(blocks);
             let now = self.extents(target, epoch, blocks)?;
-            let same =
-                (generation == generation_now || planted::is(Defect::NoReadGeneration)) && is_same(&now, &extents);
-            if same || planted::is(Defect::NoReadRecheck) {
+            let same = (generation == generation_now) && is_same(&now, &extents);
+            if same {
                 for read in done {
                     read?;
                 }

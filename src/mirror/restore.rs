@@ -12,7 +12,6 @@
 use std::sync::Arc;
 
 use super::geometry::usize_of;
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::runs::those;
 use super::{
@@ -82,9 +81,7 @@ impl ClosedDisk {
     /// Begins the restore: from here on pending blocks show what is restored. What was discarded before is forgotten: it
     /// may be wanted again.
     pub fn begin(self, restoring: Arc<Restoring>) {
-        if !planted::is(Defect::DiscardsOutliveRestore) {
-            self.disk.discards.clear(all_of(&self.disk));
-        }
+        self.disk.discards.clear(all_of(&self.disk));
         self.editor.publish(&self.disk, Restore::Active(restoring));
     }
 
@@ -124,9 +121,7 @@ impl Disk {
 
     /// Waits until every change that was decided before this call is carried out. Newer ones are not waited for.
     pub async fn changes_passed(&self) {
-        if !planted::is(Defect::OldPlansNotAwaited) {
-            self.locks.passed(self.geometry.blocks()).await;
-        }
+        self.locks.passed(self.geometry.blocks()).await;
     }
 
     /// Sets in `pending` each block that the live version has in another place than what is to be restored: the others
@@ -160,9 +155,7 @@ impl Disk {
         let mut next = pending.next_set(BlockIndex(0));
         while let Some(start) = next {
             let end = pending.next_clear(start).unwrap_or(BlockIndex(self.geometry.blocks()));
-            if !planted::is(Defect::RestoreNotNoted) {
-                chain.at(chain.live()).note(BlockRange { start, end });
-            }
+            chain.at(chain.live()).note(BlockRange { start, end });
             next = pending.next_set(end);
         }
     }
@@ -227,7 +220,7 @@ impl Disk {
         let chain = self.chain();
         let Some(restoring) = chain.restoring() else { return Ok(()) };
         // A guest's write may have come before us.
-        let left = those(run, |block| restoring.is_pending(block) || planted::is(Defect::BroughtBackOverWritten));
+        let left = those(run, |block| restoring.is_pending(block));
         let mut sources: Vec<(BlockRange, Backing)> = Vec::with_capacity(1);
         for part in left {
             match restoring.source() {

@@ -10,7 +10,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::plan::save_for_older;
-use super::planted::{self, Defect};
 use super::runs::{alike, those};
 use super::{
     Chain, ChainEditor, Copied, Copy, Disk, Epoch, Link, Ticket, TooManyDraining, Version, VersionId, VersionIn,
@@ -44,7 +43,7 @@ impl ChainEditor {
         }
         // Two at once would each go by a neighbour that the other takes away.
         let other = |l: &Link| l.version.is_retiring() && l.version.id != version.id;
-        if disk.chain().links().iter().any(other) && !planted::is(Defect::RetiresSideBySide) {
+        if disk.chain().links().iter().any(other) {
             return Err(RetireError::Busy);
         }
         version.set_retiring();
@@ -98,9 +97,6 @@ impl Disk {
     ) -> Result<Option<Copied>, String> {
         let chain = self.chain();
         let Some(retiring) = chain.position(id) else { return Ok(None) };
-        if planted::is(Defect::DeleteWithoutHandover) {
-            return Ok(None);
-        }
         let Some((_, table)) = moving_table(chain.at(retiring)) else { return Ok(None) };
         self.copy_next(from, most, |at| table.next_set(at), |run| self.let_go_of_run(queue, id, run)).await
     }
@@ -112,7 +108,7 @@ impl Disk {
         let Some(retiring) = chain.position(id) else { return Ok(()) };
         let Some((owner, table)) = moving_table(chain.at(retiring)) else { return Ok(()) };
         // A guest's write may have come before us.
-        let left = those(run, |block| table.get(block) || planted::is(Defect::LetGoOfOverwritten));
+        let left = those(run, |block| table.get(block));
         let moves = left.map(|part| {
             let chain = &chain;
             async move {
@@ -160,9 +156,6 @@ impl Disk {
     async fn hand_to_newer(&self, queue: &IoQueue, retiring: VersionIn<'_>, blocks: BlockRange) -> Result<(), String> {
         let heir = retiring.other(retiring.index + 1);
         let copies = those(blocks, |block| !heir.layer().owns(block)).map(|part| async move {
-            if planted::is(Defect::HandOverBitFirst) {
-                heir.set(part);
-            }
             self.copy_blocks(queue, heir.chain, part, Copy { from: retiring.index, to: heir.index }).await?;
             heir.set(part);
             Ok(())
@@ -172,7 +165,7 @@ impl Disk {
 
     /// Moves entries of a log into the full image below, after saving what older versions read there.
     async fn fold(&self, queue: &IoQueue, chain: &Chain, blocks: BlockRange, copy: Copy) -> Result<(), String> {
-        while !planted::is(Defect::FoldWithoutPreserve) {
+        loop {
             let saves = alike(blocks, |block| save_for_older(chain.at(copy.to), block))
                 .into_iter()
                 .filter_map(|(part, save)| Some((part, save?)));
@@ -181,9 +174,6 @@ impl Disk {
                 break;
             }
             join_all(saves).await.into_iter().collect::<Result<(), String>>()?;
-        }
-        if planted::is(Defect::FoldDropsFirst) {
-            self.drop_entries(queue, chain.at(copy.from), blocks).await;
         }
         self.copy_blocks(queue, chain, blocks, copy).await?;
         self.drop_entries(queue, chain.at(copy.from), blocks).await;
@@ -201,18 +191,13 @@ impl Disk {
         let saved = match self.copy_blocks(queue, chain, blocks, save).await {
             Ok(()) => {
                 chain.at(save.to).set(blocks);
-                match planted::is(Defect::FoldBeforeSaved) {
-                    true => Ok(()),
-                    false => self.commit_saved(queue, chain.at(save.to)).await,
-                }
+                self.commit_saved(queue, chain.at(save.to)).await
             }
             failed => failed,
         };
         let Err(reason) = saved else { return Ok(()) };
         // Those that read through it must not count on what no power cut would leave.
-        if !planted::is(Defect::FoldedEntryKept) {
-            chain.at(save.to).clear(blocks);
-        }
+        chain.at(save.to).clear(blocks);
         self.give_up(chain.at(save.to), &reason).map_err(|e| e.to_string())
     }
 
@@ -248,7 +233,7 @@ impl Disk {
             (Err(reason), false) => return settling.heirs.into_iter().try_for_each(|heir| give_up(heir, &reason)),
         }
         let mut lost = None;
-        for heir in settling.heirs.clone().filter(|_| !planted::is(Defect::HandOverNotStored)) {
+        for heir in settling.heirs.clone() {
             if let Err(reason) = self.commit_saved(queue, chain.at(heir)).await {
                 lost = Some((heir, reason));
             }
@@ -281,7 +266,7 @@ impl Settling {
         // an older version's from now on, if there is one.
         let stores = match of.index >= segment.pivot {
             true if is_for_live => true,
-            true => !heirs.is_empty() && !planted::is(Defect::GivenUnstored),
+            true => !heirs.is_empty(),
             false => false,
         };
         let stores = if stores { segment.pivot..segment.last + 1 } else { 0..0 };

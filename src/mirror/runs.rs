@@ -7,7 +7,6 @@
 //! - What is to be done with a block is looked at under the guard, as for one block: a run that was found before may have
 //!   holes by then, and only what is left of it is copied.
 
-use super::planted::{self, Defect};
 use super::{Disk, Mode};
 use crate::image::join_all;
 use crate::store::{BlockIndex, BlockRange};
@@ -72,9 +71,6 @@ impl Disk {
     ) -> Result<(), E> {
         let copy = &copy;
         let copies = runs.into_iter().map(|run| async move {
-            if planted::is(Defect::FilledWithoutLock) {
-                return copy(run).await;
-            }
             if run.count() > 1
                 && let Some(_guard) = self.locks.try_exclusive(run)
             {

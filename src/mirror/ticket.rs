@@ -12,7 +12,6 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use super::epoch::Way;
-use super::planted::{self, Defect};
 use super::{Connection, Epoch, EpochClock};
 use crate::sync::{Ordering, fence};
 
@@ -32,8 +31,6 @@ pub struct Ticket {
     acts_in: Epoch,
     // Of a pinned request: it is there until the request is done.
     pinned: Option<Arc<Connection>>,
-    #[cfg(feature = "planted")]
-    has_left: Cell<bool>,
 }
 
 impl EpochClock {
@@ -61,7 +58,7 @@ impl EpochLane {
             // Orders the count before the second look: either the cut's drain sees the count, or we see the cut.
             fence(Ordering::SeqCst);
             let mut ticket = Ticket::inside(&self.way, epoch);
-            if planted::is(Defect::NoEpochRecheck) || self.way.current() == epoch {
+            if self.way.current() == epoch {
                 if let Some(connection) = &self.connection {
                     self.act_by(connection, &mut ticket);
                 }
@@ -92,14 +89,7 @@ impl EpochLane {
 impl Ticket {
     /// For a lane that has just been counted into `epoch`.
     fn inside(way: &Arc<Way>, epoch: Epoch) -> Ticket {
-        Ticket {
-            way: way.clone(),
-            entered: epoch,
-            acts_in: epoch,
-            pinned: None,
-            #[cfg(feature = "planted")]
-            has_left: Cell::new(false),
-        }
+        Ticket { way: way.clone(), entered: epoch, acts_in: epoch, pinned: None }
     }
 
     /// The epoch in which the request acts: the version that it reads, and the first one that it changes.
@@ -122,28 +112,10 @@ impl Ticket {
         (ticket.acts_in, ticket.pinned) = (self.acts_in, self.pinned.clone());
         ticket
     }
-
-    /// The epoch that a request would enter now: what rule 4 forbids to use for the parts of one request.
-    #[cfg(feature = "planted")]
-    pub(super) fn epoch_of_now(&self) -> Epoch {
-        self.way.current()
-    }
-
-    /// Leaves although the request is still running: what rule 4 forbids.
-    #[cfg(feature = "planted")]
-    pub(super) fn leave_early(&self) {
-        if !self.has_left.replace(true) {
-            self.way.count_out(self.entered);
-        }
-    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        #[cfg(feature = "planted")]
-        if self.has_left.get() {
-            return;
-        }
         self.way.count_out(self.entered);
     }
 }

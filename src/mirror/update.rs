@@ -11,7 +11,6 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 
-use super::planted::{self, Defect};
 use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Layer, Link, Version, VersionId, View};
 use crate::image::SharedImage;
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -46,7 +45,6 @@ impl Disk {
         let ours = self.changes(origin, None).map_err(|e| format!("it is not known what was written to it: {e}"))?;
         let theirs = match source.changes(old, Some(new)) {
             Ok(theirs) => Some(theirs),
-            Err(_) if planted::is(Defect::UnknownSourceKept) => None,
             Err(e) => return Err(format!("it is not known what changed in its source since it was made: {e}")),
         };
         let (chain, blocks) = (self.chain(), self.geometry.blocks());
@@ -57,7 +55,7 @@ impl Disk {
                 Some(table) => table.word_at(word),
                 None => u64::MAX >> 64_u64.saturating_sub(blocks - word * 64),
             };
-            let written = if planted::is(Defect::WrittenBlockKept) { 0 } else { ours.word(word) };
+            let written = ours.word(word);
             kept.or_word(word, owned & !written).map_err(no_room)?;
         }
         // Its blocks may have another size.

@@ -9,7 +9,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::geometry::usize_of;
-use super::planted::{self, Defect};
 use super::restoring::Restore;
 use super::{
     Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
@@ -56,13 +55,6 @@ struct Part {
     durable: bool,
 }
 
-impl Part {
-    /// Whether its bytes are on stable storage when they are written.
-    fn stores(&self) -> bool {
-        self.durable && !planted::is(Defect::DurableWriteCached)
-    }
-}
-
 /// The data of a part that goes to several places, or to a place where the edges must be filled.
 enum Stable {
     Bytes(Arc<AlignedBuf>),
@@ -91,28 +83,19 @@ impl Disk {
                 blocks: self.geometry.covering(here, part_len),
                 durable,
             };
-            self.write_part(queue, epoch_of_part(ticket, done), part).await?;
-            #[cfg(feature = "planted")]
-            if planted::is(Defect::LeaveEarly) {
-                ticket.leave_early();
-            }
+            self.write_part(queue, ticket.epoch(), part).await?;
             done += part_len;
         }
         Ok(())
     }
 
     async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
-        if is_plain(&self.chain.load(), &part) && !planted::is(Defect::NoPlanRecheck) {
+        if is_plain(&self.chain.load(), &part) {
             let _guard = self.locks.acquire(part.blocks, Mode::Shared).await;
             // Again, now that nobody can copy these blocks.
             let chain = self.chain();
             if is_plain(&chain, &part) {
                 self.forget_discards(part.blocks);
-                if planted::is(Defect::NotedAfterBytes) {
-                    let done = self.write_in_place(queue, chain.at(0), &part).await;
-                    chain.at(0).note(part.blocks);
-                    return done;
-                }
                 chain.at(0).note(part.blocks);
                 return self.write_in_place(queue, chain.at(0), &part).await;
             }
@@ -123,7 +106,7 @@ impl Disk {
 
     /// What is written now is wanted.
     fn forget_discards(&self, blocks: BlockRange) {
-        if self.discards.count() > 0 && !planted::is(Defect::DiscardNotForgotten) {
+        if self.discards.count() > 0 {
             self.discards.clear(blocks);
         }
     }
@@ -138,14 +121,12 @@ impl Disk {
             let excludes = plan.excludes(chain) || is_misaligned(chain, &plan, &part);
             (plan, excludes)
         };
-        let early = self.chain();
-        let (early_plan, excludes) = decide(&early);
-        let mut mode = if excludes { Mode::Exclusive } else { Mode::Shared };
+        let mut mode = if decide(&self.chain()).1 { Mode::Exclusive } else { Mode::Shared };
         loop {
             let guard = self.locks.acquire(part.blocks, mode).await;
             // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
-            let chain = if planted::is(Defect::NoPlanRecheck) { early.clone() } else { self.chain() };
-            if let Some(gate) = chain.restore().gate().filter(|_| !planted::is(Defect::GateIgnored)) {
+            let chain = self.chain();
+            if let Some(gate) = chain.restore().gate() {
                 drop(guard);
                 gate.opened().await;
                 continue;
@@ -153,15 +134,8 @@ impl Disk {
             if let Restore::Lost(reason) = chain.restore() {
                 return Err(RequestError::Broken(reason.clone()));
             }
-            let (mut plan, excludes) = decide(&chain);
-            if planted::is(Defect::NoPlanRecheck) {
-                plan = early_plan.clone();
-            }
-            if excludes
-                && guard.mode() == Mode::Shared
-                && !planted::is(Defect::NoBlockLock)
-                && !planted::is(Defect::NoPlanRecheck)
-            {
+            let (plan, excludes) = decide(&chain);
+            if excludes && guard.mode() == Mode::Shared {
                 mode = Mode::Exclusive;
                 drop(guard);
                 continue;
@@ -184,17 +158,8 @@ impl Disk {
             plan = again();
         }
         self.forget_discards(part.blocks);
-        if !planted::is(Defect::NotedAfterBytes) {
-            note(chain, &plan, part);
-        }
-        let result = self.carry_out(queue, chain, &plan, part).await;
-        if planted::is(Defect::BitAfterOverwrite) {
-            set_preserved(chain, &plan);
-        }
-        if planted::is(Defect::NotedAfterBytes) {
-            note(chain, &plan, part);
-        }
-        result
+        note(chain, &plan, part);
+        self.carry_out(queue, chain, &plan, part).await
     }
 
     /// Writes whole blocks of the live version, of which the caller holds the locks exclusively. Blocks of zeros take no
@@ -216,13 +181,7 @@ impl Disk {
             };
             let part = Part { at, len, data, blocks: self.geometry.covering(at, len), durable: false };
             async move {
-                let decide = || {
-                    let mut plan = WritePlan::decide(chain.at(chain.live()), part.blocks, |_| true);
-                    if planted::is(Defect::BroughtBackUnsaved) {
-                        plan.runs.iter_mut().for_each(|run| run.plan.preserve = None);
-                    }
-                    plan
-                };
+                let decide = || WritePlan::decide(chain.at(chain.live()), part.blocks, |_| true);
                 self.write_planned(queue, chain, decide(), decide, &part).await
             }
         });
@@ -240,15 +199,10 @@ impl Disk {
             for done in join_all(copies).await {
                 done?;
             }
-            if !planted::is(Defect::BitAfterOverwrite) {
-                set_preserved(chain, plan);
-            }
+            set_preserved(chain, plan);
             let mut saved: Vec<VersionIndex> = plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
             saved.sort_unstable();
             saved.dedup();
-            if planted::is(Defect::OverwriteBeforeSaved) {
-                saved.clear();
-            }
             for to in saved {
                 if let Err(e) = self.commit_saved(queue, chain.at(to)).await {
                     // Those that read through it must not count on what no power cut would leave.
@@ -286,7 +240,7 @@ impl Disk {
             async move {
                 match is_zero {
                     false => to.write(queue, here, IoBuf::Shared(old, piece), false).await,
-                    true if chain.at(copy.to).is_below_pivot() || planted::is(Defect::ZerosNotCopied) => Ok(()),
+                    true if chain.at(copy.to).is_below_pivot() => Ok(()),
                     true => to.zero(queue, here, piece.len() as u64, true).await,
                 }
             }
@@ -318,26 +272,15 @@ impl Disk {
                 table.prepare(run.blocks).map_err(full)?;
             }
         }
-        if planted::is(Defect::EntryBeforeBytes) {
-            self.settle_entries(queue, chain, plan).await;
-        }
-        if planted::is(Defect::SettledBeforeBytes) {
-            settle_restored(chain, plan);
-        }
         match plan.single_target() {
             Some(target) if !is_misaligned(chain, plan, part) => {
                 self.write_in_place(queue, chain.at(target), part).await?;
             }
             _ => self.write_everywhere(queue, chain, plan, part).await?,
         }
-        if !planted::is(Defect::EntryBeforeBytes) {
-            self.settle_entries(queue, chain, plan).await;
-        }
+        self.settle_entries(queue, chain, plan).await;
         settle_restored(chain, plan);
-        if part.durable
-            && (self.has_logs(chain) || chain.restoring().is_some())
-            && !planted::is(Defect::DurableWithoutEntry)
-        {
+        if part.durable && (self.has_logs(chain) || chain.restoring().is_some()) {
             // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
             self.flush_from(queue, chain.at(plan.writer)).await?;
         }
@@ -349,11 +292,11 @@ impl Disk {
         let image = &target.layer().image;
         match &part.data {
             Data::Guest(guest) => {
-                image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.stores()).await?;
+                image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
             }
             Data::Zeros { unmap, .. } => {
                 Box::pin(write_zeros(image, queue, part.at, part.len, *unmap)).await?;
-                if part.durable && !planted::is(Defect::DurableZerosCached) {
+                if part.durable {
                     image.sync(queue).await?;
                 }
             }
@@ -394,9 +337,6 @@ impl Disk {
                     (run, target, done)
                 });
             }
-        }
-        if planted::is(Defect::AckFirst) {
-            writes.truncate(1);
         }
         for (run, target, done) in join_all(writes).await {
             let Err(e) = done else { continue };
@@ -443,12 +383,11 @@ impl Disk {
         match stable {
             Stable::Bytes(bytes) => {
                 let range = usize_of(from.0 - part.at.0)..usize_of(to - part.at.0);
-                image.write(queue, from, IoBuf::Shared(bytes.clone(), range), part.stores()).await
+                image.write(queue, from, IoBuf::Shared(bytes.clone(), range), part.durable).await
             }
             Stable::Zeros { unmap } => {
                 write_zeros(image, queue, from, to - from.0, *unmap).await?;
-                let stores = part.durable && !planted::is(Defect::DurableZerosCached);
-                if stores { image.sync(queue).await } else { Ok(()) }
+                if part.durable { image.sync(queue).await } else { Ok(()) }
             }
         }
     }
@@ -464,7 +403,7 @@ impl Disk {
         of.clear(blocks);
         self.locks.advance_generation(blocks);
         let (at, len) = self.geometry.bytes(blocks);
-        if let (Some(log), false) = (layer.log(), planted::is(Defect::FreedAtOnce)) {
+        if let Some(log) = layer.log() {
             // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
             match log.freed.prepare(blocks) {
                 Ok(()) => log.freed.set(blocks),
@@ -479,9 +418,6 @@ impl Disk {
             }
             return;
         }
-        if planted::is(Defect::PlaceNotEmptied) {
-            return;
-        }
         // A place without an entry must be a hole: zeros that are saved later are not written.
         if let Err(e) = layer.image.zero(queue, at, len, true).await {
             self.break_version(of.version(), &format!("blocks could not be given back: {e}"));
@@ -494,7 +430,7 @@ impl Disk {
 fn note(chain: &Chain, plan: &WritePlan, part: &Part) {
     chain.at(plan.writer).note(part.blocks);
     let is_split = |run: &&Run| !run.plan.others.is_empty() || !run.plan.supersedes.is_empty();
-    for run in plan.runs.iter().filter(is_split).filter(|_| !planted::is(Defect::NotedForWriterOnly)) {
+    for run in plan.runs.iter().filter(is_split) {
         (plan.writer + 1..=chain.live()).for_each(|newer| chain.at(newer).note(run.blocks));
     }
 }
@@ -535,7 +471,7 @@ async fn overlay(
         }
         Stable::Zeros { .. } => whole[place].fill(0),
     }
-    image.write(queue, cover.0, IoBuf::Owned(whole), part.stores()).await
+    image.write(queue, cover.0, IoBuf::Owned(whole), part.durable).await
 }
 
 /// Zeroes a range: whole units by the container, the edges by writing.
@@ -583,18 +519,9 @@ fn settle_restored(chain: &Chain, plan: &WritePlan) {
 
 fn take_back(to: VersionIn<'_>, plan: &WritePlan) {
     let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to.index);
-    for run in plan.runs.iter().filter(of_it).filter(|_| !planted::is(Defect::SavedEntryKept)) {
+    for run in plan.runs.iter().filter(of_it) {
         to.clear(run.blocks);
     }
-}
-
-fn epoch_of_part(ticket: &Ticket, done: u64) -> Epoch {
-    #[cfg(feature = "planted")]
-    if planted::is(Defect::EpochPerPart) && done > 0 {
-        return ticket.epoch_of_now();
-    }
-    let _ = done;
-    ticket.epoch()
 }
 
 /// The pieces of `bytes` that are all zeros or not, in whole blocks, neighbours joined.

@@ -29,11 +29,8 @@ pub fn undisturbed() -> Option<Others> {
 
 /// Runs `test` with a defect that nobody else sees.
 #[cfg(feature = "planted")]
-pub fn with_planted<T>(
-    defect: halfsilver::mirror::planted::Defect,
-    test: impl FnOnce() -> T,
-) -> std::thread::Result<T> {
-    use halfsilver::mirror::planted::plant;
+pub fn with_planted<T>(defect: halfsilver::planted::Defect, test: impl FnOnce() -> T) -> std::thread::Result<T> {
+    use halfsilver::planted::plant;
     let _alone = ALONE.write().unwrap_or_else(PoisonError::into_inner);
     PLANTS.set(true);
     plant(Some(defect));

@@ -76,7 +76,7 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
 #[cfg(feature = "planted")]
 #[test]
 fn every_defect_is_noticed() {
-    use halfsilver::mirror::planted::Defect;
+    use halfsilver::planted::Defect;
 
     const DEFECTS: [Defect; 35] = [
         Defect::BitsBeforeBytes,

@@ -405,7 +405,7 @@ fn a_completion_that_is_cut_off_leaves_one_or_the_other() {
 #[cfg(feature = "planted")]
 #[test]
 fn defects_of_a_completion_are_noticed() {
-    use halfsilver::mirror::planted::Defect;
+    use halfsilver::planted::Defect;
     for defect in [Defect::FilledBitFirst, Defect::FilledWithoutLock, Defect::IndependentBeforeStored] {
         let noticed = crate::alone::with_planted(defect, || all(0, 500)).unwrap().expect_err("it is noticed");
         println!("planted: {defect:?}: noticed by tests/crash/independent.rs: seed {noticed}");

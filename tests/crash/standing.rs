@@ -184,7 +184,7 @@ fn a_volume_its_snapshot_and_its_disk_outlive_every_end() {
 #[cfg(feature = "planted")]
 #[test]
 fn defects_below_a_volume_are_noticed() {
-    use halfsilver::mirror::planted::Defect;
+    use halfsilver::planted::Defect;
     for defect in [Defect::OverwriteBeforeSaved, Defect::SavedWithoutBytes, Defect::BitAfterOverwrite] {
         let noticed = crate::alone::with_planted(defect, || all(0, 300)).unwrap().expect_err("it is noticed");
         println!("planted: {defect:?}: noticed by tests/crash/standing.rs: seed {noticed}");

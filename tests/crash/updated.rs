@@ -271,7 +271,7 @@ fn an_update_that_is_cut_off_leaves_the_old_content_or_the_new_one() {
 #[cfg(feature = "planted")]
 #[test]
 fn defects_of_an_update_are_noticed() {
-    use halfsilver::mirror::planted::Defect;
+    use halfsilver::planted::Defect;
     for defect in [Defect::KeptBeforeBytes, Defect::WrittenBlockKept] {
         let noticed = crate::alone::with_planted(defect, || all(0, 500)).unwrap().expect_err("it is noticed");
         println!("planted: {defect:?}: noticed by tests/crash/updated.rs: seed {noticed}");

@@ -1,6 +1,6 @@
 //! Does the oracle notice when a rule is left out? Each defect is switched on in turn and must be noticed.
 
-use halfsilver::mirror::planted::Defect;
+use halfsilver::planted::Defect;
 
 use crate::oracle;
 

@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use halfsilver::mirror::Background;
-use halfsilver::mirror::planted::{Defect, plant};
+use halfsilver::planted::{Defect, plant};
 use shuttle::sync::atomic::{AtomicU64, Ordering};
 use shuttle::{future::block_on, thread};
 

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
     Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, NewLayer,
     PreparedSnapshot, Request, Writers,
 };
+use halfsilver::planted::{Defect, plant};
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};

@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
-use halfsilver::mirror::planted::{Defect, plant};
 use halfsilver::mirror::{
     Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, NewLayer, PreparedSnapshot, Request, Writers,
 };
+use halfsilver::planted::{Defect, plant};
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};

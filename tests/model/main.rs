@@ -33,6 +33,7 @@ fn config() -> Config {
 
 /// Runs `test` in `orders` random orders and as many in which few preemptions come at the worst places.
 fn explore(orders: usize, test: impl Fn() + Send + Sync + Clone + 'static) {
+    halfsilver::planted::explore();
     let random = RandomScheduler::new_from_seed(SEED, orders);
     Runner::new(random, config()).run(test.clone());
     let few = PctScheduler::new_from_seed(SEED, 3, orders);
@@ -48,7 +49,7 @@ fn is_noticed(
 }
 
 /// One line of the list that `scripts/planted` prints.
-fn report(defect: halfsilver::mirror::planted::Defect, noticed: bool, file: &str) {
+fn report(defect: halfsilver::planted::Defect, noticed: bool, file: &str) {
     let how = if noticed { "noticed by" } else { "NOT NOTICED by" };
     println!("planted: {defect:?}: {how} tests/model/{file}: some order of atomic operations");
 }

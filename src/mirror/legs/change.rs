@@ -17,7 +17,6 @@ use crate::image::{
     AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, write_all_at,
 };
 use crate::mirror::lock::{BlockLocks, Mode};
-use crate::mirror::planted::{self, Defect};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
 
@@ -106,7 +105,7 @@ impl Pair {
             durable.table().set(regions);
         }
         let both = state.in_sync().count() == 2;
-        let may_differ = durable.table().count() > 0 && !planted::is(Defect::LegsTakenForEqual);
+        let may_differ = durable.table().count() > 0;
         if let (true, Some(leg)) = (both && may_differ, &mut state.legs[1]) {
             leg.state = LegState::Resynchronising;
         }
@@ -191,9 +190,7 @@ impl Pair {
         if full {
             let all = BlockRange { start: BlockIndex(0), end: BlockIndex(regions_of(core.shape)) };
             core.intent.set(all).map_err(|e| core.full(&e))?;
-            if !planted::is(Defect::LegBeforeBits) {
-                core.intent.durable.commit(queue).await?;
-            }
+            core.intent.durable.commit(queue).await?;
         }
         let (added, _) = core.alter(|state| -> Result<(), PairError> {
             let place = place_for(state, leg.id, full)?;
@@ -230,9 +227,6 @@ impl Pair {
         });
         if !ready {
             return Err(refused("it is not possible to split it: not both legs are in sync"));
-        }
-        if planted::is(Defect::SplitNotStored) {
-            return Ok(());
         }
         Ok(self.core.settle(queue, version).await?)
     }
@@ -408,9 +402,7 @@ impl Pair {
             for &region in &idle.regions {
                 wait_for_holders(locks, self.blocks_of(region)).await;
             }
-            if !planted::is(Defect::CleansUnstored) {
-                self.sync(queue).await?;
-            }
+            self.sync(queue).await?;
             // Both legs were there all the time, so both have stored what was written before.
             let holds = || core.state.load().version == state.version;
             let clear = |region: &&BlockIndex| core.intent.clear_if_idle(**region, &idle, holds);

@@ -8,7 +8,6 @@
 use std::sync::atomic::{Ordering, fence};
 
 use crate::image::{ImageError, ImageOp, IoQueue};
-use crate::mirror::planted::{self, Defect};
 use crate::mirror::{BlockLocks, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table, TableError};
 use crate::sync::{Mutex, lock};
@@ -67,9 +66,7 @@ impl Intent {
                 return Ok(());
             }
             let cleared = self.set(regions).map_err(full)?;
-            if !planted::is(Defect::IntentNotStored) {
-                self.durable.commit(queue).await?;
-            }
+            self.durable.commit(queue).await?;
             self.ready.prepare(regions).map_err(full)?;
             let counts = lock(&self.changing);
             // Who does not hold the locks may be so slow that the bits are cleared again.
@@ -151,8 +148,8 @@ impl Intent {
         let mut counts = lock(&self.changing);
         self.ready.clear(one);
         fence(Ordering::SeqCst);
-        let looked_again = counts.looked != found.look && !planted::is(Defect::CleansSideBySide);
-        let is_recent = self.recent.get(region) && !planted::is(Defect::CleansRecent);
+        let looked_again = counts.looked != found.look;
+        let is_recent = self.recent.get(region);
         let clear = !looked_again && !is_recent && !self.to_copy.get(region) && holds();
         if clear {
             counts.cleared += 1;
@@ -164,9 +161,6 @@ impl Intent {
 
 /// Waits until everybody who holds a lock of these blocks now has let it go. Holds each for no time.
 pub(super) async fn wait_for_holders(locks: &BlockLocks, blocks: BlockRange) {
-    if planted::is(Defect::CleansUnderWriters) {
-        return;
-    }
     for block in blocks.iter() {
         drop(locks.acquire(BlockRange::one(block), Mode::Exclusive).await);
     }

@@ -9,7 +9,6 @@ use uuid::Uuid;
 
 use super::PairError;
 use crate::image::SharedImage;
-use crate::mirror::planted::{self, Defect};
 use crate::store::{PAYLOAD_BYTES, Payload};
 
 /// A leg's image and its stable name.
@@ -100,9 +99,6 @@ impl State {
 
     /// Whether both legs have what is written, so that bits may be cleared once it is stored on both.
     pub(super) fn cleans(&self) -> bool {
-        if planted::is(Defect::CleansWhileSplit) {
-            return self.legs.iter().flatten().count() == 2;
-        }
         self.written(self.splits).count() == 2 && !self.splitting && !self.keep_bits
     }
 
