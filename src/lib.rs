@@ -12,7 +12,9 @@
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `registry`   | what there is, and what needs what; decides, purely       | control (names and words)     |
 //! | `recovery`   | what a start makes of what was left: decided, and opened  | mirror, store, image          |
-//! | `daemon`     | configuration, wiring, start and stop                     | all                           |
+//! | `manager`    | who is served, who changes what, what is tried again      | registry, recovery, control, job, vhost_user, mirror, store, image, crash |
+//! | `ops`        | one file a command: what it does, in which order          | manager, registry, recovery, control, job, vhost_user, mirror, store, image, crash |
+//! | `daemon`     | configuration, start and stop, the door for `control`     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
 //! | `sync`       | the synchronisation types that explored tests replace     | –                             |
 //! | `crash`      | points at which a test kills the program                  | –                             |
@@ -23,7 +25,9 @@ mod crash;
 pub mod daemon;
 pub mod image;
 pub mod job;
+pub mod manager;
 pub mod mirror;
+mod ops;
 pub mod recovery;
 pub mod registry;
 pub mod store;

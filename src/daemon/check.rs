@@ -17,11 +17,11 @@ use rustix::fs::FlockOperation;
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::ServeError;
-use super::places::{self, PlaceError, Places};
-use super::startup::recovery_of;
 use crate::control::Name;
 use crate::control::api::DiskConfig;
+use crate::daemon::ServeError;
+use crate::manager::places::{self, PlaceError, Places};
+use crate::manager::planned::recovery_of;
 use crate::recovery::{Recovery, duplicates, settle};
 use crate::store::{DiskRecord, ExaminedRecords, Records, TableName};
 
@@ -141,7 +141,7 @@ pub struct CheckedSnapshot {
     pub action: Option<String>,
     /// Why, as it is to be remembered, if nothing that could be put back would change it.
     #[serde(skip)]
-    pub(super) for_good: Option<String>,
+    pub(crate) for_good: Option<String>,
 }
 
 /// How bad it is.

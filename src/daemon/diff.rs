@@ -3,32 +3,28 @@
 //! What this does not do: read images. It goes by tables, so a block that was written with what it had counts as
 //! different; what is not listed is equal.
 
+use crate::manager::entry::is_id;
 use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::entry::{DiskEntry, locked};
-use super::manager::Manager;
 use crate::control::api::{ByteRange, DiffSource, VolumeMap, VolumeStatus};
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, locked};
 use crate::mirror::{ChangeSource, Changes, NoChanges};
 use crate::store::{BlockRange, VolumeRecord};
 
-/// Whether a name in a request is this id.
-pub(super) fn is_id(name: &Name, id: Uuid) -> bool {
-    name.as_str().parse() == Ok(id)
-}
-
 impl Manager {
     /// The disk or volume with this id, unless one has that very name.
-    pub(super) fn disk_name(&self, name: &Name) -> Name {
+    pub(crate) fn disk_name(&self, name: &Name) -> Name {
         let by_id = || self.all_disks().iter().find(|d| is_id(name, d.id)).map(|d| d.name.clone());
         if self.disk(name).is_ok() { name.clone() } else { by_id().unwrap_or_else(|| name.clone()) }
     }
 
     /// The snapshot or bookmark with this id.
-    pub(super) fn reference_of(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
+    pub(crate) fn reference_of(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
         for disk in self.all_disks() {
             if let Some(snapshot) = disk.snapshots().iter().find(|s| s.id == id) {
                 return Ok(snapshot.reference.clone());
@@ -40,13 +36,13 @@ impl Manager {
         Err(ApiError::snapshot_not_found(id))
     }
 
-    pub(super) fn diff(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+    pub(crate) fn diff(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
         let disk = self.disk(&from.disk).map_err(|_| ApiError::snapshot_not_found(from))?;
         let first = disk.moment(from)?;
         diff(&disk, first, from, to)
     }
 
-    pub(super) fn diff_of_volume(&self, volume: &Name, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
+    pub(crate) fn diff_of_volume(&self, volume: &Name, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
         let (disk, record) = self.served_volume(volume)?;
         diff(&disk, record.origin, &format!("volume {} as it was made", disk.name), to)
     }
@@ -60,7 +56,7 @@ impl Manager {
         Ok((disk, volume))
     }
 
-    pub(super) fn map_of_volume(&self, name: &Name) -> Result<FoundMap, ApiError> {
+    pub(crate) fn map_of_volume(&self, name: &Name) -> Result<FoundMap, ApiError> {
         let (disk, volume) = self.served_volume(name)?;
         let geometry = disk.disk.geometry();
         let (changed, reason) = match since(&disk, volume.origin) {
@@ -81,7 +77,7 @@ impl Manager {
         Ok(FoundMap { head, owned: disk.disk.owned_by_volume().map_or_else(all, runs), changed: changed.map(runs) })
     }
 
-    pub(super) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
+    pub(crate) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
         let (disk, volume) = self.served_volume(name)?;
         let geometry = disk.disk.geometry();
         let source = self.all_disks().into_iter().find(|d| d.snapshots().iter().any(|s| s.id == volume.snapshot));

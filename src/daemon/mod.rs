@@ -3,50 +3,20 @@
 //! [`config`] turns the command line and the configuration file into a [`ServeConfig`]; [`serve`] runs it: directories
 //! and lock, records, disks, control socket, then it waits for SIGTERM or SIGINT and goes down without loss.
 
-mod changes;
 pub mod check;
-mod claiming;
-mod complete;
 pub mod config;
-mod deletion;
 mod diff;
-mod disabling;
-mod disks;
-mod entry;
-mod followups;
-mod group;
-mod jobs;
-mod layers;
-mod manager;
-mod mirror;
-mod places;
-mod quiesced;
-pub mod recording;
-mod removal;
-mod restore;
-mod save;
 mod service;
-mod set;
-mod snapshots;
-mod standing;
 mod start;
-mod startup;
 mod stop;
-mod strays;
-mod unserved;
-mod update;
-mod view;
-mod volumes;
-mod work;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use config::ServeConfig;
-pub use manager::Manager;
-pub use places::{PlaceError, Places};
 
 use crate::control::{ApiError, Server, ServerError};
+use crate::manager::{Manager, OpenError, PlaceError, Places};
 use crate::store::RecordError;
 use start::Given;
 
@@ -59,6 +29,9 @@ pub enum ServeError {
     /// The records cannot be used.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// What is remembered cannot be gone on with.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// A disk cannot be served.
     #[error(transparent)]
     Disk(#[from] ApiError),

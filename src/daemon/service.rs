@@ -6,10 +6,6 @@ use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
-use super::diff::is_id;
-use super::entry::locked;
-use super::manager::Manager;
-use super::mirror::Mirror;
 use crate::control::api::{
     self, Bookmark, Claim, DeleteSnapshotOptions, DiskConfig, DiskPatch, GroupDeletion, Job, JobPatch, RestoreRequest,
     SnapshotRequest, Strategy, Unserved, UpdateQuery, VersionInfo, VolumeRequest, VolumeStatus, Writers,
@@ -17,6 +13,10 @@ use crate::control::api::{
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::metrics::{self, DiskMetrics, MetricsSnapshot, SnapshotMetrics};
 use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name, PutOutcome, Service, SnapshotRef};
+use crate::manager::Manager;
+use crate::manager::entry::is_id;
+use crate::manager::entry::locked;
+use crate::manager::legs::Mirror;
 use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
@@ -87,7 +87,8 @@ impl Service for Manager {
     }
 
     fn list_snapshots(&self) -> Result<Vec<api::Snapshot>, ApiError> {
-        let of = |d: &Arc<super::entry::DiskEntry>| d.snapshots().iter().map(|s| s.to_api(d)).collect::<Vec<_>>();
+        let of =
+            |d: &Arc<crate::manager::entry::DiskEntry>| d.snapshots().iter().map(|s| s.to_api(d)).collect::<Vec<_>>();
         Ok(self.all_disks().iter().flat_map(of).collect())
     }
 
@@ -194,7 +195,7 @@ impl Service for Manager {
 
     fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {
         let job = self.job(id)?;
-        super::work::apply(patch, &job.pace);
+        crate::manager::work::apply(patch, &job.pace);
         self.remember_pace(&job)?;
         Ok(job.to_api())
     }

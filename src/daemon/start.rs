@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use super::config::DiskSpec;
-use super::entry::locked;
-use super::manager::{Manager, record_error};
-use super::startup::Planned;
-use super::unserved::Unserved;
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name};
+use crate::daemon::config::DiskSpec;
+use crate::manager::entry::locked;
+use crate::manager::planned::Planned;
+use crate::manager::unserved::Unserved;
+use crate::manager::{Manager, record_error};
 use crate::recovery::{Recovery, settle};
 use crate::store::{DiskRecord, Remembered};
 
@@ -28,13 +28,13 @@ type LookedAt = (Planned, Option<Recovery>);
 
 /// What is to be served at a start.
 #[derive(Clone, Copy)]
-pub(super) struct Given<'a> {
+pub(crate) struct Given<'a> {
     /// The disks of the configuration.
-    pub(super) disks: &'a [DiskSpec],
+    pub(crate) disks: &'a [DiskSpec],
     /// Those of which what was flushed last is taken.
-    pub(super) take_flushed: &'a [Name],
+    pub(crate) take_flushed: &'a [Name],
     /// Whether one of the configuration that cannot be served ends the start.
-    pub(super) strict: bool,
+    pub(crate) strict: bool,
 }
 
 impl Manager {
@@ -43,7 +43,7 @@ impl Manager {
     /// # Errors
     /// When the records cannot be read, or a name is given that nothing has; with `strict` also when a disk of the
     /// configuration cannot be served.
-    pub(super) fn take_up(&self, given: Given) -> Result<(), ApiError> {
+    pub(crate) fn take_up(&self, given: Given) -> Result<(), ApiError> {
         let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
         refuse_unknown(given, &records, unreadable.keys())?;
         for (name, why) in unreadable {
@@ -126,7 +126,7 @@ impl Manager {
     }
 
     /// The disk or volume below one, if it is not served: then it may come back, and this one with it.
-    pub(super) fn base_not_served(&self, planned: &Planned) -> Option<Name> {
+    pub(crate) fn base_not_served(&self, planned: &Planned) -> Option<Name> {
         let on = planned.record.as_ref()?.volume.as_ref()?.snapshot;
         let has = |record: &DiskRecord| record.snapshots.iter().any(|s| s.id == on);
         locked(&self.unserved).values().find(|u| u.record.as_ref().is_some_and(has)).map(|u| u.name.clone())

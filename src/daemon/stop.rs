@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use super::ServeError;
-use super::entry::{DiskEntry, locked};
-use super::manager::{HouseNews, Manager};
+use crate::daemon::ServeError;
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::{HouseNews, Manager};
 
 /// How long a stop may take. The unit in qemu/systemd gives it 90 s.
 const STOP_WAIT: Duration = Duration::from_secs(60);
@@ -22,7 +22,7 @@ impl Manager {
     ///
     /// # Errors
     /// When some disk could not be saved, or hangs; all others are.
-    pub(super) fn stop(&self) -> Result<(), ServeError> {
+    pub(crate) fn stop(&self) -> Result<(), ServeError> {
         let deadline = Instant::now() + STOP_WAIT;
         self.stopping.store(true, Ordering::SeqCst);
         self.released.notify_all();

@@ -281,7 +281,7 @@ pub(crate) struct Snapshot {
 }
 
 impl Snapshot {
-    /// As Manager::create_now and Manager::quiesced in src/daemon/snapshots.rs: the record, the cut, what it shows is
+    /// As Manager::create_now and Manager::quiesced in src/ops/create_snapshot.rs: the record, the cut, what it shows is
     /// stored, and the record of that.
     async fn take(self, queue: &IoQueue, volume: &Arc<Disk>, shows: Vec<u64>) {
         self.record.borrow_mut().has_newer_log = true;
@@ -355,7 +355,7 @@ pub(crate) async fn request(
     }
 }
 
-/// As Manager::complete and make_independent in src/daemon/complete.rs: the copies, the record, the chain.
+/// As Manager::complete and make_independent in src/ops/complete_volume.rs: the copies, the record, the chain.
 pub(crate) async fn completion(
     queue: IoQueue,
     editor: Arc<ChainEditor>,

@@ -189,7 +189,7 @@ impl World {
     }
 }
 
-/// As Manager::update in src/daemon/update.rs, with a guest before and after.
+/// As Manager::update in src/ops/update_volume.rs, with a guest before and after.
 struct Story {
     rng: Rng,
     queue: IoQueue,

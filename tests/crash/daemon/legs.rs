@@ -1,4 +1,4 @@
-//! The daemon's steps with the legs of a mirror (`src/daemon/mirror.rs`).
+//! The daemon's steps with the legs of a mirror (`src/ops/mirror_disk.rs`).
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use halfsilver::mirror::Changed;
 use halfsilver::store::{BlockRange, Table};
 
 impl Tree {
-    /// As Manager::update in src/daemon/update.rs, while nobody is at work on the volume.
+    /// As Manager::update in src/ops/update_volume.rs, while nobody is at work on the volume.
     pub(super) fn update(&mut self) {
         let may = |n: &super::Node| n.frozen.is_empty() && n.filling.is_none() && n.from.is_some();
         let able: Vec<usize> = (0..self.nodes.len()).filter(|&i| may(&self.nodes[i])).collect();

@@ -1,0 +1,225 @@
+//! Changed tables and bookmarks: what a disk keeps of moments whose content is gone, and what changed since them.
+//!
+//! What always holds:
+//! - A changed table is removed after the records have forgotten its version or bookmark. They forget it after it was
+//!   merged into the next newer one.
+//! - A bookmark is in the records from the moment on in which its snapshot is not.
+//! - A table that cannot be saved or taken up is said to be lost; it never stops a disk from being served.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+
+use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::recording;
+use crate::mirror::{Changed, Disk};
+use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
+
+/// What a clean stop saved of changed tables: the seal of each, or why there is none.
+pub(crate) type SavedChanges = BTreeMap<Uuid, ChangedRecord>;
+
+/// Bookmarks with what is known now of their tables.
+pub(crate) fn with_tables(bookmarks: &[BookmarkRecord], disk: &Disk) -> Vec<BookmarkRecord> {
+    let marks = disk.marks();
+    let changed = |id| recording::of_changed(marks.iter().find(|m| m.id == id).and_then(|m| m.changed.as_ref()));
+    bookmarks.iter().map(|b| BookmarkRecord { changed: changed(b.id), ..b.clone() }).collect()
+}
+
+/// All versions and bookmarks of a record that may have changed tables.
+pub(crate) fn ids_of_changes(record: &DiskRecord) -> impl Iterator<Item = Uuid> + '_ {
+    let frozen = record.snapshots.iter().map(|s| s.id).chain(record.bookmarks.iter().map(|b| b.id));
+    frozen.chain([record.live])
+}
+
+/// Puts into the record what a clean stop has saved.
+pub(crate) fn seal_changes(record: &mut DiskRecord, saved: &SavedChanges) {
+    let seal = |id: Uuid, changed: &mut Option<ChangedRecord>| {
+        if let (Some(changed), Some(saved)) = (changed, saved.get(&id)) {
+            changed.clone_from(saved);
+        }
+    };
+    seal(record.live, &mut record.live_changed);
+    record.snapshots.iter_mut().for_each(|s| seal(s.id, &mut s.changed));
+    record.bookmarks.iter_mut().for_each(|b| seal(b.id, &mut b.changed));
+}
+
+impl Manager {
+    /// Saves all changed tables of a disk of which no request is left.
+    pub(crate) fn save_changes(&self, disk: &Disk) -> SavedChanges {
+        let (chain, marks) = (disk.chain(), disk.marks());
+        let versions = chain.links().iter().filter_map(|l| Some((l.version.id, l.version.changed()?)));
+        let marks = marks.iter().filter_map(|m| Some((m.id, m.changed.as_ref()?)));
+        let save = |(id, changed): (Uuid, &Changed)| {
+            let saved = match changed.known() {
+                Ok(table) => table.save(&self.places.saved_changes(id)).map_err(|e| format!("it was not saved: {e}")),
+                Err(why) => Err(why.to_owned()),
+            };
+            let (saved, lost) = match saved {
+                Ok(seal) => (Some(seal), None),
+                Err(why) => (None, Some(why)),
+            };
+            (id, ChangedRecord { saved, lost })
+        };
+        versions.chain(marks).map(save).collect()
+    }
+
+    /// What becomes of the mark of a snapshot that was on its way out when its content was lost. Its files are let go with
+    /// the record.
+    pub(crate) fn settle_mark(&self, disk: &Disk, gone: &SnapshotRecord, bookmarks: &mut Vec<BookmarkRecord>) {
+        match disk.marks().iter().find(|mark| mark.id == gone.id) {
+            Some(mark) if gone.keep_bookmark => {
+                bookmarks.push(recording::of_bookmark(gone, mark));
+                bookmarks.sort_by_key(|b| b.began);
+            }
+            _ => self.editor.forget_mark(disk, gone.id),
+        }
+    }
+
+    /// Removes the changed table of a version or bookmark that the records have forgotten, and that of the live version if
+    /// nothing is left since which anybody could ask.
+    pub(crate) fn remove_changes_of_gone(&self, disk: &DiskEntry, id: Uuid) {
+        self.remove_changed_table(id);
+        let chain = disk.disk.chain();
+        let live = chain.version(chain.live());
+        if live.changed().is_none() {
+            self.remove_changed_table(live.id);
+        }
+    }
+
+    pub(crate) fn all_bookmarks(&self) -> Vec<Bookmark> {
+        self.all_disks().iter().flat_map(|disk| disk.bookmarks_to_api()).collect()
+    }
+
+    pub(crate) fn bookmark(&self, reference: &SnapshotRef) -> Result<Bookmark, ApiError> {
+        let found = self.disk(&reference.disk).ok().map(|disk| disk.bookmarks_to_api());
+        let found = found.into_iter().flatten().find(|b| b.name == reference.name);
+        found.ok_or_else(|| self.no_bookmark(reference))
+    }
+
+    pub(crate) fn no_bookmark(&self, reference: &SnapshotRef) -> ApiError {
+        let error = ApiError::new(ErrorCode::BookmarkNotFound, format!("there is no bookmark {reference}"));
+        match self.disk(&reference.disk).is_ok_and(|disk| disk.snapshot(&reference.name).is_some()) {
+            true => error.with_action(format!("{reference} is a snapshot: see 'halfsilver snapshot show {reference}'")),
+            false => error,
+        }
+    }
+}
+
+impl SnapshotEntry {
+    /// A bookmark says what changed since a content that somebody may have: there must have been one.
+    pub(crate) fn refuse_bookmark_if_broken(&self) -> Result<(), ApiError> {
+        match self.broken() {
+            None => Ok(()),
+            Some(reason) => {
+                let message = format!("keep-bookmark: snapshot {} is broken: {reason}", self.reference);
+                Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("delete it without a bookmark"))
+            }
+        }
+    }
+
+    /// What a deletion merges is decided when it begins.
+    pub(crate) fn refuse_bookmark_if_going(&self) -> Result<(), ApiError> {
+        let record = locked(&self.record);
+        if !record.deleting || record.keep_bookmark {
+            return Ok(());
+        }
+        let message = format!("keep-bookmark: snapshot {} is being deleted without one already", self.reference);
+        Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+            .with_action("leave --keep-bookmark out; the next backup has to copy everything"))
+    }
+}
+
+impl DiskEntry {
+    /// The bookmark that a snapshot has become, if it has: it is a mark of the disk, and not a version any more.
+    pub(crate) fn bookmark_of(&self, entry: &SnapshotEntry) -> Option<BookmarkRecord> {
+        let record = locked(&entry.record).clone();
+        if !record.keep_bookmark || self.disk.chain().position(entry.id).is_some() {
+            return None;
+        }
+        let marks = self.disk.marks();
+        let mark = marks.iter().find(|mark| mark.id == entry.id)?;
+        Some(recording::of_bookmark(&record, mark))
+    }
+
+    /// Its bookmarks, also those that are still in the list of snapshots because their deletion is not quite over.
+    pub(crate) fn bookmarks(&self) -> Vec<BookmarkRecord> {
+        let mut bookmarks = with_tables(&locked(&self.bookmarks), &self.disk);
+        let more: Vec<_> = self.snapshots().iter().filter_map(|entry| self.bookmark_of(entry)).collect();
+        bookmarks.extend(more.into_iter().filter(|more| !locked(&self.bookmarks).iter().any(|b| b.id == more.id)));
+        bookmarks.sort_by_key(|b| b.began);
+        bookmarks
+    }
+
+    /// Those that were not left by what was taken for an update: nobody asked for these.
+    pub(crate) fn bookmarks_of_users(&self) -> Vec<BookmarkRecord> {
+        self.bookmarks().into_iter().filter(|b| b.taken_for.is_none()).collect()
+    }
+
+    fn bookmarks_to_api(&self) -> Vec<Bookmark> {
+        let of = |b: BookmarkRecord| self.bookmark_to_api(b);
+        self.bookmarks().into_iter().filter_map(of).collect()
+    }
+
+    fn bookmark_to_api(&self, record: BookmarkRecord) -> Option<Bookmark> {
+        // What counts is whether it can be said what has changed since.
+        let lost = self.disk.changes(record.id, None).err().map(|e| e.to_string());
+        let geometry = self.disk.geometry();
+        Some(Bookmark {
+            id: record.id,
+            group: record.group,
+            disk: self.name.clone(),
+            name: record.name.parse().ok()?,
+            state: if lost.is_some() { BookmarkState::Lost } else { BookmarkState::Kept },
+            reason: lost,
+            epoch: record.ended,
+            block_size: geometry.block_bytes,
+            size_bytes: geometry.size_bytes,
+            created_at: Timestamp::from_unix_ms(record.created_ms),
+            quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
+        })
+    }
+
+    /// There is no such snapshot; but there may be a bookmark of that name.
+    pub(crate) fn no_snapshot(&self, reference: &SnapshotRef) -> ApiError {
+        let error = ApiError::snapshot_not_found(reference);
+        match self.bookmarks().iter().any(|b| b.name == reference.name.as_str()) {
+            true => error.with_action(format!(
+                "{reference} is a bookmark: see 'halfsilver bookmark show {reference}' and 'bookmark delete'"
+            )),
+            false => error,
+        }
+    }
+
+    /// Snapshots and bookmarks of a disk share their names.
+    pub(crate) fn refuse_if_bookmarked(&self, name: &Name) -> Result<(), ApiError> {
+        if !self.bookmarks().iter().any(|b| b.name == name.as_str()) {
+            return Ok(());
+        }
+        let message = format!("disk {} has a bookmark {name} already", self.name);
+        Err(ApiError::new(ErrorCode::SnapshotExists, message)
+            .with_action(format!("use another name, or halfsilver bookmark delete {}@{name}", self.name)))
+    }
+
+    /// The moment of that name: a snapshot's or a bookmark's. One that is being deleted is still one.
+    pub(crate) fn moment(&self, reference: &SnapshotRef) -> Result<Uuid, ApiError> {
+        if let Some(entry) = self.snapshot(&reference.name) {
+            let state = entry.state(self);
+            if state == SnapshotState::Draining {
+                let message = format!("snapshot {reference} is still draining");
+                return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
+                    .with_action("try again when it is quiesced; 'snapshot create --wait' returns then"));
+            }
+            if let Some(reason) = entry.broken().or_else(|| self.disk.base_broken()) {
+                let message = format!("snapshot {reference} is broken: {reason}");
+                return Err(ApiError::new(ErrorCode::SnapshotBroken, message));
+            }
+            return Ok(entry.id);
+        }
+        let found = self.bookmarks().into_iter().find(|b| b.name == reference.name.as_str());
+        found.map(|b| b.id).ok_or_else(|| ApiError::snapshot_not_found(reference))
+    }
+}

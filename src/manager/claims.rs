@@ -1,0 +1,215 @@
+//! Claims of commands and jobs on the disks that they change, and the registry that is decided by.
+//!
+//! What always holds:
+//! - The lock over the claims covers memory only: nothing is read, written or waited for under it but a claim.
+//! - A command is decided about and gets its claim in one step, so what it was decided by stays true until it lets go.
+//! - A command waits for another one's claim for [`CLAIM_WAIT`] at most; a job waits until the daemon goes down.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use crate::control::api;
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode};
+use crate::manager::Manager;
+use crate::manager::entry::locked;
+use crate::manager::jobs::JobEntry;
+use crate::registry::{self, ClaimKey, Command, Plan, Refusal, Registry, Wanted, decide};
+
+/// How long a command waits for what another one has claimed.
+const CLAIM_WAIT: Duration = Duration::from_secs(10);
+/// How long a connection that stands in the way may take to hang up.
+const HANG_UP_WAIT: Duration = Duration::from_secs(1);
+/// How often it is looked at.
+const HANG_UP_LOOK: Duration = Duration::from_millis(5);
+/// How often a job that waits looks whether the daemon is going down.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Why something is not claimed.
+struct Denied {
+    error: ApiError,
+    /// Whether that may be over in a moment.
+    may_pass: bool,
+}
+
+impl From<ApiError> for Denied {
+    fn from(error: ApiError) -> Denied {
+        Denied { error, may_pass: false }
+    }
+}
+
+impl From<Refusal> for Denied {
+    fn from(refusal: Refusal) -> Denied {
+        Denied { may_pass: refusal.may_pass, error: refusal.into() }
+    }
+}
+
+/// A claim, until this is dropped.
+pub(crate) struct Held<'a> {
+    manager: &'a Manager,
+    id: u64,
+}
+
+impl Held<'_> {
+    /// Says what its holder waits for.
+    pub(crate) fn waits_for(&self, what: Option<String>) {
+        locked(&self.manager.claims).note(self.id, what);
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        locked(&self.manager.claims).release(self.id);
+        self.manager.released.notify_all();
+    }
+}
+
+impl Manager {
+    /// Decides about a command and claims what it is about.
+    pub(crate) fn claim(&self, command: &Command) -> Result<(Held<'_>, Plan), ApiError> {
+        self.claim_with(command, [])
+    }
+
+    /// The same, with something else that it changes.
+    pub(crate) fn claim_with(
+        &self,
+        command: &Command,
+        also: impl IntoIterator<Item = ClaimKey>,
+    ) -> Result<(Held<'_>, Plan), ApiError> {
+        let also: Vec<ClaimKey> = also.into_iter().collect();
+        let operation = command.to_string().trim_start_matches("halfsilver ").to_owned();
+        self.claim_when(&operation, || {
+            let registry = self.registry();
+            let mut plan = decide(&registry, command)?;
+            plan.wanted.changes.extend(also.iter().cloned());
+            Ok((plan.wanted.clone(), names_of(&registry, &plan.wanted), plan))
+        })
+    }
+
+    /// Claims without a decision: for what is not in the registry yet, and for the ends of jobs.
+    pub(crate) fn claim_keys(&self, operation: &str, names: &[&str], wanted: Wanted) -> Result<Held<'_>, ApiError> {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        self.claim_when(operation, || Ok((wanted.clone(), names.clone(), ()))).map(|(held, ())| held)
+    }
+
+    /// Claims what `decide` wants, whenever it can still be had.
+    pub(crate) fn claim_decided(
+        &self,
+        operation: &str,
+        decide: &dyn Fn(&Registry) -> Result<Wanted, Refusal>,
+    ) -> Result<Held<'_>, ApiError> {
+        let claimed = self.claim_when(operation, || {
+            let registry = self.registry();
+            let wanted = decide(&registry)?;
+            let names = names_of(&registry, &wanted);
+            Ok((wanted, names, ()))
+        });
+        claimed.map(|(held, ())| held)
+    }
+
+    fn claim_when<T>(
+        &self,
+        operation: &str,
+        decide: impl Fn() -> Result<(Wanted, Vec<String>, T), Denied>,
+    ) -> Result<(Held<'_>, T), ApiError> {
+        let (since, deadline) = (Instant::now(), Instant::now() + CLAIM_WAIT);
+        let mut claims = locked(&self.claims);
+        loop {
+            self.refuse_when_stopping()?;
+            let (wanted, names, decided) = match decide() {
+                Ok(decided) => decided,
+                Err(Denied { may_pass: true, .. }) if since.elapsed() < HANG_UP_WAIT => {
+                    let woken = self.released.wait_timeout(claims, HANG_UP_LOOK);
+                    claims = woken.unwrap_or_else(PoisonError::into_inner).0;
+                    continue;
+                }
+                Err(denied) => return Err(denied.error),
+            };
+            let claim = registry::Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
+            let refused = match claims.take(claim) {
+                Ok(id) => return Ok((Held { manager: self, id }, decided)),
+                Err(held) => claimed(held),
+            };
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return Err(refused) };
+            claims = self.released.wait_timeout(claims, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Claims what a job works on, however long that takes. None when the daemon goes down.
+    pub(crate) fn claim_for_job(&self, job: &JobEntry) -> Option<Held<'_>> {
+        let operation = format!("{} (job {})", job.kind, job.id);
+        self.claim_patiently(&operation, job.disk.name.as_str(), ClaimKey::Entity(job.disk.id))
+    }
+
+    /// Claims one thing, however long that takes. None when the daemon goes down.
+    pub(crate) fn claim_patiently(&self, operation: &str, name: &str, key: ClaimKey) -> Option<Held<'_>> {
+        let (since, names) = (Instant::now(), vec![name.to_owned()]);
+        let mut claims = locked(&self.claims);
+        loop {
+            if self.is_stopping() {
+                return None;
+            }
+            let wanted = Wanted::changing([key.clone()]);
+            let claim = registry::Claim {
+                operation: operation.to_owned(),
+                names: names.clone(),
+                wanted,
+                since,
+                waits_for: None,
+            };
+            if let Ok(id) = claims.take(claim) {
+                return Some(Held { manager: self, id });
+            }
+            claims = self.released.wait_timeout(claims, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until nothing is claimed any more, at most for `timeout`. Returns what is still claimed then.
+    pub(crate) fn wait_unclaimed(&self, timeout: Duration) -> Vec<String> {
+        let deadline = Instant::now() + timeout;
+        let mut claims = locked(&self.claims);
+        loop {
+            let left: Vec<String> =
+                claims.held().map(|c| format!("{} ({})", c.operation, c.names.join(", "))).collect();
+            let Some(time) = deadline.checked_duration_since(Instant::now()).filter(|_| !left.is_empty()) else {
+                return left;
+            };
+            claims = self.released.wait_timeout(claims, time).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Whether a command is changing this disk or volume.
+    pub(crate) fn is_being_changed(&self, id: uuid::Uuid) -> bool {
+        locked(&self.claims).held().any(|claim| claim.wanted.changes.contains(&ClaimKey::Entity(id)))
+    }
+
+    /// Everything that is claimed, the oldest first.
+    pub(crate) fn claims_to_api(&self) -> Vec<api::Claim> {
+        let to_api = |claim: &registry::Claim| api::Claim {
+            operation: claim.operation.clone(),
+            entities: claim.names.clone(),
+            since: Timestamp::ago(claim.since.elapsed()),
+            waits_for: claim.waits_for.clone(),
+        };
+        locked(&self.claims).held().map(to_api).collect()
+    }
+}
+
+/// The names of what is changed.
+fn names_of(registry: &Registry, wanted: &Wanted) -> Vec<String> {
+    let named = |key: &ClaimKey| match key {
+        ClaimKey::Entity(id) => registry.disk(*id).map(|disk| disk.name.to_string()),
+        ClaimKey::Name(name) => Some(name.to_string()),
+        ClaimKey::Path(_) => None,
+    };
+    wanted.changes.iter().filter_map(named).collect()
+}
+
+/// Who has it, and since when.
+fn claimed(by: &registry::Claim) -> ApiError {
+    let seconds = by.since.elapsed().as_secs();
+    let waits = by.waits_for.as_ref().map(|what| format!(", which waits for {what}")).unwrap_or_default();
+    let message = format!("'{}' has been at work on {} for {seconds} s{waits}", by.operation, by.names.join(", "));
+    ApiError::new(ErrorCode::Unavailable, message)
+        .with_action("try again when it is done; 'halfsilver status' lists what is claimed")
+}

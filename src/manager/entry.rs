@@ -1,0 +1,368 @@
+//! A served disk and its snapshots, as the manager holds them.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
+use crate::control::timestamp::Timestamp;
+use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
+use crate::manager::layers::space_of;
+use crate::manager::legs::Mirror;
+use crate::manager::recording;
+use crate::manager::relations::Standing;
+use crate::manager::restoring::Awaited;
+use crate::mirror::{Backing, Chain, Disk, Epoch, Version};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
+use crate::vhost_user::{Observer, QueueStats, ServerHandle};
+
+/// How long it is waited for an image that is asked how much storage it takes.
+const LOOK_WAIT: Duration = Duration::from_millis(20);
+
+/// Locks a mutex whose data stays valid whatever happened to an earlier holder.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts the frontends of one socket and says when they come and go.
+#[derive(Debug)]
+pub(crate) struct Frontends {
+    count: AtomicU32,
+    disk: Name,
+    snapshot: Option<SnapshotRef>,
+    bus: Arc<EventBus>,
+}
+
+impl Frontends {
+    pub(crate) fn new(disk: &Name, snapshot: Option<&SnapshotRef>, bus: &Arc<EventBus>) -> Arc<Frontends> {
+        let (disk, snapshot, bus) = (disk.clone(), snapshot.cloned(), bus.clone());
+        Arc::new(Frontends { count: AtomicU32::new(0), disk, snapshot, bus })
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    fn publish(&self, kind: EventKind) {
+        let notice = match &self.snapshot {
+            Some(snapshot) => Notice::of_snapshot(kind, snapshot),
+            None => Notice::of_disk(kind, &self.disk),
+        };
+        self.bus.publish(notice);
+    }
+}
+
+impl Observer for Frontends {
+    fn connected(&self) {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        self.publish(EventKind::FrontendConnected);
+    }
+
+    fn disconnected(&self) {
+        self.count.fetch_sub(1, Ordering::SeqCst);
+        self.publish(EventKind::FrontendDisconnected);
+    }
+}
+
+/// A snapshot. Without a version it is only a record: of content that was lost.
+pub(crate) struct SnapshotEntry {
+    pub(crate) reference: SnapshotRef,
+    pub(crate) id: Uuid,
+    pub(crate) record: Mutex<SnapshotRecord>,
+    pub(crate) version: Option<Arc<Version>>,
+    pub(crate) server: Mutex<Option<ServerHandle>>,
+    pub(crate) frontends: Arc<Frontends>,
+    /// Why there is no socket although the content is whole.
+    pub(crate) socket_error: Mutex<Option<String>>,
+    pub(crate) drain: Mutex<Option<Duration>>,
+}
+
+impl SnapshotEntry {
+    /// Whether its socket is open.
+    pub(crate) fn is_open(&self) -> bool {
+        locked(&self.server).is_some()
+    }
+
+    /// Why the content cannot be vouched for, if so.
+    pub(crate) fn broken(&self) -> Option<String> {
+        let now = self.version.as_ref().and_then(|v| v.broken()).map(str::to_owned);
+        now.or_else(|| locked(&self.record).broken.clone())
+    }
+
+    /// Whether its content is folded into the full image when it goes.
+    fn folds(&self, disk: &DiskEntry) -> bool {
+        let chain = disk.disk.chain();
+        chain.position(self.id).is_some_and(|i| chain.pivot_of(i) == i && chain.segment_of(i).last > i)
+    }
+
+    /// How many frontends still write it rather than the live version.
+    pub(crate) fn old_frontends(&self, disk: &DiskEntry) -> u32 {
+        let record = locked(&self.record);
+        let drains = record.quiesced_ms.is_none() && record.ended > 0 && self.version.is_some();
+        let holders = if drains { disk.disk.connections().holders(Epoch(record.ended)) } else { 0 };
+        u32::try_from(holders).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn state(&self, disk: &DiskEntry) -> SnapshotState {
+        let folds = self.folds(disk);
+        let record = locked(&self.record);
+        let broken = record.broken.is_some()
+            || self.version.as_ref().is_some_and(|v| v.broken().is_some())
+            || disk.disk.base_broken().is_some();
+        match (record.deleting, broken, record.quiesced_ms) {
+            (true, ..) if folds => SnapshotState::Folding,
+            (true, ..) => SnapshotState::Deleting,
+            (_, true, _) => SnapshotState::Broken,
+            (_, _, Some(_)) => SnapshotState::Quiesced,
+            (_, _, None) => SnapshotState::Draining,
+        }
+    }
+
+    /// What is remembered of it. None if it is not frozen yet, or has left the chain already.
+    fn to_record(&self, chain: &Chain) -> Option<SnapshotRecord> {
+        recording::of_snapshot(locked(&self.record).clone(), self.version.as_deref(), chain)
+    }
+
+    pub(crate) fn to_api(&self, disk: &DiskEntry) -> api::Snapshot {
+        let (state, old_frontends) = (self.state(disk), self.old_frontends(disk));
+        let broken = self.broken().or_else(|| disk.disk.base_broken());
+        let reason = broken.or_else(|| locked(&self.socket_error).clone());
+        let record = locked(&self.record).clone();
+        let geometry = disk.disk.geometry();
+        let chain = disk.disk.chain();
+        let index = self.version.as_ref().and_then(|_| chain.position(self.id));
+        let owned = index.map_or(0, |i| match chain.layer(i).table() {
+            None => geometry.size_bytes,
+            Some(table) => table.count() * u64::from(geometry.block_bytes),
+        });
+        let image = index.map_or(record.image, |i| space_of(&chain, i).0);
+        // It reads through newer ones up to the full image: if one of them is lost, so is it.
+        let outlives = |i| (i..chain.pivot_of(i)).all(|newer| chain.layer(newer).saved_durably().is_some());
+        let durable = index.map_or(record.durable, outlives);
+        api::Snapshot {
+            id: self.id,
+            group: record.group,
+            disk: self.reference.disk.clone(),
+            name: self.reference.name.clone(),
+            strategy: record.strategy.parse().unwrap_or(api::Strategy::CopyOnWrite),
+            durability: if durable { Durability::Power } else { Durability::Process },
+            writers: record.writers.parse().unwrap_or(api::Writers::Request),
+            state,
+            reason,
+            epoch: record.ended,
+            socket: record.socket,
+            image: Some(image),
+            block_size: geometry.block_bytes,
+            owned_bytes: owned.min(geometry.size_bytes),
+            size_bytes: geometry.size_bytes,
+            created_at: Timestamp::from_unix_ms(record.created_ms),
+            quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
+            old_frontends,
+        }
+    }
+}
+
+/// What is remembered of a disk while it is served: where its versions are in this moment's chain.
+pub(crate) fn record_of(
+    (id, name, boot): (Uuid, &Name, Uuid),
+    config: &DiskConfig,
+    chain: &Chain,
+    snapshots: &[Arc<SnapshotEntry>],
+) -> DiskRecord {
+    let config = serde_json::to_value(config).expect("a configuration is plain data");
+    let snapshots = snapshots.iter().filter_map(|s| s.to_record(chain)).collect();
+    recording::of_disk((id, name.as_str(), boot), config, chain, snapshots)
+}
+
+/// A served disk.
+pub(crate) struct DiskEntry {
+    pub(crate) name: Name,
+    pub(crate) id: Uuid,
+    /// The boot of the machine.
+    pub(crate) boot: Uuid,
+    /// As it is served: with the socket and the serial filled in.
+    pub(crate) config: DiskConfig,
+    pub(crate) disk: Arc<Disk>,
+    /// What it stands on, and what is being done about that.
+    pub(crate) standing: Mutex<Standing>,
+    /// Its image, or of its legs the one that it is known by.
+    pub(crate) path: Mutex<PathBuf>,
+    pub(crate) mirror: Mutex<Option<Mirror>>,
+    pub(crate) former_legs: Mutex<Vec<PathBuf>>,
+    /// Its restore in place, if one is under way.
+    pub(crate) restore: Mutex<Option<RestoreRecord>>,
+    /// What a restore needs that waits for its volume to be served.
+    pub(crate) awaited: Mutex<Option<Awaited>>,
+    /// Where legs are, for messages.
+    pub(crate) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
+    /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
+    /// would be folded below a log that a restart still finds.
+    pub(crate) retires: AtomicBool,
+    /// Whether somebody is at the write-intent bitmap.
+    pub(crate) cleaning: AtomicBool,
+    /// None while it is disabled.
+    pub(crate) server: Mutex<Option<Arc<ServerHandle>>>,
+    pub(crate) frontends: Arc<Frontends>,
+    pub(crate) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
+    /// What is known of bookmarks but for their tables, oldest first.
+    pub(crate) bookmarks: Mutex<Vec<BookmarkRecord>>,
+    pub(crate) failure_told: AtomicBool,
+    pub(crate) allocated: Allocated,
+}
+
+/// How much storage an image takes, looked at by a thread of its own: one that does not answer holds up nobody.
+#[derive(Default)]
+pub(crate) struct Allocated(Arc<Looked>);
+
+#[derive(Default)]
+struct Looked {
+    is_looking: AtomicBool,
+    last: Mutex<Option<u64>>,
+}
+
+impl Allocated {
+    /// What is known now, which is what was known before if the image does not answer at once.
+    fn look(&self, image: &Backing) -> Option<u64> {
+        if !self.0.is_looking.swap(true, Ordering::SeqCst) {
+            let (of, image, (tell, told)) = (self.0.clone(), image.clone(), channel());
+            let look = move || {
+                *locked(&of.last) = image.allocated_bytes();
+                of.is_looking.store(false, Ordering::SeqCst);
+                drop(tell);
+            };
+            match std::thread::Builder::new().name("look".to_owned()).spawn(look) {
+                // An error says that it is done.
+                Ok(_) => drop(told.recv_timeout(LOOK_WAIT) as Result<(), _>),
+                Err(_) => self.0.is_looking.store(false, Ordering::SeqCst),
+            }
+        }
+        *locked(&self.0.last)
+    }
+}
+
+impl DiskEntry {
+    pub(crate) fn snapshots(&self) -> Vec<Arc<SnapshotEntry>> {
+        locked(&self.snapshots).clone()
+    }
+
+    pub(crate) fn snapshot(&self, name: &Name) -> Option<Arc<SnapshotEntry>> {
+        self.snapshots().into_iter().find(|s| s.reference.name == *name)
+    }
+
+    /// What is remembered of it while it is served.
+    pub(crate) fn to_record(&self) -> DiskRecord {
+        let of = (self.id, &self.name, self.boot);
+        let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
+        record.bookmarks = self.bookmarks();
+        locked(&self.standing).put_into(&mut record);
+        record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
+        record.former_legs = locked(&self.former_legs).clone();
+        record.restore.clone_from(&locked(&self.restore));
+        record
+    }
+
+    /// How it would be served again: its legs may have changed since it was served, and what was set.
+    pub(crate) fn config(&self) -> DiskConfig {
+        let mut config = self.config.patched(&locked(&self.standing).set);
+        config.path = locked(&self.path).clone();
+        let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
+        config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+        config
+    }
+
+    /// Whether a frozen version has this image for itself.
+    pub(crate) fn holds_leg(&self, path: &Path) -> bool {
+        let chain = self.disk.chain();
+        let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
+        chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
+    }
+
+    /// The backing of its full image.
+    pub(crate) fn base(&self) -> Backing {
+        let chain = self.disk.chain();
+        chain.layer(chain.pivot_of(chain.live())).image.clone()
+    }
+
+    pub(crate) fn failure(&self) -> Option<String> {
+        if let Some(reason) = self.disk.restore_lost() {
+            return Some(reason);
+        }
+        if self.is_volume() {
+            return self.volume_failure();
+        }
+        self.base().is_poisoned().then(|| {
+            let path = locked(&self.path);
+            format!("a sync of {} failed, so it is unknown what of the last writes is stored", path.display())
+        })
+    }
+
+    pub(crate) fn to_api(&self) -> api::Disk {
+        let (reason, config) = (self.failure(), self.config());
+        let frontends = self.frontends.count();
+        let chain = self.disk.chain();
+        let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
+        api::Disk {
+            id: Some(self.id),
+            name: self.name.clone(),
+            path: Some(locked(&self.path).clone()),
+            socket: config.socket.clone(),
+            size_bytes,
+            block_size,
+            queues: config.queues(),
+            direct: config.direct,
+            readonly: config.readonly(),
+            serial: config.serial.clone().unwrap_or_default(),
+            state: if reason.is_some() { DiskState::Failed } else { DiskState::Serving },
+            reason,
+            connected: frontends > 0,
+            frontends,
+            epoch: chain.version(chain.live()).began.0,
+            snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
+            allocated_bytes: self.allocated.look(&self.base()).unwrap_or(size_bytes),
+            shared: config.shared,
+            durability: config.durability(),
+            background_bytes: config.background_bytes(),
+            legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
+            restoring: self.restore_status(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> QueueStats {
+        locked(&self.server).as_ref().map(|server| server.stats()).unwrap_or_default()
+    }
+
+    /// Finishes all requests and closes the socket.
+    pub(crate) fn stop_server(&self) {
+        let server = locked(&self.server).clone();
+        if let Some(server) = server {
+            server.stop();
+        }
+    }
+}
+
+/// How often who waits for its turn looks again.
+pub(crate) const TURN: Duration = Duration::from_millis(20);
+
+/// The turn of a deletion among those of its disk, until this is dropped.
+pub(crate) struct Turn<'a>(&'a AtomicBool);
+
+impl Turn<'_> {
+    pub(crate) fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
+        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// Whether a name in a request is this id.
+pub(crate) fn is_id(name: &Name, id: Uuid) -> bool {
+    name.as_str().parse() == Ok(id)
+}

@@ -1,0 +1,102 @@
+//! What the daemon tries again by itself: what could not be served, stored or opened when it was due.
+//!
+//! What always holds: each is tried on a thread of its own, so that one that hangs holds up none of the others; the time
+//! between two tries grows up to [`PAUSE_MAX`]; nobody waits for any of them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::control::Name;
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::registry::ClaimKey;
+
+/// How long after the first failure it is tried again.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+/// How long at most.
+const PAUSE_MAX: Duration = Duration::from_secs(20);
+
+/// Something to be tried again.
+#[derive(Clone)]
+pub(crate) enum FollowUp {
+    /// Serve a disk or volume that could not be.
+    Serve(Name),
+    /// Record that a snapshot is quiesced, and open its socket.
+    Quiesce(Arc<DiskEntry>, Arc<SnapshotEntry>, Duration),
+    /// Open the socket of a quiesced snapshot.
+    Open(Arc<DiskEntry>, Arc<SnapshotEntry>),
+    /// Store what a disk's record should say.
+    Record(Arc<DiskEntry>),
+    /// Let go of what was taken for updates and is not needed any more.
+    Tidy,
+}
+
+/// Those that wait.
+#[derive(Default)]
+pub(crate) struct FollowUps(Vec<(Instant, Duration, FollowUp)>);
+
+impl Manager {
+    /// Has something tried again later.
+    pub(crate) fn follow_up(&self, what: FollowUp) {
+        self.follow_up_after(what, PAUSE_MIN);
+    }
+
+    /// Has something done as soon as nobody else changes what it is about.
+    pub(crate) fn follow_up_at_once(&self, what: FollowUp) {
+        self.follow_up_after(what, Duration::ZERO);
+        self.try_follow_ups();
+    }
+
+    fn follow_up_after(&self, what: FollowUp, pause: Duration) {
+        let mut follow_ups = locked(&self.follow_ups);
+        // The newest word on a thing counts.
+        follow_ups.0.retain(|(.., other)| match (other, &what) {
+            (FollowUp::Serve(other), FollowUp::Serve(name)) => other != name,
+            (FollowUp::Tidy, FollowUp::Tidy) => false,
+            _ => true,
+        });
+        follow_ups.0.push((Instant::now() + pause, pause, what));
+    }
+
+    /// Tries what is due.
+    pub(crate) fn try_follow_ups(&self) {
+        let now = Instant::now();
+        let due: Vec<_> = locked(&self.follow_ups).0.extract_if(.., |(at, ..)| *at <= now).collect();
+        for (_, pause, what) in due {
+            let (me, later) = (self.me.clone(), what.clone());
+            let started = self.start_thread("follow-up", move || {
+                let Some(manager) = me.upgrade() else { return };
+                if !manager.is_stopping() && !manager.try_now(&what) {
+                    manager.follow_up_after(what, next(pause));
+                }
+            });
+            if started.is_err() {
+                self.follow_up_after(later, next(pause));
+            }
+        }
+    }
+
+    /// Returns whether it is over.
+    fn try_now(&self, what: &FollowUp) -> bool {
+        match what {
+            FollowUp::Tidy => self.tidy_moments(),
+            FollowUp::Serve(name) => self.serve_again_if_possible(name),
+            FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
+            FollowUp::Open(disk, entry) => {
+                let key = ClaimKey::Entity(disk.id);
+                let Some(_claim) = self.claim_patiently("open a socket", disk.name.as_str(), key) else { return true };
+                !self.is_there(disk, entry) || entry.is_open() || self.open_socket(disk, entry)
+            }
+            FollowUp::Record(disk) => {
+                let key = ClaimKey::Entity(disk.id);
+                let Some(_claim) = self.claim_patiently("store a record", disk.name.as_str(), key) else { return true };
+                !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok()
+            }
+        }
+    }
+}
+
+/// How long after a failure it is tried again, if it was tried after `pause`.
+fn next(pause: Duration) -> Duration {
+    (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX)
+}

@@ -1,0 +1,345 @@
+//! The layers of versions: their images and tables, made, opened again, and removed.
+//!
+//! What always holds: what is made here is ours to remove; a disk's own image and the legs of its mirror never are.
+
+use crate::mirror::{Disk, Version};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::control::ApiError;
+use crate::control::api::{DiskConfig, Durability};
+use crate::crash;
+use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage};
+use crate::manager::{Manager, image_error, table_error};
+use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
+use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
+use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError, TableName};
+
+/// How long a start waits for the transfers of a process that was killed.
+pub(crate) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
+
+/// Runs something on a ring of its own.
+pub(crate) fn block_on<T: 'static>(
+    future: impl AsyncFnOnce(crate::image::IoQueue) -> T + 'static,
+) -> Result<T, String> {
+    crate::image::block_on(future).map_err(|e| format!("no ring: {e}"))
+}
+
+impl Manager {
+    /// An empty image and table for what is saved for a frozen version.
+    pub(crate) fn make_frozen_layer(
+        &self,
+        path: &Path,
+        id: Uuid,
+        config: &DiskConfig,
+        geometry: &Geometry,
+    ) -> Result<Layer, ApiError> {
+        let image = Backing::One(create_image(path, config, geometry)?);
+        let made = match config.durability() {
+            Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
+            Durability::Power => self
+                .make_saved_table(id, geometry)
+                .map(|table| Layer::saved(image, Arc::new(Saved { table, revoke: self.revoke(id) }))),
+        };
+        made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
+    }
+
+    /// An empty log for what is written to a live version, whose table is durable from now on.
+    pub(crate) fn make_log(
+        &self,
+        path: &Path,
+        id: Uuid,
+        config: &DiskConfig,
+        geometry: &Geometry,
+    ) -> Result<Layer, ApiError> {
+        let image = create_image(path, config, geometry)?;
+        let made = self
+            .make_durable_table(&self.places.log_table(id), id, geometry)
+            .and_then(|table| Ok(Log { table, freed: Table::in_memory(geometry.blocks())? }));
+        let log = made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)?;
+        Ok(Layer::logged(Backing::One(image), Arc::new(log)))
+    }
+
+    fn make_saved_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
+        let path = self.places.saved_table(id);
+        // It is not frozen yet, so this is of a creation that a kill ended.
+        remove_file(&path);
+        self.make_durable_table(&path, id, geometry)
+    }
+
+    pub(crate) fn make_durable_table(
+        &self,
+        path: &Path,
+        id: Uuid,
+        geometry: &Geometry,
+    ) -> Result<DurableTable, TableError> {
+        self.make_durable_copy(path, id, Arc::new(self.make_run_table(id, geometry)?))
+    }
+
+    /// The durable copy of a table that is there, on a new file.
+    pub(crate) fn make_durable_copy(
+        &self,
+        path: &Path,
+        id: Uuid,
+        table: Arc<Table>,
+    ) -> Result<DurableTable, TableError> {
+        let (path, size) = (path.to_owned(), DurableTable::image_bytes(table.blocks()));
+        let image = FileImage::create(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
+        let image: SharedImage = Arc::new(image);
+        let made =
+            block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
+        let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
+        crate::store::sync_directory_of(&path)
+            .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
+        Ok(table)
+    }
+
+    /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
+    /// needs no room, unlike writing the word "broken" where there is none.
+    pub(crate) fn revoke(&self, id: Uuid) -> Revoke {
+        let (path, given_up) = (self.places.saved_table(id), self.places.given_up_table(id));
+        Box::new(move || {
+            let renamed = match std::fs::rename(&path, &given_up) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+                _ => crate::store::sync_directory_of(&path),
+            };
+            renamed.map_err(|e| format!("{} cannot be renamed: {e}", path.display()))
+        })
+    }
+
+    fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Table, TableError> {
+        Table::create(&self.places.run_table(id), geometry.blocks(), TableName::of_this_boot(id)?)
+    }
+
+    /// An empty changed table for the version `id`.
+    pub(crate) fn make_changed_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
+        let path = self.places.changed_table(id);
+        Ok(Arc::new(Table::create(&path, geometry.blocks(), TableName::of_this_boot(id)?)?))
+    }
+
+    /// Removes the changed table of a version or bookmark that is not remembered any more.
+    pub(crate) fn remove_changed_table(&self, id: Uuid) {
+        remove_file(&self.places.changed_table(id));
+        remove_file(&self.places.saved_changes(id));
+    }
+
+    /// Removes a layer that was made here: its image and its tables.
+    pub(crate) fn remove_layer(&self, id: Uuid, image: &Path) {
+        remove_file(image);
+        remove_file(&self.places.run_table(id));
+        remove_file(&self.places.broken_mark(id));
+        remove_file(&self.places.durable_table(id));
+        remove_file(&self.places.log_table(id));
+        remove_file(&self.places.saved_table(id));
+        remove_file(&self.places.given_up_table(id));
+    }
+}
+
+/// The layers of one disk, in our directories.
+pub(crate) struct DiskLayers<'a> {
+    pub(crate) manager: &'a Manager,
+    pub(crate) config: &'a DiskConfig,
+    pub(crate) geometry: &'a Geometry,
+    /// After a kill the old process's last transfers may still run; nothing is read or written before they are done.
+    pub(crate) lock_wait: Duration,
+}
+
+impl DiskLayers<'_> {
+    /// The durable table that goes by this name, as it was decided.
+    pub(crate) fn open_table(&self, id: Uuid, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
+        let which = how.durable.ok_or_else(|| NotCarriedOut(format!("table {id} is not durable")))?;
+        let place = which.place(self.manager.places.tables(), id);
+        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: self.lock_wait };
+        let durable: SharedImage = Arc::new(FileImage::open(&place, options)?);
+        let table = match how.source {
+            TableSource::Committed(_) => self.committed_table(id, durable, how)?,
+            _ => {
+                let table = Arc::new(self.left_table(id, how)?);
+                crate::image::block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)??.0
+            }
+        };
+        Ok(table)
+    }
+
+    /// The table of a version as it was left: by a clean stop, or by a daemon that was killed in this boot.
+    fn left_table(&self, id: Uuid, how: &TableUse) -> Result<Table, NotCarriedOut> {
+        let places = &self.manager.places;
+        let table = match how.source {
+            TableSource::Saved(seal) => {
+                let table = self.manager.make_run_table(id, self.geometry)?;
+                table.load(&places.durable_table(id), seal)?;
+                table
+            }
+            _ => Table::open(&places.run_table(id), self.geometry.blocks(), TableName::of_this_boot(id)?)?,
+        };
+        if how.is_broken {
+            table.mark_broken();
+        }
+        Ok(table)
+    }
+
+    /// A table as it was committed last to its durable copy.
+    fn committed_table(&self, id: Uuid, durable: SharedImage, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
+        let (places, place) = (&self.manager.places, durable.path().to_owned());
+        // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
+        let filling = places.run_table(id).with_extension("filling");
+        let table = Arc::new(Table::create(&filling, self.geometry.blocks(), TableName::of_this_boot(id)?)?);
+        let (table, report) =
+            crate::image::block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)??;
+        if !report.damaged.is_empty() {
+            return Err(NotCarriedOut(format!("{} is damaged", place.display())));
+        }
+        if how.is_broken {
+            table.table().mark_broken(); // Under this name nobody has to ask again.
+        }
+        std::fs::rename(&filling, places.run_table(id))?;
+        Ok(table)
+    }
+
+    /// An image of the disk's size: what is cut off would read as an error, or as zeros.
+    fn open_whole(&self, path: &Path) -> Result<SharedImage, NotCarriedOut> {
+        let image = open_image(path, self.config, self.lock_wait)?;
+        match image.size_bytes() == self.geometry.size_bytes {
+            true => Ok(image),
+            false => Err(Why::Size { path: path.to_owned(), size_bytes: image.size_bytes() }.into()),
+        }
+    }
+}
+
+impl LayerSource for DiskLayers<'_> {
+    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut> {
+        self.open_whole(image)
+    }
+
+    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let image = Backing::One(self.open_whole(image)?);
+        if how.durable.is_none() {
+            return Ok(Layer::of(image, Arc::new(self.left_table(id, how)?)));
+        }
+        let saved = Saved { table: self.open_table(id, how)?, revoke: self.manager.revoke(id) };
+        // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
+        // over, may not be durable yet.
+        let bytes = image.clone();
+        let committed = crate::image::block_on(async move |queue| {
+            saved.table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| saved)
+        })??;
+        Ok(Layer::saved(image, Arc::new(committed)))
+    }
+
+    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+        let table = self.open_table(id, how)?;
+        let image = self.open_whole(image)?;
+        let freed = Table::in_memory(self.geometry.blocks())?;
+        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
+    }
+
+    fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
+        let places = &self.manager.places;
+        match from {
+            ChangedUse::Saved(seal) => {
+                let table = self.manager.make_changed_table(id, self.geometry)?;
+                table.load(&places.saved_changes(id), seal)?;
+                Ok(table)
+            }
+            ChangedUse::Run => {
+                let name = TableName::of_this_boot(id)?;
+                Ok(Arc::new(Table::open(&places.changed_table(id), self.geometry.blocks(), name)?))
+            }
+        }
+    }
+}
+
+/// The file that a version's content takes room in beside the full image: for one whose layer has everything, or that lies
+/// above the pivot, the log of the version above it.
+pub(crate) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<Arc<Table>>) {
+    let segment = chain.segment_of(index);
+    let at = if index >= segment.pivot && index < segment.last { index + 1 } else { index };
+    let layer = chain.layer(at);
+    (layer.image.path().to_owned(), layer.table().cloned())
+}
+
+/// A new image as its disk's is opened, through the page cache where that is all there is.
+fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result<SharedImage, ApiError> {
+    let create = |direct| FileImage::create(path, geometry.size_bytes, direct);
+    let created = match create(direct_of(config)) {
+        Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => {
+            log::info!("{} is used through the page cache: {e}", path.display());
+            create(Direct::Off)
+        }
+        Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
+            drop(image);
+            remove_file(path);
+            create(Direct::Off)
+        }
+        other => other,
+    };
+    let created = created.map_err(image_error)?;
+    crash::point("after an image was made");
+    let created: SharedImage = Arc::new(created);
+    // The records are about to name it.
+    store_file(&created).inspect_err(|_| remove_file(path)).map_err(table_error)?;
+    Ok(created)
+}
+
+/// A new file is there with its name and its size, also after a power cut.
+pub(crate) fn store_file(image: &SharedImage) -> Result<(), TableError> {
+    let path = image.path().to_owned();
+    let of = image.clone();
+    let failed = |message: String| TableError::Io { path: path.clone(), message };
+    let synced = block_on(async move |queue| crate::image::sync(&*of, &queue).await);
+    synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
+    crate::store::sync_directory_of(&path).map_err(|e| failed(e.to_string()))
+}
+
+/// Opens a layer's image as its disk's is opened.
+pub(crate) fn open_image(path: &Path, config: &DiskConfig, lock_wait: Duration) -> Result<SharedImage, ImageError> {
+    let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait };
+    open_made_here(path, config, options)
+}
+
+/// Opens an image that was made here, or like those that were: through the page cache where there is no other way.
+pub(crate) fn open_made_here(
+    path: &Path,
+    config: &DiskConfig,
+    options: ImageOptions,
+) -> Result<SharedImage, ImageError> {
+    let open = |direct| FileImage::open(path, ImageOptions { direct, ..options });
+    let image = match open(direct_of(config)) {
+        Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
+        Ok(image) if image.alignment().offset_bytes > config.block_size => {
+            drop(image);
+            open(Direct::Off)
+        }
+        other => other,
+    };
+    image.map(|image| Arc::new(image) as SharedImage)
+}
+
+pub(crate) fn direct_of(config: &DiskConfig) -> Direct {
+    if config.direct { Direct::On } else { Direct::Off }
+}
+
+fn in_table(path: &Path, e: &ImageError) -> TableError {
+    TableError::Io { path: path.to_owned(), message: e.to_string() }
+}
+
+/// Removes a file that is ours. That it is gone already is fine.
+pub(crate) fn remove_file(path: &Path) {
+    crash::point("before a file is removed");
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::error!("cannot remove {}: {e}", path.display()),
+        _ => {}
+    }
+}
+
+/// What a version shows outlives a power cut from now on, if it is one of those that do.
+pub(crate) fn store_shown(disk: &Arc<Disk>, version: &Arc<Version>) {
+    let (of, id) = (disk.clone(), version.id);
+    let done = block_on(async move |queue| of.make_durable(&queue, id).await);
+    if let Err(e) = done.and_then(|done| done) {
+        disk.break_version(version, &format!("it could not be stored: {e}"));
+    }
+}

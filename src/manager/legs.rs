@@ -1,0 +1,338 @@
+//! Mirrored disks: their legs, made, opened, replaced, split and joined again (source 002 [0062]; figures 9 to 13).
+//!
+//! What always holds: which legs are good is said by the write-intent bitmap alone, which is durable before a write is
+//! acknowledged that some leg misses. The records say only where legs are. An image that was a leg and is none any more is
+//! remembered as such, so that it is not served as the disk by mistake.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
+use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
+use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
+use crate::job::{self, Outcome};
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::jobs::JobEntry;
+use crate::manager::layers::{block_on, open_image, open_made_here, store_file};
+use crate::manager::{Manager, image_error, table_error};
+use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
+use crate::recovery::{LegUse, Recovery};
+use crate::store::{LegRecord, MirrorRecord};
+
+/// The mirror of a served disk.
+pub(crate) struct Mirror {
+    pub(crate) bitmap: Uuid,
+    /// What the live version writes by.
+    pub(crate) pair: Arc<Pair>,
+    pub(crate) legs: Vec<(LegRecord, Option<SharedImage>)>,
+    /// Whether its synchronisation was stopped by the user, and waits to be resumed.
+    pub(crate) is_stopped: bool,
+}
+
+impl Mirror {
+    pub(crate) fn to_record(&self) -> MirrorRecord {
+        let legs = self.legs.iter().map(|(leg, _)| LegRecord { saved: None, ..leg.clone() }).collect();
+        MirrorRecord { bitmap: self.bitmap, legs, stopped: self.is_stopped }
+    }
+
+    pub(crate) fn state_of(&self, id: Uuid) -> Option<mirror::LegState> {
+        self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
+    }
+
+    pub(crate) fn legs_to_api(&self) -> Vec<api::Leg> {
+        let status = self.pair.status();
+        let leg = |(record, _): &(LegRecord, Option<SharedImage>)| {
+            let found = status.iter().find(|leg| leg.id == record.id);
+            let (state, reason) = match found.map(|leg| leg.state.clone()) {
+                Some(mirror::LegState::InSync) => (LegState::InSync, None),
+                Some(mirror::LegState::Resynchronising) => (LegState::Resynchronising, None),
+                Some(mirror::LegState::Split) => (LegState::Split, None),
+                Some(mirror::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
+                None => (LegState::Failed, Some("it is not in use".to_owned())),
+            };
+            let remaining_bytes = found.map_or(0, |leg| leg.left_bytes);
+            api::Leg { path: record.path.clone(), state, reason, remaining_bytes }
+        };
+        self.legs.iter().map(leg).collect()
+    }
+}
+
+/// Tells of dropped legs, and breaks what was frozen on one.
+struct Legs {
+    disk: Name,
+    bus: Arc<EventBus>,
+    of: Weak<Disk>,
+    /// Where the legs are, also those that come later.
+    paths: Arc<std::sync::Mutex<Vec<(Uuid, PathBuf)>>>,
+}
+
+impl PairObserver for Legs {
+    fn leg_dropped(&self, leg: Uuid, reason: &str) {
+        let path = locked(&self.paths).iter().find(|(id, _)| *id == leg).map(|(_, path)| path.clone());
+        let path = path.unwrap_or_default();
+        if let Some(disk) = self.of.upgrade() {
+            let chain = disk.chain();
+            for link in &chain.links()[..chain.live()] {
+                if link.layer.image.path() == path && matches!(link.layer.image, Backing::One(_)) {
+                    disk.break_version(&link.version, reason);
+                }
+            }
+        }
+        self.bus.publish(Notice::of_disk(EventKind::LegFailed, &self.disk).with_leg(&path).because(reason));
+    }
+}
+
+/// The full image of a disk as it is opened, and its mirror.
+pub(crate) struct Base {
+    pub(crate) backing: Backing,
+    pub(crate) mirror: Option<Mirror>,
+}
+
+pub(crate) fn pair_error(e: PairError) -> ApiError {
+    match e {
+        PairError::Image(e) => image_error(e),
+        e => ApiError::new(ErrorCode::MirrorNotInSync, e.to_string()),
+    }
+}
+
+pub(crate) fn in_ring<T: 'static>(
+    work: impl AsyncFnOnce(IoQueue) -> Result<T, PairError> + 'static,
+) -> Result<T, ApiError> {
+    block_on(work).map_err(|e| ApiError::new(ErrorCode::Io, e))?.map_err(pair_error)
+}
+
+/// The image of a leg, made if there is none.
+pub(crate) fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<SharedImage, ApiError> {
+    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+        log::info!("{} is made as a leg", path.display());
+        let direct = crate::manager::layers::direct_of(config);
+        let made = match FileImage::create(path, size_bytes, direct) {
+            Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => {
+                FileImage::create(path, size_bytes, Direct::Off)
+            }
+            made => made,
+        };
+        let image: SharedImage = Arc::new(made.map_err(image_error)?);
+        store_file(&image).map_err(table_error)?;
+        return Ok(image);
+    }
+    let image = open_image(path, config, Duration::ZERO).map_err(image_error)?;
+    if image.size_bytes() != size_bytes {
+        let message = format!(
+            "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
+            path.display(),
+            image.size_bytes()
+        );
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    Ok(image)
+}
+
+/// Whether an image can become a second leg of a disk that is about to be served. It is not made yet.
+pub(crate) fn check_new_leg(path: &Path, config: &DiskConfig, disk: &Disk) -> Result<(), ApiError> {
+    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
+        let parent = path.parent().filter(|dir| !dir.is_dir());
+        return parent.map_or(Ok(()), |dir| {
+            let message = format!("mirror: there is no directory {} for {}", dir.display(), path.display());
+            Err(ApiError::new(ErrorCode::InvalidConfig, message).with_action("make it first, or name another image"))
+        });
+    }
+    let image = leg_image(path, disk.geometry().size_bytes, config)?;
+    let chain = disk.chain();
+    check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)
+}
+
+/// A leg is written in the units of the other one.
+pub(crate) fn check_units(path: &Path, leg: &SharedImage, other_bytes: u32) -> Result<(), ApiError> {
+    if leg.alignment().offset_bytes > other_bytes.max(512) {
+        let message = format!("{} needs larger units than the disk's other image", path.display());
+        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+    }
+    Ok(())
+}
+
+impl Manager {
+    pub(crate) fn bitmap_path(&self, id: Uuid) -> PathBuf {
+        self.places.log_table(id)
+    }
+
+    /// Opens the full image of a disk: its one image, or the legs of its mirror that are to be used.
+    pub(crate) fn open_base(
+        &self,
+        config: &DiskConfig,
+        recovery: Option<&Recovery>,
+        options: ImageOptions,
+    ) -> Result<Base, ApiError> {
+        let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
+        let mirrored = recovery.and_then(|r| Some((r.record.mirror.as_ref()?, r.mirror.as_ref()?)));
+        let Some((mirror, decided)) = mirrored else {
+            // That of a volume which became independent was a log, wherever it lies.
+            let image = match recovery.is_some_and(|r| r.record.logical_block_bytes.is_some()) {
+                true => open_made_here(&config.path, config, options),
+                false => open(&config.path),
+            };
+            return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
+        };
+        let (mut legs, mut images) = (Vec::new(), Vec::new());
+        for (leg, (_, what)) in mirror.legs.iter().zip(&decided.legs) {
+            let image = match what {
+                LegUse::InUse(_) => Some(open(&leg.path).map_err(image_error)?),
+                LegUse::Held | LegUse::Forgotten => None,
+                LegUse::Unused(why) => {
+                    log::error!("{}: this leg is not used: {why}", leg.path.display());
+                    None
+                }
+            };
+            images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
+            if *what != LegUse::Forgotten {
+                legs.push((leg.clone(), image));
+            }
+        }
+        let (id, block_bytes) = (mirror.bitmap, config.block_size);
+        let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
+        let bitmap: SharedImage = Arc::new(FileImage::open(&self.bitmap_path(id), bitmap).map_err(image_error)?);
+        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
+        let mirror = Mirror { bitmap: id, pair: pair.clone(), legs, is_stopped: mirror.stopped };
+        Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
+    }
+
+    /// What a mirrored disk does once it is served: legs that are behind are brought up to date.
+    pub(crate) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
+        self.watch_legs(disk);
+        let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
+            // If no snapshot holds it, it is a split that never came to be.
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(mirror::LegState::Split);
+            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path));
+            if let Some((leg, image)) = split {
+                return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
+            }
+            let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {
+                mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising)
+            };
+            mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
+        });
+        let Some((pair, back)) = behind else { return };
+        if let Some(leg) = back {
+            let of = pair.clone();
+            if let Err(e) = in_ring(async move |queue| of.attach(&queue, leg, false).await) {
+                return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
+            }
+        }
+        if locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.is_stopped) {
+            let job = self.new_job(JobKind::Mirror, disk, None);
+            return self.end_job(&job, JobState::Stopped, None);
+        }
+        self.start_resync(disk, pair);
+    }
+
+    pub(crate) fn watch_legs(&self, disk: &Arc<DiskEntry>) {
+        let mirror = locked(&disk.mirror);
+        let Some(mirror) = mirror.as_ref() else { return };
+        let paths: Vec<_> = mirror.legs.iter().map(|(leg, _)| (leg.id, leg.path.clone())).collect();
+        locked(&disk.leg_paths).extend(paths);
+        mirror.pair.observe(Arc::new(Legs {
+            disk: disk.name.clone(),
+            bus: self.bus.clone(),
+            of: Arc::downgrade(&disk.disk),
+            paths: disk.leg_paths.clone(),
+        }));
+    }
+
+    pub(crate) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+        if self.is_stopping() {
+            return; // The next start goes on with it.
+        }
+        match self.job_on(disk, |j| j.kind == JobKind::Mirror) {
+            // It copies whatever is marked, also what has just been.
+            Some(job) if job.state() == JobState::Running => {}
+            Some(job) => {
+                job.begin_again();
+                self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+                self.run_resync(disk, pair, job);
+            }
+            None => {
+                let job = self.new_job(JobKind::Mirror, disk, None);
+                self.run_resync(disk, pair, job);
+            }
+        }
+    }
+
+    /// Takes the jobs off the list that synchronised what is no leg any more.
+    pub(crate) fn forget_resyncs_of(&self, disk: &DiskEntry) {
+        let is_old =
+            |job: &JobEntry| job.is_on(disk) && job.kind == JobKind::Mirror && job.state() != JobState::Running;
+        locked(&self.jobs).retain(|_, job| !is_old(job));
+    }
+
+    /// Goes on with a synchronisation that was stopped or failed.
+    pub(crate) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.is_stopped = false;
+        }
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_resync(disk, pair, job);
+        Ok(())
+    }
+
+    pub(crate) fn run_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>, job: Arc<JobEntry>) {
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.is_stopped = false;
+        }
+        let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
+        let run = move |manager: &Manager| {
+            let (disk, pace) = (on.disk.clone(), ours.pace.clone());
+            let done = block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
+            let outcome = done.map_err(|e| e.to_string())?;
+            let legs = locked(&on.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
+            if let (Outcome::Done, Some(leg)) = (outcome, legs.last()) {
+                manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &on.name).with_leg(&leg.path));
+            }
+            Ok(outcome)
+        };
+        let mark_stopped = move || {
+            if let Some(mirror) = locked(&of.mirror).as_mut() {
+                mirror.is_stopped = true;
+            }
+        };
+        self.run_job("mirror", &job, run, mark_stopped, |_, _| ());
+    }
+
+    /// Clears what the bitmaps need not remember any more, now and then.
+    pub(crate) fn clean_mirrors(&self) {
+        for disk in self.all_disks() {
+            let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+            let Some(pair) = pair.filter(|p| p.marked_bytes() > 0) else { continue };
+            if disk.cleaning.swap(true, std::sync::atomic::Ordering::AcqRel) {
+                continue;
+            }
+            let of = disk.clone();
+            let started = self.start_thread("clean", move || {
+                let disk = of.disk.clone();
+                let done = block_on(async move |queue| pair.clean(&queue, disk.block_locks()).await);
+                if let Err(e) = done.and_then(|d| d.map_err(|e| e.to_string())) {
+                    log::warn!("disk {}: the write-intent bitmap is not cleaned: {e}", of.name);
+                }
+                of.cleaning.store(false, std::sync::atomic::Ordering::Release);
+            });
+            if started.is_err() {
+                disk.cleaning.store(false, std::sync::atomic::Ordering::Release);
+            }
+        }
+    }
+}
+
+impl DiskEntry {
+    /// Whether a leg of it is to be synchronised.
+    pub(crate) fn has_leg_behind(&self) -> bool {
+        let mirror = locked(&self.mirror);
+        let status = mirror.as_ref().map(|mirror| mirror.pair.status()).unwrap_or_default();
+        status.iter().any(|leg| leg.state == mirror::LegState::Resynchronising)
+    }
+}

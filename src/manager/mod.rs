@@ -1,0 +1,315 @@
+//! The manager: which disks are served, their snapshots, and what is remembered of them.
+//!
+//! What always holds:
+//! - What changes a disk has claimed it ([`claims`]); reading waits for nobody.
+//! - A record is durable before what it announces can be seen, and files go before their record goes.
+//! - While a disk is served its record does not say "saved": a start after anything but a clean stop does not
+//!   vouch for its snapshots.
+
+pub(crate) mod changes;
+pub(crate) mod claims;
+pub(crate) mod entry;
+pub(crate) mod followups;
+pub(crate) mod jobs;
+pub(crate) mod layers;
+pub(crate) mod legs;
+pub(crate) mod opening;
+pub(crate) mod places;
+pub(crate) mod planned;
+pub(crate) mod quiesced;
+pub mod recording;
+pub(crate) mod relations;
+pub(crate) mod restoring;
+pub(crate) mod save;
+pub(crate) mod sockets;
+pub(crate) mod split;
+pub(crate) mod strays;
+pub(crate) mod unserved;
+pub(crate) mod view;
+pub(crate) mod volumes;
+pub(crate) mod work;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
+use crate::crash;
+use crate::image::{ImageError, ImageErrorKind};
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::followups::{FollowUp, FollowUps};
+use crate::manager::jobs::JobEntry;
+pub use crate::manager::places::{PlaceError, Places};
+use crate::manager::unserved::Unserved;
+use crate::mirror::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::registry::Claims;
+use crate::store::{DiskRecord, RecordError, Records, TableError};
+
+/// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
+const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why the daemon cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A directory cannot be used.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The records cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The system refused something basic.
+    #[error("{0}")]
+    System(String),
+}
+
+/// Runs the disks.
+pub struct Manager {
+    pub(crate) places: Arc<Places>,
+    pub(crate) records: Records,
+    pub(crate) clock: EpochClock,
+    pub(crate) editor: Arc<ChainEditor>,
+    pub(crate) bus: Arc<EventBus>,
+    pub(crate) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
+    /// What is remembered or configured and cannot be served.
+    pub(crate) unserved: Mutex<BTreeMap<Name, Unserved>>,
+    pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
+    /// Who is changing what.
+    pub(crate) claims: Mutex<Claims>,
+    /// Rings when a claim was let go.
+    pub(crate) released: Condvar,
+    pub(crate) follow_ups: Mutex<FollowUps>,
+    /// Whether the control socket answers.
+    pub(crate) is_listening: AtomicBool,
+    pub(crate) stopping: AtomicBool,
+    pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(crate) house: Sender<HouseNews>,
+    /// For the threads that the manager starts itself.
+    pub(crate) me: Weak<Manager>,
+}
+
+/// What the housekeeper is told.
+pub(crate) enum HouseNews {
+    /// A data-path thread found that a version is broken.
+    Broken(VersionId),
+    /// The daemon is going down.
+    Stopping,
+}
+
+/// Passes broken versions on from data-path threads to the housekeeper.
+pub(crate) struct BrokenVersions {
+    pub(crate) tell: Sender<HouseNews>,
+    pub(crate) places: Arc<Places>,
+}
+
+impl DiskObserver for BrokenVersions {
+    fn version_breaks(&self, version: VersionId, reason: &str) {
+        let mark = self.places.broken_mark(version);
+        if let Err(e) = std::fs::write(&mark, reason) {
+            log::error!(
+                "{} cannot be made; a kill now would lose the word that a snapshot is broken: {e}",
+                mark.display()
+            );
+        }
+    }
+
+    fn version_broken(&self, version: VersionId, _reason: &str) {
+        if self.tell.send(HouseNews::Broken(version)).is_err() {
+            log::debug!("a version broke while the daemon ends");
+        }
+    }
+}
+
+impl Manager {
+    /// A manager without disks.
+    ///
+    /// # Errors
+    /// When the records are lost or cannot be opened, or the system has no room for a thread.
+    pub fn open(places: Places) -> Result<Arc<Manager>, OpenError> {
+        places.refuse_lost_records()?;
+        let records = Records::open(&places.records())?;
+        let remembered = records.disks()?;
+        let dropped = records.dropped()?;
+        places.remove_strays(&remembered, &dropped)?;
+        if !dropped.is_empty() && remembered.unreadable.is_empty() {
+            records.forget_dropped()?;
+        }
+        let clock = EpochClock::new(first_epoch(&remembered.disks));
+        let (house, inbox) = channel();
+        let manager = Arc::new_cyclic(|me| Manager {
+            places: Arc::new(places),
+            records,
+            editor: Arc::new(ChainEditor::new(clock.clone())),
+            clock,
+            bus: Arc::new(EventBus::default()),
+            disks: Mutex::default(),
+            unserved: Mutex::default(),
+            jobs: Mutex::default(),
+            claims: Mutex::default(),
+            released: Condvar::new(),
+            follow_ups: Mutex::default(),
+            is_listening: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            threads: Mutex::default(),
+            house,
+            me: me.clone(),
+        });
+        let keeper = manager.me.clone();
+        let started = manager.start_thread("housekeeper", move || keep_house(&keeper, &inbox));
+        started.map_err(|e| OpenError::System(format!("cannot start a thread: {e}")))?;
+        Ok(manager)
+    }
+
+    /// A number that no job had before.
+    pub(crate) fn next_job_id(&self) -> u64 {
+        match self.records.take_job_ids(1) {
+            Ok(ids) => ids.start,
+            Err(e) => {
+                // One that the clock gives is not given twice either.
+                log::warn!("a job gets a number by the clock: {e}");
+                Timestamp::now().unix_ms()
+            }
+        }
+    }
+
+    /// Whether this very disk or volume is served, and not one that has its name now.
+    pub(crate) fn is_served(&self, disk: &DiskEntry) -> bool {
+        locked(&self.disks).get(&disk.name).is_some_and(|served| served.id == disk.id)
+    }
+
+    /// Whether this very snapshot is there.
+    pub(crate) fn is_there(&self, disk: &DiskEntry, snapshot: &Arc<SnapshotEntry>) -> bool {
+        self.is_served(disk) && disk.snapshots().iter().any(|s| Arc::ptr_eq(s, snapshot))
+    }
+
+    /// Whether the daemon is going down.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn refuse_when_stopping(&self) -> Result<(), ApiError> {
+        if self.is_stopping() {
+            return Err(ApiError::new(ErrorCode::Unavailable, "the daemon is going down"));
+        }
+        Ok(())
+    }
+
+    /// Starts a thread that the daemon's end waits for.
+    pub(crate) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        let mut threads = locked(&self.threads);
+        // A thread that has ended keeps its stack until it is joined.
+        for ended in threads.extract_if(.., |t| t.is_finished()) {
+            if ended.join().is_err() {
+                log::error!("a thread panicked");
+            }
+        }
+        let started = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+        threads.push(started.inspect_err(|e| log::error!("cannot start the thread {name}: {e}"))?);
+        Ok(())
+    }
+
+    pub(crate) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        if let Some(disk) = locked(&self.disks).get(name) {
+            return Ok(disk.clone());
+        }
+        self.refuse_unserved(name)?;
+        Err(ApiError::disk_not_found(name))
+    }
+
+    pub(crate) fn all_disks(&self) -> Vec<Arc<DiskEntry>> {
+        locked(&self.disks).values().cloned().collect()
+    }
+
+    /// Makes the records of these disks durable.
+    pub(crate) fn persist(&self, disks: &[Arc<DiskEntry>]) -> Result<(), ApiError> {
+        let records: Vec<DiskRecord> = disks.iter().map(|d| d.to_record()).collect();
+        self.records.put(&records).map_err(record_error)
+    }
+
+    fn tell_broken(&self, id: Uuid) {
+        for disk in self.all_disks() {
+            let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };
+            let reason = snapshot.broken().unwrap_or_default();
+            log::error!("snapshot {} is broken: {reason}", snapshot.reference);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
+            // Its old frontends go on with the live version, which has all that they wrote.
+            if let Err(e) = self.move_frontends(&snapshot) {
+                log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
+            }
+            crash::point("before it is recorded that a version is broken");
+            // Beside no other change, whose record this one would undo; so nobody here waits for it.
+            self.follow_up_at_once(FollowUp::Record(disk));
+        }
+    }
+
+    fn tell_failures(&self) {
+        for disk in self.all_disks() {
+            if let Some(reason) = disk.failure()
+                && !disk.failure_told.swap(true, Ordering::SeqCst)
+            {
+                log::error!("disk {} has failed: {reason}", disk.name);
+                let kind = if disk.is_volume() { EventKind::VolumeBroken } else { EventKind::DiskFailed };
+                self.bus.publish(Notice::of_disk(kind, &disk.name).because(reason));
+            }
+        }
+    }
+}
+
+/// What data-path threads must not do themselves: recording and telling.
+fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
+    let mut last_clean = Instant::now();
+    loop {
+        let news = inbox.recv_timeout(Duration::from_millis(500));
+        let Some(manager) = manager.upgrade() else { return };
+        match news {
+            Ok(HouseNews::Broken(version)) => manager.tell_broken(version),
+            // Guests wait for the next daemon; what is still to be told is in the records that are saved.
+            Ok(HouseNews::Stopping) => return,
+            Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
+            Err(RecvTimeoutError::Timeout) => {
+                manager.tell_failures();
+                manager.try_follow_ups();
+                if last_clean.elapsed() >= CLEAN_INTERVAL {
+                    last_clean = Instant::now();
+                    manager.clean_mirrors();
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+/// Epochs go on where they were, so that versions stay in order.
+fn first_epoch(disks: &[DiskRecord]) -> Epoch {
+    let used = disks.iter().flat_map(|d| d.snapshots.iter().map(|s| s.ended).chain([d.live_began]));
+    // A cut that was prepared takes two more when it is taken up.
+    Epoch(used.max().unwrap_or(0) + 3)
+}
+
+pub(crate) fn record_error(e: RecordError) -> ApiError {
+    let code = if matches!(e, RecordError::NoSpace(_)) { ErrorCode::NoSpace } else { ErrorCode::Io };
+    ApiError::new(code, e.to_string())
+}
+
+pub(crate) fn table_error(e: TableError) -> ApiError {
+    ApiError::new(ErrorCode::Io, e.to_string())
+}
+
+pub(crate) fn image_error(e: ImageError) -> ApiError {
+    let code = match e.kind {
+        ImageErrorKind::NoSpace => ErrorCode::NoSpace,
+        ImageErrorKind::InUse => ErrorCode::Conflict,
+        ImageErrorKind::Unsuitable => ErrorCode::InvalidConfig,
+        _ if e.errno == Some(libc::EEXIST) => ErrorCode::Conflict,
+        _ if matches!(e.errno, Some(libc::ENOENT | libc::EACCES | libc::EPERM | libc::EISDIR)) => {
+            ErrorCode::InvalidConfig
+        }
+        _ => ErrorCode::Io,
+    };
+    ApiError::new(code, e.to_string())
+}

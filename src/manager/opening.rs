@@ -1,0 +1,292 @@
+//! A disk or volume is opened: as it was decided what to make of what was left, recorded as served, and served.
+//!
+//! What always holds: from the moment on in which a disk may change its record does not say that it was saved.
+
+use crate::manager::sockets::{clear_socket, serve_live};
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use uuid::Uuid;
+
+use crate::control::api::DiskConfig;
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::image::ImageOptions;
+use crate::manager::changes::with_tables;
+use crate::manager::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, locked, record_of};
+use crate::manager::layers::store_shown;
+use crate::manager::layers::{DiskLayers, direct_of};
+use crate::manager::legs::{Base, Mirror, check_new_leg};
+use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
+use crate::manager::relations::Standing;
+use crate::manager::restoring::Awaited;
+use crate::manager::{BrokenVersions, Manager, record_error, table_error};
+use crate::mirror::{Disk, DiskOptions, Geometry, Version};
+use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
+
+/// A disk or volume of which all is there.
+pub(crate) struct Opened<'a> {
+    pub(crate) id: Uuid,
+    pub(crate) boot: Uuid,
+    pub(crate) config: DiskConfig,
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) mirror: Option<Mirror>,
+    pub(crate) former_legs: Vec<PathBuf>,
+    pub(crate) standing: Standing,
+    pub(crate) restore: Option<RestoreRecord>,
+    pub(crate) awaited: Option<Awaited>,
+    pub(crate) snapshots: Vec<Arc<SnapshotEntry>>,
+    pub(crate) bookmarks: Vec<BookmarkRecord>,
+    /// What the records have said of it.
+    pub(crate) record: Option<&'a DiskRecord>,
+}
+
+impl Manager {
+    /// Serves a disk as it was decided; one of which nothing is remembered as it is.
+    pub(crate) fn add_planned(&self, planned: Planned, recovery: Option<Recovery>) -> Result<Arc<DiskEntry>, ApiError> {
+        let new = planned.record.is_none().then(Uuid::new_v4);
+        // What is made for a disk that is refused in the end goes again.
+        self.add_planned_as(new, planned, recovery)
+            .inspect_err(|_| new.iter().for_each(|id| crate::manager::layers::remove_file(&self.places.run_table(*id))))
+    }
+
+    pub(crate) fn add_planned_as(
+        &self,
+        new: Option<Uuid>,
+        planned: Planned,
+        recovery: Option<Recovery>,
+    ) -> Result<Arc<DiskEntry>, ApiError> {
+        let Planned { name, config, record } = &planned;
+        let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
+            return Err(in_disk(unserved(why)));
+        }
+        let lock_wait = lock_wait_after_decision(record.as_ref());
+        let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
+        let mut standing = record.as_ref().map(Standing::of).unwrap_or_default();
+        standing.set = standing.set.still_in(config);
+        let Base { backing, mirror } = match &standing.volume {
+            Some(volume) => {
+                let lost = recovery.as_ref().and_then(Recovery::why_hollow);
+                Base { backing: self.base_of(volume, lost), mirror: None }
+            }
+            None => self.open_base(config, recovery.as_ref(), options).map_err(in_disk)?,
+        };
+        let (path, block_bytes) = (config.path.clone(), config.block_size);
+        let unit_bytes = backing.alignment().offset_bytes;
+        if unit_bytes > block_bytes {
+            return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
+        }
+        let geometry = Geometry::of(&backing, config.block_size);
+        let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
+        let table = TableName::of_this_boot(id).map_err(table_error)?;
+        let boot = table.boot;
+        let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
+        match recovery.as_ref().and_then(|r| r.discards.as_ref()) {
+            Some(Ok(seal)) => {
+                discards.load(&self.places.durable_table(id), *seal).map_err(table_error).map_err(in_disk)?
+            }
+            Some(Err(why)) => log::warn!("disk {name}: discards that were put off are forgotten: {why}"),
+            None => {}
+        }
+        let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
+        let taken = match &recovery {
+            None => Taken::of_new_disk(backing.clone()),
+            Some(recovery) => carry_out(recovery, &backing, Timestamp::now().unix_ms(), &layers)
+                .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
+        };
+        let options =
+            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
+        let disk = Disk::announcing(standing.logical_block_bytes, self.clock.clone(), options, taken.links);
+        disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        disk.remember_marks(taken.marks);
+        let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
+        let (restore, mut awaited) = match &recovery {
+            None => (None, None),
+            Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
+        };
+        if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
+            && let Some(awaited) = awaited.take()
+        {
+            awaited.lose(why.to_string());
+        }
+        if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
+            let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("leave mirror= out, and add the leg when the restore is over: halfsilver disk mirror"));
+        }
+        let mut former_legs = record.as_ref().map(|r| r.former_legs.clone()).unwrap_or_default();
+        let mut config = config.clone();
+        if let (Some(decided), Some(mirror)) = (recovery.as_ref().and_then(|r| r.mirror.as_ref()), &mirror) {
+            let gone = decided.legs.iter().filter(|(_, leg)| *leg == LegUse::Forgotten).map(|(path, _)| path.clone());
+            former_legs.extend(gone);
+            if decided.legs.iter().any(|(_, leg)| *leg == LegUse::Forgotten) {
+                config.path.clone_from(&mirror.legs[0].0.path);
+                config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+            }
+        }
+        for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
+            self.settle_mark(&disk, gone, &mut bookmarks);
+        }
+        let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
+        // Those that drained when the last daemon was killed never change again. The records say so next, and a later
+        // power cut believes it.
+        let drained = record.iter().flat_map(|r| &r.snapshots).filter(|s| s.quiesced_ms.is_none());
+        for drained in drained {
+            if let Some(version) = snapshots.iter().find(|s| s.id == drained.id).and_then(|s| s.version.as_ref()) {
+                store_shown(&disk, version);
+            }
+        }
+        let leg = config.mirror.clone().filter(|_| mirror.is_none());
+        if let Some(path) = &leg {
+            // What is wrong with it is said before the record says that the disk may have changed.
+            check_new_leg(path, &config, &disk).map_err(in_disk)?;
+        }
+        let opened = Opened {
+            id,
+            boot,
+            config,
+            disk,
+            mirror,
+            former_legs,
+            standing,
+            restore,
+            awaited,
+            snapshots,
+            bookmarks,
+            record: record.as_ref(),
+        };
+        let entry = self.open_disk(name, opened)?;
+        self.forget_unbegun_restore(record.as_ref());
+        self.resume_mirror(&entry);
+        self.resume_work(&entry);
+        for snapshot in entry.snapshots() {
+            self.resume_snapshot(&entry, &snapshot);
+        }
+        if let Some(path) = leg
+            && let Err(e) = self.add_leg(&entry, &path)
+        {
+            // It goes as it goes at a stop, so that what was vouched for still is.
+            locked(&self.disks).remove(name);
+            entry.stop_server();
+            let gone = match record.is_some() {
+                true => self.save(&entry),
+                false => self.forget_record(&entry.to_record()).map_err(|e| e.message),
+            };
+            if let Err(e) = gone {
+                log::error!("disk {name}: {e}");
+            }
+            return Err(in_disk(e));
+        }
+        Ok(entry)
+    }
+
+    /// Records that a disk is served, and serves it.
+    pub(crate) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
+        let Opened {
+            id,
+            boot,
+            config,
+            disk,
+            mirror,
+            former_legs,
+            standing,
+            restore,
+            awaited,
+            snapshots,
+            bookmarks,
+            record,
+        } = opened;
+        disk.background().set_window(config.background_bytes().into());
+        // From here on the disk may change: the record must not say "saved" any more.
+        let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
+        unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
+        standing.put_into(&mut unsaved);
+        unsaved.former_legs.clone_from(&former_legs);
+        unsaved.bookmarks = with_tables(&bookmarks, &disk);
+        unsaved.restore.clone_from(&restore);
+        self.records.put([&unsaved]).map_err(record_error)?;
+
+        let frontends = Frontends::new(name, None, &self.bus);
+        let socket = config.socket.clone().unwrap_or_default();
+        let server = match standing.disabled {
+            true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
+            false => serve_live(name, &config, &disk, &frontends).map(Some),
+        };
+        let server = server.map_err(|e| {
+            // Nothing has changed yet: what was remembered is still true.
+            let restored = match record {
+                Some(record) => self.records.put([record]),
+                None => self.records.remove(name.as_str()),
+            };
+            if let Err(e) = restored {
+                log::error!("cannot restore the record of disk {name}: {e}");
+            }
+            let message = format!("disk {name}: cannot serve {}: {e}", socket.display());
+            ApiError::new(ErrorCode::Conflict, message)
+        })?;
+        let entry = Arc::new(DiskEntry {
+            name: name.clone(),
+            id,
+            boot,
+            path: Mutex::new(config.path.clone()),
+            config,
+            disk,
+            standing: Mutex::new(standing),
+            mirror: Mutex::new(mirror),
+            former_legs: Mutex::new(former_legs),
+            restore: Mutex::new(restore),
+            awaited: Mutex::new(awaited),
+            leg_paths: Arc::default(),
+            retires: AtomicBool::new(false),
+            cleaning: AtomicBool::new(false),
+            server: Mutex::new(server.map(Arc::new)),
+            frontends,
+            snapshots: Mutex::new(snapshots),
+            bookmarks: Mutex::new(bookmarks),
+            failure_told: AtomicBool::new(false),
+            allocated: Allocated::default(),
+        });
+        locked(&self.disks).insert(name.clone(), entry.clone());
+        locked(&self.unserved).remove(name);
+        log::info!(
+            "disk {name}: serving {} ({} bytes) at {}",
+            entry.config.path.display(),
+            entry.disk.geometry().size_bytes,
+            socket.display()
+        );
+        Ok(entry)
+    }
+
+    pub(crate) fn entry_of(
+        &self,
+        disk: &Name,
+        (record, version): (SnapshotRecord, Option<Arc<Version>>),
+    ) -> Option<Arc<SnapshotEntry>> {
+        let reference = SnapshotRef { disk: disk.clone(), name: record.name.parse().ok()? };
+        if version.is_none() && record.deleting {
+            // Never announced, or on its way out: nobody misses it.
+            log::info!("snapshot {reference}: removing what an unfinished operation left");
+            clear_socket(&record);
+            if !record.owns_all {
+                self.remove_layer(record.id, &record.image); // A full image is the disk's own, or a leg.
+            }
+            return None;
+        }
+        if let Some(reason) = &record.broken {
+            log::error!("snapshot {reference} is broken: {reason}");
+        }
+        Some(Arc::new(SnapshotEntry {
+            id: record.id,
+            frontends: Frontends::new(disk, Some(&reference), &self.bus),
+            reference,
+            record: Mutex::new(record),
+            version,
+            server: Mutex::new(None),
+            socket_error: Mutex::new(None),
+            drain: Mutex::new(None),
+        }))
+    }
+}

@@ -1,0 +1,57 @@
+//! Waiting for a snapshot to be quiesced, without keeping others from it meanwhile.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::control::api::SnapshotState;
+use crate::control::{ApiError, ErrorCode, SnapshotRef};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry};
+use crate::registry::{Refusal, Registry, Wanted};
+
+/// How long a command waits for a snapshot to be quiesced. It was just taken, or its requests are slow.
+const QUIESCE_WAIT: Duration = Duration::from_secs(60);
+/// How often it looks.
+const TURN: Duration = Duration::from_millis(2);
+
+impl Manager {
+    /// Calls `begin` with the snapshot and its disk as soon as it is quiesced. What `decide` wants is claimed then, and
+    /// whenever it is looked whether the command can still be carried out; in between it is nobody's.
+    pub(crate) fn when_quiesced<T>(
+        &self,
+        operation: &str,
+        from: &SnapshotRef,
+        decide: impl Fn(&Registry) -> Result<Wanted, Refusal>,
+        begin: impl FnOnce(&Arc<DiskEntry>, &Arc<SnapshotEntry>) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        let deadline = Instant::now() + QUIESCE_WAIT;
+        loop {
+            let claim = self.claim_decided(operation, &decide)?;
+            let disk = self.disk(&from.disk)?;
+            let entry = disk.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
+            let busy = |what: &str| ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}"));
+            match entry.state(&disk) {
+                SnapshotState::Quiesced if entry.version.is_some() => return begin(&disk, &entry),
+                SnapshotState::Quiesced | SnapshotState::Broken => {
+                    let why = entry.broken().or_else(|| disk.disk.base_broken()).unwrap_or_default();
+                    return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
+                }
+                SnapshotState::Folding | SnapshotState::Deleting => {
+                    return Err(busy("is being deleted").with_action("name another snapshot, or take one"));
+                }
+                SnapshotState::Draining if entry.old_frontends(&disk) > 0 => {
+                    return Err(busy("is still written by frontends from before it")
+                        .with_action(format!("move them over first: halfsilver snapshot cutover {from} --wait")));
+                }
+                SnapshotState::Draining if Instant::now() >= deadline => {
+                    let reason = entry.to_api(&disk).reason.map(|why| format!(": {why}")).unwrap_or_default();
+                    return Err(busy(&format!("is still draining{reason}"))
+                        .with_action(format!("wait until it is quiesced: halfsilver snapshot show {from}")));
+                }
+                SnapshotState::Draining => {}
+            }
+            drop(claim);
+            std::thread::sleep(TURN);
+        }
+    }
+}

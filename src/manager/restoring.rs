@@ -1,0 +1,189 @@
+//! Restores in place that are under way: gone on with after any end of the daemon, and ended (source 004).
+//!
+//! What always holds: a disk whose pending blocks cannot be shown is not served as if it were whole.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobState};
+use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::crash;
+use crate::job::{self, Outcome};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::jobs::JobEntry;
+use crate::manager::layers::{DiskLayers, block_on, remove_file};
+use crate::mirror::{ClosedDisk, Disk, RestoreSource, Restoring, View};
+use crate::recovery::Recovery;
+use crate::store::{DiskRecord, DurableTable, RestoreRecord};
+
+/// A disk that waits for the volume that it is restored from.
+pub(crate) struct Awaited {
+    closed: ClosedDisk,
+    pending: DurableTable,
+}
+
+impl Awaited {
+    /// Every request on the disk fails from here on.
+    pub(crate) fn lose(self, reason: String) {
+        self.closed.lose(reason);
+    }
+}
+
+impl Manager {
+    pub(crate) fn holder_of(&self, version: Uuid) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {
+        self.all_disks().into_iter().find_map(|disk| {
+            let entry = disk.snapshots().into_iter().find(|s| s.id == version)?;
+            Some((disk, entry))
+        })
+    }
+
+    pub(crate) fn let_snapshot_go(&self, reference: &SnapshotRef) {
+        if let Err(e) = self.delete(reference, DeleteSnapshotOptions { force: true, ..Default::default() }) {
+            log::warn!("snapshot {reference}, which was taken for a restore, stays: {}", e.message);
+        }
+    }
+
+    /// A new job of a disk's restore, with the pace that is remembered.
+    pub(crate) fn restore_job(&self, disk: &Arc<DiskEntry>) -> Arc<JobEntry> {
+        let job = self.new_job(JobKind::Restore, disk, None);
+        if let Some(record) = locked(&disk.restore).as_ref() {
+            job.pace.delay_ms.store(record.delay_ms, Ordering::Relaxed);
+            job.pace.bytes_per_second.store(record.bytes_per_second, Ordering::Relaxed);
+        }
+        job
+    }
+
+    pub(crate) fn run_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) {
+        let from = locked(&disk.restore).clone();
+        let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
+        let run = move |manager: &Manager| manager.bring_back(&on, &ours);
+        let mark_stopped = move || {
+            if let Some(record) = locked(&of.restore).as_mut() {
+                record.stopped = true;
+            }
+        };
+        let after = move |manager: &Manager, state| {
+            let taken = from.filter(|r| r.is_ours && state == JobState::Done).and_then(|r| r.from.parse().ok());
+            if let Some(reference) = taken {
+                manager.let_snapshot_go(&reference);
+            }
+        };
+        self.run_job("restore", &job, run, mark_stopped, after);
+    }
+
+    /// The job of a restore, on a thread and ring of its own.
+    pub(crate) fn bring_back(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        let (of, pace) = (disk.disk.clone(), job.pace.clone());
+        let done = block_on(async move |queue| job::restore(queue, of, pace).await)?.map_err(|e| e.to_string())?;
+        if done == Outcome::Stopped {
+            return Ok(done);
+        }
+        let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
+        let record = locked(&disk.restore).take();
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            *locked(&disk.restore) = record;
+            return Err(e.to_string());
+        }
+        crash::point("after a restore was forgotten");
+        self.editor.end_restore(&disk.disk);
+        if let Some(record) = record {
+            self.remove_restore_files(record.id);
+            log::info!("disk {}: all of {} is copied back", disk.name, record.from);
+        }
+        Ok(done)
+    }
+
+    /// Goes on with a restore that was stopped or has failed.
+    pub(crate) fn go_on_with_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        if let Some(record) = locked(&disk.restore).as_mut() {
+            record.stopped = false;
+        }
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_restore(disk, job);
+        Ok(())
+    }
+
+    /// Puts a restore that is to go on into the disk's chain, before the disk is served. One from a volume waits until that
+    /// is served.
+    pub(crate) fn take_up_restore(
+        &self,
+        disk: &Arc<Disk>,
+        recovery: &Recovery,
+        layers: &DiskLayers,
+    ) -> Result<(Option<RestoreRecord>, Option<Awaited>), ApiError> {
+        let restores = recovery.record.restore.clone().zip(recovery.restore.as_ref());
+        let Some((restore, decided)) = restores else { return Ok((None, None)) };
+        let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
+        let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
+        let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
+        if !restore.is_own {
+            return Ok((Some(restore), Some(Awaited { closed: self.editor.close(disk, true), pending })));
+        }
+        self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
+        Ok((Some(restore), None))
+    }
+
+    /// Goes on with the restores of disks that are served, and whose volumes are.
+    pub(crate) fn resume_restores(&self) {
+        for disk in self.all_disks() {
+            let awaited = locked(&disk.awaited).take();
+            let Some(record) = locked(&disk.restore).clone() else { continue };
+            if let Some(Awaited { closed, pending }) = awaited {
+                match self.view_of(&record) {
+                    Ok(view) => closed.begin(Restoring::new(pending, RestoreSource::View(view))),
+                    Err(why) => {
+                        let reason = format!("it is being restored from {}, which cannot be had: {why}", record.from);
+                        log::error!("disk {}: {reason}; put back what is missing and start again", disk.name);
+                        self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name).because(&reason));
+                        disk.failure_told.store(true, Ordering::SeqCst);
+                        closed.lose(reason);
+                        continue;
+                    }
+                }
+            }
+            if disk.disk.restore_lost().is_some() || self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some() {
+                continue;
+            }
+            let job = self.restore_job(&disk);
+            match record.stopped {
+                true => self.end_job(&job, JobState::Stopped, None),
+                false => self.run_restore(&disk, job),
+            }
+        }
+    }
+
+    pub(crate) fn view_of(&self, record: &RestoreRecord) -> Result<Arc<View>, String> {
+        let (disk, entry) = self.holder_of(record.source).ok_or("its volume is not served")?;
+        if entry.version.is_none() {
+            return Err(entry.broken().unwrap_or_default());
+        }
+        let view = View::of(disk.disk.clone(), record.source, &record.from);
+        view.broken().map_or(Ok(view), Err)
+    }
+
+    pub(crate) fn remove_restore_files(&self, id: Uuid) {
+        remove_file(&self.places.run_table(id));
+        remove_file(&self.places.log_table(id));
+    }
+
+    /// Removes what a restore left that a kill ended before it began.
+    pub(crate) fn forget_unbegun_restore(&self, record: Option<&DiskRecord>) {
+        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|r| !r.is_active) {
+            self.remove_restore_files(restore.id);
+        }
+    }
+}
+
+impl DiskEntry {
+    pub(crate) fn restore_status(&self) -> Option<api::RestoreStatus> {
+        let from = locked(&self.restore).as_ref().filter(|r| r.is_active)?.from.clone();
+        let geometry = self.disk.geometry();
+        let remaining_bytes = self.disk.blocks_to_bring_back() * u64::from(geometry.block_bytes);
+        Some(api::RestoreStatus { from, remaining_bytes: remaining_bytes.min(geometry.size_bytes) })
+    }
+}

@@ -1,0 +1,77 @@
+//! The sockets of disks and snapshots: opened, and cleared where a killed daemon left them.
+
+use std::sync::Arc;
+
+use crate::control::Name;
+use crate::control::api::DiskConfig;
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use crate::manager::followups::FollowUp;
+use crate::mirror::Disk;
+use crate::store::SnapshotRecord;
+use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
+
+impl Manager {
+    /// Opens a snapshot's socket. Returns whether it is open.
+    pub(crate) fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> bool {
+        let socket = locked(&entry.record).socket.clone();
+        let server = serve(ServeOptions {
+            name: entry.reference.to_string(),
+            socket: SocketSource::Path(socket.clone()),
+            attachment: disk.disk.attach_frozen(entry.id),
+            queues: disk.config().queues(),
+            serial: entry.reference.name.as_str().chars().take(20).collect(),
+            frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
+            observer: entry.frontends.clone(),
+            once: false,
+        });
+        match server {
+            Ok(server) => {
+                *locked(&entry.server) = Some(server);
+                *locked(&entry.socket_error) = None;
+                true
+            }
+            Err(e) => {
+                let what = format!("its socket {} cannot be opened: {e}", socket.display());
+                if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
+                    log::error!("snapshot {}: {what}", entry.reference);
+                }
+                false
+            }
+        }
+    }
+
+    /// Opens the socket of a quiesced snapshot, now or as soon as it can be.
+    pub(crate) fn resume_socket(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        if !self.open_socket(disk, entry) {
+            self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
+        }
+    }
+}
+
+/// Opens the socket of a disk's live version.
+pub(crate) fn serve_live(
+    name: &Name,
+    config: &DiskConfig,
+    disk: &Arc<Disk>,
+    frontends: &Arc<Frontends>,
+) -> Result<ServerHandle, String> {
+    serve(ServeOptions {
+        name: name.to_string(),
+        socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
+        attachment: disk.attach_live(),
+        queues: config.queues(),
+        serial: config.serial.clone().unwrap_or_default(),
+        observer: frontends.clone(),
+        once: false,
+        frontends_max: if config.shared { FRONTENDS_MAX } else { 1 },
+    })
+    .map_err(|e| e.to_string())
+}
+
+/// Removes the socket that a killed daemon left of a snapshot that is not served any more.
+pub(crate) fn clear_socket(record: &SnapshotRecord) {
+    if let Err(e) = crate::vhost_user::clear_stale(&record.socket) {
+        log::warn!("the socket of a snapshot that is not served stays: {e}");
+    }
+}

@@ -1,0 +1,154 @@
+//! The registry of this moment: what is served, what is only remembered, and the jobs, as values.
+
+use std::sync::Arc;
+
+use crate::control::Name;
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::unserved::Unserved;
+use crate::mirror::Chain;
+use crate::registry::{Bookmark, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
+use crate::store::{DiskRecord, SnapshotRecord};
+
+impl Manager {
+    /// What there is. Only memory is read for it.
+    pub(crate) fn registry(&self) -> Registry {
+        let served = self.all_disks().into_iter().map(|disk| disk_of(&disk));
+        let unserved: Vec<Disk> = locked(&self.unserved).values().map(remembered).collect();
+        let job = |job: &Arc<crate::manager::jobs::JobEntry>| Job {
+            id: job.id,
+            kind: job.kind,
+            disk: job.disk.id,
+            snapshot: job.snapshot.as_ref().map(|s| s.id),
+            state: job.state(),
+        };
+        let jobs: Vec<Job> = locked(&self.jobs).values().map(job).collect();
+        Registry::new(served.chain(unserved), jobs).with_ways_of_restores()
+    }
+}
+
+fn disk_of(disk: &DiskEntry) -> Disk {
+    let standing = locked(&disk.standing).clone();
+    let (volume, stood_on) = (standing.volume.map(|v| v.snapshot), standing.stood_on.map(|v| v.snapshot));
+    let chain = disk.disk.chain();
+    let is_lost = disk.disk.restore_lost().is_some();
+    let restore = locked(&disk.restore).as_ref().map(|r| Restore { source: r.source, through: Vec::new(), is_lost });
+    let bookmarks = disk.bookmarks_of_users();
+    let bookmark = |b: &crate::store::BookmarkRecord| Some(Bookmark { id: b.id, name: b.name.parse().ok()? });
+    Disk {
+        id: disk.id,
+        name: disk.name.clone(),
+        kind: kind_of(volume, stood_on),
+        phase: if standing.disabled { Phase::Disabled } else { Phase::Served },
+        is_readonly: disk.config().readonly(),
+        failure: disk.failure().filter(|_| !is_lost),
+        frontends: disk.frontends.count(),
+        restore,
+        has_work: standing.work.is_some(),
+        is_in_log: volume.is_none() && !disk.disk.can_move_pivot(),
+        snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, &chain)).collect(),
+        bookmarks: bookmarks.iter().filter_map(bookmark).collect(),
+    }
+}
+
+fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
+    match (volume, stood_on) {
+        (Some(on), _) => Kind::Volume { on },
+        (None, Some(from)) => Kind::Independent { from },
+        (None, None) => Kind::Disk,
+    }
+}
+
+fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, chain: &Chain) -> Snapshot {
+    let record = locked(&entry.record).clone();
+    let phase = match (&entry.version, record.deleting, record.quiesced_ms) {
+        (None, ..) => SnapshotPhase::Lost,
+        (_, true, _) => SnapshotPhase::Going,
+        (_, _, None) => SnapshotPhase::Draining,
+        (_, _, Some(_)) => SnapshotPhase::Quiesced,
+    };
+    // Towards the full image, which is that of a frozen version under write logging.
+    let through = chain.position(entry.id).map_or_else(Vec::new, |at| {
+        let pivot = chain.pivot_of(at);
+        let way = if pivot >= at { at + 1..pivot + 1 } else { pivot..at };
+        let snapshots = disk.snapshots();
+        let is_snapshot = |id: &uuid::Uuid| snapshots.iter().any(|s| s.id == *id);
+        way.map(|i| chain.version(i).id).filter(is_snapshot).collect()
+    });
+    Snapshot {
+        id: entry.id,
+        name: entry.reference.name.clone(),
+        group: record.group,
+        phase,
+        broken: entry.broken().or_else(|| disk.disk.base_broken()),
+        readers: entry.frontends.count(),
+        old_frontends: entry.old_frontends(disk),
+        taken_for: record.taken_for,
+        through,
+    }
+}
+
+/// What is known of a disk that is not served.
+fn remembered(unserved: &Unserved) -> Disk {
+    let phase = Phase::Unserved { why: unserved.why.clone() };
+    let nothing = Disk {
+        id: unserved.id,
+        name: unserved.name.clone(),
+        kind: Kind::Disk,
+        phase,
+        is_readonly: false,
+        failure: None,
+        frontends: 0,
+        restore: None,
+        has_work: false,
+        is_in_log: false,
+        snapshots: Vec::new(),
+        bookmarks: Vec::new(),
+    };
+    let Some(record) = &unserved.record else { return nothing };
+    let (volume, stood_on) = (record.volume.as_ref().map(|v| v.snapshot), record.stood_on.as_ref().map(|v| v.snapshot));
+    let restore = record.restore.as_ref().filter(|r| r.is_active);
+    let name = |name: &str| name.parse::<Name>().ok();
+    let snapshot = |(at, s): (usize, &SnapshotRecord)| {
+        Some(Snapshot {
+            id: s.id,
+            name: name(&s.name)?,
+            group: s.group,
+            phase: if s.deleting { SnapshotPhase::Going } else { SnapshotPhase::Quiesced },
+            broken: s.broken.clone(),
+            readers: 0,
+            old_frontends: 0,
+            taken_for: s.taken_for,
+            through: way_of(record, at),
+        })
+    };
+    Disk {
+        kind: kind_of(volume, stood_on),
+        restore: restore.map(|r| Restore { source: r.source, through: Vec::new(), is_lost: false }),
+        has_work: record.work.is_some(),
+        // Whoever gives up what is not served gives up its log too.
+        is_in_log: false,
+        snapshots: record.snapshots.iter().enumerate().filter_map(snapshot).collect(),
+        bookmarks: record
+            .bookmarks
+            .iter()
+            .filter(|b| b.taken_for.is_none())
+            .filter_map(|b| Some(Bookmark { id: b.id, name: name(&b.name)? }))
+            .collect(),
+        ..nothing
+    }
+}
+
+/// The snapshots of a record that the one at `at` reads through, towards the full image of its segment.
+fn way_of(record: &DiskRecord, at: usize) -> Vec<uuid::Uuid> {
+    let snapshots = &record.snapshots;
+    let first = (0..=at).rev().find(|i| snapshots[*i].splits).unwrap_or(0);
+    let end = (at + 1..snapshots.len()).find(|i| snapshots[*i].splits).unwrap_or(snapshots.len());
+    let ids = |range: std::ops::Range<usize>| range.map(|i| snapshots[i].id).collect();
+    match (first..end).find(|i| snapshots[*i].owns_all) {
+        Some(pivot) if pivot >= at => ids(at + 1..pivot + 1),
+        Some(pivot) => ids(pivot..at),
+        None if record.volume.is_some() => ids(first..at),
+        None => ids(at + 1..end),
+    }
+}

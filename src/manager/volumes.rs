@@ -1,0 +1,127 @@
+//! Volumes that are there: found, shown, and put on what they stand on.
+
+use std::sync::Arc;
+
+use crate::control::api::{self, DiskConfig, VolumeState};
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, Name};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, locked};
+use crate::mirror::{Backing, View};
+use crate::recovery::Why;
+use crate::store::{DiskRecord, VolumeRecord};
+
+impl Manager {
+    /// A disk that is no volume.
+    pub(crate) fn plain_disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        let disk = self.disk(name)?;
+        match disk.is_volume() {
+            false => Ok(disk),
+            true => Err(ApiError::new(ErrorCode::DiskNotFound, format!("{name} is a volume, not a disk"))
+                .with_action(format!("see 'halfsilver volume show {name}'"))),
+        }
+    }
+
+    /// A volume that is served, or disabled.
+    pub(crate) fn volume(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        self.refuse_unserved(name)?;
+        let entry = self.disk(name).ok().filter(|d| d.is_volume());
+        entry.ok_or_else(|| ApiError::volume_not_found(name))
+    }
+
+    /// What a volume stands on, as it is now. One that is lost, by what was decided too, says why at each request.
+    pub(crate) fn base_of(&self, volume: &VolumeRecord, decided: Option<&Why>) -> Backing {
+        let found = self.all_disks().into_iter().find_map(|disk| {
+            let entry = disk.snapshots().into_iter().find(|s| s.id == volume.snapshot)?;
+            Some((disk, entry))
+        });
+        let lost = |why: &str| View::lost(why, volume.snapshot, &volume.from, volume.size_bytes);
+        if let Some(Why::BaseLost { why, .. }) = decided {
+            return Backing::View(lost(&why.to_string()));
+        }
+        Backing::View(match found {
+            None => lost("its disk is not served"),
+            Some((_, entry)) if entry.version.is_none() => lost(&entry.broken().unwrap_or_default()),
+            Some((disk, _)) if disk.disk.geometry().size_bytes != volume.size_bytes => {
+                lost("its disk has another size now")
+            }
+            Some((disk, _)) => View::of(disk.disk.clone(), volume.snapshot, &volume.from),
+        })
+    }
+
+    /// All volumes by name, also those that are not served.
+    pub(crate) fn all_volumes(&self) -> Vec<api::Volume> {
+        let mut volumes: Vec<_> = self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume()).collect();
+        volumes.extend(self.unserved_volumes());
+        volumes.sort_by(|one, other| one.name.cmp(&other.name));
+        volumes
+    }
+}
+
+pub(crate) fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api::Volume> {
+    let volume = record.volume.as_ref().or(record.stood_on.as_ref())?;
+    let config: DiskConfig = serde_json::from_value(record.config.clone()).ok()?;
+    Some(api::Volume {
+        id: record.id,
+        name: name.clone(),
+        from: volume.from.clone(),
+        from_id: volume.snapshot,
+        state: VolumeState::Broken,
+        reason: Some(why.to_owned()),
+        socket: config.socket.clone().unwrap_or_default(),
+        independent: record.volume.is_none(),
+        image: record.live_log.clone().unwrap_or_else(|| config.path.clone()),
+        size_bytes: volume.size_bytes,
+        block_size: config.block_size,
+        owned_bytes: 0,
+        queues: config.queues(),
+        connected: false,
+        frontends: 0,
+        snapshots: u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX),
+        created_at: Timestamp::from_unix_ms(volume.created_ms),
+    })
+}
+
+impl DiskEntry {
+    /// Why a volume cannot be used: what it stands on is lost, or a sync of its own logs has failed.
+    pub(crate) fn volume_failure(&self) -> Option<String> {
+        if let Some(reason) = self.disk.base_broken() {
+            return Some(reason);
+        }
+        let chain = self.disk.chain();
+        let poisoned = chain.links().iter().map(|link| &link.layer.image).find(|image| image.is_poisoned())?;
+        let path = poisoned.path().display();
+        Some(format!("a sync of {path} failed, so it is unknown what of the last writes is stored"))
+    }
+
+    pub(crate) fn to_volume(&self) -> api::Volume {
+        let (chain, geometry, reason) = (self.disk.chain(), self.disk.geometry(), self.failure());
+        let layer = chain.layer(chain.live());
+        let owned_bytes = match layer.table() {
+            Some(table) => table.count() * u64::from(geometry.block_bytes),
+            None => geometry.size_bytes,
+        };
+        let frontends = self.frontends.count();
+        let standing = locked(&self.standing).clone();
+        let state = self.volume_state(reason.as_ref());
+        api::Volume {
+            id: self.id,
+            name: self.name.clone(),
+            from: standing.relation().map(|v| v.from.clone()).unwrap_or_default(),
+            from_id: standing.relation().map(|v| v.snapshot).unwrap_or_default(),
+            independent: standing.volume.is_none(),
+            state,
+            reason,
+            socket: self.config.socket.clone().unwrap_or_default(),
+            image: layer.image.path().to_owned(),
+            size_bytes: geometry.size_bytes,
+            block_size: geometry.block_bytes,
+            owned_bytes: owned_bytes.min(geometry.size_bytes),
+            queues: self.config().queues(),
+            connected: frontends > 0,
+            frontends,
+            snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
+            created_at: Timestamp::from_unix_ms(standing.relation().map_or(0, |v| v.created_ms)),
+        }
+    }
+}

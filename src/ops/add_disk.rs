@@ -1,0 +1,197 @@
+//! Serving disks: adding them, taking up what is remembered of them, and letting them go.
+//!
+//! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::control::api::DiskConfig;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::planned::Planned;
+use crate::manager::relations::set_of;
+use crate::manager::unserved::Unserved;
+use crate::registry::{ClaimKey, Wanted};
+use crate::store::DiskRecord;
+
+impl Manager {
+    pub(crate) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        let config = self.completed(name, config);
+        let _claim = self.claim_to_add("disk add", name, &config)?;
+        if let Ok(old) = self.disk(name) {
+            if old.is_volume() {
+                return Err(not_a_disk(name));
+            }
+            if old.config() == config {
+                return Ok(PutOutcome::Unchanged(old.to_api()));
+            }
+            let message = format!("disk {name} exists and is configured differently");
+            return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
+                "change what can be changed while it is served (halfsilver disk set {name}), or remove it first: \
+                 halfsilver disk remove {name}"
+            )));
+        }
+        let entry = self.add_now(name, config)?;
+        self.hurry_unserved();
+        self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
+        Ok(PutOutcome::Created(entry.to_api()))
+    }
+
+    /// What must be nobody else's while a disk is added.
+    pub(crate) fn claim_to_add(
+        &self,
+        operation: &str,
+        name: &Name,
+        config: &DiskConfig,
+    ) -> Result<crate::manager::claims::Held<'_>, ApiError> {
+        let known = self.registry().named(name).map(|disk| ClaimKey::Entity(disk.id));
+        let places = [&config.socket, &config.mirror].into_iter().flatten().chain([&config.path]);
+        let keys = places.map(|path| ClaimKey::Path(path.clone())).chain([ClaimKey::Name(name.clone())]).chain(known);
+        self.claim_keys(&format!("{operation} {name}"), &[name.as_str()], Wanted::changing(keys))
+    }
+
+    /// Decides about a disk and serves it. It is claimed.
+    pub(crate) fn add_now(&self, name: &Name, config: DiskConfig) -> Result<Arc<DiskEntry>, ApiError> {
+        let take_flushed: Vec<Name> =
+            locked(&self.unserved).get(name).filter(|u| u.takes_flushed).map(|u| u.name.clone()).into_iter().collect();
+        let planned = self.plan(name, config)?;
+        if let Some(base) = self.base_not_served(&planned) {
+            let message = format!("volume {name}: what it stands on is not served: {base}");
+            return Err(ApiError::new(ErrorCode::DiskFailed, message));
+        }
+        let recovery = self.decide(std::slice::from_ref(&planned), &take_flushed)?.into_iter().flatten().next();
+        let entry = self.add_planned(planned, recovery)?;
+        self.resume_restores();
+        Ok(entry)
+    }
+
+    /// The configuration with everything said that has a default. Who says nothing of a second leg means what is there, and
+    /// of what was set, as it was set.
+    pub(crate) fn completed(&self, name: &Name, config: &DiskConfig) -> DiskConfig {
+        let served = self.disk(name).ok().map(|disk| disk.to_record());
+        let record = served.or_else(|| self.remembered(name).ok().flatten());
+        let path = record.as_ref().and_then(|r| r.config.get("path")?.as_str()).map(PathBuf::from);
+        let set = record.as_ref().map(set_of).unwrap_or_default();
+        let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
+        let is_leg = legs.iter().any(|leg| leg.path == config.path);
+        let mut config = config.clone();
+        if is_leg || path.as_ref() == Some(&config.path) {
+            config = config.or_set(&set);
+        }
+        if is_leg && config.mirror.is_none() {
+            config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
+        }
+        config = config.filled();
+        config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
+        config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
+        config
+    }
+
+    /// What is remembered of a disk, if it goes with this configuration.
+    fn record_of(&self, name: &Name, config: &DiskConfig) -> Result<Option<DiskRecord>, ApiError> {
+        let Some(record) = self.remembered(name)? else { return Ok(None) };
+        let old: Option<DiskConfig> = serde_json::from_value(record.config.clone()).ok();
+        if record.is_volume() {
+            // What the configuration of a volume that stands on something has for a path is no path.
+            let is_it = old.is_some_and(|old| old.path == config.path);
+            return if is_it { Ok(Some(record)) } else { Err(not_a_disk(name)) };
+        }
+        let legs: Vec<_> = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| &leg.path).collect();
+        let is_known = |path: &PathBuf| match legs.is_empty() {
+            true => old.as_ref().is_some_and(|o| o.path == *path),
+            false => legs.contains(&path),
+        };
+        let same = |old: &DiskConfig| is_known(&config.path) && old.block_size == config.block_size;
+        let now = old.as_ref().map(|o| o.path.display().to_string()).unwrap_or_default();
+        if record.former_legs.contains(&config.path) {
+            let message = format!(
+                "disk {name} is {now} now; {} was a leg of it once, and does not have what was written since",
+                config.path.display()
+            );
+            return Err(ApiError::new(ErrorCode::DiskExists, message)
+                .with_action(format!("serve it with path={now}, or {} under another name", config.path.display())));
+        }
+        if old.as_ref().is_some_and(same) {
+            let other = config.mirror.as_ref().filter(|path| legs.len() > 1 && !legs.contains(path));
+            if let Some(other) = other {
+                let message = format!("disk {name} has other legs than {}", other.display());
+                return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(
+                    "leave mirror= out, and change legs with 'halfsilver disk mirror' and 'disk unmirror'",
+                ));
+            }
+            return Ok(Some(record));
+        }
+        let with = what_is_kept(&record);
+        if with.is_empty() {
+            return Ok(None); // Another image under an old name: a new disk.
+        }
+        let was =
+            old.map_or_else(String::new, |o| format!(" of {} with block size {}", o.path.display(), o.block_size));
+        let message = format!("disk {name} is remembered{was}, with {}", with.join(", "));
+        Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
+            "serve it as it was, or use another name, or give up what is remembered: halfsilver disk forget {name}"
+        )))
+    }
+
+    pub(crate) fn plan(&self, name: &Name, config: DiskConfig) -> Result<Planned, ApiError> {
+        let record = self.record_of(name, &config)?;
+        let of_volume = record.as_ref().is_some_and(|r| r.volume.is_some());
+        for path in [Some(&config.path), config.mirror.as_ref()].into_iter().flatten().filter(|_| !of_volume) {
+            self.refuse_what_others_have(name, path, record.is_none())?;
+        }
+        Ok(Planned { name: name.clone(), config, record })
+    }
+
+    /// An image that something has which is not served is not served as another disk's: nobody else keeps it from that.
+    pub(crate) fn refuse_what_others_have(&self, name: &Name, path: &Path, is_new: bool) -> Result<(), ApiError> {
+        let refuse = |whose: String| {
+            let message = format!("disk {name}: {}: it is in use as {whose}", path.display());
+            Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
+        };
+        let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let is_it = |its: &Path| its == path || its == resolved;
+        let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
+        for other in unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref()) {
+            let what = if other.is_volume() { "volume" } else { "disk" };
+            let own = other.config.get("path").and_then(|path| path.as_str()).map(Path::new);
+            let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
+            if own.into_iter().chain(other.live_log.as_deref()).chain(legs).any(is_it) {
+                return refuse(format!("the image of {what} {}", other.name));
+            }
+            if let Some(snapshot) = other.snapshots.iter().find(|s| is_it(&s.image)) {
+                return refuse(format!("the image of snapshot {}@{}", other.name, snapshot.name));
+            }
+        }
+        // While a record cannot be read, what lies where our images are may be anybody's.
+        let is_unknown = unserved.iter().any(|u| u.record.is_none() && !u.is_new);
+        match is_new && is_unknown && [path, &resolved].iter().any(|p| p.parent() == Some(&*self.places.images_dir())) {
+            true => refuse("the image of something whose record cannot be read".to_owned()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What would be lost if a disk's record gave way to another one.
+fn what_is_kept(record: &DiskRecord) -> Vec<String> {
+    let counted = |n: usize, what: &str| (n > 0).then(|| format!("{n} {what}{}", if n == 1 { "" } else { "s" }));
+    let restore = record.restore.as_ref().filter(|r| r.is_active).map(|r| format!("a restore from {}", r.from));
+    let legs = record.mirror.as_ref().map_or(0, |m| m.legs.len());
+    [
+        restore,
+        counted(record.snapshots.len(), "snapshot"),
+        counted(record.bookmarks.len(), "bookmark"),
+        record.live_log.as_ref().map(|log| format!("its newest content in {}", log.display())),
+        record.work.as_ref().map(|_| "work that is not done".to_owned()),
+        (legs > 1).then(|| "two legs".to_owned()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The name belongs to a volume.
+pub(crate) fn not_a_disk(name: &Name) -> ApiError {
+    ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a volume"))
+        .with_action("use another name, or delete the volume first")
+}

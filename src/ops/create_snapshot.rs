@@ -1,0 +1,417 @@
+//! Snapshots: taking them, and opening them when they are quiesced.
+//!
+//! What always holds: before a cut the records say what they would after it. A daemon that is killed around the cut comes
+//! back with the new live version either way, and removes the snapshot that nobody was told of.
+
+use crate::manager::layers::store_shown;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writers};
+use crate::control::socket::SOCKET_PATH_LEN_MAX;
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::crash;
+use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use crate::manager::followups::FollowUp;
+use crate::manager::recording;
+use crate::manager::{Manager, record_error};
+use crate::mirror::{self, Epoch, NewLayer, PreparedSnapshot};
+use crate::registry::{ClaimKey, Command};
+use crate::store::{DiskRecord, SnapshotRecord};
+
+/// How often a thread that waits looks whether the daemon is going down.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A snapshot that is ready for its cut.
+struct Ready {
+    disk: Arc<DiskEntry>,
+    entry: Arc<SnapshotEntry>,
+    prepared: PreparedSnapshot,
+    /// What the records say after the cut, but for its epoch.
+    pending: DiskRecord,
+    /// The layer that was made for it.
+    made: Option<(Uuid, PathBuf)>,
+    /// The version that has a changed table for it.
+    new_live: Uuid,
+}
+
+/// What was made for snapshots.
+struct Made {
+    layers: Vec<(Uuid, PathBuf)>,
+    changed: Vec<Uuid>,
+}
+
+impl Made {
+    fn of(ready: &[Ready]) -> Made {
+        let layers = ready.iter().filter_map(|one| one.made.clone()).collect();
+        Made { layers, changed: ready.iter().map(|one| one.new_live).collect() }
+    }
+}
+
+impl Manager {
+    pub(crate) fn create(&self, request: &SnapshotRequest) -> Result<Vec<api::Snapshot>, ApiError> {
+        self.create_for(request, None)
+    }
+
+    /// The same for the update of a volume: what is taken belongs to that.
+    pub(crate) fn create_for(
+        &self,
+        request: &SnapshotRequest,
+        volume: Option<Uuid>,
+    ) -> Result<Vec<api::Snapshot>, ApiError> {
+        let command = Command::CreateSnapshot { disks: request.disks.clone(), name: request.name.clone() };
+        let places = [&request.socket, &request.image].into_iter().flatten();
+        let _claim = self.claim_with(&command, places.map(|path| ClaimKey::Path(path.clone())))?;
+        let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
+        // Those of users were decided about; one that an update left has its name too.
+        disks.iter().try_for_each(|disk| disk.refuse_if_bookmarked(&request.name))?;
+        let group = Uuid::new_v4();
+        let mut ready = Vec::new();
+        for disk in &disks {
+            match self.prepare(disk, request, group, volume) {
+                Ok(one) => ready.push(one),
+                Err(e) => return Err(self.undo(&ready, e)),
+            }
+        }
+        if let Err(e) = self.records.put(ready.iter().map(|one| &one.pending)) {
+            return Err(self.undo(&ready, record_error(e)));
+        }
+        self.cut(ready, &disks, request.writers)
+    }
+
+    /// The cut itself. Everything it needs is durable.
+    fn cut(
+        &self,
+        ready: Vec<Ready>,
+        disks: &[Arc<DiskEntry>],
+        writers: Writers,
+    ) -> Result<Vec<api::Snapshot>, ApiError> {
+        let mut prepared = Vec::new();
+        let mut entries = Vec::new();
+        let made = Made::of(&ready);
+        for one in ready {
+            locked(&one.disk.snapshots).push(one.entry.clone());
+            prepared.push(one.prepared);
+            entries.push((one.disk, one.entry));
+        }
+        let writers = match writers {
+            Writers::Request => mirror::Writers::Request,
+            Writers::Connection => mirror::Writers::Connection,
+        };
+        // A cut is refused before it changes anything; the entries then go as in undo().
+        crash::point("before the cut");
+        let cut = self.editor.cut(prepared, writers).map_err(|e| {
+            self.take_back(&entries, &made);
+            ApiError::new(ErrorCode::Unavailable, e.to_string())
+        })?;
+        crash::point("after the cut");
+        let at = Instant::now();
+        for (_, entry) in &entries {
+            locked(&entry.record).ended = cut.ended.0;
+        }
+        let recorded = self.persist(disks);
+        for ((disk, entry), version) in entries.iter().zip(&cut.frozen) {
+            if recorded.is_err() {
+                disk.disk.break_version(version, "the cut could not be recorded");
+            }
+            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
+                Manager::check_split(disk, entry, version);
+            }
+            log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
+        }
+        let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
+        // Also when they could not be recorded: they must be quiesced to be deleted.
+        let (me, ended) = (self.me.clone(), cut.ended);
+        let mut waits = Ok(());
+        for (disk, entry) in entries {
+            let me = me.clone();
+            // Each for itself: a frontend that stays on one disk does not hold up the other.
+            let started = self.start_thread("drain", move || {
+                loop {
+                    let Some(manager) = me.upgrade() else { return };
+                    let free = disk.disk.connections().wait_free(ended, LOOK);
+                    if free.is_some_and(|last| manager.clock.wait_drained(last, LOOK)) {
+                        let drain = at.elapsed();
+                        if !manager.quiesced(&disk, &entry, drain) {
+                            manager.follow_up(FollowUp::Quiesce(disk, entry, drain));
+                        }
+                        return;
+                    }
+                    if manager.is_stopping() {
+                        return; // The end of the daemon drains everything itself.
+                    }
+                }
+            });
+            waits = waits.and(started);
+        }
+        recorded?;
+        waits.map_err(|e| ApiError::new(ErrorCode::Io, format!("nobody can wait for the snapshot's requests: {e}")))?;
+        Ok(answer)
+    }
+
+    /// Makes the layer and the entry of a snapshot.
+    fn prepare(
+        &self,
+        disk: &Arc<DiskEntry>,
+        request: &SnapshotRequest,
+        group: Uuid,
+        taken_for: Option<Uuid>,
+    ) -> Result<Ready, ApiError> {
+        let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
+        let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
+        let chain = disk.disk.chain();
+        let live = chain.version(chain.live()).clone();
+        let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
+        self.check_place(&socket).map_err(in_snapshot)?;
+
+        let asked = request.strategy.unwrap_or(Strategy::CopyOnWrite);
+        // Just before a log is forgotten that has been folded, the records still name it, and by the name of the version
+        // that is to be frozen: whatever is made under that name would be in its place.
+        let has_log = !disk.disk.can_move_pivot() || self.places.log_table(live.id).exists();
+        let strategy = if has_log { Strategy::WriteLogging } else { asked };
+        if strategy != asked {
+            log::info!("snapshot {reference}: {strategy}, not {asked}: the disk's log is not folded yet");
+        }
+        let new_live = Uuid::new_v4();
+        let table_error = |e| in_snapshot(crate::manager::table_error(e));
+        let changed = self.make_changed_table(new_live, disk.disk.geometry()).map_err(table_error)?;
+        let prepared = self.prepare_layer(disk, request, strategy, new_live);
+        let (layer, made) = prepared.inspect_err(|_| self.remove_changed_table(new_live)).map_err(in_snapshot)?;
+        let record = SnapshotRecord {
+            id: live.id,
+            group,
+            name: request.name.to_string(),
+            strategy: strategy.to_string(),
+            writers: request.writers.to_string(),
+            began: live.began.0,
+            ended: 0,
+            image: made.clone(),
+            owns_all: false,
+            splits: false,
+            durable: false,
+            socket,
+            created_ms: Timestamp::now().unix_ms(),
+            quiesced_ms: None,
+            broken: None,
+            deleting: false,
+            stopped: false,
+            keep_image: false,
+            saved: None,
+            saved_table: None,
+            changed: None,
+            keep_bookmark: false,
+            taken_for,
+        };
+        let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
+        let entry = Arc::new(SnapshotEntry {
+            id: live.id,
+            frontends: Frontends::new(&disk.name, Some(&reference), &self.bus),
+            reference,
+            record: Mutex::new(record),
+            version: Some(live),
+            server: Mutex::new(None),
+            socket_error: Mutex::new(None),
+            drain: Mutex::new(None),
+        });
+        let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live, changed: Some(changed) };
+        let made = match strategy {
+            Strategy::CopyOnWrite => Some((entry.id, made)),
+            Strategy::WriteLogging => Some((new_live, made)),
+            Strategy::WriteMirroring => None, // It is the disk's own leg.
+        };
+        Ok(Ready { disk: disk.clone(), entry, prepared, pending, made, new_live })
+    }
+
+    /// What the strategy needs, and the file that was made for it.
+    fn prepare_layer(
+        &self,
+        disk: &DiskEntry,
+        request: &SnapshotRequest,
+        strategy: Strategy,
+        new_live: Uuid,
+    ) -> Result<(NewLayer, PathBuf), ApiError> {
+        let (geometry, chain) = (disk.disk.geometry(), disk.disk.chain());
+        let frozen = chain.version(chain.live()).id;
+        match strategy {
+            Strategy::CopyOnWrite => {
+                let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
+                let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
+                let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
+                Ok((NewLayer::Frozen { layer }, path))
+            }
+            Strategy::WriteLogging => {
+                let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
+                let layer = self.make_log(&path, new_live, &disk.config(), geometry)?;
+                Ok((NewLayer::Live { layer }, path))
+            }
+            Strategy::WriteMirroring if request.image.is_some() => {
+                let message = "image: a write-mirroring snapshot takes the disk's second leg, no other image";
+                Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("leave --image out"))
+            }
+            Strategy::WriteMirroring => {
+                let (frozen, live) = self.split(disk)?;
+                let path = frozen.path().to_owned();
+                Ok((NewLayer::Split { frozen, live }, path))
+            }
+        }
+    }
+
+    /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
+    pub(crate) fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
+        let len = socket.as_os_str().len();
+        let bad = |what: String| {
+            let message = format!("its socket {} cannot be made: {what}", socket.display());
+            Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name another one with --socket"))
+        };
+        if len > SOCKET_PATH_LEN_MAX {
+            return bad(format!("a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}"));
+        }
+        if !socket.parent().is_some_and(Path::is_dir) {
+            return bad("its directory does not exist".to_owned());
+        }
+        if std::fs::symlink_metadata(socket).is_ok_and(|m| !m.file_type().is_socket()) {
+            return bad("something else is there".to_owned());
+        }
+        for disk in self.all_disks() {
+            let of_snapshot = disk.snapshots().into_iter().find(|s| locked(&s.record).socket == socket);
+            if disk.config.socket.as_deref() == Some(socket) {
+                return bad(format!("disk {} has it", disk.name));
+            }
+            if let Some(snapshot) = of_snapshot {
+                return bad(format!("snapshot {} has it", snapshot.reference));
+            }
+        }
+        Ok(())
+    }
+
+    fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
+        let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
+        self.take_back(&entries, &Made::of(ready));
+        error
+    }
+
+    /// Takes snapshots that never came to be out of everything.
+    fn take_back(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &Made) {
+        let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
+        for (disk, entry) in entries {
+            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        }
+        // A leg that was split for nothing comes back.
+        disks.iter().for_each(|disk| self.resume_mirror(disk));
+        match self.persist(&disks) {
+            Ok(()) => {
+                made.layers.iter().for_each(|(id, image)| self.remove_layer(*id, image));
+                made.changed.iter().for_each(|id| self.remove_changed_table(*id));
+            }
+            // The records still name the files.
+            Err(e) => log::error!("cannot forget an unfinished snapshot: {e}"),
+        }
+    }
+
+    /// All requests of its epoch are done: this snapshot never changes again. Returns whether that could be recorded; before
+    /// it is, nobody is told.
+    pub(crate) fn quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
+        if let Some(version) = &entry.version {
+            store_shown(&disk.disk, version);
+        }
+        let key = ClaimKey::Entity(disk.id);
+        let operation = format!("quiesce {}", entry.reference);
+        let Some(_claim) = self.claim_patiently(&operation, disk.name.as_str(), key) else {
+            return true; // The end of the daemon records it.
+        };
+        self.record_quiesced(disk, entry, drain)
+    }
+
+    /// The same at the end of the daemon, when nobody is left who could claim anything.
+    pub(crate) fn store_and_record_quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        if locked(&entry.record).quiesced_ms.is_some() {
+            return;
+        }
+        if let Some(version) = &entry.version {
+            store_shown(&disk.disk, version);
+        }
+        if !self.record_quiesced(disk, entry, Duration::ZERO) {
+            log::error!("snapshot {}: a start finds it as it drained", entry.reference);
+        }
+    }
+
+    /// The same, with the disk claimed.
+    fn record_quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
+        if let Some(version) = &entry.version {
+            version.set_quiesced();
+        }
+        if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
+            return true; // Its disk has been removed, and must not come back with it.
+        }
+        if locked(&entry.record).quiesced_ms.is_some() {
+            return true;
+        }
+        locked(&entry.drain).get_or_insert(drain);
+        // Durable before anybody is told: from then on a power cut must not break it.
+        let quiesced_ms = Some(Timestamp::now().unix_ms());
+        let mut record = disk.to_record();
+        record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
+        if let Err(e) = self.records.put([&record]) {
+            let what = format!("that it is quiesced cannot be recorded yet: {e}");
+            if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
+                log::error!("snapshot {}: {what}", entry.reference);
+            }
+            return false;
+        }
+        *locked(&entry.socket_error) = None;
+        crash::point("before a snapshot is opened");
+        if entry.broken().is_none() && !self.is_stopping() && !self.open_socket(disk, entry) {
+            self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
+        }
+        locked(&entry.record).quiesced_ms = quiesced_ms;
+        if entry.broken().is_none() {
+            log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));
+        }
+        true
+    }
+
+    /// Moves the frontends that still write a snapshot over to the live version.
+    pub(crate) fn cut_over(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
+        let _claim = self.claim(&Command::CutOver { snapshot: reference.clone() })?;
+        let disk = self.disk(&reference.disk)?;
+        let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
+        if entry.state(&disk) != SnapshotState::Quiesced {
+            self.move_frontends(&entry)?;
+        }
+        Ok(entry.to_api(&disk))
+    }
+
+    /// The cutover itself: of all disks whose snapshots were taken at the same cut, so that they stay one moment.
+    pub(crate) fn move_frontends(&self, entry: &SnapshotEntry) -> Result<(), ApiError> {
+        let (group, ended) = {
+            let record = locked(&entry.record);
+            (record.group, record.ended)
+        };
+        if ended == 0 || entry.version.is_none() {
+            return Ok(());
+        }
+        let of_group = |d: &Arc<DiskEntry>| d.snapshots().iter().any(|s| locked(&s.record).group == group);
+        let disks: Vec<_> = self.all_disks().into_iter().filter(of_group).collect();
+        let all: Vec<_> = disks.iter().map(|d| &*d.disk).collect();
+        let moved = self
+            .editor
+            .cut_over(&all, Epoch(ended))
+            .map_err(|e| ApiError::new(ErrorCode::Unavailable, e.to_string()))?;
+        if moved > 0 {
+            log::info!("snapshot {}: {moved} frontends go on with the live version", entry.reference);
+            for disk in &disks {
+                for snapshot in disk.snapshots().iter().filter(|s| locked(&s.record).group == group) {
+                    self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCutover, &snapshot.reference));
+                }
+            }
+        }
+        Ok(())
+    }
+}

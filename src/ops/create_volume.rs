@@ -1,0 +1,198 @@
+//! Volumes: made, taken up, listed and deleted. A volume is a disk whose full image is a snapshot of another disk or
+//! volume, and whose newest content is in a log.
+//!
+//! What always holds:
+//! - While a volume is remembered, also one that cannot be served, the snapshot that it stands on is not deleted, and the
+//!   disk of that snapshot is not removed.
+//! - A volume is served as broken if what it stands on is lost. Its own logs are believed as those of disks are.
+//! - A volume stands on what was there before it, so nothing stands on itself.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::control::api::{
+    self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, VolumeRequest, VolumeSource, Writers,
+};
+use crate::control::timestamp::Timestamp;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
+use crate::crash;
+use crate::manager::entry::{DiskEntry, SnapshotEntry};
+use crate::manager::opening::Opened;
+use crate::manager::relations::Standing;
+use crate::manager::{BrokenVersions, Manager, table_error};
+use crate::mirror::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
+use crate::registry::{ClaimKey, Command, Registry, decide};
+use crate::store::{Table, TableName, VolumeRecord};
+
+impl Manager {
+    pub(crate) fn make_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
+        let (from, is_ours) = match &request.from {
+            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), false),
+            VolumeSource::Now(disk) => (self.snapshot_for(disk, request)?, true),
+        };
+        let made = self.make_volume_on(&from, request);
+        if made.is_err()
+            && is_ours
+            && let Err(e) = self.delete(&from, DeleteSnapshotOptions::default())
+        {
+            log::warn!("snapshot {from}, which was taken for volume {}, stays: {}", request.name, e.message);
+        }
+        made
+    }
+
+    /// Takes the snapshot that a volume is to stand on.
+    fn snapshot_for(&self, disk: &Name, request: &VolumeRequest) -> Result<SnapshotRef, ApiError> {
+        self.check_volume(request, &self.disk(disk)?.config())?;
+        let (name, disks) = (request.name.clone(), vec![disk.clone()]);
+        let snapshot = SnapshotRequest {
+            name: name.clone(),
+            disks,
+            strategy: None,
+            writers: Writers::Request,
+            socket: None,
+            image: None,
+        };
+        self.create(&snapshot)?;
+        Ok(SnapshotRef { disk: disk.clone(), name })
+    }
+
+    fn make_volume_on(&self, from: &SnapshotRef, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
+        let command = Command::CreateVolume { name: request.name.clone(), from: from.clone() };
+        let places: Vec<ClaimKey> =
+            [&request.socket, &request.image].into_iter().flatten().map(|path| ClaimKey::Path(path.clone())).collect();
+        let wanted = |registry: &Registry| {
+            let mut wanted = decide(registry, &command)?.wanted;
+            wanted.changes.extend(places.iter().cloned());
+            Ok(wanted)
+        };
+        let operation = format!("volume create {}", request.name);
+        let made =
+            self.when_quiesced(&operation, from, wanted, |disk, entry| self.make_volume_now(disk, entry, request));
+        Ok(made?.to_volume())
+    }
+
+    /// Whether a volume of that name can be made at that place, as far as that can be told.
+    fn check_volume(&self, request: &VolumeRequest, like: &DiskConfig) -> Result<DiskConfig, ApiError> {
+        let name = &request.name;
+        if let Some(other) = self.registry().named(name) {
+            return Err(match other.is_volume() {
+                true => ApiError::new(ErrorCode::VolumeExists, format!("volume {name} exists"))
+                    .with_action(format!("delete it first: halfsilver volume delete {name}; or use another name")),
+                false => ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a disk"))
+                    .with_action("use another name"),
+            });
+        }
+        let mut config = DiskConfig {
+            mirror: None,
+            socket: request.socket.clone(),
+            serial: None,
+            readonly: None,
+            shared: false,
+            ..like.clone()
+        };
+        config.block_size = request.block_size.unwrap_or(config.block_size);
+        config = self.completed(name, &config);
+        if let Some(socket) = &config.socket {
+            self.check_place(socket).map_err(|e| ApiError { message: format!("volume {name}: {}", e.message), ..e })?;
+        }
+        if let Some(image) = request.image.as_ref().filter(|image| std::fs::symlink_metadata(image).is_ok()) {
+            let message = format!("volume {name}: {} exists", image.display());
+            return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name a path where nothing is"));
+        }
+        // Before a snapshot is taken for its sake.
+        if let Some(directory) = request.image.as_ref().and_then(|image| image.parent()).filter(|d| !d.is_dir()) {
+            let message = format!("volume {name}: there is no directory {}", directory.display());
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .with_action("make it first, or name another place with --image"));
+        }
+        Ok(config)
+    }
+
+    /// Everything that the records are about to name is there before they do.
+    fn make_volume_now(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &SnapshotEntry,
+        request: &VolumeRequest,
+    ) -> Result<Arc<DiskEntry>, ApiError> {
+        let (name, from) = (&request.name, entry.reference.to_string());
+        let in_volume = |e: ApiError| ApiError { message: format!("volume {name}: {}", e.message), ..e };
+        let mut config = self.check_volume(request, &disk.config())?;
+        config.path = PathBuf::from(&from);
+        let view = View::of(disk.disk.clone(), entry.id, &from);
+        if view.depth() > VOLUMES_DEEP_MAX {
+            let message = format!("volume {name}: {VOLUMES_DEEP_MAX} volumes stand on each other below it");
+            return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("make it off an older snapshot"));
+        }
+        let image = Backing::View(view);
+        fits(request, &image).map_err(in_volume)?;
+        let geometry = Geometry::of(&image, config.block_size);
+        let logical = geometry.logical_block_bytes;
+        let [id, origin, live] = [(); 3].map(|()| Uuid::new_v4());
+        let path = request.image.clone().unwrap_or_else(|| self.places.log_image(live));
+        let layer = self.make_log(&path, live, &config, &geometry).map_err(in_volume)?;
+        let undo = |e: ApiError| {
+            self.remove_layer(live, &path);
+            self.remove_changed_table(live);
+            self.remove_tables(id);
+            in_volume(e)
+        };
+        let changed = self.make_changed_table(live, &geometry).map_err(table_error).map_err(undo)?;
+        let table = TableName::of_this_boot(id).map_err(table_error).map_err(undo)?;
+        let boot = table.boot;
+        let discards =
+            Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error).map_err(undo)?;
+        let volume = VolumeRecord {
+            snapshot: entry.id,
+            from,
+            source: disk.id,
+            origin,
+            size_bytes: geometry.size_bytes,
+            created_ms: Timestamp::now().unix_ms(),
+        };
+        let options = DiskOptions { image, block_bytes: config.block_size, read_only: false, discards };
+        let made = Disk::noting_volume(self.clock.clone(), options, origin, (live, layer), Some(changed));
+        made.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        let opened = Opened {
+            id,
+            boot,
+            config,
+            disk: made,
+            mirror: None,
+            former_legs: Vec::new(),
+            standing: Standing { volume: Some(volume), logical_block_bytes: Some(logical), ..Standing::default() },
+            restore: None,
+            awaited: None,
+            snapshots: Vec::new(),
+            bookmarks: Vec::new(),
+            record: None,
+        };
+        crash::point("before a volume is recorded");
+        let made = self.open_disk(name, opened).map_err(undo)?;
+        log::info!("volume {name}: made off {}", entry.reference);
+        self.bus.publish(Notice::of_disk(EventKind::VolumeCreated, name));
+        Ok(made)
+    }
+
+    fn remove_tables(&self, id: Uuid) {
+        crate::manager::layers::remove_file(&self.places.durable_table(id));
+        crate::manager::layers::remove_file(&self.places.run_table(id));
+    }
+}
+
+/// Whether tables of blocks of the size that was asked for can tell of such an image.
+fn fits(request: &VolumeRequest, image: &Backing) -> Result<(), ApiError> {
+    let Some(size) = request.block_size else { return Ok(()) };
+    let (unit, bytes) = (image.alignment().offset_bytes, image.size_bytes());
+    if size < unit {
+        let message = format!("block_size: the logical blocks of {} have {unit} bytes, more than {size}", request.from);
+        return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action(format!("use at least {unit}")));
+    }
+    if u64::from(size) > bytes {
+        let message = format!("block_size: {} has only {bytes} bytes, less than {size}", request.from);
+        return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("use smaller blocks"));
+    }
+    Ok(())
+}

@@ -1,0 +1,352 @@
+//! Letting snapshots go: by jobs that hand over or fold, one at a time for each disk.
+//!
+//! What always holds: the records forget a layer before its files are removed, and remember where everything is before
+//! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
+
+use crate::manager::entry::{TURN, Turn};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uuid::Uuid;
+
+use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
+use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::crash;
+use crate::image::SharedImage;
+use crate::job::{self, Outcome};
+use crate::manager::Manager;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::jobs::JobEntry;
+use crate::manager::layers::{block_on, remove_file};
+use crate::mirror::{Backing, Chain, Epoch, RetireError};
+use crate::registry::Command;
+
+/// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
+const DELETION_WAIT: Duration = Duration::from_secs(60);
+
+impl Manager {
+    /// Goes on with a snapshot after a restart.
+    pub(crate) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
+        let is_served = entry.version.is_some() && entry.broken().is_none() && disk.disk.base_broken().is_none();
+        let (deleting, stopped) = {
+            let record = locked(&entry.record);
+            (record.deleting, record.stopped)
+        };
+        if !is_served || deleting {
+            crate::manager::sockets::clear_socket(&locked(&entry.record));
+        }
+        if entry.version.is_none() {
+            return;
+        }
+        if deleting {
+            let job = self.new_deletion(disk, entry);
+            if stopped {
+                self.end_job(&job, JobState::Stopped, None);
+            } else {
+                self.run_deletion(disk, entry, job);
+            }
+        } else if is_served {
+            self.resume_socket(disk, entry);
+        }
+    }
+
+    pub(crate) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
+        let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
+        let deadline =
+            Instant::now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
+        let job = loop {
+            let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
+            let disk = self.disk(&reference.disk)?;
+            let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
+            if keep_bookmark {
+                entry.refuse_bookmark_if_broken()?;
+                entry.refuse_bookmark_if_going()?;
+            }
+            if entry.version.is_none() {
+                // Its image is ours to remove only if it was made for it.
+                let record = locked(&entry.record).clone();
+                if record.owns_all {
+                    // Nobody knows in what its leg differs from the other: it does not come back.
+                    self.after_split(&disk, &entry, None);
+                }
+                let left = (!record.owns_all).then_some((entry.id, record.image));
+                self.gone(&disk, &entry, left)?;
+                return Ok(Deletion::Done);
+            }
+            let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
+            match entry.state(&disk) {
+                // One whose job has failed or was stopped is tried again.
+                SnapshotState::Deleting | SnapshotState::Folding
+                    if keep_image && !std::mem::replace(&mut locked(&entry.record).keep_image, true) =>
+                {
+                    self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
+                }
+                SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(&disk, &entry) {
+                    Some(job) if job.state() == JobState::Running => break job,
+                    Some(job) => break self.resume_deletion(&disk, &entry, job)?,
+                    None => break self.start_deletion(&disk, &entry),
+                },
+                // Its requests are still on their way; they must arrive first.
+                _ if !drained => {
+                    if entry.old_frontends(&disk) > 0 {
+                        self.move_frontends(&entry)?;
+                    } else if Instant::now() >= deadline {
+                        let message = format!("snapshot {reference} is still draining");
+                        return Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!(
+                            "wait until {reference} is quiesced: halfsilver snapshot show {reference}"
+                        )));
+                    }
+                }
+                _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
+            }
+            drop(claim);
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        if !job.wait(deadline.saturating_duration_since(Instant::now())) {
+            let disk = self.disk(&reference.disk)?;
+            if let Some(entry) = disk.snapshot(&reference.name) {
+                return Ok(Deletion::Started(entry.to_api(&disk)));
+            }
+        }
+        let ended = job.to_api();
+        match ended.state {
+            JobState::Failed | JobState::Stopped => {
+                let why = ended.reason.unwrap_or_else(|| "its job was stopped".to_owned());
+                let disk = &job.disk;
+                let other = job.snapshot.as_ref().and_then(|entry| self.deletion_in_the_way(disk, entry.id));
+                let first =
+                    other.map(|(id, _)| format!("halfsilver job resume {id}; then halfsilver job wait {id}; then "));
+                Err(ApiError::new(ErrorCode::Io, format!("snapshot {reference} is not deleted yet: {why}"))
+                    .with_action(format!("{}halfsilver job resume {}", first.unwrap_or_default(), job.id)))
+            }
+            JobState::Done | JobState::Running => Ok(Deletion::Done),
+        }
+    }
+
+    /// The newest job that deletes this snapshot.
+    fn deletion_of(&self, disk: &DiskEntry, entry: &Arc<SnapshotEntry>) -> Option<Arc<JobEntry>> {
+        self.job_on(disk, |job| job.snapshot.as_ref().is_some_and(|s| Arc::ptr_eq(s, entry)))
+    }
+
+    fn begin_deletion(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        keep_image: bool,
+        keep_bookmark: bool,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        if keep_image {
+            refuse_if_read_through(disk, entry)?;
+        }
+        {
+            let mut record = locked(&entry.record);
+            (record.keep_image, record.keep_bookmark, record.deleting) = (keep_image, keep_bookmark, true);
+        }
+        if let Some(version) = &entry.version {
+            version.set_leaves_mark(keep_bookmark);
+        }
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            locked(&entry.record).deleting = false;
+            return Err(e);
+        }
+        let job = self.start_deletion(disk, entry);
+        let server = locked(&entry.server).take();
+        drop(server);
+        Ok(job)
+    }
+
+    fn start_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Arc<JobEntry> {
+        let job = self.new_deletion(disk, entry);
+        self.run_deletion(disk, entry, job.clone());
+        job
+    }
+
+    fn new_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Arc<JobEntry> {
+        let chain = disk.disk.chain();
+        let folds = chain.position(entry.id).is_some_and(|i| i == chain.pivot_of(i) && i < chain.segment_of(i).last);
+        let kind = if folds { JobKind::Fold } else { JobKind::Merge };
+        self.new_job(kind, disk, Some(entry))
+    }
+
+    /// Goes on with a deletion that was stopped or failed.
+    pub(crate) fn resume_deletion(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        job: Arc<JobEntry>,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        locked(&entry.record).stopped = false;
+        self.persist(std::slice::from_ref(disk))?;
+        job.begin_again();
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.run_deletion(disk, entry, job.clone());
+        Ok(job)
+    }
+
+    fn run_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: Arc<JobEntry>) {
+        let (on, going, stopped, ours) = (disk.clone(), entry.clone(), entry.clone(), job.clone());
+        let run = move |manager: &Manager| manager.retire(&on, &going, &ours);
+        let mark_stopped = move || locked(&stopped.record).stopped = true;
+        if job.kind == JobKind::Fold {
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotFolding, &entry.reference));
+        }
+        self.run_job("delete", &job, run, mark_stopped, |_, _| ());
+    }
+
+    /// Waits for its turn: two deletions would each go by a neighbour that the other takes away.
+    fn begin_retire<'a>(
+        &self,
+        disk: &'a DiskEntry,
+        entry: &SnapshotEntry,
+        job: &JobEntry,
+    ) -> Result<Option<(Epoch, Turn<'a>)>, String> {
+        let version = entry.version.as_ref().expect("only versions in a chain are retired");
+        loop {
+            let turn = Turn::take(&disk.retires);
+            match turn.as_ref().map(|_| self.editor.begin_retire(&disk.disk, version)) {
+                Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
+                None | Some(Err(RetireError::TooManyDraining(_))) => {}
+                Some(Err(RetireError::Busy)) => {
+                    if let Some((other, what)) = self.deletion_in_the_way(disk, entry.id) {
+                        return Err(format!("the deletion of another snapshot, job {other}, {what}"));
+                    }
+                }
+            }
+            if job.pace.is_stopped() {
+                return Ok(None);
+            }
+            drop(turn);
+            std::thread::sleep(TURN);
+        }
+    }
+
+    /// The job that deletes another version of the disk, if it does not go on by itself, and why.
+    fn deletion_in_the_way(&self, disk: &DiskEntry, id: Uuid) -> Option<(u64, &'static str)> {
+        let chain = disk.disk.chain();
+        let goes = chain.links().iter().map(|link| &link.version).find(|v| v.is_retiring() && v.id != id)?;
+        let other = disk.snapshots().into_iter().find(|s| s.id == goes.id)?;
+        let job = self.deletion_of(disk, &other)?;
+        match job.state() {
+            JobState::Stopped => Some((job.id, "was stopped")),
+            JobState::Failed => Some((job.id, "has failed")),
+            JobState::Running | JobState::Done => None,
+        }
+    }
+
+    /// The job of a deletion, on a thread and ring of its own.
+    fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
+        let version = entry.version.clone().expect("only versions in a chain are retired");
+        // What is not needed any more when it has gone.
+        let left = left_behind(disk, entry.id);
+        let leg = leg_of(disk, entry.id);
+        let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
+        let work = block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
+        if work == Outcome::Stopped {
+            return Ok(Outcome::Stopped);
+        }
+        {
+            let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
+            let (is_split, keep) = {
+                let record = locked(&entry.record);
+                (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)
+            };
+            let comes_back = leg.is_some() && !keep && entry.broken().is_none();
+            // A leg that goes must not be taken for one that comes back, and one that is written again not for a
+            // snapshot: whenever the daemon is killed.
+            if is_split && !comes_back {
+                self.after_split(disk, entry, None);
+            }
+            let gone = self.gone(disk, entry, left);
+            if is_split && comes_back {
+                self.after_split(disk, entry, leg);
+            }
+            gone.map_err(|e| e.to_string())?;
+        }
+        drop(turn);
+        if disk.disk.discards().count() > 0 {
+            let (of, pace) = (disk.disk.clone(), job.pace.clone());
+            match block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
+                Ok(_) => {}
+                // The snapshot is gone all the same; the storage comes back with a later discard.
+                Err(e) => log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name),
+            }
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Forgets a snapshot that nobody reads any more, and removes the layer that it leaves behind.
+    fn gone(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        left: Option<(Uuid, PathBuf)>,
+    ) -> Result<(), ApiError> {
+        if entry.version.is_none() {
+            self.editor.forget_mark(&disk.disk, entry.id);
+            // Others are left out of the records as soon as they have left the chain.
+            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        }
+        // The records first: while they name a layer, it must be there. Strays are removed at the next start.
+        crash::point("before a snapshot is forgotten");
+        let persisted = self.persist(std::slice::from_ref(disk));
+        crash::point("after a snapshot was forgotten");
+        if let (Ok(()), Some((id, image))) = (&persisted, left) {
+            if has_table(&disk.disk.chain(), id) {
+                // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
+                remove_file(&image);
+                remove_file(&self.places.log_table(id));
+            } else {
+                self.remove_layer(id, &image);
+            }
+        }
+        let stays = disk.bookmark_of(entry);
+        if let Some(bookmark) = stays {
+            locked(&disk.bookmarks).push(bookmark);
+            self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference));
+        } else if persisted.is_ok() {
+            self.remove_changes_of_gone(disk, entry.id);
+        }
+        locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+        log::info!("snapshot {}: deleted", entry.reference);
+        self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
+        persisted
+    }
+}
+
+/// An older snapshot that reads through it takes its image over: then that does not stay as it is.
+fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(), ApiError> {
+    let chain = disk.disk.chain();
+    let Some(older) = chain.position(entry.id).and_then(|index| chain.heir_of_pivot(index)) else { return Ok(()) };
+    let id = chain.version(older).id;
+    let older = disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference.to_string());
+    let message =
+        format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
+    Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
+}
+
+/// Whether a version has a layer with a table.
+fn has_table(chain: &Chain, id: Uuid) -> bool {
+    chain.position(id).is_some_and(|index| chain.layer(index).table().is_some())
+}
+
+/// The leg that a version has alone, if it has one.
+fn leg_of(disk: &DiskEntry, id: Uuid) -> Option<SharedImage> {
+    let chain = disk.disk.chain();
+    let index = chain.position(id)?;
+    match (chain.layer(index).table(), &chain.layer(index).image, chain.heir_of_pivot(index)) {
+        (None, Backing::One(image), None) => Some(image.clone()),
+        _ => None,
+    }
+}
+
+/// The layer that is not needed any more when a version has gone: its own, or, when it leaves its full image to a
+/// neighbour, the neighbour's. None if it has a full image that nobody takes over: a disk's own image, or a leg.
+fn left_behind(disk: &DiskEntry, id: Uuid) -> Option<(Uuid, PathBuf)> {
+    let chain = disk.disk.chain();
+    let index = chain.position(id)?;
+    let at = chain.heir_of_pivot(index).unwrap_or(index);
+    let layer = chain.layer(at);
+    layer.table().is_some().then(|| (chain.version(at).id, layer.image.path().to_owned()))
+}

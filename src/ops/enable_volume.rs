@@ -1,0 +1,127 @@
+//! Volumes that are not served for a while, and begin anew: a new point in time of what they stand on (source 004).
+//!
+//! What always holds: a disabled volume keeps its content and what it stands on, also across restarts, and its socket is
+//! closed; nothing of it is dropped before the record names the empty log that takes its place.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::control::api;
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::crash;
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::recording;
+use crate::manager::relations::in_volume;
+use crate::manager::sockets::serve_live;
+use crate::manager::{Manager, record_error, table_error};
+use crate::mirror::Changed;
+use crate::registry::Command;
+
+impl Manager {
+    pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
+        let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
+        let disk = self.volume(name)?;
+        if locked(&disk.standing).disabled {
+            return Ok(disk.to_volume());
+        }
+        self.record_disabled(&disk, true)?;
+        crash::point("after a volume was recorded as disabled");
+        claim.waits_for(Some("its requests in flight".to_owned()));
+        disk.stop_server();
+        let server = locked(&disk.server).take();
+        drop(server);
+        log::info!("volume {name}: disabled");
+        self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
+        Ok(disk.to_volume())
+    }
+
+    pub(crate) fn enable(&self, name: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
+        let _claim = self.claim(&Command::Enable { volume: name.clone(), fresh })?;
+        let disk = self.volume(name)?;
+        if !locked(&disk.standing).disabled {
+            return Ok(disk.to_volume());
+        }
+        if fresh {
+            self.begin_anew(&disk)?;
+        }
+        self.record_disabled(&disk, false)?;
+        crash::point("after a volume was recorded as enabled");
+        match serve_live(name, &disk.config(), &disk.disk, &disk.frontends) {
+            Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
+            Err(e) => {
+                self.record_disabled(&disk, true)?;
+                let socket = disk.config.socket.clone().unwrap_or_default();
+                let message = in_volume(name, &format!("cannot serve {}: {e}", socket.display()));
+                return Err(ApiError::new(ErrorCode::Conflict, message)
+                    .with_action(format!("make room for its socket, then: halfsilver volume enable {name}")));
+            }
+        }
+        log::info!("volume {name}: enabled{}", if fresh { ", with nothing written to it" } else { "" });
+        self.bus.publish(Notice::of_disk(EventKind::VolumeEnabled, name));
+        Ok(disk.to_volume())
+    }
+
+    fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
+        locked(&disk.standing).disabled = disabled;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
+    }
+
+    /// Drops what was written to a disabled volume. It is claimed.
+    fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
+        let name = &disk.name;
+        // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
+        // content differs from theirs.
+        if !disk.bookmarks().is_empty() {
+            let what = in_volume(name, "it has bookmarks of what was written to it");
+            return Err(
+                ApiError::new(ErrorCode::VolumeBusy, what).with_action("delete them first: halfsilver bookmark delete")
+            );
+        }
+        let chain = disk.disk.chain();
+        let (old, live) = (chain.version(chain.live()).id, Uuid::new_v4());
+        let was = chain.layer(chain.live()).image.path().to_owned();
+        let path = self.path_beside(&was, old, live);
+        let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
+        let layer = self.make_log(&path, live, &disk.config(), disk.disk.geometry()).map_err(named)?;
+        let undo = |e: ApiError| {
+            self.remove_layer(live, &path);
+            self.remove_changed_table(live);
+            named(e)
+        };
+        let changed = self.make_changed_table(live, disk.disk.geometry()).map_err(table_error).map_err(undo)?;
+        let changed = Changed::Noted(changed);
+        crash::point("before a volume is begun anew");
+        let mut record = disk.to_record();
+        (record.live, record.live_log) = (live, Some(path.clone()));
+        record.live_changed = recording::of_changed(Some(&changed));
+        (record.own_image, record.work) = (false, None);
+        if let Err(e) = self.records.put([&record]) {
+            // Nobody knows whether that was stored. The new log goes when the records name the old one again.
+            return Err(match self.persist(std::slice::from_ref(disk)) {
+                Ok(()) => undo(record_error(e)),
+                Err(_) => named(record_error(e)),
+            });
+        }
+        crash::point("after a volume was begun anew");
+        self.editor.begin_anew(&disk.disk, live, layer, changed);
+        {
+            // What a stopped job had copied is dropped with the rest.
+            let mut standing = locked(&disk.standing);
+            (standing.own_image, standing.work) = (false, None);
+        }
+        self.forget_jobs_of(disk);
+        self.remove_layer(old, &was);
+        self.remove_changed_table(old);
+        Ok(())
+    }
+
+    /// Where a log is made that takes the place of another one: where ours go, or in the directory that the user chose.
+    fn path_beside(&self, was: &std::path::Path, old: Uuid, live: Uuid) -> PathBuf {
+        if was == self.places.log_image(old) {
+            return self.places.log_image(live);
+        }
+        was.with_file_name(format!("{live}.log"))
+    }
+}

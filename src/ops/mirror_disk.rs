@@ -1,0 +1,253 @@
+//! Disks get a second leg, and lose one (source 002 [0062]).
+//!
+//! What always holds: what is wrong with an image is said before anything changes for its sake; an image that was a leg and is
+//! none any more is remembered as such before the pair forgets it.
+
+use crate::manager::legs::{Mirror, check_units, in_ring, leg_image};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
+
+use crate::control::api::{self, JobKind, JobState};
+use crate::control::{ApiError, ErrorCode, Name};
+use crate::image::{Direct, FileImage, SharedImage};
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::layers::remove_file;
+use crate::manager::{Manager, image_error};
+use crate::mirror::{self, Backing, LegImage, Pair};
+use crate::registry::{ClaimKey, Command};
+use crate::store::LegRecord;
+
+/// How long a change of the mirror waits for the requests in flight.
+const DRAIN_WAIT: Duration = Duration::from_secs(30);
+
+/// The image that is to become a leg of a disk, if it can.
+fn new_leg(disk: &DiskEntry, path: &Path) -> Result<SharedImage, ApiError> {
+    if *locked(&disk.path) == path && locked(&disk.mirror).is_none() {
+        let message = format!("{} is its image already; a mirror has two", path.display());
+        return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image for the second leg"));
+    }
+    leg_image(path, disk.disk.geometry().size_bytes, &disk.config)
+}
+
+impl Manager {
+    /// A pair of one leg; the other is attached later.
+    fn make_pair(&self, first: LegImage, block_bytes: u32) -> Result<(Uuid, Arc<Pair>), ApiError> {
+        let id = Uuid::new_v4();
+        let path = self.bitmap_path(id);
+        let bytes = Pair::bitmap_bytes(first.image.size_bytes(), block_bytes);
+        let bitmap: SharedImage = Arc::new(FileImage::create(&path, bytes, Direct::Off).map_err(image_error)?);
+        let made =
+            in_ring(async move |queue| Pair::create(first, bitmap, id, block_bytes, &queue).await).and_then(|pair| {
+                match crate::store::sync_directory_of(&path) {
+                    Ok(()) => Ok(pair),
+                    Err(e) => Err(ApiError::new(ErrorCode::Io, format!("{}: {e}", path.display()))),
+                }
+            });
+        made.map(|pair| (id, pair)).inspect_err(|_| remove_file(&path))
+    }
+
+    /// Gives a disk a second leg, or puts one in the place of a failed one.
+    pub(crate) fn mirror(&self, name: &Name, path: &Path) -> Result<api::Disk, ApiError> {
+        let place = ClaimKey::Path(path.to_owned());
+        let _claim = self.claim_with(&Command::Mirror { disk: name.clone() }, [place])?;
+        let disk = self.disk(name)?;
+        self.refuse_what_others_have(name, path, true)?;
+        let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
+        self.add_leg(&disk, path).map_err(in_disk)?;
+        Ok(disk.to_api())
+    }
+
+    pub(crate) fn add_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
+        // What is wrong with the image is said before anything changes for its sake.
+        let mut opened = None;
+        if locked(&disk.mirror).is_none() {
+            let image = new_leg(disk, path)?;
+            let chain = disk.disk.chain();
+            check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)?;
+            opened = Some(image);
+            self.make_mirror(disk)?;
+        }
+        let job = self.job_on(disk, |job| job.kind == JobKind::Mirror);
+        let (pair, failed, again) = {
+            let mirror = locked(&disk.mirror);
+            let mirror = mirror.as_ref().expect("just made");
+            let (mut failed, mut again) = (None, None);
+            for (leg, _) in &mirror.legs {
+                match (mirror.state_of(leg.id), leg.path == path) {
+                    (Some(mirror::LegState::InSync), true) => return Ok(()),
+                    // Whoever asks again wants it to go on.
+                    (Some(mirror::LegState::Resynchronising), true) => again = Some(mirror.pair.clone()),
+                    (Some(mirror::LegState::Split), _) => {
+                        let message = format!("its leg {} is held by a snapshot", leg.path.display());
+                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
+                            .with_action("delete that snapshot first; its leg then comes back by itself"));
+                    }
+                    (Some(mirror::LegState::Resynchronising), false) => match &job {
+                        Some(job) if job.state() == JobState::Running => {
+                            let message =
+                                format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
+                            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message).with_action(format!(
+                                "wait for it: halfsilver job wait {0}; or: halfsilver job stop {0}",
+                                job.id
+                            )));
+                        }
+                        // One that nobody goes on with gives way.
+                        _ => failed = Some(leg.clone()),
+                    },
+                    (Some(mirror::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
+                    (Some(mirror::LegState::InSync), false) => {}
+                }
+            }
+            if failed.is_none() && again.is_none() && mirror.legs.len() > 1 {
+                return Err(ApiError::new(ErrorCode::Conflict, "it has two good legs")
+                    .with_action(format!("let one go first: halfsilver disk unmirror {}", disk.name)));
+            }
+            (mirror.pair.clone(), failed, again)
+        };
+        if let Some(pair) = again {
+            self.start_resync(disk, pair);
+            return Ok(());
+        }
+        // What worked on a leg that goes has nothing to go on with.
+        self.forget_resyncs_of(disk);
+        // The failed leg itself, taken again, may still be open.
+        if opened.is_none() && failed.as_ref().is_none_or(|failed| failed.path != path) {
+            opened = Some(new_leg(disk, path)?);
+        }
+        if let Some(failed) = failed {
+            self.let_leg_go(disk, &failed)?;
+        }
+        // Also when it was tried before: a leg that is added must miss no write.
+        self.swap(disk, Backing::Pair(pair.clone()))?;
+        let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
+        let image = match opened {
+            Some(image) => image,
+            None => new_leg(disk, path)?,
+        };
+        check_units(path, &image, pair.alignment().offset_bytes)?;
+        if let Some(mirror) = locked(&disk.mirror).as_mut() {
+            mirror.legs.push((leg.clone(), Some(image.clone())));
+        }
+        locked(&disk.former_legs).retain(|former| former != path);
+        let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
+            let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
+            in_ring(async move |queue| of.attach(&queue, leg, true).await)
+        });
+        if let Err(e) = attached {
+            if let Some(mirror) = locked(&disk.mirror).as_mut() {
+                mirror.legs.retain(|(l, _)| l.id != leg.id);
+            }
+            self.persist(std::slice::from_ref(disk))?;
+            return Err(e);
+        }
+        locked(&disk.leg_paths).push((leg.id, leg.path));
+        self.start_resync(disk, pair);
+        Ok(())
+    }
+
+    /// Makes a pair with the disk's one image as its only leg.
+    fn make_mirror(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
+        let chain = disk.disk.chain();
+        let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
+            return Err(ApiError::new(ErrorCode::Internal, "it is mirrored already"));
+        };
+        let leg = LegRecord { id: Uuid::new_v4(), path: locked(&disk.path).clone(), saved: None };
+        let first = LegImage { id: leg.id, image: image.clone() };
+        let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
+        *locked(&disk.mirror) =
+            Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))], is_stopped: false });
+        self.watch_legs(disk);
+        Ok(())
+    }
+
+    /// Swaps the view of the full image, and waits until nobody goes by the old one.
+    fn swap(&self, disk: &DiskEntry, image: Backing) -> Result<(), ApiError> {
+        let busy = |what: String| ApiError::new(ErrorCode::Unavailable, what);
+        let grace = self.editor.replace_full_image(&disk.disk, image).map_err(|e| busy(e.to_string()))?;
+        if self.clock.wait_drained(grace, DRAIN_WAIT) {
+            return Ok(());
+        }
+        Err(busy("requests are in flight that do not end; try again later".to_owned()))
+    }
+
+    pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
+        let pair = {
+            let mut mirror = locked(&disk.mirror);
+            let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
+            mirror.legs.retain(|(l, _)| l.id != leg.id);
+            if let Some((stays, _)) = mirror.legs.first()
+                && *locked(&disk.path) == leg.path
+            {
+                locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
+            }
+            mirror.pair.clone()
+        };
+        locked(&disk.former_legs).push(leg.path.clone());
+        // Remembered as no leg any more before the pair forgets that it was one.
+        self.persist(std::slice::from_ref(disk))?;
+        let id = leg.id;
+        in_ring(async move |queue| pair.forget(&queue, id).await)
+    }
+
+    /// Lets a leg go; its file stays.
+    pub(crate) fn unmirror(&self, name: &Name, path: Option<&Path>) -> Result<api::Disk, ApiError> {
+        let _claim = self.claim(&Command::Unmirror { disk: name.clone() })?;
+        let disk = self.disk(name)?;
+        let (goes, stays) = {
+            let mirror = locked(&disk.mirror);
+            let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;
+            let goes = match path {
+                None => 1,
+                Some(path) => mirror.legs.iter().position(|(leg, _)| leg.path == path).ok_or_else(|| {
+                    ApiError::new(ErrorCode::InvalidRequest, format!("disk {name} has no leg {}", path.display()))
+                })?,
+            };
+            (mirror.legs[goes].clone(), mirror.legs[1 - goes].clone())
+        };
+        let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
+        if state(goes.0.id) == Some(mirror::LegState::Split) {
+            let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.0.path);
+            let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference.to_string());
+            let message = format!("disk {name}: {} is held by snapshot {holder}", goes.0.path.display());
+            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action(format!(
+                "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
+            )));
+        }
+        let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(mirror::LegState::InSync)) else {
+            let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
+            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
+        };
+        if let Some(job) = self.job_on(&disk, |j| j.kind == JobKind::Mirror && j.state() == JobState::Running)
+            && !job.abandon(DRAIN_WAIT)
+        {
+            let message = format!("job {} does not stop: it waits for a block", job.id);
+            return Err(ApiError::new(ErrorCode::Unavailable, message).with_action(format!(
+                "see 'halfsilver job show {}'; then again: halfsilver disk unmirror {name}",
+                job.id
+            )));
+        }
+        // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
+        if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
+            let id = goes.0.id;
+            in_ring(async move |queue| pair.let_go(&queue, id).await)?;
+        }
+        // From here on only the leg that stays is the disk.
+        let old = locked(&disk.mirror).take();
+        locked(&disk.former_legs).push(goes.0.path.clone());
+        *locked(&disk.path) = stays.0.path;
+        if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
+            *locked(&disk.mirror) = old;
+            locked(&disk.former_legs).pop();
+            return Err(e);
+        }
+        self.swap(&disk, Backing::One(image))?;
+        if let Some(old) = old {
+            remove_file(&self.bitmap_path(old.bitmap));
+        }
+        self.forget_resyncs_of(&disk);
+        Ok(disk.to_api())
+    }
+}

@@ -1,0 +1,140 @@
+//! Letting disks and volumes go, served or not.
+//!
+//! What always holds: what others need never goes (`registry`); requests have ended before a record is forgotten, and the
+//! record is before the files that it names, which the next start removes if this is cut off; a disk's own image and the legs
+//! of its mirror are the user's and stay.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::control::{ApiError, EventKind, Name, Notice};
+use crate::crash;
+use crate::manager::changes::ids_of_changes;
+use crate::manager::claims::Held;
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::layers::remove_file;
+use crate::manager::sockets::serve_live;
+use crate::manager::{Manager, record_error};
+use crate::registry::Command;
+use crate::store::DiskRecord;
+
+impl Manager {
+    /// Stops serving a disk, or forgets one that is not served; its image stays.
+    pub(crate) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
+        let (held, _) = self.claim(&Command::RemoveDisk { disk: name.clone(), force })?;
+        self.let_go(name, &held)?;
+        self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
+        log::info!("disk {name}: no longer served");
+        Ok(())
+    }
+
+    /// Deletes a volume and what was written to it.
+    pub(crate) fn remove_volume(&self, name: &Name, force: bool) -> Result<(), ApiError> {
+        let (held, _) = self.claim(&Command::DeleteVolume { volume: name.clone(), force })?;
+        self.let_go(name, &held)?;
+        self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
+        log::info!("volume {name}: deleted");
+        self.tidy_moments_later();
+        Ok(())
+    }
+
+    /// Forgets a disk or volume that is not served, and all that is remembered of it.
+    pub(crate) fn forget(&self, name: &Name) -> Result<(), ApiError> {
+        let (held, _) = self.claim(&Command::Forget { disk: name.clone() })?;
+        let kind = match locked(&self.unserved).get(name).is_some_and(crate::manager::unserved::Unserved::is_volume) {
+            true => EventKind::VolumeDeleted,
+            false => EventKind::DiskRemoved,
+        };
+        self.let_go(name, &held)?;
+        self.bus.publish(Notice::of_disk(kind, name));
+        log::info!("{name}: forgotten");
+        self.tidy_moments_later();
+        Ok(())
+    }
+
+    fn let_go(&self, name: &Name, held: &Held) -> Result<(), ApiError> {
+        let unserved = locked(&self.unserved).get(name).cloned();
+        if let Some(unserved) = unserved {
+            match &unserved.record {
+                Some(record) => self.forget_record(record)?,
+                None => self.records.remove(name.as_str()).map_err(record_error)?,
+            }
+            locked(&self.unserved).remove(name);
+            return Ok(());
+        }
+        let entry = self.disk(name)?;
+        held.waits_for(Some("its requests in flight".to_owned()));
+        entry.stop_server();
+        let server = locked(&entry.server).take();
+        drop(server);
+        for snapshot in entry.snapshots() {
+            let server = locked(&snapshot.server).take();
+            drop(server);
+        }
+        held.waits_for(None);
+        let record = entry.to_record();
+        if let Err(e) = self.records.remove(name.as_str()) {
+            self.serve_what_stays(&entry);
+            return Err(record_error(e));
+        }
+        crash::point("after a disk was forgotten");
+        locked(&self.disks).remove(name);
+        // Who still waits for one of them to be quiesced finds it gone.
+        locked(&entry.snapshots).clear();
+        self.remove_files_of(&record);
+        self.forget_jobs_of(&entry);
+        Ok(())
+    }
+
+    /// A removal that could not be recorded did not take place.
+    fn serve_what_stays(&self, entry: &Arc<DiskEntry>) {
+        if !locked(&entry.standing).disabled {
+            match serve_live(&entry.name, &entry.config(), &entry.disk, &entry.frontends) {
+                Ok(server) => *locked(&entry.server) = Some(Arc::new(server)),
+                Err(e) => log::error!("{}: its socket cannot be opened again: {e}", entry.name),
+            }
+        }
+        for snapshot in entry.snapshots() {
+            self.resume_socket(entry, &snapshot);
+        }
+    }
+
+    /// Forgets a record, and removes what it names.
+    pub(crate) fn forget_record(&self, record: &DiskRecord) -> Result<(), ApiError> {
+        self.records.remove(&record.name).map_err(record_error)?;
+        self.remove_files_of(record);
+        Ok(())
+    }
+
+    /// Removes all files that were made for a disk or volume. A snapshot that has a full image has a leg: that is the user's.
+    fn remove_files_of(&self, record: &DiskRecord) {
+        if let Some(log) = &record.live_log {
+            self.remove_layer(record.live, log);
+        }
+        for snapshot in record.snapshots.iter().filter(|snapshot| !snapshot.owns_all) {
+            self.remove_layer(snapshot.id, &snapshot.image);
+        }
+        ids_of_changes(record).for_each(|id| self.remove_changed_table(id));
+        remove_file(&self.places.durable_table(record.id));
+        remove_file(&self.places.run_table(record.id));
+        if let Some(mirror) = &record.mirror {
+            remove_file(&self.places.log_table(mirror.bitmap));
+        }
+        if let Some(restore) = &record.restore {
+            self.remove_restore_files(restore.id);
+        }
+        if record.is_volume() {
+            // A second name of a log, that was about to be its only one.
+            remove_file(&self.places.own_image(record.id));
+            remove_full_image(record);
+        }
+    }
+}
+
+/// Removes the full image of a volume that became independent: it is what was written to the volume.
+fn remove_full_image(record: &DiskRecord) {
+    let path = record.config.get("path").and_then(|path| path.as_str());
+    if let (Some(_), Some(path)) = (&record.stood_on, path) {
+        remove_file(Path::new(path));
+    }
+}

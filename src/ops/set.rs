@@ -1,0 +1,86 @@
+//! Settings of a disk or volume that is served: changed, remembered, and put to use.
+//!
+//! What always holds: what was set is durable before it counts; where a later configuration says something else, that
+//! counts and what was set is forgotten ([`DiskPatch::still_in`]); guests that are connected keep what they were told.
+
+use std::sync::Arc;
+
+use crate::control::api::{self, DiskConfig, DiskPatch};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
+use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::{Manager, record_error};
+use crate::registry::Command;
+use crate::vhost_user::Offer;
+
+impl Manager {
+    pub(crate) fn set_plain_disk(&self, name: &Name, patch: &DiskPatch) -> Result<api::Disk, ApiError> {
+        let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
+        let disk = self.plain_disk(name)?;
+        match patch.readonly {
+            Some(true) if !disk.config().readonly() => self.refuse_read_only(&disk)?,
+            Some(false) if disk.disk.is_read_only() => {
+                let message = format!("disk {name}: its image was opened to be read only");
+                return Err(ApiError::new(ErrorCode::Unsupported, message).with_action(
+                    "say readonly=off in its --disk or in the configuration file, and start the daemon anew",
+                ));
+            }
+            _ => {}
+        }
+        self.set(&disk, patch)?;
+        Ok(disk.to_api())
+    }
+
+    pub(crate) fn set_served_volume(&self, name: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
+        let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
+        let volume = self.volume(name)?;
+        if patch.readonly.is_some() {
+            let message = format!("volume {name}: volumes are there to be written, and are not read-only");
+            return Err(ApiError::new(ErrorCode::Unsupported, message)
+                .with_action(format!("read a snapshot of it: halfsilver snapshot create NAME --disk {name}")));
+        }
+        self.set(&volume, patch)?;
+        Ok(volume.to_volume())
+    }
+
+    /// A disk that is read-only is opened so at the next start, and then nothing can write its image.
+    fn refuse_read_only(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+        let name = &disk.name;
+        if locked(&disk.mirror).is_some() {
+            let message = format!("disk {name}: a read-only disk cannot have a mirror");
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                .with_action(format!("let a leg go first: halfsilver disk unmirror {name}")));
+        }
+        if let Some(job) = self.job_on(disk, |_| true) {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {name}: job {} writes it", job.id))
+                .with_action(format!("wait for it: halfsilver job wait {}", job.id)));
+        }
+        if !disk.disk.can_move_pivot() {
+            let message = format!("disk {name}: its newest content is in a log, and not yet in its image");
+            return Err(ApiError::new(ErrorCode::DiskBusy, message)
+                .with_action("delete its snapshots first, so that it is folded: halfsilver snapshot delete"));
+        }
+        Ok(())
+    }
+
+    fn set(&self, disk: &Arc<DiskEntry>, patch: &DiskPatch) -> Result<(), ApiError> {
+        let set = locked(&disk.standing).set.clone().with(patch);
+        let config = disk.config().patched(&set);
+        let mut record = disk.to_record();
+        record.set = serde_json::to_value(&set).expect("settings are plain data");
+        record.config = serde_json::to_value(&config).expect("a configuration is plain data");
+        self.records.put([&record]).map_err(record_error)?;
+        locked(&disk.standing).set = set;
+        disk.disk.background().set_window(config.background_bytes().into());
+        if let Some(server) = &*locked(&disk.server) {
+            server.offer(offer_of(&config));
+        }
+        log::info!("{}: set anew: {}", disk.name, serde_json::to_string(patch).unwrap_or_default());
+        self.bus.publish(Notice::of_disk(EventKind::DiskChanged, &disk.name));
+        Ok(())
+    }
+}
+
+/// What the next frontend gets.
+fn offer_of(config: &DiskConfig) -> Offer {
+    Offer { queues: config.queues(), serial: config.serial.clone().unwrap_or_default(), read_only: config.readonly() }
+}

@@ -1,0 +1,447 @@
+//! Volumes that are brought to their source's present (source 004: image update, figure 10): put on a new snapshot of the
+//! source by one record, on the same image. What is copied afterwards is copied as when a volume is completed.
+//!
+//! What always holds:
+//! - A volume shows the old content or the new one, whole: which of them is in one record, and what that names is durable
+//!   before. No request is under way meanwhile.
+//! - A snapshot that was taken for an update says so in its own record. It goes when its volume stands on it no more; a
+//!   bookmark stays, from which the next update counts, while nothing newer takes its place. Others are never touched.
+//! - What is not known to be alike is copied.
+
+use std::cell::Cell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uuid::Uuid;
+
+use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, Writers};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
+use crate::crash;
+use crate::image::SharedImage;
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::followups::FollowUp;
+use crate::manager::jobs::JobEntry;
+use crate::manager::layers::{block_on, remove_file};
+use crate::manager::recording;
+use crate::manager::relations::in_volume;
+use crate::manager::sockets::serve_live;
+use crate::manager::{Manager, record_error, table_error};
+use crate::mirror::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
+use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
+use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
+
+/// What a volume is about to become.
+struct Next {
+    view: Arc<View>,
+    volume: VolumeRecord,
+    live: Uuid,
+    path: PathBuf,
+    layer: Layer,
+    changed: Changed,
+    /// Why nothing is kept, if so.
+    copies_all: Option<String>,
+}
+
+impl Manager {
+    /// Brings a volume to its source's present. It shows that when this returns.
+    pub(crate) fn update(&self, name: &Name, force: bool, pacing: JobPatch) -> Result<api::Job, ApiError> {
+        let updated = self.update_with_snapshot(name, force, pacing);
+        // What it stood on before; or what was taken for nothing.
+        self.tidy_moments_later();
+        Ok(updated?.to_api())
+    }
+
+    fn update_with_snapshot(&self, name: &Name, force: bool, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
+        let command = Command::Update { volume: name.clone(), force };
+        // Until it is over, what is taken for it stays.
+        let (claim, _) = self.claim(&command)?;
+        let disk = self.volume_to_update(name)?;
+        let source = self.source_of(&disk)?;
+        let reference = SnapshotRef { name: name_for(name, &source)?, disk: source.name.clone() };
+        let request = SnapshotRequest {
+            name: reference.name.clone(),
+            disks: vec![source.name.clone()],
+            strategy: None,
+            writers: Writers::Request,
+            socket: None,
+            image: None,
+        };
+        let in_update = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
+        self.create_for(&request, Some(disk.id)).map_err(in_update)?;
+        claim.waits_for(Some(format!("{reference} to be quiesced")));
+        let needs = |_: &Registry| {
+            let keys = [ClaimKey::Entity(source.id)].into_iter().collect();
+            Ok(Wanted { changes: Default::default(), needs: keys })
+        };
+        self.when_quiesced(&format!("volume update {name}"), &reference, needs, |source, entry| {
+            // A frontend may have come meanwhile.
+            decide(&self.registry(), &command)?;
+            self.update_now(&disk, source, entry, pacing)
+        })
+    }
+
+    /// A volume that can be updated now, as far as its images go.
+    fn volume_to_update(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
+        let disk = self.volume(name)?;
+        let busy = |what: &str, action: String| {
+            Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
+        };
+        // Those of users were decided about.
+        if let Some(bookmark) = disk.bookmarks().first() {
+            let action = format!("delete it first: halfsilver bookmark delete {name}@{}", bookmark.name);
+            return busy("it has bookmarks, which tell what was written to it since", action);
+        }
+        let Some(image) = disk.disk.only_image() else {
+            return busy("its content is in more than one image", format!("see 'halfsilver volume show {name}'"));
+        };
+        if image.is_poisoned() {
+            let message = in_volume(name, &format!("a sync of {} failed", image.path().display()));
+            return Err(ApiError::new(ErrorCode::DiskFailed, message)
+                .with_action("check the storage, then start the daemon anew"));
+        }
+        Ok(disk)
+    }
+
+    /// The disk or volume that it was made off.
+    fn source_of(&self, volume: &DiskEntry) -> Result<Arc<DiskEntry>, ApiError> {
+        let name = &volume.name;
+        let Some(of) = locked(&volume.standing).relation().cloned() else {
+            return Err(ApiError::volume_not_found(name));
+        };
+        let disk = of.from.parse::<SnapshotRef>()?.disk;
+        let source = self.disk(&disk).map_err(|e| {
+            ApiError { message: in_volume(name, &format!("its source {disk} is not there: {}", e.message)), ..e }
+                .with_action(format!("serve {disk} again, or make another volume"))
+        })?;
+        let other = |what: &str| {
+            let what = format!("{disk} {what}, so there is no present that it could be brought to");
+            Err(ApiError::new(ErrorCode::Conflict, in_volume(name, &what)).with_action("make another volume"))
+        };
+        if of.source != source.id {
+            return other("is another disk than the one that it was made off");
+        }
+        if source.disk.geometry().size_bytes != volume.disk.geometry().size_bytes {
+            return other("has another size now");
+        }
+        Ok(source)
+    }
+
+    /// The update itself. The volume is claimed, and stays so until it is served again.
+    fn update_now(
+        &self,
+        disk: &Arc<DiskEntry>,
+        source: &Arc<DiskEntry>,
+        entry: &SnapshotEntry,
+        pacing: JobPatch,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        // From here on nobody writes it, and nobody connects.
+        disk.stop_server();
+        let server = locked(&disk.server).take();
+        let was_served = server.is_some();
+        drop(server);
+        let moved = self.put_on(disk, source, entry, pacing);
+        if was_served && !locked(&disk.standing).disabled {
+            self.serve_again(disk)?;
+        }
+        let job = moved?;
+        crash::point("after a volume was updated");
+        Ok(job)
+    }
+
+    fn serve_again(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
+        let e = match serve_live(&disk.name, &disk.config(), &disk.disk, &disk.frontends) {
+            Ok(server) => {
+                *locked(&disk.server) = Some(Arc::new(server));
+                return Ok(());
+            }
+            Err(e) => e,
+        };
+        locked(&disk.standing).disabled = true;
+        self.persist(std::slice::from_ref(disk))?;
+        let socket = disk.config.socket.clone().unwrap_or_default();
+        let message = in_volume(&disk.name, &format!("it is disabled now: cannot serve {}: {e}", socket.display()));
+        Err(ApiError::new(ErrorCode::Conflict, message)
+            .with_action(format!("make room for its socket, then: halfsilver volume enable {}", disk.name)))
+    }
+
+    /// One record, one chain. Nobody is connected.
+    fn put_on(
+        &self,
+        disk: &Arc<DiskEntry>,
+        source: &Arc<DiskEntry>,
+        entry: &SnapshotEntry,
+        pacing: JobPatch,
+    ) -> Result<Arc<JobEntry>, ApiError> {
+        let live = Uuid::new_v4();
+        // Its files have a name from here on that a start knows: half of them must not be taken for somebody's content.
+        locked(&disk.standing).next_live = Some(live);
+        self.persist(std::slice::from_ref(disk))?;
+        let made = self.make_next(disk, source, entry, live).and_then(|next| self.put_in_place(disk, next, pacing));
+        made.map_err(|e| ApiError { message: in_volume(&disk.name, &e.message), ..e })
+    }
+
+    /// Everything that the record is about to name is there, and durable, when this returns.
+    fn make_next(
+        &self,
+        disk: &Arc<DiskEntry>,
+        source: &Arc<DiskEntry>,
+        entry: &SnapshotEntry,
+        live: Uuid,
+    ) -> Result<Next, ApiError> {
+        let unsupported = |what: String| Err(ApiError::new(ErrorCode::Unsupported, what));
+        let from = entry.reference.to_string();
+        let view = View::of(source.disk.clone(), entry.id, &from);
+        if view.depth() > VOLUMES_DEEP_MAX {
+            return unsupported(format!("{VOLUMES_DEEP_MAX} volumes would stand on each other below it"));
+        }
+        let (unit, block) = (Backing::View(view.clone()).alignment().offset_bytes, disk.disk.geometry().block_bytes);
+        if unit > block {
+            return unsupported(format!(
+                "the logical blocks of {} have {unit} bytes, more than its {block}",
+                source.name
+            ));
+        }
+        let Some(image) = disk.disk.only_image() else {
+            return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
+        };
+        let Some(was) = locked(&disk.standing).relation().cloned() else {
+            return Err(ApiError::volume_not_found(&disk.name));
+        };
+        let kept = match disk.disk.base_broken() {
+            None => disk.disk.blocks_to_keep(was.origin, &source.disk, (was.snapshot, entry.id)),
+            Some(why) => Err(format!("it was broken: {why}")),
+        };
+        let undo = |e: ApiError| {
+            self.remove_next(live);
+            e
+        };
+        let geometry = disk.disk.geometry();
+        let layer = self.make_next_log(live, geometry, &image, kept.as_ref().ok()).map_err(undo)?;
+        let changed = self.make_changed_table(live, geometry).map_err(table_error).map_err(undo)?;
+        let old = image.path().to_owned();
+        let chain = disk.disk.chain();
+        let path = match old == self.places.log_image(chain.version(chain.live()).id) {
+            true => self.link_own_image(disk, &old).map_err(|e| {
+                undo(ApiError::new(ErrorCode::Io, format!("{} gets no other name: {e}", old.display())))
+            })?,
+            false => old, // Its name already, or the user's choice.
+        };
+        let volume = VolumeRecord {
+            snapshot: entry.id,
+            from,
+            source: source.id,
+            origin: Uuid::new_v4(),
+            size_bytes: was.size_bytes,
+            created_ms: was.created_ms,
+        };
+        Ok(Next { view, volume, live, path, layer, changed: Changed::Noted(changed), copies_all: kept.err() })
+    }
+
+    /// The files of a live version that never came to be.
+    fn remove_next(&self, live: Uuid) {
+        for table in [self.places.log_table(live), self.places.run_table(live)] {
+            remove_file(&table);
+        }
+        self.remove_changed_table(live);
+    }
+
+    /// A log on the image that is there already, with a durable table of what is kept.
+    fn make_next_log(
+        &self,
+        live: Uuid,
+        geometry: &Geometry,
+        image: &SharedImage,
+        kept: Option<&Table>,
+    ) -> Result<Layer, ApiError> {
+        let table = self.make_durable_table(&self.places.log_table(live), live, geometry).map_err(table_error)?;
+        let failed = |e: String| ApiError::new(ErrorCode::Io, e);
+        if let Some(kept) = kept {
+            table.take_in(kept).map_err(|e| failed(format!("its table cannot grow: {e}")))?;
+        }
+        let bytes = Backing::One(image.clone());
+        let stored = block_on(async move |queue| -> Result<DurableTable, String> {
+            crate::job::store_kept(&queue, &table, &bytes).await.map(|()| table).map_err(|e| e.to_string())
+        });
+        let table = stored.and_then(|stored| stored).map_err(failed)?;
+        let freed = Table::in_memory(geometry.blocks()).map_err(table_error)?;
+        Ok(Layer::logged(Backing::One(image.clone()), Arc::new(Log { table, freed })))
+    }
+
+    fn put_in_place(&self, disk: &Arc<DiskEntry>, next: Next, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
+        let Next { view, volume, live, path, layer, changed, copies_all } = next;
+        let chain = disk.disk.chain();
+        let (old_live, old_path) = (chain.version(chain.live()).id, chain.layer(chain.live()).image.path().to_owned());
+        let (origin, from) = (volume.origin, volume.from.clone());
+        let old = locked(&disk.standing).clone();
+        let mut standing = old.clone();
+        standing.work = (old.volume.is_none() || old.work.is_some()).then(|| WorkRecord {
+            work: Work::Update,
+            stopped: false,
+            delay_ms: pacing.delay_ms.or(old.work.as_ref().map(|w| w.delay_ms)).unwrap_or(0),
+            bytes_per_second: pacing.bytes_per_second.or(old.work.as_ref().map(|w| w.bytes_per_second)).unwrap_or(0),
+        });
+        (standing.volume, standing.stood_on, standing.next_live) = (Some(volume), None, None);
+        standing.own_image = path == self.places.own_image(disk.id);
+        standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        let mut record = recording::updated(disk.to_record(), live, &path, &from, &changed);
+        standing.put_into(&mut record);
+        crash::point("before a volume is recorded as updated");
+        if let Err(e) = self.records.put([&record]) {
+            return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), record_error(e)));
+        }
+        crash::point("after a volume was recorded as updated");
+        let image = disk.disk.only_image();
+        self.editor.move_base(&disk.disk, view, (origin, live), layer, changed);
+        let work = standing.work.clone();
+        *locked(&disk.standing) = standing;
+        *locked(&disk.path) = PathBuf::from(&from);
+        disk.failure_told.store(false, Ordering::SeqCst);
+        if path != old_path {
+            if let Some(image) = image {
+                image.moved(&path);
+            }
+            remove_file(&old_path);
+        }
+        let tables = [self.places.log_table(old_live), self.places.run_table(old_live)];
+        tables.iter().chain([&self.places.durable_table(old_live)]).for_each(|table| remove_file(table));
+        self.remove_changed_table(old_live);
+        let notice = Notice::of_disk(EventKind::VolumeUpdated, &disk.name);
+        match copies_all {
+            None => log::info!("volume {}: updated to {from}", disk.name),
+            Some(ref why) => log::warn!("volume {}: updated to {from}, and keeps nothing: {why}", disk.name),
+        }
+        self.bus.publish(match copies_all {
+            None => notice,
+            Some(why) => notice.because(format!("it keeps nothing of what it had: {why}")),
+        });
+        Ok(self.job_after_update(disk, work))
+    }
+
+    /// Of a record that could not be stored nobody knows whether it was. Until the old one is there again for certain the
+    /// volume is not served: each of the two goes with the bytes as they are now.
+    fn after_refused_record(
+        &self,
+        disk: &Arc<DiskEntry>,
+        live: Uuid,
+        second_name: Option<&PathBuf>,
+        e: ApiError,
+    ) -> ApiError {
+        if let Err(again) = self.persist(std::slice::from_ref(disk)) {
+            log::error!("volume {}: it is disabled until its record can be stored: {}", disk.name, again.message);
+            locked(&disk.standing).disabled = true;
+            return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
+        }
+        self.remove_next(live);
+        second_name.into_iter().for_each(|path| remove_file(path));
+        e
+    }
+
+    /// The job that copies what is missing; one that is over if nothing is to be copied.
+    fn job_after_update(&self, disk: &Arc<DiskEntry>, work: Option<WorkRecord>) -> Arc<JobEntry> {
+        // What was stopped is begun anew, whatever it was.
+        let is_old = |job: &JobEntry| job.is_on(disk) && job.is_work() && job.state() != JobState::Done;
+        locked(&self.jobs).retain(|_, job| !is_old(job));
+        match work {
+            Some(work) => {
+                let job = self.job_of(disk, &work);
+                job.pace.total_bytes.store(disk.disk.bytes_to_fill(), Ordering::Relaxed);
+                self.run_work(disk, &work.work, job.clone());
+                job
+            }
+            None => {
+                let job = self.new_job(JobKind::Update, disk, None);
+                self.end_job(&job, JobState::Done, None);
+                job
+            }
+        }
+    }
+
+    /// Lets go of what was taken for updates and is not needed any more, on a thread of its own.
+    pub(crate) fn tidy_moments_later(&self) {
+        if self.is_stopping() {
+            return; // The next start does it.
+        }
+        let me = self.me.clone();
+        let tidy = move || {
+            if let Some(manager) = me.upgrade()
+                && !manager.tidy_moments()
+            {
+                manager.follow_up(FollowUp::Tidy);
+            }
+        };
+        if let Err(e) = self.start_thread("tidy", tidy) {
+            log::warn!("snapshots that were taken for updates stay for now: {e}");
+        }
+    }
+
+    /// Returns whether nothing is left to be looked at again.
+    pub(crate) fn tidy_moments(&self) -> bool {
+        let records = match self.records.disks() {
+            // Nobody knows what one needs that cannot be read.
+            Ok(remembered) if !remembered.unreadable.is_empty() => return true,
+            Ok(remembered) => remembered.disks,
+            Err(e) => {
+                log::warn!("snapshots that were taken for updates stay for now: {e}");
+                return false;
+            }
+        };
+        let is_done = Cell::new(true);
+        // What a volume goes by: what it stands on, or stood on.
+        let needs = |volume: Uuid, moment: Uuid| {
+            let of = records.iter().find(|r| r.id == volume);
+            let is = |of: &Option<VolumeRecord>| of.as_ref().is_some_and(|v| v.snapshot == moment);
+            (of.is_some_and(|r| is(&r.volume)), of.is_some_and(|r| is(&r.stood_on)))
+        };
+        for disk in self.all_disks() {
+            // What an update that is under way has taken is not needed by any record yet.
+            let is_settled = |volume: &Uuid| {
+                let is_settled = !self.is_being_changed(*volume);
+                is_done.set(is_done.get() && is_settled);
+                is_settled
+            };
+            let let_go = |reference: &SnapshotRef, refused: Option<ApiError>| {
+                let Some(e) = refused else { return };
+                is_done.set(false);
+                log::debug!("{reference}, which was taken for an update, stays for now: {}", e.message);
+            };
+            for snapshot in disk.snapshots() {
+                let taken_for = locked(&snapshot.record).taken_for;
+                let Some(volume) = taken_for.filter(is_settled) else { continue };
+                let (stands, stood) = needs(volume, snapshot.id);
+                if !stands {
+                    let keep_bookmark = stood && snapshot.broken().is_none();
+                    let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
+                    let_go(&snapshot.reference, self.delete(&snapshot.reference, options).err());
+                }
+            }
+            for bookmark in disk.bookmarks() {
+                let Some(volume) = bookmark.taken_for.filter(is_settled) else { continue };
+                let is_there = disk.snapshots().iter().any(|s| s.id == bookmark.id);
+                let Ok(name) = bookmark.name.parse() else { continue };
+                if !is_there && needs(volume, bookmark.id) == (false, false) {
+                    let reference = SnapshotRef { disk: disk.name.clone(), name };
+                    let_go(&reference, self.remove_bookmark(&reference).err());
+                }
+            }
+        }
+        is_done.get()
+    }
+}
+
+/// A name that no snapshot or bookmark of the source has.
+fn name_for(volume: &Name, source: &DiskEntry) -> Result<Name, ApiError> {
+    let bookmarks = source.bookmarks();
+    let is_free = |name: &Name| {
+        source.snapshot(name).is_none() && !bookmarks.iter().any(|bookmark| bookmark.name == name.as_str())
+    };
+    let short: String = volume.as_str().chars().take(48).collect();
+    let mut n = 1;
+    loop {
+        let name = format!("{short}-update-{n}").parse()?;
+        if is_free(&name) {
+            return Ok(name);
+        }
+        n += 1;
+    }
+}
