@@ -123,8 +123,12 @@ impl Manager {
         match ended.state {
             JobState::Failed | JobState::Stopped => {
                 let why = ended.reason.unwrap_or_else(|| "its job was stopped".to_owned());
+                let disk = &job.disk;
+                let other = job.snapshot.as_ref().and_then(|entry| self.deletion_in_the_way(disk, entry.id));
+                let first =
+                    other.map(|(id, _)| format!("halfsilver job resume {id}; then halfsilver job wait {id}; then "));
                 Err(ApiError::new(ErrorCode::Io, format!("snapshot {reference} is not deleted yet: {why}"))
-                    .with_action(format!("go on with it: halfsilver job resume {}", job.id)))
+                    .with_action(format!("{}halfsilver job resume {}", first.unwrap_or_default(), job.id)))
             }
             JobState::Done | JobState::Running => Ok(Deletion::Done),
         }

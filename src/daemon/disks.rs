@@ -17,6 +17,7 @@ use super::restore::Awaited;
 use super::snapshots::store_shown;
 use super::standing::{Standing, set_of};
 use super::startup::{Planned, lock_wait_after_decision, unserved};
+use super::unserved::Unserved;
 use super::volumes::not_a_disk;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
@@ -168,41 +169,53 @@ impl Manager {
         let record = self.record_of(name, &config)?;
         let of_volume = record.as_ref().is_some_and(|r| r.volume.is_some());
         for path in [Some(&config.path), config.mirror.as_ref()].into_iter().flatten().filter(|_| !of_volume) {
-            self.refuse_what_others_have(name, path, record.as_ref())?;
+            self.refuse_what_others_have(name, path, record.is_none())?;
         }
         Ok(Planned { name: name.clone(), config, record })
     }
 
-    /// An image that something else has, served or not, is not served as a disk.
-    fn refuse_what_others_have(&self, name: &Name, path: &Path, record: Option<&DiskRecord>) -> Result<(), ApiError> {
+    /// An image that something has which is not served is not served as another disk's: nobody else keeps it from that.
+    pub(super) fn refuse_what_others_have(&self, name: &Name, path: &Path, is_new: bool) -> Result<(), ApiError> {
         let refuse = |whose: String| {
-            let message = format!("disk {name}: {} is {whose}", path.display());
+            let message = format!("disk {name}: {}: it is in use as {whose}", path.display());
             Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
         };
-        let unserved: Vec<DiskRecord> = locked(&self.unserved).values().filter_map(|u| u.record.clone()).collect();
-        let others = self.all_disks().into_iter().map(|disk| disk.to_record()).chain(unserved);
-        for other in others.filter(|other| other.name != name.as_str()) {
+        let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let is_it = |its: &Path| its == path || its == resolved;
+        let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
+        for other in unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref()) {
             let what = if other.is_volume() { "volume" } else { "disk" };
             let own = other.config.get("path").and_then(|path| path.as_str()).map(Path::new);
             let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
-            if own.into_iter().chain(other.live_log.as_deref()).chain(legs).any(|its| is_same_file(its, path)) {
-                return refuse(format!("that of {what} {}", other.name));
+            if own.into_iter().chain(other.live_log.as_deref()).chain(legs).any(is_it) {
+                return refuse(format!("the image of {what} {}", other.name));
             }
-            if let Some(snapshot) = other.snapshots.iter().find(|s| is_same_file(&s.image, path)) {
-                return refuse(format!("that of snapshot {}@{}", other.name, snapshot.name));
+            if let Some(snapshot) = other.snapshots.iter().find(|s| is_it(&s.image)) {
+                return refuse(format!("the image of snapshot {}@{}", other.name, snapshot.name));
             }
         }
-        // What is there without a record that can be read may be anything.
-        let is_known =
-            record.is_some_and(|r| r.config.get("path").and_then(|p| p.as_str()).is_some_and(|p| Path::new(p) == path));
-        match path.parent().is_some_and(|dir| is_same_file(dir, &self.places.images_dir())) && !is_known {
-            true => refuse("where this daemon keeps the images of snapshots and volumes".to_owned()),
+        // While a record cannot be read, what lies where our images are may be anybody's.
+        let is_unknown = unserved.iter().any(|u| u.record.is_none() && !u.is_new);
+        match is_new && is_unknown && [path, &resolved].iter().any(|p| p.parent() == Some(&*self.places.images_dir())) {
+            true => refuse("the image of something whose record cannot be read".to_owned()),
             false => Ok(()),
         }
     }
 
     /// Serves a disk as it was decided; one of which nothing is remembered as it is.
     pub(super) fn add_planned(&self, planned: Planned, recovery: Option<Recovery>) -> Result<Arc<DiskEntry>, ApiError> {
+        let new = planned.record.is_none().then(Uuid::new_v4);
+        // What is made for a disk that is refused in the end goes again.
+        self.add_planned_as(new, planned, recovery)
+            .inspect_err(|_| new.iter().for_each(|id| super::layers::remove_file(&self.places.run_table(*id))))
+    }
+
+    fn add_planned_as(
+        &self,
+        new: Option<Uuid>,
+        planned: Planned,
+        recovery: Option<Recovery>,
+    ) -> Result<Arc<DiskEntry>, ApiError> {
         let Planned { name, config, record } = &planned;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
@@ -225,7 +238,7 @@ impl Manager {
             return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
         }
         let geometry = Geometry::of(&backing, config.block_size);
-        let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
+        let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
         let table = TableName::of_this_boot(id).map_err(table_error)?;
         let boot = table.boot;
         let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
@@ -434,12 +447,6 @@ impl Manager {
             drain: Mutex::new(None),
         }))
     }
-}
-
-fn is_same_file(one: &Path, other: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let look = |path: &Path| std::fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
-    one == other || matches!((look(one), look(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 /// What would be lost if a disk's record gave way to another one.

@@ -27,6 +27,8 @@ pub(super) enum FollowUp {
     Open(Arc<DiskEntry>, Arc<SnapshotEntry>),
     /// Store what a disk's record should say.
     Record(Arc<DiskEntry>),
+    /// Let go of what was taken for updates and is not needed any more.
+    Tidy,
 }
 
 /// Those that wait.
@@ -47,10 +49,12 @@ impl Manager {
 
     fn follow_up_after(&self, what: FollowUp, pause: Duration) {
         let mut follow_ups = locked(&self.follow_ups);
-        if let FollowUp::Serve(name) = &what {
-            // The newest word on it counts.
-            follow_ups.0.retain(|(.., other)| !matches!(other, FollowUp::Serve(other) if other == name));
-        }
+        // The newest word on a thing counts.
+        follow_ups.0.retain(|(.., other)| match (other, &what) {
+            (FollowUp::Serve(other), FollowUp::Serve(name)) => other != name,
+            (FollowUp::Tidy, FollowUp::Tidy) => false,
+            _ => true,
+        });
         follow_ups.0.push((Instant::now() + pause, pause, what));
     }
 
@@ -75,6 +79,7 @@ impl Manager {
     /// Returns whether it is over.
     fn try_now(&self, what: &FollowUp) -> bool {
         match what {
+            FollowUp::Tidy => self.tidy_moments(),
             FollowUp::Serve(name) => self.serve_again_if_possible(name),
             FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
             FollowUp::Open(disk, entry) => {

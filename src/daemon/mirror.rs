@@ -273,6 +273,7 @@ impl Manager {
         let place = ClaimKey::Path(path.to_owned());
         let _claim = self.claim_with(&Command::Mirror { disk: name.clone() }, [place])?;
         let disk = self.disk(name)?;
+        self.refuse_what_others_have(name, path, true)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         self.add_leg(&disk, path).map_err(in_disk)?;
         Ok(disk.to_api())

@@ -21,7 +21,10 @@ use crate::store::{DiskRecord, Remembered};
 
 /// How long a disk may take to be looked at, and then to be opened: longer than a start waits for the transfers of a process
 /// that was killed.
-const OPEN_WAIT: Duration = Duration::from_secs(40);
+const OPEN_WAIT: Duration = Duration::from_secs(35);
+
+/// A disk, and what was decided about it if anything is remembered of it.
+type LookedAt = (Planned, Option<Recovery>);
 
 /// What is to be served at a start.
 #[derive(Clone, Copy)]
@@ -51,20 +54,12 @@ impl Manager {
             let config = given.disks.iter().find(|spec| spec.name == name).map(|spec| spec.config.clone());
             let why = format!("its record cannot be read: {why}");
             let (id, takes_flushed) = (Uuid::new_v4(), given.take_flushed.contains(&name));
-            self.note_unserved(Unserved { name, id, record: None, config, why, takes_flushed });
+            self.note_unserved(Unserved { name, id, record: None, config, why, is_new: false, takes_flushed });
         }
-        let mut planned = Vec::new();
-        for spec in given.disks {
-            let config = self.completed(&spec.name, &spec.config);
-            match self.plan(&spec.name, config.clone()) {
-                Err(_) if !given.strict && locked(&self.unserved).contains_key(&spec.name) => {}
-                Ok(one) => planned.push(one),
-                Err(e) if given.strict => return Err(e),
-                Err(e) => {
-                    let record = records.iter().find(|r| r.name == spec.name.as_str()).cloned();
-                    self.not_served(Planned { name: spec.name.clone(), config, record }, given, e.message);
-                }
-            }
+        let mut wanted = Vec::new();
+        for spec in given.disks.iter().filter(|spec| given.strict || !locked(&self.unserved).contains_key(&spec.name)) {
+            let record = records.iter().find(|r| r.name == spec.name.as_str()).cloned();
+            wanted.push(Planned { config: self.completed(&spec.name, &spec.config), name: spec.name.clone(), record });
         }
         for record in records {
             let Ok(name) = record.name.parse::<Name>() else {
@@ -75,26 +70,31 @@ impl Manager {
                 continue;
             }
             match serde_json::from_value::<DiskConfig>(record.config.clone()) {
-                Ok(config) => planned.push(Planned { name, config, record: Some(record) }),
+                Ok(config) => wanted.push(Planned { name, config, record: Some(record) }),
                 Err(e) => self.note_unserved(Unserved {
                     id: record.id,
                     name,
                     record: Some(record),
                     config: None,
                     why: format!("its configuration cannot be understood: {e}"),
+                    is_new: false,
                     takes_flushed: false,
                 }),
             }
         }
-        self.open_all(planned, given)?;
+        self.open_all(wanted, given)?;
         self.resume_restores();
         self.tidy_moments_later();
         Ok(())
     }
 
-    fn open_all(&self, planned: Vec<Planned>, given: Given) -> Result<(), ApiError> {
-        let (looked_at, unanswered) = self.look_at_all(planned, given.take_flushed);
-        for (planned, e) in unanswered {
+    fn open_all(&self, wanted: Vec<Planned>, given: Given) -> Result<(), ApiError> {
+        let is_given = |planned: &Planned| given.disks.iter().any(|spec| spec.name == planned.name);
+        let (looked_at, refused) = self.look_at_all(wanted, given.take_flushed);
+        for (planned, e) in refused {
+            if given.strict && is_given(&planned) {
+                return Err(e);
+            }
             self.not_served(planned, given, e.message);
         }
         let (volumes, disks): (Vec<_>, Vec<_>) =
@@ -104,7 +104,7 @@ impl Manager {
         for (planned, opened) in opening {
             let why = opened.recv_timeout(deadline.saturating_duration_since(Instant::now()));
             let Err(e) = why.unwrap_or_else(|_| Err(no_answer())) else { continue };
-            if given.strict && given.disks.iter().any(|spec| spec.name == planned.name) {
+            if given.strict && is_given(&planned) {
                 return Err(e);
             }
             self.not_served(planned, given, e.message);
@@ -132,35 +132,33 @@ impl Manager {
         locked(&self.unserved).values().find(|u| u.record.as_ref().is_some_and(has)).map(|u| u.name.clone())
     }
 
-    /// What is decided about each of these, and those that do not answer.
-    fn look_at_all(
-        &self,
-        planned: Vec<Planned>,
-        take_flushed: &[Name],
-    ) -> (Vec<(Planned, Option<Recovery>)>, Vec<(Planned, ApiError)>) {
-        let look = |planned: Planned| {
+    /// What is decided about each of these, and those that are refused or do not answer.
+    fn look_at_all(&self, wanted: Vec<Planned>, take_flushed: &[Name]) -> (Vec<LookedAt>, Vec<(Planned, ApiError)>) {
+        let look = |wanted: Planned| {
             let (me, (tell, told)) = (self.me.clone(), channel());
-            let (of, takes_flushed) = (planned.clone(), take_flushed.contains(&planned.name));
+            let (of, takes_flushed) = (wanted.clone(), take_flushed.contains(&wanted.name));
             let started = self.start_thread("look", move || {
                 let Some(manager) = me.upgrade() else { return };
-                let decided = manager.decide_alone(&of, takes_flushed);
+                let Planned { name, config, .. } = of;
+                let planned = manager.plan(&name, config);
+                let decided = planned.and_then(|p| Ok((manager.decide_alone(&p, takes_flushed)?, p)));
                 if tell.send(decided).is_err() {
-                    log::debug!("disk {}: nobody waits for it any more", of.name);
+                    log::debug!("disk {name}: nobody waits for it any more");
                 }
             });
             if let Err(e) = started {
-                log::error!("disk {}: no thread can look at it: {e}", planned.name);
+                log::error!("disk {}: no thread can look at it: {e}", wanted.name);
             }
-            (planned, told)
+            (wanted, told)
         };
-        let looking: Vec<_> = planned.into_iter().map(look).collect();
+        let looking: Vec<_> = wanted.into_iter().map(look).collect();
         let deadline = Instant::now() + OPEN_WAIT;
-        let (mut found, mut unanswered) = (Vec::new(), Vec::new());
-        for (planned, told) in looking {
+        let (mut found, mut refused) = (Vec::new(), Vec::new());
+        for (wanted, told) in looking {
             match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Ok(decided)) => found.push((planned, decided)),
-                Ok(Err(e)) => unanswered.push((planned, e)),
-                Err(_) => unanswered.push((planned, no_answer())),
+                Ok(Ok((decided, planned))) => found.push((planned, decided)),
+                Ok(Err(e)) => refused.push((wanted, e)),
+                Err(_) => refused.push((wanted, no_answer())),
             }
         }
         // Whether what they stand on and are restored from is there is seen over all of them.
@@ -170,7 +168,7 @@ impl Manager {
         settle(&mut recoveries, &[]);
         let mut recoveries = recoveries.into_iter();
         let settled = known.into_iter().map(|is_known| if is_known { recoveries.next() } else { None });
-        (plans.into_iter().zip(settled).collect(), unanswered)
+        (plans.into_iter().zip(settled).collect(), refused)
     }
 
     /// Opens a disk on a thread of its own, which goes on also when nobody waits for it any more.
@@ -200,9 +198,9 @@ impl Manager {
         if self.disk(&name).is_ok() {
             return; // It was opened meanwhile.
         }
-        let (id, takes_flushed) =
-            (record.as_ref().map_or_else(Uuid::new_v4, |r| r.id), given.take_flushed.contains(&name));
-        self.note_unserved(Unserved { name, id, record, config: Some(config), why, takes_flushed });
+        let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
+        let (is_new, takes_flushed) = (record.is_none(), given.take_flushed.contains(&name));
+        self.note_unserved(Unserved { name, id, record, config: Some(config), why, is_new, takes_flushed });
     }
 }
 
@@ -227,7 +225,7 @@ fn refuse_unknown<'a>(
 }
 
 /// Volumes, each after those that it stands on.
-fn in_order(mut left: Vec<(Planned, Option<Recovery>)>) -> Vec<(Planned, Option<Recovery>)> {
+fn in_order(mut left: Vec<LookedAt>) -> Vec<LookedAt> {
     let mut ordered = Vec::new();
     while !left.is_empty() {
         let base = |p: &Planned| p.record.as_ref().and_then(|r| r.volume.as_ref()).map(|v| v.snapshot);

@@ -28,6 +28,8 @@ pub(super) struct Unserved {
     /// How it would be served.
     pub(super) config: Option<DiskConfig>,
     pub(super) why: String,
+    /// Whether nothing was ever remembered of it.
+    pub(super) is_new: bool,
     /// Whether its user has said that what was flushed last is to be taken.
     pub(super) takes_flushed: bool,
 }

@@ -8,6 +8,7 @@
 //!   bookmark stays, from which the next update counts, while nothing newer takes its place. Others are never touched.
 //! - What is not known to be alike is copied.
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +17,7 @@ use uuid::Uuid;
 
 use super::disks::serve_live;
 use super::entry::{DiskEntry, SnapshotEntry, locked};
+use super::followups::FollowUp;
 use super::jobs::JobEntry;
 use super::layers::{block_on, remove_file};
 use super::manager::{Manager, record_error, table_error};
@@ -362,8 +364,10 @@ impl Manager {
         }
         let me = self.me.clone();
         let tidy = move || {
-            if let Some(manager) = me.upgrade() {
-                manager.tidy_moments();
+            if let Some(manager) = me.upgrade()
+                && !manager.tidy_moments()
+            {
+                manager.follow_up(FollowUp::Tidy);
             }
         };
         if let Err(e) = self.start_thread("tidy", tidy) {
@@ -371,13 +375,18 @@ impl Manager {
         }
     }
 
-    fn tidy_moments(&self) {
+    /// Returns whether nothing is left to be looked at again.
+    pub(super) fn tidy_moments(&self) -> bool {
         let records = match self.records.disks() {
             // Nobody knows what one needs that cannot be read.
-            Ok(remembered) if !remembered.unreadable.is_empty() => return,
+            Ok(remembered) if !remembered.unreadable.is_empty() => return true,
             Ok(remembered) => remembered.disks,
-            Err(e) => return log::warn!("snapshots that were taken for updates stay for now: {e}"),
+            Err(e) => {
+                log::warn!("snapshots that were taken for updates stay for now: {e}");
+                return false;
+            }
         };
+        let is_done = Cell::new(true);
         // What a volume goes by: what it stands on, or stood on.
         let needs = |volume: Uuid, moment: Uuid| {
             let of = records.iter().find(|r| r.id == volume);
@@ -386,7 +395,16 @@ impl Manager {
         };
         for disk in self.all_disks() {
             // What an update that is under way has taken is not needed by any record yet.
-            let is_settled = |volume: &Uuid| !self.is_being_changed(*volume);
+            let is_settled = |volume: &Uuid| {
+                let is_settled = !self.is_being_changed(*volume);
+                is_done.set(is_done.get() && is_settled);
+                is_settled
+            };
+            let let_go = |reference: &SnapshotRef, refused: Option<ApiError>| {
+                let Some(e) = refused else { return };
+                is_done.set(false);
+                log::debug!("{reference}, which was taken for an update, stays for now: {}", e.message);
+            };
             for snapshot in disk.snapshots() {
                 let taken_for = locked(&snapshot.record).taken_for;
                 let Some(volume) = taken_for.filter(is_settled) else { continue };
@@ -394,7 +412,7 @@ impl Manager {
                 if !stands {
                     let keep_bookmark = stood && snapshot.broken().is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
-                    self.let_moment_go(&snapshot.reference, self.delete(&snapshot.reference, options).err());
+                    let_go(&snapshot.reference, self.delete(&snapshot.reference, options).err());
                 }
             }
             for bookmark in disk.bookmarks() {
@@ -403,18 +421,11 @@ impl Manager {
                 let Ok(name) = bookmark.name.parse() else { continue };
                 if !is_there && needs(volume, bookmark.id) == (false, false) {
                     let reference = SnapshotRef { disk: disk.name.clone(), name };
-                    self.let_moment_go(&reference, self.remove_bookmark(&reference).err());
+                    let_go(&reference, self.remove_bookmark(&reference).err());
                 }
             }
         }
-    }
-
-    fn let_moment_go(&self, reference: &SnapshotRef, refused: Option<ApiError>) {
-        match refused {
-            Some(_) if self.is_stopping() => {}
-            Some(e) => log::warn!("{reference}, which was taken for an update, stays for now: {}", e.message),
-            None => {}
-        }
+        is_done.get()
     }
 }
 

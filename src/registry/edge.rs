@@ -35,7 +35,8 @@ impl Registry {
                 Kind::Volume { on } => Some(on),
                 Kind::Disk | Kind::Independent { .. } => None,
             };
-            let restore = disk.restore.as_ref();
+            // What is lost needs nothing: it waits, and can be given up.
+            let restore = disk.restore.as_ref().filter(|restore| !restore.is_lost);
             let through = restore.iter().flat_map(|r| r.through.clone()).collect::<Vec<_>>();
             stands
                 .map(edge(EdgeKind::StandsOn))

@@ -34,6 +34,8 @@ pub enum ObstacleKind {
     RestoredFrom,
     /// What a disk is restored from reads through it, or through one of its snapshots.
     RestoredThrough,
+    /// A disk was being restored from it, or through it, and waits for what it lacks.
+    RestoreWaits,
     /// What is not copied yet of its own restore is lost.
     RestoreLost,
     /// It is being restored itself.
@@ -62,8 +64,6 @@ pub enum ObstacleKind {
     HasSnapshots,
     /// It has bookmarks.
     HasBookmarks,
-    /// The deletion of another snapshot of its disk was stopped or has failed.
-    Behind,
     /// Its newest content is in a log.
     InLog,
 }
@@ -84,6 +84,7 @@ impl ObstacleKind {
             StoodOn,
             RestoredFrom,
             RestoredThrough,
+            RestoreWaits,
             RestoreLost,
             Restoring,
             Working,
@@ -98,7 +99,6 @@ impl ObstacleKind {
             Attached,
             HasSnapshots,
             HasBookmarks,
-            Behind,
             InLog,
         ]
     };
@@ -165,11 +165,6 @@ impl Registry {
         let mut found = self.of_itself(disk);
         found.extend(self.needs(disk, &[snapshot.id]));
         found.extend(self.life_of(disk, snapshot));
-        let others = disk.snapshots.iter().filter(|other| other.id != snapshot.id);
-        for other in others.filter(|other| other.phase == SnapshotPhase::Going) {
-            let stopped = self.life_of(disk, other).into_iter().filter(|o| o.kind == ObstacleKind::GoingStopped);
-            found.extend(stopped.map(|o| Obstacle { kind: ObstacleKind::Behind, ..o }));
-        }
         if let Some(why) = &snapshot.broken {
             let what = format!("snapshot {} is broken: {why}", disk.reference(&snapshot.name));
             found.push(obstacle(ObstacleKind::Broken, what, Vec::new()));
@@ -253,11 +248,6 @@ impl Registry {
 
     /// By which job a disk is restored, and what ends that.
     fn job_of_restore(&self, disk: &Disk) -> (String, Vec<Step>) {
-        if disk.restore.as_ref().is_some_and(|restore| restore.is_lost) {
-            // What it needs may come back; or the disk is given up as it is.
-            let give_up = Command::RemoveDisk { disk: disk.name.clone(), force: true };
-            return (", and waits for what it lacks".to_owned(), vec![Step::Run(give_up)]);
-        }
         match self.job_on(disk.id, |j| j.kind == JobKind::Restore) {
             Some(job) => (format!(" by job {}", job.id), go_on_with(job)),
             None => (String::new(), vec![Step::PutBack(disk.name.clone())]),
@@ -294,6 +284,16 @@ impl Registry {
                     let what = format!("disk {} is being restored {way} snapshot {named}{by}", needer.name);
                     found.push(obstacle(kind, what, steps));
                 }
+            }
+            let waits = |d: &&Disk| {
+                d.restore.as_ref().is_some_and(|r| r.is_lost && (r.source == *id || r.through.contains(id)))
+            };
+            for needer in self.disks().filter(|d| d.id != disk.id).filter(waits) {
+                let what = format!(
+                    "disk {} is being restored from snapshot {named} and waits for it: whoever forces this gives up the rest of it",
+                    needer.name
+                );
+                found.push(obstacle(ObstacleKind::RestoreWaits, what, vec![Step::PutBack(needer.name.clone())]));
             }
         }
         found

@@ -104,6 +104,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
     (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
     (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
+    (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, F, o, o, o, o, o, o, o]),
     (RestoreLost,       [R, R, R, o, o, F, o, R, o, R, R, R, o, o, R, o, o, o, o, o]),
     (Restoring,         [R, R, o, o, o, R, o, o, o, R, R, R, o, o, R, o, o, o, o, o]),
     (Working,           [o, R, o, o, o, R, o, o, o, o, o, R, R, o, R, o, o, o, R, o]),
@@ -118,7 +119,6 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Attached,          [o, o, o, o, o, F, o, o, o, o, o, F, F, o, F, o, F, o, o, o]),
     (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
     (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
-    (Behind,            [o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
     (InLog,             [o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
 ];
 

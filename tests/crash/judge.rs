@@ -102,7 +102,7 @@ fn is_as_decided(said: &Recovery, daemon: &Daemon, counts: &Rc<RefCell<Counts>>)
         let said_of_changes = version.changed.as_ref().map(Result::is_ok);
         let is_it = version.id == link.version.id
             && version.splits == link.splits
-            && is_full == link.layer.table().is_none()
+            && is_full == link.layer.is_full()
             && (is_known.is_none() || is_known == said_of_changes);
         if !is_it {
             return Err(format!("version {} is to be {version:?}", link.version.id));

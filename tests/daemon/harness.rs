@@ -240,7 +240,11 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn refused_start(&self) -> String {
         let other_is_up = self.is_up();
-        let mut child = self.serve_command().arg("--strict").stderr(Stdio::piped()).spawn().unwrap();
+        let mut command = self.serve_command();
+        if !self.args.iter().any(|arg| arg == "--strict") {
+            command.arg("--strict");
+        }
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let deadline = Instant::now() + *PATIENCE;
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {

@@ -405,21 +405,6 @@ fn a_full_state_directory_refuses_and_holds_nothing_up() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// A request that hangs is in flight on its disk, and on no other: their snapshots are quiesced, and go.
-#[test]
-fn a_request_that_hangs_holds_up_no_other_disks_snapshots() {
-    if !can_mount("a_request_that_hangs_holds_up_no_other_disks_snapshots") {
-        return;
-    }
-    let mut slow = Slow::new();
-    slow.stand_still_with_a_write();
-    others_go_on(&slow.daemon, "a", Far::End);
-    drop(slow.standstill.take());
-    assert_eq!(slow.guest.queues[0].wait_one(), (0, 0));
-    others_go_on(&slow.daemon, "b", Far::End);
-}
-
-/// An image that never answers, not even to be opened: adding it hangs by itself, however often that is asked for; the
 /// daemon ends, and what hung is refused when the image is gone.
 #[test]
 fn adding_an_image_that_never_answers_holds_up_itself_only() {

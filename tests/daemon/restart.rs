@@ -499,7 +499,7 @@ fn a_configuration_may_change_between_starts() {
     daemon.forget_args();
     daemon.arg_disk("vm0", "block-size=8K");
     let refusal = daemon.refused_start();
-    assert!(refusal.contains("vm0 is remembered with 1 snapshots"), "{refusal}");
+    assert!(refusal.contains("vm0 is remembered") && refusal.contains("with 1 snapshot"), "{refusal}");
     daemon.forget_args();
     daemon.start();
     assert_eq!(daemon.reader("vm0@a").tag(9), 1);

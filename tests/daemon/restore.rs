@@ -454,6 +454,8 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
     daemon.stop();
     std::fs::rename(&image, &aside).unwrap();
     daemon.start();
+    let refused = daemon.send("DELETE", "/v1/volumes/clone", "");
+    assert!(refused.refused() == "volume-busy" && refused.body.contains("disk vm0"), "{refused:?}");
     let needed = daemon.send("DELETE", "/v1/volumes/clone?force=true", "");
     assert!(
         needed.refused() == "volume-busy" && needed.body.contains("halfsilver disk remove vm0 --force"),

@@ -213,7 +213,7 @@ fn what_cannot_be_updated_is_refused() {
     daemon.api().create("own", &["other"], &json!({ "wait": true })).ok();
     assert_eq!(daemon.send("DELETE", "/v1/snapshots/other@own?keep-bookmark=true", "").status, 204);
     post(&daemon, "other/disable").ok();
-    assert!(post(&daemon, "other/enable?fresh=true").body.contains("bookmarks"));
+    assert!(post(&daemon, "other/enable?fresh=true").body.contains("bookmark"));
     assert_eq!(daemon.send("DELETE", "/v1/volumes/other?force=true", "").status, 204);
     assert_eq!(daemon.send("DELETE", "/v1/bookmarks/clone@own", "").status, 204);
     // With force the guest finds the new content when it connects again.

@@ -8,14 +8,14 @@ use halfsilver::registry::{
 use uuid::Uuid;
 
 /// Numbers from a seed (splitmix64).
-pub struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
-    pub fn new(seed: u64) -> Rng {
+    pub(crate) fn new(seed: u64) -> Rng {
         Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,7 +23,7 @@ impl Rng {
         (z ^ (z >> 31)) % n.max(1)
     }
 
-    pub fn chance(&mut self, percent: u64) -> bool {
+    pub(crate) fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
@@ -34,7 +34,7 @@ impl Rng {
 }
 
 #[derive(Default)]
-pub struct World {
+pub(crate) struct World {
     disks: Vec<Disk>,
     jobs: Vec<Job>,
     next: u128,
@@ -46,7 +46,7 @@ fn name(text: &str) -> Name {
 }
 
 impl World {
-    pub fn registry(&self) -> Registry {
+    pub(crate) fn registry(&self) -> Registry {
         Registry::new(self.disks.clone(), self.jobs.clone())
     }
 
@@ -99,7 +99,7 @@ impl World {
     }
 
     /// Something happens: a command that is allowed, or what nobody asked for.
-    pub fn happen(&mut self, rng: &mut Rng) {
+    pub(crate) fn happen(&mut self, rng: &mut Rng) {
         if self.disks.is_empty() || rng.chance(6) {
             self.add_disk(Kind::Disk);
         }
@@ -161,7 +161,7 @@ impl World {
         }
     }
 
-    pub fn some_command(&self, rng: &mut Rng) -> Command {
+    pub(crate) fn some_command(&self, rng: &mut Rng) -> Command {
         let force = rng.chance(50);
         let disk = self.some_disk(rng).map_or_else(|| name("nothing"), |disk| disk.name);
         let is_volume = |d: &&Disk| d.is_volume();
@@ -214,7 +214,7 @@ impl World {
     }
 
     /// What a command that was decided does.
-    pub fn carry_out(&mut self, command: &Command) {
+    pub(crate) fn carry_out(&mut self, command: &Command) {
         let registry = self.registry();
         match command {
             Command::CreateSnapshot { disks, name } => {
