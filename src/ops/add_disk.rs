@@ -1,6 +1,7 @@
-//! Serving disks: adding them, taking up what is remembered of them, and letting them go.
+//! Disks are added, with what is remembered of them: at a start, by a command, and when what they lacked is back.
 //!
-//! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
+//! What is made of what was left of a disk is decided in the room `recovery`, and carried out in
+//! [`crate::manager::opening`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Volumes: made, taken up, listed and deleted. A volume is a disk whose full image is a snapshot of another disk or
-//! volume, and whose newest content is in a log.
+//! Volumes are made. A volume is a disk whose full image is a snapshot of another disk or volume, and whose newest content
+//! is in a log.
 //!
 //! What always holds:
 //! - While a volume is remembered, also one that cannot be served, the snapshot that it stands on is not deleted, and the
