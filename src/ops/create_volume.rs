@@ -101,6 +101,9 @@ impl Manager {
             let message = format!("volume {name}: {} exists", image.display());
             return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name a path where nothing is"));
         }
+        if let Some(image) = &request.image {
+            self.refuse_what_others_have(name, image, true)?;
+        }
         // Before a snapshot is taken for its sake.
         if let Some(directory) = request.image.as_ref().and_then(|image| image.parent()).filter(|d| !d.is_dir()) {
             let message = format!("volume {name}: there is no directory {}", directory.display());
