@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::control::api::DiskConfig;
-use crate::control::{ApiError, ErrorCode, Name};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::daemon::config::DiskSpec;
 use crate::manager::entry::locked;
 use crate::manager::planned::Planned;
@@ -83,7 +83,7 @@ impl Manager {
             }
         }
         self.open_all(wanted, given)?;
-        self.resume_restores();
+        self.resume_restores(None);
         self.tidy_moments_later();
         Ok(())
     }
@@ -183,8 +183,12 @@ impl Manager {
             let name = of.name.clone();
             let held = manager.claim_to_add("start", &name, &of.config);
             let added = held.and_then(|_claim| manager.add_planned(of, recovery).map(drop));
-            if tell.send(added).is_err() {
+            let is_added = added.is_ok();
+            if tell.send(added).is_err() && is_added {
                 log::warn!("disk {name}: its image answers at last");
+                manager.resume_restores(None);
+                manager.hurry_unserved();
+                manager.bus.publish(Notice::of_disk(EventKind::DiskAdded, &name));
             }
         });
         if let Err(e) = started {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::control::api;
 use crate::control::timestamp::Timestamp;
-use crate::control::{ApiError, ErrorCode};
+use crate::control::{ApiError, ErrorCode, Name};
 use crate::manager::Manager;
 use crate::manager::entry::locked;
 use crate::manager::jobs::JobEntry;
@@ -22,6 +22,8 @@ const CLAIM_WAIT: Duration = Duration::from_secs(10);
 const HANG_UP_WAIT: Duration = Duration::from_secs(1);
 /// How often it is looked at.
 const HANG_UP_LOOK: Duration = Duration::from_millis(5);
+/// How long a job waits to record what it did when the daemon goes down.
+const RECORD_WAIT: Duration = Duration::from_secs(15);
 /// How often a job that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -181,6 +183,32 @@ impl Manager {
     /// Whether a command is changing this disk or volume.
     pub(crate) fn is_being_changed(&self, id: uuid::Uuid) -> bool {
         locked(&self.claims).held().any(|claim| claim.wanted.changes.contains(&ClaimKey::Entity(id)))
+    }
+
+    /// The same for what has a name and perhaps no identifier yet.
+    pub(crate) fn is_name_claimed(&self, name: &Name) -> bool {
+        locked(&self.claims).held().any(|claim| claim.wanted.changes.contains(&ClaimKey::Name(name.clone())))
+    }
+
+    /// Claims what a job has changed already, so that it is recorded: also while the daemon goes down, when nothing new is
+    /// begun and what is claimed is let go soon.
+    pub(crate) fn claim_to_record(&self, job: &JobEntry) -> Option<Held<'_>> {
+        let deadline = Instant::now() + RECORD_WAIT;
+        loop {
+            if let Some(held) = self.claim_for_job(job) {
+                return Some(held);
+            }
+            let wanted = Wanted::changing([ClaimKey::Entity(job.disk.id)]);
+            let (operation, names) = (format!("{} (job {})", job.kind, job.id), vec![job.disk.name.to_string()]);
+            let claim = registry::Claim { operation, names, wanted, since: Instant::now(), waits_for: None };
+            if let Ok(id) = locked(&self.claims).take(claim) {
+                return Some(Held { manager: self, id });
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(HANG_UP_LOOK);
+        }
     }
 
     /// Everything that is claimed, the oldest first.

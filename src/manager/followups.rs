@@ -27,6 +27,8 @@ pub(crate) enum FollowUp {
     Open(Arc<DiskEntry>, Arc<SnapshotEntry>),
     /// Store what a disk's record should say.
     Record(Arc<DiskEntry>),
+    /// Go on with the restore of a disk that somebody else was changing.
+    Restore(Arc<DiskEntry>),
     /// Let go of what was taken for updates and is not needed any more.
     Tidy,
 }
@@ -52,6 +54,7 @@ impl Manager {
         // The newest word on a thing counts.
         follow_ups.0.retain(|(.., other)| match (other, &what) {
             (FollowUp::Serve(other), FollowUp::Serve(name)) => other != name,
+            (FollowUp::Restore(other), FollowUp::Restore(disk)) => !Arc::ptr_eq(other, disk),
             (FollowUp::Tidy, FollowUp::Tidy) => false,
             _ => true,
         });
@@ -86,6 +89,12 @@ impl Manager {
                 let key = ClaimKey::Entity(disk.id);
                 let Some(_claim) = self.claim_patiently("open a socket", disk.name.as_str(), key) else { return true };
                 !self.is_there(disk, entry) || entry.is_open() || self.open_socket(disk, entry)
+            }
+            FollowUp::Restore(disk) => {
+                let key = ClaimKey::Entity(disk.id);
+                let Some(_claim) = self.claim_patiently("restore", disk.name.as_str(), key) else { return true };
+                self.resume_restores(Some(disk.id));
+                true
             }
             FollowUp::Record(disk) => {
                 let key = ClaimKey::Entity(disk.id);

@@ -79,6 +79,8 @@ pub struct Manager {
     /// What is remembered or configured and cannot be served.
     pub(crate) unserved: Mutex<BTreeMap<Name, Unserved>>,
     pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
+    /// The number that a job got last by the clock.
+    pub(crate) last_by_clock: Mutex<u64>,
     /// Who is changing what.
     pub(crate) claims: Mutex<Claims>,
     /// Rings when a claim was let go.
@@ -152,6 +154,7 @@ impl Manager {
             disks: Mutex::default(),
             unserved: Mutex::default(),
             jobs: Mutex::default(),
+            last_by_clock: Mutex::default(),
             claims: Mutex::default(),
             released: Condvar::new(),
             follow_ups: Mutex::default(),
@@ -175,14 +178,16 @@ impl Manager {
             Err(e) => {
                 // One that the clock gives is not given twice either.
                 log::warn!("a job gets a number by the clock: {e}");
-                Timestamp::now().unix_ms()
+                let mut last = locked(&self.last_by_clock);
+                *last = Timestamp::now().unix_ms().max(*last + 1);
+                *last
             }
         }
     }
 
     /// Whether this very disk or volume is served, and not one that has its name now.
     pub(crate) fn is_served(&self, disk: &DiskEntry) -> bool {
-        locked(&self.disks).get(&disk.name).is_some_and(|served| served.id == disk.id)
+        locked(&self.disks).get(&disk.name).is_some_and(|served| std::ptr::eq(&**served, disk))
     }
 
     /// Whether this very snapshot is there.

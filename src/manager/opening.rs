@@ -2,7 +2,6 @@
 //!
 //! What always holds: from the moment on in which a disk may change its record does not say that it was saved.
 
-use crate::manager::sockets::{clear_socket, serve_live};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -21,6 +20,8 @@ use crate::manager::legs::{Base, Mirror, check_new_leg};
 use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
 use crate::manager::relations::Standing;
 use crate::manager::restoring::Awaited;
+use crate::manager::sockets::{clear_socket, serve_live};
+use crate::manager::unserved::Unserved;
 use crate::manager::{BrokenVersions, Manager, record_error, table_error};
 use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
@@ -108,9 +109,11 @@ impl Manager {
             Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
-            && let Some(awaited) = awaited.take()
+            && let Some(Awaited { closed: Some(closed), pending }) = awaited.take()
         {
-            awaited.lose(why.to_string());
+            closed.lose(why.to_string());
+            // What it waits for may come back.
+            awaited = Some(Awaited { closed: None, pending });
         }
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
@@ -158,19 +161,16 @@ impl Manager {
             bookmarks,
             record: record.as_ref(),
         };
+        let was = locked(&self.unserved).get(name).cloned();
         let entry = self.open_disk(name, opened)?;
-        self.forget_unbegun_restore(record.as_ref());
-        self.resume_mirror(&entry);
-        self.resume_work(&entry);
-        for snapshot in entry.snapshots() {
-            self.resume_snapshot(&entry, &snapshot);
-        }
+        // Before anything of it goes on, which could not be taken back.
         if let Some(path) = leg
             && let Err(e) = self.add_leg(&entry, &path)
         {
             // It goes as it goes at a stop, so that what was vouched for still is.
             locked(&self.disks).remove(name);
             entry.stop_server();
+            self.forget_jobs_of(&entry);
             let gone = match record.is_some() {
                 true => self.save(&entry),
                 false => self.forget_record(&entry.to_record()).map_err(|e| e.message),
@@ -178,7 +178,17 @@ impl Manager {
             if let Err(e) = gone {
                 log::error!("disk {name}: {e}");
             }
-            return Err(in_disk(e));
+            let e = in_disk(e);
+            if let Some(was) = was {
+                self.note_unserved(Unserved { why: e.message.clone(), ..was });
+            }
+            return Err(e);
+        }
+        self.forget_unbegun_restore(record.as_ref());
+        self.resume_mirror(&entry);
+        self.resume_work(&entry);
+        for snapshot in entry.snapshots() {
+            self.resume_snapshot(&entry, &snapshot);
         }
         Ok(entry)
     }
@@ -215,8 +225,8 @@ impl Manager {
             true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
             false => serve_live(name, &config, &disk, &frontends).map(Some),
         };
-        let server = server.map_err(|e| {
-            // Nothing has changed yet: what was remembered is still true.
+        // Nothing has changed yet: what was remembered is still true.
+        let take_back = || {
             let restored = match record {
                 Some(record) => self.records.put([record]),
                 None => self.records.remove(name.as_str()),
@@ -224,6 +234,9 @@ impl Manager {
             if let Err(e) = restored {
                 log::error!("cannot restore the record of disk {name}: {e}");
             }
+        };
+        let server = server.map_err(|e| {
+            take_back();
             let message = format!("disk {name}: cannot serve {}: {e}", socket.display());
             ApiError::new(ErrorCode::Conflict, message)
         })?;
@@ -249,8 +262,22 @@ impl Manager {
             failure_told: AtomicBool::new(false),
             allocated: Allocated::default(),
         });
-        locked(&self.disks).insert(name.clone(), entry.clone());
-        locked(&self.unserved).remove(name);
+        {
+            let mut disks = locked(&self.disks);
+            // A stop takes the disks that it ends from this very list, after it said that it stops.
+            if self.is_stopping() {
+                drop(disks);
+                entry.stop_server();
+                match record {
+                    // A frontend may have written already: it is saved as by the stop.
+                    Some(_) => self.save(&entry).unwrap_or_else(|e| log::error!("disk {name} could not be saved: {e}")),
+                    None => take_back(),
+                }
+                return Err(ApiError::new(ErrorCode::Unavailable, format!("disk {name}: the daemon is going down")));
+            }
+            disks.insert(name.clone(), entry.clone());
+            locked(&self.unserved).remove(name);
+        }
         log::info!(
             "disk {name}: serving {} ({} bytes) at {}",
             entry.config.path.display(),

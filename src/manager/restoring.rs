@@ -13,17 +13,18 @@ use crate::crash;
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{DiskLayers, block_on, remove_file};
 use crate::mirror::{ClosedDisk, Disk, RestoreSource, Restoring, View};
 use crate::recovery::Recovery;
-use crate::store::{DiskRecord, DurableTable, RestoreRecord};
+use crate::store::{BlockIndex, DiskRecord, DurableTable, RestoreRecord};
 
 /// A disk that waits for the volume that it is restored from.
 pub(crate) struct Awaited {
     /// None when its requests fail meanwhile.
-    closed: Option<ClosedDisk>,
-    pending: DurableTable,
+    pub(crate) closed: Option<ClosedDisk>,
+    pub(crate) pending: DurableTable,
 }
 
 impl Awaited {
@@ -85,6 +86,10 @@ impl Manager {
             return Ok(done);
         }
         let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
+        let is_over = |of: &Restoring| of.pending().table().next_set(BlockIndex(0)).is_none();
+        if !disk.disk.chain().restoring().is_some_and(|restoring| is_over(restoring)) {
+            return Err("some blocks are not brought back yet; resume it".to_owned());
+        }
         let record = locked(&disk.restore).take();
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             *locked(&disk.restore) = record;
@@ -132,11 +137,18 @@ impl Manager {
     }
 
     /// Goes on with the restores of disks that are served, and whose volumes are.
-    pub(crate) fn resume_restores(&self) {
+    /// `own` is the disk that the caller has claimed; what others have claimed is theirs.
+    pub(crate) fn resume_restores(&self, own: Option<Uuid>) {
         let _resuming = locked(&self.resuming);
         for disk in self.all_disks() {
+            let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_active) else { continue };
+            if own != Some(disk.id) && self.is_being_changed(disk.id) {
+                if locked(&disk.awaited).is_some() {
+                    self.follow_up(FollowUp::Restore(disk));
+                }
+                continue;
+            }
             let awaited = locked(&disk.awaited).take();
-            let Some(record) = locked(&disk.restore).clone() else { continue };
             if let Some(Awaited { closed, pending }) = awaited {
                 match self.view_of(&record) {
                     Ok(view) => {

@@ -1,13 +1,14 @@
 //! The leg that a write-mirroring snapshot takes, and what becomes of it when the snapshot goes (source 002; figures 9 to 14).
 
-use crate::manager::legs::{in_ring, pair_error};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::control::api::Strategy;
 use crate::control::{ApiError, SnapshotRef};
 use crate::image::SharedImage;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::legs::{in_ring, pair_error};
 use crate::mirror::{self, Backing, LegImage};
 
 impl Manager {
@@ -64,6 +65,16 @@ impl Manager {
             .as_ref()
             .and_then(|m| m.legs.iter().find(|(leg, _)| leg.path == path).map(|(leg, _)| leg.clone()));
         leg.map_or(Ok(()), |leg| self.let_leg_go(disk, &leg))
+    }
+
+    /// The leg of a write-mirroring snapshot that is not to come back is none any more before the snapshot leaves the chain: a
+    /// start in between must not take it for a split that never came to be.
+    pub(crate) fn lose_leg_of(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry) -> Result<(), ApiError> {
+        let (is_split, path) = {
+            let record = locked(&entry.record);
+            (record.strategy == Strategy::WriteMirroring.to_string(), record.image.clone())
+        };
+        if is_split { self.lose_leg(disk, &path) } else { Ok(()) }
     }
 
     /// What becomes of the leg that a write-mirroring snapshot had.

@@ -57,7 +57,14 @@ impl Manager {
     pub(crate) fn note_unserved(&self, unserved: Unserved) {
         let what = if unserved.is_volume() { "volume" } else { "disk" };
         let name = unserved.name.clone();
-        let was = locked(&self.unserved).insert(name.clone(), unserved.clone());
+        let was = {
+            // What was served meanwhile is not unserved.
+            let disks = locked(&self.disks);
+            if disks.contains_key(&name) {
+                return;
+            }
+            locked(&self.unserved).insert(name.clone(), unserved.clone())
+        };
         if was.is_none_or(|was| was.why != unserved.why) {
             log::error!("{what} {name} is not served: {}; what is remembered of it is kept", unserved.why);
             self.tell_unserved(&unserved);
@@ -87,8 +94,15 @@ impl Manager {
         let Some(unserved) = locked(&self.unserved).get(name).cloned() else { return true };
         let Some(config) = unserved.config.clone() else { return true };
         let Ok(_claim) = self.claim_to_add("serve again", name, &config) else { return false };
-        if self.disk(name).is_ok() || !locked(&self.unserved).contains_key(name) {
-            return true;
+        {
+            let disks = locked(&self.disks);
+            let mut unserved = locked(&self.unserved);
+            if disks.contains_key(name) {
+                unserved.remove(name);
+            }
+            if !unserved.contains_key(name) {
+                return true;
+            }
         }
         match self.add_now(name, config) {
             Ok(_) => {

@@ -23,7 +23,8 @@ impl Manager {
             state: job.state(),
         };
         let jobs: Vec<Job> = locked(&self.jobs).values().map(job).collect();
-        Registry::new(served.chain(unserved), jobs).with_ways_of_restores()
+        // What is served is what counts.
+        Registry::new(unserved.into_iter().chain(served), jobs).with_ways_of_restores()
     }
 }
 
@@ -128,8 +129,7 @@ fn remembered(unserved: &Unserved) -> Disk {
         kind: kind_of(volume, stood_on),
         restore: restore.map(|r| Restore { source: r.source, through: Vec::new(), is_lost: false }),
         has_work: record.work.is_some(),
-        // Whoever gives up what is not served gives up its log too.
-        is_in_log: false,
+        is_in_log: record.live_log.is_some() && record.volume.is_none(),
         snapshots: record.snapshots.iter().enumerate().filter_map(snapshot).collect(),
         bookmarks: record
             .bookmarks

@@ -5,6 +5,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome};
@@ -14,12 +16,13 @@ use crate::manager::planned::Planned;
 use crate::manager::relations::set_of;
 use crate::manager::unserved::Unserved;
 use crate::registry::{ClaimKey, Wanted};
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, SnapshotRecord};
 
 impl Manager {
     pub(crate) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
+        let _claim = self.claim_to_add("disk add", name, &self.completed(name, config))?;
+        // What was set meanwhile counts.
         let config = self.completed(name, config);
-        let _claim = self.claim_to_add("disk add", name, &config)?;
         if let Ok(old) = self.disk(name) {
             if old.is_volume() {
                 return Err(not_a_disk(name));
@@ -63,7 +66,7 @@ impl Manager {
         }
         let recovery = self.decide(std::slice::from_ref(&planned), &take_flushed)?.into_iter().flatten().next();
         let entry = self.add_planned(planned, recovery)?;
-        self.resume_restores();
+        self.resume_restores(Some(entry.id));
         Ok(entry)
     }
 
@@ -150,19 +153,25 @@ impl Manager {
             let message = format!("{name}: {}: it is in use as {whose}", path.display());
             Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
         };
-        let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let is_it = |its: &Path| its == path || its == resolved;
         let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
+        let mut theirs: Vec<(PathBuf, String)> = Vec::new();
         for other in unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref()) {
             let what = if other.is_volume() { "volume" } else { "disk" };
-            let own = other.config.get("path").and_then(|path| path.as_str()).map(Path::new);
-            let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
-            if own.into_iter().chain(other.live_log.as_deref()).chain(legs).any(is_it) {
-                return refuse(format!("the image of {what} {}", other.name));
-            }
-            if let Some(snapshot) = other.snapshots.iter().find(|s| is_it(&s.image)) {
-                return refuse(format!("the image of snapshot {}@{}", other.name, snapshot.name));
-            }
+            let own = other.config.get("path").and_then(|path| path.as_str()).map(PathBuf::from);
+            let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.clone());
+            let whose = format!("the image of {what} {}", other.name);
+            theirs.extend(own.into_iter().chain(other.live_log.clone()).chain(legs).map(|path| (path, whose.clone())));
+            let of_snapshot = |s: &SnapshotRecord| format!("the image of snapshot {}@{}", other.name, s.name);
+            theirs.extend(other.snapshots.iter().map(|s| (s.image.clone(), of_snapshot(s))));
+        }
+        if let Some((_, whose)) = theirs.iter().find(|(its, _)| its == path) {
+            return refuse(whose.clone());
+        }
+        let all = theirs.iter().map(|(path, _)| path.clone()).chain([path.to_owned()]).collect();
+        let mut found = resolved_in_time(all);
+        let resolved = found.pop().unwrap_or_else(|| path.to_owned());
+        if let Some((_, (_, whose))) = found.iter().zip(&theirs).find(|(its, _)| **its == resolved) {
+            return refuse(whose.clone());
         }
         // While a record cannot be read, what lies where our images are may be anybody's.
         let is_unknown = unserved.iter().any(|u| u.record.is_none() && !u.is_new);
@@ -171,6 +180,27 @@ impl Manager {
             false => Ok(()),
         }
     }
+}
+
+/// How long names may take to be resolved.
+const RESOLVE_WAIT: Duration = Duration::from_secs(2);
+
+/// Where these paths lead, each as it is if nothing is there. As they are, if that cannot be said in time: where one lies may
+/// never answer.
+fn resolved_in_time(paths: Vec<PathBuf>) -> Vec<PathBuf> {
+    let (tell, told) = channel();
+    let of = paths.clone();
+    let resolve = move || {
+        let found = of.into_iter().map(|path| std::fs::canonicalize(&path).unwrap_or(path)).collect();
+        if tell.send(found).is_err() {
+            log::debug!("nobody waits any more for where paths lead");
+        }
+    };
+    // None of those that a stop joins.
+    if let Err(e) = std::thread::Builder::new().name("resolve".to_owned()).spawn(resolve) {
+        log::error!("no thread can look where paths lead: {e}");
+    }
+    told.recv_timeout(RESOLVE_WAIT).unwrap_or(paths)
 }
 
 /// What would be lost if a disk's record gave way to another one.

@@ -81,6 +81,7 @@ impl Manager {
                     if keep_image && !std::mem::replace(&mut locked(&entry.record).keep_image, true) =>
                 {
                     self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
+                    self.lose_leg_of(&disk, &entry)?;
                 }
                 SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(&disk, &entry) {
                     Some(job) if job.state() == JobState::Running => break job,
@@ -152,6 +153,9 @@ impl Manager {
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             locked(&entry.record).deleting = false;
             return Err(e);
+        }
+        if keep_image || entry.broken().is_some() {
+            self.lose_leg_of(disk, entry)?;
         }
         let job = self.start_deletion(disk, entry);
         let server = locked(&entry.server).take();
@@ -250,7 +254,7 @@ impl Manager {
             return Ok(Outcome::Stopped);
         }
         {
-            let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
+            let Some(_claim) = self.claim_to_record(job) else { return Ok(Outcome::Stopped) };
             let (is_split, keep) = {
                 let record = locked(&entry.record);
                 (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)

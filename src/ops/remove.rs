@@ -11,7 +11,7 @@ use crate::control::{ApiError, EventKind, Name, Notice};
 use crate::crash;
 use crate::manager::changes::ids_of_changes;
 use crate::manager::claims::Held;
-use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::layers::remove_file;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error};
@@ -54,7 +54,8 @@ impl Manager {
 
     fn let_go(&self, name: &Name, held: &Held) -> Result<(), ApiError> {
         let unserved = locked(&self.unserved).get(name).cloned();
-        if let Some(unserved) = unserved {
+        let is_served = locked(&self.disks).contains_key(name);
+        if let Some(unserved) = unserved.filter(|_| !is_served) {
             match &unserved.record {
                 Some(record) => self.forget_record(record)?,
                 None => self.records.remove(name.as_str()).map_err(record_error)?,
@@ -77,7 +78,7 @@ impl Manager {
             self.serve_what_stays(&entry);
             return Err(record_error(e));
         }
-        crash::point("after a disk was forgotten");
+        crash::point("after a volume was forgotten");
         locked(&self.disks).remove(name);
         // Who still waits for one of them to be quiesced finds it gone.
         locked(&entry.snapshots).clear();
@@ -94,8 +95,12 @@ impl Manager {
                 Err(e) => log::error!("{}: its socket cannot be opened again: {e}", entry.name),
             }
         }
-        for snapshot in entry.snapshots() {
-            self.resume_socket(entry, &snapshot);
+        let can_be_read = |s: &&Arc<SnapshotEntry>| {
+            let record = locked(&s.record);
+            s.version.is_some() && !record.deleting && record.quiesced_ms.is_some()
+        };
+        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none()) {
+            self.resume_socket(entry, snapshot);
         }
     }
 

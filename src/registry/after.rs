@@ -22,7 +22,7 @@ impl Registry {
                 if disk.is_unserved() {
                     disk.phase = Phase::Served;
                 }
-                disk.failure = None;
+                (disk.failure, disk.is_unreadable) = (None, false);
                 disk.restore.iter_mut().for_each(|restore| restore.is_lost = false);
             }),
         }

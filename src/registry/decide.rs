@@ -11,7 +11,7 @@ use super::command::Command;
 use super::entity::{Disk, Registry, Snapshot};
 use super::obstacle::{Obstacle, ObstacleKind};
 use super::table::{Answer, Operation};
-use crate::control::api::JobState;
+use crate::control::api::{JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
 
 /// A command that may be carried out.
@@ -227,7 +227,12 @@ impl<'a> Decision<'a> {
             Command::Disable { volume, .. } => on_volume(Op::Disable, volume),
             Command::Enable { volume, fresh } => on_volume(if *fresh { Op::EnableFresh } else { Op::Enable }, volume),
             Command::StopJob { job } => self.job(*job, |state| state == JobState::Running),
-            Command::ResumeJob { job } => self.job(*job, |_| true),
+            Command::ResumeJob { job } => {
+                self.job(*job, |_| true)?;
+                let job = self.registry.job(*job).filter(|job| matches!(job.kind, JobKind::Migrate | JobKind::Update));
+                let disk = job.and_then(|job| self.registry.disk(job.disk));
+                Ok(disk.map(|disk| Target::Disk(Op::Complete, disk)).into_iter().collect())
+            }
             Command::WaitForJob { job } => self.job(*job, |state| state == JobState::Running),
         }
     }
@@ -347,7 +352,12 @@ impl<'a> Decision<'a> {
                     below.filter_map(|id| self.registry.snapshot(id).map(|(disk, _)| disk.id)).collect();
                 wanted.changes.extend(holders.into_iter().map(entity));
             }
-            Command::CreateVolume { name, .. } | Command::Rename { to: name, .. } => {
+            // Also of a name that a start is about to serve.
+            Command::CreateVolume { name, .. }
+            | Command::Rename { to: name, .. }
+            | Command::RemoveDisk { disk: name, .. }
+            | Command::Forget { disk: name }
+            | Command::DeleteVolume { volume: name, .. } => {
                 wanted.changes.insert(ClaimKey::Name(name.clone()));
             }
             Command::ResumeJob { job } => {

@@ -14,6 +14,8 @@ use crate::control::api::{JobKind, JobState};
 pub enum ObstacleKind {
     /// It is remembered and not served.
     Unserved,
+    /// Its record cannot be read.
+    Unreadable,
     /// It is on its socket.
     Served,
     /// Its socket is closed.
@@ -48,6 +50,8 @@ pub enum ObstacleKind {
     WorkLeft,
     /// A job synchronises one of its legs.
     Syncing,
+    /// A job gives back the storage of a snapshot that is gone.
+    GivingBack,
     /// A job deletes it, or one of its snapshots.
     Going,
     /// Such a job was stopped or has failed.
@@ -72,10 +76,11 @@ pub enum ObstacleKind {
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 28] = {
+    pub const ALL: [ObstacleKind; 30] = {
         use ObstacleKind::*;
         [
             Unserved,
+            Unreadable,
             Served,
             Disabled,
             IsVolume,
@@ -93,6 +98,7 @@ impl ObstacleKind {
             Working,
             WorkLeft,
             Syncing,
+            GivingBack,
             Going,
             GoingStopped,
             OldFrontends,
@@ -195,6 +201,10 @@ impl Registry {
                 add(ObstacleKind::Disabled, format!("{title} is disabled"), vec![Step::Run(enable)]);
             }
         }
+        if disk.is_unreadable {
+            let what = format!("nobody knows what {title} has, and what needs it");
+            add(ObstacleKind::Unreadable, what, vec![Step::PutBack(name.clone())]);
+        }
         match disk.kind {
             Kind::Disk => {}
             Kind::Volume { .. } => {
@@ -230,6 +240,13 @@ impl Registry {
                 found.push(obstacle(ObstacleKind::WorkLeft, what, go_on_with(job)));
             }
             _ => {}
+        }
+        // One whose snapshot is gone still gives storage back.
+        let is_there = |id: Uuid| disk.snapshots.iter().any(|s| s.id == id);
+        let gives_back = |j: &Job| j.state == JobState::Running && j.snapshot.is_some_and(|id| !is_there(id));
+        if let Some(job) = job(&gives_back) {
+            let what = format!("{title}: job {} gives back what a deleted snapshot had", job.id);
+            found.push(obstacle(ObstacleKind::GivingBack, what, vec![Step::Run(Command::WaitForJob { job: job.id })]));
         }
         if let Some(job) = job(&|j| j.kind == JobKind::Mirror && j.state == JobState::Running) {
             let what = format!("{title}: job {} synchronises one of its legs", job.id);

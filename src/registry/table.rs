@@ -94,6 +94,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     //                         use snapshot   remove disk  rename      restore       promote       fresh
     //                                                                   delete volume
     (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, o, R, R, R, R, R, R, R]),
+    (Unreadable,        [o, o, o, o, o, F, o, o, o, o, o, o, F, o, o, o, o, o, o, o]),
     (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, R, o]),
     (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, R, o, o, o, o]),
     (IsVolume,          [o, o, o, o, o, N, o, o, o, N, N, N, o, o, o, o, o, o, o, o]),
@@ -111,6 +112,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Working,           [o, R, o, o, o, R, o, o, o, o, o, R, R, o, R, o, o, o, R, o]),
     (WorkLeft,          [o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
     (Syncing,           [o, o, o, o, o, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o]),
+    (GivingBack,        [o, o, o, o, o, R, o, o, o, o, o, R, R, o, R, o, o, o, o, o]),
     (Going,             [o, o, N, N, o, R, o, o, o, o, o, R, R, R, R, o, o, o, R, R]),
     (GoingStopped,      [o, o, N, N, o, o, o, o, o, o, o, R, o, R, R, o, o, o, R, R]),
     (OldFrontends,      [o, F, R, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
