@@ -66,6 +66,14 @@ impl Service for Manager {
         self.set_served_volume(volume, patch)
     }
 
+    fn rename_disk(&self, disk: &Name, _to: &Name, _force: bool) -> Result<api::Disk, ApiError> {
+        Err(ApiError::new(ErrorCode::Unsupported, format!("disk {disk} keeps its name")))
+    }
+
+    fn rename_volume(&self, volume: &Name, _to: &Name, _force: bool) -> Result<api::Volume, ApiError> {
+        Err(ApiError::new(ErrorCode::Unsupported, format!("volume {volume} keeps its name")))
+    }
+
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
         self.forget(disk)
     }
