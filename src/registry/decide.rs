@@ -128,17 +128,20 @@ impl<'a> Decision<'a> {
                     Answer::Forced if self.command.is_forced() => {}
                     Answer::Never => {
                         let instead = operation.instead(obstacle.kind, name);
-                        return Err(Refusal::for_good(operation.code(obstacle.kind), obstacle.what, instead));
+                        return Err(Refusal::for_good(target.code(obstacle.kind), obstacle.what, instead));
                     }
                     Answer::Forced | Answer::Refused => {
                         let refusal = refused.get_or_insert_with(|| Refusal {
-                            code: operation.code(obstacle.kind),
+                            code: target.code(obstacle.kind),
                             what: Vec::new(),
                             steps: Vec::new(),
                             instead: None,
                             may_pass: true,
                         });
-                        refusal.may_pass &= matches!(obstacle.kind, ObstacleKind::ReadBy | ObstacleKind::Attached);
+                        refusal.may_pass &= matches!(
+                            obstacle.kind,
+                            ObstacleKind::ReadBy | ObstacleKind::Attached | ObstacleKind::NamedSocket
+                        );
                         if !refusal.what.contains(&obstacle.what) {
                             refusal.what.push(obstacle.what);
                         }
@@ -361,6 +364,14 @@ impl<'a> Target<'a> {
     fn disk(&self) -> &'a Disk {
         match self {
             Target::Disk(_, disk) | Target::Snapshot(_, disk, _) => disk,
+        }
+    }
+
+    /// The code of a refusal because of such an obstacle.
+    fn code(&self, kind: ObstacleKind) -> ErrorCode {
+        match (self.operation(), self.operation().code(kind)) {
+            (Operation::Rename, ErrorCode::DiskBusy) if self.disk().is_volume() => ErrorCode::VolumeBusy,
+            (_, code) => code,
         }
     }
 

@@ -79,6 +79,7 @@ impl World {
             is_readonly: false,
             failure: None,
             frontends: 0,
+            is_socket_named: self.next % 3 != 0,
             restore: None,
             has_work: false,
             is_in_log: kind != Kind::Disk,
@@ -192,7 +193,7 @@ impl World {
             18 => Command::Forget { disk },
             19 => Command::StopJob { job },
             20 => Command::ResumeJob { job },
-            _ => Command::Rename { disk, to: name(&fresh) },
+            _ => Command::Rename { disk, to: name(&fresh), force },
         }
     }
 
@@ -229,6 +230,7 @@ impl World {
                         phase: SnapshotPhase::Draining,
                         broken: None,
                         readers: 0,
+                        is_socket_named: disk.is_socket_named,
                         old_frontends: disk.frontends,
                         taken_for: None,
                         through: Vec::new(),
@@ -268,7 +270,7 @@ impl World {
                 let id = registry.named(volume).unwrap().id;
                 self.disk(id).unwrap().kind = Kind::Disk;
             }
-            Command::Rename { disk, to } => {
+            Command::Rename { disk, to, .. } => {
                 let id = registry.named(disk).unwrap().id;
                 self.disk(id).unwrap().name = to.clone();
             }
