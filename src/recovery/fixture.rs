@@ -162,7 +162,7 @@ pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
 /// A disk with the bookmark 1, the copy-on-write snapshots 2 and 3, and the live version 9.
 pub(super) fn record() -> DiskRecord {
     serde_json::from_value(json!({
-        "id": id(100), "name": "vm1", "config": {}, "live": id(9), "live_began": 20, "live_log": null,
+        "id": id(100), "name": "vm1", "config": {}, "set": null, "live": id(9), "live_began": 20, "live_log": null,
         "live_saved_table": null, "live_saved": null, "live_splits": false,
         "live_changed": { "saved": id(99), "lost": null },
         "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
