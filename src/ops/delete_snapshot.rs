@@ -114,11 +114,14 @@ impl Manager {
             JobState::Failed | JobState::Stopped => {
                 let why = ended.reason.unwrap_or_else(|| "its job was stopped".to_owned());
                 let disk = &job.disk;
+                // What this one waits behind goes first; then it is asked for again.
                 let other = job.snapshot.as_ref().and_then(|entry| self.deletion_in_the_way(disk, entry.id));
-                let first =
-                    other.map(|(id, _)| format!("halfsilver job resume {id}; then halfsilver job wait {id}; then "));
+                let action = match other {
+                    Some((id, _)) => format!("halfsilver job resume {id}; then halfsilver job wait {id}"),
+                    None => format!("go on with it: halfsilver job resume {}", job.id),
+                };
                 Err(ApiError::new(ErrorCode::Io, format!("snapshot {reference} is not deleted yet: {why}"))
-                    .with_action(format!("{}halfsilver job resume {}", first.unwrap_or_default(), job.id)))
+                    .with_action(action))
             }
             JobState::Done | JobState::Running => Ok(Deletion::Done),
         }

@@ -174,22 +174,28 @@ impl Manager {
     }
 
     pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
-        let pair = {
+        let (pair, is_in_use) = {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name.get()))?;
+            let is_in_use = mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising);
             mirror.legs.retain(|(l, _)| l.id != leg.id);
             if let Some((stays, _)) = mirror.legs.first()
                 && *locked(&disk.path) == leg.path
             {
                 locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
             }
-            mirror.pair.clone()
+            (mirror.pair.clone(), is_in_use)
         };
         locked(&disk.former_legs).push(leg.path.clone());
         // Remembered as no leg any more before the pair forgets that it was one.
         self.persist(std::slice::from_ref(disk))?;
         let id = leg.id;
-        in_ring(async move |queue| pair.forget(&queue, id).await)
+        in_ring(async move |queue| {
+            if is_in_use {
+                pair.let_go(&queue, id).await?;
+            }
+            pair.forget(&queue, id).await
+        })
     }
 
     /// Lets a leg go; its file stays.

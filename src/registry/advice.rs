@@ -29,8 +29,8 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Step::Run(command) => command.fmt(f),
-            Step::Disconnect(disk) => write!(f, "disconnect the guest of {disk}, or say --force"),
-            Step::DisconnectReaders(snapshot) => write!(f, "disconnect what reads {snapshot}, or say --force"),
+            Step::Disconnect(disk) => write!(f, "disconnect the guest of {disk}"),
+            Step::DisconnectReaders(snapshot) => write!(f, "disconnect what reads {snapshot}"),
             Step::WaitForDrain(snapshot) => write!(f, "wait until {snapshot} is quiesced"),
             Step::PutBack(disk) => {
                 write!(f, "put back what {disk} lacks, and it is served again; or: halfsilver disk forget {disk}")

@@ -40,6 +40,8 @@ pub struct Refusal {
     pub instead: Option<String>,
     /// Whether all that stands in the way are connections: one of them may just be hanging up.
     pub may_pass: bool,
+    /// The same command as it would not be refused, if force is enough.
+    pub forced: Option<Command>,
 }
 
 impl fmt::Display for Refusal {
@@ -55,7 +57,14 @@ impl Refusal {
     /// One that no command clears.
     #[must_use]
     pub fn for_good(code: ErrorCode, what: impl Into<String>, instead: impl Into<String>) -> Refusal {
-        Refusal { code, what: vec![what.into()], steps: Vec::new(), instead: Some(instead.into()), may_pass: false }
+        Refusal {
+            code,
+            what: vec![what.into()],
+            steps: Vec::new(),
+            instead: Some(instead.into()),
+            may_pass: false,
+            forced: None,
+        }
     }
 
     /// What to do about it, as one line.
@@ -68,9 +77,10 @@ impl Refusal {
         if self.steps.len() > STEPS_SHOWN_MAX {
             shown.push(format!("and {} more; ask again then", self.steps.len() - STEPS_SHOWN_MAX));
         }
-        match shown.is_empty() {
-            true => self.code.action().to_owned(),
-            false => shown.join("; then "),
+        let advice = if shown.is_empty() { self.code.action().to_owned() } else { shown.join("; then ") };
+        match &self.forced {
+            Some(forced) => format!("{advice}; or force it: {forced}"),
+            None => advice,
         }
     }
 }
@@ -137,7 +147,11 @@ impl<'a> Decision<'a> {
                             steps: Vec::new(),
                             instead: None,
                             may_pass: true,
+                            forced: self.command.forced(),
                         });
+                        if operation.about(obstacle.kind) == Answer::Refused {
+                            refusal.forced = None;
+                        }
                         refusal.may_pass &= matches!(
                             obstacle.kind,
                             ObstacleKind::ReadBy | ObstacleKind::Attached | ObstacleKind::NamedSocket

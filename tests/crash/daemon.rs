@@ -13,9 +13,9 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::daemon::recording;
 use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::manager::recording;
 use halfsilver::mirror::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
     NewLayer, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,

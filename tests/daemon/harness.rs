@@ -295,9 +295,8 @@ impl Daemon {
     /// Whether it has ended, and well.
     #[track_caller]
     pub(crate) fn has_stopped(&mut self) -> bool {
-        let Some(status) = self.ended() else { return false };
-        assert!(status.success(), "the daemon ended with {status}:\n{}", self.log_text());
-        true
+        let ended = self.ended().inspect(|status| assert!(status.success(), "{status}:\n{}", self.log_text()));
+        ended.is_some()
     }
 
     /// Whether it has ended, by this signal and nothing else.
@@ -693,8 +692,7 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
 
 /// Whether loop devices and mounts can be made here; says so where not.
 pub(crate) fn can_mount(test: &str) -> bool {
-    // SAFETY: geteuid has no preconditions.
-    let root = unsafe { libc::geteuid() } == 0 && Path::new("/dev/loop-control").exists();
+    let root = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
     if !root {
         println!("{test}: skipped, it needs root and loop devices");
     }

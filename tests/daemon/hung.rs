@@ -262,6 +262,19 @@ fn what_is_made_where_all_stands_still_holds_up_itself_only() {
     }
 }
 
+/// Tells a daemon to end. Returns whether it has in time: a thread that the kernel does not let go keeps the process, but its
+/// first thread has ended.
+fn ends_in_time(daemon: &mut Daemon) -> bool {
+    let (began, process) = (Instant::now(), Path::new("/proc").join(daemon.pid().to_string()));
+    daemon.terminate();
+    let has_ended = || matches!(state_in(&process), None | Some('Z' | 'X'));
+    while !has_ended() && began.elapsed() < STOP {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    println!("ended: {}, after {:.1?}", has_ended(), began.elapsed());
+    has_ended()
+}
+
 /// The end of the daemon waits for nothing that hangs: it ends within the time that its unit gives it, as far as the
 /// kernel lets it go, and the next one serves again.
 #[test]
@@ -275,15 +288,7 @@ fn the_daemon_ends_while_a_disk_hangs() {
     slow.stand_still_with_a_write();
     let removal = ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
     wait_until("the removal to be at work", || has_hanging_thread(slow.daemon.pid()));
-    let (began, process) = (Instant::now(), Path::new("/proc").join(slow.daemon.pid().to_string()));
-    slow.daemon.terminate();
-    // A thread that the kernel does not let go keeps the process, but its first thread has ended.
-    let has_ended = || matches!(state_in(&process), None | Some('Z' | 'X'));
-    while !has_ended() && began.elapsed() < STOP {
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    let in_time = has_ended();
-    println!("ended: {in_time}, after {:.1?}", began.elapsed());
+    let in_time = ends_in_time(&mut slow.daemon);
     drop(slow.standstill.take());
     removal.join().unwrap();
     wait_until("the process to be gone", || slow.daemon.ended().is_some());
@@ -475,16 +480,12 @@ fn a_disk_that_falls_silent_holds_up_itself_only() {
     at_work(&daemon, "slow");
     others_go_on(&daemon, "a", Far::Cut);
     assert_claimed(&daemon, "slow");
-    let began = Instant::now();
-    daemon.terminate();
-    while daemon.ended().is_none() {
-        assert!(began.elapsed() < STOP, "the daemon is still there {STOP:?} after it was told to end");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    println!("ended after {:.1?}", began.elapsed());
+    let in_time = ends_in_time(&mut daemon);
     silent.end();
     removal.join().unwrap();
     drop(guest);
+    wait_until("the process to be gone", || daemon.ended().is_some());
+    assert!(in_time, "the daemon is still there {STOP:?} after it was told to end");
     daemon.start();
     assert_eq!(daemon.client("vm0").tag(63), 3);
 }

@@ -265,7 +265,7 @@ const OUT_OF_PLACE: &[Row] = &[
     ("POST", "/v1/volumes/clone/promote", "", "volume-busy", "volume complete clone"),
     ("POST", "/v1/volumes/clone/enable?fresh=true", "", "volume-busy", "clone"),
     ("POST", "/v1/volumes/seat/enable?fresh=true", "", "volume-busy", "seat"),
-    ("POST", "/v1/volumes/copy/enable?fresh=true", "", "volume-busy", "volume disable copy"),
+    ("POST", "/v1/volumes/copy/enable?fresh=true", "", "unsupported", "volume enable copy"),
     ("POST", "/v1/volumes/copy/complete", "", "conflict", "independent already"),
     ("POST", "/v1/volumes/clone/complete?delay_ms=3600001", "", "invalid-request", "delay_ms"),
     ("POST", "/v1/volumes/vm0/complete", "", "volume-not-found", "vm0"),
