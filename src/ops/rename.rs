@@ -36,17 +36,19 @@ type Move = (Arc<ServerHandle>, PathBuf, PathBuf);
 impl Manager {
     pub(crate) fn rename_plain_disk(&self, name: &Name, to: &Name, force: bool) -> Result<api::Disk, ApiError> {
         self.plain_disk(name)?;
-        Ok(self.rename(name, to, force)?.to_api(self))
+        let command = Command::Rename { disk: name.clone(), to: to.clone(), is_volume: false, force };
+        Ok(self.rename(name, to, &command)?.to_api(self))
     }
 
     pub(crate) fn rename_served_volume(&self, name: &Name, to: &Name, force: bool) -> Result<api::Volume, ApiError> {
         self.volume(name)?;
-        Ok(self.rename(name, to, force)?.to_volume(self))
+        let command = Command::Rename { disk: name.clone(), to: to.clone(), is_volume: true, force };
+        Ok(self.rename(name, to, &command)?.to_volume(self))
     }
 
-    fn rename(&self, name: &Name, to: &Name, force: bool) -> Result<Arc<DiskEntry>, ApiError> {
-        let command = Command::Rename { disk: name.clone(), to: to.clone(), force };
-        let _claim = self.claim_with(&command, [ClaimKey::Path(self.places.disk_socket(to))])?;
+    fn rename(&self, name: &Name, to: &Name, command: &Command) -> Result<Arc<DiskEntry>, ApiError> {
+        let force = command.is_forced();
+        let _claim = self.claim_with(command, [ClaimKey::Path(self.places.disk_socket(to))])?;
         let disk = self.disk(name)?;
         if name == to {
             return Ok(disk);
@@ -63,7 +65,7 @@ impl Manager {
             // A frontend that comes from here on finds the sockets at their new places, or keeps them where they are.
             let _away: Vec<_> = open.iter().filter(|_| !force).map(|(server, ..)| server.hold()).collect();
             if !force {
-                decide(&self.registry(), &command)?;
+                decide(&self.registry(), command)?;
             }
             self.move_and_record(&disk, to, &moves, &open)?;
         }

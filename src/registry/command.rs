@@ -56,6 +56,8 @@ pub enum Command {
         disk: Name,
         /// Its new name.
         to: Name,
+        /// Whether a volume is meant.
+        is_volume: bool,
         /// Also while frontends are connected to a socket that is called after it.
         force: bool,
     },
@@ -192,7 +194,9 @@ impl fmt::Display for Command {
                 let readonly = readonly.map(|on| if on { " --readonly on" } else { " --readonly off" });
                 write!(f, "disk set {disk}{}", readonly.unwrap_or_default())
             }
-            Command::Rename { disk, to, .. } => write!(f, "disk rename {disk} {to}{force}"),
+            Command::Rename { disk, to, is_volume, .. } => {
+                write!(f, "{} rename {disk} {to}{force}", if *is_volume { "volume" } else { "disk" })
+            }
             Command::Mirror { disk } => write!(f, "disk mirror {disk}"),
             Command::Unmirror { disk } => write!(f, "disk unmirror {disk}"),
             Command::Restore { disk, from, .. } => write!(f, "disk restore {disk} --from {from}{force}"),

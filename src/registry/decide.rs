@@ -208,6 +208,7 @@ impl<'a> Decision<'a> {
             Command::RemoveDisk { disk, .. } => on_disk(Op::RemoveDisk, disk),
             Command::Forget { disk } => on_disk(Op::Forget, disk),
             Command::Set { disk, .. } => on_disk(Op::Set, disk),
+            Command::Rename { disk, is_volume: true, .. } => on_volume(Op::Rename, disk),
             Command::Rename { disk, .. } => on_disk(Op::Rename, disk),
             Command::Mirror { disk } => on_disk(Op::Mirror, disk),
             Command::Unmirror { disk } => on_disk(Op::Unmirror, disk),

@@ -193,7 +193,7 @@ impl World {
             18 => Command::Forget { disk },
             19 => Command::StopJob { job },
             20 => Command::ResumeJob { job },
-            _ => Command::Rename { disk, to: name(&fresh), force },
+            _ => Command::Rename { disk, to: name(&fresh), is_volume: false, force },
         }
     }
 
