@@ -317,7 +317,7 @@ impl DiskEntry {
 
     pub(crate) fn to_api(&self, manager: &Manager) -> api::Disk {
         let (reason, config) = (self.failure(), self.config());
-        let frontends = self.frontends.count();
+        let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager));
         let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
         api::Disk {
@@ -342,7 +342,7 @@ impl DiskEntry {
             durability: config.durability(),
             background_bytes: config.background_bytes(),
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
-            restoring: self.restore_status(manager),
+            restoring,
         }
     }
 

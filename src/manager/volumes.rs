@@ -105,11 +105,12 @@ impl DiskEntry {
         };
         let frontends = self.frontends.count();
         let standing = locked(&self.standing).clone();
+        let from = standing.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();
         let state = self.volume_state(reason.as_ref());
         api::Volume {
             id: self.id,
             name: self.name.get(),
-            from: standing.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default(),
+            from,
             from_id: standing.relation().map(|v| v.snapshot).unwrap_or_default(),
             independent: standing.volume.is_none(),
             state,
