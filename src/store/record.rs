@@ -3,7 +3,7 @@
 //! What always holds: a field that this program does not know makes a record unreadable to it, so that none is lost by being
 //! stored again. Who adds or changes one gives the records another format ([`super::records`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -278,17 +278,18 @@ impl DiskRecord {
 
 /// Says of all that names a snapshot by its id what that is called now, if it is there.
 pub(super) fn name_moments(disks: &mut [DiskRecord]) {
-    let now = |id: Uuid, disks: &[DiskRecord]| disks.iter().find_map(|disk| disk.reference_of(id));
-    for at in 0..disks.len() {
-        let disk = &disks[at];
-        let volumes = [&disk.volume, &disk.stood_on].map(|v| now(v.as_ref()?.snapshot, disks));
-        let restore = disk.restore.as_ref().and_then(|r| now(r.source, disks));
-        let disk = &mut disks[at];
-        let texts = [&mut disk.volume, &mut disk.stood_on].map(|v| v.as_mut().map(|v| &mut v.from));
-        let texts = texts.into_iter().chain([disk.restore.as_mut().map(|r| &mut r.from)]);
-        for (text, now) in texts.zip(volumes.into_iter().chain([restore])) {
-            if let (Some(text), Some(now)) = (text, now) {
-                *text = now;
+    let names = |disk: &DiskRecord| {
+        let snapshots = disk.snapshots.iter().map(|s| (s.id, &s.name));
+        let moments = disk.bookmarks.iter().map(|b| (b.id, &b.name)).chain(snapshots);
+        moments.map(|(id, name)| (id, format!("{}@{name}", disk.name))).collect::<Vec<_>>()
+    };
+    let now: BTreeMap<Uuid, String> = disks.iter().flat_map(names).collect();
+    for disk in disks {
+        let volumes = [&mut disk.volume, &mut disk.stood_on].into_iter().flatten().map(|v| (v.snapshot, &mut v.from));
+        let restore = disk.restore.as_mut().map(|r| (r.source, &mut r.from));
+        for (id, text) in volumes.chain(restore) {
+            if let Some(now) = now.get(&id) {
+                text.clone_from(now);
             }
         }
     }
