@@ -1,7 +1,7 @@
 //! What a start serves: the disks of the configuration, and what is remembered from before.
 //!
 //! What always holds: what cannot be served is noted with the reason, and all else is served; one image that never answers
-//! holds a start up for [`OPEN_WAIT`] at most.
+//! holds a start up for [`OPEN_WAIT`] when it is looked at and once more when it is opened.
 
 use std::collections::BTreeSet;
 use std::path::Path;

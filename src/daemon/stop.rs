@@ -12,6 +12,9 @@ use crate::daemon::ServeError;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::{HouseNews, Manager};
 
+/// How what was done to a disk ended; None if it hangs.
+type Ended = Option<Result<(), String>>;
+
 /// How long a stop may take. The unit in qemu/systemd gives it 90 s.
 const STOP_WAIT: Duration = Duration::from_secs(60);
 /// How long commands that are under way may take to end first.
@@ -90,7 +93,7 @@ impl Manager {
         disks: &[Arc<DiskEntry>],
         deadline: Instant,
         work: impl Fn(&Manager, &Arc<DiskEntry>) -> Result<(), String> + Clone + Send + 'static,
-    ) -> Vec<(Arc<DiskEntry>, Option<Result<(), String>>)> {
+    ) -> Vec<(Arc<DiskEntry>, Ended)> {
         let begin = |disk: &Arc<DiskEntry>| {
             let (me, of, work, (tell, told)) = (self.me.clone(), disk.clone(), work.clone(), channel());
             let run = move || {

@@ -21,14 +21,17 @@ use crate::store::{DiskRecord, DurableTable, RestoreRecord};
 
 /// A disk that waits for the volume that it is restored from.
 pub(crate) struct Awaited {
-    closed: ClosedDisk,
+    /// None when its requests fail meanwhile.
+    closed: Option<ClosedDisk>,
     pending: DurableTable,
 }
 
 impl Awaited {
     /// Every request on the disk fails from here on.
     pub(crate) fn lose(self, reason: String) {
-        self.closed.lose(reason);
+        if let Some(closed) = self.closed {
+            closed.lose(reason);
+        }
     }
 }
 
@@ -123,7 +126,7 @@ impl Manager {
         let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
         let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
         if !restore.is_own {
-            return Ok((Some(restore), Some(Awaited { closed: self.editor.close(disk, true), pending })));
+            return Ok((Some(restore), Some(Awaited { closed: Some(self.editor.close(disk, true)), pending })));
         }
         self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
         Ok((Some(restore), None))
@@ -136,14 +139,22 @@ impl Manager {
             let Some(record) = locked(&disk.restore).clone() else { continue };
             if let Some(Awaited { closed, pending }) = awaited {
                 match self.view_of(&record) {
-                    Ok(view) => closed.begin(Restoring::new(pending, RestoreSource::View(view))),
+                    Ok(view) => {
+                        let closed = closed.unwrap_or_else(|| self.editor.close(&disk.disk, true));
+                        closed.begin(Restoring::new(pending, RestoreSource::View(view)));
+                        disk.failure_told.store(false, Ordering::SeqCst);
+                    }
                     Err(why) => {
-                        let from = self.name_now(record.source, &record.from);
-                        let reason = format!("it is being restored from {from}, which cannot be had: {why}");
-                        log::error!("disk {}: {reason}; put back what is missing and start again", disk.name);
-                        self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name.get()).because(&reason));
-                        disk.failure_told.store(true, Ordering::SeqCst);
-                        closed.lose(reason);
+                        if let Some(closed) = closed {
+                            let from = self.name_now(record.source, &record.from);
+                            let reason = format!("it is being restored from {from}, which cannot be had: {why}");
+                            log::error!("disk {}: {reason}; put back what is missing, and it goes on", disk.name);
+                            self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name.get()).because(&reason));
+                            disk.failure_told.store(true, Ordering::SeqCst);
+                            closed.lose(reason);
+                        }
+                        // What it waits for may come back.
+                        *locked(&disk.awaited) = Some(Awaited { closed: None, pending });
                         continue;
                     }
                 }

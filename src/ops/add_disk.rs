@@ -1,6 +1,7 @@
-//! Serving disks: adding them, taking up what is remembered of them, and letting them go.
+//! Disks are added, with what is remembered of them: at a start, by a command, and when what they lacked is back.
 //!
-//! What is made of what was left of a disk is decided in the room `recovery`, and carried out here.
+//! What is made of what was left of a disk is decided in the room `recovery`, and carried out in
+//! [`crate::manager::opening`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -146,7 +147,7 @@ impl Manager {
     /// An image that something has which is not served is not served as another disk's: nobody else keeps it from that.
     pub(crate) fn refuse_what_others_have(&self, name: &Name, path: &Path, is_new: bool) -> Result<(), ApiError> {
         let refuse = |whose: String| {
-            let message = format!("disk {name}: {}: it is in use as {whose}", path.display());
+            let message = format!("{name}: {}: it is in use as {whose}", path.display());
             Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
         };
         let resolved = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());

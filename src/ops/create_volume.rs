@@ -1,5 +1,5 @@
-//! Volumes: made, taken up, listed and deleted. A volume is a disk whose full image is a snapshot of another disk or
-//! volume, and whose newest content is in a log.
+//! Volumes are made. A volume is a disk whose full image is a snapshot of another disk or volume, and whose newest content
+//! is in a log.
 //!
 //! What always holds:
 //! - While a volume is remembered, also one that cannot be served, the snapshot that it stands on is not deleted, and the
@@ -101,6 +101,9 @@ impl Manager {
         if let Some(image) = request.image.as_ref().filter(|image| std::fs::symlink_metadata(image).is_ok()) {
             let message = format!("volume {name}: {} exists", image.display());
             return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name a path where nothing is"));
+        }
+        if let Some(image) = &request.image {
+            self.refuse_what_others_have(name, image, true)?;
         }
         // Before a snapshot is taken for its sake.
         if let Some(directory) = request.image.as_ref().and_then(|image| image.parent()).filter(|d| !d.is_dir()) {

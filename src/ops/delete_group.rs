@@ -44,7 +44,8 @@ impl Manager {
             let snapshots = disk.snapshots.iter().filter(|s| s.group == group);
             snapshots.map(|snapshot| disk.reference(&snapshot.name)).collect::<Vec<_>>()
         };
-        let found: Vec<SnapshotRef> = registry.disks().flat_map(of).collect();
+        let mut found: Vec<SnapshotRef> = registry.disks().flat_map(of).collect();
+        found.sort();
         let refused = |snapshot: &SnapshotRef| {
             let command = Command::DeleteSnapshot { snapshot: snapshot.clone(), force: options.force };
             decide(&registry, &command)

@@ -1,4 +1,4 @@
-//! Restores in place: begun, gone on with after any end of the daemon, and ended (source 004).
+//! Restores in place are begun (source 004). How they go on and end is in [`crate::manager::restoring`].
 //!
 //! What always holds:
 //! - While a record says that a restore is active, its table of pending blocks is durable, and so is what pending blocks

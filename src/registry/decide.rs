@@ -41,7 +41,7 @@ pub struct Refusal {
     /// Whether all that stands in the way are connections: one of them may just be hanging up.
     pub may_pass: bool,
     /// The same command as it would not be refused, if force is enough.
-    pub forced: Option<Command>,
+    pub forced: Option<Box<Command>>,
 }
 
 impl fmt::Display for Refusal {
@@ -147,7 +147,7 @@ impl<'a> Decision<'a> {
                             steps: Vec::new(),
                             instead: None,
                             may_pass: true,
-                            forced: self.command.forced(),
+                            forced: self.command.forced().map(Box::new),
                         });
                         if operation.about(obstacle.kind) == Answer::Refused {
                             refusal.forced = None;

@@ -1,5 +1,5 @@
-//! The steps of the daemon in their order, on a simulated host. Each function names the one of `src/daemon/` whose order
-//! it has; what decides anything (`take_up`, `recording`, jobs, the engine) is the daemon's own code.
+//! The steps of the daemon in their order, on a simulated host. Each function names the one of `src/ops/` or `src/manager/`
+//! whose order it has; what decides anything (`recovery`, `recording`, jobs, the engine) is the daemon's own code.
 //!
 //! Left out: sockets, events, stops, cutovers, and what follows from images that fail.
 

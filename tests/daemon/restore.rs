@@ -437,11 +437,13 @@ fn a_disk_whose_volume_is_lost_answers_with_errors() {
         let refused = daemon.send("DELETE", path, "");
         assert_eq!(refused.status, 409, "{}", refused.body);
     }
-    daemon.stop();
+    // It goes on as soon as the volume is back, without a start.
     std::fs::rename(&aside, &image).unwrap();
-    daemon.start();
+    wait_until("what it waits for to be back", || daemon.show_disk("vm0")["state"] == "serving");
     let mut expected = now;
     expected[0..8].fill(4);
+    assert_eq!(shows(&daemon, "vm0"), expected);
+    end_and_start(&mut daemon, End::Stop);
     assert_eq!(shows(&daemon, "vm0"), expected);
     daemon.send("POST", &format!("/v1/jobs/{}/resume", the_job(&daemon)["id"]), "").ok();
     finish(&daemon);
