@@ -271,7 +271,7 @@ impl Manager {
     /// Goes on with a synchronisation that was stopped or failed.
     pub(crate) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
-        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name.get()))?;
+        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.is_stopped = false;
         }

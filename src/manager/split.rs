@@ -14,11 +14,11 @@ impl Manager {
     /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
     pub(crate) fn split(&self, disk: &DiskEntry) -> Result<(Backing, Backing), ApiError> {
         let pair = locked(&disk.mirror).as_ref().filter(|m| m.legs.len() == 2).map(|m| m.pair.clone());
-        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name.get()))?;
+        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         let of = pair.clone();
         in_ring(async move |queue| of.prepare_split(&queue).await)
             .map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })?;
-        let frozen = pair.second().ok_or_else(|| ApiError::no_second_leg(&disk.name.get()))?;
+        let frozen = pair.second().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         let live = pair.detached().map_err(pair_error)?;
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.pair = live.clone();

@@ -176,7 +176,7 @@ impl Manager {
     pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
         let (pair, is_in_use) = {
             let mut mirror = locked(&disk.mirror);
-            let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name.get()))?;
+            let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
             let is_in_use = mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising);
             mirror.legs.retain(|(l, _)| l.id != leg.id);
             if let Some((stays, _)) = mirror.legs.first()

@@ -211,7 +211,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
         };
         let Some(was) = locked(&disk.standing).relation().cloned() else {
-            return Err(ApiError::volume_not_found(&disk.name.get()));
+            return Err(ApiError::volume_not_found(&disk.name));
         };
         let kept = match disk.disk.base_broken() {
             None => disk.disk.blocks_to_keep(was.origin, &source.disk, (was.snapshot, entry.id)),

@@ -1,6 +1,8 @@
 //! Another name for disks and volumes: all that belongs to them goes on, under any strategy, with jobs and guests at work,
 //! through kills; and the old name is free.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges that happen to have one")]
+
 use serde_json::{Value, json};
 
 use crate::asking::{follow_advice, lift_paces};

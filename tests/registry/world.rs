@@ -79,7 +79,7 @@ impl World {
             is_readonly: false,
             failure: None,
             frontends: 0,
-            is_socket_named: self.next % 3 != 0,
+            is_socket_named: !self.next.is_multiple_of(3),
             restore: None,
             has_work: false,
             is_in_log: kind != Kind::Disk,
