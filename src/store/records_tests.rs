@@ -451,7 +451,17 @@ fn a_record_gets_another_name_with_all_that_it_names() {
         size_bytes: 4096,
         created_ms: 1,
     });
-    clone.restore.as_mut().unwrap().source = old.bookmarks[0].id;
+    clone.restore = Some(RestoreRecord {
+        id: Uuid::new_v4(),
+        source: old.bookmarks[0].id,
+        from: "vm0@z".to_owned(),
+        is_own: false,
+        is_ours: false,
+        is_active: true,
+        stopped: false,
+        delay_ms: 0,
+        bytes_per_second: 0,
+    });
     records.put([&old, &clone]).unwrap();
     let mut new = DiskRecord { name: "clone".to_owned(), ..old.clone() };
     let before = all(&records);
