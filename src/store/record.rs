@@ -248,9 +248,9 @@ impl DiskRecord {
     /// What the images of its snapshots are called, whatever the disk was called then and wherever their directory is now.
     pub fn image_names(&self) -> impl Iterator<Item = String> + '_ {
         // A full image is the disk's own, or a leg.
-        let images = self.snapshots.iter().filter(|s| !s.owns_all).map(|s| &s.image);
-        images.filter(|image| image.extension().is_some_and(|e| e == "img")).filter_map(|image| {
-            let stem = image.file_stem()?.to_str()?;
+        let images = self.snapshots.iter().filter(|s| !s.owns_all && s.image.extension().is_some_and(|e| e == "img"));
+        images.filter_map(|snapshot| {
+            let stem = snapshot.image.file_stem()?.to_str()?;
             Some(stem.to_owned())
         })
     }
