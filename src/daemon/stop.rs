@@ -1,13 +1,14 @@
 //! The end of the daemon: all requests done, all sockets closed, everything saved.
 //!
-//! What always holds: each disk ends by itself, so that one that hangs keeps no other from being saved; all of it takes
-//! [`STOP_WAIT`] at most, which is less than a service manager waits. What hangs by then is as after a kill.
+//! What always holds: each disk ends by itself, so that one that hangs keeps no other from being saved; all of
+//! it takes [`STOP_WAIT`] at most, which is less than a service manager waits. What hangs by then is as after a kill.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use crate::control::api::JobState;
 use crate::daemon::ServeError;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::{HouseNews, Manager};
@@ -15,8 +16,11 @@ use crate::manager::{HouseNews, Manager};
 /// How what was done to a disk ended; None if it hangs.
 type Ended = Option<Result<(), String>>;
 
-/// How long a stop may take. The unit in qemu/systemd gives it 90 s.
-const STOP_WAIT: Duration = Duration::from_secs(60);
+/// How long all of it may take: less than the 90 s that the unit in qemu/systemd gives a stop.
+const STOP_WAIT: Duration = Duration::from_secs(80);
+/// How long requests may take of that to end, and then jobs and other threads; the rest is for saving.
+const REQUESTS_WAIT: Duration = Duration::from_secs(30);
+const THREADS_WAIT: Duration = Duration::from_secs(10);
 /// How long commands that are under way may take to end first.
 const CLAIMS_WAIT: Duration = Duration::from_secs(10);
 
@@ -37,7 +41,7 @@ impl Manager {
             log::error!("'{left}' is still under way, and is not waited for");
         }
         let disks = self.all_disks();
-        let ended = self.for_each_disk(&disks, deadline, |_, disk| {
+        let ended = self.for_each_disk(&disks, Instant::now() + REQUESTS_WAIT, |_, disk| {
             // Requests may still wait for a volume, when the start ends half way.
             let awaited = locked(&disk.awaited).take();
             if let Some(awaited) = awaited {
@@ -53,9 +57,14 @@ impl Manager {
         if self.house.send(HouseNews::Stopping).is_err() {
             log::debug!("the housekeeper has left already");
         }
-        let threads_left = self.join_threads(deadline);
-        let is_ended =
-            |disk: &&Arc<DiskEntry>| ended.iter().any(|(of, done)| Arc::ptr_eq(of, disk) && *done == Some(Ok(())));
+        let threads_left = self.join_threads(Instant::now() + THREADS_WAIT);
+        // What a job or a command still changes must not be sealed.
+        let is_ended = |disk: &&Arc<DiskEntry>| {
+            let has_ended = ended.iter().any(|(of, done)| Arc::ptr_eq(of, disk) && *done == Some(Ok(())));
+            has_ended
+                && self.job_on(disk, |job| job.state() == JobState::Running).is_none()
+                && !self.is_being_changed(disk.id)
+        };
         let quiet: Vec<Arc<DiskEntry>> = disks.iter().filter(is_ended).cloned().collect();
         let saved = self.for_each_disk(&quiet, deadline, |manager, disk| {
             // No request is left, so every version is quiesced.

@@ -85,6 +85,8 @@ pub struct Manager {
     /// Rings when a claim was let go.
     pub(crate) released: Condvar,
     pub(crate) follow_ups: Mutex<FollowUps>,
+    /// Held by who looks which restores can go on: each goes on once.
+    pub(crate) resuming: Mutex<()>,
     /// Whether the control socket answers.
     pub(crate) is_listening: AtomicBool,
     pub(crate) stopping: AtomicBool,
@@ -155,6 +157,7 @@ impl Manager {
             claims: Mutex::default(),
             released: Condvar::new(),
             follow_ups: Mutex::default(),
+            resuming: Mutex::default(),
             is_listening: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             threads: Mutex::default(),

@@ -134,6 +134,7 @@ impl Manager {
 
     /// Goes on with the restores of disks that are served, and whose volumes are.
     pub(crate) fn resume_restores(&self) {
+        let _resuming = locked(&self.resuming);
         for disk in self.all_disks() {
             let awaited = locked(&disk.awaited).take();
             let Some(record) = locked(&disk.restore).clone() else { continue };

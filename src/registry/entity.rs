@@ -25,6 +25,8 @@ pub struct Disk {
     pub kind: Kind,
     /// Whether it is served.
     pub phase: Phase,
+    /// Whether its record cannot be read, so that nobody knows what it needs.
+    pub is_unreadable: bool,
     /// Whether nobody may write it.
     pub is_readonly: bool,
     /// Why it cannot be used although it is served: a failed sync, a lost base.

@@ -30,6 +30,8 @@ pub enum ObstacleKind {
     ReadOnly,
     /// A volume stands on it, or on one of its snapshots.
     StoodOn,
+    /// Something whose record cannot be read may need it, or one of its snapshots.
+    MayBeNeeded,
     /// A disk is restored from it, or from one of its snapshots.
     RestoredFrom,
     /// What a disk is restored from reads through it, or through one of its snapshots.
@@ -84,6 +86,7 @@ impl ObstacleKind {
             Failed,
             ReadOnly,
             StoodOn,
+            MayBeNeeded,
             RestoredFrom,
             RestoredThrough,
             RestoreWaits,
@@ -265,6 +268,12 @@ impl Registry {
     /// Who needs one of these snapshots of a disk.
     fn needs(&self, disk: &Disk, snapshots: &[Uuid]) -> Vec<Obstacle> {
         let mut found: Vec<Obstacle> = Vec::new();
+        for unreadable in self.disks().filter(|d| d.is_unreadable && d.id != disk.id && !snapshots.is_empty()) {
+            let name = &unreadable.name;
+            let what = format!("the record of {name} cannot be read, and it may need a snapshot of {}", disk.title());
+            let forget = Step::Run(Command::Forget { disk: name.clone() });
+            found.push(obstacle(ObstacleKind::MayBeNeeded, what, vec![forget]));
+        }
         for id in snapshots {
             let edges: Vec<_> = self.edges().filter(|edge| edge.needed == *id).collect();
             let needers = |kind| {

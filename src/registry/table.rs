@@ -102,6 +102,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Failed,            [R, o, R, o, o, o, o, o, o, R, o, R, o, R, o, o, o, o, R, o]),
     (ReadOnly,          [o, o, o, o, o, o, o, o, o, R, o, R, o, o, o, o, o, o, o, o]),
     (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
+    (MayBeNeeded,       [o, F, o, o, o, F, R, o, o, o, o, o, F, o, o, o, o, o, o, o]),
     (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
     (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
     (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, F, o, o, o, o, o, o, o]),

@@ -76,6 +76,7 @@ impl World {
             name: name(&format!("d{}", self.next)),
             kind,
             phase: Phase::Served,
+            is_unreadable: false,
             is_readonly: false,
             failure: None,
             frontends: 0,
@@ -152,6 +153,12 @@ impl World {
             7 if is_lost && disk.restore.as_ref().is_some_and(|r| !disk.snapshots.iter().any(|s| s.id == r.source)) => {
                 disk.restore.iter_mut().for_each(|restore| restore.is_lost = true);
                 self.jobs.retain(|job| job.disk != picked.id || job.kind != JobKind::Restore);
+            }
+            // Of such a one nothing is known.
+            8 if job_kind == 1 && disk.snapshots.is_empty() && disk.kind == Kind::Disk && disk.restore.is_none() => {
+                disk.phase = Phase::Unserved { why: "its record cannot be read".to_owned() };
+                (disk.is_unreadable, disk.frontends, disk.bookmarks) = (true, 0, Vec::new());
+                self.jobs.retain(|job| job.disk != picked.id);
             }
             8 if job_kind == 0 => {
                 if let Some(snapshot) = disk.snapshots.first_mut() {
