@@ -74,7 +74,7 @@ pub enum ObstacleKind {
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 28] = {
+    pub const ALL: [ObstacleKind; 29] = {
         use ObstacleKind::*;
         [
             Unserved,
