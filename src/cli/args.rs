@@ -66,13 +66,13 @@ pub(super) enum Command {
 /// What is asked of a running daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum ClientCommand {
-    /// List, add, set, mirror, restore, remove and forget disks
+    /// List, add, set, rename, mirror, restore, remove and forget disks
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Take, list, cut over and delete snapshots
     #[command(subcommand)]
     Snapshot(SnapshotCommand),
-    /// Make, compare, complete, set, promote, disable and delete volumes: disks that guests can write, made off snapshots at once
+    /// Make, compare, complete, set, rename, promote, disable and delete volumes: disks that guests can write, made off snapshots at once
     #[command(subcommand)]
     Volume(VolumeCommand),
     /// List and forget bookmarks: what is left of deleted snapshots, to know what has changed since
@@ -160,6 +160,16 @@ pub(super) enum DiskCommand {
         /// Let guests only read
         #[arg(long, value_name = "on|off", value_parser = switch)]
         readonly: Option<bool>,
+    },
+    /// Give a disk another name; its snapshots, bookmarks, volumes, jobs and guests stay with it
+    Rename {
+        #[arg(value_name = "OLD")]
+        disk: Name,
+        #[arg(value_name = "NEW")]
+        to: Name,
+        /// Also while a frontend is connected to a socket that is called after the disk, and moves with its name
+        #[arg(long)]
+        force: bool,
     },
     /// Forget a disk or volume that is not served, with its snapshots and all that was made for it; a disk's image stays
     Forget { disk: Name },
@@ -467,6 +477,16 @@ pub(super) enum VolumeCommand {
         volume: Name,
         #[command(flatten)]
         set: SetArgs,
+    },
+    /// Give a volume another name; its snapshots, bookmarks, volumes, jobs and guests stay with it
+    Rename {
+        #[arg(value_name = "OLD")]
+        volume: Name,
+        #[arg(value_name = "NEW")]
+        to: Name,
+        /// Also while a frontend is connected to a socket that is called after the volume, and moves with its name
+        #[arg(long)]
+        force: bool,
     },
     /// Make a volume that is complete a disk; its guests stay connected
     Promote {

@@ -15,7 +15,7 @@ use super::output::{Output, Spinner};
 use super::pages::{disk_fields, volume_fields, volume_table};
 use super::wait::{Patience, Wait};
 use crate::control::Name;
-use crate::control::api::{CreateVolume, Disk, Job, Volume, VolumeList, VolumeStatus};
+use crate::control::api::{CreateVolume, Disk, Job, RenameRequest, Volume, VolumeList, VolumeStatus};
 
 /// Runs one command; relative paths start at `directory`.
 pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
@@ -51,6 +51,11 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             let patch = set.patch(None);
             let volume: Volume = send_patch(&format!("/v1/volumes/{volume}"), &patch, client)?;
             output.show(&volume, |volume| volume_fields(volume) + &counts_later(&patch, volume.frontends))
+        }
+        VolumeCommand::Rename { volume, to, force } => {
+            let request = RenameRequest { name: to.to_string(), force };
+            let volume: Volume = client.put(Method::POST, &format!("/v1/volumes/{volume}/rename"), &request)?.json()?;
+            output.show(&volume, volume_fields)
         }
         VolumeCommand::Complete { volume, pace, wait, limit } => {
             let wait = begin(format!("completing {volume}"), &volume, limit.patience(wait), client);

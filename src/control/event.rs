@@ -28,6 +28,8 @@ words! {
         DiskRemoved = "DISK_REMOVED",
         /// How a disk or volume is served was changed.
         DiskChanged = "DISK_CHANGED",
+        /// A disk or volume has another name; the reason says which one it had.
+        DiskRenamed = "DISK_RENAMED",
         /// A disk stopped working; see the reason.
         DiskFailed = "DISK_FAILED",
         /// A leg of a mirrored disk gets no writes any more; see the reason. The disk goes on with the other one.

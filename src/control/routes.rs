@@ -80,6 +80,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/disks/{disk}", get(get_disk).put(put_disk).patch(set::set_disk).delete(delete_disk))
         .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
         .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
+        .route("/v1/disks/{disk}/rename", post(set::rename_disk))
         .route("/v1/disks/{disk}/forget", post(set::forget_disk))
         .route("/v1/snapshots", get(lists::list_snapshots).post(create_snapshots).delete(group::delete_group))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
@@ -92,6 +93,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/volumes/{volume}/diff", get(changes::diff_volume))
         .route("/v1/volumes/{volume}/map", get(changes::map_volume))
         .route("/v1/volumes/{volume}/status", get(changes::volume_status))
+        .route("/v1/volumes/{volume}/rename", post(set::rename_volume))
         .route("/v1/volumes/{volume}/complete", post(volume::complete_volume))
         .route("/v1/volumes/{volume}/update", post(volume::update_volume))
         .route("/v1/volumes/{volume}/promote", post(volume::promote_volume))
@@ -478,6 +480,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         set::set_disk,
         delete_disk,
         set::forget_disk,
+        set::rename_disk,
         mirror_disk,
         unmirror_disk,
         restore::restore_disk,
@@ -491,6 +494,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         create_volume,
         get_volume,
         set::set_volume,
+        set::rename_volume,
         delete_volume,
         changes::diff_snapshot,
         changes::diff_volume,

@@ -100,6 +100,21 @@ pub trait Service: Send + Sync + 'static {
     /// `volume-not-found`, `volume-busy` if it is broken, `unsupported`, `io-error`.
     fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<Volume, ApiError>;
 
+    /// Gives a disk another name. All that belongs to it goes by its id and stays as it is: snapshots, bookmarks, volumes
+    /// that stand on it, jobs, restores, guests. A socket that is called after the disk is called after the new name; with
+    /// `force` also while a frontend is connected to it, which stays connected.
+    ///
+    /// # Errors
+    /// `disk-not-found`, `disk-exists` or `volume-exists` if something has the new name, served or not; `disk-busy` while a
+    /// frontend is connected, without `force`, if the socket moves; `conflict` if the new socket cannot be made; `io-error`.
+    fn rename_disk(&self, disk: &Name, to: &Name, force: bool) -> Result<Disk, ApiError>;
+
+    /// The same of a volume.
+    ///
+    /// # Errors
+    /// `volume-not-found`, `volume-busy`, and those of [`Service::rename_disk`].
+    fn rename_volume(&self, volume: &Name, to: &Name, force: bool) -> Result<Volume, ApiError>;
+
     /// Forgets a disk or volume that is not served: its record, its tables, and the images that were made for it. A disk's
     /// own image stays.
     ///

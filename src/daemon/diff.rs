@@ -19,21 +19,8 @@ use crate::store::{BlockRange, VolumeRecord};
 impl Manager {
     /// The disk or volume with this id, unless one has that very name.
     pub(crate) fn disk_name(&self, name: &Name) -> Name {
-        let by_id = || self.all_disks().iter().find(|d| is_id(name, d.id)).map(|d| d.name.clone());
+        let by_id = || self.all_disks().iter().find(|d| is_id(name, d.id)).map(|d| d.name.get());
         if self.disk(name).is_ok() { name.clone() } else { by_id().unwrap_or_else(|| name.clone()) }
-    }
-
-    /// The snapshot or bookmark with this id.
-    pub(crate) fn reference_of(&self, id: Uuid) -> Result<SnapshotRef, ApiError> {
-        for disk in self.all_disks() {
-            if let Some(snapshot) = disk.snapshots().iter().find(|s| s.id == id) {
-                return Ok(snapshot.reference.clone());
-            }
-            if let Some(bookmark) = disk.bookmarks().into_iter().find(|b| b.id == id) {
-                return Ok(SnapshotRef { disk: disk.name.clone(), name: bookmark.name.parse()? });
-            }
-        }
-        Err(ApiError::snapshot_not_found(id))
     }
 
     pub(crate) fn diff(&self, from: &SnapshotRef, to: Option<&SnapshotRef>) -> Result<Diff, ApiError> {
@@ -64,7 +51,7 @@ impl Manager {
             Err(why) => (None, Some(why)),
         };
         let head = VolumeMap {
-            name: disk.name.clone(),
+            name: disk.name.get(),
             block_size: geometry.block_bytes,
             blocks: geometry.blocks(),
             size_bytes: geometry.size_bytes,
@@ -80,14 +67,15 @@ impl Manager {
     pub(crate) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
         let (disk, volume) = self.served_volume(name)?;
         let geometry = disk.disk.geometry();
+        let from = self.name_now(volume.snapshot, &volume.from);
         let source = self.all_disks().into_iter().find(|d| d.snapshots().iter().any(|s| s.id == volume.snapshot));
         let changed = since(&disk, volume.origin);
         let source_changed = match &source {
             Some(source) => source
                 .disk
                 .changes(volume.snapshot, None)
-                .map_err(|e| format!("it is not known what was written to {} since {}: {e}", source.name, volume.from)),
-            None => Err(format!("{} is not there", volume.from)),
+                .map_err(|e| format!("it is not known what was written to {} since {from}: {e}", source.name)),
+            None => Err(format!("{from} is not there")),
         };
         let differing = match (&changed, &source_changed) {
             (Ok(ours), Ok(theirs)) if ours.blocks() == theirs.blocks() => Some(ours.count_with(theirs)),
@@ -97,9 +85,9 @@ impl Manager {
         let owned = disk.disk.owned_by_volume().map_or(blocks, |owned| owned.count());
         Ok(VolumeStatus {
             id: disk.id,
-            name: disk.name.clone(),
-            source: volume.from.split('@').next().unwrap_or_default().to_owned(),
-            from: volume.from,
+            name: disk.name.get(),
+            source: from.split('@').next().unwrap_or_default().to_owned(),
+            from,
             block_size: geometry.block_bytes,
             blocks,
             owned_blocks: owned,
@@ -128,7 +116,7 @@ fn diff(
     from: &dyn std::fmt::Display,
     to: Option<&SnapshotRef>,
 ) -> Result<Diff, ApiError> {
-    if let Some(to) = to.filter(|to| to.disk != disk.name) {
+    if let Some(to) = to.filter(|to| to.disk != disk.name.get()) {
         let message = format!("to: {to} is not of {}", disk.name);
         return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name two moments of one disk"));
     }

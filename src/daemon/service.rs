@@ -36,7 +36,7 @@ impl Service for Manager {
     }
 
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
-        let mut disks: Vec<_> = self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api()).collect();
+        let mut disks: Vec<_> = self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api(self)).collect();
         disks.extend(self.unserved_disks());
         disks.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(disks)
@@ -45,7 +45,7 @@ impl Service for Manager {
     fn get_disk(&self, disk: &Name) -> Result<api::Disk, ApiError> {
         match self.unserved_disk(disk) {
             Some(disk) => Ok(disk),
-            None => Ok(self.plain_disk(&self.disk_name(disk))?.to_api()),
+            None => Ok(self.plain_disk(&self.disk_name(disk))?.to_api(self)),
         }
     }
 
@@ -64,6 +64,14 @@ impl Service for Manager {
 
     fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
         self.set_served_volume(volume, patch)
+    }
+
+    fn rename_disk(&self, disk: &Name, to: &Name, force: bool) -> Result<api::Disk, ApiError> {
+        self.rename_plain_disk(disk, to, force)
+    }
+
+    fn rename_volume(&self, volume: &Name, to: &Name, force: bool) -> Result<api::Volume, ApiError> {
+        self.rename_served_volume(volume, to, force)
     }
 
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
@@ -214,7 +222,7 @@ impl Service for Manager {
         for disk in self.all_disks() {
             let stats = disk.stats();
             all.disks.push(DiskMetrics {
-                disk: disk.name.clone(),
+                disk: disk.name.get(),
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
                 background_wait_seconds: disk.disk.background().waited().as_secs_f64(),
@@ -225,8 +233,8 @@ impl Service for Manager {
                     snapshot.version.as_ref().map_or(0, |v| c(v).load(Ordering::Relaxed))
                 };
                 all.snapshots.push(SnapshotMetrics {
-                    disk: disk.name.clone(),
-                    snapshot: snapshot.reference.name.clone(),
+                    disk: disk.name.get(),
+                    snapshot: snapshot.name.clone(),
                     preserved_blocks: count(|v| &v.preserved_blocks),
                     preserved_bytes: count(|v| &v.preserved_bytes),
                     drain_seconds: locked(&snapshot.drain).map(|d| d.as_secs_f64()),

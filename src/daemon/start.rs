@@ -4,6 +4,7 @@
 //! holds a start up for [`OPEN_WAIT`] when it is looked at and once more when it is opened.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,20 @@ impl Manager {
         let mut wanted = Vec::new();
         for spec in given.disks.iter().filter(|spec| given.strict || !locked(&self.unserved).contains_key(&spec.name)) {
             let record = records.iter().find(|r| r.name == spec.name.as_str()).cloned();
+            let known = records.iter().filter(|_| record.is_none()).find(|r| has_image(r, &spec.config.path));
+            if let Some(known) = known {
+                let why = format!(
+                    "{} is the image of disk {}, which is remembered with it; say name={1} in the configuration",
+                    spec.config.path.display(),
+                    known.name
+                );
+                if given.strict {
+                    return Err(ApiError::new(ErrorCode::Conflict, format!("disk {}: {why}", spec.name)));
+                }
+                let config = self.completed(&spec.name, &spec.config);
+                self.not_served(Planned { name: spec.name.clone(), config, record }, given, why);
+                continue;
+            }
             wanted.push(Planned { config: self.completed(&spec.name, &spec.config), name: spec.name.clone(), record });
         }
         for record in records {
@@ -210,6 +225,13 @@ impl Manager {
 
 fn no_answer() -> ApiError {
     ApiError::new(ErrorCode::DiskFailed, "its image does not answer")
+}
+
+/// Whether this is the image of a disk that is remembered, or one of its legs.
+fn has_image(record: &DiskRecord, path: &Path) -> bool {
+    let own = record.config.get("path").and_then(|path| path.as_str()).map(Path::new);
+    let legs = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
+    own.into_iter().chain(legs).any(|its| its == path)
 }
 
 /// A name that is given to take what was flushed must be that of something.

@@ -64,7 +64,7 @@ impl Manager {
             has_ended
                 && self.job_on(disk, |job| job.state() == JobState::Running).is_none()
                 && !self.is_being_changed(disk.id)
-                && !self.is_name_claimed(&disk.name)
+                && !self.is_name_claimed(&disk.name.get())
         };
         let quiet: Vec<Arc<DiskEntry>> = disks.iter().filter(is_ended).cloned().collect();
         let saved = self.for_each_disk(&quiet, deadline, |manager, disk| {

@@ -115,7 +115,7 @@ impl SnapshotEntry {
         match self.broken() {
             None => Ok(()),
             Some(reason) => {
-                let message = format!("keep-bookmark: snapshot {} is broken: {reason}", self.reference);
+                let message = format!("keep-bookmark: snapshot {} is broken: {reason}", self.reference());
                 Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("delete it without a bookmark"))
             }
         }
@@ -127,7 +127,7 @@ impl SnapshotEntry {
         if !record.deleting || record.keep_bookmark {
             return Ok(());
         }
-        let message = format!("keep-bookmark: snapshot {} is being deleted without one already", self.reference);
+        let message = format!("keep-bookmark: snapshot {} is being deleted without one already", self.reference());
         Err(ApiError::new(ErrorCode::SnapshotBusy, message)
             .with_action("leave --keep-bookmark out; the next backup has to copy everything"))
     }
@@ -171,7 +171,7 @@ impl DiskEntry {
         Some(Bookmark {
             id: record.id,
             group: record.group,
-            disk: self.name.clone(),
+            disk: self.name.get(),
             name: record.name.parse().ok()?,
             state: if lost.is_some() { BookmarkState::Lost } else { BookmarkState::Kept },
             reason: lost,

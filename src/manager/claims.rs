@@ -140,7 +140,7 @@ impl Manager {
     /// Claims what a job works on, however long that takes. None when the daemon goes down.
     pub(crate) fn claim_for_job(&self, job: &JobEntry) -> Option<Held<'_>> {
         let operation = format!("{} (job {})", job.kind, job.id);
-        self.claim_patiently(&operation, job.disk.name.as_str(), ClaimKey::Entity(job.disk.id))
+        self.claim_patiently(&operation, job.disk.name.get().as_str(), ClaimKey::Entity(job.disk.id))
     }
 
     /// Claims one thing, however long that takes. None when the daemon goes down.

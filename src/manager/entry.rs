@@ -11,8 +11,10 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
+use crate::manager::Manager;
 use crate::manager::layers::space_of;
 use crate::manager::legs::Mirror;
+use crate::manager::names::CurrentName;
 use crate::manager::recording;
 use crate::manager::relations::Standing;
 use crate::manager::restoring::Awaited;
@@ -32,13 +34,13 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 pub(crate) struct Frontends {
     count: AtomicU32,
-    disk: Name,
-    snapshot: Option<SnapshotRef>,
+    disk: CurrentName,
+    snapshot: Option<Name>,
     bus: Arc<EventBus>,
 }
 
 impl Frontends {
-    pub(crate) fn new(disk: &Name, snapshot: Option<&SnapshotRef>, bus: &Arc<EventBus>) -> Arc<Frontends> {
+    pub(crate) fn new(disk: &CurrentName, snapshot: Option<&Name>, bus: &Arc<EventBus>) -> Arc<Frontends> {
         let (disk, snapshot, bus) = (disk.clone(), snapshot.cloned(), bus.clone());
         Arc::new(Frontends { count: AtomicU32::new(0), disk, snapshot, bus })
     }
@@ -49,8 +51,8 @@ impl Frontends {
 
     fn publish(&self, kind: EventKind) {
         let notice = match &self.snapshot {
-            Some(snapshot) => Notice::of_snapshot(kind, snapshot),
-            None => Notice::of_disk(kind, &self.disk),
+            Some(name) => Notice::of_snapshot(kind, &SnapshotRef { disk: self.disk.get(), name: name.clone() }),
+            None => Notice::of_disk(kind, &self.disk.get()),
         };
         self.bus.publish(notice);
     }
@@ -70,11 +72,12 @@ impl Observer for Frontends {
 
 /// A snapshot. Without a version it is only a record: of content that was lost.
 pub(crate) struct SnapshotEntry {
-    pub(crate) reference: SnapshotRef,
+    pub(crate) disk: CurrentName,
+    pub(crate) name: Name,
     pub(crate) id: Uuid,
     pub(crate) record: Mutex<SnapshotRecord>,
     pub(crate) version: Option<Arc<Version>>,
-    pub(crate) server: Mutex<Option<ServerHandle>>,
+    pub(crate) server: Mutex<Option<Arc<ServerHandle>>>,
     pub(crate) frontends: Arc<Frontends>,
     /// Why there is no socket although the content is whole.
     pub(crate) socket_error: Mutex<Option<String>>,
@@ -82,6 +85,11 @@ pub(crate) struct SnapshotEntry {
 }
 
 impl SnapshotEntry {
+    /// Its full name.
+    pub(crate) fn reference(&self) -> SnapshotRef {
+        SnapshotRef { disk: self.disk.get(), name: self.name.clone() }
+    }
+
     /// Whether its socket is open.
     pub(crate) fn is_open(&self) -> bool {
         locked(&self.server).is_some()
@@ -146,8 +154,8 @@ impl SnapshotEntry {
         api::Snapshot {
             id: self.id,
             group: record.group,
-            disk: self.reference.disk.clone(),
-            name: self.reference.name.clone(),
+            disk: self.disk.get(),
+            name: self.name.clone(),
             strategy: record.strategy.parse().unwrap_or(api::Strategy::CopyOnWrite),
             durability: if durable { Durability::Power } else { Durability::Process },
             writers: record.writers.parse().unwrap_or(api::Writers::Request),
@@ -180,12 +188,13 @@ pub(crate) fn record_of(
 
 /// A served disk.
 pub(crate) struct DiskEntry {
-    pub(crate) name: Name,
+    pub(crate) name: CurrentName,
     pub(crate) id: Uuid,
     /// The boot of the machine.
     pub(crate) boot: Uuid,
-    /// As it is served: with the socket and the serial filled in.
+    /// As it was served at first: with the serial filled in. What may change meanwhile is said elsewhere.
     pub(crate) config: DiskConfig,
+    pub(crate) socket: Mutex<PathBuf>,
     pub(crate) disk: Arc<Disk>,
     /// What it stands on, and what is being done about that.
     pub(crate) standing: Mutex<Standing>,
@@ -250,12 +259,12 @@ impl DiskEntry {
     }
 
     pub(crate) fn snapshot(&self, name: &Name) -> Option<Arc<SnapshotEntry>> {
-        self.snapshots().into_iter().find(|s| s.reference.name == *name)
+        self.snapshots().into_iter().find(|s| s.name == *name)
     }
 
     /// What is remembered of it while it is served.
     pub(crate) fn to_record(&self) -> DiskRecord {
-        let of = (self.id, &self.name, self.boot);
+        let of = (self.id, &self.name.get(), self.boot);
         let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
         record.bookmarks = self.bookmarks();
         locked(&self.standing).put_into(&mut record);
@@ -265,10 +274,16 @@ impl DiskEntry {
         record
     }
 
+    /// Where frontends connect.
+    pub(crate) fn socket(&self) -> PathBuf {
+        locked(&self.socket).clone()
+    }
+
     /// How it would be served again: its legs may have changed since it was served, and what was set.
     pub(crate) fn config(&self) -> DiskConfig {
         let mut config = self.config.patched(&locked(&self.standing).set);
         config.path = locked(&self.path).clone();
+        config.socket = Some(self.socket());
         let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
         config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
         config
@@ -300,14 +315,14 @@ impl DiskEntry {
         })
     }
 
-    pub(crate) fn to_api(&self) -> api::Disk {
+    pub(crate) fn to_api(&self, manager: &Manager) -> api::Disk {
         let (reason, config) = (self.failure(), self.config());
-        let frontends = self.frontends.count();
+        let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager));
         let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
         api::Disk {
             id: Some(self.id),
-            name: self.name.clone(),
+            name: self.name.get(),
             path: Some(locked(&self.path).clone()),
             socket: config.socket.clone(),
             size_bytes,
@@ -327,7 +342,7 @@ impl DiskEntry {
             durability: config.durability(),
             background_bytes: config.background_bytes(),
             legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
-            restoring: self.restore_status(),
+            restoring,
         }
     }
 

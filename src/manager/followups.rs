@@ -87,18 +87,22 @@ impl Manager {
             FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
             FollowUp::Open(disk, entry) => {
                 let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("open a socket", disk.name.as_str(), key) else { return true };
+                let Some(_claim) = self.claim_patiently("open a socket", disk.name.get().as_str(), key) else {
+                    return true;
+                };
                 !self.is_there(disk, entry) || entry.is_open() || self.open_socket(disk, entry)
             }
             FollowUp::Restore(disk) => {
                 let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("restore", disk.name.as_str(), key) else { return true };
+                let Some(_claim) = self.claim_patiently("restore", disk.name.get().as_str(), key) else { return true };
                 self.resume_restores(Some(disk.id));
                 true
             }
             FollowUp::Record(disk) => {
                 let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("store a record", disk.name.as_str(), key) else { return true };
+                let Some(_claim) = self.claim_patiently("store a record", disk.name.get().as_str(), key) else {
+                    return true;
+                };
                 !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok()
             }
         }

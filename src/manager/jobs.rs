@@ -43,8 +43,8 @@ impl JobEntry {
         api::Job {
             id: self.id,
             kind: self.kind,
-            disk: self.disk.name.clone(),
-            snapshot: self.snapshot.as_ref().map(|s| s.reference.name.clone()),
+            disk: self.disk.name.get(),
+            snapshot: self.snapshot.as_ref().map(|s| s.name.clone()),
             state,
             reason,
             done_bytes: done,
@@ -140,7 +140,7 @@ impl Manager {
         }
         jobs.insert(id, job.clone());
         drop(jobs);
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(id));
         job
     }
 
@@ -189,7 +189,7 @@ impl Manager {
             JobState::Failed => EventKind::JobFailed,
             JobState::Stopped | JobState::Running => EventKind::JobStopped,
         };
-        let notice = Notice::of_disk(kind, &job.disk.name).with_job(job.id);
+        let notice = Notice::of_disk(kind, &job.disk.name.get()).with_job(job.id);
         *locked(&job.state) = (state, reason.clone());
         job.ended.notify_all();
         self.bus.publish(match reason {

@@ -11,12 +11,13 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
-use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
+use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Notice};
 use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
 use crate::job::{self, Outcome};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{block_on, open_image, open_made_here, store_file};
+use crate::manager::names::CurrentName;
 use crate::manager::{Manager, image_error, table_error};
 use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
 use crate::recovery::{LegUse, Recovery};
@@ -62,7 +63,7 @@ impl Mirror {
 
 /// Tells of dropped legs, and breaks what was frozen on one.
 struct Legs {
-    disk: Name,
+    disk: CurrentName,
     bus: Arc<EventBus>,
     of: Weak<Disk>,
     /// Where the legs are, also those that come later.
@@ -81,7 +82,7 @@ impl PairObserver for Legs {
                 }
             }
         }
-        self.bus.publish(Notice::of_disk(EventKind::LegFailed, &self.disk).with_leg(&path).because(reason));
+        self.bus.publish(Notice::of_disk(EventKind::LegFailed, &self.disk.get()).with_leg(&path).because(reason));
     }
 }
 
@@ -250,7 +251,7 @@ impl Manager {
             Some(job) if job.state() == JobState::Running => {}
             Some(job) => {
                 job.begin_again();
-                self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+                self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
                 self.run_resync(disk, pair, job);
             }
             None => {
@@ -276,7 +277,7 @@ impl Manager {
         }
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_resync(disk, pair, job);
         Ok(())
     }
@@ -292,7 +293,7 @@ impl Manager {
             let outcome = done.map_err(|e| e.to_string())?;
             let legs = locked(&on.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
             if let (Outcome::Done, Some(leg)) = (outcome, legs.last()) {
-                manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &on.name).with_leg(&leg.path));
+                manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &on.name.get()).with_leg(&leg.path));
             }
             Ok(outcome)
         };

@@ -13,6 +13,7 @@ pub(crate) mod followups;
 pub(crate) mod jobs;
 pub(crate) mod layers;
 pub(crate) mod legs;
+pub(crate) mod names;
 pub(crate) mod opening;
 pub(crate) mod places;
 pub(crate) mod planned;
@@ -140,6 +141,7 @@ impl Manager {
         let remembered = records.disks()?;
         let dropped = records.dropped()?;
         places.remove_strays(&remembered, &dropped)?;
+        places.clear_dead_sockets();
         if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
@@ -187,7 +189,7 @@ impl Manager {
 
     /// Whether this very disk or volume is served, and not one that has its name now.
     pub(crate) fn is_served(&self, disk: &DiskEntry) -> bool {
-        locked(&self.disks).get(&disk.name).is_some_and(|served| std::ptr::eq(&**served, disk))
+        locked(&self.disks).get(&disk.name.get()).is_some_and(|served| std::ptr::eq(&**served, disk))
     }
 
     /// Whether this very snapshot is there.
@@ -243,11 +245,11 @@ impl Manager {
         for disk in self.all_disks() {
             let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };
             let reason = snapshot.broken().unwrap_or_default();
-            log::error!("snapshot {} is broken: {reason}", snapshot.reference);
-            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference).because(reason));
+            log::error!("snapshot {} is broken: {reason}", snapshot.reference());
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference()).because(reason));
             // Its old frontends go on with the live version, which has all that they wrote.
             if let Err(e) = self.move_frontends(&snapshot) {
-                log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference, e.message);
+                log::warn!("snapshot {}: its frontends stay with it: {}", snapshot.reference(), e.message);
             }
             crash::point("before it is recorded that a version is broken");
             // Beside no other change, whose record this one would undo; so nobody here waits for it.
@@ -262,7 +264,7 @@ impl Manager {
             {
                 log::error!("disk {} has failed: {reason}", disk.name);
                 let kind = if disk.is_volume() { EventKind::VolumeBroken } else { EventKind::DiskFailed };
-                self.bus.publish(Notice::of_disk(kind, &disk.name).because(reason));
+                self.bus.publish(Notice::of_disk(kind, &disk.name.get()).because(reason));
             }
         }
     }

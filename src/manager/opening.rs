@@ -17,6 +17,7 @@ use crate::manager::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, lock
 use crate::manager::layers::store_shown;
 use crate::manager::layers::{DiskLayers, direct_of};
 use crate::manager::legs::{Base, Mirror, check_new_leg};
+use crate::manager::names::CurrentName;
 use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
 use crate::manager::relations::Standing;
 use crate::manager::restoring::Awaited;
@@ -29,6 +30,7 @@ use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Ta
 
 /// A disk or volume of which all is there.
 pub(crate) struct Opened<'a> {
+    pub(crate) name: CurrentName,
     pub(crate) id: Uuid,
     pub(crate) boot: Uuid,
     pub(crate) config: DiskConfig,
@@ -133,7 +135,8 @@ impl Manager {
         for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
             self.settle_mark(&disk, gone, &mut bookmarks);
         }
-        let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(name, t)).collect();
+        let current = CurrentName::new(name.clone());
+        let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(&current, t)).collect();
         // Those that drained when the last daemon was killed never change again. The records say so next, and a later
         // power cut believes it.
         let drained = record.iter().flat_map(|r| &r.snapshots).filter(|s| s.quiesced_ms.is_none());
@@ -148,6 +151,7 @@ impl Manager {
             check_new_leg(path, &config, &disk).map_err(in_disk)?;
         }
         let opened = Opened {
+            name: current,
             id,
             boot,
             config,
@@ -162,7 +166,7 @@ impl Manager {
             record: record.as_ref(),
         };
         let was = locked(&self.unserved).get(name).cloned();
-        let entry = self.open_disk(name, opened)?;
+        let entry = self.open_disk(opened)?;
         // Before anything of it goes on, which could not be taken back.
         if let Some(path) = leg
             && let Err(e) = self.add_leg(&entry, &path)
@@ -194,8 +198,9 @@ impl Manager {
     }
 
     /// Records that a disk is served, and serves it.
-    pub(crate) fn open_disk(&self, name: &Name, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
+    pub(crate) fn open_disk(&self, opened: Opened) -> Result<Arc<DiskEntry>, ApiError> {
         let Opened {
+            name: current,
             id,
             boot,
             config,
@@ -209,6 +214,7 @@ impl Manager {
             bookmarks,
             record,
         } = opened;
+        let name = &current.get();
         disk.background().set_window(config.background_bytes().into());
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
@@ -219,7 +225,7 @@ impl Manager {
         unsaved.restore.clone_from(&restore);
         self.records.put([&unsaved]).map_err(record_error)?;
 
-        let frontends = Frontends::new(name, None, &self.bus);
+        let frontends = Frontends::new(&current, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();
         let server = match standing.disabled {
             true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
@@ -241,10 +247,11 @@ impl Manager {
             ApiError::new(ErrorCode::Conflict, message)
         })?;
         let entry = Arc::new(DiskEntry {
-            name: name.clone(),
+            name: current.clone(),
             id,
             boot,
             path: Mutex::new(config.path.clone()),
+            socket: Mutex::new(socket.clone()),
             config,
             disk,
             standing: Mutex::new(standing),
@@ -289,10 +296,11 @@ impl Manager {
 
     pub(crate) fn entry_of(
         &self,
-        disk: &Name,
+        disk: &CurrentName,
         (record, version): (SnapshotRecord, Option<Arc<Version>>),
     ) -> Option<Arc<SnapshotEntry>> {
-        let reference = SnapshotRef { disk: disk.clone(), name: record.name.parse().ok()? };
+        let name: Name = record.name.parse().ok()?;
+        let reference = SnapshotRef { disk: disk.get(), name: name.clone() };
         if version.is_none() && record.deleting {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
@@ -307,8 +315,9 @@ impl Manager {
         }
         Some(Arc::new(SnapshotEntry {
             id: record.id,
-            frontends: Frontends::new(disk, Some(&reference), &self.bus),
-            reference,
+            frontends: Frontends::new(disk, Some(&name), &self.bus),
+            disk: disk.clone(),
+            name,
             record: Mutex::new(record),
             version,
             server: Mutex::new(None),

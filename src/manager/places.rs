@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
+use crate::control::{Name, SnapshotRef};
 use crate::manager::strays;
 use crate::store::{DiskRecord, Remembered, TableFiles};
 
@@ -263,6 +264,27 @@ impl Places {
             );
         }
         Ok(())
+    }
+
+    /// Removes the sockets of disks and snapshots that a daemon left which was killed, whatever they were called then.
+    pub(crate) fn clear_dead_sockets(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.run_dir) else { return };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            let is_ours = stem.parse::<Name>().is_ok() || stem.parse::<SnapshotRef>().is_ok();
+            if is_ours
+                && path.extension().is_some_and(|e| e == "sock")
+                && let Err(e) = crate::vhost_user::clear_stale(&path)
+            {
+                log::debug!("{} stays: {e}", path.display());
+            }
+        }
+    }
+
+    /// Where the socket of a disk or volume goes when nothing else is said.
+    #[must_use]
+    pub fn disk_socket(&self, name: &impl std::fmt::Display) -> PathBuf {
+        self.run_dir.join(format!("{name}.sock"))
     }
 
     /// Where a snapshot's socket goes when nothing else is said.

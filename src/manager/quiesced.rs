@@ -25,10 +25,15 @@ impl Manager {
         begin: impl FnOnce(&Arc<DiskEntry>, &Arc<SnapshotEntry>) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
         let deadline = Instant::now() + QUIESCE_WAIT;
+        let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         loop {
             let claim = self.claim_decided(operation, &decide)?;
             let disk = self.disk(&from.disk)?;
             let entry = disk.snapshot(&from.name).ok_or_else(|| ApiError::snapshot_not_found(from))?;
+            // Its disk may have got another name meanwhile, and this be that of another one.
+            if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
+                return Err(ApiError::snapshot_not_found(from));
+            }
             let busy = |what: &str| ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}"));
             match entry.state(&disk) {
                 SnapshotState::Quiesced if entry.version.is_some() => return begin(&disk, &entry),

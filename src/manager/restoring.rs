@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobState};
-use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
+use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::crash;
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
@@ -44,8 +44,10 @@ impl Manager {
         })
     }
 
-    pub(crate) fn let_snapshot_go(&self, reference: &SnapshotRef) {
-        if let Err(e) = self.delete(reference, DeleteSnapshotOptions { force: true, ..Default::default() }) {
+    /// Deletes a snapshot that was taken for a restore, whatever its disk is called by now.
+    pub(crate) fn let_snapshot_go(&self, id: Uuid) {
+        let Ok(reference) = self.reference_of(id) else { return };
+        if let Err(e) = self.delete(&reference, DeleteSnapshotOptions { force: true, ..Default::default() }) {
             log::warn!("snapshot {reference}, which was taken for a restore, stays: {}", e.message);
         }
     }
@@ -70,9 +72,8 @@ impl Manager {
             }
         };
         let after = move |manager: &Manager, state| {
-            let taken = from.filter(|r| r.is_ours && state == JobState::Done).and_then(|r| r.from.parse().ok());
-            if let Some(reference) = taken {
-                manager.let_snapshot_go(&reference);
+            if let Some(taken) = from.filter(|r| r.is_ours && state == JobState::Done) {
+                manager.let_snapshot_go(taken.source);
             }
         };
         self.run_job("restore", &job, run, mark_stopped, after);
@@ -111,7 +112,7 @@ impl Manager {
         }
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_restore(disk, job);
         Ok(())
     }
@@ -158,10 +159,10 @@ impl Manager {
                     }
                     Err(why) => {
                         if let Some(closed) = closed {
-                            let reason =
-                                format!("it is being restored from {}, which cannot be had: {why}", record.from);
+                            let from = self.name_now(record.source, &record.from);
+                            let reason = format!("it is being restored from {from}, which cannot be had: {why}");
                             log::error!("disk {}: {reason}; put back what is missing, and it goes on", disk.name);
-                            self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name).because(&reason));
+                            self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name.get()).because(&reason));
                             disk.failure_told.store(true, Ordering::SeqCst);
                             closed.lose(reason);
                         }
@@ -187,7 +188,7 @@ impl Manager {
         if entry.version.is_none() {
             return Err(entry.broken().unwrap_or_default());
         }
-        let view = View::of(disk.disk.clone(), record.source, &record.from);
+        let view = View::of(disk.disk.clone(), record.source, &entry.reference().to_string());
         view.broken().map_or(Ok(view), Err)
     }
 
@@ -205,8 +206,9 @@ impl Manager {
 }
 
 impl DiskEntry {
-    pub(crate) fn restore_status(&self) -> Option<api::RestoreStatus> {
-        let from = locked(&self.restore).as_ref().filter(|r| r.is_active)?.from.clone();
+    pub(crate) fn restore_status(&self, manager: &Manager) -> Option<api::RestoreStatus> {
+        let restore = locked(&self.restore).clone().filter(|r| r.is_active)?;
+        let from = manager.name_now(restore.source, &restore.from);
         let geometry = self.disk.geometry();
         let remaining_bytes = self.disk.blocks_to_bring_back() * u64::from(geometry.block_bytes);
         Some(api::RestoreStatus { from, remaining_bytes: remaining_bytes.min(geometry.size_bytes) })

@@ -16,25 +16,25 @@ impl Manager {
     pub(crate) fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> bool {
         let socket = locked(&entry.record).socket.clone();
         let server = serve(ServeOptions {
-            name: entry.reference.to_string(),
+            name: entry.reference().to_string(),
             socket: SocketSource::Path(socket.clone()),
             attachment: disk.disk.attach_frozen(entry.id),
             queues: disk.config().queues(),
-            serial: entry.reference.name.as_str().chars().take(20).collect(),
+            serial: entry.name.as_str().chars().take(20).collect(),
             frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
             observer: entry.frontends.clone(),
             once: false,
         });
         match server {
             Ok(server) => {
-                *locked(&entry.server) = Some(server);
+                *locked(&entry.server) = Some(Arc::new(server));
                 *locked(&entry.socket_error) = None;
                 true
             }
             Err(e) => {
                 let what = format!("its socket {} cannot be opened: {e}", socket.display());
                 if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
-                    log::error!("snapshot {}: {what}", entry.reference);
+                    log::error!("snapshot {}: {what}", entry.reference());
                 }
                 false
             }

@@ -83,7 +83,7 @@ impl Manager {
             let record = locked(&entry.record);
             (record.image.clone(), record.keep_image)
         };
-        let reference: &SnapshotRef = &entry.reference;
+        let reference: &SnapshotRef = &entry.reference();
         let broken = entry.broken().is_some();
         let done = match image.filter(|_| !keep) {
             Some(image) if !broken => self.rejoin(disk, &path, image),

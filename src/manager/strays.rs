@@ -60,10 +60,10 @@ impl Names {
         let ids =
             disks.iter().map(|d| d.id).chain(logs).chain(bitmaps).chain(restores).chain(parts).map(|id| id.to_string());
         // By name and not by path: the directory may have been moved since.
-        let named = |d: &DiskRecord| d.snapshots.iter().map(|s| format!("{}@{}", d.name, s.name)).collect::<Vec<_>>();
+        let named = disks.iter().flat_map(DiskRecord::image_names);
         let (own, others): (Vec<_>, Vec<_>) = disks.iter().partition(|d| d.own_image);
         let own = own.into_iter().map(DiskRecord::own_image_name);
-        let used: BTreeSet<String> = ids.chain(disks.iter().flat_map(named)).chain(own).collect();
+        let used: BTreeSet<String> = ids.chain(named).chain(own).collect();
         let no_image = others.into_iter().map(DiskRecord::own_image_name).collect();
         let all = disks.iter().flat_map(DiskRecord::names).chain(dropped.iter().cloned());
         let frozen = snapshots().map(|s| s.id.to_string()).collect();
@@ -130,12 +130,13 @@ fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
-/// The name that records would use for a file of ours: `disk@snapshot` of an image, else a UUID.
+/// The name that records would use for a file of ours: `disk@snapshot` or a UUID of an image, else a UUID.
 fn name_of(path: &Path, is_image: bool) -> Option<String> {
     let (stem, extension) = (path.file_stem()?.to_str()?, path.extension()?.to_str()?);
     match extension {
-        "img" if is_image => stem.parse::<SnapshotRef>().ok().map(|reference| reference.to_string()),
-        "log" => stem.parse::<Uuid>().ok().map(|id| id.to_string()),
+        "img" if is_image && stem.parse::<SnapshotRef>().is_ok() => Some(stem.to_owned()),
+        "img" if !is_image => None,
+        "img" | "log" => stem.parse::<Uuid>().ok().map(|id| id.to_string()),
         "table" | "new" | "bits" | "filling" | "saved" | "lost" | "broken" | "changed" | "changes" if !is_image => {
             stem.parse::<Uuid>().ok().map(|id| id.to_string())
         }

@@ -132,7 +132,25 @@ impl Manager {
 
     /// The disks that are not served, by name.
     pub(crate) fn unserved_disks(&self) -> Vec<Disk> {
-        locked(&self.unserved).values().filter(|u| !u.is_volume()).map(disk_of).collect()
+        let unserved: Vec<Unserved> = locked(&self.unserved).values().filter(|u| !u.is_volume()).cloned().collect();
+        unserved.iter().map(|unserved| self.unserved_to_api(unserved)).collect()
+    }
+
+    fn unserved_to_api(&self, unserved: &Unserved) -> Disk {
+        let mut disk = Disk::unserved(unserved.name.clone(), unserved.why.clone());
+        if let Some(record) = &unserved.record {
+            disk.id = Some(record.id);
+            disk.epoch = record.live_began;
+            disk.snapshots = u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX);
+            // How much is left is in a table that nobody reads while it is not served.
+            let restore = record.restore.as_ref().filter(|r| r.is_active);
+            disk.restoring =
+                restore.map(|r| api::RestoreStatus { from: self.name_now(r.source, &r.from), remaining_bytes: 0 });
+        }
+        match &unserved.config {
+            Some(config) => disk.with_config(config),
+            None => disk,
+        }
     }
 
     /// A disk that is not served, by its name or id.
@@ -143,8 +161,10 @@ impl Manager {
 
     /// The volumes that are not served, by name.
     pub(crate) fn unserved_volumes(&self) -> Vec<api::Volume> {
+        let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
         let of = |u: &Unserved| of_lost(&u.name, u.record.as_ref()?, &u.why);
-        locked(&self.unserved).values().filter_map(of).collect()
+        let named = |volume: api::Volume| api::Volume { from: self.name_now(volume.from_id, &volume.from), ..volume };
+        unserved.iter().filter_map(of).map(named).collect()
     }
 
     /// All that is not served, by name.
@@ -170,20 +190,4 @@ fn refusal(unserved: &Unserved) -> ApiError {
     ApiError::new(code, format!("{what} {name} is not served: {why}")).with_action(format!(
         "put back what it lacks, and it is served again by itself; or be rid of it: halfsilver disk forget {name}"
     ))
-}
-
-fn disk_of(unserved: &Unserved) -> Disk {
-    let mut disk = Disk::unserved(unserved.name.clone(), unserved.why.clone());
-    if let Some(record) = &unserved.record {
-        disk.id = Some(record.id);
-        disk.epoch = record.live_began;
-        disk.snapshots = u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX);
-        // How much is left is in a table that nobody reads while it is not served.
-        let restore = record.restore.as_ref().filter(|r| r.is_active);
-        disk.restoring = restore.map(|r| api::RestoreStatus { from: r.from.clone(), remaining_bytes: 0 });
-    }
-    match &unserved.config {
-        Some(config) => disk.with_config(config),
-        None => disk,
-    }
 }

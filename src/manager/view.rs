@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::control::Name;
 use crate::manager::Manager;
+use crate::manager::Places;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::unserved::Unserved;
 use crate::mirror::Chain;
@@ -13,7 +14,7 @@ use crate::store::{DiskRecord, SnapshotRecord};
 impl Manager {
     /// What there is. Only memory is read for it.
     pub(crate) fn registry(&self) -> Registry {
-        let served = self.all_disks().into_iter().map(|disk| disk_of(&disk));
+        let served = self.all_disks().into_iter().map(|disk| disk_of(&disk, &self.places));
         let unserved: Vec<Disk> = locked(&self.unserved).values().map(remembered).collect();
         let job = |job: &Arc<crate::manager::jobs::JobEntry>| Job {
             id: job.id,
@@ -28,7 +29,7 @@ impl Manager {
     }
 }
 
-fn disk_of(disk: &DiskEntry) -> Disk {
+fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let standing = locked(&disk.standing).clone();
     let (volume, stood_on) = (standing.volume.map(|v| v.snapshot), standing.stood_on.map(|v| v.snapshot));
     let chain = disk.disk.chain();
@@ -38,17 +39,18 @@ fn disk_of(disk: &DiskEntry) -> Disk {
     let bookmark = |b: &crate::store::BookmarkRecord| Some(Bookmark { id: b.id, name: b.name.parse().ok()? });
     Disk {
         id: disk.id,
-        name: disk.name.clone(),
+        name: disk.name.get(),
         kind: kind_of(volume, stood_on),
         phase: if standing.disabled { Phase::Disabled } else { Phase::Served },
         is_unreadable: false,
         is_readonly: disk.config().readonly(),
         failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
+        is_socket_named: disk.is_socket_named(places),
         restore,
         has_work: standing.work.is_some(),
         is_in_log: volume.is_none() && !disk.disk.can_move_pivot(),
-        snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, &chain)).collect(),
+        snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&chain, places))).collect(),
         bookmarks: bookmarks.iter().filter_map(bookmark).collect(),
     }
 }
@@ -61,7 +63,7 @@ fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
     }
 }
 
-fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, chain: &Chain) -> Snapshot {
+fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain, &Places)) -> Snapshot {
     let record = locked(&entry.record).clone();
     let phase = match (&entry.version, record.deleting, record.quiesced_ms) {
         (None, ..) => SnapshotPhase::Lost,
@@ -79,11 +81,12 @@ fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, chain: &Chain) -> Snapsh
     });
     Snapshot {
         id: entry.id,
-        name: entry.reference.name.clone(),
+        name: entry.name.clone(),
         group: record.group,
         phase,
         broken: entry.broken().or_else(|| disk.disk.base_broken()),
         readers: entry.frontends.count(),
+        is_socket_named: entry.is_socket_named(places),
         old_frontends: entry.old_frontends(disk),
         taken_for: record.taken_for,
         through,
@@ -102,6 +105,7 @@ fn remembered(unserved: &Unserved) -> Disk {
         is_readonly: false,
         failure: None,
         frontends: 0,
+        is_socket_named: false,
         restore: None,
         has_work: false,
         is_in_log: false,
@@ -120,6 +124,7 @@ fn remembered(unserved: &Unserved) -> Disk {
             phase: if s.deleting { SnapshotPhase::Going } else { SnapshotPhase::Quiesced },
             broken: s.broken.clone(),
             readers: 0,
+            is_socket_named: false,
             old_frontends: 0,
             taken_for: s.taken_for,
             through: way_of(record, at),

@@ -35,7 +35,8 @@ impl Manager {
             let entry = disk.snapshots().into_iter().find(|s| s.id == volume.snapshot)?;
             Some((disk, entry))
         });
-        let lost = |why: &str| View::lost(why, volume.snapshot, &volume.from, volume.size_bytes);
+        let from = self.name_now(volume.snapshot, &volume.from);
+        let lost = |why: &str| View::lost(why, volume.snapshot, &from, volume.size_bytes);
         if let Some(Why::BaseLost { why, .. }) = decided {
             return Backing::View(lost(&why.to_string()));
         }
@@ -45,13 +46,14 @@ impl Manager {
             Some((disk, _)) if disk.disk.geometry().size_bytes != volume.size_bytes => {
                 lost("its disk has another size now")
             }
-            Some((disk, _)) => View::of(disk.disk.clone(), volume.snapshot, &volume.from),
+            Some((disk, _)) => View::of(disk.disk.clone(), volume.snapshot, &from),
         })
     }
 
     /// All volumes by name, also those that are not served.
     pub(crate) fn all_volumes(&self) -> Vec<api::Volume> {
-        let mut volumes: Vec<_> = self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume()).collect();
+        let mut volumes: Vec<_> =
+            self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume(self)).collect();
         volumes.extend(self.unserved_volumes());
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
         volumes
@@ -94,7 +96,7 @@ impl DiskEntry {
         Some(format!("a sync of {path} failed, so it is unknown what of the last writes is stored"))
     }
 
-    pub(crate) fn to_volume(&self) -> api::Volume {
+    pub(crate) fn to_volume(&self, manager: &Manager) -> api::Volume {
         let (chain, geometry, reason) = (self.disk.chain(), self.disk.geometry(), self.failure());
         let layer = chain.layer(chain.live());
         let owned_bytes = match layer.table() {
@@ -103,16 +105,17 @@ impl DiskEntry {
         };
         let frontends = self.frontends.count();
         let standing = locked(&self.standing).clone();
+        let from = standing.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();
         let state = self.volume_state(reason.as_ref());
         api::Volume {
             id: self.id,
-            name: self.name.clone(),
-            from: standing.relation().map(|v| v.from.clone()).unwrap_or_default(),
+            name: self.name.get(),
+            from,
             from_id: standing.relation().map(|v| v.snapshot).unwrap_or_default(),
             independent: standing.volume.is_none(),
             state,
             reason,
-            socket: self.config.socket.clone().unwrap_or_default(),
+            socket: self.socket(),
             image: layer.image.path().to_owned(),
             size_bytes: geometry.size_bytes,
             block_size: geometry.block_bytes,

@@ -79,7 +79,7 @@ impl Manager {
         locked(&disk.standing).work = Some(record.clone());
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_work(disk, &record.work, job);
         Ok(())
     }
@@ -97,7 +97,7 @@ impl Manager {
             return Ok(()); // Nothing is remembered of it.
         }
         let wanted = Wanted::changing([ClaimKey::Entity(disk.id)]);
-        let _claim = self.claim_keys(&format!("job set {}", job.id), &[disk.name.as_str()], wanted)?;
+        let _claim = self.claim_keys(&format!("job set {}", job.id), &[disk.name.get().as_str()], wanted)?;
         if !self.is_served(disk) {
             return Ok(());
         }

@@ -28,7 +28,7 @@ impl Manager {
                 return Err(not_a_disk(name));
             }
             if old.config() == config {
-                return Ok(PutOutcome::Unchanged(old.to_api()));
+                return Ok(PutOutcome::Unchanged(old.to_api(self)));
             }
             let message = format!("disk {name} exists and is configured differently");
             return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
@@ -39,7 +39,7 @@ impl Manager {
         let entry = self.add_now(name, config)?;
         self.hurry_unserved();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
-        Ok(PutOutcome::Created(entry.to_api()))
+        Ok(PutOutcome::Created(entry.to_api(self)))
     }
 
     /// What must be nobody else's while a disk is added.

@@ -118,7 +118,7 @@ impl Manager {
             remove_file(&table);
         }
         log::info!("volume {}: independent of {from}; its image is {}", disk.name, path.display());
-        self.bus.publish(Notice::of_disk(EventKind::VolumeIndependent, &disk.name));
+        self.bus.publish(Notice::of_disk(EventKind::VolumeIndependent, &disk.name.get()));
         Ok(())
     }
 
@@ -159,7 +159,7 @@ impl Manager {
         log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());
         self.bus.publish(Notice::of_disk(EventKind::VolumePromoted, name));
         self.tidy_moments_later();
-        Ok(disk.to_api())
+        Ok(disk.to_api(self))
     }
 }
 

@@ -125,8 +125,8 @@ impl Manager {
             if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
                 Manager::check_split(disk, entry, version);
             }
-            log::info!("snapshot {}: taken at epoch {}", entry.reference, cut.ended);
-            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference));
+            log::info!("snapshot {}: taken at epoch {}", entry.reference(), cut.ended);
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
         // Also when they could not be recorded: they must be quiesced to be deleted.
@@ -166,7 +166,7 @@ impl Manager {
         group: Uuid,
         taken_for: Option<Uuid>,
     ) -> Result<Ready, ApiError> {
-        let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
+        let reference = SnapshotRef { disk: disk.name.get(), name: request.name.clone() };
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
         let chain = disk.disk.chain();
         let live = chain.version(chain.live()).clone();
@@ -214,8 +214,9 @@ impl Manager {
         let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {
             id: live.id,
-            frontends: Frontends::new(&disk.name, Some(&reference), &self.bus),
-            reference,
+            frontends: Frontends::new(&disk.name, Some(&request.name), &self.bus),
+            disk: disk.name.clone(),
+            name: request.name.clone(),
             record: Mutex::new(record),
             version: Some(live),
             server: Mutex::new(None),
@@ -243,8 +244,8 @@ impl Manager {
         let frozen = chain.version(chain.live()).id;
         match strategy {
             Strategy::CopyOnWrite => {
-                let reference = SnapshotRef { disk: disk.name.clone(), name: request.name.clone() };
-                let path = request.image.clone().unwrap_or_else(|| self.places.snapshot_image(&reference));
+                let reference = SnapshotRef { disk: disk.name.get(), name: request.name.clone() };
+                let path = request.image.clone().unwrap_or_else(|| self.free_snapshot_image(&reference, frozen));
                 let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
                 Ok((NewLayer::Frozen { layer }, path))
             }
@@ -262,6 +263,17 @@ impl Manager {
                 let path = frozen.path().to_owned();
                 Ok((NewLayer::Split { frozen, live }, path))
             }
+        }
+    }
+
+    /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images.
+    fn free_snapshot_image(&self, reference: &SnapshotRef, frozen: Uuid) -> PathBuf {
+        let usual = reference.to_string();
+        let is_taken = self.all_disks().iter().any(|disk| disk.to_record().names().contains(&usual))
+            || locked(&self.unserved).values().filter_map(|u| u.record.as_ref()).any(|r| r.names().contains(&usual));
+        match is_taken {
+            false => self.places.snapshot_image(&usual),
+            true => self.places.snapshot_image(&frozen),
         }
     }
 
@@ -283,11 +295,11 @@ impl Manager {
         }
         for disk in self.all_disks() {
             let of_snapshot = disk.snapshots().into_iter().find(|s| locked(&s.record).socket == socket);
-            if disk.config.socket.as_deref() == Some(socket) {
+            if disk.socket() == socket {
                 return bad(format!("disk {} has it", disk.name));
             }
             if let Some(snapshot) = of_snapshot {
-                return bad(format!("snapshot {} has it", snapshot.reference));
+                return bad(format!("snapshot {} has it", snapshot.reference()));
             }
         }
         Ok(())
@@ -324,8 +336,8 @@ impl Manager {
             store_shown(&disk.disk, version);
         }
         let key = ClaimKey::Entity(disk.id);
-        let operation = format!("quiesce {}", entry.reference);
-        let Some(_claim) = self.claim_patiently(&operation, disk.name.as_str(), key) else {
+        let operation = format!("quiesce {}", entry.reference());
+        let Some(_claim) = self.claim_patiently(&operation, disk.name.get().as_str(), key) else {
             return true; // The end of the daemon records it.
         };
         self.record_quiesced(disk, entry, drain)
@@ -340,7 +352,7 @@ impl Manager {
             store_shown(&disk.disk, version);
         }
         if !self.record_quiesced(disk, entry, Duration::ZERO) {
-            log::error!("snapshot {}: a start finds it as it drained", entry.reference);
+            log::error!("snapshot {}: a start finds it as it drained", entry.reference());
         }
     }
 
@@ -363,7 +375,7 @@ impl Manager {
         if let Err(e) = self.records.put([&record]) {
             let what = format!("that it is quiesced cannot be recorded yet: {e}");
             if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
-                log::error!("snapshot {}: {what}", entry.reference);
+                log::error!("snapshot {}: {what}", entry.reference());
             }
             return false;
         }
@@ -374,8 +386,8 @@ impl Manager {
         }
         locked(&entry.record).quiesced_ms = quiesced_ms;
         if entry.broken().is_none() {
-            log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference);
-            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference));
+            log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference());
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference()));
         }
         true
     }
@@ -408,10 +420,10 @@ impl Manager {
             .cut_over(&all, Epoch(ended))
             .map_err(|e| ApiError::new(ErrorCode::Unavailable, e.to_string()))?;
         if moved > 0 {
-            log::info!("snapshot {}: {moved} frontends go on with the live version", entry.reference);
+            log::info!("snapshot {}: {moved} frontends go on with the live version", entry.reference());
             for disk in &disks {
                 for snapshot in disk.snapshots().iter().filter(|s| locked(&s.record).group == group) {
-                    self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCutover, &snapshot.reference));
+                    self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCutover, &snapshot.reference()));
                 }
             }
         }

@@ -19,6 +19,7 @@ use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::manager::entry::{DiskEntry, SnapshotEntry};
+use crate::manager::names::CurrentName;
 use crate::manager::opening::Opened;
 use crate::manager::relations::Standing;
 use crate::manager::{BrokenVersions, Manager, table_error};
@@ -70,7 +71,7 @@ impl Manager {
         let operation = format!("volume create {}", request.name);
         let made =
             self.when_quiesced(&operation, from, wanted, |disk, entry| self.make_volume_now(disk, entry, request));
-        Ok(made?.to_volume())
+        Ok(made?.to_volume(self))
     }
 
     /// Whether a volume of that name can be made at that place, as far as that can be told.
@@ -120,7 +121,7 @@ impl Manager {
         entry: &SnapshotEntry,
         request: &VolumeRequest,
     ) -> Result<Arc<DiskEntry>, ApiError> {
-        let (name, from) = (&request.name, entry.reference.to_string());
+        let (name, from) = (&request.name, entry.reference().to_string());
         let in_volume = |e: ApiError| ApiError { message: format!("volume {name}: {}", e.message), ..e };
         let mut config = self.check_volume(request, &disk.config())?;
         config.path = PathBuf::from(&from);
@@ -159,6 +160,7 @@ impl Manager {
         let made = Disk::noting_volume(self.clock.clone(), options, origin, (live, layer), Some(changed));
         made.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         let opened = Opened {
+            name: CurrentName::new(name.clone()),
             id,
             boot,
             config,
@@ -173,8 +175,8 @@ impl Manager {
             record: None,
         };
         crash::point("before a volume is recorded");
-        let made = self.open_disk(name, opened).map_err(undo)?;
-        log::info!("volume {name}: made off {}", entry.reference);
+        let made = self.open_disk(opened).map_err(undo)?;
+        log::info!("volume {name}: made off {}", entry.reference());
         self.bus.publish(Notice::of_disk(EventKind::VolumeCreated, name));
         Ok(made)
     }

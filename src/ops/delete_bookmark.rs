@@ -11,7 +11,7 @@ impl Manager {
         let disk = self.disk(&reference.disk).map_err(|_| self.no_bookmark(reference))?;
         // One that an update left is no user's, and not in the registry.
         let wanted = Wanted::changing([ClaimKey::Entity(disk.id)]);
-        let _claim = self.claim_keys(&format!("bookmark delete {reference}"), &[disk.name.as_str()], wanted)?;
+        let _claim = self.claim_keys(&format!("bookmark delete {reference}"), &[disk.name.get().as_str()], wanted)?;
         let disk = self.disk(&reference.disk).map_err(|_| self.no_bookmark(reference))?;
         let id = disk.bookmarks().iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.filter(|_| disk.snapshot(&reference.name).is_none()).ok_or_else(|| self.no_bookmark(reference))?;

@@ -55,10 +55,15 @@ impl Manager {
         let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
         let deadline =
             Instant::now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
+        let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         let job = loop {
             let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
             let disk = self.disk(&reference.disk)?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
+            // Its disk may have got another name meanwhile, and this be that of another one.
+            if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
+                return Err(ApiError::snapshot_not_found(reference));
+            }
             if keep_bookmark {
                 entry.refuse_bookmark_if_broken()?;
                 entry.refuse_bookmark_if_going()?;
@@ -105,9 +110,9 @@ impl Manager {
             std::thread::sleep(Duration::from_millis(10));
         };
         if !job.wait(deadline.saturating_duration_since(Instant::now())) {
-            let disk = self.disk(&reference.disk)?;
-            if let Some(entry) = disk.snapshot(&reference.name) {
-                return Ok(Deletion::Started(entry.to_api(&disk)));
+            let left = job.snapshot.as_ref().filter(|entry| self.is_there(&job.disk, entry));
+            if let Some(entry) = left {
+                return Ok(Deletion::Started(entry.to_api(&job.disk)));
             }
         }
         let ended = job.to_api();
@@ -186,7 +191,7 @@ impl Manager {
         locked(&entry.record).stopped = false;
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
-        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name).with_job(job.id));
+        self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_deletion(disk, entry, job.clone());
         Ok(job)
     }
@@ -196,7 +201,7 @@ impl Manager {
         let run = move |manager: &Manager| manager.retire(&on, &going, &ours);
         let mark_stopped = move || locked(&stopped.record).stopped = true;
         if job.kind == JobKind::Fold {
-            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotFolding, &entry.reference));
+            self.bus.publish(Notice::of_snapshot(EventKind::SnapshotFolding, &entry.reference()));
         }
         self.run_job("delete", &job, run, mark_stopped, |_, _| ());
     }
@@ -311,13 +316,13 @@ impl Manager {
         let stays = disk.bookmark_of(entry);
         if let Some(bookmark) = stays {
             locked(&disk.bookmarks).push(bookmark);
-            self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference));
+            self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference()));
         } else if persisted.is_ok() {
             self.remove_changes_of_gone(disk, entry.id);
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
-        log::info!("snapshot {}: deleted", entry.reference);
-        self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference));
+        log::info!("snapshot {}: deleted", entry.reference());
+        self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference()));
         persisted
     }
 }
@@ -327,9 +332,10 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
     let chain = disk.disk.chain();
     let Some(older) = chain.position(entry.id).and_then(|index| chain.heir_of_pivot(index)) else { return Ok(()) };
     let id = chain.version(older).id;
-    let older = disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference.to_string());
+    let older =
+        disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference().to_string());
     let message =
-        format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference);
+        format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference());
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
 }
 

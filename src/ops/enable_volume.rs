@@ -24,7 +24,7 @@ impl Manager {
         let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
         let disk = self.volume(name)?;
         if locked(&disk.standing).disabled {
-            return Ok(disk.to_volume());
+            return Ok(disk.to_volume(self));
         }
         self.record_disabled(&disk, true)?;
         crash::point("after a volume was recorded as disabled");
@@ -34,14 +34,14 @@ impl Manager {
         drop(server);
         log::info!("volume {name}: disabled");
         self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
-        Ok(disk.to_volume())
+        Ok(disk.to_volume(self))
     }
 
     pub(crate) fn enable(&self, name: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
         let _claim = self.claim(&Command::Enable { volume: name.clone(), fresh })?;
         let disk = self.volume(name)?;
         if !locked(&disk.standing).disabled {
-            return Ok(disk.to_volume());
+            return Ok(disk.to_volume(self));
         }
         if fresh {
             self.begin_anew(&disk)?;
@@ -52,7 +52,7 @@ impl Manager {
             Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
             Err(e) => {
                 self.record_disabled(&disk, true)?;
-                let socket = disk.config.socket.clone().unwrap_or_default();
+                let socket = disk.socket();
                 let message = in_volume(name, &format!("cannot serve {}: {e}", socket.display()));
                 return Err(ApiError::new(ErrorCode::Conflict, message)
                     .with_action(format!("make room for its socket, then: halfsilver volume enable {name}")));
@@ -60,7 +60,7 @@ impl Manager {
         }
         log::info!("volume {name}: enabled{}", if fresh { ", with nothing written to it" } else { "" });
         self.bus.publish(Notice::of_disk(EventKind::VolumeEnabled, name));
-        Ok(disk.to_volume())
+        Ok(disk.to_volume(self))
     }
 
     fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
@@ -70,7 +70,7 @@ impl Manager {
 
     /// Drops what was written to a disabled volume. It is claimed.
     fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let name = &disk.name;
+        let name = &disk.name.get();
         // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
         // content differs from theirs.
         if !disk.bookmarks().is_empty() {

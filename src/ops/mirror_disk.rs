@@ -57,7 +57,7 @@ impl Manager {
         self.refuse_what_others_have(name, path, true)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         self.add_leg(&disk, path).map_err(in_disk)?;
-        Ok(disk.to_api())
+        Ok(disk.to_api(self))
     }
 
     pub(crate) fn add_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
@@ -216,7 +216,7 @@ impl Manager {
         let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
         if state(goes.0.id) == Some(mirror::LegState::Split) {
             let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.0.path);
-            let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference.to_string());
+            let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference().to_string());
             let message = format!("disk {name}: {} is held by snapshot {holder}", goes.0.path.display());
             return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action(format!(
                 "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
@@ -254,6 +254,6 @@ impl Manager {
             remove_file(&self.bitmap_path(old.bitmap));
         }
         self.forget_resyncs_of(&disk);
-        Ok(disk.to_api())
+        Ok(disk.to_api(self))
     }
 }

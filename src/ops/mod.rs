@@ -17,6 +17,7 @@ mod delete_snapshot;
 mod enable_volume;
 mod mirror_disk;
 mod remove;
+mod rename;
 mod restore_disk;
 mod set;
 mod update_volume;

@@ -36,19 +36,22 @@ fn in_ring<T: 'static>(work: impl AsyncFnOnce(IoQueue) -> Result<T, String> + 's
 impl Manager {
     /// Takes a disk back to what `request` names. The disk shows that when this returns.
     pub(crate) fn restore(&self, name: &Name, request: &RestoreRequest) -> Result<api::Job, ApiError> {
-        let (from, is_ours) = match &request.from {
-            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), false),
-            VolumeSource::Now(volume) => (self.snapshot_to_restore(name, volume, request.force)?, true),
+        let (from, taken) = match &request.from {
+            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), None),
+            VolumeSource::Now(volume) => {
+                let (reference, id) = self.snapshot_to_restore(name, volume, request.force)?;
+                (reference, Some(id))
+            }
         };
-        let begun = self.restore_when_quiesced(name, &from, request, is_ours);
-        if begun.is_err() && is_ours {
-            self.let_snapshot_go(&from);
+        let begun = self.restore_when_quiesced(name, &from, request, taken.is_some());
+        if let (Err(_), Some(taken)) = (&begun, taken) {
+            self.let_snapshot_go(taken);
         }
         Ok(begun?.to_api())
     }
 
     /// Takes the snapshot of a volume that a disk is restored to.
-    fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<SnapshotRef, ApiError> {
+    fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<(SnapshotRef, Uuid), ApiError> {
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(Uuid::new_v4())).parse()? };
         let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
@@ -67,8 +70,8 @@ impl Manager {
             socket: None,
             image: None,
         };
-        self.create(&snapshot)?;
-        Ok(reference)
+        let id = self.create(&snapshot)?.first().map(|s| s.id);
+        Ok((reference, id.unwrap_or_default()))
     }
 
     /// Whether what is restored is the disk's own, or else a volume that stands on the disk.

@@ -27,7 +27,7 @@ impl Manager {
             _ => {}
         }
         self.set(&disk, patch)?;
-        Ok(disk.to_api())
+        Ok(disk.to_api(self))
     }
 
     pub(crate) fn set_served_volume(&self, name: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
@@ -39,7 +39,7 @@ impl Manager {
                 .with_action(format!("read a snapshot of it: halfsilver snapshot create NAME --disk {name}")));
         }
         self.set(&volume, patch)?;
-        Ok(volume.to_volume())
+        Ok(volume.to_volume(self))
     }
 
     /// A disk that is read-only is opened so at the next start, and then nothing can write its image.
@@ -72,15 +72,20 @@ impl Manager {
         locked(&disk.standing).set = set;
         disk.disk.background().set_window(config.background_bytes().into());
         if let Some(server) = &*locked(&disk.server) {
-            server.offer(offer_of(&config));
+            server.offer(offer_of(disk.name.get().to_string(), &config));
         }
         log::info!("{}: set anew: {}", disk.name, serde_json::to_string(patch).unwrap_or_default());
-        self.bus.publish(Notice::of_disk(EventKind::DiskChanged, &disk.name));
+        self.bus.publish(Notice::of_disk(EventKind::DiskChanged, &disk.name.get()));
         Ok(())
     }
 }
 
 /// What the next frontend gets.
-fn offer_of(config: &DiskConfig) -> Offer {
-    Offer { queues: config.queues(), serial: config.serial.clone().unwrap_or_default(), read_only: config.readonly() }
+fn offer_of(name: String, config: &DiskConfig) -> Offer {
+    Offer {
+        name,
+        queues: config.queues(),
+        serial: config.serial.clone().unwrap_or_default(),
+        read_only: config.readonly(),
+    }
 }

@@ -58,10 +58,10 @@ impl Manager {
         let (claim, _) = self.claim(&command)?;
         let disk = self.volume_to_update(name)?;
         let source = self.source_of(&disk)?;
-        let reference = SnapshotRef { name: name_for(name, &source)?, disk: source.name.clone() };
+        let reference = SnapshotRef { name: name_for(name, &source)?, disk: source.name.get() };
         let request = SnapshotRequest {
             name: reference.name.clone(),
-            disks: vec![source.name.clone()],
+            disks: vec![reference.disk.clone()],
             strategy: None,
             writers: Writers::Request,
             socket: None,
@@ -105,12 +105,16 @@ impl Manager {
 
     /// The disk or volume that it was made off.
     fn source_of(&self, volume: &DiskEntry) -> Result<Arc<DiskEntry>, ApiError> {
-        let name = &volume.name;
+        let name = &volume.name.get();
         let Some(of) = locked(&volume.standing).relation().cloned() else {
             return Err(ApiError::volume_not_found(name));
         };
-        let disk = of.from.parse::<SnapshotRef>()?.disk;
-        let source = self.disk(&disk).map_err(|e| {
+        let served = self.all_disks().into_iter().find(|d| d.id == of.source);
+        let disk = match &served {
+            Some(source) => source.name.get(),
+            None => self.name_now(of.snapshot, &of.from).parse::<SnapshotRef>()?.disk,
+        };
+        let source = served.map_or_else(|| self.disk(&disk), Ok).map_err(|e| {
             ApiError { message: in_volume(name, &format!("its source {disk} is not there: {}", e.message)), ..e }
                 .with_action(format!("serve {disk} again, or make another volume"))
         })?;
@@ -150,7 +154,7 @@ impl Manager {
     }
 
     fn serve_again(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let e = match serve_live(&disk.name, &disk.config(), &disk.disk, &disk.frontends) {
+        let e = match serve_live(&disk.name.get(), &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => {
                 *locked(&disk.server) = Some(Arc::new(server));
                 return Ok(());
@@ -159,8 +163,9 @@ impl Manager {
         };
         locked(&disk.standing).disabled = true;
         self.persist(std::slice::from_ref(disk))?;
-        let socket = disk.config.socket.clone().unwrap_or_default();
-        let message = in_volume(&disk.name, &format!("it is disabled now: cannot serve {}: {e}", socket.display()));
+        let socket = disk.socket();
+        let message =
+            in_volume(&disk.name.get(), &format!("it is disabled now: cannot serve {}: {e}", socket.display()));
         Err(ApiError::new(ErrorCode::Conflict, message)
             .with_action(format!("make room for its socket, then: halfsilver volume enable {}", disk.name)))
     }
@@ -178,7 +183,7 @@ impl Manager {
         locked(&disk.standing).next_live = Some(live);
         self.persist(std::slice::from_ref(disk))?;
         let made = self.make_next(disk, source, entry, live).and_then(|next| self.put_in_place(disk, next, pacing));
-        made.map_err(|e| ApiError { message: in_volume(&disk.name, &e.message), ..e })
+        made.map_err(|e| ApiError { message: in_volume(&disk.name.get(), &e.message), ..e })
     }
 
     /// Everything that the record is about to name is there, and durable, when this returns.
@@ -190,7 +195,7 @@ impl Manager {
         live: Uuid,
     ) -> Result<Next, ApiError> {
         let unsupported = |what: String| Err(ApiError::new(ErrorCode::Unsupported, what));
-        let from = entry.reference.to_string();
+        let from = entry.reference().to_string();
         let view = View::of(source.disk.clone(), entry.id, &from);
         if view.depth() > VOLUMES_DEEP_MAX {
             return unsupported(format!("{VOLUMES_DEEP_MAX} volumes would stand on each other below it"));
@@ -306,7 +311,7 @@ impl Manager {
         let tables = [self.places.log_table(old_live), self.places.run_table(old_live)];
         tables.iter().chain([&self.places.durable_table(old_live)]).for_each(|table| remove_file(table));
         self.remove_changed_table(old_live);
-        let notice = Notice::of_disk(EventKind::VolumeUpdated, &disk.name);
+        let notice = Notice::of_disk(EventKind::VolumeUpdated, &disk.name.get());
         match copies_all {
             None => log::info!("volume {}: updated to {from}", disk.name),
             Some(ref why) => log::warn!("volume {}: updated to {from}, and keeps nothing: {why}", disk.name),
@@ -412,7 +417,7 @@ impl Manager {
                 if !stands {
                     let keep_bookmark = stood && snapshot.broken().is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
-                    let_go(&snapshot.reference, self.delete(&snapshot.reference, options).err());
+                    let_go(&snapshot.reference(), self.delete(&snapshot.reference(), options).err());
                 }
             }
             for bookmark in disk.bookmarks() {
@@ -420,7 +425,7 @@ impl Manager {
                 let is_there = disk.snapshots().iter().any(|s| s.id == bookmark.id);
                 let Ok(name) = bookmark.name.parse() else { continue };
                 if !is_there && needs(volume, bookmark.id) == (false, false) {
-                    let reference = SnapshotRef { disk: disk.name.clone(), name };
+                    let reference = SnapshotRef { disk: disk.name.get(), name };
                     let_go(&reference, self.remove_bookmark(&reference).err());
                 }
             }

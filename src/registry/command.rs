@@ -56,6 +56,10 @@ pub enum Command {
         disk: Name,
         /// Its new name.
         to: Name,
+        /// Whether a volume is meant.
+        is_volume: bool,
+        /// Also while frontends are connected to a socket that is called after it.
+        force: bool,
     },
     /// Gives a disk a second leg.
     Mirror {
@@ -149,6 +153,7 @@ impl Command {
             | Command::Restore { force, .. }
             | Command::DeleteVolume { force, .. }
             | Command::Update { force, .. }
+            | Command::Rename { force, .. }
             | Command::Disable { force, .. } => *force = true,
             _ => return None,
         }
@@ -165,6 +170,7 @@ impl Command {
                 | Command::Restore { force: true, .. }
                 | Command::DeleteVolume { force: true, .. }
                 | Command::Update { force: true, .. }
+                | Command::Rename { force: true, .. }
                 | Command::Disable { force: true, .. }
         )
     }
@@ -188,7 +194,9 @@ impl fmt::Display for Command {
                 let readonly = readonly.map(|on| if on { " --readonly on" } else { " --readonly off" });
                 write!(f, "disk set {disk}{}", readonly.unwrap_or_default())
             }
-            Command::Rename { disk, to } => write!(f, "disk rename {disk} {to}"),
+            Command::Rename { disk, to, is_volume, .. } => {
+                write!(f, "{} rename {disk} {to}{force}", if *is_volume { "volume" } else { "disk" })
+            }
             Command::Mirror { disk } => write!(f, "disk mirror {disk}"),
             Command::Unmirror { disk } => write!(f, "disk unmirror {disk}"),
             Command::Restore { disk, from, .. } => write!(f, "disk restore {disk} --from {from}{force}"),

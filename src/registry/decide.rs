@@ -138,11 +138,11 @@ impl<'a> Decision<'a> {
                     Answer::Forced if self.command.is_forced() => {}
                     Answer::Never => {
                         let instead = operation.instead(obstacle.kind, name);
-                        return Err(Refusal::for_good(operation.code(obstacle.kind), obstacle.what, instead));
+                        return Err(Refusal::for_good(target.code(obstacle.kind), obstacle.what, instead));
                     }
                     Answer::Forced | Answer::Refused => {
                         let refusal = refused.get_or_insert_with(|| Refusal {
-                            code: operation.code(obstacle.kind),
+                            code: target.code(obstacle.kind),
                             what: Vec::new(),
                             steps: Vec::new(),
                             instead: None,
@@ -152,7 +152,10 @@ impl<'a> Decision<'a> {
                         if operation.about(obstacle.kind) == Answer::Refused {
                             refusal.forced = None;
                         }
-                        refusal.may_pass &= matches!(obstacle.kind, ObstacleKind::ReadBy | ObstacleKind::Attached);
+                        refusal.may_pass &= matches!(
+                            obstacle.kind,
+                            ObstacleKind::ReadBy | ObstacleKind::Attached | ObstacleKind::NamedSocket
+                        );
                         if !refusal.what.contains(&obstacle.what) {
                             refusal.what.push(obstacle.what);
                         }
@@ -205,6 +208,7 @@ impl<'a> Decision<'a> {
             Command::RemoveDisk { disk, .. } => on_disk(Op::RemoveDisk, disk),
             Command::Forget { disk } => on_disk(Op::Forget, disk),
             Command::Set { disk, .. } => on_disk(Op::Set, disk),
+            Command::Rename { disk, is_volume: true, .. } => on_volume(Op::Rename, disk),
             Command::Rename { disk, .. } => on_disk(Op::Rename, disk),
             Command::Mirror { disk } => on_disk(Op::Mirror, disk),
             Command::Unmirror { disk } => on_disk(Op::Unmirror, disk),
@@ -385,6 +389,14 @@ impl<'a> Target<'a> {
     fn disk(&self) -> &'a Disk {
         match self {
             Target::Disk(_, disk) | Target::Snapshot(_, disk, _) => disk,
+        }
+    }
+
+    /// The code of a refusal because of such an obstacle.
+    fn code(&self, kind: ObstacleKind) -> ErrorCode {
+        match (self.operation(), self.operation().code(kind)) {
+            (Operation::Rename, ErrorCode::DiskBusy) if self.disk().is_volume() => ErrorCode::VolumeBusy,
+            (_, code) => code,
         }
     }
 

@@ -33,6 +33,8 @@ pub struct Disk {
     pub failure: Option<String>,
     /// How many frontends are connected.
     pub frontends: u32,
+    /// Whether its socket is called after it.
+    pub is_socket_named: bool,
     /// Its restore in place, if one is under way.
     pub restore: Option<Restore>,
     /// Whether a copy that makes it independent was begun and is not done.
@@ -102,6 +104,8 @@ pub struct Snapshot {
     pub broken: Option<String>,
     /// How many frontends read it.
     pub readers: u32,
+    /// Whether its socket is called after it.
+    pub is_socket_named: bool,
     /// How many frontends from before the cut still write it.
     pub old_frontends: u32,
     /// The volume for whose update it was taken.

@@ -66,6 +66,8 @@ pub enum ObstacleKind {
     ReadBy,
     /// A frontend is connected.
     Attached,
+    /// A frontend is connected to a socket that is called after it, or after one of its snapshots.
+    NamedSocket,
     /// It has snapshots.
     HasSnapshots,
     /// It has bookmarks.
@@ -76,7 +78,7 @@ pub enum ObstacleKind {
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 30] = {
+    pub const ALL: [ObstacleKind; 31] = {
         use ObstacleKind::*;
         [
             Unserved,
@@ -106,6 +108,7 @@ impl ObstacleKind {
             Broken,
             ReadBy,
             Attached,
+            NamedSocket,
             HasSnapshots,
             HasBookmarks,
             InLog,
@@ -146,6 +149,11 @@ impl Registry {
         if disk.frontends > 0 {
             let what = format!("{title} has {} connected", counted(disk.frontends as usize, "frontend"));
             found.push(obstacle(ObstacleKind::Attached, what, vec![Step::Disconnect(disk.name.clone())]));
+        }
+        if disk.frontends > 0 && disk.is_socket_named {
+            let count = counted(disk.frontends as usize, "frontend");
+            let what = format!("{title} has {count} connected to its socket, which is called after it");
+            found.push(obstacle(ObstacleKind::NamedSocket, what, vec![Step::Disconnect(disk.name.clone())]));
         }
         let delete =
             |s: &Snapshot| Step::Run(Command::DeleteSnapshot { snapshot: disk.reference(&s.name), force: false });
@@ -360,7 +368,12 @@ impl Registry {
         if snapshot.readers > 0 {
             let what =
                 format!("snapshot {reference} is being read by {}", counted(snapshot.readers as usize, "frontend"));
-            found.push(obstacle(ObstacleKind::ReadBy, what, vec![Step::DisconnectReaders(reference)]));
+            found.push(obstacle(ObstacleKind::ReadBy, what, vec![Step::DisconnectReaders(reference.clone())]));
+        }
+        if snapshot.readers > 0 && snapshot.is_socket_named {
+            let count = counted(snapshot.readers as usize, "frontend");
+            let what = format!("snapshot {reference} has {count} connected to its socket, which is called after it");
+            found.push(obstacle(ObstacleKind::NamedSocket, what, vec![Step::DisconnectReaders(reference)]));
         }
         found
     }

@@ -120,6 +120,7 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Broken,            [o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
     (ReadBy,            [o, F, o, o, o, F, o, o, o, o, o, o, F, o, o, o, o, o, o, o]),
     (Attached,          [o, o, o, o, o, F, o, o, o, o, o, F, F, o, F, o, F, o, o, o]),
+    (NamedSocket,       [o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o, o, o, o]),
     (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
     (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
     (InLog,             [o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),

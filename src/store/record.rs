@@ -3,7 +3,7 @@
 //! What always holds: a field that this program does not know makes a record unreadable to it, so that none is lost by being
 //! stored again. Who adds or changes one gives the records another format ([`super::records`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -233,8 +233,8 @@ pub struct DiskRecord {
 }
 
 impl DiskRecord {
-    /// The names of everything that has files of its own in our directories: of each table its UUID, of a snapshot's
-    /// image `disk@name`.
+    /// The names of everything that has files of its own in our directories: of each table its UUID, and what its images
+    /// are called.
     #[must_use]
     pub fn names(&self) -> BTreeSet<String> {
         let image = self.own_image.then(|| self.own_image_name());
@@ -242,7 +242,25 @@ impl DiskRecord {
         let own = [Some(self.id), Some(self.live), self.next_live, bitmap, restore];
         let ids = own.into_iter().flatten().chain(self.snapshots.iter().map(|s| s.id)).map(|id| id.to_string());
         let ids = ids.chain(self.bookmarks.iter().map(|b| b.id.to_string()));
-        ids.chain(self.snapshots.iter().map(|s| format!("{}@{}", self.name, s.name))).chain(image).collect()
+        ids.chain(self.image_names()).chain(image).collect()
+    }
+
+    /// What the images of its snapshots are called, whatever the disk was called then and wherever their directory is now.
+    pub fn image_names(&self) -> impl Iterator<Item = String> + '_ {
+        // A full image is the disk's own, or a leg.
+        let images = self.snapshots.iter().filter(|s| !s.owns_all && s.image.extension().is_some_and(|e| e == "img"));
+        images.filter_map(|snapshot| {
+            let stem = snapshot.image.file_stem()?.to_str()?;
+            Some(stem.to_owned())
+        })
+    }
+
+    /// What its snapshot or bookmark with this id is called.
+    #[must_use]
+    pub fn reference_of(&self, moment: Uuid) -> Option<String> {
+        let snapshot = self.snapshots.iter().find(|s| s.id == moment).map(|s| &s.name);
+        let name = snapshot.or_else(|| self.bookmarks.iter().find(|b| b.id == moment).map(|b| &b.name))?;
+        Some(format!("{}@{name}", self.name))
     }
 
     /// What a full image that was made here is called.
@@ -255,6 +273,25 @@ impl DiskRecord {
     #[must_use]
     pub fn is_volume(&self) -> bool {
         self.volume.is_some() || self.stood_on.is_some()
+    }
+}
+
+/// Says of all that names a snapshot by its id what that is called now, if it is there.
+pub(super) fn name_moments(disks: &mut [DiskRecord]) {
+    let names = |disk: &DiskRecord| {
+        let snapshots = disk.snapshots.iter().map(|s| (s.id, &s.name));
+        let moments = disk.bookmarks.iter().map(|b| (b.id, &b.name)).chain(snapshots);
+        moments.map(|(id, name)| (id, format!("{}@{name}", disk.name))).collect::<Vec<_>>()
+    };
+    let now: BTreeMap<Uuid, String> = disks.iter().flat_map(names).collect();
+    for disk in disks {
+        let volumes = [&mut disk.volume, &mut disk.stood_on].into_iter().flatten().map(|v| (v.snapshot, &mut v.from));
+        let restore = disk.restore.as_mut().map(|r| (r.source, &mut r.from));
+        for (id, text) in volumes.chain(restore) {
+            if let Some(now) = now.get(&id) {
+                text.clone_from(now);
+            }
+        }
     }
 }
 

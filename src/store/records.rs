@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use redb::{Database, ReadableTable, WriteTransaction};
 
 use super::intact::{self, Content, DISKS, DROPPED, META};
-use super::record::DiskRecord;
+use super::record::{DiskRecord, name_moments};
 use crate::crash;
 
 /// The tables of the store, and how a record is wrapped. Another one is refused rather than guessed at.
@@ -188,6 +188,29 @@ impl Records {
             for disk in disks {
                 replace(&change, &disk.name, Some(disk))?;
             }
+            crash::point("before records are committed");
+            change.commit().map_err(RecordError::of)?;
+            crash::point("after records were committed");
+            Ok(())
+        })
+    }
+
+    /// Stores a record in the place of the one that its disk has under another name. It is durable when this returns.
+    ///
+    /// # Errors
+    /// When the store refuses, or there is a record of its name; nothing has changed then.
+    pub fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            let disks = change.open_table(DISKS).map_err(RecordError::of)?;
+            let is_taken = disks.get(disk.name.as_str()).map_err(RecordError::of)?.is_some();
+            drop(disks);
+            if is_taken {
+                return Err(RecordError::Store(format!("there is a record of {} already", disk.name)));
+            }
+            replace(&change, from, None)?;
+            // Its files are let go with the old name, and named again with the new one.
+            replace(&change, &disk.name, Some(disk))?;
             crash::point("before records are committed");
             change.commit().map_err(RecordError::of)?;
             crash::point("after records were committed");
@@ -375,6 +398,7 @@ fn decode_all(content: &Content) -> Remembered {
             Err(why) => drop(remembered.unreadable.insert(name.clone(), why)),
         }
     }
+    name_moments(&mut remembered.disks);
     remembered
 }
 

@@ -436,6 +436,55 @@ fn what_is_let_go_is_remembered_until_it_is_recorded_again_or_forgotten() {
     assert!(records.dropped().unwrap().is_empty() && all(&records).is_empty());
 }
 
+/// One transaction, in which nothing is let go; what others say of it by its id is said with the new name.
+#[test]
+fn a_record_gets_another_name_with_all_that_it_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = Records::open(&dir.path().join("records.redb")).unwrap();
+    let old = disk("vm0");
+    let mut clone = disk("clone");
+    clone.volume = Some(VolumeRecord {
+        snapshot: old.snapshots[0].id,
+        from: "vm0@a".to_owned(),
+        source: old.id,
+        origin: Uuid::new_v4(),
+        size_bytes: 4096,
+        created_ms: 1,
+    });
+    clone.restore = Some(RestoreRecord {
+        id: Uuid::new_v4(),
+        source: old.bookmarks[0].id,
+        from: "vm0@z".to_owned(),
+        is_own: false,
+        is_ours: false,
+        is_active: true,
+        stopped: false,
+        delay_ms: 0,
+        bytes_per_second: 0,
+    });
+    records.put([&old, &clone]).unwrap();
+    let mut new = DiskRecord { name: "clone".to_owned(), ..old.clone() };
+    let before = all(&records);
+    records.rename("vm0", &new).unwrap_err();
+    assert_eq!(all(&records), before, "what has the name keeps it");
+    new.name = "web".to_owned();
+    records.rename("vm0", &new).unwrap();
+    let now = all(&records);
+    assert_eq!(now.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), ["clone", "web"]);
+    assert_eq!(now[1].names(), old.names(), "images are called what they were called");
+    assert!(records.dropped().unwrap().is_empty());
+    let from = (&now[0].volume.as_ref().unwrap().from, &now[0].restore.as_ref().unwrap().from);
+    let moment = &old.bookmarks[0].name;
+    assert_eq!(from, (&format!("web@{}", old.snapshots[0].name), &format!("web@{moment}")));
+    // A snapshot of the next disk of that name is another thing, whatever it is called.
+    let mut next = disk("vm0");
+    next.snapshots.truncate(1);
+    next.snapshots[0].image = format!("/images/{}.img", next.snapshots[0].id).into();
+    records.put([&next]).unwrap();
+    records.remove("vm0").unwrap();
+    assert!(records.dropped().unwrap().is_disjoint(&old.names()));
+}
+
 /// redb does not open a file that it has only begun to make, so that is done beside the place.
 #[test]
 fn a_store_has_its_name_when_it_is_complete() {

@@ -11,7 +11,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use super::features::QUEUES_MAX;
 use super::request::SERIAL_BYTES;
 use super::session::{self, SessionContext};
-use super::socket::BoundSocket;
+use super::socket::{BoundSocket, SocketName};
 use super::stats::{QueueCounters, QueueStats};
 use super::{Observer, RateLimit};
 use crate::mirror::Attachment;
@@ -65,6 +65,8 @@ pub struct ServeOptions {
 /// What the next frontends get that connect; those that are connected keep what they have.
 #[derive(Clone, Debug)]
 pub struct Offer {
+    /// The disk's name, for the log.
+    pub name: String,
     /// How many queues they may use: 1 to [`QUEUES_MAX`].
     pub queues: u16,
     /// The serial number that the guest can ask for; up to 20 bytes, longer ones are cut.
@@ -78,6 +80,8 @@ struct Shared {
     connected: AtomicUsize,
     wake: OwnedFd,
     offer: Mutex<Offer>,
+    /// None for a socket that somebody else made.
+    place: Option<Arc<SocketName>>,
     /// As many as any frontend was ever offered.
     counters: Mutex<Vec<Arc<QueueCounters>>>,
     ended: (Mutex<bool>, Condvar),
@@ -114,7 +118,7 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
     }
     let (bound, first) = open(socket)?;
     let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
-    let offer = Offer { queues, serial, read_only: false };
+    let offer = Offer { name: name.clone(), queues, serial, read_only: false };
     // What is offered is put in when a frontend comes.
     let (serial, counters) = ([0; SERIAL_BYTES], Vec::new());
     let context = SessionContext { name: name.clone(), attachment, serial, counters, read_only: false, observer };
@@ -123,6 +127,7 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
         connected: AtomicUsize::new(usize::from(first.is_some())),
         wake,
         offer: Mutex::new(offer),
+        place: bound.as_ref().and_then(BoundSocket::name),
         counters: Mutex::default(),
         ended: (Mutex::new(false), Condvar::new()),
         door: Mutex::new(()),
@@ -222,6 +227,19 @@ impl ServerHandle {
         *self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 
+    /// Moves the socket, unless somebody else made it. Who is connected stays connected.
+    ///
+    /// # Errors
+    /// When something else is at `to`, or the system refuses: it is where it was then.
+    pub fn move_socket(&self, to: &Path) -> io::Result<()> {
+        self.shared.place.as_ref().map_or(Ok(()), |place| place.move_to(to))
+    }
+
+    /// Says in the log of the next frontends what the disk is called now.
+    pub fn rename(&self, name: String) {
+        self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner).name = name;
+    }
+
     /// The same for each queue.
     #[must_use]
     pub fn queue_stats(&self) -> Vec<QueueStats> {
@@ -249,6 +267,7 @@ impl Shared {
     fn make_offer(&self, context: &mut SessionContext) {
         let offer = self.offer.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let len = offer.serial.len().min(SERIAL_BYTES);
+        context.name = offer.name;
         context.serial = [0; SERIAL_BYTES];
         context.serial[..len].copy_from_slice(&offer.serial.as_bytes()[..len]);
         context.read_only = offer.read_only;

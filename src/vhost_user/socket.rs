@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -20,7 +21,40 @@ const BACKLOG: i32 = 128;
 pub(super) struct BoundSocket {
     pub(super) listener: UnixListener,
     // None for a socket that somebody else made.
-    name: Option<(PathBuf, u64, u64)>,
+    name: Option<Arc<SocketName>>,
+}
+
+/// Where a socket is that was made here, and which one it is.
+#[derive(Debug)]
+pub(super) struct SocketName {
+    path: Mutex<PathBuf>,
+    dev: u64,
+    ino: u64,
+}
+
+impl SocketName {
+    fn is_at(&self, path: &Path) -> bool {
+        fs::symlink_metadata(path).is_ok_and(|m| m.dev() == self.dev && m.ino() == self.ino)
+    }
+
+    /// Gives the socket another place in the same file system. Who is connected, or was about to be, does not notice.
+    ///
+    /// # Errors
+    /// When something else is at `to`, or a live process listens there, or the system refuses.
+    pub(super) fn move_to(&self, to: &Path) -> io::Result<()> {
+        let mut path = self.path.lock().unwrap_or_else(PoisonError::into_inner);
+        if *path == to {
+            return Ok(());
+        }
+        if !self.is_at(&path) {
+            return Err(with_path(&path, "the socket is not there any more"));
+        }
+        clear_stale(to)?;
+        rustix::fs::renameat_with(rustix::fs::CWD, &*path, rustix::fs::CWD, to, rustix::fs::RenameFlags::NOREPLACE)
+            .map_err(|e| with_path(to, &format!("the socket cannot be moved there: {e}")))?;
+        to.clone_into(&mut path);
+        Ok(())
+    }
 }
 
 impl BoundSocket {
@@ -37,8 +71,8 @@ impl BoundSocket {
         let address = SocketAddrUnix::new(path).map_err(|_| with_path(path, "the path is too long for a socket"))?;
         rustix::net::bind(&socket, &address).map_err(|e| with_path(path, &format!("cannot make the socket: {e}")))?;
         let meta = fs::symlink_metadata(path)?;
-        let name = Some((path.to_owned(), meta.dev(), meta.ino()));
-        let bound = BoundSocket { listener: UnixListener::from(socket), name };
+        let name = SocketName { path: Mutex::new(path.to_owned()), dev: meta.dev(), ino: meta.ino() };
+        let bound = BoundSocket { listener: UnixListener::from(socket), name: Some(Arc::new(name)) };
         rustix::net::listen(&bound.listener, BACKLOG)?;
         Ok(bound)
     }
@@ -53,13 +87,20 @@ impl BoundSocket {
         listener.set_nonblocking(true)?;
         Ok(BoundSocket { listener, name: None })
     }
+
+    /// Where it is, if it was made here.
+    pub(super) fn name(&self) -> Option<Arc<SocketName>> {
+        self.name.clone()
+    }
 }
 
 impl Drop for BoundSocket {
     fn drop(&mut self) {
-        let Some((path, dev, ino)) = &self.name else { return };
-        let is_ours = fs::symlink_metadata(path).is_ok_and(|m| m.dev() == *dev && m.ino() == *ino);
-        if is_ours && let Err(e) = fs::remove_file(path) {
+        let Some(name) = &self.name else { return };
+        let path = name.path.lock().unwrap_or_else(PoisonError::into_inner);
+        if name.is_at(&path)
+            && let Err(e) = fs::remove_file(&*path)
+        {
             log::warn!("cannot remove the socket {}: {e}", path.display());
         }
     }

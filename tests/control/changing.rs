@@ -48,6 +48,22 @@ fn settings_are_changed_one_by_one() {
 }
 
 #[test]
+fn a_disk_gets_another_name() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    let id = rig.get("/v1/disks/vm1").json()["id"].clone();
+    let mut stream = listen(&rig.path);
+    let renamed = rig.post("/v1/disks/vm1/rename", r#"{"name":"web"}"#);
+    assert_eq!((renamed.status, &renamed.json()["name"], &renamed.json()["id"]), (200, &json!("web"), &id));
+    assert_eq!(read_until(&mut stream, "event:"), "event: DISK_RENAMED");
+    assert_eq!(rig.get("/v1/snapshots/web@daily").json()["disk"], "web");
+    assert_eq!(rig.refused("GET", "/v1/disks/vm1", "")["code"], "disk-not-found");
+    assert_eq!(rig.refused("POST", "/v1/disks/web/rename", r#"{"name":"vm2"}"#)["code"], "disk-exists");
+    assert_eq!(rig.refused("POST", "/v1/disks/web/rename", r#"{"name":"../x"}"#)["code"], "invalid-name");
+    assert_eq!(rig.refused("POST", "/v1/disks/web/rename", "{}")["code"], "invalid-request");
+    assert_eq!(rig.refused("POST", "/v1/volumes/web/rename", r#"{"name":"x"}"#)["code"], "volume-not-found");
+}
+
+#[test]
 fn what_is_not_served_is_listed_and_can_be_forgotten() {
     let rig = Rig::with_disks();
     assert_eq!(rig.refused("POST", "/v1/disks/vm1/forget", "")["code"], "disk-busy");

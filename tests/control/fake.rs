@@ -242,6 +242,30 @@ impl Service for Fake {
         Ok(found.clone())
     }
 
+    fn rename_disk(&self, disk: &Name, to: &Name, force: bool) -> Result<Disk, ApiError> {
+        if self.get_disk(disk)?.connected && !force {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} has a frontend connected")));
+        }
+        if self.get_disk(to).is_ok() {
+            return Err(ApiError::new(ErrorCode::DiskExists, format!("disk {to} exists")));
+        }
+        let mut state = self.state.lock().unwrap();
+        for (_, found) in state.disks.iter_mut().filter(|(_, found)| found.name == *disk) {
+            (found.name, found.socket) = (to.clone(), Some(format!("/run/fake/{to}.sock").into()));
+        }
+        state.snapshots.iter_mut().filter(|s| s.disk == *disk).for_each(|s| s.disk = to.clone());
+        state.jobs.iter_mut().filter(|j| j.disk == *disk).for_each(|j| j.disk = to.clone());
+        drop(state);
+        self.bus.publish(Notice::of_disk(EventKind::DiskRenamed, to).because(format!("it was {disk}")));
+        self.get_disk(to)
+    }
+
+    fn rename_volume(&self, volume: &Name, to: &Name, _force: bool) -> Result<Volume, ApiError> {
+        self.get_volume(volume)?;
+        self.state.lock().unwrap().volumes.iter_mut().filter(|v| v.name == *volume).for_each(|v| v.name = to.clone());
+        self.get_volume(to)
+    }
+
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
         if self.get_disk(disk)?.state != DiskState::Unserved {
             return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} is served")));

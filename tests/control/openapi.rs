@@ -53,6 +53,7 @@ fn every_operation_describes_its_refusals() {
         "Disk",
         "DiskConfig",
         "DiskPatch",
+        "RenameRequest",
         "GroupDeletion",
         "Claim",
         "Unserved",

@@ -197,6 +197,18 @@ fn settings_are_set() {
 }
 
 #[test]
+fn disks_and_volumes_are_renamed() {
+    let rig = Rig::with_disks();
+    assert_eq!(rig.json("disk rename vm1 web --json")["name"], "web");
+    rig.done("volume create clone --from vm2");
+    assert_eq!(rig.json("volume rename clone seat --force --json")["name"], "seat");
+    assert!(rig.fails("disk rename vm1 x").contains("there is no disk vm1; "));
+    for line in ["disk rename vm2", "disk rename vm2 X", "volume rename seat ../x"] {
+        assert_eq!(rig.run(line).status.code(), Some(2), "{line}");
+    }
+}
+
+#[test]
 fn what_is_not_served_is_shown_and_forgotten() {
     let rig = Rig::with_disks();
     assert!(rig.fails("disk forget vm1").contains("disk vm1 is served; "));

@@ -15,7 +15,7 @@ const SECTOR: u64 = 512;
 
 /// The sectors that may differ.
 #[track_caller]
-fn diff(daemon: &Daemon, path: &str) -> Vec<Range<usize>> {
+pub(crate) fn diff(daemon: &Daemon, path: &str) -> Vec<Range<usize>> {
     let answer = daemon.get(path);
     answer.ok();
     let sector = |value: &Value| usize::try_from(value.as_u64().unwrap() / SECTOR).unwrap();
@@ -35,7 +35,7 @@ fn between(daemon: &Daemon, from: &str, to: &str) -> Vec<Range<usize>> {
     diff(daemon, &format!("/v1/snapshots/{from}/diff?to={to}"))
 }
 
-fn keep_bookmark(daemon: &Daemon, snapshot: &str) {
+pub(crate) fn keep_bookmark(daemon: &Daemon, snapshot: &str) {
     let answer = daemon.send("DELETE", &format!("/v1/snapshots/{snapshot}?keep-bookmark=true"), "");
     assert!([202, 204].contains(&answer.status), "{}", answer.body);
     daemon.api().wait_gone(snapshot);

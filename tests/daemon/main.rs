@@ -35,6 +35,7 @@ mod points;
 mod power;
 mod random;
 mod refused;
+mod rename;
 mod restart;
 mod restore;
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the wire")]

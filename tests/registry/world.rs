@@ -80,6 +80,7 @@ impl World {
             is_readonly: false,
             failure: None,
             frontends: 0,
+            is_socket_named: !self.next.is_multiple_of(3),
             restore: None,
             has_work: false,
             is_in_log: kind != Kind::Disk,
@@ -199,7 +200,7 @@ impl World {
             18 => Command::Forget { disk },
             19 => Command::StopJob { job },
             20 => Command::ResumeJob { job },
-            _ => Command::Rename { disk, to: name(&fresh) },
+            _ => Command::Rename { disk, to: name(&fresh), is_volume: false, force },
         }
     }
 
@@ -236,6 +237,7 @@ impl World {
                         phase: SnapshotPhase::Draining,
                         broken: None,
                         readers: 0,
+                        is_socket_named: disk.is_socket_named,
                         old_frontends: disk.frontends,
                         taken_for: None,
                         through: Vec::new(),
@@ -275,7 +277,7 @@ impl World {
                 let id = registry.named(volume).unwrap().id;
                 self.disk(id).unwrap().kind = Kind::Disk;
             }
-            Command::Rename { disk, to } => {
+            Command::Rename { disk, to, .. } => {
                 let id = registry.named(disk).unwrap().id;
                 self.disk(id).unwrap().name = to.clone();
             }

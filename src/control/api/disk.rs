@@ -288,6 +288,28 @@ impl DiskPatch {
     }
 }
 
+/// The body of `POST /v1/disks/{disk}/rename`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenameRequest {
+    /// The new name. No disk or volume may have it.
+    pub name: String,
+    /// Also while a frontend is connected to a socket that is called after the disk: it stays connected, and finds the
+    /// socket under the new name only when it connects again.
+    #[serde(default)]
+    pub force: bool,
+}
+
+impl RenameRequest {
+    /// The new name, if it is one.
+    ///
+    /// # Errors
+    /// `invalid-name`.
+    pub fn validate(&self) -> Result<Name, ApiError> {
+        Ok(self.name.parse()?)
+    }
+}
+
 /// A disk. Of one that is not served `size_bytes` and `allocated_bytes` are 0, and what its record does not tell is null, 0,
 /// false or empty.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::{Context, PathText, Refused, Reply};
-use crate::control::api::{Disk, DiskPatch, Volume};
+use crate::control::api::{Disk, DiskPatch, RenameRequest, Volume};
 use crate::control::error::ApiError;
 use crate::control::extract::JsonBody;
 use crate::control::name::Name;
@@ -36,6 +36,32 @@ pub(super) async fn set_volume(
     let volume: Name = path?.parse()?;
     patch.check_change()?;
     context.call(move |service| service.set_volume(&volume, &patch)).await.map(Json)
+}
+
+/// Gives a disk another name; its snapshots, bookmarks, volumes, jobs and guests stay with it.
+#[utoipa::path(post, path = "/v1/disks/{disk}/rename", tag = "disks", params(("disk" = Name, Path)),
+    request_body = RenameRequest,
+    responses((status = 200, description = "The disk under its new name", body = Disk), Refused))]
+pub(super) async fn rename_disk(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(request): JsonBody<RenameRequest>,
+) -> Reply<Disk> {
+    let (disk, to): (Name, Name) = (path?.parse()?, request.validate()?);
+    context.call(move |service| service.rename_disk(&disk, &to, request.force)).await.map(Json)
+}
+
+/// Gives a volume another name; its snapshots, bookmarks, volumes, jobs and guests stay with it.
+#[utoipa::path(post, path = "/v1/volumes/{volume}/rename", tag = "volumes", params(("volume" = Name, Path)),
+    request_body = RenameRequest,
+    responses((status = 200, description = "The volume under its new name", body = Volume), Refused))]
+pub(super) async fn rename_volume(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(request): JsonBody<RenameRequest>,
+) -> Reply<Volume> {
+    let (volume, to): (Name, Name) = (path?.parse()?, request.validate()?);
+    context.call(move |service| service.rename_volume(&volume, &to, request.force)).await.map(Json)
 }
 
 /// Forgets a disk or volume that is not served, and all that is remembered of it. A disk's own image stays.
