@@ -6,14 +6,14 @@
 //! |--------------|-----------------------------------------------------------|-------------------------------|
 //! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
 //! | `store`      | durable records, and tables of blocks                     | image, crash                  |
-//! | `mirror`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
-//! | `job`        | paced background copying over `mirror`                    | mirror, store, image, crash   |
-//! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | mirror, image, crash          |
+//! | `engine`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
+//! | `job`        | paced background copying over `engine`                    | engine, store, image, crash   |
+//! | `vhost_user` | untrusted guest and frontend bytes into typed requests    | engine, image, crash          |
 //! | `control`    | HTTP API, events, metrics; no policy                      | –                             |
 //! | `registry`   | what there is, and what needs what; decides, purely       | control (names and words)     |
-//! | `recovery`   | what a start makes of what was left: decided, and opened  | mirror, store, image          |
-//! | `manager`    | who is served, who changes what, what is tried again      | registry, recovery, control, job, vhost_user, mirror, store, image, crash |
-//! | `ops`        | one file a command: what it does, in which order          | manager, registry, recovery, control, job, vhost_user, mirror, store, image, crash |
+//! | `recovery`   | what a start makes of what was left: decided, and opened  | engine, store, image          |
+//! | `manager`    | who is served, who changes what, what is tried again      | registry, recovery, control, job, vhost_user, engine, store, image, crash |
+//! | `ops`        | one file a command: what it does, in which order          | manager, registry, recovery, control, job, vhost_user, engine, store, image, crash |
 //! | `daemon`     | configuration, start and stop, the door for `control`     | all                           |
 //! | `cli`        | the command line, a client of the API                     | control, daemon (for `serve`, `check`) |
 //! | `sync`       | the synchronisation types that explored tests replace     | –                             |
@@ -23,10 +23,10 @@ pub mod cli;
 pub mod control;
 mod crash;
 pub mod daemon;
+pub mod engine;
 pub mod image;
 pub mod job;
 pub mod manager;
-pub mod mirror;
 mod ops;
 pub mod recovery;
 pub mod registry;

@@ -221,6 +221,6 @@ fn every_misfit_is_found() {
     fs::write(without_switch.path().join("tests/planted/planted.rs"), "").unwrap();
     assert!(misfit(without_switch.path()).contains("src/planted.rs has no list of defects"));
     let with_stranger = tree(&one(&[fits]));
-    fs::write(with_stranger.path().join("src/go.rs"), SOURCE.replace("sync", "planted::is(Defect::Stray)")).unwrap();
-    assert!(misfit(with_stranger.path()).contains("Stray: there is no such defect"));
+    fs::write(with_stranger.path().join("src/go.rs"), SOURCE.replace("sync", "planted::is(Defect::Orphan)")).unwrap();
+    assert!(misfit(with_stranger.path()).contains("Orphan: there is no such defect"));
 }

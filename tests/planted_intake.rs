@@ -3,7 +3,7 @@
 
 #![cfg(feature = "planted")]
 
-use halfsilver::mirror::{Epoch, EpochClock};
+use halfsilver::engine::{Epoch, EpochClock};
 use halfsilver::planted::{Defect, plant};
 use halfsilver::vhost_user::{AvailSource, intake};
 

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{ArgGroup, Parser};
+use halfsilver::engine::{Attachment, Disk, Epoch, EpochClock};
 use halfsilver::image::{Direct, FileImage, ImageErrorKind, ImageOptions};
-use halfsilver::mirror::{Attachment, Disk, Epoch, EpochClock};
 use halfsilver::vhost_user::{NoObserver, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// Serves a raw file or block device as a vhost-user-blk disk.

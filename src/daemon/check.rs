@@ -324,7 +324,7 @@ impl<'a> Examination<'a> {
         let examined = match Records::examine(&path) {
             Ok(Some(examined)) => examined,
             Ok(None) => {
-                self.look_at_strays(&[], &ExaminedRecords::default());
+                self.look_at_orphans(&[], &ExaminedRecords::default());
                 self.removable.clear(); // When the records come back they may name them.
                 if let Err(e) = self.places.refuse_lost_records() {
                     self.problem(&path, format!("a start would refuse: {e}"), restore);
@@ -345,7 +345,7 @@ impl<'a> Examination<'a> {
             self.problem(&path, what, "put a good copy of it back");
         }
         if examined.remembered.unreadable.is_empty() {
-            self.look_at_strays(&records, &examined);
+            self.look_at_orphans(&records, &examined);
         }
         self.look_at_disks(&records);
         self.records = records;
@@ -373,25 +373,25 @@ impl<'a> Examination<'a> {
         }
     }
 
-    fn look_at_strays(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) {
-        let strays = match self.places.strays(records, &examined.dropped) {
-            Ok(strays) => strays,
+    fn look_at_orphans(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) {
+        let orphans = match self.places.orphans(records, &examined.dropped) {
+            Ok(orphans) => orphans,
             Err(e) => {
                 let state_dir = self.places.state_dir().to_owned();
                 return self.problem(&state_dir, format!("a start would refuse: {e}"), "see to it that it can be read");
             }
         };
-        for path in &strays.removable {
+        for path in &orphans.removable {
             self.note(path, "an unfinished operation left it", "nothing: the next start removes it");
         }
-        for path in &strays.kept {
+        for path in &orphans.kept {
             self.problem(
                 path,
                 "no record names it, and there is something in it: it may be the only copy of what a guest wrote",
                 "put the records back that name it; if you are sure that nobody needs it, remove it yourself",
             );
         }
-        self.removable = strays.removable;
+        self.removable = orphans.removable;
     }
 
     /// Does what cannot lose anything. Returns what was done.

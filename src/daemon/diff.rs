@@ -11,9 +11,9 @@ use uuid::Uuid;
 use crate::control::api::{ByteRange, DiffSource, VolumeMap, VolumeStatus};
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::engine::{ChangeSource, Changes, NoChanges};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
-use crate::mirror::{ChangeSource, Changes, NoChanges};
 use crate::store::{BlockRange, VolumeRecord};
 
 impl Manager {
@@ -38,7 +38,7 @@ impl Manager {
         let name = &self.disk_name(name);
         self.refuse_unserved(name).map_err(|e| ApiError { code: ErrorCode::Conflict, ..e })?;
         let disk = self.disk(name).map_err(|_| ApiError::volume_not_found(name))?;
-        let volume = locked(&disk.standing).relation().cloned();
+        let volume = locked(&disk.relations).relation().cloned();
         let volume = volume.ok_or_else(|| ApiError::volume_not_found(name))?;
         Ok((disk, volume))
     }

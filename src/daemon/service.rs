@@ -229,7 +229,7 @@ impl Service for Manager {
                 legs: locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             });
             for snapshot in disk.snapshots() {
-                let count = |c: fn(&crate::mirror::Version) -> &std::sync::atomic::AtomicU64| {
+                let count = |c: fn(&crate::engine::Version) -> &std::sync::atomic::AtomicU64| {
                     snapshot.version.as_ref().map_or(0, |v| c(v).load(Ordering::Relaxed))
                 };
                 all.snapshots.push(SnapshotMetrics {

@@ -43,9 +43,9 @@ impl Manager {
         let disks = self.all_disks();
         let ended = self.for_each_disk(&disks, Instant::now() + REQUESTS_WAIT, |_, disk| {
             // Requests may still wait for a volume, when the start ends half way.
-            let awaited = locked(&disk.awaited).take();
-            if let Some(awaited) = awaited {
-                awaited.lose("the daemon is going down".to_owned());
+            let suspended = locked(&disk.suspended).take();
+            if let Some(suspended) = suspended {
+                suspended.lose("the daemon is going down".to_owned());
             }
             disk.stop_server();
             for snapshot in disk.snapshots() {

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
 use crate::crash;
+use crate::engine::{Backing, Copied, Disk, Ticket};
 use crate::image::{ImageError, IoQueue};
-use crate::mirror::{Backing, Copied, Disk, Ticket};
 use crate::store::{BlockIndex, DurableTable};
 
 struct Filling<'a>(&'a Disk);
@@ -40,7 +40,7 @@ impl CopyStep for Filling<'_> {
 }
 
 /// Copies to a volume's oldest log what it lacks, and makes it durable. What it stands on can leave its chain then
-/// ([`crate::mirror::ChainEditor::make_independent`]). All that the volume has counts as done.
+/// ([`crate::engine::ChainEditor::make_independent`]). All that the volume has counts as done.
 ///
 /// # Errors
 /// When a block cannot be read or written, or the log cannot be stored. What was copied stays; begin again when it can be.
@@ -49,7 +49,7 @@ pub async fn complete(queue: IoQueue, disk: Arc<Disk>, pace: Arc<Pace>) -> Resul
     fill(queue, disk, pace).await
 }
 
-/// The same after the volume was put on another snapshot ([`crate::mirror::ChainEditor::move_base`]): what it has kept is not
+/// The same after the volume was put on another snapshot ([`crate::engine::ChainEditor::move_base`]): what it has kept is not
 /// counted. `total` has what there was to do when it was begun, 0 if that is not known any more.
 ///
 /// # Errors

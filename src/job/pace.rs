@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::engine::{Disk, Turn};
 use crate::image::IoQueue;
-use crate::mirror::{Disk, Turn};
 
 /// A job looks this often whether its pace has changed or it should stop.
 const PAUSE_SLICE: Duration = Duration::from_millis(50);

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
 use crate::crash;
+use crate::engine::{Copied, Disk, RequestError, Ticket};
 use crate::image::IoQueue;
-use crate::mirror::{Copied, Disk, RequestError, Ticket};
 use crate::store::BlockIndex;
 
 struct BringingBack<'a>(&'a Disk);

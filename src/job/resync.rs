@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 
 use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
+use crate::engine::{Copied, CopyCursor, Disk, Pair, PairError, Ticket};
 use crate::image::IoQueue;
-use crate::mirror::{Copied, CopyCursor, Disk, Pair, PairError, Ticket};
 use crate::store::BlockIndex;
 
 struct Resyncing<'a> {

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use super::pace::Pace;
 use super::step::{CopyStep, Outcome, run};
 use crate::crash;
+use crate::engine::{ChainEditor, Copied, Disk, Epoch, RequestError, Ticket, Version, VersionId};
 use crate::image::IoQueue;
-use crate::mirror::{ChainEditor, Copied, Disk, Epoch, RequestError, Ticket, Version, VersionId};
 use crate::store::BlockIndex;
 
 struct LettingGo<'a>(&'a Disk, VersionId);

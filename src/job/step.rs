@@ -6,8 +6,8 @@
 use std::sync::atomic::Ordering;
 
 use super::pace::Pace;
+use crate::engine::{Copied, Disk, Ticket};
 use crate::image::IoQueue;
-use crate::mirror::{Copied, Disk, Ticket};
 use crate::store::BlockIndex;
 
 /// How a job ended.

@@ -1,7 +1,7 @@
-//! Changed tables and bookmarks: what a disk keeps of moments whose content is gone, and what changed since them.
+//! Dirty bitmaps and bookmarks: what a disk keeps of moments whose content is gone, and what changed since them.
 //!
 //! What always holds:
-//! - A changed table is removed after the records have forgotten its version or bookmark. They forget it after it was
+//! - A dirty bitmap is removed after the records have forgotten its version or bookmark. They forget it after it was
 //!   merged into the next newer one.
 //! - A bookmark is in the records from the moment on in which its snapshot is not.
 //! - A table that cannot be saved or taken up is said to be lost; it never stops a disk from being served.
@@ -13,13 +13,13 @@ use uuid::Uuid;
 use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::engine::{Changed, Disk};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::recording;
-use crate::mirror::{Changed, Disk};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
-/// What a clean stop saved of changed tables: the seal of each, or why there is none.
+/// What a clean stop saved of dirty bitmaps: the seal of each, or why there is none.
 pub(crate) type SavedChanges = BTreeMap<Uuid, ChangedRecord>;
 
 /// Bookmarks with what is known now of their tables.
@@ -29,7 +29,7 @@ pub(crate) fn with_tables(bookmarks: &[BookmarkRecord], disk: &Disk) -> Vec<Book
     bookmarks.iter().map(|b| BookmarkRecord { changed: changed(b.id), ..b.clone() }).collect()
 }
 
-/// All versions and bookmarks of a record that may have changed tables.
+/// All versions and bookmarks of a record that may have dirty bitmaps.
 pub(crate) fn ids_of_changes(record: &DiskRecord) -> impl Iterator<Item = Uuid> + '_ {
     let frozen = record.snapshots.iter().map(|s| s.id).chain(record.bookmarks.iter().map(|b| b.id));
     frozen.chain([record.live])
@@ -48,7 +48,7 @@ pub(crate) fn seal_changes(record: &mut DiskRecord, saved: &SavedChanges) {
 }
 
 impl Manager {
-    /// Saves all changed tables of a disk of which no request is left.
+    /// Saves all dirty bitmaps of a disk of which no request is left.
     pub(crate) fn save_changes(&self, disk: &Disk) -> SavedChanges {
         let (chain, marks) = (disk.chain(), disk.marks());
         let versions = chain.links().iter().filter_map(|l| Some((l.version.id, l.version.changed()?)));
@@ -79,7 +79,7 @@ impl Manager {
         }
     }
 
-    /// Removes the changed table of a version or bookmark that the records have forgotten, and that of the live version if
+    /// Removes the dirty bitmap of a version or bookmark that the records have forgotten, and that of the live version if
     /// nothing is left since which anybody could ask.
     pub(crate) fn remove_changes_of_gone(&self, disk: &DiskEntry, id: Uuid) {
         self.remove_changed_table(id);

@@ -11,14 +11,14 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
+use crate::engine::{Backing, Chain, Disk, Epoch, Version};
 use crate::manager::Manager;
 use crate::manager::layers::space_of;
 use crate::manager::legs::Mirror;
 use crate::manager::names::CurrentName;
 use crate::manager::recording;
-use crate::manager::relations::Standing;
-use crate::manager::restoring::Awaited;
-use crate::mirror::{Backing, Chain, Disk, Epoch, Version};
+use crate::manager::relations::Relations;
+use crate::manager::restoring::SuspendedRestore;
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, ServerHandle};
 
@@ -197,7 +197,7 @@ pub(crate) struct DiskEntry {
     pub(crate) socket: Mutex<PathBuf>,
     pub(crate) disk: Arc<Disk>,
     /// What it stands on, and what is being done about that.
-    pub(crate) standing: Mutex<Standing>,
+    pub(crate) relations: Mutex<Relations>,
     /// Its image, or of its legs the one that it is known by.
     pub(crate) path: Mutex<PathBuf>,
     pub(crate) mirror: Mutex<Option<Mirror>>,
@@ -205,7 +205,7 @@ pub(crate) struct DiskEntry {
     /// Its restore in place, if one is under way.
     pub(crate) restore: Mutex<Option<RestoreRecord>>,
     /// What a restore needs that waits for its volume to be served.
-    pub(crate) awaited: Mutex<Option<Awaited>>,
+    pub(crate) suspended: Mutex<Option<SuspendedRestore>>,
     /// Where legs are, for messages.
     pub(crate) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
     /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
@@ -267,7 +267,7 @@ impl DiskEntry {
         let of = (self.id, &self.name.get(), self.boot);
         let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
         record.bookmarks = self.bookmarks();
-        locked(&self.standing).put_into(&mut record);
+        locked(&self.relations).put_into(&mut record);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
         record.restore.clone_from(&locked(&self.restore));
@@ -281,7 +281,7 @@ impl DiskEntry {
 
     /// How it would be served again: its legs may have changed since it was served, and what was set.
     pub(crate) fn config(&self) -> DiskConfig {
-        let mut config = self.config.patched(&locked(&self.standing).set);
+        let mut config = self.config.patched(&locked(&self.relations).set);
         config.path = locked(&self.path).clone();
         config.socket = Some(self.socket());
         let legs = locked(&self.mirror).as_ref().map(Mirror::to_record).map(|m| m.legs).unwrap_or_default();
@@ -360,18 +360,18 @@ impl DiskEntry {
 }
 
 /// How often who waits for its turn looks again.
-pub(crate) const TURN: Duration = Duration::from_millis(20);
+pub(crate) const RETIRE_LOOK: Duration = Duration::from_millis(20);
 
 /// The turn of a deletion among those of its disk, until this is dropped.
-pub(crate) struct Turn<'a>(&'a AtomicBool);
+pub(crate) struct RetireTurn<'a>(&'a AtomicBool);
 
-impl Turn<'_> {
-    pub(crate) fn take(retires: &AtomicBool) -> Option<Turn<'_>> {
-        (!retires.swap(true, Ordering::AcqRel)).then(|| Turn(retires))
+impl RetireTurn<'_> {
+    pub(crate) fn take(retires: &AtomicBool) -> Option<RetireTurn<'_>> {
+        (!retires.swap(true, Ordering::AcqRel)).then(|| RetireTurn(retires))
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for RetireTurn<'_> {
     fn drop(&mut self) {
         self.0.store(false, Ordering::Release);
     }

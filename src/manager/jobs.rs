@@ -228,7 +228,7 @@ impl Manager {
                 let is_it = |s: &Arc<SnapshotEntry>| job.snapshot.as_ref().is_some_and(|of| Arc::ptr_eq(of, s));
                 disk.snapshots().iter().any(is_it)
             }
-            JobKind::Migrate | JobKind::Update => locked(&disk.standing).work.is_some(),
+            JobKind::Migrate | JobKind::Update => locked(&disk.relations).work.is_some(),
             JobKind::Restore => locked(&disk.restore).is_some(),
             JobKind::Mirror => disk.has_leg_behind(),
         }

@@ -2,7 +2,7 @@
 //!
 //! What always holds: what is made here is ours to remove; a disk's own image and the legs of its mirror never are.
 
-use crate::mirror::{Disk, Version};
+use crate::engine::{Disk, Version};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,9 +12,9 @@ use uuid::Uuid;
 use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
+use crate::engine::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::manager::{Manager, image_error, table_error};
-use crate::mirror::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
 use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
 use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError, TableName};
 
@@ -114,13 +114,13 @@ impl Manager {
         Table::create(&self.places.run_table(id), geometry.blocks(), TableName::of_this_boot(id)?)
     }
 
-    /// An empty changed table for the version `id`.
+    /// An empty dirty bitmap for the version `id`.
     pub(crate) fn make_changed_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
         let path = self.places.changed_table(id);
         Ok(Arc::new(Table::create(&path, geometry.blocks(), TableName::of_this_boot(id)?)?))
     }
 
-    /// Removes the changed table of a version or bookmark that is not remembered any more.
+    /// Removes the dirty bitmap of a version or bookmark that is not remembered any more.
     pub(crate) fn remove_changed_table(&self, id: Uuid) {
         remove_file(&self.places.changed_table(id));
         remove_file(&self.places.saved_changes(id));

@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Notice};
+use crate::engine::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
 use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
 use crate::job::{self, Outcome};
 use crate::manager::entry::{DiskEntry, locked};
@@ -19,7 +20,6 @@ use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{block_on, open_image, open_made_here, store_file};
 use crate::manager::names::CurrentName;
 use crate::manager::{Manager, image_error, table_error};
-use crate::mirror::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
 use crate::recovery::{LegUse, Recovery};
 use crate::store::{LegRecord, MirrorRecord};
 
@@ -39,7 +39,7 @@ impl Mirror {
         MirrorRecord { bitmap: self.bitmap, legs, stopped: self.is_stopped }
     }
 
-    pub(crate) fn state_of(&self, id: Uuid) -> Option<mirror::LegState> {
+    pub(crate) fn state_of(&self, id: Uuid) -> Option<engine::LegState> {
         self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
     }
 
@@ -48,10 +48,10 @@ impl Mirror {
         let leg = |(record, _): &(LegRecord, Option<SharedImage>)| {
             let found = status.iter().find(|leg| leg.id == record.id);
             let (state, reason) = match found.map(|leg| leg.state.clone()) {
-                Some(mirror::LegState::InSync) => (LegState::InSync, None),
-                Some(mirror::LegState::Resynchronising) => (LegState::Resynchronising, None),
-                Some(mirror::LegState::Split) => (LegState::Split, None),
-                Some(mirror::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
+                Some(engine::LegState::InSync) => (LegState::InSync, None),
+                Some(engine::LegState::Resynchronising) => (LegState::Resynchronising, None),
+                Some(engine::LegState::Split) => (LegState::Split, None),
+                Some(engine::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
                 None => (LegState::Failed, Some("it is not in use".to_owned())),
             };
             let remaining_bytes = found.map_or(0, |leg| leg.left_bytes);
@@ -205,13 +205,13 @@ impl Manager {
         self.watch_legs(disk);
         let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
             // If no snapshot holds it, it is a split that never came to be.
-            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(mirror::LegState::Split);
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(engine::LegState::Split);
             let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path));
             if let Some((leg, image)) = split {
                 return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
             }
             let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {
-                mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising)
+                mirror.state_of(leg.id) == Some(engine::LegState::Resynchronising)
             };
             mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
         });
@@ -334,6 +334,6 @@ impl DiskEntry {
     pub(crate) fn has_leg_behind(&self) -> bool {
         let mirror = locked(&self.mirror);
         let status = mirror.as_ref().map(|mirror| mirror.pair.status()).unwrap_or_default();
-        status.iter().any(|leg| leg.state == mirror::LegState::Resynchronising)
+        status.iter().any(|leg| leg.state == engine::LegState::Resynchronising)
     }
 }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::control::api::DiskConfig;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::engine::{Disk, DiskOptions, Geometry, Version};
 use crate::image::ImageOptions;
 use crate::manager::changes::with_tables;
 use crate::manager::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, locked, record_of};
@@ -19,12 +20,11 @@ use crate::manager::layers::{DiskLayers, direct_of};
 use crate::manager::legs::{Base, Mirror, check_new_leg};
 use crate::manager::names::CurrentName;
 use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
-use crate::manager::relations::Standing;
-use crate::manager::restoring::Awaited;
+use crate::manager::relations::Relations;
+use crate::manager::restoring::SuspendedRestore;
 use crate::manager::sockets::{clear_socket, serve_live};
 use crate::manager::unserved::Unserved;
 use crate::manager::{BrokenVersions, Manager, record_error, table_error};
-use crate::mirror::{Disk, DiskOptions, Geometry, Version};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
 
@@ -37,9 +37,9 @@ pub(crate) struct Opened<'a> {
     pub(crate) disk: Arc<Disk>,
     pub(crate) mirror: Option<Mirror>,
     pub(crate) former_legs: Vec<PathBuf>,
-    pub(crate) standing: Standing,
+    pub(crate) relations: Relations,
     pub(crate) restore: Option<RestoreRecord>,
-    pub(crate) awaited: Option<Awaited>,
+    pub(crate) suspended: Option<SuspendedRestore>,
     pub(crate) snapshots: Vec<Arc<SnapshotEntry>>,
     pub(crate) bookmarks: Vec<BookmarkRecord>,
     /// What the records have said of it.
@@ -68,9 +68,9 @@ impl Manager {
         }
         let lock_wait = lock_wait_after_decision(record.as_ref());
         let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
-        let mut standing = record.as_ref().map(Standing::of).unwrap_or_default();
-        standing.set = standing.set.still_in(config);
-        let Base { backing, mirror } = match &standing.volume {
+        let mut relations = record.as_ref().map(Relations::of).unwrap_or_default();
+        relations.set = relations.set.still_in(config);
+        let Base { backing, mirror } = match &relations.volume {
             Some(volume) => {
                 let lost = recovery.as_ref().and_then(Recovery::why_hollow);
                 Base { backing: self.base_of(volume, lost), mirror: None }
@@ -102,20 +102,20 @@ impl Manager {
         };
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
-        let disk = Disk::announcing(standing.logical_block_bytes, self.clock.clone(), options, taken.links);
+        let disk = Disk::announcing(relations.logical_block_bytes, self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, mut awaited) = match &recovery {
+        let (restore, mut suspended) = match &recovery {
             None => (None, None),
             Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
         };
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
-            && let Some(Awaited { closed: Some(closed), pending }) = awaited.take()
+            && let Some(SuspendedRestore { closed: Some(closed), pending }) = suspended.take()
         {
             closed.lose(why.to_string());
             // What it waits for may come back.
-            awaited = Some(Awaited { closed: None, pending });
+            suspended = Some(SuspendedRestore { closed: None, pending });
         }
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
@@ -158,9 +158,9 @@ impl Manager {
             disk,
             mirror,
             former_legs,
-            standing,
+            relations,
             restore,
-            awaited,
+            suspended,
             snapshots,
             bookmarks,
             record: record.as_ref(),
@@ -207,9 +207,9 @@ impl Manager {
             disk,
             mirror,
             former_legs,
-            standing,
+            relations,
             restore,
-            awaited,
+            suspended,
             snapshots,
             bookmarks,
             record,
@@ -219,7 +219,7 @@ impl Manager {
         // From here on the disk may change: the record must not say "saved" any more.
         let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
-        standing.put_into(&mut unsaved);
+        relations.put_into(&mut unsaved);
         unsaved.former_legs.clone_from(&former_legs);
         unsaved.bookmarks = with_tables(&bookmarks, &disk);
         unsaved.restore.clone_from(&restore);
@@ -227,7 +227,7 @@ impl Manager {
 
         let frontends = Frontends::new(&current, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();
-        let server = match standing.disabled {
+        let server = match relations.disabled {
             true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
             false => serve_live(name, &config, &disk, &frontends).map(Some),
         };
@@ -254,11 +254,11 @@ impl Manager {
             socket: Mutex::new(socket.clone()),
             config,
             disk,
-            standing: Mutex::new(standing),
+            relations: Mutex::new(relations),
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             restore: Mutex::new(restore),
-            awaited: Mutex::new(awaited),
+            suspended: Mutex::new(suspended),
             leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),

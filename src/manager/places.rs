@@ -1,7 +1,7 @@
 //! Where the daemon keeps things: the state directory, which survives, and the run directory, which need not.
 //!
 //! What always holds: both are ours alone to write, and real directories; one daemon at a time has a state directory, and
-//! one a run directory: what another one keeps in it would look like strays.
+//! one a run directory: what another one keeps in it would look like orphans.
 
 use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -13,7 +13,7 @@ use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use crate::control::{Name, SnapshotRef};
-use crate::manager::strays;
+use crate::manager::orphans;
 use crate::store::{DiskRecord, Remembered, TableFiles};
 
 /// The directories, checked and locked.
@@ -159,7 +159,7 @@ impl Places {
         self.tables.given_up(id)
     }
 
-    /// The mapped changed table of a version, or of a bookmark.
+    /// The mapped dirty bitmap of a version, or of a bookmark.
     #[must_use]
     pub fn changed_table(&self, id: Uuid) -> PathBuf {
         self.tables.changed(id)
@@ -209,14 +209,14 @@ impl Places {
         let records = self.records();
         match std::fs::metadata(&records) {
             Ok(meta) if meta.len() > 0 => Ok(()),
-            Ok(_) => self.refuse_kept("is empty", &self.strays(&[], &BTreeSet::new())?),
-            Err(_) => self.refuse_kept("is missing", &self.strays(&[], &BTreeSet::new())?),
+            Ok(_) => self.refuse_kept("is empty", &self.orphans(&[], &BTreeSet::new())?),
+            Err(_) => self.refuse_kept("is missing", &self.orphans(&[], &BTreeSet::new())?),
         }
     }
 
-    fn refuse_kept(&self, what: &'static str, strays: &strays::Strays) -> Result<(), PlaceError> {
+    fn refuse_kept(&self, what: &'static str, orphans: &orphans::Orphans) -> Result<(), PlaceError> {
         // What is only in the run directory goes with the next boot anyhow.
-        match strays.kept.iter().find(|path| path.starts_with(&self.state_dir)) {
+        match orphans.kept.iter().find(|path| path.starts_with(&self.state_dir)) {
             None => Ok(()),
             Some(example) => Err(PlaceError::RecordsLost {
                 records: self.records(),
@@ -231,12 +231,12 @@ impl Places {
     ///
     /// # Errors
     /// When a directory cannot be read.
-    pub(crate) fn strays(
+    pub(crate) fn orphans(
         &self,
         disks: &[DiskRecord],
         dropped: &BTreeSet<String>,
-    ) -> Result<strays::Strays, PlaceError> {
-        strays::find(self, disks, dropped).map_err(|source| PlaceError::Io { path: self.state_dir.clone(), source })
+    ) -> Result<orphans::Orphans, PlaceError> {
+        orphans::find(self, disks, dropped).map_err(|source| PlaceError::Io { path: self.state_dir.clone(), source })
     }
 
     /// Removes the tables and images that no record names and nobody misses: what a daemon left that was killed after it
@@ -245,19 +245,19 @@ impl Places {
     ///
     /// # Errors
     /// When there are no records at all, but files that may be missed.
-    pub fn remove_strays(&self, remembered: &Remembered, dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
+    pub fn remove_orphans(&self, remembered: &Remembered, dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
         if !remembered.unreadable.is_empty() {
             return Ok(());
         }
-        let strays = self.strays(&remembered.disks, dropped)?;
+        let orphans = self.orphans(&remembered.disks, dropped)?;
         if remembered.disks.is_empty() {
-            self.refuse_kept("names no disk", &strays)?;
+            self.refuse_kept("names no disk", &orphans)?;
         }
-        for path in &strays.removable {
+        for path in &orphans.removable {
             log::info!("removing {}, which an unfinished operation left", path.display());
             crate::manager::layers::remove_file(path);
         }
-        for path in &strays.kept {
+        for path in &orphans.kept {
             log::error!(
                 "{} is named by no record, and may be the only copy of something: it is kept; see 'halfsilver check'",
                 path.display()

@@ -12,7 +12,7 @@ use crate::registry::{Refusal, Registry, Wanted};
 /// How long a command waits for a snapshot to be quiesced. It was just taken, or its requests are slow.
 const QUIESCE_WAIT: Duration = Duration::from_secs(60);
 /// How often it looks.
-const TURN: Duration = Duration::from_millis(2);
+const QUIESCE_LOOK: Duration = Duration::from_millis(2);
 
 impl Manager {
     /// Calls `begin` with the snapshot and its disk as soon as it is quiesced. What `decide` wants is claimed then, and
@@ -56,7 +56,7 @@ impl Manager {
                 SnapshotState::Draining => {}
             }
             drop(claim);
-            std::thread::sleep(TURN);
+            std::thread::sleep(QUIESCE_LOOK);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::mirror::{Chain, Changed, Mark, NewLayer, Version};
+use crate::engine::{Chain, Changed, Mark, NewLayer, Version};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
@@ -93,7 +93,7 @@ pub fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRec
 }
 
 /// What the records say of a volume that was put on another snapshot: its live version is `live` from now on, a log at `path`
-/// with what it keeps. The rest is in its standing.
+/// with what it keeps. The rest is in its relations.
 #[must_use]
 pub fn updated(mut record: DiskRecord, live: Uuid, path: &Path, from: &str, changed: &Changed) -> DiskRecord {
     (record.live, record.live_log) = (live, Some(path.to_owned()));
@@ -138,7 +138,7 @@ pub fn before_cut(
     record
 }
 
-/// What is remembered of a changed table while it is in use.
+/// What is remembered of a dirty bitmap while it is in use.
 #[must_use]
 pub fn of_changed(changed: Option<&Changed>) -> Option<ChangedRecord> {
     changed.map(|changed| ChangedRecord { saved: None, lost: changed.known().err().map(str::to_owned) })

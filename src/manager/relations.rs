@@ -9,7 +9,7 @@ use crate::manager::entry::{DiskEntry, locked};
 
 /// See above. A disk that never was a volume has nothing of this but perhaps work.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Standing {
+pub(crate) struct Relations {
     /// What it stands on, if it is a volume.
     pub(crate) volume: Option<VolumeRecord>,
     /// What it stood on, if it is a volume that became independent.
@@ -28,9 +28,9 @@ pub(crate) struct Standing {
     pub(crate) set: DiskPatch,
 }
 
-impl Standing {
-    pub(crate) fn of(record: &DiskRecord) -> Standing {
-        Standing {
+impl Relations {
+    pub(crate) fn of(record: &DiskRecord) -> Relations {
+        Relations {
             volume: record.volume.clone(),
             stood_on: record.stood_on.clone(),
             disabled: record.disabled,
@@ -62,12 +62,12 @@ impl Standing {
 impl DiskEntry {
     /// Whether it is a volume, also an independent one.
     pub(crate) fn is_volume(&self) -> bool {
-        locked(&self.standing).relation().is_some()
+        locked(&self.relations).relation().is_some()
     }
 
     /// Whether it can be used.
     pub(crate) fn volume_state(&self, failure: Option<&String>) -> VolumeState {
-        match (failure, locked(&self.standing).disabled) {
+        match (failure, locked(&self.relations).disabled) {
             (Some(_), _) => VolumeState::Broken,
             (None, true) => VolumeState::Disabled,
             (None, false) => VolumeState::Serving,

@@ -10,24 +10,24 @@ use uuid::Uuid;
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::crash;
+use crate::engine::{ClosedDisk, Disk, RestoreSource, Restoring, View};
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{DiskLayers, block_on, remove_file};
-use crate::mirror::{ClosedDisk, Disk, RestoreSource, Restoring, View};
 use crate::recovery::Recovery;
 use crate::store::{BlockIndex, DiskRecord, DurableTable, RestoreRecord};
 
 /// A disk that waits for the volume that it is restored from.
-pub(crate) struct Awaited {
+pub(crate) struct SuspendedRestore {
     /// None when its requests fail meanwhile.
     pub(crate) closed: Option<ClosedDisk>,
     pub(crate) pending: DurableTable,
 }
 
-impl Awaited {
+impl SuspendedRestore {
     /// Every request on the disk fails from here on.
     pub(crate) fn lose(self, reason: String) {
         if let Some(closed) = self.closed {
@@ -124,14 +124,17 @@ impl Manager {
         disk: &Arc<Disk>,
         recovery: &Recovery,
         layers: &DiskLayers,
-    ) -> Result<(Option<RestoreRecord>, Option<Awaited>), ApiError> {
+    ) -> Result<(Option<RestoreRecord>, Option<SuspendedRestore>), ApiError> {
         let restores = recovery.record.restore.clone().zip(recovery.restore.as_ref());
         let Some((restore, decided)) = restores else { return Ok((None, None)) };
         let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
         let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
         let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
         if !restore.is_own {
-            return Ok((Some(restore), Some(Awaited { closed: Some(self.editor.close(disk, true)), pending })));
+            return Ok((
+                Some(restore),
+                Some(SuspendedRestore { closed: Some(self.editor.close(disk, true)), pending }),
+            ));
         }
         self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
         Ok((Some(restore), None))
@@ -144,13 +147,13 @@ impl Manager {
         for disk in self.all_disks() {
             let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_active) else { continue };
             if own != Some(disk.id) && self.is_being_changed(disk.id) {
-                if locked(&disk.awaited).is_some() {
+                if locked(&disk.suspended).is_some() {
                     self.follow_up(FollowUp::Restore(disk));
                 }
                 continue;
             }
-            let awaited = locked(&disk.awaited).take();
-            if let Some(Awaited { closed, pending }) = awaited {
+            let suspended = locked(&disk.suspended).take();
+            if let Some(SuspendedRestore { closed, pending }) = suspended {
                 match self.view_of(&record) {
                     Ok(view) => {
                         let closed = closed.unwrap_or_else(|| self.editor.close(&disk.disk, true));
@@ -167,7 +170,7 @@ impl Manager {
                             closed.lose(reason);
                         }
                         // What it waits for may come back.
-                        *locked(&disk.awaited) = Some(Awaited { closed: None, pending });
+                        *locked(&disk.suspended) = Some(SuspendedRestore { closed: None, pending });
                         continue;
                     }
                 }

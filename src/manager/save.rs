@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
+use crate::engine::Backing;
 use crate::image::IoQueue;
 use crate::manager::Manager;
 use crate::manager::changes::seal_changes;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::layers::block_on;
-use crate::mirror::Backing;
 use crate::store::Fingerprint;
 
 impl Manager {

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use crate::control::Name;
 use crate::control::api::DiskConfig;
+use crate::engine::Disk;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
-use crate::mirror::Disk;
 use crate::store::SnapshotRecord;
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
 

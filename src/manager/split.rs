@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use crate::control::api::Strategy;
 use crate::control::{ApiError, SnapshotRef};
+use crate::engine::{self, Backing, LegImage};
 use crate::image::SharedImage;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::legs::{in_ring, pair_error};
-use crate::mirror::{self, Backing, LegImage};
 
 impl Manager {
     /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
@@ -28,13 +28,13 @@ impl Manager {
     }
 
     /// A leg that failed after its split was prepared and before the cut: nothing was frozen on it yet.
-    pub(crate) fn check_split(disk: &DiskEntry, entry: &SnapshotEntry, version: &mirror::Version) {
+    pub(crate) fn check_split(disk: &DiskEntry, entry: &SnapshotEntry, version: &engine::Version) {
         let path = locked(&entry.record).image.clone();
         let state = locked(&disk.mirror).as_ref().and_then(|mirror| {
             let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path)?;
             mirror.state_of(leg.id)
         });
-        if let Some(mirror::LegState::Failed(reason)) = state {
+        if let Some(engine::LegState::Failed(reason)) = state {
             disk.disk.break_version(version, &reason);
         }
     }

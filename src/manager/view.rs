@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use crate::control::Name;
+use crate::engine::Chain;
 use crate::manager::Manager;
 use crate::manager::Places;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::unserved::Unserved;
-use crate::mirror::Chain;
 use crate::registry::{Bookmark, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
 use crate::store::{DiskRecord, SnapshotRecord};
 
@@ -30,8 +30,8 @@ impl Manager {
 }
 
 fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
-    let standing = locked(&disk.standing).clone();
-    let (volume, stood_on) = (standing.volume.map(|v| v.snapshot), standing.stood_on.map(|v| v.snapshot));
+    let relations = locked(&disk.relations).clone();
+    let (volume, stood_on) = (relations.volume.map(|v| v.snapshot), relations.stood_on.map(|v| v.snapshot));
     let chain = disk.disk.chain();
     let is_lost = disk.disk.restore_lost().is_some();
     let restore = locked(&disk.restore).as_ref().map(|r| Restore { source: r.source, through: Vec::new(), is_lost });
@@ -41,14 +41,14 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
         id: disk.id,
         name: disk.name.get(),
         kind: kind_of(volume, stood_on),
-        phase: if standing.disabled { Phase::Disabled } else { Phase::Served },
+        phase: if relations.disabled { Phase::Disabled } else { Phase::Served },
         is_unreadable: false,
         is_readonly: disk.config().readonly(),
         failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         is_socket_named: disk.is_socket_named(places),
         restore,
-        has_work: standing.work.is_some(),
+        has_work: relations.work.is_some(),
         is_in_log: volume.is_none() && !disk.disk.can_move_pivot(),
         snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&chain, places))).collect(),
         bookmarks: bookmarks.iter().filter_map(bookmark).collect(),

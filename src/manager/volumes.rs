@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crate::control::api::{self, DiskConfig, VolumeState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name};
+use crate::engine::{Backing, View};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
-use crate::mirror::{Backing, View};
 use crate::recovery::Why;
 use crate::store::{DiskRecord, VolumeRecord};
 
@@ -104,15 +104,15 @@ impl DiskEntry {
             None => geometry.size_bytes,
         };
         let frontends = self.frontends.count();
-        let standing = locked(&self.standing).clone();
-        let from = standing.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();
+        let relations = locked(&self.relations).clone();
+        let from = relations.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();
         let state = self.volume_state(reason.as_ref());
         api::Volume {
             id: self.id,
             name: self.name.get(),
             from,
-            from_id: standing.relation().map(|v| v.snapshot).unwrap_or_default(),
-            independent: standing.volume.is_none(),
+            from_id: relations.relation().map(|v| v.snapshot).unwrap_or_default(),
+            independent: relations.volume.is_none(),
             state,
             reason,
             socket: self.socket(),
@@ -124,7 +124,7 @@ impl DiskEntry {
             connected: frontends > 0,
             frontends,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            created_at: Timestamp::from_unix_ms(standing.relation().map_or(0, |v| v.created_ms)),
+            created_at: Timestamp::from_unix_ms(relations.relation().map_or(0, |v| v.created_ms)),
         }
     }
 }

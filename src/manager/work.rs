@@ -49,9 +49,9 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Conflict, format!("{}: job {} is not done", disk.name, job.id))
                 .with_action(format!("wait for it: halfsilver job wait {}", job.id)));
         }
-        locked(&disk.standing).work = Some(record.clone());
+        locked(&disk.relations).work = Some(record.clone());
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            locked(&disk.standing).work = None;
+            locked(&disk.relations).work = None;
             return Err(e);
         }
         let job = self.job_of(disk, &record);
@@ -61,7 +61,7 @@ impl Manager {
 
     /// Goes on after a restart.
     pub(crate) fn resume_work(&self, disk: &Arc<DiskEntry>) {
-        let Some(record) = locked(&disk.standing).work.clone() else { return };
+        let Some(record) = locked(&disk.relations).work.clone() else { return };
         let job = self.job_of(disk, &record);
         if record.stopped {
             self.end_job(&job, JobState::Stopped, None);
@@ -72,11 +72,11 @@ impl Manager {
 
     /// Goes on with what was stopped or has failed. The disk is claimed.
     pub(crate) fn go_on_with_work(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
-        let Some(mut record) = locked(&disk.standing).work.clone() else {
+        let Some(mut record) = locked(&disk.relations).work.clone() else {
             return Err(ApiError::job_ended(job.id, job.state()));
         };
         record.stopped = false;
-        locked(&disk.standing).work = Some(record.clone());
+        locked(&disk.relations).work = Some(record.clone());
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
@@ -86,7 +86,7 @@ impl Manager {
 
     /// The job that works on the disk, or would if it were resumed.
     pub(crate) fn work_of(&self, disk: &DiskEntry) -> Option<Arc<JobEntry>> {
-        let kind = kind_of(&locked(&disk.standing).work.as_ref()?.work);
+        let kind = kind_of(&locked(&disk.relations).work.as_ref()?.work);
         self.job_on(disk, |job| job.kind == kind)
     }
 
@@ -109,7 +109,7 @@ impl Manager {
             restore.bytes_per_second = limit.load(Ordering::Relaxed);
         }
         if job.is_work()
-            && let Some(work) = &mut locked(&disk.standing).work
+            && let Some(work) = &mut locked(&disk.relations).work
         {
             work.delay_ms = delay_ms.load(Ordering::Relaxed);
             work.bytes_per_second = limit.load(Ordering::Relaxed);
@@ -128,7 +128,7 @@ impl Manager {
         let (on, of, work, ours) = (disk.clone(), disk.clone(), work.clone(), job.clone());
         let run = move |manager: &Manager| manager.carry_out(&work, &on, &ours);
         let mark_stopped = move || {
-            if let Some(work) = &mut locked(&of.standing).work {
+            if let Some(work) = &mut locked(&of.relations).work {
                 work.stopped = true;
             }
         };

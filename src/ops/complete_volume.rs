@@ -3,7 +3,7 @@
 //! What always holds:
 //! - Until the record says that a volume is independent, it stands on its snapshot, and that is not deleted. From then on
 //!   its oldest log, which has everything on stable storage, is its full image.
-//! - That log gets a name that no start takes for a stray's, by a hard link: at each moment the record names a file that is
+//! - That log gets a name that no start takes for an orphan's, by a hard link: at each moment the record names a file that is
 //!   there.
 
 use std::os::unix::fs::MetadataExt;
@@ -14,14 +14,14 @@ use std::sync::atomic::Ordering;
 use crate::control::api::{self, JobKind, JobPatch, JobState};
 use crate::control::{ApiError, EventKind, Name, Notice};
 use crate::crash;
+use crate::engine::Backing;
 use crate::job::{self, Outcome};
 use crate::manager::entry::{DiskEntry, locked};
-use crate::manager::entry::{TURN, Turn};
+use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{block_on, remove_file};
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
-use crate::mirror::Backing;
 use crate::registry::Command;
 use crate::store::{Work, WorkRecord};
 
@@ -50,10 +50,10 @@ impl Manager {
     pub(crate) fn complete(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
         // A version that goes would take with it what is put into its log.
         let turn = loop {
-            match Turn::take(&disk.retires) {
+            match RetireTurn::take(&disk.retires) {
                 Some(turn) => break turn,
                 None if job.pace.is_stopped() => return Ok(Outcome::Stopped),
-                None => std::thread::sleep(TURN),
+                None => std::thread::sleep(RETIRE_LOOK),
             }
         };
         let geometry = disk.disk.geometry();
@@ -93,12 +93,12 @@ impl Manager {
             false => old.clone(), // The user's choice.
         };
         crash::point("before a volume is recorded as independent");
-        let mut standing = locked(&disk.standing).clone();
-        standing.stood_on = standing.volume.take();
-        (standing.work, standing.own_image) = (None, path == self.places.own_image(disk.id));
-        standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        let mut relations = locked(&disk.relations).clone();
+        relations.stood_on = relations.volume.take();
+        (relations.work, relations.own_image) = (None, path == self.places.own_image(disk.id));
+        relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
-        standing.put_into(&mut record);
+        relations.put_into(&mut record);
         self.records.put([&record]).map_err(|e| record_error(e).message)?;
         crash::point("after a volume was recorded as independent");
         if !self.editor.make_independent(&disk.disk) {
@@ -108,8 +108,8 @@ impl Manager {
         if path != old {
             image.moved(&path);
         }
-        let from = standing.relation().map(|v| v.from.clone()).unwrap_or_default();
-        *locked(&disk.standing) = standing;
+        let from = relations.relation().map(|v| v.from.clone()).unwrap_or_default();
+        *locked(&disk.relations) = relations;
         locked(&disk.path).clone_from(&path);
         if path != old {
             remove_file(&old);
@@ -141,10 +141,10 @@ impl Manager {
     pub(crate) fn promote(&self, name: &Name) -> Result<api::Disk, ApiError> {
         let _claim = self.claim(&Command::Promote { volume: name.clone() })?;
         let disk = self.volume(name)?;
-        let old = locked(&disk.standing).clone();
-        locked(&disk.standing).stood_on = None;
+        let old = locked(&disk.relations).clone();
+        locked(&disk.relations).stood_on = None;
         if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
-            *locked(&disk.standing) = old;
+            *locked(&disk.relations) = old;
             return Err(e);
         }
         crash::point("after a volume was promoted");
@@ -153,7 +153,7 @@ impl Manager {
             // It may have forgotten its own table with that. The records first: while they name it, it must be there.
             match self.persist(std::slice::from_ref(&disk)) {
                 Ok(()) => self.remove_changes_of_gone(&disk, volume.origin),
-                Err(e) => log::warn!("disk {name}: its changed table stays: {e}"),
+                Err(e) => log::warn!("disk {name}: its dirty bitmap stays: {e}"),
             }
         }
         log::info!("volume {name}: a disk from now on, on {}", locked(&disk.path).display());

@@ -16,11 +16,11 @@ use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
+use crate::engine::{self, Epoch, NewLayer, PreparedSnapshot};
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
-use crate::mirror::{self, Epoch, NewLayer, PreparedSnapshot};
 use crate::registry::{ClaimKey, Command};
 use crate::store::{DiskRecord, SnapshotRecord};
 
@@ -36,7 +36,7 @@ struct Ready {
     pending: DiskRecord,
     /// The layer that was made for it.
     made: Option<(Uuid, PathBuf)>,
-    /// The version that has a changed table for it.
+    /// The version that has a dirty bitmap for it.
     new_live: Uuid,
 }
 
@@ -103,8 +103,8 @@ impl Manager {
             entries.push((one.disk, one.entry));
         }
         let writers = match writers {
-            Writers::Request => mirror::Writers::Request,
-            Writers::Connection => mirror::Writers::Connection,
+            Writers::Request => engine::Writers::Request,
+            Writers::Connection => engine::Writers::Connection,
         };
         // A cut is refused before it changes anything; the entries then go as in undo().
         crash::point("before the cut");

@@ -18,12 +18,12 @@ use crate::control::api::{
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
+use crate::engine::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
 use crate::manager::entry::{DiskEntry, SnapshotEntry};
 use crate::manager::names::CurrentName;
 use crate::manager::opening::Opened;
-use crate::manager::relations::Standing;
+use crate::manager::relations::Relations;
 use crate::manager::{BrokenVersions, Manager, table_error};
-use crate::mirror::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
 use crate::registry::{ClaimKey, Command, Registry, decide};
 use crate::store::{Table, TableName, VolumeRecord};
 
@@ -167,9 +167,9 @@ impl Manager {
             disk: made,
             mirror: None,
             former_legs: Vec::new(),
-            standing: Standing { volume: Some(volume), logical_block_bytes: Some(logical), ..Standing::default() },
+            relations: Relations { volume: Some(volume), logical_block_bytes: Some(logical), ..Relations::default() },
             restore: None,
-            awaited: None,
+            suspended: None,
             snapshots: Vec::new(),
             bookmarks: Vec::new(),
             record: None,

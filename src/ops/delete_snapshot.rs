@@ -3,7 +3,7 @@
 //! What always holds: the records forget a layer before its files are removed, and remember where everything is before
 //! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
 
-use crate::manager::entry::{TURN, Turn};
+use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use uuid::Uuid;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
+use crate::engine::{Backing, Chain, Epoch, RetireError};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{block_on, remove_file};
-use crate::mirror::{Backing, Chain, Epoch, RetireError};
 use crate::registry::Command;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -212,10 +212,10 @@ impl Manager {
         disk: &'a DiskEntry,
         entry: &SnapshotEntry,
         job: &JobEntry,
-    ) -> Result<Option<(Epoch, Turn<'a>)>, String> {
+    ) -> Result<Option<(Epoch, RetireTurn<'a>)>, String> {
         let version = entry.version.as_ref().expect("only versions in a chain are retired");
         loop {
-            let turn = Turn::take(&disk.retires);
+            let turn = RetireTurn::take(&disk.retires);
             match turn.as_ref().map(|_| self.editor.begin_retire(&disk.disk, version)) {
                 Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
                 None | Some(Err(RetireError::TooManyDraining(_))) => {}
@@ -229,7 +229,7 @@ impl Manager {
                 return Ok(None);
             }
             drop(turn);
-            std::thread::sleep(TURN);
+            std::thread::sleep(RETIRE_LOOK);
         }
     }
 
@@ -300,7 +300,7 @@ impl Manager {
             // Others are left out of the records as soon as they have left the chain.
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
-        // The records first: while they name a layer, it must be there. Strays are removed at the next start.
+        // The records first: while they name a layer, it must be there. Orphans are removed at the next start.
         crash::point("before a snapshot is forgotten");
         let persisted = self.persist(std::slice::from_ref(disk));
         crash::point("after a snapshot was forgotten");

@@ -11,19 +11,19 @@ use uuid::Uuid;
 use crate::control::api;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
+use crate::engine::Changed;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
-use crate::mirror::Changed;
 use crate::registry::Command;
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
         let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
         let disk = self.volume(name)?;
-        if locked(&disk.standing).disabled {
+        if locked(&disk.relations).disabled {
             return Ok(disk.to_volume(self));
         }
         self.record_disabled(&disk, true)?;
@@ -40,7 +40,7 @@ impl Manager {
     pub(crate) fn enable(&self, name: &Name, fresh: bool) -> Result<api::Volume, ApiError> {
         let _claim = self.claim(&Command::Enable { volume: name.clone(), fresh })?;
         let disk = self.volume(name)?;
-        if !locked(&disk.standing).disabled {
+        if !locked(&disk.relations).disabled {
             return Ok(disk.to_volume(self));
         }
         if fresh {
@@ -64,8 +64,8 @@ impl Manager {
     }
 
     fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
-        locked(&disk.standing).disabled = disabled;
-        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.standing).disabled = !disabled)
+        locked(&disk.relations).disabled = disabled;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.relations).disabled = !disabled)
     }
 
     /// Drops what was written to a disabled volume. It is claimed.
@@ -108,8 +108,8 @@ impl Manager {
         self.editor.begin_anew(&disk.disk, live, layer, changed);
         {
             // What a stopped job had copied is dropped with the rest.
-            let mut standing = locked(&disk.standing);
-            (standing.own_image, standing.work) = (false, None);
+            let mut relations = locked(&disk.relations);
+            (relations.own_image, relations.work) = (false, None);
         }
         self.forget_jobs_of(disk);
         self.remove_layer(old, &was);

@@ -12,11 +12,11 @@ use uuid::Uuid;
 
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, Name};
+use crate::engine::{self, Backing, LegImage, Pair};
 use crate::image::{Direct, FileImage, SharedImage};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::layers::remove_file;
 use crate::manager::{Manager, image_error};
-use crate::mirror::{self, Backing, LegImage, Pair};
 use crate::registry::{ClaimKey, Command};
 use crate::store::LegRecord;
 
@@ -77,15 +77,15 @@ impl Manager {
             let (mut failed, mut again) = (None, None);
             for (leg, _) in &mirror.legs {
                 match (mirror.state_of(leg.id), leg.path == path) {
-                    (Some(mirror::LegState::InSync), true) => return Ok(()),
+                    (Some(engine::LegState::InSync), true) => return Ok(()),
                     // Whoever asks again wants it to go on.
-                    (Some(mirror::LegState::Resynchronising), true) => again = Some(mirror.pair.clone()),
-                    (Some(mirror::LegState::Split), _) => {
+                    (Some(engine::LegState::Resynchronising), true) => again = Some(mirror.pair.clone()),
+                    (Some(engine::LegState::Split), _) => {
                         let message = format!("its leg {} is held by a snapshot", leg.path.display());
                         return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
                             .with_action("delete that snapshot first; its leg then comes back by itself"));
                     }
-                    (Some(mirror::LegState::Resynchronising), false) => match &job {
+                    (Some(engine::LegState::Resynchronising), false) => match &job {
                         Some(job) if job.state() == JobState::Running => {
                             let message =
                                 format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
@@ -97,8 +97,8 @@ impl Manager {
                         // One that nobody goes on with gives way.
                         _ => failed = Some(leg.clone()),
                     },
-                    (Some(mirror::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
-                    (Some(mirror::LegState::InSync), false) => {}
+                    (Some(engine::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
+                    (Some(engine::LegState::InSync), false) => {}
                 }
             }
             if failed.is_none() && again.is_none() && mirror.legs.len() > 1 {
@@ -177,7 +177,7 @@ impl Manager {
         let (pair, is_in_use) = {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-            let is_in_use = mirror.state_of(leg.id) == Some(mirror::LegState::Resynchronising);
+            let is_in_use = mirror.state_of(leg.id) == Some(engine::LegState::Resynchronising);
             mirror.legs.retain(|(l, _)| l.id != leg.id);
             if let Some((stays, _)) = mirror.legs.first()
                 && *locked(&disk.path) == leg.path
@@ -214,7 +214,7 @@ impl Manager {
             (mirror.legs[goes].clone(), mirror.legs[1 - goes].clone())
         };
         let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
-        if state(goes.0.id) == Some(mirror::LegState::Split) {
+        if state(goes.0.id) == Some(engine::LegState::Split) {
             let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.0.path);
             let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference().to_string());
             let message = format!("disk {name}: {} is held by snapshot {holder}", goes.0.path.display());
@@ -222,7 +222,7 @@ impl Manager {
                 "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
             )));
         }
-        let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(mirror::LegState::InSync)) else {
+        let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(engine::LegState::InSync)) else {
             let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
             return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
         };

@@ -89,7 +89,7 @@ impl Manager {
 
     /// A removal that could not be recorded did not take place.
     fn serve_what_stays(&self, entry: &Arc<DiskEntry>) {
-        if !locked(&entry.standing).disabled {
+        if !locked(&entry.relations).disabled {
             match serve_live(&entry.name.get(), &entry.config(), &entry.disk, &entry.frontends) {
                 Ok(server) => *locked(&entry.server) = Some(Arc::new(server)),
                 Err(e) => log::error!("{}: its socket cannot be opened again: {e}", entry.name),

@@ -98,7 +98,7 @@ impl Manager {
             record.snapshots.iter_mut().filter(|s| s.id == snapshot.id).for_each(|s| s.socket.clone_from(path));
         }
         // What guests know it by does not change with its name, whatever a configuration leaves out.
-        let mut set = locked(&disk.standing).set.clone();
+        let mut set = locked(&disk.relations).set.clone();
         set.serial.clone_from(&config.serial);
         record.set = serde_json::to_value(&set).expect("settings are plain data");
 
@@ -114,7 +114,7 @@ impl Manager {
             move_back(open);
             return Err(record_error(e));
         }
-        locked(&disk.standing).set = set;
+        locked(&disk.relations).set = set;
         for (snapshot, path) in &moves.snapshots {
             locked(&snapshot.record).socket.clone_from(path);
         }

@@ -15,12 +15,12 @@ use uuid::Uuid;
 use crate::control::api::{self, RestoreRequest, SnapshotRequest, VolumeSource, Writers};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
 use crate::crash;
+use crate::engine::{Changes, Disk, RestoreSource, Restoring, Saved, View};
 use crate::image::IoQueue;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{block_on, remove_file};
 use crate::manager::{Manager, table_error};
-use crate::mirror::{Changes, Disk, RestoreSource, Restoring, Saved, View};
 use crate::registry::{Answer, Command, Operation, Registry, decide};
 use crate::store::{BlockIndex, BlockRange, DurableTable, RestoreRecord, VolumeRecord};
 
@@ -81,13 +81,13 @@ impl Manager {
             if Arc::ptr_eq(&at, disk) {
                 return Ok(Arc::ptr_eq(source, disk));
             }
-            let standing = locked(&at.standing).clone();
+            let relations = locked(&at.relations).clone();
             // An independent volume has all of the disk as it was, and what was written to it since.
             let is_of_disk = |was: VolumeRecord| was.source == disk.id;
-            if standing.stood_on.is_some_and(is_of_disk) {
+            if relations.stood_on.is_some_and(is_of_disk) {
                 return Ok(false);
             }
-            let Some((below, _)) = standing.volume.and_then(|v| self.holder_of(v.snapshot)) else {
+            let Some((below, _)) = relations.volume.and_then(|v| self.holder_of(v.snapshot)) else {
                 let message = format!("{} does not stand on disk {}, and has nothing of it", source.name, disk.name);
                 return Err(ApiError::new(ErrorCode::InvalidRequest, message)
                     .with_action(format!("name a snapshot of {0}, or a volume that was made off one", disk.name)));
@@ -181,7 +181,7 @@ impl Manager {
         let closed = self.editor.close(&disk.disk, false);
         let (of, from) = (disk.disk.clone(), restored.clone());
         // An independent volume shares no place with the disk, but it may be known what both have changed since they did.
-        let relation = locked(&source.standing).stood_on.clone().filter(|_| !record.is_own);
+        let relation = locked(&source.relations).stood_on.clone().filter(|_| !record.is_own);
         let origin = relation.map(|was| (source.disk.clone(), was.origin, was.snapshot));
         let version = record.source;
         let work = async move |queue: IoQueue| {
@@ -226,7 +226,7 @@ impl Manager {
             }
             return Err(e);
         }
-        let below = locked(&disk.standing).volume.as_ref().map(|volume| volume.snapshot);
+        let below = locked(&disk.relations).volume.as_ref().map(|volume| volume.snapshot);
         match below {
             None => Ok(()),
             Some(below) => match self.holder_of(below) {

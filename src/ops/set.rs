@@ -63,13 +63,13 @@ impl Manager {
     }
 
     fn set(&self, disk: &Arc<DiskEntry>, patch: &DiskPatch) -> Result<(), ApiError> {
-        let set = locked(&disk.standing).set.clone().with(patch);
+        let set = locked(&disk.relations).set.clone().with(patch);
         let config = disk.config().patched(&set);
         let mut record = disk.to_record();
         record.set = serde_json::to_value(&set).expect("settings are plain data");
         record.config = serde_json::to_value(&config).expect("a configuration is plain data");
         self.records.put([&record]).map_err(record_error)?;
-        locked(&disk.standing).set = set;
+        locked(&disk.relations).set = set;
         disk.disk.background().set_window(config.background_bytes().into());
         if let Some(server) = &*locked(&disk.server) {
             server.offer(offer_of(disk.name.get().to_string(), &config));

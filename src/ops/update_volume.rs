@@ -18,6 +18,7 @@ use uuid::Uuid;
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, Writers};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
+use crate::engine::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
 use crate::image::SharedImage;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
@@ -27,7 +28,6 @@ use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
-use crate::mirror::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
 use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
 use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
 
@@ -106,7 +106,7 @@ impl Manager {
     /// The disk or volume that it was made off.
     fn source_of(&self, volume: &DiskEntry) -> Result<Arc<DiskEntry>, ApiError> {
         let name = &volume.name.get();
-        let Some(of) = locked(&volume.standing).relation().cloned() else {
+        let Some(of) = locked(&volume.relations).relation().cloned() else {
             return Err(ApiError::volume_not_found(name));
         };
         let served = self.all_disks().into_iter().find(|d| d.id == of.source);
@@ -145,7 +145,7 @@ impl Manager {
         let was_served = server.is_some();
         drop(server);
         let moved = self.put_on(disk, source, entry, pacing);
-        if was_served && !locked(&disk.standing).disabled {
+        if was_served && !locked(&disk.relations).disabled {
             self.serve_again(disk)?;
         }
         let job = moved?;
@@ -161,7 +161,7 @@ impl Manager {
             }
             Err(e) => e,
         };
-        locked(&disk.standing).disabled = true;
+        locked(&disk.relations).disabled = true;
         self.persist(std::slice::from_ref(disk))?;
         let socket = disk.socket();
         let message =
@@ -180,7 +180,7 @@ impl Manager {
     ) -> Result<Arc<JobEntry>, ApiError> {
         let live = Uuid::new_v4();
         // Its files have a name from here on that a start knows: half of them must not be taken for somebody's content.
-        locked(&disk.standing).next_live = Some(live);
+        locked(&disk.relations).next_live = Some(live);
         self.persist(std::slice::from_ref(disk))?;
         let made = self.make_next(disk, source, entry, live).and_then(|next| self.put_in_place(disk, next, pacing));
         made.map_err(|e| ApiError { message: in_volume(&disk.name.get(), &e.message), ..e })
@@ -210,7 +210,7 @@ impl Manager {
         let Some(image) = disk.disk.only_image() else {
             return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
         };
-        let Some(was) = locked(&disk.standing).relation().cloned() else {
+        let Some(was) = locked(&disk.relations).relation().cloned() else {
             return Err(ApiError::volume_not_found(&disk.name));
         };
         let kept = match disk.disk.base_broken() {
@@ -278,19 +278,19 @@ impl Manager {
         let chain = disk.disk.chain();
         let (old_live, old_path) = (chain.version(chain.live()).id, chain.layer(chain.live()).image.path().to_owned());
         let (origin, from) = (volume.origin, volume.from.clone());
-        let old = locked(&disk.standing).clone();
-        let mut standing = old.clone();
-        standing.work = (old.volume.is_none() || old.work.is_some()).then(|| WorkRecord {
+        let old = locked(&disk.relations).clone();
+        let mut relations = old.clone();
+        relations.work = (old.volume.is_none() || old.work.is_some()).then(|| WorkRecord {
             work: Work::Update,
             stopped: false,
             delay_ms: pacing.delay_ms.or(old.work.as_ref().map(|w| w.delay_ms)).unwrap_or(0),
             bytes_per_second: pacing.bytes_per_second.or(old.work.as_ref().map(|w| w.bytes_per_second)).unwrap_or(0),
         });
-        (standing.volume, standing.stood_on, standing.next_live) = (Some(volume), None, None);
-        standing.own_image = path == self.places.own_image(disk.id);
-        standing.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        (relations.volume, relations.stood_on, relations.next_live) = (Some(volume), None, None);
+        relations.own_image = path == self.places.own_image(disk.id);
+        relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
         let mut record = recording::updated(disk.to_record(), live, &path, &from, &changed);
-        standing.put_into(&mut record);
+        relations.put_into(&mut record);
         crash::point("before a volume is recorded as updated");
         if let Err(e) = self.records.put([&record]) {
             return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), record_error(e)));
@@ -298,8 +298,8 @@ impl Manager {
         crash::point("after a volume was recorded as updated");
         let image = disk.disk.only_image();
         self.editor.move_base(&disk.disk, view, (origin, live), layer, changed);
-        let work = standing.work.clone();
-        *locked(&disk.standing) = standing;
+        let work = relations.work.clone();
+        *locked(&disk.relations) = relations;
         *locked(&disk.path) = PathBuf::from(&from);
         disk.failure_told.store(false, Ordering::SeqCst);
         if path != old_path {
@@ -334,7 +334,7 @@ impl Manager {
     ) -> ApiError {
         if let Err(again) = self.persist(std::slice::from_ref(disk)) {
             log::error!("volume {}: it is disabled until its record can be stored: {}", disk.name, again.message);
-            locked(&disk.standing).disabled = true;
+            locked(&disk.relations).disabled = true;
             return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
         }
         self.remove_next(live);

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::{ChangedUse, LayerUse, Recovery, Role, TableUse, VersionRecovery, Why};
+use crate::engine::{Backing, Changed, Epoch, Layer, Link, Mark, Version};
 use crate::image::{ImageError, SharedImage};
-use crate::mirror::{Backing, Changed, Epoch, Layer, Link, Mark, Version};
 use crate::store::{SnapshotRecord, Table, TableError};
 
 /// What was decided cannot be done: something has changed since, or the system refuses.
@@ -62,7 +62,7 @@ pub trait LayerSource {
     /// When it cannot be opened.
     fn open_log(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<Layer, NotCarriedOut>;
 
-    /// The changed table of a version or bookmark.
+    /// The dirty bitmap of a version or bookmark.
     ///
     /// # Errors
     /// When it cannot be opened.

@@ -7,7 +7,7 @@ use super::{
     ChangedUse, Content, JobKind, LegUse, Recovery, Role, ServedVersion, Shutdown, SnapshotFate, TableSource, Why,
     decide, settle,
 };
-use crate::mirror::LegState;
+use crate::engine::LegState;
 use crate::store::{DiskRecord, Work, WorkRecord};
 
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];

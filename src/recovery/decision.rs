@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::{Shutdown, Why};
-use crate::mirror::{LegState, PairFacts};
+use crate::engine::{LegState, PairFacts};
 use crate::store::{DiskRecord, SnapshotRecord, Work};
 
 /// What a start makes of a disk.
@@ -122,7 +122,7 @@ pub enum Durable {
     GivenUp,
 }
 
-/// Where a changed table is that is believed.
+/// Where a dirty bitmap is that is believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangedUse {
     /// A clean stop saved it under this seal.

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::Durable;
+use crate::engine::{PairError, PairFacts};
 use crate::image::ImageError;
-use crate::mirror::{PairError, PairFacts};
 use crate::store::{BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
 
 /// An image that could be opened.
@@ -90,13 +90,13 @@ pub trait Evidence {
     /// Whether a snapshot that outlives power cuts was given up durably.
     fn is_given_up(&self, id: Uuid) -> bool;
 
-    /// The changed table of this boot that goes by this name.
+    /// The dirty bitmap of this boot that goes by this name.
     ///
     /// # Errors
     /// When it could not be taken up.
     fn run_changes(&self, id: Uuid, blocks: u64) -> Result<RunTableFacts, TableError>;
 
-    /// A changed table that a clean stop saved.
+    /// A dirty bitmap that a clean stop saved.
     ///
     /// # Errors
     /// When it is not the one with this seal, or not whole.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
+use crate::engine::{LegImage, Pair, PairError, PairFacts};
 use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage, block_on};
-use crate::mirror::{LegImage, Pair, PairError, PairFacts};
 use crate::store::{
     DurableTable, Fingerprint, LoadReport, MirrorRecord, RunTableFacts, Table, TableError, TableFiles, TableName,
     examine_run_table,

@@ -7,8 +7,8 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
+use crate::engine::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
-use crate::mirror::{LegState, PairError, PairFacts};
 use crate::store::{
     BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, RunTableFacts,
     SnapshotRecord, TableError, VolumeRecord,

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::DurableFacts;
+use crate::engine::PairError;
 use crate::image::{ImageError, ImageErrorKind};
-use crate::mirror::PairError;
 use crate::store::TableError;
 
 /// See above. The text says what is the matter; [`Why::advice`] what to do.
@@ -148,11 +148,11 @@ pub enum Why {
     /// Draining requests may have reached one leg only.
     #[error("the daemon ended while requests from before a split were on their way to both legs")]
     ChangesSplit,
-    /// A clean stop did not save its changed table.
-    #[error("its changed table was not saved")]
+    /// A clean stop did not save its dirty bitmap.
+    #[error("its dirty bitmap was not saved")]
     ChangesNotSaved,
     /// There was no room for some bits.
-    #[error("the run directory had no room for its changed table")]
+    #[error("the run directory had no room for its dirty bitmap")]
     ChangesIncomplete,
 }
 

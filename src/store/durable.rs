@@ -78,7 +78,7 @@ struct State {
     waiting: Vec<Waker>,
 }
 
-enum Turn {
+enum CommitTurn {
     Lead,
     Done(Result<(), ImageError>),
 }
@@ -235,8 +235,8 @@ impl DurableTable {
             state.begun + 1
         };
         match poll_fn(|cx| self.poll_turn(wanted, cx.waker())).await {
-            Turn::Done(result) => return result,
-            Turn::Lead => {}
+            CommitTurn::Done(result) => return result,
+            CommitTurn::Lead => {}
         }
         let mut leader = Leader { durable: self, result: None };
         let result = self.run(queue, first).await;
@@ -245,13 +245,13 @@ impl DurableTable {
         result
     }
 
-    fn poll_turn(&self, wanted: u64, waker: &Waker) -> Poll<Turn> {
+    fn poll_turn(&self, wanted: u64, waker: &Waker) -> Poll<CommitTurn> {
         let mut state = self.lock();
         if state.done >= wanted {
-            return Poll::Ready(Turn::Done(Ok(())));
+            return Poll::Ready(CommitTurn::Done(Ok(())));
         }
         if let Some(error) = &state.failed {
-            return Poll::Ready(Turn::Done(Err(error.clone())));
+            return Poll::Ready(CommitTurn::Done(Err(error.clone())));
         }
         if state.running {
             if !state.waiting.iter().any(|w| w.will_wake(waker)) {
@@ -261,7 +261,7 @@ impl DurableTable {
         }
         state.running = true;
         state.begun += 1;
-        Poll::Ready(Turn::Lead)
+        Poll::Ready(CommitTurn::Lead)
     }
 
     async fn run(&self, queue: &IoQueue, first: impl AsyncFn() -> Result<(), ImageError>) -> Result<(), ImageError> {

@@ -65,7 +65,7 @@ pub struct SnapshotRecord {
     pub saved: Option<Fingerprint>,
     /// The seal of its table's durable copy.
     pub saved_table: Option<Uuid>,
-    /// Its changed table. None if nothing was noted.
+    /// Its dirty bitmap. None if nothing was noted.
     pub changed: Option<ChangedRecord>,
     /// Whether a bookmark stays when it is deleted.
     pub keep_bookmark: bool,
@@ -73,7 +73,7 @@ pub struct SnapshotRecord {
     pub taken_for: Option<Uuid>,
 }
 
-/// A changed table, as it is remembered: it goes by its version's name.
+/// A dirty bitmap, as it is remembered: it goes by its version's name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChangedRecord {
@@ -198,7 +198,7 @@ pub struct DiskRecord {
     pub live_saved: Option<Fingerprint>,
     /// Whether the mirror was split when the live version began.
     pub live_splits: bool,
-    /// The live version's changed table. None if nothing is noted.
+    /// The live version's dirty bitmap. None if nothing is noted.
     pub live_changed: Option<ChangedRecord>,
     /// Oldest first.
     pub bookmarks: Vec<BookmarkRecord>,

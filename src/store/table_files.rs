@@ -63,7 +63,7 @@ impl TableFiles {
         self.state.join(format!("{id}.lost"))
     }
 
-    /// The mapped changed table of a version, or of a bookmark.
+    /// The mapped dirty bitmap of a version, or of a bookmark.
     #[must_use]
     pub fn changed(&self, id: Uuid) -> PathBuf {
         self.run.join(format!("{id}.changed"))

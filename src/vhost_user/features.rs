@@ -6,7 +6,7 @@
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::{virtio_blk as blk, virtio_config, virtio_ring};
 
-use crate::mirror::Geometry;
+use crate::engine::Geometry;
 
 /// Bytes of a virtio-blk sector, the unit of all positions (virtio 1.2, 5.2.4), whatever the block size.
 pub(super) const SECTOR_BYTES: u64 = 512;

@@ -8,7 +8,7 @@
 //!
 //! It knows nothing of rings or guests, so that a model can drive it with a ring of its own.
 
-use crate::mirror::{EpochLane, Ticket};
+use crate::engine::{EpochLane, Ticket};
 
 /// Where requests come from: a ring.
 pub trait AvailSource {
@@ -44,7 +44,7 @@ pub fn intake<S: AvailSource>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mirror::{Epoch, EpochClock};
+    use crate::engine::{Epoch, EpochClock};
 
     struct FakeRing<'a> {
         announced: u16,

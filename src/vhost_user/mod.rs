@@ -6,7 +6,7 @@
 //! - Requests enter their epoch by [`intake`], which keeps rule 1 of the cut, and are drained before a ring's base is
 //!   told, a device is reset or a connection ends.
 //!
-//! What this room does not know: versions, strategies, where bytes are. It hands [`crate::mirror::Request`]s on.
+//! What this room does not know: versions, strategies, where bytes are. It hands [`crate::engine::Request`]s on.
 
 mod chain;
 mod eventfd;

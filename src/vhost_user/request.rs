@@ -18,8 +18,8 @@ use super::features::{
 };
 use super::memory::{GuestAddress, MemoryMap, Segments};
 use super::stats::Direction;
+use crate::engine::Request;
 use crate::image::{ByteOffset, GuestBuf, IoSegment};
-use crate::mirror::Request;
 
 const HEADER_BYTES: u64 = 16;
 const STATUS_BYTES: u64 = 1;

@@ -23,7 +23,7 @@ use super::session::{self, SessionContext};
 use super::socket::{BoundSocket, SocketName};
 use super::stats::{QueueCounters, QueueStats};
 use super::{Observer, RateLimit};
-use crate::mirror::Attachment;
+use crate::engine::Attachment;
 
 /// The most frontends that one socket may be asked to serve at once. Each may have a thread and an io_uring for each
 /// queue, and some hundred mappings.

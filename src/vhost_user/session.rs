@@ -28,7 +28,7 @@ use super::request::{Rules, SERIAL_BYTES};
 use super::ring::{Ring, RingAddresses, RingSetup};
 use super::stats::QueueCounters;
 use super::worker::{Command, Kick, Worker, WorkerContext};
-use crate::mirror::Attachment;
+use crate::engine::Attachment;
 
 /// What a session serves.
 #[derive(Clone)]

@@ -30,8 +30,8 @@ use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse
 use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
 use super::{Observer, RateLimit};
+use crate::engine::{Attachment, EpochLane, GuestQueue, Ticket};
 use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
-use crate::mirror::{Attachment, EpochLane, GuestQueue, Ticket};
 
 /// How often a ring without a kick is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);

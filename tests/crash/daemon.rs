@@ -13,13 +13,13 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{IoQueue, SharedImage};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::manager::recording;
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, Chain, ChainEditor, Disk, DiskObserver, DiskOptions, Epoch, EpochClock, Geometry, Layer, Link, Log,
     NewLayer, PreparedSnapshot, RetireError, Saved, Version, VersionId, Writers,
 };
+use halfsilver::image::{IoQueue, SharedImage};
+use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::manager::recording;
 use halfsilver::recovery::{
     ChangedUse, LayerSource, LegUse, NotCarriedOut, Recovery, TableSource, TableUse, Taken, carry_out,
 };
@@ -178,7 +178,7 @@ impl LayerSource for Layers {
 
     fn open_changed(&self, id: Uuid, _from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
         let changed = self.host.borrow().changed.get(&id).cloned();
-        changed.ok_or_else(|| NotCarriedOut("no changed table".to_owned()))
+        changed.ok_or_else(|| NotCarriedOut("no dirty bitmap".to_owned()))
     }
 }
 
@@ -193,19 +193,19 @@ fn first_epoch(record: &DiskRecord) -> Epoch {
     Epoch(used.unwrap_or(0) + 3)
 }
 
-/// `Places::remove_strays`.
-fn remove_strays(host: &mut Host) {
+/// `Places::remove_orphans`.
+fn remove_orphans(host: &mut Host) {
     let Some(record) = host.record.clone() else { return };
     let parts = record.snapshots.iter().filter(|s| !s.owns_all).map(|s| s.id);
     let live = record.live_log.as_ref().map(|_| record.live);
     let bitmap = record.mirror.as_ref().map(|m| m.bitmap);
     let ids: Vec<Uuid> = parts.chain(live).chain(bitmap).collect();
-    let is_stray = |path: &Path| {
+    let is_orphan = |path: &Path| {
         let id = path.file_stem().and_then(|s| s.to_str()?.parse::<Uuid>().ok());
         (path.starts_with("tables") || path.starts_with("images")) && id.is_some_and(|id| !ids.contains(&id))
     };
-    let strays: Vec<_> = host.files.keys().filter(|path| is_stray(path)).cloned().collect();
-    strays.iter().for_each(|path| host.remove_file(path));
+    let orphans: Vec<_> = host.files.keys().filter(|path| is_orphan(path)).cloned().collect();
+    orphans.iter().for_each(|path| host.remove_file(path));
     host.run_tables.retain(|id, _| ids.contains(id));
 }
 
@@ -220,7 +220,7 @@ impl Daemon {
         begun: Begun,
     ) -> Result<Rc<Daemon>, String> {
         let _phase = phases.begin("a start");
-        remove_strays(&mut host.borrow_mut());
+        remove_orphans(&mut host.borrow_mut());
         let recovery = decided(&host, shape)?;
         let Recovery { record, .. } = &recovery;
         if let Some(why) = recovery.why_unserved() {

@@ -41,7 +41,7 @@ pub struct Host {
     pub putting: Option<DiskRecord>,
     /// Mapped tables, which survive a kill.
     pub run_tables: BTreeMap<Uuid, Arc<Table>>,
-    /// Mapped changed tables. After a power cut they are as old as can be, as where the run directory is on a disk.
+    /// Mapped dirty bitmaps. After a power cut they are as old as can be, as where the run directory is on a disk.
     pub changed: BTreeMap<Uuid, Arc<Table>>,
     pub boot: Uuid,
     /// How many names were given.

@@ -11,12 +11,12 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, Log, NewLayer,
     PreparedSnapshot, Request, VersionId, View, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::media::{self, Medium, SECTOR, Scheduler, run, set_aside};

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use halfsilver::mirror::{ChangeSource, LegState, NoChanges};
+use halfsilver::engine::{ChangeSource, LegState, NoChanges};
 use halfsilver::recovery::{LayerUse, LegUse, Recovery, SnapshotFate};
 use halfsilver::store::{BlockIndex, SnapshotRecord};
 use uuid::Uuid;

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use halfsilver::engine::Epoch;
 use halfsilver::image::{AlignedBuf, GuestBuf};
-use halfsilver::mirror::Epoch;
 use uuid::Uuid;
 
 use crate::media::SECTOR;

@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Link, Log, Request, RestoreSource, Restoring,
     Saved, Version, VersionId,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, BlockRange, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::media::{Medium, SECTOR, Scheduler, run};

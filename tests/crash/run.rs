@@ -7,11 +7,11 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::job::{Pace, resync};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, Disk, DiskOptions, Epoch, EpochClock, LegImage, LegState, Pair, Request, Ticket,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{Pace, resync};
 use halfsilver::store::{BlockIndex, DiskRecord, LegRecord, MirrorRecord};
 use uuid::Uuid;
 

@@ -9,10 +9,10 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::IoQueue;
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Link, Saved, Version, VersionId, View,
 };
+use halfsilver::image::IoQueue;
 
 use crate::independent::{
     BLOCK, FoundLog, LogMedia, Oracle, Record, SECTORS, completion, guest, source_bytes, table, tags,

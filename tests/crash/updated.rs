@@ -8,12 +8,12 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{ByteOffset, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, ChainEditor, Changed, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot,
     Request, VersionId, View, Writers,
 };
+use halfsilver::image::{ByteOffset, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::independent::{BLOCK, Oracle, PER_BLOCK, SECTORS, filled, request, source_bytes, table, tags};

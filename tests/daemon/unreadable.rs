@@ -23,13 +23,13 @@ fn a_record_that_cannot_be_read_stops_no_other_disk() {
     };
     let (vm1, before) = (crate::check::record(&daemon, "vm1"), files());
     let of_vm1 = vm1.names();
-    // One that no record names, with nothing in it, is a stray when all records can be read.
-    let stray = table(&daemon, uuid::Uuid::new_v4(), "log");
+    // One that no record names, with nothing in it, is an orphan when all records can be read.
+    let orphan = table(&daemon, uuid::Uuid::new_v4(), "log");
     let record = value_of(&records(&daemon), "vm0");
     for (how, said) in [("newer", "a newer program wrote it"), ("damaged", "does not match its checksum")] {
         put(&records(&daemon), "vm0", &record);
         spoil(&records(&daemon), "vm0", how);
-        std::fs::write(&stray, "").unwrap();
+        std::fs::write(&orphan, "").unwrap();
         let (report, status) = examine(&daemon);
         let verdicts = ["vm0", "vm1"].map(|disk| verdict(&report, disk));
         assert_eq!((status, verdicts), (1, ["not-served", "served"].map(str::to_owned)), "{report}");
@@ -39,7 +39,7 @@ fn a_record_that_cannot_be_read_stops_no_other_disk() {
         daemon.start();
         assert!(daemon.log_text().contains(said), "{}", daemon.log_text());
         assert!(tags(&daemon.content("vm1")) == content[1] && tags(&daemon.content("vm1@m")) == content[4], "{how}");
-        assert!(stray.exists(), "{how}");
+        assert!(orphan.exists(), "{how}");
         // Nobody gets its name meanwhile.
         let config = json!({ "path": daemon.image("vm0") }).to_string();
         assert_eq!(daemon.send("PUT", "/v1/disks/vm0", &config).status, 500, "{how}");
@@ -50,11 +50,11 @@ fn a_record_that_cannot_be_read_stops_no_other_disk() {
             assert!(is_there, "{how}: {}", path.display());
         }
     }
-    // With its record everything is there again, and the stray goes.
+    // With its record everything is there again, and the orphan goes.
     put(&records(&daemon), "vm0", &record);
     daemon.start();
     assert!(show_all(&daemon) == content);
-    assert!(!stray.exists());
+    assert!(!orphan.exists());
     daemon.stop();
 }
 

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
+use halfsilver::engine::{Attachment, Disk, GuestQueue, RestoreSource, Turn};
 use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{Attachment, Disk, GuestQueue, RestoreSource, Turn};
 
 use crate::bench::{BLOCK, Bench, Memory, block, read_of};
 use crate::sim::{self, Rng, Scheduler};
@@ -223,7 +223,7 @@ fn all_jobs() -> Vec<Case> {
             bench.write(&bench.ticket(), 0..bench.sectors(), 1);
             let (cut, _) = bench.cut();
             let len = bench.disk.geometry().size_bytes;
-            let discard = halfsilver::mirror::Request::Discard { at: halfsilver::image::ByteOffset(0), len };
+            let discard = halfsilver::engine::Request::Discard { at: halfsilver::image::ByteOffset(0), len };
             bench.request(&bench.ticket(), discard).unwrap();
             bench.retire(&cut.frozen[0]);
             let discards = job::carry_out_discards(bench.queue.clone(), bench.disk.clone(), Arc::new(Pace::default()));

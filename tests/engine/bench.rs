@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, Layer, LegImage, Log, NewLayer, Pair,
     PreparedSnapshot, Request, RequestError, Ticket, Version, VersionId, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};

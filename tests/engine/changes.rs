@@ -1,12 +1,12 @@
-//! Changed tables, one rule at a time. Random histories are in `run/noted.rs` and `volumes.rs`.
+//! Dirty bitmaps, one rule at a time. Random histories are in `run/noted.rs` and `volumes.rs`.
 
 use std::sync::Arc;
 
-use halfsilver::image::ByteOffset;
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, ChangeSource, Changed, Changes, Cut, Layer, NewLayer, NoChanges, PreparedSnapshot, Request, Version,
     VersionId, Writers,
 };
+use halfsilver::image::ByteOffset;
 use halfsilver::store::{BlockIndex, Table};
 
 use crate::bench::{BLOCK, BLOCK_SECTORS, Bench, block, write_of};

@@ -9,9 +9,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use halfsilver::engine::{Attachment, LegState, Pair, Request, RequestError, Ticket, Version};
 use halfsilver::image::ByteOffset;
 use halfsilver::job::{self, Outcome, Pace, resync};
-use halfsilver::mirror::{Attachment, LegState, Pair, Request, RequestError, Ticket, Version};
 
 use crate::bench::{Bench, read_of, write_of};
 use crate::sim::Fault::{self, Errno, Short};

@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halfsilver::mirror::{BlockPlan, Copy, Fill, Ticket, Version};
+use halfsilver::engine::{BlockPlan, Copy, Fill, Ticket, Version};
 use halfsilver::store::BlockIndex;
 
 use crate::bench::{BLOCK_SECTORS, Bench, block, first_bytes};

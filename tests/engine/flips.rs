@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::mirror::{LegImage, LegState, Pair, VersionId};
+use halfsilver::engine::{LegImage, LegState, Pair, VersionId};
 
 use crate::bench::Bench;
 use crate::sim::{SECTOR, SimImage};

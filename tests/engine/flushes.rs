@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::mirror::{Backing, Layer, Log, NewLayer, Request};
+use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request};
 use halfsilver::store::{DurableTable, PAYLOAD_BYTES};
 
 use crate::bench::{BLOCKS, Bench, block, write_of};

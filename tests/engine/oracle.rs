@@ -1,6 +1,6 @@
 //! Random runs against one array a version: many seeds, on two threads, and what they must have reached together.
 
-use halfsilver::mirror::Writers;
+use halfsilver::engine::Writers;
 
 use crate::run::{Run, Shape};
 use crate::sim::Rng;

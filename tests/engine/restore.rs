@@ -7,12 +7,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer, PreparedSnapshot,
     Request, RequestError, RestoreSource, Restoring, Version, VersionId, View, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::bench::{BLOCK, BLOCK_SECTORS, Bench, block, read_of, write_of};

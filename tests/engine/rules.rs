@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, VersionId, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
 use halfsilver::store::BlockIndex;
 
 use crate::bench::{BLOCK, BLOCKS, Bench, block, write_of};
@@ -291,7 +291,7 @@ fn a_durable_write_of_a_log_makes_earlier_entries_durable() {
     bench.write(&bench.ticket(), 0..bench.sectors(), 1);
     let old = bench.ticket();
     let (_, durable) = bench.cut_to_durable_log();
-    let write = |ticket: &halfsilver::mirror::Ticket, block: usize, durable: bool| {
+    let write = |ticket: &halfsilver::engine::Ticket, block: usize, durable: bool| {
         let from = GuestBuf::from_owned(AlignedBuf::zeroed(BLOCK)).0;
         bench.request(ticket, Request::Write { at: ByteOffset((block * BLOCK) as u64), from, durable }).unwrap();
     };

@@ -10,12 +10,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState,
     NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};

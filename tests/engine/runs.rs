@@ -3,9 +3,9 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use halfsilver::engine::{Cut, Disk, EpochClock, RestoreSource, Restoring};
 use halfsilver::image::IoQueue;
 use halfsilver::job::{self, Pace};
-use halfsilver::mirror::{Cut, Disk, EpochClock, RestoreSource, Restoring};
 use halfsilver::store::BlockIndex;
 
 use crate::bench::{BLOCK, BLOCK_SECTORS, Bench, block, write_of};
@@ -48,7 +48,7 @@ fn write_pattern(bench: &Bench, pattern: Pattern) {
     (0..BLOCKS).for_each(|at| bench.write(&bench.ticket(), block(at), pattern(at)));
 }
 
-fn quiesced(cut: Cut) -> Arc<halfsilver::mirror::Version> {
+fn quiesced(cut: Cut) -> Arc<halfsilver::engine::Version> {
     cut.frozen[0].set_quiesced();
     cut.frozen[0].clone()
 }

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use halfsilver::engine::{Backing, Cut, Layer, NewLayer, Saved};
 use halfsilver::image::OpKind;
-use halfsilver::mirror::{Backing, Cut, Layer, NewLayer, Saved};
 
 use crate::bench::{Bench, block, write_of};
 use crate::sim::{self, Rng, Scheduler, SimImage};

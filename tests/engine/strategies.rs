@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halfsilver::mirror::{Request, Ticket, Version};
+use halfsilver::engine::{Request, Ticket, Version};
 
 use crate::bench::{BLOCK, Bench, write_of};
 use crate::sim::{Rng, SECTOR, Scheduler, SimImage};
@@ -103,7 +103,7 @@ impl List {
 /// A version as the specification has it: one byte stands for all of its sector.
 struct Array {
     version: Option<Arc<Version>>,
-    ended: Option<halfsilver::mirror::Epoch>,
+    ended: Option<halfsilver::engine::Epoch>,
     sectors: Vec<u8>,
 }
 

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, BlockPlan, Chain, Epoch, Harmed, Layer, Link, Run, Settling, Version, VersionId, VersionIndex,
 };
 use halfsilver::store::{BlockIndex, BlockRange, Table};

@@ -6,12 +6,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
-use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, ChangeSource, Disk, DiskOptions, Epoch, EpochClock, Layer, Log, NewLayer,
     NoChanges, PreparedSnapshot, Request, RequestError, VOLUMES_DEEP_MAX, Version, VersionId, View, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
+use halfsilver::job::{self, Outcome, Pace};
 use halfsilver::store::{BlockIndex, DurableTable, PAYLOAD_BYTES, Table};
 
 use crate::bench::{Bench, write_of};

@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
+use halfsilver::engine::{Ticket, Version};
 use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{Ticket, Version};
 
 use crate::bench::{BLOCK, Bench, block};
 use crate::sim::{self, Rng, Scheduler};
@@ -206,7 +206,7 @@ fn carrying_out_discards_holds_up_one_block() {
         let bench = bench();
         let (cut, _) = bench.cut();
         let len = bench.disk.geometry().size_bytes;
-        let discard = halfsilver::mirror::Request::Discard { at: halfsilver::image::ByteOffset(0), len };
+        let discard = halfsilver::engine::Request::Discard { at: halfsilver::image::ByteOffset(0), len };
         bench.request(&bench.ticket(), discard).unwrap();
         bench.retire(&cut.frozen[0]);
         let put_off = bench.disk.discards().count();

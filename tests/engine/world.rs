@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use halfsilver::engine::{Epoch, Version};
 use halfsilver::image::{AlignedBuf, GuestBuf};
-use halfsilver::mirror::{Epoch, Version};
 
 use crate::sim::SECTOR;
 

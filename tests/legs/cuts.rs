@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use halfsilver::engine::LegState;
 use halfsilver::job::{Outcome, Pace, resync};
-use halfsilver::mirror::LegState;
 
 use crate::media::{Op, Scheduler, run};
 use crate::schedule::Rng;

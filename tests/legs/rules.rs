@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use halfsilver::engine::{LegState, PairError};
 use halfsilver::job::{Outcome, Pace, resync};
-use halfsilver::mirror::{LegState, PairError};
 
 use crate::media::{Op, SECTOR, Scheduler, run};
 use crate::schedule::Rng;

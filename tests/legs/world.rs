@@ -8,11 +8,11 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{AlignedBuf, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage};
-use halfsilver::job::{Outcome, Pace, resync};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, Disk, DiskOptions, Epoch, EpochClock, LegImage, LegState, Mode, Pair, PairError, PairObserver,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage};
+use halfsilver::job::{Outcome, Pace, resync};
 use halfsilver::store::BlockRange;
 use uuid::Uuid;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use halfsilver::mirror::Background;
+use halfsilver::engine::Background;
 use halfsilver::planted::{Defect, plant};
 use shuttle::sync::atomic::{AtomicU64, Ordering};
 use shuttle::{future::block_on, thread};

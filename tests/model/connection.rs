@@ -8,11 +8,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, NewLayer,
     PreparedSnapshot, Request, Writers,
 };
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::planted::{Defect, plant};
 use shuttle::rand::Rng;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

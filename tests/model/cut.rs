@@ -5,10 +5,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
-use halfsilver::mirror::{
+use halfsilver::engine::{
     Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, NewLayer, PreparedSnapshot, Request, Writers,
 };
+use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpKind, OpTicket};
 use halfsilver::planted::{Defect, plant};
 use halfsilver::vhost_user::{AvailSource, intake};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::mirror::{BlockLocks, Mode};
+use halfsilver::engine::{BlockLocks, Mode};
 use halfsilver::store::{BlockIndex, BlockRange};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::{future::block_on, thread};

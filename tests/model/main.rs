@@ -3,7 +3,7 @@
 //! some order must show it.
 //!
 //! Not checked here: weak memory (the scheduler is sequentially consistent; the fences and orderings are argued in
-//! `src/mirror/epoch.rs`), and rules 4 to 6, which `tests/engine/defects.rs` shows on one thread.
+//! `src/engine/epoch.rs`), and rules 4 to 6, which `tests/engine/defects.rs` shows on one thread.
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 

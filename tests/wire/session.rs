@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use halfsilver::mirror::{Disk, Epoch, EpochClock};
+use halfsilver::engine::{Disk, Epoch, EpochClock};
 use halfsilver::vhost_user::{Direction, NoObserver, ServeOptions, ServerHandle, SocketSource, serve};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;

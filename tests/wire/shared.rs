@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use halfsilver::mirror::{Backing, ChainEditor, Cut, Disk, Layer, NewLayer, PreparedSnapshot, Writers};
+use halfsilver::engine::{Backing, ChainEditor, Cut, Disk, Layer, NewLayer, PreparedSnapshot, Writers};
 use halfsilver::vhost_user::{Direction, FRONTENDS_MAX, NoObserver, ServeOptions, SocketSource, serve};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -185,7 +185,7 @@ fn as_many_as_make_sense() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     for (frontends_max, ok) in [(0, false), (1, true), (FRONTENDS_MAX, true), (FRONTENDS_MAX + 1, false)] {
-        let clock = halfsilver::mirror::EpochClock::new(halfsilver::mirror::Epoch(0));
+        let clock = halfsilver::engine::EpochClock::new(halfsilver::engine::Epoch(0));
         let served = serve(ServeOptions {
             name: "t".to_owned(),
             socket: SocketSource::Path(dir.path().join("sock")),

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use halfsilver::engine::{Disk, Epoch, EpochClock};
 use halfsilver::image::{Alignment, Completion, Image, IoQueue, OpKind, OpTicket};
-use halfsilver::mirror::{Disk, Epoch, EpochClock};
 use halfsilver::vhost_user::{Direction, Observer, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// Tests count this process's descriptors and threads, so they run one at a time.

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use halfsilver::engine::{LegImage, Pair, PairError, PairFacts};
 use halfsilver::image::{ImageError, ImageErrorKind, ImageOp, IoQueue, SharedImage};
-use halfsilver::mirror::{LegImage, Pair, PairError, PairFacts};
 use halfsilver::recovery::{Durable, DurableFacts, Evidence, ImageFacts, Recovery, Shutdown, decide};
 use halfsilver::store::{DurableTable, Fingerprint, MirrorRecord, RunTableFacts, Table, TableError};
 use uuid::Uuid;

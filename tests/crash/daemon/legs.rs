@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use halfsilver::engine::{Backing, LegImage, LegState, Pair};
 use halfsilver::image::{IoQueue, SharedImage};
 use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::mirror::{Backing, LegImage, LegState, Pair};
 use halfsilver::recovery::{LegUse, Recovery};
 use halfsilver::store::{LegRecord, MirrorRecord};
 use uuid::Uuid;

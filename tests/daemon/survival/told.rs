@@ -1,4 +1,4 @@
-//! `halfsilver check` of volumes, bookmarks and changed tables: it says what the start that follows does.
+//! `halfsilver check` of volumes, bookmarks and dirty bitmaps: it says what the start that follows does.
 
 use serde_json::json;
 
@@ -60,7 +60,7 @@ fn volumes_and_bookmarks_are_told_of() {
     }
 }
 
-/// A changed table that is damaged is named, and the bookmark behind it is lost; nothing else is.
+/// A dirty bitmap that is damaged is named, and the bookmark behind it is lost; nothing else is.
 #[test]
 fn a_damaged_changed_table_is_found() {
     for how in [End::Stop, End::Kill] {

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::mirror::{ChangeSource, Changes, Epoch, NoChanges, Version};
+use halfsilver::engine::{ChangeSource, Changes, Epoch, NoChanges, Version};
 use halfsilver::store::{BlockIndex, Table};
 
 use super::Run;
@@ -38,7 +38,7 @@ struct End {
 }
 
 impl Run {
-    /// The changed table for a version that begins with a cut.
+    /// The dirty bitmap for a version that begins with a cut.
     pub(super) fn changed_table(&mut self) -> Option<Arc<Table>> {
         let without = self.noting.never || self.noting.some_unknown && self.noting.rng.chance(30);
         self.noting.any_unknown |= without;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::mirror::{Backing, Layer, Log, Saved};
+use halfsilver::engine::{Backing, Layer, Log, Saved};
 use halfsilver::store::{DurableTable, PAYLOAD_BYTES, Table};
 
 use super::{Run, wait};

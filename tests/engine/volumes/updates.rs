@@ -4,8 +4,8 @@ use super::{
     Arc, BLOCK, Backing, BlockIndex, DurableTable, Layer, Log, PAYLOAD_BYTES, SimImage, Tree, VersionId, View, sim,
     table,
 };
+use halfsilver::engine::Changed;
 use halfsilver::image::Image;
-use halfsilver::mirror::Changed;
 use halfsilver::store::{BlockRange, Table};
 
 impl Tree {

@@ -28,7 +28,7 @@ const RUN_TABLE_AT: u64 = 4096;
 
 /// What no record names.
 #[derive(Debug, Default)]
-pub(crate) struct Strays {
+pub(crate) struct Orphans {
     /// What an unfinished operation left: nobody needs it.
     pub(crate) removable: Vec<PathBuf>,
     /// What may be the only copy of something.
@@ -43,7 +43,7 @@ struct Names {
     free: BTreeSet<String>,
     /// Versions of which a mark may say that they broke.
     frozen: BTreeSet<String>,
-    /// Versions and bookmarks that may have changed tables, whatever else they have.
+    /// Versions and bookmarks that may have dirty bitmaps, whatever else they have.
     noting: BTreeSet<String>,
     /// What the full images would be called of those that have none of ours.
     no_image: BTreeSet<String>,
@@ -80,9 +80,9 @@ impl Names {
 ///
 /// # Errors
 /// When a directory cannot be read.
-pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> io::Result<Strays> {
+pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> io::Result<Orphans> {
     let names = Names::of(disks, dropped);
-    let mut strays = Strays::default();
+    let mut orphans = Orphans::default();
     let mut changes = Vec::new();
     // All that has one name goes or stays together: a log of zeros has nothing in it but in its table.
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
@@ -92,18 +92,18 @@ pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
                 // One that no record names is that of a disk that was removed, and stays.
                 let is_second_name = || names.no_image.contains(&name) && has_two_names(&path);
                 if names.free.contains(&name) || is_second_name() {
-                    strays.removable.push(path);
+                    orphans.removable.push(path);
                 }
                 continue;
             }
             match name_of(&path, dir == places.images_dir()) {
                 Some(name) if is_of_changes(&path) && names.noting.contains(&name) => {}
                 // Only says what to copy: nobody misses it.
-                Some(name) if is_of_changes(&path) && names.free.contains(&name) => strays.removable.push(path),
+                Some(name) if is_of_changes(&path) && names.free.contains(&name) => orphans.removable.push(path),
                 Some(_) if is_of_changes(&path) => changes.push(path),
                 Some(name) if names.used.contains(&name) => {}
                 Some(name) if is_mark(&path) && names.frozen.contains(&name) => {}
-                Some(name) if names.free.contains(&name) => strays.removable.push(path),
+                Some(name) if names.free.contains(&name) => orphans.removable.push(path),
                 Some(name) => unnamed.entry(name).or_default().push(path),
                 None => {}
             }
@@ -111,16 +111,16 @@ pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     }
     let (full, empty): (Vec<_>, Vec<_>) =
         unnamed.into_values().partition(|paths| paths.iter().any(|path| holds_something(path)));
-    strays.kept.extend(full.into_iter().flatten());
+    orphans.kept.extend(full.into_iter().flatten());
     // Where something is kept the records may be others than those of these files, and an empty image of a snapshot is
     // missed when they come back.
-    if strays.kept.is_empty() {
-        strays.removable.extend(empty.into_iter().flatten());
-        strays.removable.append(&mut changes);
+    if orphans.kept.is_empty() {
+        orphans.removable.extend(empty.into_iter().flatten());
+        orphans.removable.append(&mut changes);
     }
-    strays.removable.sort();
-    strays.kept.sort();
-    Ok(strays)
+    orphans.removable.sort();
+    orphans.kept.sort();
+    Ok(orphans)
 }
 
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
@@ -161,7 +161,7 @@ fn is_mark(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "broken")
 }
 
-/// Whether it is a changed table.
+/// Whether it is a dirty bitmap.
 fn is_of_changes(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "changed" || e == "changes")
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::store::Table;
 
-const NO_ROOM: &str = "the run directory had no room for its changed table";
+const NO_ROOM: &str = "the run directory had no room for its dirty bitmap";
 
 /// What is known of the blocks that were written in the epochs of a version.
 #[derive(Clone, Debug)]

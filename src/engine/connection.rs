@@ -202,7 +202,7 @@ impl Drop for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mirror::EpochLane;
+    use crate::engine::EpochLane;
 
     const NOW: Duration = Duration::ZERO;
 

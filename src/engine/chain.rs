@@ -1,6 +1,6 @@
 //! The version chain: which versions a disk has, who owns which block, and where a version's bytes are.
 //!
-//! A chain is immutable; a change publishes a new one ([`super::Disk`]). Bits of owned tables and the flags
+//! A chain is immutable; a change publishes a new one ([`super::Disk`]). Bits of block maps and the flags
 //! of versions change in place.
 //!
 //! What always holds:

@@ -7,8 +7,8 @@
 
 use std::sync::atomic::{Ordering, fence};
 
+use crate::engine::{BlockLocks, Mode};
 use crate::image::{ImageError, ImageOp, IoQueue};
-use crate::mirror::{BlockLocks, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table, TableError};
 use crate::sync::{Mutex, lock};
 

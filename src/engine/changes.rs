@@ -1,4 +1,4 @@
-//! Changed tables: which blocks were written in the epochs of a version (design: "was it written since this version
+//! Dirty bitmaps: which blocks were written in the epochs of a version (design: "was it written since this version
 //! began?"; source 004: what tells the blocks that a volume and its source do not share).
 //!
 //! A *marker* is a frozen version or a [`Mark`], what is left of one that was deleted: a moment of the disk. The table of
@@ -42,9 +42,9 @@ pub enum NoChanges {
 /// Where the answer comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeSource {
-    /// Changed tables: what was written, also if the bytes are the same.
+    /// Dirty bitmaps: what was written, also if the bytes are the same.
     Changed,
-    /// Owned tables: what is stored in different places.
+    /// Block maps: what is stored in different places.
     Owned,
 }
 
@@ -53,7 +53,7 @@ pub enum ChangeSource {
 pub struct Changes {
     blocks: u64,
     tables: Vec<Arc<Table>>,
-    /// Of the owned tables' blocks only those count that the two versions have in different layers.
+    /// Of the block maps' blocks only those count that the two versions have in different layers.
     ends: Option<(Arc<Chain>, VersionIndex, VersionIndex)>,
 }
 

@@ -13,10 +13,10 @@ use uuid::Uuid;
 use super::intent::{Intent, wait_for_holders};
 use super::state::{Leg, LegImage, LegState, LegStatus, Shape, State};
 use super::{Core, Pair, PairError, REGION_BYTES_MIN, image_of};
+use crate::engine::lock::{BlockLocks, Mode};
 use crate::image::{
     AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, write_all_at,
 };
-use crate::mirror::lock::{BlockLocks, Mode};
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
 
