@@ -434,7 +434,7 @@ pub(super) enum VolumeCommand {
         #[arg(value_name = "NAME|ID")]
         volume: Name,
     },
-    /// Copy what a volume does not own yet, until it needs its snapshot no more; goes on if that was stopped
+    /// Copy what a volume does not own yet (flatten it), until it needs its snapshot no more; goes on if that was stopped
     ///
     /// Guests may use the volume meanwhile. Afterwards its image is a plain raw image, the snapshot and its disk can go, and
     /// 'volume promote' makes it a disk.
