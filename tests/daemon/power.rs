@@ -278,8 +278,11 @@ fn load(daemon: &mut Daemon, recorded: &Recorded, mirrored: bool, rng: &mut Rng)
                 history.flushed(recorded.position());
             }
             15..17 if history.snapshots.iter().filter(|s| s.deleted.is_none()).count() < 5 => {
-                let in_sync =
-                    || daemon.show_disk("vm0")["legs"].as_array().unwrap().iter().all(|l| l["state"] == "in-sync");
+                // There is one leg when an older snapshot got the other one's image.
+                let in_sync = || {
+                    let legs = daemon.show_disk("vm0")["legs"].as_array().unwrap().clone();
+                    legs.len() == 2 && legs.iter().all(|leg| leg["state"] == "in-sync")
+                };
                 let strategy = match rng.below(3) {
                     0 => "write-logging",
                     1 if mirrored && in_sync() => "write-mirroring",
