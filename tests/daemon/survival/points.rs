@@ -243,7 +243,7 @@ fn planted_deaths_at_every_point_of_volumes_restores_and_bookmarks() {
 
 /// Every time at every point, under both strategies.
 #[test]
-#[ignore = "it takes minutes"]
+#[ignore = "it takes a minute or two: scripts/soak --deaths runs it"]
 fn planted_deaths_at_every_step_of_volumes_restores_and_bookmarks() {
     let seed = seeds("survival at every step", 1)[0];
     for script in &SCRIPTS {
