@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser};
 use halfsilver::engine::{Attachment, Disk, Epoch, EpochClock};
 use halfsilver::image::{Direct, FileImage, ImageErrorKind, ImageOptions};
-use halfsilver::vhost_user::{NoObserver, ServeOptions, ServerHandle, SocketSource, serve};
+use halfsilver::vhost_user::{NoObserver, ServeOptions, Server, ServerHandle, SocketSource, serve};
 
 /// Serves a raw file or block device as a vhost-user-blk disk.
 #[derive(Parser, Debug)]

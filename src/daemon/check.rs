@@ -20,10 +20,11 @@ use uuid::Uuid;
 use crate::control::Name;
 use crate::control::api::DiskConfig;
 use crate::daemon::ServeError;
+use crate::host::{Host, Machine};
 use crate::manager::places::{self, PlaceError, Places};
 use crate::manager::planned::recovery_of;
 use crate::recovery::{Recovery, duplicates, settle};
-use crate::store::{DiskRecord, ExaminedRecords, Records, TableName};
+use crate::store::{DiskRecord, ExaminedRecords, RecordStore, Records};
 
 /// What to examine.
 #[derive(Clone, Debug)]
@@ -185,12 +186,27 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, ServeError> {
         true => lock_to_repair(state_dir, run_dir)?,
         false => lock_to_look(state_dir)?.into_iter().collect(),
     };
-    let examined = Examination::of(&places)?;
+    let look = || -> Result<Examination, ServeError> {
+        let mut examined = Examination::of(&Machine, &places)?;
+        examined.look_at_directories();
+        examined.look_at_records();
+        Ok(examined)
+    };
     if !repair {
-        return Ok(examined.into_report(Vec::new()));
+        return Ok(look()?.into_report(Vec::new()));
     }
-    let repaired = examined.repair()?;
-    Ok(Examination::of(&places)?.into_report(repaired))
+    let repaired = look()?.repair()?;
+    Ok(look()?.into_report(repaired))
+}
+
+/// The same of a host's state directory, of which nobody keeps daemons away: what a start would do with what is there.
+///
+/// # Errors
+/// When the system refuses.
+pub fn examine(host: &dyn Host, places: &Places) -> Result<CheckReport, ServeError> {
+    let mut examined = Examination::of(host, places)?;
+    examined.look_at_records();
+    Ok(examined.into_report(Vec::new()))
 }
 
 /// Keeps daemons away from both: the run directory may be that of one with another state directory, whose tables no record
@@ -220,6 +236,7 @@ fn lock_to_look(state_dir: &Path) -> Result<Option<File>, PlaceError> {
 
 /// What was found, and what can be done about it.
 struct Examination<'a> {
+    host: &'a dyn Host,
     places: &'a Places,
     boot: Uuid,
     findings: Vec<Finding>,
@@ -234,9 +251,10 @@ struct Examination<'a> {
 }
 
 impl<'a> Examination<'a> {
-    fn of(places: &'a Places) -> Result<Examination<'a>, ServeError> {
-        let boot = TableName::of_this_boot(Uuid::nil()).map_err(|e| ServeError::System(e.to_string()))?.boot;
-        let mut of = Examination {
+    fn of(host: &'a dyn Host, places: &'a Places) -> Result<Examination<'a>, ServeError> {
+        let boot = host.boot().map_err(|e| ServeError::System(e.to_string()))?;
+        Ok(Examination {
+            host,
             places,
             boot,
             findings: Vec::new(),
@@ -245,10 +263,7 @@ impl<'a> Examination<'a> {
             modes: Vec::new(),
             removable: Vec::new(),
             recovers: false,
-        };
-        of.look_at_directories();
-        of.look_at_records();
-        Ok(of)
+        })
     }
 
     fn into_report(self, repaired: Vec<String>) -> CheckReport {
@@ -321,12 +336,12 @@ impl<'a> Examination<'a> {
     fn look_at_records(&mut self) {
         let path = self.places.records();
         let restore = "put a good copy of it back; without it nobody knows what the other files are";
-        let examined = match Records::examine(&path) {
+        let examined = match self.host.examine_records(&path) {
             Ok(Some(examined)) => examined,
             Ok(None) => {
                 self.look_at_orphans(&[], &ExaminedRecords::default());
                 self.removable.clear(); // When the records come back they may name them.
-                if let Err(e) = self.places.refuse_lost_records() {
+                if let Err(e) = self.places.refuse_lost_records(self.host) {
                     self.problem(&path, format!("a start would refuse: {e}"), restore);
                 }
                 return;
@@ -359,7 +374,7 @@ impl<'a> Examination<'a> {
         };
         let configs: Vec<Option<DiskConfig>> = records.iter().map(config_of).collect();
         let known = || records.iter().zip(&configs).filter_map(|(record, config)| Some((record, config.as_ref()?)));
-        let by = (self.places.tables(), self.boot);
+        let by = (self.host, self.places.tables(), self.boot);
         let mut recoveries: Vec<Recovery> =
             known().map(|(record, config)| recovery_of(record, config, by, PROBE_WAIT, false)).collect();
         settle(&mut recoveries, &[]);
@@ -374,7 +389,7 @@ impl<'a> Examination<'a> {
     }
 
     fn look_at_orphans(&mut self, records: &[DiskRecord], examined: &ExaminedRecords) {
-        let orphans = match self.places.orphans(records, &examined.dropped) {
+        let orphans = match self.places.orphans(self.host, records, &examined.dropped) {
             Ok(orphans) => orphans,
             Err(e) => {
                 let state_dir = self.places.state_dir().to_owned();
@@ -416,7 +431,7 @@ impl<'a> Examination<'a> {
                 done.push(format!("{}: put in order", self.places.records().display()));
             }
             if !broken.is_empty() {
-                records.put(broken.iter().map(|(record, _)| record))?;
+                records.put(&broken.iter().map(|(record, _)| record).collect::<Vec<_>>())?;
                 done.extend(broken.into_iter().flat_map(|(_, said)| said));
             }
         }

@@ -11,14 +11,14 @@ mod start;
 mod stop;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use config::ServeConfig;
 
 use crate::control::{ApiError, Server, ServerError};
+use crate::host::Machine;
 use crate::manager::{Manager, OpenError, PlaceError, Places};
 use crate::store::RecordError;
-use start::Given;
+pub use start::Given;
 
 /// Why the daemon did not start, or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +60,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let signals = Signals::block()?;
     raise_descriptor_limit();
     let places = Places::open(&config.state_dir, &config.run_dir)?;
-    let manager = Manager::open(places)?;
+    let manager = Manager::open(Arc::new(Machine), places)?;
     let served = start(&manager, &config);
     let control = match served {
         Ok(control) => control,
@@ -78,7 +78,7 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     let signal = signals.wait()?;
     log::info!("{signal}: going down");
     notify(&[sd_notify::NotifyState::Stopping]);
-    manager.stopping.store(true, Ordering::SeqCst);
+    manager.going_down();
     control.shutdown();
     let stopped = manager.stop();
     if matches!(stopped, Err(ServeError::Hung(_))) {

@@ -6,13 +6,12 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
-
-use uuid::Uuid;
+use std::time::Duration;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::daemon::config::DiskSpec;
+use crate::host::receive;
 use crate::manager::entry::locked;
 use crate::manager::planned::Planned;
 use crate::manager::unserved::Unserved;
@@ -29,13 +28,13 @@ type LookedAt = (Planned, Option<Recovery>);
 
 /// What is to be served at a start.
 #[derive(Clone, Copy)]
-pub(crate) struct Given<'a> {
+pub struct Given<'a> {
     /// The disks of the configuration.
-    pub(crate) disks: &'a [DiskSpec],
+    pub disks: &'a [DiskSpec],
     /// Those of which what was flushed last is taken.
-    pub(crate) take_flushed: &'a [Name],
+    pub take_flushed: &'a [Name],
     /// Whether one of the configuration that cannot be served ends the start.
-    pub(crate) strict: bool,
+    pub strict: bool,
 }
 
 impl Manager {
@@ -44,7 +43,7 @@ impl Manager {
     /// # Errors
     /// When the records cannot be read, or a name is given that nothing has; with `strict` also when a disk of the
     /// configuration cannot be served.
-    pub(crate) fn take_up(&self, given: Given) -> Result<(), ApiError> {
+    pub fn take_up(&self, given: Given) -> Result<(), ApiError> {
         let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
         refuse_unknown(given, &records, unreadable.keys())?;
         for (name, why) in unreadable {
@@ -54,7 +53,7 @@ impl Manager {
             };
             let config = given.disks.iter().find(|spec| spec.name == name).map(|spec| spec.config.clone());
             let why = format!("its record cannot be read: {why}");
-            let (id, takes_flushed) = (Uuid::new_v4(), given.take_flushed.contains(&name));
+            let (id, takes_flushed) = (self.host.new_id(), given.take_flushed.contains(&name));
             self.note_unserved(Unserved { name, id, record: None, config, why, is_new: false, takes_flushed });
         }
         let mut wanted = Vec::new();
@@ -115,9 +114,9 @@ impl Manager {
         let (volumes, disks): (Vec<_>, Vec<_>) =
             looked_at.into_iter().partition(|(planned, _)| planned.record.as_ref().is_some_and(DiskRecord::is_volume));
         let opening: Vec<_> = disks.into_iter().map(|one| self.begin_to_open(one)).collect();
-        let deadline = Instant::now() + OPEN_WAIT;
+        let deadline = self.host.now() + OPEN_WAIT;
         for (planned, opened) in opening {
-            let why = opened.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+            let why = receive(&*self.host, &opened, deadline.saturating_duration_since(self.host.now()));
             let Err(e) = why.unwrap_or_else(|_| Err(no_answer())) else { continue };
             if given.strict && is_given(&planned) {
                 return Err(e);
@@ -131,7 +130,7 @@ impl Manager {
                 continue;
             }
             let (planned, opened) = self.begin_to_open(one);
-            if let Err(e) = opened.recv_timeout(OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
+            if let Err(e) = receive(&*self.host, &opened, OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
                 self.not_served(planned, given, e.message);
             } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure()) {
                 log::error!("volume {} is broken: {reason}; what was written to it is kept", planned.name);
@@ -167,10 +166,10 @@ impl Manager {
             (wanted, told)
         };
         let looking: Vec<_> = wanted.into_iter().map(look).collect();
-        let deadline = Instant::now() + OPEN_WAIT;
+        let deadline = self.host.now() + OPEN_WAIT;
         let (mut found, mut refused) = (Vec::new(), Vec::new());
         for (wanted, told) in looking {
-            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match receive(&*self.host, &told, deadline.saturating_duration_since(self.host.now())) {
                 Ok(Ok((decided, planned))) => found.push((planned, decided)),
                 Ok(Err(e)) => refused.push((wanted, e)),
                 Err(_) => refused.push((wanted, no_answer())),
@@ -217,7 +216,7 @@ impl Manager {
         if self.disk(&name).is_ok() {
             return; // It was opened meanwhile.
         }
-        let id = record.as_ref().map_or_else(Uuid::new_v4, |r| r.id);
+        let id = record.as_ref().map_or_else(|| self.host.new_id(), |r| r.id);
         let (is_new, takes_flushed) = (record.is_none(), given.take_flushed.contains(&name));
         self.note_unserved(Unserved { name, id, record, config: Some(config), why, is_new, takes_flushed });
     }

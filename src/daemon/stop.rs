@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::control::api::JobState;
 use crate::daemon::ServeError;
+use crate::host::receive;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::{HouseNews, Manager};
 
@@ -29,10 +30,9 @@ impl Manager {
     ///
     /// # Errors
     /// When some disk could not be saved, or hangs; all others are.
-    pub(crate) fn stop(&self) -> Result<(), ServeError> {
-        let deadline = Instant::now() + STOP_WAIT;
-        self.stopping.store(true, Ordering::SeqCst);
-        self.released.notify_all();
+    pub fn stop(&self) -> Result<(), ServeError> {
+        let deadline = self.host.now() + STOP_WAIT;
+        self.going_down();
         for job in self.running_jobs() {
             job.pace.stop.store(true, Ordering::Release);
         }
@@ -41,7 +41,7 @@ impl Manager {
             log::error!("'{left}' is still under way, and is not waited for");
         }
         let disks = self.all_disks();
-        let ended = self.for_each_disk(&disks, Instant::now() + REQUESTS_WAIT, |_, disk| {
+        let ended = self.for_each_disk(&disks, self.host.now() + REQUESTS_WAIT, |_, disk| {
             // Requests may still wait for a volume, when the start ends half way.
             let suspended = locked(&disk.suspended).take();
             if let Some(suspended) = suspended {
@@ -57,7 +57,7 @@ impl Manager {
         if self.house.send(HouseNews::Stopping).is_err() {
             log::debug!("the housekeeper has left already");
         }
-        let threads_left = self.join_threads(Instant::now() + THREADS_WAIT);
+        let threads_left = self.join_threads(self.host.now() + THREADS_WAIT);
         // What a job or a command still changes must not be sealed.
         let is_ended = |disk: &&Arc<DiskEntry>| {
             let has_ended = ended.iter().any(|(of, done)| Arc::ptr_eq(of, disk) && *done == Some(Ok(())));
@@ -116,14 +116,14 @@ impl Manager {
                 }
             };
             // None of those that a stop joins: it has a time of its own.
-            if let Err(e) = std::thread::Builder::new().name("stop".to_owned()).spawn(run) {
+            if let Err(e) = self.host.start_thread("stop", Box::new(run)) {
                 log::error!("disk {}: no thread can end it: {e}", disk.name);
             }
             (disk.clone(), told)
         };
         let begun: Vec<_> = disks.iter().map(begin).collect();
         let wait = |(disk, told): (Arc<DiskEntry>, std::sync::mpsc::Receiver<Result<(), String>>)| {
-            let done = told.recv_timeout(deadline.saturating_duration_since(Instant::now())).ok();
+            let done = receive(&*self.host, &told, deadline.saturating_duration_since(self.host.now())).ok();
             (disk, done)
         };
         begun.into_iter().map(wait).collect()
@@ -134,8 +134,8 @@ impl Manager {
     fn join_threads(&self, deadline: Instant) -> usize {
         loop {
             let mut threads = std::mem::take(&mut *locked(&self.threads));
-            for ended in threads.extract_if(.., |t| t.is_finished()) {
-                if ended.join().is_err() {
+            for ended in threads.extract_if(.., |t| t.is_ended()) {
+                if ended.join() {
                     log::error!("a thread panicked");
                 }
             }
@@ -144,10 +144,10 @@ impl Manager {
             }
             let left = threads.len();
             locked(&self.threads).extend(threads);
-            if Instant::now() >= deadline {
+            if self.host.now() >= deadline {
                 return left;
             }
-            std::thread::sleep(Duration::from_millis(5));
+            self.host.pause(Duration::from_millis(5));
         }
     }
 }

@@ -36,7 +36,7 @@ pub struct DiskOptions {
     /// Whether all changes are refused.
     pub read_only: bool,
     /// Where the table of discards to be carried out later is kept.
-    pub discards: Table,
+    pub discards: Arc<Table>,
 }
 
 /// A disk and all its versions.
@@ -74,7 +74,10 @@ impl Disk {
     pub fn plain(clock: EpochClock, image: SharedImage, read_only: bool) -> Result<Arc<Disk>, TableError> {
         let block_bytes = image.alignment().offset_bytes.max(4096);
         let discards = Disk::table_in_memory(image.size_bytes(), block_bytes)?;
-        Ok(Disk::new(clock, DiskOptions { image: Backing::One(image), block_bytes, read_only, discards }))
+        Ok(Disk::new(
+            clock,
+            DiskOptions { image: Backing::One(image), block_bytes, read_only, discards: Arc::new(discards) },
+        ))
     }
 
     /// A disk with the versions that it had before, oldest first.
@@ -104,7 +107,7 @@ impl Disk {
             chain: ArcSwap::from_pointee(Chain::new(links)),
             locks: BlockLocks::new(),
             marks: ArcSwap::default(),
-            discards: Arc::new(options.discards),
+            discards: options.discards,
             observer: OnceLock::new(),
             base,
             background: Arc::default(),

@@ -55,7 +55,10 @@ impl Manager {
         let marks = marks.iter().filter_map(|m| Some((m.id, m.changed.as_ref()?)));
         let save = |(id, changed): (Uuid, &Changed)| {
             let saved = match changed.known() {
-                Ok(table) => table.save(&self.places.saved_changes(id)).map_err(|e| format!("it was not saved: {e}")),
+                Ok(table) => {
+                    let saved = self.host.save_table(table, &self.places.saved_changes(id));
+                    saved.map_err(|e| format!("it was not saved: {e}"))
+                }
                 Err(why) => Err(why.to_owned()),
             };
             let (saved, lost) = match saved {

@@ -5,7 +5,6 @@
 //! - A command is decided about and gets its claim in one step, so what it was decided by stays true until it lets go.
 //! - A command waits for another one's claim for [`CLAIM_WAIT`] at most; a job waits until the daemon goes down.
 
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use crate::control::api;
@@ -114,15 +113,14 @@ impl Manager {
         operation: &str,
         decide: impl Fn() -> Result<(Wanted, Vec<String>, T), Denied>,
     ) -> Result<(Held<'_>, T), ApiError> {
-        let (since, deadline) = (Instant::now(), Instant::now() + CLAIM_WAIT);
+        let (since, deadline) = (self.host.now(), self.host.now() + CLAIM_WAIT);
         let mut claims = locked(&self.claims);
         loop {
             self.refuse_when_stopping()?;
             let (wanted, names, decided) = match decide() {
                 Ok(decided) => decided,
-                Err(Denied { may_pass: true, .. }) if since.elapsed() < HANG_UP_WAIT => {
-                    let woken = self.released.wait_timeout(claims, HANG_UP_LOOK);
-                    claims = woken.unwrap_or_else(PoisonError::into_inner).0;
+                Err(Denied { may_pass: true, .. }) if self.host.now() - since < HANG_UP_WAIT => {
+                    claims = self.host.wait(&self.released, &self.claims, claims, HANG_UP_LOOK);
                     continue;
                 }
                 Err(denied) => return Err(denied.error),
@@ -130,10 +128,10 @@ impl Manager {
             let claim = registry::Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
             let refused = match claims.take(claim) {
                 Ok(id) => return Ok((Held { manager: self, id }, decided)),
-                Err(held) => claimed(held),
+                Err(held) => claimed(held, self.host.now()),
             };
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return Err(refused) };
-            claims = self.released.wait_timeout(claims, left).unwrap_or_else(PoisonError::into_inner).0;
+            let Some(left) = deadline.checked_duration_since(self.host.now()) else { return Err(refused) };
+            claims = self.host.wait(&self.released, &self.claims, claims, left);
         }
     }
 
@@ -145,7 +143,7 @@ impl Manager {
 
     /// Claims one thing, however long that takes. None when the daemon goes down.
     pub(crate) fn claim_patiently(&self, operation: &str, name: &str, key: ClaimKey) -> Option<Held<'_>> {
-        let (since, names) = (Instant::now(), vec![name.to_owned()]);
+        let (since, names) = (self.host.now(), vec![name.to_owned()]);
         let mut claims = locked(&self.claims);
         loop {
             if self.is_stopping() {
@@ -162,21 +160,21 @@ impl Manager {
             if let Ok(id) = claims.take(claim) {
                 return Some(Held { manager: self, id });
             }
-            claims = self.released.wait_timeout(claims, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            claims = self.host.wait(&self.released, &self.claims, claims, LOOK);
         }
     }
 
     /// Waits until nothing is claimed any more, at most for `timeout`. Returns what is still claimed then.
     pub(crate) fn wait_unclaimed(&self, timeout: Duration) -> Vec<String> {
-        let deadline = Instant::now() + timeout;
+        let deadline = self.host.now() + timeout;
         let mut claims = locked(&self.claims);
         loop {
             let left: Vec<String> =
                 claims.held().map(|c| format!("{} ({})", c.operation, c.names.join(", "))).collect();
-            let Some(time) = deadline.checked_duration_since(Instant::now()).filter(|_| !left.is_empty()) else {
+            let Some(time) = deadline.checked_duration_since(self.host.now()).filter(|_| !left.is_empty()) else {
                 return left;
             };
-            claims = self.released.wait_timeout(claims, time).unwrap_or_else(PoisonError::into_inner).0;
+            claims = self.host.wait(&self.released, &self.claims, claims, time);
         }
     }
 
@@ -193,21 +191,21 @@ impl Manager {
     /// Claims what a job has changed already, so that it is recorded: also while the daemon goes down, when nothing new is
     /// begun and what is claimed is let go soon.
     pub(crate) fn claim_to_record(&self, job: &JobEntry) -> Option<Held<'_>> {
-        let deadline = Instant::now() + RECORD_WAIT;
+        let deadline = self.host.now() + RECORD_WAIT;
         loop {
             if let Some(held) = self.claim_for_job(job) {
                 return Some(held);
             }
             let wanted = Wanted::changing([ClaimKey::Entity(job.disk.id)]);
             let (operation, names) = (format!("{} (job {})", job.kind, job.id), vec![job.disk.name.to_string()]);
-            let claim = registry::Claim { operation, names, wanted, since: Instant::now(), waits_for: None };
+            let claim = registry::Claim { operation, names, wanted, since: self.host.now(), waits_for: None };
             if let Ok(id) = locked(&self.claims).take(claim) {
                 return Some(Held { manager: self, id });
             }
-            if Instant::now() >= deadline {
+            if self.host.now() >= deadline {
                 return None;
             }
-            std::thread::sleep(HANG_UP_LOOK);
+            self.host.pause(HANG_UP_LOOK);
         }
     }
 
@@ -216,7 +214,7 @@ impl Manager {
         let to_api = |claim: &registry::Claim| api::Claim {
             operation: claim.operation.clone(),
             entities: claim.names.clone(),
-            since: Timestamp::ago(claim.since.elapsed()),
+            since: Timestamp::ago(self.host.now() - claim.since),
             waits_for: claim.waits_for.clone(),
         };
         locked(&self.claims).held().map(to_api).collect()
@@ -234,8 +232,8 @@ fn names_of(registry: &Registry, wanted: &Wanted) -> Vec<String> {
 }
 
 /// Who has it, and since when.
-fn claimed(by: &registry::Claim) -> ApiError {
-    let seconds = by.since.elapsed().as_secs();
+fn claimed(by: &registry::Claim, now: Instant) -> ApiError {
+    let seconds = (now - by.since).as_secs();
     let waits = by.waits_for.as_ref().map(|what| format!(", which waits for {what}")).unwrap_or_default();
     let message = format!("'{}' has been at work on {} for {seconds} s{waits}", by.operation, by.names.join(", "));
     ApiError::new(ErrorCode::Unavailable, message)

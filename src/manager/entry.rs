@@ -12,6 +12,7 @@ use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
 use crate::engine::{Backing, Chain, Disk, Epoch, Version};
+use crate::host::{Host, receive};
 use crate::manager::Manager;
 use crate::manager::layers::space_of;
 use crate::manager::legs::Mirror;
@@ -20,7 +21,7 @@ use crate::manager::recording;
 use crate::manager::relations::Relations;
 use crate::manager::restoring::SuspendedRestore;
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
-use crate::vhost_user::{Observer, QueueStats, ServerHandle};
+use crate::vhost_user::{Observer, QueueStats, Server};
 
 /// How long it is waited for an image that is asked how much storage it takes.
 const LOOK_WAIT: Duration = Duration::from_millis(20);
@@ -77,7 +78,7 @@ pub(crate) struct SnapshotEntry {
     pub(crate) id: Uuid,
     pub(crate) record: Mutex<SnapshotRecord>,
     pub(crate) version: Option<Arc<Version>>,
-    pub(crate) server: Mutex<Option<Arc<ServerHandle>>>,
+    pub(crate) server: Mutex<Option<Arc<dyn Server>>>,
     pub(crate) frontends: Arc<Frontends>,
     /// Why there is no socket although the content is whole.
     pub(crate) socket_error: Mutex<Option<String>>,
@@ -214,7 +215,7 @@ pub(crate) struct DiskEntry {
     /// Whether somebody is at the write-intent bitmap.
     pub(crate) cleaning: AtomicBool,
     /// None while it is disabled.
-    pub(crate) server: Mutex<Option<Arc<ServerHandle>>>,
+    pub(crate) server: Mutex<Option<Arc<dyn Server>>>,
     pub(crate) frontends: Arc<Frontends>,
     pub(crate) snapshots: Mutex<Vec<Arc<SnapshotEntry>>>,
     /// What is known of bookmarks but for their tables, oldest first.
@@ -235,7 +236,7 @@ struct Looked {
 
 impl Allocated {
     /// What is known now, which is what was known before if the image does not answer at once.
-    fn look(&self, image: &Backing) -> Option<u64> {
+    fn look(&self, host: &dyn Host, image: &Backing) -> Option<u64> {
         if !self.0.is_looking.swap(true, Ordering::SeqCst) {
             let (of, image, (tell, told)) = (self.0.clone(), image.clone(), channel());
             let look = move || {
@@ -243,9 +244,9 @@ impl Allocated {
                 of.is_looking.store(false, Ordering::SeqCst);
                 drop(tell);
             };
-            match std::thread::Builder::new().name("look".to_owned()).spawn(look) {
+            match host.start_thread("look", Box::new(look)) {
                 // An error says that it is done.
-                Ok(_) => drop(told.recv_timeout(LOOK_WAIT) as Result<(), _>),
+                Ok(_) => drop(receive(host, &told, LOOK_WAIT) as Result<(), _>),
                 Err(_) => self.0.is_looking.store(false, Ordering::SeqCst),
             }
         }
@@ -337,7 +338,7 @@ impl DiskEntry {
             frontends,
             epoch: chain.version(chain.live()).began.0,
             snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            allocated_bytes: self.allocated.look(&self.base()).unwrap_or(size_bytes),
+            allocated_bytes: self.allocated.look(&*manager.host, &self.base()).unwrap_or(size_bytes),
             shared: config.shared,
             durability: config.durability(),
             background_bytes: config.background_bytes(),

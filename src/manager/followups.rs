@@ -58,12 +58,12 @@ impl Manager {
             (FollowUp::Tidy, FollowUp::Tidy) => false,
             _ => true,
         });
-        follow_ups.0.push((Instant::now() + pause, pause, what));
+        follow_ups.0.push((self.host.now() + pause, pause, what));
     }
 
     /// Tries what is due.
     pub(crate) fn try_follow_ups(&self) {
-        let now = Instant::now();
+        let now = self.host.now();
         let due: Vec<_> = locked(&self.follow_ups).0.extract_if(.., |(at, ..)| *at <= now).collect();
         for (_, pause, what) in due {
             let (me, later) = (self.me.clone(), what.clone());

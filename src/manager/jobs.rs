@@ -2,12 +2,13 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Notice};
+use crate::host::Host;
 use crate::job::{Outcome, Pace};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -22,6 +23,7 @@ const STOP_WAIT: Duration = Duration::from_secs(10);
 /// A job and how far it is. It is bound to the very disk and snapshot that it works on, whatever their names become.
 pub(crate) struct JobEntry {
     pub(crate) id: u64,
+    host: Arc<dyn Host>,
     pub(crate) kind: JobKind,
     pub(crate) disk: Arc<DiskEntry>,
     pub(crate) snapshot: Option<Arc<SnapshotEntry>>,
@@ -60,19 +62,19 @@ impl JobEntry {
     fn estimate(&self, done: u64) -> Option<u64> {
         let (since, before) = *locked(&self.running_since);
         let total = self.pace.total_bytes.load(Ordering::Relaxed);
-        api::Job::estimate_seconds(done.checked_sub(before)?, total.checked_sub(before)?, since.elapsed())
+        api::Job::estimate_seconds(done.checked_sub(before)?, total.checked_sub(before)?, self.host.now() - since)
     }
 
     /// So much was there before it began: what is left is estimated without it.
     pub(crate) fn begins_with(&self, done_bytes: u64) {
         self.pace.done_bytes.store(done_bytes, Ordering::Relaxed);
-        *locked(&self.running_since) = (Instant::now(), done_bytes);
+        *locked(&self.running_since) = (self.host.now(), done_bytes);
     }
 
     /// It runs again, after it was stopped or has failed.
     pub(crate) fn begin_again(&self) {
         self.pace.stop.store(false, Ordering::Release);
-        *locked(&self.running_since) = (Instant::now(), self.pace.done_bytes.load(Ordering::Relaxed));
+        *locked(&self.running_since) = (self.host.now(), self.pace.done_bytes.load(Ordering::Relaxed));
         *locked(&self.state) = (JobState::Running, None);
     }
 
@@ -99,11 +101,11 @@ impl JobEntry {
 
     /// Waits until the job has ended, at most for `timeout`. Returns whether it has.
     pub(crate) fn wait(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+        let deadline = self.host.now() + timeout;
         let mut state = locked(&self.state);
         while state.0 == JobState::Running {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
-            state = self.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            let Some(left) = deadline.checked_duration_since(self.host.now()) else { return false };
+            state = self.host.wait(&self.ended, &self.state, state, left);
         }
         true
     }
@@ -120,12 +122,13 @@ impl Manager {
         let id = self.next_job_id();
         let job = Arc::new(JobEntry {
             id,
+            host: self.host.clone(),
             kind,
             disk: disk.clone(),
             snapshot: snapshot.cloned(),
             pace: Arc::new(Pace::default()),
-            started_at: Timestamp::now(),
-            running_since: Mutex::new((Instant::now(), 0)),
+            started_at: Timestamp::from_unix_ms(self.host.unix_ms()),
+            running_since: Mutex::new((self.host.now(), 0)),
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
             is_abandoned: AtomicBool::new(false),

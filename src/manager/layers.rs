@@ -13,22 +13,29 @@ use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
 use crate::engine::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
-use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage};
+use crate::host::Host;
+use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::manager::{Manager, image_error, table_error};
 use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
-use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError, TableName};
+use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError};
 
 /// How long a start waits for the transfers of a process that was killed.
 pub(crate) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
 
-/// Runs something on a ring of its own.
-pub(crate) fn block_on<T: 'static>(
-    future: impl AsyncFnOnce(crate::image::IoQueue) -> T + 'static,
-) -> Result<T, String> {
-    crate::image::block_on(future).map_err(|e| format!("no ring: {e}"))
-}
-
 impl Manager {
+    /// Runs something on a ring of its own.
+    pub(crate) fn block_on<T: 'static>(
+        &self,
+        work: impl AsyncFnOnce(crate::image::IoQueue) -> T + 'static,
+    ) -> Result<T, String> {
+        self.host.block_on(work).map_err(|e| format!("no ring: {e}"))
+    }
+
+    /// Removes a file that is ours. That it is gone already is fine.
+    pub(crate) fn remove_file(&self, path: &Path) {
+        remove_file(&*self.host, path);
+    }
+
     /// An empty image and table for what is saved for a frozen version.
     pub(crate) fn make_frozen_layer(
         &self,
@@ -37,9 +44,9 @@ impl Manager {
         config: &DiskConfig,
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
-        let image = Backing::One(create_image(path, config, geometry)?);
+        let image = Backing::One(self.make_image(path, config, geometry)?);
         let made = match config.durability() {
-            Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, Arc::new(table))),
+            Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, table)),
             Durability::Power => self
                 .make_saved_table(id, geometry)
                 .map(|table| Layer::saved(image, Arc::new(Saved { table, revoke: self.revoke(id) }))),
@@ -55,7 +62,7 @@ impl Manager {
         config: &DiskConfig,
         geometry: &Geometry,
     ) -> Result<Layer, ApiError> {
-        let image = create_image(path, config, geometry)?;
+        let image = self.make_image(path, config, geometry)?;
         let made = self
             .make_durable_table(&self.places.log_table(id), id, geometry)
             .and_then(|table| Ok(Log { table, freed: Table::in_memory(geometry.blocks())? }));
@@ -66,7 +73,7 @@ impl Manager {
     fn make_saved_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
         let path = self.places.saved_table(id);
         // It is not frozen yet, so this is of a creation that a kill ended.
-        remove_file(&path);
+        self.remove_file(&path);
         self.make_durable_table(&path, id, geometry)
     }
 
@@ -76,7 +83,7 @@ impl Manager {
         id: Uuid,
         geometry: &Geometry,
     ) -> Result<DurableTable, TableError> {
-        self.make_durable_copy(path, id, Arc::new(self.make_run_table(id, geometry)?))
+        self.make_durable_copy(path, id, self.make_run_table(id, geometry)?)
     }
 
     /// The durable copy of a table that is there, on a new file.
@@ -87,12 +94,12 @@ impl Manager {
         table: Arc<Table>,
     ) -> Result<DurableTable, TableError> {
         let (path, size) = (path.to_owned(), DurableTable::image_bytes(table.blocks()));
-        let image = FileImage::create(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
-        let image: SharedImage = Arc::new(image);
+        let image = self.host.create_image(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
         let made =
-            block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
+            self.block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
         let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
-        crate::store::sync_directory_of(&path)
+        self.host
+            .sync_directory_of(&path)
             .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
         Ok(table)
     }
@@ -100,41 +107,82 @@ impl Manager {
     /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
     /// needs no room, unlike writing the word "broken" where there is none.
     pub(crate) fn revoke(&self, id: Uuid) -> Revoke {
-        let (path, given_up) = (self.places.saved_table(id), self.places.given_up_table(id));
+        let (path, given_up, host) = (self.places.saved_table(id), self.places.given_up_table(id), self.host.clone());
         Box::new(move || {
-            let renamed = match std::fs::rename(&path, &given_up) {
+            let renamed = match host.rename(&path, &given_up) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-                _ => crate::store::sync_directory_of(&path),
+                _ => host.sync_directory_of(&path),
             };
             renamed.map_err(|e| format!("{} cannot be renamed: {e}", path.display()))
         })
     }
 
-    fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Table, TableError> {
-        Table::create(&self.places.run_table(id), geometry.blocks(), TableName::of_this_boot(id)?)
+    pub(crate) fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
+        self.host.create_table(&self.places.run_table(id), geometry.blocks(), self.host.table_name(id)?)
     }
 
     /// An empty dirty bitmap for the version `id`.
     pub(crate) fn make_changed_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
         let path = self.places.changed_table(id);
-        Ok(Arc::new(Table::create(&path, geometry.blocks(), TableName::of_this_boot(id)?)?))
+        self.host.create_table(&path, geometry.blocks(), self.host.table_name(id)?)
+    }
+
+    /// A new image as its disk's is opened, through the page cache where that is all there is.
+    fn make_image(&self, path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result<SharedImage, ApiError> {
+        let create = |direct| self.host.create_image(path, geometry.size_bytes, direct);
+        let created = match create(direct_of(config)) {
+            Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => {
+                log::info!("{} is used through the page cache: {e}", path.display());
+                create(Direct::Off)
+            }
+            Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
+                drop(image);
+                self.remove_file(path);
+                create(Direct::Off)
+            }
+            other => other,
+        };
+        let created = created.map_err(image_error)?;
+        crash::point("after an image was made");
+        // The records are about to name it.
+        self.store_file(&created).inspect_err(|_| self.remove_file(path)).map_err(table_error)?;
+        Ok(created)
+    }
+
+    /// A new file is there with its name and its size, also after a power cut.
+    pub(crate) fn store_file(&self, image: &SharedImage) -> Result<(), TableError> {
+        let path = image.path().to_owned();
+        let of = image.clone();
+        let failed = |message: String| TableError::Io { path: path.clone(), message };
+        let synced = self.block_on(async move |queue| crate::image::sync(&*of, &queue).await);
+        synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
+        self.host.sync_directory_of(&path).map_err(|e| failed(e.to_string()))
+    }
+
+    /// What a version shows outlives a power cut from now on, if it is one of those that do.
+    pub(crate) fn store_shown(&self, disk: &Arc<Disk>, version: &Arc<Version>) {
+        let (of, id) = (disk.clone(), version.id);
+        let done = self.block_on(async move |queue| of.make_durable(&queue, id).await);
+        if let Err(e) = done.and_then(|done| done) {
+            disk.break_version(version, &format!("it could not be stored: {e}"));
+        }
     }
 
     /// Removes the dirty bitmap of a version or bookmark that is not remembered any more.
     pub(crate) fn remove_changed_table(&self, id: Uuid) {
-        remove_file(&self.places.changed_table(id));
-        remove_file(&self.places.saved_changes(id));
+        self.remove_file(&self.places.changed_table(id));
+        self.remove_file(&self.places.saved_changes(id));
     }
 
     /// Removes a layer that was made here: its image and its tables.
     pub(crate) fn remove_layer(&self, id: Uuid, image: &Path) {
-        remove_file(image);
-        remove_file(&self.places.run_table(id));
-        remove_file(&self.places.broken_mark(id));
-        remove_file(&self.places.durable_table(id));
-        remove_file(&self.places.log_table(id));
-        remove_file(&self.places.saved_table(id));
-        remove_file(&self.places.given_up_table(id));
+        self.remove_file(image);
+        self.remove_file(&self.places.run_table(id));
+        self.remove_file(&self.places.broken_mark(id));
+        self.remove_file(&self.places.durable_table(id));
+        self.remove_file(&self.places.log_table(id));
+        self.remove_file(&self.places.saved_table(id));
+        self.remove_file(&self.places.given_up_table(id));
     }
 }
 
@@ -153,27 +201,28 @@ impl DiskLayers<'_> {
         let which = how.durable.ok_or_else(|| NotCarriedOut(format!("table {id} is not durable")))?;
         let place = which.place(self.manager.places.tables(), id);
         let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: self.lock_wait };
-        let durable: SharedImage = Arc::new(FileImage::open(&place, options)?);
+        let durable = self.manager.host.open_image(&place, options)?;
         let table = match how.source {
             TableSource::Committed(_) => self.committed_table(id, durable, how)?,
             _ => {
-                let table = Arc::new(self.left_table(id, how)?);
-                crate::image::block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)??.0
+                let table = self.left_table(id, how)?;
+                let host = &self.manager.host;
+                host.block_on(async move |queue| DurableTable::resume(durable, id, table, &queue).await)??.0
             }
         };
         Ok(table)
     }
 
     /// The table of a version as it was left: by a clean stop, or by a daemon that was killed in this boot.
-    fn left_table(&self, id: Uuid, how: &TableUse) -> Result<Table, NotCarriedOut> {
-        let places = &self.manager.places;
+    fn left_table(&self, id: Uuid, how: &TableUse) -> Result<Arc<Table>, NotCarriedOut> {
+        let (places, host) = (&self.manager.places, &self.manager.host);
         let table = match how.source {
             TableSource::Saved(seal) => {
                 let table = self.manager.make_run_table(id, self.geometry)?;
-                table.load(&places.durable_table(id), seal)?;
+                host.load_table(&table, &places.durable_table(id), seal)?;
                 table
             }
-            _ => Table::open(&places.run_table(id), self.geometry.blocks(), TableName::of_this_boot(id)?)?,
+            _ => host.open_table(&places.run_table(id), self.geometry.blocks(), host.table_name(id)?)?,
         };
         if how.is_broken {
             table.mark_broken();
@@ -183,25 +232,25 @@ impl DiskLayers<'_> {
 
     /// A table as it was committed last to its durable copy.
     fn committed_table(&self, id: Uuid, durable: SharedImage, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
-        let (places, place) = (&self.manager.places, durable.path().to_owned());
+        let (places, host, place) = (&self.manager.places, &self.manager.host, durable.path().to_owned());
         // Under another name until it is filled: half of it must not be believed if we are killed meanwhile.
         let filling = places.run_table(id).with_extension("filling");
-        let table = Arc::new(Table::create(&filling, self.geometry.blocks(), TableName::of_this_boot(id)?)?);
+        let table = host.create_table(&filling, self.geometry.blocks(), host.table_name(id)?)?;
         let (table, report) =
-            crate::image::block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)??;
+            host.block_on(async move |queue| DurableTable::load(durable, id, table, &queue).await)??;
         if !report.damaged.is_empty() {
             return Err(NotCarriedOut(format!("{} is damaged", place.display())));
         }
         if how.is_broken {
             table.table().mark_broken(); // Under this name nobody has to ask again.
         }
-        std::fs::rename(&filling, places.run_table(id))?;
+        host.rename(&filling, &places.run_table(id))?;
         Ok(table)
     }
 
     /// An image of the disk's size: what is cut off would read as an error, or as zeros.
     fn open_whole(&self, path: &Path) -> Result<SharedImage, NotCarriedOut> {
-        let image = open_image(path, self.config, self.lock_wait)?;
+        let image = open_image(&*self.manager.host, path, self.config, self.lock_wait)?;
         match image.size_bytes() == self.geometry.size_bytes {
             true => Ok(image),
             false => Err(Why::Size { path: path.to_owned(), size_bytes: image.size_bytes() }.into()),
@@ -217,13 +266,13 @@ impl LayerSource for DiskLayers<'_> {
     fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
         let image = Backing::One(self.open_whole(image)?);
         if how.durable.is_none() {
-            return Ok(Layer::of(image, Arc::new(self.left_table(id, how)?)));
+            return Ok(Layer::of(image, self.left_table(id, how)?));
         }
         let saved = Saved { table: self.open_table(id, how)?, revoke: self.manager.revoke(id) };
         // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
         // over, may not be durable yet.
         let bytes = image.clone();
-        let committed = crate::image::block_on(async move |queue| {
+        let committed = self.manager.host.block_on(async move |queue| {
             saved.table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| saved)
         })??;
         Ok(Layer::saved(image, Arc::new(committed)))
@@ -237,16 +286,15 @@ impl LayerSource for DiskLayers<'_> {
     }
 
     fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
-        let places = &self.manager.places;
+        let (places, host) = (&self.manager.places, &self.manager.host);
         match from {
             ChangedUse::Saved(seal) => {
                 let table = self.manager.make_changed_table(id, self.geometry)?;
-                table.load(&places.saved_changes(id), seal)?;
+                host.load_table(&table, &places.saved_changes(id), seal)?;
                 Ok(table)
             }
             ChangedUse::Run => {
-                let name = TableName::of_this_boot(id)?;
-                Ok(Arc::new(Table::open(&places.changed_table(id), self.geometry.blocks(), name)?))
+                Ok(host.open_table(&places.changed_table(id), self.geometry.blocks(), host.table_name(id)?)?)
             }
         }
     }
@@ -261,52 +309,25 @@ pub(crate) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<A
     (layer.image.path().to_owned(), layer.table().cloned())
 }
 
-/// A new image as its disk's is opened, through the page cache where that is all there is.
-fn create_image(path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result<SharedImage, ApiError> {
-    let create = |direct| FileImage::create(path, geometry.size_bytes, direct);
-    let created = match create(direct_of(config)) {
-        Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => {
-            log::info!("{} is used through the page cache: {e}", path.display());
-            create(Direct::Off)
-        }
-        Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
-            drop(image);
-            remove_file(path);
-            create(Direct::Off)
-        }
-        other => other,
-    };
-    let created = created.map_err(image_error)?;
-    crash::point("after an image was made");
-    let created: SharedImage = Arc::new(created);
-    // The records are about to name it.
-    store_file(&created).inspect_err(|_| remove_file(path)).map_err(table_error)?;
-    Ok(created)
-}
-
-/// A new file is there with its name and its size, also after a power cut.
-pub(crate) fn store_file(image: &SharedImage) -> Result<(), TableError> {
-    let path = image.path().to_owned();
-    let of = image.clone();
-    let failed = |message: String| TableError::Io { path: path.clone(), message };
-    let synced = block_on(async move |queue| crate::image::sync(&*of, &queue).await);
-    synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
-    crate::store::sync_directory_of(&path).map_err(|e| failed(e.to_string()))
-}
-
 /// Opens a layer's image as its disk's is opened.
-pub(crate) fn open_image(path: &Path, config: &DiskConfig, lock_wait: Duration) -> Result<SharedImage, ImageError> {
+pub(crate) fn open_image(
+    host: &dyn Host,
+    path: &Path,
+    config: &DiskConfig,
+    lock_wait: Duration,
+) -> Result<SharedImage, ImageError> {
     let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait };
-    open_made_here(path, config, options)
+    open_made_here(host, path, config, options)
 }
 
 /// Opens an image that was made here, or like those that were: through the page cache where there is no other way.
 pub(crate) fn open_made_here(
+    host: &dyn Host,
     path: &Path,
     config: &DiskConfig,
     options: ImageOptions,
 ) -> Result<SharedImage, ImageError> {
-    let open = |direct| FileImage::open(path, ImageOptions { direct, ..options });
+    let open = |direct| host.open_image(path, ImageOptions { direct, ..options });
     let image = match open(direct_of(config)) {
         Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
         Ok(image) if image.alignment().offset_bytes > config.block_size => {
@@ -315,7 +336,7 @@ pub(crate) fn open_made_here(
         }
         other => other,
     };
-    image.map(|image| Arc::new(image) as SharedImage)
+    image
 }
 
 pub(crate) fn direct_of(config: &DiskConfig) -> Direct {
@@ -327,19 +348,10 @@ fn in_table(path: &Path, e: &ImageError) -> TableError {
 }
 
 /// Removes a file that is ours. That it is gone already is fine.
-pub(crate) fn remove_file(path: &Path) {
+pub(crate) fn remove_file(host: &dyn Host, path: &Path) {
     crash::point("before a file is removed");
-    match std::fs::remove_file(path) {
+    match host.remove(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::error!("cannot remove {}: {e}", path.display()),
         _ => {}
-    }
-}
-
-/// What a version shows outlives a power cut from now on, if it is one of those that do.
-pub(crate) fn store_shown(disk: &Arc<Disk>, version: &Arc<Version>) {
-    let (of, id) = (disk.clone(), version.id);
-    let done = block_on(async move |queue| of.make_durable(&queue, id).await);
-    if let Err(e) = done.and_then(|done| done) {
-        disk.break_version(version, &format!("it could not be stored: {e}"));
     }
 }

@@ -13,11 +13,11 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Notice};
 use crate::engine::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
-use crate::image::{Direct, FileImage, ImageOptions, IoQueue, SharedImage};
+use crate::image::{Direct, ImageOptions, IoQueue, SharedImage};
 use crate::job::{self, Outcome};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{block_on, open_image, open_made_here, store_file};
+use crate::manager::layers::{open_image, open_made_here};
 use crate::manager::names::CurrentName;
 use crate::manager::{Manager, image_error, table_error};
 use crate::recovery::{LegUse, Recovery};
@@ -99,53 +99,6 @@ pub(crate) fn pair_error(e: PairError) -> ApiError {
     }
 }
 
-pub(crate) fn in_ring<T: 'static>(
-    work: impl AsyncFnOnce(IoQueue) -> Result<T, PairError> + 'static,
-) -> Result<T, ApiError> {
-    block_on(work).map_err(|e| ApiError::new(ErrorCode::Io, e))?.map_err(pair_error)
-}
-
-/// The image of a leg, made if there is none.
-pub(crate) fn leg_image(path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<SharedImage, ApiError> {
-    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
-        log::info!("{} is made as a leg", path.display());
-        let direct = crate::manager::layers::direct_of(config);
-        let made = match FileImage::create(path, size_bytes, direct) {
-            Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => {
-                FileImage::create(path, size_bytes, Direct::Off)
-            }
-            made => made,
-        };
-        let image: SharedImage = Arc::new(made.map_err(image_error)?);
-        store_file(&image).map_err(table_error)?;
-        return Ok(image);
-    }
-    let image = open_image(path, config, Duration::ZERO).map_err(image_error)?;
-    if image.size_bytes() != size_bytes {
-        let message = format!(
-            "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
-            path.display(),
-            image.size_bytes()
-        );
-        return Err(ApiError::new(ErrorCode::InvalidConfig, message));
-    }
-    Ok(image)
-}
-
-/// Whether an image can become a second leg of a disk that is about to be served. It is not made yet.
-pub(crate) fn check_new_leg(path: &Path, config: &DiskConfig, disk: &Disk) -> Result<(), ApiError> {
-    if matches!(std::fs::symlink_metadata(path), Err(e) if e.kind() == std::io::ErrorKind::NotFound) {
-        let parent = path.parent().filter(|dir| !dir.is_dir());
-        return parent.map_or(Ok(()), |dir| {
-            let message = format!("mirror: there is no directory {} for {}", dir.display(), path.display());
-            Err(ApiError::new(ErrorCode::InvalidConfig, message).with_action("make it first, or name another image"))
-        });
-    }
-    let image = leg_image(path, disk.geometry().size_bytes, config)?;
-    let chain = disk.chain();
-    check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)
-}
-
 /// A leg is written in the units of the other one.
 pub(crate) fn check_units(path: &Path, leg: &SharedImage, other_bytes: u32) -> Result<(), ApiError> {
     if leg.alignment().offset_bytes > other_bytes.max(512) {
@@ -156,6 +109,56 @@ pub(crate) fn check_units(path: &Path, leg: &SharedImage, other_bytes: u32) -> R
 }
 
 impl Manager {
+    pub(crate) fn in_ring<T: 'static>(
+        &self,
+        work: impl AsyncFnOnce(IoQueue) -> Result<T, PairError> + 'static,
+    ) -> Result<T, ApiError> {
+        let done = self.host.block_on(work).map_err(|e| ApiError::new(ErrorCode::Io, format!("no ring: {e}")))?;
+        done.map_err(pair_error)
+    }
+
+    /// The image of a leg, made if there is none.
+    pub(crate) fn leg_image(&self, path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<SharedImage, ApiError> {
+        if self.host.is_free(path) {
+            log::info!("{} is made as a leg", path.display());
+            let direct = crate::manager::layers::direct_of(config);
+            let made = match self.host.create_image(path, size_bytes, direct) {
+                Err(e) if config.direct && e.kind == crate::image::ImageErrorKind::Unsuitable => {
+                    self.host.create_image(path, size_bytes, Direct::Off)
+                }
+                made => made,
+            };
+            let image = made.map_err(image_error)?;
+            self.store_file(&image).map_err(table_error)?;
+            return Ok(image);
+        }
+        let image = open_image(&*self.host, path, config, Duration::ZERO).map_err(image_error)?;
+        if image.size_bytes() != size_bytes {
+            let message = format!(
+                "{} has {} bytes, the disk has {size_bytes}: a leg has the same size",
+                path.display(),
+                image.size_bytes()
+            );
+            return Err(ApiError::new(ErrorCode::InvalidConfig, message));
+        }
+        Ok(image)
+    }
+
+    /// Whether an image can become a second leg of a disk that is about to be served. It is not made yet.
+    pub(crate) fn check_new_leg(&self, path: &Path, config: &DiskConfig, disk: &Disk) -> Result<(), ApiError> {
+        if self.host.is_free(path) {
+            let parent = path.parent().filter(|dir| !self.host.is_directory(dir));
+            return parent.map_or(Ok(()), |dir| {
+                let message = format!("mirror: there is no directory {} for {}", dir.display(), path.display());
+                Err(ApiError::new(ErrorCode::InvalidConfig, message)
+                    .with_action("make it first, or name another image"))
+            });
+        }
+        let image = self.leg_image(path, disk.geometry().size_bytes, config)?;
+        let chain = disk.chain();
+        check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)
+    }
+
     pub(crate) fn bitmap_path(&self, id: Uuid) -> PathBuf {
         self.places.log_table(id)
     }
@@ -167,12 +170,12 @@ impl Manager {
         recovery: Option<&Recovery>,
         options: ImageOptions,
     ) -> Result<Base, ApiError> {
-        let open = |path: &Path| FileImage::open(path, options).map(|image| Arc::new(image) as SharedImage);
+        let open = |path: &Path| self.host.open_image(path, options);
         let mirrored = recovery.and_then(|r| Some((r.record.mirror.as_ref()?, r.mirror.as_ref()?)));
         let Some((mirror, decided)) = mirrored else {
             // That of a volume which became independent was a log, wherever it lies.
             let image = match recovery.is_some_and(|r| r.record.logical_block_bytes.is_some()) {
-                true => open_made_here(&config.path, config, options),
+                true => open_made_here(&*self.host, &config.path, config, options),
                 false => open(&config.path),
             };
             return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
@@ -194,8 +197,8 @@ impl Manager {
         }
         let (id, block_bytes) = (mirror.bitmap, config.block_size);
         let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
-        let bitmap: SharedImage = Arc::new(FileImage::open(&self.bitmap_path(id), bitmap).map_err(image_error)?);
-        let pair = in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
+        let bitmap = self.host.open_image(&self.bitmap_path(id), bitmap).map_err(image_error)?;
+        let pair = self.in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
         let mirror = Mirror { bitmap: id, pair: pair.clone(), legs, is_stopped: mirror.stopped };
         Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
     }
@@ -218,7 +221,7 @@ impl Manager {
         let Some((pair, back)) = behind else { return };
         if let Some(leg) = back {
             let of = pair.clone();
-            if let Err(e) = in_ring(async move |queue| of.attach(&queue, leg, false).await) {
+            if let Err(e) = self.in_ring(async move |queue| of.attach(&queue, leg, false).await) {
                 return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
             }
         }
@@ -289,7 +292,7 @@ impl Manager {
         let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
         let run = move |manager: &Manager| {
             let (disk, pace) = (on.disk.clone(), ours.pace.clone());
-            let done = block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
+            let done = manager.block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
             let outcome = done.map_err(|e| e.to_string())?;
             let legs = locked(&on.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
             if let (Outcome::Done, Some(leg)) = (outcome, legs.last()) {
@@ -313,11 +316,11 @@ impl Manager {
             if disk.cleaning.swap(true, std::sync::atomic::Ordering::AcqRel) {
                 continue;
             }
-            let of = disk.clone();
+            let (of, host) = (disk.clone(), self.host.clone());
             let started = self.start_thread("clean", move || {
                 let disk = of.disk.clone();
-                let done = block_on(async move |queue| pair.clean(&queue, disk.block_locks()).await);
-                if let Err(e) = done.and_then(|d| d.map_err(|e| e.to_string())) {
+                let done = host.block_on(async move |queue| pair.clean(&queue, disk.block_locks()).await);
+                if let Err(e) = done.map_err(|e| e.to_string()).and_then(|d| d.map_err(|e| e.to_string())) {
                     log::warn!("disk {}: the write-intent bitmap is not cleaned: {e}", of.name);
                 }
                 of.cleaning.store(false, std::sync::atomic::Ordering::Release);

@@ -34,15 +34,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
 use crate::crash;
-use crate::engine::{ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::engine::{Attachment, ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::host::{Host, Running, receive};
 use crate::image::{ImageError, ImageErrorKind};
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::{FollowUp, FollowUps};
@@ -50,7 +49,7 @@ use crate::manager::jobs::JobEntry;
 pub use crate::manager::places::{PlaceError, Places};
 use crate::manager::unserved::Unserved;
 use crate::registry::Claims;
-use crate::store::{DiskRecord, RecordError, Records, TableError};
+use crate::store::{DiskRecord, RecordError, RecordStore, TableError};
 
 /// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
 const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
@@ -71,8 +70,9 @@ pub enum OpenError {
 
 /// Runs the disks.
 pub struct Manager {
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) places: Arc<Places>,
-    pub(crate) records: Records,
+    pub(crate) records: Box<dyn RecordStore>,
     pub(crate) clock: EpochClock,
     pub(crate) editor: Arc<ChainEditor>,
     pub(crate) bus: Arc<EventBus>,
@@ -92,7 +92,7 @@ pub struct Manager {
     /// Whether the control socket answers.
     pub(crate) is_listening: AtomicBool,
     pub(crate) stopping: AtomicBool,
-    pub(crate) threads: Mutex<Vec<JoinHandle<()>>>,
+    pub(crate) threads: Mutex<Vec<Box<dyn Running>>>,
     pub(crate) house: Sender<HouseNews>,
     /// For the threads that the manager starts itself.
     pub(crate) me: Weak<Manager>,
@@ -109,13 +109,14 @@ pub(crate) enum HouseNews {
 /// Passes broken versions on from data-path threads to the housekeeper.
 pub(crate) struct BrokenVersions {
     pub(crate) tell: Sender<HouseNews>,
+    pub(crate) host: Arc<dyn Host>,
     pub(crate) places: Arc<Places>,
 }
 
 impl DiskObserver for BrokenVersions {
     fn version_breaks(&self, version: VersionId, reason: &str) {
         let mark = self.places.broken_mark(version);
-        if let Err(e) = std::fs::write(&mark, reason) {
+        if let Err(e) = self.host.write_note(&mark, reason) {
             log::error!(
                 "{} cannot be made; a kill now would lose the word that a snapshot is broken: {e}",
                 mark.display()
@@ -135,19 +136,20 @@ impl Manager {
     ///
     /// # Errors
     /// When the records are lost or cannot be opened, or the system has no room for a thread.
-    pub fn open(places: Places) -> Result<Arc<Manager>, OpenError> {
-        places.refuse_lost_records()?;
-        let records = Records::open(&places.records())?;
+    pub fn open(host: Arc<dyn Host>, places: Places) -> Result<Arc<Manager>, OpenError> {
+        places.refuse_lost_records(&*host)?;
+        let records = host.open_records(&places.records())?;
         let remembered = records.disks()?;
         let dropped = records.dropped()?;
-        places.remove_orphans(&remembered, &dropped)?;
-        places.clear_dead_sockets();
+        places.remove_orphans(&*host, &remembered, &dropped)?;
+        places.clear_dead_sockets(&*host);
         if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
         let clock = EpochClock::new(first_epoch(&remembered.disks));
         let (house, inbox) = channel();
         let manager = Arc::new_cyclic(|me| Manager {
+            host,
             places: Arc::new(places),
             records,
             editor: Arc::new(ChainEditor::new(clock.clone())),
@@ -173,6 +175,24 @@ impl Manager {
         Ok(manager)
     }
 
+    /// From here on no command begins, and what goes on ends where it can be gone on with.
+    pub fn going_down(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.released.notify_all();
+    }
+
+    /// The epoch that requests enter now.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.clock.current()
+    }
+
+    /// The disk or volume that is served so.
+    #[must_use]
+    pub fn disk_at(&self, attachment: &Attachment) -> Option<Uuid> {
+        self.all_disks().into_iter().find(|entry| Arc::ptr_eq(&entry.disk, attachment.disk())).map(|entry| entry.id)
+    }
+
     /// A number that no job had before.
     pub(crate) fn next_job_id(&self) -> u64 {
         match self.records.take_job_ids(1) {
@@ -181,7 +201,7 @@ impl Manager {
                 // One that the clock gives is not given twice either.
                 log::warn!("a job gets a number by the clock: {e}");
                 let mut last = locked(&self.last_by_clock);
-                *last = Timestamp::now().unix_ms().max(*last + 1);
+                *last = self.host.unix_ms().max(*last + 1);
                 *last
             }
         }
@@ -213,12 +233,12 @@ impl Manager {
     pub(crate) fn start_thread(&self, name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
         let mut threads = locked(&self.threads);
         // A thread that has ended keeps its stack until it is joined.
-        for ended in threads.extract_if(.., |t| t.is_finished()) {
-            if ended.join().is_err() {
+        for ended in threads.extract_if(.., |t| t.is_ended()) {
+            if ended.join() {
                 log::error!("a thread panicked");
             }
         }
-        let started = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+        let started = self.host.start_thread(name, Box::new(run));
         threads.push(started.inspect_err(|e| log::error!("cannot start the thread {name}: {e}"))?);
         Ok(())
     }
@@ -238,7 +258,7 @@ impl Manager {
     /// Makes the records of these disks durable.
     pub(crate) fn persist(&self, disks: &[Arc<DiskEntry>]) -> Result<(), ApiError> {
         let records: Vec<DiskRecord> = disks.iter().map(|d| d.to_record()).collect();
-        self.records.put(&records).map_err(record_error)
+        self.records.put(&records.iter().collect::<Vec<_>>()).map_err(record_error)
     }
 
     fn tell_broken(&self, id: Uuid) {
@@ -272,9 +292,10 @@ impl Manager {
 
 /// What data-path threads must not do themselves: recording and telling.
 fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
-    let mut last_clean = Instant::now();
+    let Some(host) = manager.upgrade().map(|manager| manager.host.clone()) else { return };
+    let mut last_clean = host.now();
     loop {
-        let news = inbox.recv_timeout(Duration::from_millis(500));
+        let news = receive(&*host, inbox, Duration::from_millis(500));
         let Some(manager) = manager.upgrade() else { return };
         match news {
             Ok(HouseNews::Broken(version)) => manager.tell_broken(version),
@@ -284,8 +305,8 @@ fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
             Err(RecvTimeoutError::Timeout) => {
                 manager.tell_failures();
                 manager.try_follow_ups();
-                if last_clean.elapsed() >= CLEAN_INTERVAL {
-                    last_clean = Instant::now();
+                if host.now() - last_clean >= CLEAN_INTERVAL {
+                    last_clean = host.now();
                     manager.clean_mirrors();
                 }
             }

@@ -9,15 +9,13 @@ use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 
 use crate::control::api::DiskConfig;
-use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
 use crate::engine::{Disk, DiskOptions, Geometry, Version};
 use crate::image::ImageOptions;
 use crate::manager::changes::with_tables;
 use crate::manager::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, locked, record_of};
-use crate::manager::layers::store_shown;
 use crate::manager::layers::{DiskLayers, direct_of};
-use crate::manager::legs::{Base, Mirror, check_new_leg};
+use crate::manager::legs::{Base, Mirror};
 use crate::manager::names::CurrentName;
 use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
 use crate::manager::relations::Relations;
@@ -26,7 +24,7 @@ use crate::manager::sockets::{clear_socket, serve_live};
 use crate::manager::unserved::Unserved;
 use crate::manager::{BrokenVersions, Manager, record_error, table_error};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
-use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord, Table, TableName};
+use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 
 /// A disk or volume of which all is there.
 pub(crate) struct Opened<'a> {
@@ -49,10 +47,10 @@ pub(crate) struct Opened<'a> {
 impl Manager {
     /// Serves a disk as it was decided; one of which nothing is remembered as it is.
     pub(crate) fn add_planned(&self, planned: Planned, recovery: Option<Recovery>) -> Result<Arc<DiskEntry>, ApiError> {
-        let new = planned.record.is_none().then(Uuid::new_v4);
+        let new = planned.record.is_none().then(|| self.host.new_id());
         // What is made for a disk that is refused in the end goes again.
         self.add_planned_as(new, planned, recovery)
-            .inspect_err(|_| new.iter().for_each(|id| crate::manager::layers::remove_file(&self.places.run_table(*id))))
+            .inspect_err(|_| new.iter().for_each(|id| self.remove_file(&self.places.run_table(*id))))
     }
 
     pub(crate) fn add_planned_as(
@@ -84,26 +82,31 @@ impl Manager {
         }
         let geometry = Geometry::of(&backing, config.block_size);
         let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
-        let table = TableName::of_this_boot(id).map_err(table_error)?;
-        let boot = table.boot;
-        let discards = Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error)?;
+        let boot = self.host.boot().map_err(table_error)?;
+        let discards = self.make_run_table(id, &geometry).map_err(table_error)?;
         match recovery.as_ref().and_then(|r| r.discards.as_ref()) {
-            Some(Ok(seal)) => {
-                discards.load(&self.places.durable_table(id), *seal).map_err(table_error).map_err(in_disk)?
-            }
+            Some(Ok(seal)) => self
+                .host
+                .load_table(&discards, &self.places.durable_table(id), *seal)
+                .map_err(table_error)
+                .map_err(in_disk)?,
             Some(Err(why)) => log::warn!("disk {name}: discards that were put off are forgotten: {why}"),
             None => {}
         }
         let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
         let taken = match &recovery {
-            None => Taken::of_new_disk(backing.clone()),
-            Some(recovery) => carry_out(recovery, &backing, Timestamp::now().unix_ms(), &layers)
+            None => Taken::of_new_disk(self.host.new_id(), backing.clone()),
+            Some(recovery) => carry_out(recovery, &backing, self.host.unix_ms(), &layers)
                 .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
         };
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
         let disk = Disk::announcing(relations.logical_block_bytes, self.clock.clone(), options, taken.links);
-        disk.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        disk.observe(Arc::new(BrokenVersions {
+            tell: self.house.clone(),
+            host: self.host.clone(),
+            places: self.places.clone(),
+        }));
         disk.remember_marks(taken.marks);
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
         let (restore, mut suspended) = match &recovery {
@@ -142,13 +145,13 @@ impl Manager {
         let drained = record.iter().flat_map(|r| &r.snapshots).filter(|s| s.quiesced_ms.is_none());
         for drained in drained {
             if let Some(version) = snapshots.iter().find(|s| s.id == drained.id).and_then(|s| s.version.as_ref()) {
-                store_shown(&disk, version);
+                self.store_shown(&disk, version);
             }
         }
         let leg = config.mirror.clone().filter(|_| mirror.is_none());
         if let Some(path) = &leg {
             // What is wrong with it is said before the record says that the disk may have changed.
-            check_new_leg(path, &config, &disk).map_err(in_disk)?;
+            self.check_new_leg(path, &config, &disk).map_err(in_disk)?;
         }
         let opened = Opened {
             name: current,
@@ -223,18 +226,18 @@ impl Manager {
         unsaved.former_legs.clone_from(&former_legs);
         unsaved.bookmarks = with_tables(&bookmarks, &disk);
         unsaved.restore.clone_from(&restore);
-        self.records.put([&unsaved]).map_err(record_error)?;
+        self.records.put(&[&unsaved]).map_err(record_error)?;
 
         let frontends = Frontends::new(&current, None, &self.bus);
         let socket = config.socket.clone().unwrap_or_default();
         let server = match relations.disabled {
-            true => crate::vhost_user::clear_stale(&socket).map(|()| None).map_err(|e| e.to_string()),
-            false => serve_live(name, &config, &disk, &frontends).map(Some),
+            true => self.host.clear_socket(&socket).map(|()| None).map_err(|e| e.to_string()),
+            false => serve_live(&*self.host, name, &config, &disk, &frontends).map(Some),
         };
         // Nothing has changed yet: what was remembered is still true.
         let take_back = || {
             let restored = match record {
-                Some(record) => self.records.put([record]),
+                Some(record) => self.records.put(&[record]),
                 None => self.records.remove(name.as_str()),
             };
             if let Err(e) = restored {
@@ -262,7 +265,7 @@ impl Manager {
             leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
-            server: Mutex::new(server.map(Arc::new)),
+            server: Mutex::new(server),
             frontends,
             snapshots: Mutex::new(snapshots),
             bookmarks: Mutex::new(bookmarks),
@@ -304,7 +307,7 @@ impl Manager {
         if version.is_none() && record.deleting {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
-            clear_socket(&record);
+            clear_socket(&*self.host, &record);
             if !record.owns_all {
                 self.remove_layer(record.id, &record.image); // A full image is the disk's own, or a leg.
             }

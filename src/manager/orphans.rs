@@ -9,15 +9,13 @@
 //! it and removed.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::SeekFrom;
 use uuid::Uuid;
 
 use crate::control::SnapshotRef;
+use crate::host::Host;
 use crate::manager::places::Places;
 use crate::store::DiskRecord;
 
@@ -80,17 +78,22 @@ impl Names {
 ///
 /// # Errors
 /// When a directory cannot be read.
-pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<String>) -> io::Result<Orphans> {
+pub(crate) fn find(
+    host: &dyn Host,
+    places: &Places,
+    disks: &[DiskRecord],
+    dropped: &BTreeSet<String>,
+) -> io::Result<Orphans> {
     let names = Names::of(disks, dropped);
     let mut orphans = Orphans::default();
     let mut changes = Vec::new();
     // All that has one name goes or stays together: a log of zeros has nothing in it but in its table.
     let mut unnamed: BTreeMap<String, Vec<PathBuf>> = BTreeMap::new();
     for dir in places.own_dirs() {
-        for path in entries(&dir)? {
+        for path in host.list(&dir)? {
             if let Some(name) = full_image_name(&path).filter(|_| dir == places.images_dir()) {
                 // One that no record names is that of a disk that was removed, and stays.
-                let is_second_name = || names.no_image.contains(&name) && has_two_names(&path);
+                let is_second_name = || names.no_image.contains(&name) && has_two_names(host, &path);
                 if names.free.contains(&name) || is_second_name() {
                     orphans.removable.push(path);
                 }
@@ -110,7 +113,7 @@ pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
         }
     }
     let (full, empty): (Vec<_>, Vec<_>) =
-        unnamed.into_values().partition(|paths| paths.iter().any(|path| holds_something(path)));
+        unnamed.into_values().partition(|paths| paths.iter().any(|path| holds_something(host, path)));
     orphans.kept.extend(full.into_iter().flatten());
     // Where something is kept the records may be others than those of these files, and an empty image of a snapshot is
     // missed when they come back.
@@ -121,13 +124,6 @@ pub(crate) fn find(places: &Places, disks: &[DiskRecord], dropped: &BTreeSet<Str
     orphans.removable.sort();
     orphans.kept.sort();
     Ok(orphans)
-}
-
-fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        entries => entries?.map(|entry| Ok(entry?.path())).collect(),
-    }
 }
 
 /// The name that records would use for a file of ours: `disk@snapshot` or a UUID of an image, else a UUID.
@@ -151,9 +147,8 @@ fn full_image_name(path: &Path) -> Option<String> {
 }
 
 /// Whether a file is there under another name too: the log that was about to get this one.
-fn has_two_names(path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.nlink() > 1)
+fn has_two_names(host: &dyn Host, path: &Path) -> bool {
+    host.look(path).is_ok_and(|look| look.names > 1)
 }
 
 /// Whether it says why a version broke.
@@ -167,7 +162,7 @@ fn is_of_changes(path: &Path) -> bool {
 }
 
 /// Whether there is anything in a file that somebody may miss. What cannot be read may be missed.
-fn holds_something(path: &Path) -> bool {
+fn holds_something(host: &dyn Host, path: &Path) -> bool {
     let is_table = path.parent().is_some_and(|dir| dir.ends_with("tables"));
     let from = match path.extension().and_then(|e| e.to_str()) {
         Some("new" | "filling") => return false, // Half of something that is whole elsewhere.
@@ -177,35 +172,5 @@ fn holds_something(path: &Path) -> bool {
         Some("bits") => RUN_TABLE_AT,
         _ => 0,
     };
-    has_bytes(path, from).unwrap_or(true)
-}
-
-/// Whether a file has a byte from `from` on that is not zero.
-fn has_bytes(path: &Path, from: u64) -> io::Result<bool> {
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
-    let mut at = from;
-    let mut buffer = vec![0; 64 << 10];
-    while let Some((start, end)) = next_data(&file, at)? {
-        at = start;
-        while at < end {
-            let len = usize::try_from((end - at).min(buffer.len() as u64)).expect("no more than the buffer");
-            let got = file.read_at(&mut buffer[..len], at)?;
-            if got == 0 {
-                return Ok(false);
-            }
-            if buffer[..got].iter().any(|byte| *byte != 0) {
-                return Ok(true);
-            }
-            at += got as u64;
-        }
-    }
-    Ok(false)
-}
-
-fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
-    match rustix::fs::seek(file, SeekFrom::Data(from)) {
-        Ok(start) => Ok(Some((start, rustix::fs::seek(file, SeekFrom::Hole(start))?))),
-        Err(rustix::io::Errno::NXIO) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
+    host.holds_bytes(path, from).unwrap_or(true)
 }

@@ -13,6 +13,7 @@ use rustix::fs::FlockOperation;
 use uuid::Uuid;
 
 use crate::control::{Name, SnapshotRef};
+use crate::host::Host;
 use crate::manager::orphans;
 use crate::store::{DiskRecord, Remembered, TableFiles};
 
@@ -94,8 +95,9 @@ impl Places {
         Ok(Places { _locks: locks, ..Places::to_look_at(state_dir, run_dir) })
     }
 
-    /// The same places for who only looks: nothing is made and nothing is locked.
-    pub(crate) fn to_look_at(state_dir: &Path, run_dir: &Path) -> Places {
+    /// The same places where nothing is to be made or locked: for who only looks, and on a host that has them already.
+    #[must_use]
+    pub fn to_look_at(state_dir: &Path, run_dir: &Path) -> Places {
         let tables = TableFiles::below(state_dir, run_dir);
         Places { state_dir: state_dir.to_owned(), run_dir: run_dir.to_owned(), tables, _locks: Vec::new() }
     }
@@ -205,12 +207,12 @@ impl Places {
     ///
     /// # Errors
     /// When that is so, or a directory cannot be read.
-    pub fn refuse_lost_records(&self) -> Result<(), PlaceError> {
+    pub fn refuse_lost_records(&self, host: &dyn Host) -> Result<(), PlaceError> {
         let records = self.records();
-        match std::fs::metadata(&records) {
-            Ok(meta) if meta.len() > 0 => Ok(()),
-            Ok(_) => self.refuse_kept("is empty", &self.orphans(&[], &BTreeSet::new())?),
-            Err(_) => self.refuse_kept("is missing", &self.orphans(&[], &BTreeSet::new())?),
+        match host.fingerprint(&records) {
+            Ok(look) if look.size_bytes > 0 => Ok(()),
+            Ok(_) => self.refuse_kept("is empty", &self.orphans(host, &[], &BTreeSet::new())?),
+            Err(_) => self.refuse_kept("is missing", &self.orphans(host, &[], &BTreeSet::new())?),
         }
     }
 
@@ -233,10 +235,12 @@ impl Places {
     /// When a directory cannot be read.
     pub(crate) fn orphans(
         &self,
+        host: &dyn Host,
         disks: &[DiskRecord],
         dropped: &BTreeSet<String>,
     ) -> Result<orphans::Orphans, PlaceError> {
-        orphans::find(self, disks, dropped).map_err(|source| PlaceError::Io { path: self.state_dir.clone(), source })
+        orphans::find(host, self, disks, dropped)
+            .map_err(|source| PlaceError::Io { path: self.state_dir.clone(), source })
     }
 
     /// Removes the tables and images that no record names and nobody misses: what a daemon left that was killed after it
@@ -245,17 +249,22 @@ impl Places {
     ///
     /// # Errors
     /// When there are no records at all, but files that may be missed.
-    pub fn remove_orphans(&self, remembered: &Remembered, dropped: &BTreeSet<String>) -> Result<(), PlaceError> {
+    pub fn remove_orphans(
+        &self,
+        host: &dyn Host,
+        remembered: &Remembered,
+        dropped: &BTreeSet<String>,
+    ) -> Result<(), PlaceError> {
         if !remembered.unreadable.is_empty() {
             return Ok(());
         }
-        let orphans = self.orphans(&remembered.disks, dropped)?;
+        let orphans = self.orphans(host, &remembered.disks, dropped)?;
         if remembered.disks.is_empty() {
             self.refuse_kept("names no disk", &orphans)?;
         }
         for path in &orphans.removable {
             log::info!("removing {}, which an unfinished operation left", path.display());
-            crate::manager::layers::remove_file(path);
+            crate::manager::layers::remove_file(host, path);
         }
         for path in &orphans.kept {
             log::error!(
@@ -267,14 +276,14 @@ impl Places {
     }
 
     /// Removes the sockets of disks and snapshots that a daemon left which was killed, whatever they were called then.
-    pub(crate) fn clear_dead_sockets(&self) {
-        let Ok(entries) = std::fs::read_dir(&self.run_dir) else { return };
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+    pub(crate) fn clear_dead_sockets(&self, host: &dyn Host) {
+        let Ok(entries) = host.list(&self.run_dir) else { return };
+        for path in entries {
             let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
             let is_ours = stem.parse::<Name>().is_ok() || stem.parse::<SnapshotRef>().is_ok();
             if is_ours
                 && path.extension().is_some_and(|e| e == "sock")
-                && let Err(e) = crate::vhost_user::clear_stale(&path)
+                && let Err(e) = host.clear_socket(&path)
             {
                 log::debug!("{} stays: {e}", path.display());
             }

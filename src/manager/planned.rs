@@ -8,25 +8,26 @@ use uuid::Uuid;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name};
+use crate::host::Host;
 use crate::image::ImageError;
 use crate::image::ImageOp;
 use crate::manager::Manager;
 use crate::manager::layers::{OLD_TRANSFERS_WAIT, direct_of};
 use crate::recovery::{Files, ImageSetup, Recovery, ServedVersion, Shutdown, Why, decide, settle};
-use crate::store::{DiskRecord, TableFiles, TableName};
+use crate::store::{DiskRecord, TableFiles};
 
 /// What a start makes of a disk. With `take_flushed` the user has said that its guests were stopped: of a log without its run
 /// table what was flushed is enough.
 pub(crate) fn recovery_of(
     record: &DiskRecord,
     config: &DiskConfig,
-    (tables, boot): (&TableFiles, Uuid),
+    (host, tables, boot): (&dyn Host, &TableFiles, Uuid),
     lock_wait: Duration,
     take_flushed: bool,
 ) -> Recovery {
     let (path, block_bytes) = (config.path.clone(), config.block_size);
     let setup = ImageSetup { path, block_bytes, direct: direct_of(config), read_only: config.readonly() };
-    let evidence = Files { tables, boot, setup, lock_wait };
+    let evidence = Files { host, tables, boot, setup, lock_wait };
     let shutdown = match Shutdown::of(record, &evidence, boot) {
         Shutdown::Killed if take_flushed => Shutdown::PowerCut,
         shutdown => shutdown,
@@ -72,9 +73,9 @@ impl Manager {
     pub(crate) fn decide_alone(&self, planned: &Planned, takes_flushed: bool) -> Result<Option<Recovery>, ApiError> {
         let Planned { config, record, .. } = planned;
         let Some(record) = record else { return Ok(None) };
-        let boot = TableName::of_this_boot(Uuid::nil()).map_err(crate::manager::table_error)?.boot;
+        let boot = self.host.boot().map_err(crate::manager::table_error)?;
         let wait = lock_wait(Some(record));
-        Ok(Some(recovery_of(record, config, (self.places.tables(), boot), wait, takes_flushed)))
+        Ok(Some(recovery_of(record, config, (&*self.host, self.places.tables(), boot), wait, takes_flushed)))
     }
 
     fn served_versions(&self) -> Vec<ServedVersion> {

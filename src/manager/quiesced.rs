@@ -1,7 +1,7 @@
 //! Waiting for a snapshot to be quiesced, without keeping others from it meanwhile.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::control::api::SnapshotState;
 use crate::control::{ApiError, ErrorCode, SnapshotRef};
@@ -24,7 +24,7 @@ impl Manager {
         decide: impl Fn(&Registry) -> Result<Wanted, Refusal>,
         begin: impl FnOnce(&Arc<DiskEntry>, &Arc<SnapshotEntry>) -> Result<T, ApiError>,
     ) -> Result<T, ApiError> {
-        let deadline = Instant::now() + QUIESCE_WAIT;
+        let deadline = self.host.now() + QUIESCE_WAIT;
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         loop {
             let claim = self.claim_decided(operation, &decide)?;
@@ -48,7 +48,7 @@ impl Manager {
                     return Err(busy("is still written by frontends from before it")
                         .with_action(format!("move them over first: halfsilver snapshot cutover {from} --wait")));
                 }
-                SnapshotState::Draining if Instant::now() >= deadline => {
+                SnapshotState::Draining if self.host.now() >= deadline => {
                     let reason = entry.to_api(&disk).reason.map(|why| format!(": {why}")).unwrap_or_default();
                     return Err(busy(&format!("is still draining{reason}"))
                         .with_action(format!("wait until it is quiesced: halfsilver snapshot show {from}")));
@@ -56,7 +56,7 @@ impl Manager {
                 SnapshotState::Draining => {}
             }
             drop(claim);
-            std::thread::sleep(QUIESCE_LOOK);
+            self.host.pause(QUIESCE_LOOK);
         }
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! What always holds: a disk whose pending blocks cannot be shown is not served as if it were whole.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, TryLockError};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -16,7 +17,7 @@ use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{DiskLayers, block_on, remove_file};
+use crate::manager::layers::DiskLayers;
 use crate::recovery::Recovery;
 use crate::store::{BlockIndex, DiskRecord, DurableTable, RestoreRecord};
 
@@ -26,6 +27,9 @@ pub(crate) struct SuspendedRestore {
     pub(crate) closed: Option<ClosedDisk>,
     pub(crate) pending: DurableTable,
 }
+
+/// How often it is looked whether another thread has looked through the restores.
+const LOOK: Duration = Duration::from_millis(1);
 
 impl SuspendedRestore {
     /// Every request on the disk fails from here on.
@@ -82,7 +86,7 @@ impl Manager {
     /// The job of a restore, on a thread and ring of its own.
     pub(crate) fn bring_back(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
         let (of, pace) = (disk.disk.clone(), job.pace.clone());
-        let done = block_on(async move |queue| job::restore(queue, of, pace).await)?.map_err(|e| e.to_string())?;
+        let done = self.block_on(async move |queue| job::restore(queue, of, pace).await)?.map_err(|e| e.to_string())?;
         if done == Outcome::Stopped {
             return Ok(done);
         }
@@ -143,7 +147,13 @@ impl Manager {
     /// Goes on with the restores of disks that are served, and whose volumes are.
     /// `own` is the disk that the caller has claimed; what others have claimed is theirs.
     pub(crate) fn resume_restores(&self, own: Option<Uuid>) {
-        let _resuming = locked(&self.resuming);
+        let _resuming = loop {
+            match self.resuming.try_lock() {
+                Ok(held) => break held,
+                Err(TryLockError::Poisoned(held)) => break held.into_inner(),
+                Err(TryLockError::WouldBlock) => self.host.pause(LOOK),
+            }
+        };
         for disk in self.all_disks() {
             let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_active) else { continue };
             if own != Some(disk.id) && self.is_being_changed(disk.id) {
@@ -196,8 +206,8 @@ impl Manager {
     }
 
     pub(crate) fn remove_restore_files(&self, id: Uuid) {
-        remove_file(&self.places.run_table(id));
-        remove_file(&self.places.log_table(id));
+        self.remove_file(&self.places.run_table(id));
+        self.remove_file(&self.places.log_table(id));
     }
 
     /// Removes what a restore left that a kill ended before it began.

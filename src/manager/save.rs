@@ -7,7 +7,6 @@ use crate::image::IoQueue;
 use crate::manager::Manager;
 use crate::manager::changes::seal_changes;
 use crate::manager::entry::{DiskEntry, locked};
-use crate::manager::layers::block_on;
 use crate::store::Fingerprint;
 
 impl Manager {
@@ -21,7 +20,7 @@ impl Manager {
             return Ok(());
         }
         if !disk.disk.is_read_only() {
-            sync(disk.base())?;
+            self.sync(disk.base())?;
         }
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
         if let Some(pair) = pair {
@@ -31,10 +30,10 @@ impl Manager {
                 pair.clean(&queue, of.block_locks()).await?;
                 pair.clean(&queue, of.block_locks()).await
             };
-            block_on(clean)?.map_err(|e| e.to_string())?;
+            self.block_on(clean)?.map_err(|e| e.to_string())?;
         }
         let of = disk.disk.clone();
-        block_on(async move |queue| of.commit_logs(&queue).await)?.map_err(|e| e.to_string())?;
+        self.block_on(async move |queue| of.commit_logs(&queue).await)?.map_err(|e| e.to_string())?;
         let chain = disk.disk.chain();
         let mut seals = Vec::new();
         // From the newest to the oldest: what cannot be saved is lost, and with it those that read through it.
@@ -42,15 +41,17 @@ impl Manager {
         for (index, link) in chain.links().iter().enumerate().rev() {
             let Some(table) = link.layer.table() else {
                 if index < chain.live()
-                    && let Err(e) = sync(link.layer.image.clone())
+                    && let Err(e) = self.sync(link.layer.image.clone())
                 {
                     disk.disk.break_version(&link.version, &e);
                 }
                 continue;
             };
             if lost.is_none() {
-                let saved = sync(link.layer.image.clone())
-                    .and_then(|()| table.save(&self.places.durable_table(link.version.id)).map_err(|e| e.to_string()));
+                let saved = self.sync(link.layer.image.clone()).and_then(|()| {
+                    let place = self.places.durable_table(link.version.id);
+                    self.host.save_table(table, &place).map_err(|e| e.to_string())
+                });
                 match saved {
                     Ok(seal) => seals.push((link.version.id, seal)),
                     Err(e) if index > chain.pivot_of(index) => return Err(e), // The live version reads through it.
@@ -63,7 +64,7 @@ impl Manager {
         }
         let changes = self.save_changes(&disk.disk);
         let seal_of = |id| seals.iter().find(|(of, _)| *of == id).map(|(_, seal)| *seal);
-        let looks = |path: &Path| Fingerprint::of(path).map_err(|e| format!("{}: {e}", path.display()));
+        let looks = |path: &Path| self.host.fingerprint(path).map_err(|e| format!("{}: {e}", path.display()));
         let mut record = disk.to_record();
         for snapshot in &mut record.snapshots {
             snapshot.saved_table = seal_of(snapshot.id);
@@ -72,7 +73,7 @@ impl Manager {
         seal_changes(&mut record, &changes);
         record.live_saved_table = seal_of(record.live);
         record.live_saved = record.live_log.as_deref().and_then(|log| looks(log).ok());
-        let discards = disk.disk.discards().save(&self.places.durable_table(disk.id));
+        let discards = self.host.save_table(disk.disk.discards(), &self.places.durable_table(disk.id));
         record.saved_discards = Some(discards.map_err(|e| e.to_string())?);
         for leg in record.mirror.iter_mut().flat_map(|m| &mut m.legs) {
             leg.saved = looks(&leg.path).ok();
@@ -101,10 +102,10 @@ impl Manager {
                 path.display()
             );
         }
-        self.records.put([&record]).map_err(|e| e.to_string())
+        self.records.put(&[&record]).map_err(|e| e.to_string())
     }
-}
 
-fn sync(image: Backing) -> Result<(), String> {
-    block_on(async move |queue| image.sync(&queue).await)?.map_err(|e| e.to_string())
+    fn sync(&self, image: Backing) -> Result<(), String> {
+        self.block_on(async move |queue| image.sync(&queue).await)?.map_err(|e| e.to_string())
+    }
 }

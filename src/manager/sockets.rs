@@ -5,17 +5,18 @@ use std::sync::Arc;
 use crate::control::Name;
 use crate::control::api::DiskConfig;
 use crate::engine::Disk;
+use crate::host::Host;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::store::SnapshotRecord;
-use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, ServerHandle, SocketSource, serve};
+use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, Server, SocketSource};
 
 impl Manager {
     /// Opens a snapshot's socket. Returns whether it is open.
     pub(crate) fn open_socket(&self, disk: &DiskEntry, entry: &SnapshotEntry) -> bool {
         let socket = locked(&entry.record).socket.clone();
-        let server = serve(ServeOptions {
+        let server = self.host.serve(ServeOptions {
             name: entry.reference().to_string(),
             socket: SocketSource::Path(socket.clone()),
             attachment: disk.disk.attach_frozen(entry.id),
@@ -27,7 +28,7 @@ impl Manager {
         });
         match server {
             Ok(server) => {
-                *locked(&entry.server) = Some(Arc::new(server));
+                *locked(&entry.server) = Some(server);
                 *locked(&entry.socket_error) = None;
                 true
             }
@@ -51,12 +52,13 @@ impl Manager {
 
 /// Opens the socket of a disk's live version.
 pub(crate) fn serve_live(
+    host: &dyn Host,
     name: &Name,
     config: &DiskConfig,
     disk: &Arc<Disk>,
     frontends: &Arc<Frontends>,
-) -> Result<ServerHandle, String> {
-    serve(ServeOptions {
+) -> Result<Arc<dyn Server>, String> {
+    host.serve(ServeOptions {
         name: name.to_string(),
         socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
         attachment: disk.attach_live(),
@@ -70,8 +72,8 @@ pub(crate) fn serve_live(
 }
 
 /// Removes the socket that a killed daemon left of a snapshot that is not served any more.
-pub(crate) fn clear_socket(record: &SnapshotRecord) {
-    if let Err(e) = crate::vhost_user::clear_stale(&record.socket) {
+pub(crate) fn clear_socket(host: &dyn Host, record: &SnapshotRecord) {
+    if let Err(e) = host.clear_socket(&record.socket) {
         log::warn!("the socket of a snapshot that is not served stays: {e}");
     }
 }

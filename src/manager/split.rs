@@ -9,7 +9,7 @@ use crate::engine::{self, Backing, LegImage};
 use crate::image::SharedImage;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
-use crate::manager::legs::{in_ring, pair_error};
+use crate::manager::legs::pair_error;
 
 impl Manager {
     /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
@@ -17,7 +17,7 @@ impl Manager {
         let pair = locked(&disk.mirror).as_ref().filter(|m| m.legs.len() == 2).map(|m| m.pair.clone());
         let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         let of = pair.clone();
-        in_ring(async move |queue| of.prepare_split(&queue).await)
+        self.in_ring(async move |queue| of.prepare_split(&queue).await)
             .map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })?;
         let frozen = pair.second().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         let live = pair.detached().map_err(pair_error)?;
@@ -48,7 +48,7 @@ impl Manager {
             (mirror.pair.clone(), leg.id)
         };
         let (of, leg) = (pair.clone(), LegImage { id, image: image.clone() });
-        in_ring(async move |queue| of.attach(&queue, leg, false).await).map_err(|e| e.message)?;
+        self.in_ring(async move |queue| of.attach(&queue, leg, false).await).map_err(|e| e.message)?;
         if let Some(mirror) = locked(&disk.mirror).as_mut()
             && let Some((_, place)) = mirror.legs.iter_mut().find(|(leg, _)| leg.id == id)
         {

@@ -83,7 +83,7 @@ impl Manager {
     }
 
     /// The control socket answers from now on.
-    pub(crate) fn listening(&self) {
+    pub fn listening(&self) {
         self.is_listening.store(true, Ordering::SeqCst);
         let unserved: Vec<_> = locked(&self.unserved).values().cloned().collect();
         unserved.iter().for_each(|unserved| self.tell_unserved(unserved));

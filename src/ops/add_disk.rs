@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome};
+use crate::host::{Host, receive};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::planned::Planned;
@@ -168,7 +169,7 @@ impl Manager {
             return refuse(whose.clone());
         }
         let all = theirs.iter().map(|(path, _)| path.clone()).chain([path.to_owned()]).collect();
-        let mut found = resolved_in_time(all);
+        let mut found = resolved_in_time(&self.host, all);
         let resolved = found.pop().unwrap_or_else(|| path.to_owned());
         if let Some((_, (_, whose))) = found.iter().zip(&theirs).find(|(its, _)| **its == resolved) {
             return refuse(whose.clone());
@@ -187,20 +188,20 @@ const RESOLVE_WAIT: Duration = Duration::from_secs(2);
 
 /// Where these paths lead, each as it is if nothing is there. As they are, if that cannot be said in time: where one lies may
 /// never answer.
-fn resolved_in_time(paths: Vec<PathBuf>) -> Vec<PathBuf> {
+fn resolved_in_time(host: &Arc<dyn Host>, paths: Vec<PathBuf>) -> Vec<PathBuf> {
     let (tell, told) = channel();
-    let of = paths.clone();
+    let (of, on) = (paths.clone(), host.clone());
     let resolve = move || {
-        let found = of.into_iter().map(|path| std::fs::canonicalize(&path).unwrap_or(path)).collect();
+        let found = of.into_iter().map(|path| on.resolve(&path)).collect();
         if tell.send(found).is_err() {
             log::debug!("nobody waits any more for where paths lead");
         }
     };
     // None of those that a stop joins.
-    if let Err(e) = std::thread::Builder::new().name("resolve".to_owned()).spawn(resolve) {
+    if let Err(e) = host.start_thread("resolve", Box::new(resolve)) {
         log::error!("no thread can look where paths lead: {e}");
     }
-    told.recv_timeout(RESOLVE_WAIT).unwrap_or(paths)
+    receive(&**host, &told, RESOLVE_WAIT).unwrap_or(paths)
 }
 
 /// What would be lost if a disk's record gave way to another one.

@@ -6,7 +6,6 @@
 //! - That log gets a name that no start takes for an orphan's, by a hard link: at each moment the record names a file that is
 //!   there.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +18,6 @@ use crate::job::{self, Outcome};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{block_on, remove_file};
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
@@ -53,7 +51,7 @@ impl Manager {
             match RetireTurn::take(&disk.retires) {
                 Some(turn) => break turn,
                 None if job.pace.is_stopped() => return Ok(Outcome::Stopped),
-                None => std::thread::sleep(RETIRE_LOOK),
+                None => self.host.pause(RETIRE_LOOK),
             }
         };
         let geometry = disk.disk.geometry();
@@ -65,7 +63,7 @@ impl Manager {
             true => job::update(queue, of, pace).await,
             false => job::complete(queue, of, pace).await,
         };
-        let done = block_on(work)??;
+        let done = self.block_on(work)??;
         if done == Outcome::Done {
             let Some(_claim) = self.claim_for_job(job) else {
                 return Ok(Outcome::Stopped); // A restart finds nothing left to copy.
@@ -99,7 +97,7 @@ impl Manager {
         relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
         relations.put_into(&mut record);
-        self.records.put([&record]).map_err(|e| record_error(e).message)?;
+        self.records.put(&[&record]).map_err(|e| record_error(e).message)?;
         crash::point("after a volume was recorded as independent");
         if !self.editor.make_independent(&disk.disk) {
             // A start takes it as it is recorded.
@@ -112,10 +110,10 @@ impl Manager {
         *locked(&disk.relations) = relations;
         locked(&disk.path).clone_from(&path);
         if path != old {
-            remove_file(&old);
+            self.remove_file(&old);
         }
         for table in [self.places.log_table(oldest), self.places.run_table(oldest), self.places.durable_table(oldest)] {
-            remove_file(&table);
+            self.remove_file(&table);
         }
         log::info!("volume {}: independent of {from}; its image is {}", disk.name, path.display());
         self.bus.publish(Notice::of_disk(EventKind::VolumeIndependent, &disk.name.get()));
@@ -124,16 +122,16 @@ impl Manager {
 
     pub(crate) fn link_own_image(&self, disk: &DiskEntry, log: &Path) -> std::io::Result<PathBuf> {
         let path = self.places.own_image(disk.id);
-        match std::fs::metadata(&path) {
+        match self.host.look(&path) {
             // From the last time: a record of which nobody knows whether it was stored may name it.
-            Ok(there) if is_same(&there, &std::fs::metadata(log)?) => {}
+            Ok(there) if there.identity == self.host.look(log)?.identity => {}
             // That of a log which has gone since.
-            Ok(_) => std::fs::remove_file(&path).and_then(|()| std::fs::hard_link(log, &path))?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => std::fs::hard_link(log, &path)?,
+            Ok(_) => self.host.remove(&path).and_then(|()| self.host.link(log, &path))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => self.host.link(log, &path)?,
             Err(e) => return Err(e),
         }
         crash::point("after a full image got its second name");
-        crate::store::sync_directory_of(&path)?;
+        self.host.sync_directory_of(&path)?;
         Ok(path)
     }
 
@@ -161,8 +159,4 @@ impl Manager {
         self.tidy_moments_later();
         Ok(disk.to_api(self))
     }
-}
-
-fn is_same(one: &std::fs::Metadata, other: &std::fs::Metadata) -> bool {
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
 }

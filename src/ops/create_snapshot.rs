@@ -3,20 +3,18 @@
 //! What always holds: before a cut the records say what they would after it. A daemon that is killed around the cut comes
 //! back with the new live version either way, and removes the snapshot that nobody was told of.
 
-use crate::manager::layers::store_shown;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writers};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
-use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
 use crate::engine::{self, Epoch, NewLayer, PreparedSnapshot};
+use crate::host::FileKind;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::recording;
@@ -73,7 +71,7 @@ impl Manager {
         if let (Some(image), Some(disk)) = (&request.image, request.disks.first()) {
             self.refuse_what_others_have(disk, image, true)?;
         }
-        let group = Uuid::new_v4();
+        let group = self.host.new_id();
         let mut ready = Vec::new();
         for disk in &disks {
             match self.prepare(disk, request, group, volume) {
@@ -81,7 +79,7 @@ impl Manager {
                 Err(e) => return Err(self.undo(&ready, e)),
             }
         }
-        if let Err(e) = self.records.put(ready.iter().map(|one| &one.pending)) {
+        if let Err(e) = self.records.put(&ready.iter().map(|one| &one.pending).collect::<Vec<_>>()) {
             return Err(self.undo(&ready, record_error(e)));
         }
         self.cut(ready, &disks, request.writers)
@@ -113,7 +111,7 @@ impl Manager {
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
         crash::point("after the cut");
-        let at = Instant::now();
+        let at = self.host.now();
         for (_, entry) in &entries {
             locked(&entry.record).ended = cut.ended.0;
         }
@@ -138,9 +136,9 @@ impl Manager {
             let started = self.start_thread("drain", move || {
                 loop {
                     let Some(manager) = me.upgrade() else { return };
-                    let free = disk.disk.connections().wait_free(ended, LOOK);
-                    if free.is_some_and(|last| manager.clock.wait_drained(last, LOOK)) {
-                        let drain = at.elapsed();
+                    let free = disk.disk.connections().wait_free(ended, manager.host.patience(LOOK));
+                    if free.is_some_and(|last| manager.clock.wait_drained(last, manager.host.patience(LOOK))) {
+                        let drain = manager.host.now() - at;
                         if !manager.quiesced(&disk, &entry, drain) {
                             manager.follow_up(FollowUp::Quiesce(disk, entry, drain));
                         }
@@ -176,12 +174,12 @@ impl Manager {
         let asked = request.strategy.unwrap_or(Strategy::CopyOnWrite);
         // Just before a log is forgotten that has been folded, the records still name it, and by the name of the version
         // that is to be frozen: whatever is made under that name would be in its place.
-        let has_log = !disk.disk.can_move_pivot() || self.places.log_table(live.id).exists();
+        let has_log = !disk.disk.can_move_pivot() || self.host.is_there(&self.places.log_table(live.id));
         let strategy = if has_log { Strategy::WriteLogging } else { asked };
         if strategy != asked {
             log::info!("snapshot {reference}: {strategy}, not {asked}: the disk's log is not folded yet");
         }
-        let new_live = Uuid::new_v4();
+        let new_live = self.host.new_id();
         let table_error = |e| in_snapshot(crate::manager::table_error(e));
         let changed = self.make_changed_table(new_live, disk.disk.geometry()).map_err(table_error)?;
         let prepared = self.prepare_layer(disk, request, strategy, new_live);
@@ -199,7 +197,7 @@ impl Manager {
             splits: false,
             durable: false,
             socket,
-            created_ms: Timestamp::now().unix_ms(),
+            created_ms: self.host.unix_ms(),
             quiesced_ms: None,
             broken: None,
             deleting: false,
@@ -287,10 +285,10 @@ impl Manager {
         if len > SOCKET_PATH_LEN_MAX {
             return bad(format!("a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}"));
         }
-        if !socket.parent().is_some_and(Path::is_dir) {
+        if !socket.parent().is_some_and(|dir| self.host.is_directory(dir)) {
             return bad("its directory does not exist".to_owned());
         }
-        if std::fs::symlink_metadata(socket).is_ok_and(|m| !m.file_type().is_socket()) {
+        if self.host.look(socket).is_ok_and(|look| look.kind != FileKind::Socket) {
             return bad("something else is there".to_owned());
         }
         for disk in self.all_disks() {
@@ -333,7 +331,7 @@ impl Manager {
     /// it is, nobody is told.
     pub(crate) fn quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
         if let Some(version) = &entry.version {
-            store_shown(&disk.disk, version);
+            self.store_shown(&disk.disk, version);
         }
         let key = ClaimKey::Entity(disk.id);
         let operation = format!("quiesce {}", entry.reference());
@@ -349,7 +347,7 @@ impl Manager {
             return;
         }
         if let Some(version) = &entry.version {
-            store_shown(&disk.disk, version);
+            self.store_shown(&disk.disk, version);
         }
         if !self.record_quiesced(disk, entry, Duration::ZERO) {
             log::error!("snapshot {}: a start finds it as it drained", entry.reference());
@@ -369,10 +367,10 @@ impl Manager {
         }
         locked(&entry.drain).get_or_insert(drain);
         // Durable before anybody is told: from then on a power cut must not break it.
-        let quiesced_ms = Some(Timestamp::now().unix_ms());
+        let quiesced_ms = Some(self.host.unix_ms());
         let mut record = disk.to_record();
         record.snapshots.iter_mut().filter(|s| s.id == entry.id).for_each(|s| s.quiesced_ms = quiesced_ms);
-        if let Err(e) = self.records.put([&record]) {
+        if let Err(e) = self.records.put(&[&record]) {
             let what = format!("that it is quiesced cannot be recorded yet: {e}");
             if locked(&entry.socket_error).replace(what.clone()).as_ref() != Some(&what) {
                 log::error!("snapshot {}: {what}", entry.reference());

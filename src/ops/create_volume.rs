@@ -15,7 +15,6 @@ use uuid::Uuid;
 use crate::control::api::{
     self, DeleteSnapshotOptions, DiskConfig, SnapshotRequest, VolumeRequest, VolumeSource, Writers,
 };
-use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
 use crate::engine::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
@@ -25,7 +24,7 @@ use crate::manager::opening::Opened;
 use crate::manager::relations::Relations;
 use crate::manager::{BrokenVersions, Manager, table_error};
 use crate::registry::{ClaimKey, Command, Registry, decide};
-use crate::store::{Table, TableName, VolumeRecord};
+use crate::store::VolumeRecord;
 
 impl Manager {
     pub(crate) fn make_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
@@ -98,7 +97,7 @@ impl Manager {
         if let Some(socket) = &config.socket {
             self.check_place(socket).map_err(|e| ApiError { message: format!("volume {name}: {}", e.message), ..e })?;
         }
-        if let Some(image) = request.image.as_ref().filter(|image| std::fs::symlink_metadata(image).is_ok()) {
+        if let Some(image) = request.image.as_ref().filter(|image| self.host.is_there(image)) {
             let message = format!("volume {name}: {} exists", image.display());
             return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name a path where nothing is"));
         }
@@ -106,7 +105,9 @@ impl Manager {
             self.refuse_what_others_have(name, image, true)?;
         }
         // Before a snapshot is taken for its sake.
-        if let Some(directory) = request.image.as_ref().and_then(|image| image.parent()).filter(|d| !d.is_dir()) {
+        if let Some(directory) =
+            request.image.as_ref().and_then(|image| image.parent()).filter(|d| !self.host.is_directory(d))
+        {
             let message = format!("volume {name}: there is no directory {}", directory.display());
             return Err(ApiError::new(ErrorCode::InvalidConfig, message)
                 .with_action("make it first, or name another place with --image"));
@@ -134,7 +135,7 @@ impl Manager {
         fits(request, &image).map_err(in_volume)?;
         let geometry = Geometry::of(&image, config.block_size);
         let logical = geometry.logical_block_bytes;
-        let [id, origin, live] = [(); 3].map(|()| Uuid::new_v4());
+        let [id, origin, live] = [(); 3].map(|()| self.host.new_id());
         let path = request.image.clone().unwrap_or_else(|| self.places.log_image(live));
         let layer = self.make_log(&path, live, &config, &geometry).map_err(in_volume)?;
         let undo = |e: ApiError| {
@@ -144,21 +145,23 @@ impl Manager {
             in_volume(e)
         };
         let changed = self.make_changed_table(live, &geometry).map_err(table_error).map_err(undo)?;
-        let table = TableName::of_this_boot(id).map_err(table_error).map_err(undo)?;
-        let boot = table.boot;
-        let discards =
-            Table::create(&self.places.run_table(id), geometry.blocks(), table).map_err(table_error).map_err(undo)?;
+        let boot = self.host.boot().map_err(table_error).map_err(undo)?;
+        let discards = self.make_run_table(id, &geometry).map_err(table_error).map_err(undo)?;
         let volume = VolumeRecord {
             snapshot: entry.id,
             from,
             source: disk.id,
             origin,
             size_bytes: geometry.size_bytes,
-            created_ms: Timestamp::now().unix_ms(),
+            created_ms: self.host.unix_ms(),
         };
         let options = DiskOptions { image, block_bytes: config.block_size, read_only: false, discards };
         let made = Disk::noting_volume(self.clock.clone(), options, origin, (live, layer), Some(changed));
-        made.observe(Arc::new(BrokenVersions { tell: self.house.clone(), places: self.places.clone() }));
+        made.observe(Arc::new(BrokenVersions {
+            tell: self.house.clone(),
+            host: self.host.clone(),
+            places: self.places.clone(),
+        }));
         let opened = Opened {
             name: CurrentName::new(name.clone()),
             id,
@@ -182,8 +185,8 @@ impl Manager {
     }
 
     fn remove_tables(&self, id: Uuid) {
-        crate::manager::layers::remove_file(&self.places.durable_table(id));
-        crate::manager::layers::remove_file(&self.places.run_table(id));
+        self.remove_file(&self.places.durable_table(id));
+        self.remove_file(&self.places.run_table(id));
     }
 }
 

@@ -3,12 +3,19 @@
 //! What always holds: none of them is begun before it was found that each of them may go. What comes in between, another
 //! command or a new reader, refuses one of them only, and the answer says so.
 
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
 use uuid::Uuid;
 
 use crate::control::api::{DeleteSnapshotOptions, DeletionState, GroupDeletion, SnapshotState};
 use crate::control::{ApiError, Deletion, ErrorCode, SnapshotRef};
+use crate::host::receive;
 use crate::manager::Manager;
 use crate::registry::{self, Command, decide};
+
+/// How long each deletion may take to answer: longer than it waits for anything.
+const ANSWER_WAIT: Duration = Duration::from_secs(300);
 
 impl Manager {
     pub(crate) fn delete_all_of(
@@ -18,12 +25,20 @@ impl Manager {
     ) -> Result<Vec<GroupDeletion>, ApiError> {
         let snapshots = self.deletable(group, options)?;
         // Side by side: each of them may have a log to be folded, and the answer waits for all of them.
-        std::thread::scope(|scope| {
-            let begin = |snapshot| scope.spawn(move || self.delete_one_of(snapshot, options));
-            let begun: Vec<_> = snapshots.iter().map(begin).collect();
-            let panicked = |_| ApiError::new(ErrorCode::Internal, "the deletion stopped halfway");
-            begun.into_iter().map(|thread| thread.join().map_err(panicked)).collect()
-        })
+        let begin = |snapshot: SnapshotRef| {
+            let (me, (tell, told)) = (self.me.clone(), channel());
+            let started = self.start_thread("delete", move || {
+                let Some(manager) = me.upgrade() else { return };
+                if tell.send(manager.delete_one_of(&snapshot, options)).is_err() {
+                    log::debug!("snapshot {snapshot}: nobody waits for its deletion any more");
+                }
+            });
+            started.map(|()| told).map_err(|e| ApiError::new(ErrorCode::Io, format!("a deletion has no thread: {e}")))
+        };
+        let begun: Vec<_> = snapshots.into_iter().map(begin).collect();
+        let no_answer = |_| ApiError::new(ErrorCode::Internal, "the deletion stopped halfway");
+        let end = |told: Receiver<GroupDeletion>| receive(&*self.host, &told, ANSWER_WAIT).map_err(no_answer);
+        begun.into_iter().map(|told| told.and_then(end)).collect()
     }
 
     fn delete_one_of(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> GroupDeletion {

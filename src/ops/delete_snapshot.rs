@@ -6,7 +6,7 @@
 use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -19,7 +19,6 @@ use crate::job::{self, Outcome};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{block_on, remove_file};
 use crate::registry::Command;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
@@ -34,7 +33,7 @@ impl Manager {
             (record.deleting, record.stopped)
         };
         if !is_served || deleting {
-            crate::manager::sockets::clear_socket(&locked(&entry.record));
+            crate::manager::sockets::clear_socket(&*self.host, &locked(&entry.record));
         }
         if entry.version.is_none() {
             return;
@@ -54,7 +53,7 @@ impl Manager {
     pub(crate) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
         let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
         let deadline =
-            Instant::now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
+            self.host.now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         let job = loop {
             let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
@@ -97,7 +96,7 @@ impl Manager {
                 _ if !drained => {
                     if entry.old_frontends(&disk) > 0 {
                         self.move_frontends(&entry)?;
-                    } else if Instant::now() >= deadline {
+                    } else if self.host.now() >= deadline {
                         let message = format!("snapshot {reference} is still draining");
                         return Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!(
                             "wait until {reference} is quiesced: halfsilver snapshot show {reference}"
@@ -107,9 +106,9 @@ impl Manager {
                 _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
             }
             drop(claim);
-            std::thread::sleep(Duration::from_millis(10));
+            self.host.pause(Duration::from_millis(10));
         };
-        if !job.wait(deadline.saturating_duration_since(Instant::now())) {
+        if !job.wait(deadline.saturating_duration_since(self.host.now())) {
             let left = job.snapshot.as_ref().filter(|entry| self.is_there(&job.disk, entry));
             if let Some(entry) = left {
                 return Ok(Deletion::Started(entry.to_api(&job.disk)));
@@ -229,7 +228,7 @@ impl Manager {
                 return Ok(None);
             }
             drop(turn);
-            std::thread::sleep(RETIRE_LOOK);
+            self.host.pause(RETIRE_LOOK);
         }
     }
 
@@ -254,7 +253,7 @@ impl Manager {
         let left = left_behind(disk, entry.id);
         let leg = leg_of(disk, entry.id);
         let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
-        let work = block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
+        let work = self.block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
         if work == Outcome::Stopped {
             return Ok(Outcome::Stopped);
         }
@@ -279,7 +278,7 @@ impl Manager {
         drop(turn);
         if disk.disk.discards().count() > 0 {
             let (of, pace) = (disk.disk.clone(), job.pace.clone());
-            match block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
+            match self.block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
                 Ok(_) => {}
                 // The snapshot is gone all the same; the storage comes back with a later discard.
                 Err(e) => log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name),
@@ -307,8 +306,8 @@ impl Manager {
         if let (Ok(()), Some((id, image))) = (&persisted, left) {
             if has_table(&disk.disk.chain(), id) {
                 // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
-                remove_file(&image);
-                remove_file(&self.places.log_table(id));
+                self.remove_file(&image);
+                self.remove_file(&self.places.log_table(id));
             } else {
                 self.remove_layer(id, &image);
             }

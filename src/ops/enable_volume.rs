@@ -48,8 +48,8 @@ impl Manager {
         }
         self.record_disabled(&disk, false)?;
         crash::point("after a volume was recorded as enabled");
-        match serve_live(name, &disk.config(), &disk.disk, &disk.frontends) {
-            Ok(server) => *locked(&disk.server) = Some(Arc::new(server)),
+        match serve_live(&*self.host, name, &disk.config(), &disk.disk, &disk.frontends) {
+            Ok(server) => *locked(&disk.server) = Some(server),
             Err(e) => {
                 self.record_disabled(&disk, true)?;
                 let socket = disk.socket();
@@ -80,7 +80,7 @@ impl Manager {
             );
         }
         let chain = disk.disk.chain();
-        let (old, live) = (chain.version(chain.live()).id, Uuid::new_v4());
+        let (old, live) = (chain.version(chain.live()).id, self.host.new_id());
         let was = chain.layer(chain.live()).image.path().to_owned();
         let path = self.path_beside(&was, old, live);
         let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
@@ -97,7 +97,7 @@ impl Manager {
         (record.live, record.live_log) = (live, Some(path.clone()));
         record.live_changed = recording::of_changed(Some(&changed));
         (record.own_image, record.work) = (false, None);
-        if let Err(e) = self.records.put([&record]) {
+        if let Err(e) = self.records.put(&[&record]) {
             // Nobody knows whether that was stored. The new log goes when the records name the old one again.
             return Err(match self.persist(std::slice::from_ref(disk)) {
                 Ok(()) => undo(record_error(e)),

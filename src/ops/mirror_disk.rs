@@ -3,7 +3,7 @@
 //! What always holds: what is wrong with an image is said before anything changes for its sake; an image that was a leg and is
 //! none any more is remembered as such before the pair forgets it.
 
-use crate::manager::legs::{Mirror, check_units, in_ring, leg_image};
+use crate::manager::legs::{Mirror, check_units};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +13,8 @@ use uuid::Uuid;
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, Name};
 use crate::engine::{self, Backing, LegImage, Pair};
-use crate::image::{Direct, FileImage, SharedImage};
+use crate::image::{Direct, SharedImage};
 use crate::manager::entry::{DiskEntry, locked};
-use crate::manager::layers::remove_file;
 use crate::manager::{Manager, image_error};
 use crate::registry::{ClaimKey, Command};
 use crate::store::LegRecord;
@@ -23,30 +22,31 @@ use crate::store::LegRecord;
 /// How long a change of the mirror waits for the requests in flight.
 const DRAIN_WAIT: Duration = Duration::from_secs(30);
 
-/// The image that is to become a leg of a disk, if it can.
-fn new_leg(disk: &DiskEntry, path: &Path) -> Result<SharedImage, ApiError> {
-    if *locked(&disk.path) == path && locked(&disk.mirror).is_none() {
-        let message = format!("{} is its image already; a mirror has two", path.display());
-        return Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image for the second leg"));
-    }
-    leg_image(path, disk.disk.geometry().size_bytes, &disk.config)
-}
-
 impl Manager {
+    /// The image that is to become a leg of a disk, if it can.
+    fn new_leg(&self, disk: &DiskEntry, path: &Path) -> Result<SharedImage, ApiError> {
+        if *locked(&disk.path) == path && locked(&disk.mirror).is_none() {
+            let message = format!("{} is its image already; a mirror has two", path.display());
+            return Err(
+                ApiError::new(ErrorCode::Conflict, message).with_action("name another image for the second leg")
+            );
+        }
+        self.leg_image(path, disk.disk.geometry().size_bytes, &disk.config)
+    }
+
     /// A pair of one leg; the other is attached later.
     fn make_pair(&self, first: LegImage, block_bytes: u32) -> Result<(Uuid, Arc<Pair>), ApiError> {
-        let id = Uuid::new_v4();
+        let id = self.host.new_id();
         let path = self.bitmap_path(id);
         let bytes = Pair::bitmap_bytes(first.image.size_bytes(), block_bytes);
-        let bitmap: SharedImage = Arc::new(FileImage::create(&path, bytes, Direct::Off).map_err(image_error)?);
-        let made =
-            in_ring(async move |queue| Pair::create(first, bitmap, id, block_bytes, &queue).await).and_then(|pair| {
-                match crate::store::sync_directory_of(&path) {
-                    Ok(()) => Ok(pair),
-                    Err(e) => Err(ApiError::new(ErrorCode::Io, format!("{}: {e}", path.display()))),
-                }
+        let bitmap = self.host.create_image(&path, bytes, Direct::Off).map_err(image_error)?;
+        let made = self
+            .in_ring(async move |queue| Pair::create(first, bitmap, id, block_bytes, &queue).await)
+            .and_then(|pair| match self.host.sync_directory_of(&path) {
+                Ok(()) => Ok(pair),
+                Err(e) => Err(ApiError::new(ErrorCode::Io, format!("{}: {e}", path.display()))),
             });
-        made.map(|pair| (id, pair)).inspect_err(|_| remove_file(&path))
+        made.map(|pair| (id, pair)).inspect_err(|_| self.remove_file(&path))
     }
 
     /// Gives a disk a second leg, or puts one in the place of a failed one.
@@ -64,7 +64,7 @@ impl Manager {
         // What is wrong with the image is said before anything changes for its sake.
         let mut opened = None;
         if locked(&disk.mirror).is_none() {
-            let image = new_leg(disk, path)?;
+            let image = self.new_leg(disk, path)?;
             let chain = disk.disk.chain();
             check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)?;
             opened = Some(image);
@@ -115,17 +115,17 @@ impl Manager {
         self.forget_resyncs_of(disk);
         // The failed leg itself, taken again, may still be open.
         if opened.is_none() && failed.as_ref().is_none_or(|failed| failed.path != path) {
-            opened = Some(new_leg(disk, path)?);
+            opened = Some(self.new_leg(disk, path)?);
         }
         if let Some(failed) = failed {
             self.let_leg_go(disk, &failed)?;
         }
         // Also when it was tried before: a leg that is added must miss no write.
         self.swap(disk, Backing::Pair(pair.clone()))?;
-        let leg = LegRecord { id: Uuid::new_v4(), path: path.to_owned(), saved: None };
+        let leg = LegRecord { id: self.host.new_id(), path: path.to_owned(), saved: None };
         let image = match opened {
             Some(image) => image,
-            None => new_leg(disk, path)?,
+            None => self.new_leg(disk, path)?,
         };
         check_units(path, &image, pair.alignment().offset_bytes)?;
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
@@ -134,7 +134,7 @@ impl Manager {
         locked(&disk.former_legs).retain(|former| former != path);
         let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
             let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
-            in_ring(async move |queue| of.attach(&queue, leg, true).await)
+            self.in_ring(async move |queue| of.attach(&queue, leg, true).await)
         });
         if let Err(e) = attached {
             if let Some(mirror) = locked(&disk.mirror).as_mut() {
@@ -154,7 +154,7 @@ impl Manager {
         let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
             return Err(ApiError::new(ErrorCode::Internal, "it is mirrored already"));
         };
-        let leg = LegRecord { id: Uuid::new_v4(), path: locked(&disk.path).clone(), saved: None };
+        let leg = LegRecord { id: self.host.new_id(), path: locked(&disk.path).clone(), saved: None };
         let first = LegImage { id: leg.id, image: image.clone() };
         let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
         *locked(&disk.mirror) =
@@ -167,8 +167,11 @@ impl Manager {
     fn swap(&self, disk: &DiskEntry, image: Backing) -> Result<(), ApiError> {
         let busy = |what: String| ApiError::new(ErrorCode::Unavailable, what);
         let grace = self.editor.replace_full_image(&disk.disk, image).map_err(|e| busy(e.to_string()))?;
-        if self.clock.wait_drained(grace, DRAIN_WAIT) {
-            return Ok(());
+        let deadline = self.host.now() + DRAIN_WAIT;
+        while self.host.now() < deadline {
+            if self.clock.wait_drained(grace, self.host.patience(DRAIN_WAIT)) {
+                return Ok(());
+            }
         }
         Err(busy("requests are in flight that do not end; try again later".to_owned()))
     }
@@ -190,7 +193,7 @@ impl Manager {
         // Remembered as no leg any more before the pair forgets that it was one.
         self.persist(std::slice::from_ref(disk))?;
         let id = leg.id;
-        in_ring(async move |queue| {
+        self.in_ring(async move |queue| {
             if is_in_use {
                 pair.let_go(&queue, id).await?;
             }
@@ -238,7 +241,7 @@ impl Manager {
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
         if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
             let id = goes.0.id;
-            in_ring(async move |queue| pair.let_go(&queue, id).await)?;
+            self.in_ring(async move |queue| pair.let_go(&queue, id).await)?;
         }
         // From here on only the leg that stays is the disk.
         let old = locked(&disk.mirror).take();
@@ -251,7 +254,7 @@ impl Manager {
         }
         self.swap(&disk, Backing::One(image))?;
         if let Some(old) = old {
-            remove_file(&self.bitmap_path(old.bitmap));
+            self.remove_file(&self.bitmap_path(old.bitmap));
         }
         self.forget_resyncs_of(&disk);
         Ok(disk.to_api(self))

@@ -12,7 +12,6 @@ use crate::crash;
 use crate::manager::changes::ids_of_changes;
 use crate::manager::claims::Held;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
-use crate::manager::layers::remove_file;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
@@ -90,8 +89,8 @@ impl Manager {
     /// A removal that could not be recorded did not take place.
     fn serve_what_stays(&self, entry: &Arc<DiskEntry>) {
         if !locked(&entry.relations).disabled {
-            match serve_live(&entry.name.get(), &entry.config(), &entry.disk, &entry.frontends) {
-                Ok(server) => *locked(&entry.server) = Some(Arc::new(server)),
+            match serve_live(&*self.host, &entry.name.get(), &entry.config(), &entry.disk, &entry.frontends) {
+                Ok(server) => *locked(&entry.server) = Some(server),
                 Err(e) => log::error!("{}: its socket cannot be opened again: {e}", entry.name),
             }
         }
@@ -120,26 +119,26 @@ impl Manager {
             self.remove_layer(snapshot.id, &snapshot.image);
         }
         ids_of_changes(record).for_each(|id| self.remove_changed_table(id));
-        remove_file(&self.places.durable_table(record.id));
-        remove_file(&self.places.run_table(record.id));
+        self.remove_file(&self.places.durable_table(record.id));
+        self.remove_file(&self.places.run_table(record.id));
         if let Some(mirror) = &record.mirror {
-            remove_file(&self.places.log_table(mirror.bitmap));
+            self.remove_file(&self.places.log_table(mirror.bitmap));
         }
         if let Some(restore) = &record.restore {
             self.remove_restore_files(restore.id);
         }
         if record.is_volume() {
             // A second name of a log, that was about to be its only one.
-            remove_file(&self.places.own_image(record.id));
-            remove_full_image(record);
+            self.remove_file(&self.places.own_image(record.id));
+            self.remove_full_image(record);
         }
     }
-}
 
-/// Removes the full image of a volume that became independent: it is what was written to the volume.
-fn remove_full_image(record: &DiskRecord) {
-    let path = record.config.get("path").and_then(|path| path.as_str());
-    if let (Some(_), Some(path)) = (&record.stood_on, path) {
-        remove_file(Path::new(path));
+    /// Removes the full image of a volume that became independent: it is what was written to the volume.
+    fn remove_full_image(&self, record: &DiskRecord) {
+        let path = record.config.get("path").and_then(|path| path.as_str());
+        if let (Some(_), Some(path)) = (&record.stood_on, path) {
+            self.remove_file(Path::new(path));
+        }
     }
 }

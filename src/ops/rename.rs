@@ -16,7 +16,7 @@ use crate::crash;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::{Manager, record_error};
 use crate::registry::{ClaimKey, Command, decide};
-use crate::vhost_user::ServerHandle;
+use crate::vhost_user::Server;
 
 /// The sockets that are called after a disk, and where they go.
 struct Moves {
@@ -31,7 +31,7 @@ impl Moves {
 }
 
 /// A socket that is open: its server, where it is, and where it goes.
-type Move = (Arc<ServerHandle>, PathBuf, PathBuf);
+type Move = (Arc<dyn Server>, PathBuf, PathBuf);
 
 impl Manager {
     pub(crate) fn rename_plain_disk(&self, name: &Name, to: &Name, force: bool) -> Result<api::Disk, ApiError> {

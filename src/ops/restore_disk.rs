@@ -16,10 +16,10 @@ use crate::control::api::{self, RestoreRequest, SnapshotRequest, VolumeSource, W
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
 use crate::crash;
 use crate::engine::{Changes, Disk, RestoreSource, Restoring, Saved, View};
+use crate::host::Host;
 use crate::image::IoQueue;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{block_on, remove_file};
 use crate::manager::{Manager, table_error};
 use crate::registry::{Answer, Command, Operation, Registry, decide};
 use crate::store::{BlockIndex, BlockRange, DurableTable, RestoreRecord, VolumeRecord};
@@ -29,8 +29,11 @@ fn io_error(what: impl std::fmt::Display) -> ApiError {
 }
 
 /// Runs engine work on a ring of its own.
-fn in_ring<T: 'static>(work: impl AsyncFnOnce(IoQueue) -> Result<T, String> + 'static) -> Result<T, ApiError> {
-    block_on(work).and_then(|done| done).map_err(io_error)
+fn in_ring<T: 'static>(
+    host: &dyn Host,
+    work: impl AsyncFnOnce(IoQueue) -> Result<T, String> + 'static,
+) -> Result<T, ApiError> {
+    host.block_on(work).map_err(|e| format!("no ring: {e}")).and_then(|done| done).map_err(io_error)
 }
 
 impl Manager {
@@ -53,7 +56,7 @@ impl Manager {
     /// Takes the snapshot of a volume that a disk is restored to.
     fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<(SnapshotRef, Uuid), ApiError> {
         let reference =
-            SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(Uuid::new_v4())).parse()? };
+            SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(self.host.new_id())).parse()? };
         let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
         // All that would refuse it is said before a snapshot is taken for its sake.
         refuse_to_restore(&self.registry(), name, force)?;
@@ -108,7 +111,7 @@ impl Manager {
         self.when_quiesced(&format!("disk restore {name}"), from, wanted, |source, entry| {
             let disk = self.disk(name)?;
             let record = RestoreRecord {
-                id: Uuid::new_v4(),
+                id: self.host.new_id(),
                 source: entry.id,
                 from: from.to_string(),
                 is_own: self.relation_of(&disk, source)?,
@@ -142,7 +145,7 @@ impl Manager {
         self.make_outlive_power_cuts(source, record.source)?;
         let of = disk.disk.clone();
         // What is long is done before requests wait.
-        in_ring(async move |queue| of.store_brought_back(&queue).await.map_err(|e| e.to_string()))?;
+        in_ring(&*self.host, async move |queue| of.store_brought_back(&queue).await.map_err(|e| e.to_string()))?;
         let id = record.id;
         let pending = self.make_durable_table(&self.places.log_table(id), id, geometry).map_err(table_error)?;
         *locked(&disk.restore) = Some(record);
@@ -197,11 +200,11 @@ impl Manager {
             }
             done.map(|()| pending)
         };
-        let pending = in_ring(work)?;
+        let pending = in_ring(&*self.host, work)?;
         crash::point("before a restore is recorded");
         *locked(&disk.restore) = Some(RestoreRecord { is_active: true, ..record });
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            in_ring(async move |queue| {
+            in_ring(&*self.host, async move |queue| {
                 forget_pending(&pending, &queue).await;
                 Ok(())
             })?;
@@ -222,7 +225,7 @@ impl Manager {
         if let Err(e) = done {
             for id in made {
                 self.editor.save_durably(&disk.disk, id, None);
-                remove_file(&self.places.saved_table(id));
+                self.remove_file(&self.places.saved_table(id));
             }
             return Err(e);
         }
@@ -244,13 +247,13 @@ impl Manager {
             let (Some(table), None) = (layer.table(), layer.saved_durably()) else { continue };
             let id = chain.version(at).id;
             let path = self.places.saved_table(id);
-            remove_file(&path); // Of an attempt that came to nothing.
+            self.remove_file(&path); // Of an attempt that came to nothing.
             let table = self.make_durable_copy(&path, id, table.clone()).map_err(table_error)?;
             self.editor.save_durably(&disk.disk, id, Some(Arc::new(Saved { table, revoke: self.revoke(id) })));
             made.push(id);
         }
         let of = disk.disk.clone();
-        in_ring(async move |queue| {
+        in_ring(&*self.host, async move |queue| {
             // Whoever was decided before saves without making that durable.
             of.changes_passed().await;
             of.make_durable(&queue, version).await

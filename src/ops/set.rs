@@ -68,7 +68,7 @@ impl Manager {
         let mut record = disk.to_record();
         record.set = serde_json::to_value(&set).expect("settings are plain data");
         record.config = serde_json::to_value(&config).expect("a configuration is plain data");
-        self.records.put([&record]).map_err(record_error)?;
+        self.records.put(&[&record]).map_err(record_error)?;
         locked(&disk.relations).set = set;
         disk.disk.background().set_window(config.background_bytes().into());
         if let Some(server) = &*locked(&disk.server) {

@@ -23,7 +23,6 @@ use crate::image::SharedImage;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
-use crate::manager::layers::{block_on, remove_file};
 use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
@@ -154,9 +153,9 @@ impl Manager {
     }
 
     fn serve_again(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let e = match serve_live(&disk.name.get(), &disk.config(), &disk.disk, &disk.frontends) {
+        let e = match serve_live(&*self.host, &disk.name.get(), &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => {
-                *locked(&disk.server) = Some(Arc::new(server));
+                *locked(&disk.server) = Some(server);
                 return Ok(());
             }
             Err(e) => e,
@@ -178,7 +177,7 @@ impl Manager {
         entry: &SnapshotEntry,
         pacing: JobPatch,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        let live = Uuid::new_v4();
+        let live = self.host.new_id();
         // Its files have a name from here on that a start knows: half of them must not be taken for somebody's content.
         locked(&disk.relations).next_live = Some(live);
         self.persist(std::slice::from_ref(disk))?;
@@ -236,7 +235,7 @@ impl Manager {
             snapshot: entry.id,
             from,
             source: source.id,
-            origin: Uuid::new_v4(),
+            origin: self.host.new_id(),
             size_bytes: was.size_bytes,
             created_ms: was.created_ms,
         };
@@ -246,7 +245,7 @@ impl Manager {
     /// The files of a live version that never came to be.
     fn remove_next(&self, live: Uuid) {
         for table in [self.places.log_table(live), self.places.run_table(live)] {
-            remove_file(&table);
+            self.remove_file(&table);
         }
         self.remove_changed_table(live);
     }
@@ -265,7 +264,7 @@ impl Manager {
             table.take_in(kept).map_err(|e| failed(format!("its table cannot grow: {e}")))?;
         }
         let bytes = Backing::One(image.clone());
-        let stored = block_on(async move |queue| -> Result<DurableTable, String> {
+        let stored = self.block_on(async move |queue| -> Result<DurableTable, String> {
             crate::job::store_kept(&queue, &table, &bytes).await.map(|()| table).map_err(|e| e.to_string())
         });
         let table = stored.and_then(|stored| stored).map_err(failed)?;
@@ -292,7 +291,7 @@ impl Manager {
         let mut record = recording::updated(disk.to_record(), live, &path, &from, &changed);
         relations.put_into(&mut record);
         crash::point("before a volume is recorded as updated");
-        if let Err(e) = self.records.put([&record]) {
+        if let Err(e) = self.records.put(&[&record]) {
             return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), record_error(e)));
         }
         crash::point("after a volume was recorded as updated");
@@ -306,10 +305,10 @@ impl Manager {
             if let Some(image) = image {
                 image.moved(&path);
             }
-            remove_file(&old_path);
+            self.remove_file(&old_path);
         }
         let tables = [self.places.log_table(old_live), self.places.run_table(old_live)];
-        tables.iter().chain([&self.places.durable_table(old_live)]).for_each(|table| remove_file(table));
+        tables.iter().chain([&self.places.durable_table(old_live)]).for_each(|table| self.remove_file(table));
         self.remove_changed_table(old_live);
         let notice = Notice::of_disk(EventKind::VolumeUpdated, &disk.name.get());
         match copies_all {
@@ -338,7 +337,7 @@ impl Manager {
             return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
         }
         self.remove_next(live);
-        second_name.into_iter().for_each(|path| remove_file(path));
+        second_name.into_iter().for_each(|path| self.remove_file(path));
         e
     }
 

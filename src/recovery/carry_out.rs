@@ -80,10 +80,10 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// A disk of which nothing is remembered.
+    /// A disk of which nothing is remembered; `live` becomes the name of its live version.
     #[must_use]
-    pub fn of_new_disk(base: Backing) -> Taken {
-        let link = Link { version: Version::new(Uuid::new_v4(), Epoch(0)), layer: Layer::full(base), splits: false };
+    pub fn of_new_disk(live: Uuid, base: Backing) -> Taken {
+        let link = Link { version: Version::new(live, Epoch(0)), layer: Layer::full(base), splits: false };
         Taken { links: vec![link], snapshots: Vec::new(), marks: Vec::new() }
     }
 }

@@ -8,10 +8,10 @@ use uuid::Uuid;
 
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::engine::{LegImage, Pair, PairError, PairFacts};
-use crate::image::{Direct, FileImage, Image, ImageError, ImageErrorKind, ImageOptions, SharedImage, block_on};
+use crate::host::{FileKind, Host};
+use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::store::{
     DurableTable, Fingerprint, LoadReport, MirrorRecord, RunTableFacts, Table, TableError, TableFiles, TableName,
-    examine_run_table,
 };
 
 /// How a disk's images are opened.
@@ -28,8 +28,9 @@ pub struct ImageSetup {
 }
 
 /// What there is of one disk in our directories.
-#[derive(Debug)]
 pub struct Files<'a> {
+    /// The machine that they are on.
+    pub host: &'a dyn Host,
     /// Where its tables are.
     pub tables: &'a TableFiles,
     /// This boot of the machine.
@@ -42,12 +43,12 @@ pub struct Files<'a> {
 }
 
 impl Files<'_> {
-    fn probe(&self, path: &Path, read_only: bool, direct: Direct) -> Result<FileImage, ImageError> {
-        FileImage::probe(path, ImageOptions { direct, read_only, lock_wait: self.lock_wait })
+    fn probe(&self, path: &Path, read_only: bool, direct: Direct) -> Result<SharedImage, ImageError> {
+        self.host.probe_image(path, ImageOptions { direct, read_only, lock_wait: self.lock_wait })
     }
 
     /// Through the page cache where there is no other way.
-    fn probe_made_here(&self, path: &Path, read_only: bool) -> Result<FileImage, ImageError> {
+    fn probe_made_here(&self, path: &Path, read_only: bool) -> Result<SharedImage, ImageError> {
         let is_direct = self.setup.direct == Direct::On;
         match self.probe(path, read_only, self.setup.direct) {
             Err(e) if is_direct && e.kind == ImageErrorKind::Unsuitable => self.probe(path, read_only, Direct::Off),
@@ -61,11 +62,11 @@ impl Files<'_> {
 
     /// For a table that is changed in place.
     fn shared(&self, path: &Path) -> Result<SharedImage, ImageError> {
-        Ok(Arc::new(self.probe(path, false, Direct::Off)?))
+        self.probe(path, false, Direct::Off)
     }
 
     fn run_facts(&self, path: &Path, id: Uuid, blocks: u64) -> Result<RunTableFacts, TableError> {
-        examine_run_table(path, blocks, TableName { id, boot: self.boot })
+        self.host.examine_table(path, blocks, TableName { id, boot: self.boot })
     }
 }
 
@@ -98,22 +99,23 @@ impl Evidence for Files<'_> {
     fn mirror(&self, mirror: &MirrorRecord, usable: &[Uuid], size_bytes: u64) -> Result<PairFacts, PairError> {
         let mut images = Vec::new();
         for leg in mirror.legs.iter().filter(|leg| usable.contains(&leg.id)) {
-            let image: SharedImage = Arc::new(self.probe(&leg.path, self.setup.read_only, self.setup.direct)?);
+            let image = self.probe(&leg.path, self.setup.read_only, self.setup.direct)?;
             images.push(LegImage { id: leg.id, image });
         }
         let (id, block_bytes) = (mirror.bitmap, self.setup.block_bytes);
         let bitmap = self.shared(&self.tables.log(id))?;
-        let facts =
-            block_on(async move |queue| Pair::examine(&images, bitmap, id, size_bytes, block_bytes, &queue).await);
+        let facts = self
+            .host
+            .block_on(async move |queue| Pair::examine(&images, bitmap, id, size_bytes, block_bytes, &queue).await);
         facts.map_err(|e| no_ring(&self.tables.log(id), &e))?
     }
 
     fn looks(&self, path: &Path) -> Option<Fingerprint> {
-        Fingerprint::of(path).ok()
+        self.host.fingerprint(path).ok()
     }
 
     fn is_file(&self, path: &Path) -> bool {
-        std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file())
+        self.host.look(path).is_ok_and(|look| look.kind == FileKind::File)
     }
 
     fn run_table(&self, id: Uuid, blocks: u64) -> Result<RunTableFacts, TableError> {
@@ -121,14 +123,14 @@ impl Evidence for Files<'_> {
     }
 
     fn saved_table(&self, id: Uuid, blocks: u64, seal: Uuid) -> Result<(), TableError> {
-        Table::in_memory(blocks)?.load(&self.tables.saved(id), seal)
+        self.host.load_table(&Table::in_memory(blocks)?, &self.tables.saved(id), seal)
     }
 
     fn durable_table(&self, which: Durable, id: Uuid, blocks: u64) -> Result<DurableFacts, TableError> {
         let place = which.place(self.tables, id);
         let image = self.shared(&place).map_err(|e| TableError::Io { path: place.clone(), message: e.to_string() })?;
         let table = Arc::new(Table::in_memory(blocks)?);
-        let loaded = block_on(async move |queue| -> Result<LoadReport, TableError> {
+        let loaded = self.host.block_on(async move |queue| -> Result<LoadReport, TableError> {
             Ok(DurableTable::load(image, id, table, &queue).await?.1)
         });
         let report = loaded.map_err(|e| no_ring(&place, &e))??;
@@ -136,7 +138,7 @@ impl Evidence for Files<'_> {
     }
 
     fn is_given_up(&self, id: Uuid) -> bool {
-        self.tables.given_up(id).exists()
+        self.host.is_there(&self.tables.given_up(id))
     }
 
     fn run_changes(&self, id: Uuid, blocks: u64) -> Result<RunTableFacts, TableError> {
@@ -144,12 +146,12 @@ impl Evidence for Files<'_> {
     }
 
     fn saved_changes(&self, id: Uuid, blocks: u64, seal: Uuid) -> Result<(), TableError> {
-        Table::in_memory(blocks)?.load(&self.tables.saved_changes(id), seal)
+        self.host.load_table(&Table::in_memory(blocks)?, &self.tables.saved_changes(id), seal)
     }
 
     fn why_broken(&self, id: Uuid) -> Option<String> {
-        let reason = std::fs::read(self.tables.broken_mark(id)).ok()?;
-        Some(String::from_utf8_lossy(&reason).trim_matches(['\0', ' ', '\n']).to_owned())
+        let reason = self.host.read_note(&self.tables.broken_mark(id)).ok()?;
+        Some(reason.trim_matches(['\0', ' ', '\n']).to_owned())
     }
 }
 
@@ -165,7 +167,7 @@ impl Durable {
     }
 }
 
-fn facts_of(image: &FileImage) -> ImageFacts {
+fn facts_of(image: &SharedImage) -> ImageFacts {
     let (path, size_bytes) = (image.path().to_owned(), image.size_bytes());
     ImageFacts { path, size_bytes, unit_bytes: image.alignment().offset_bytes }
 }

@@ -15,6 +15,7 @@ mod error;
 mod flip_tests;
 mod intact;
 mod record;
+mod record_store;
 mod records;
 mod run_header;
 mod table;
@@ -26,9 +27,10 @@ pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use error::TableError;
 pub use record::{
     BookmarkRecord, ChangedRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, SnapshotRecord,
-    VolumeRecord,
+    VolumeRecord, names_let_go,
 };
-pub use records::{ExaminedRecords, RecordError, Records, Remembered, UnreadableRecord};
+pub use record_store::{RecordError, RecordStore, Remembered, UnreadableRecord};
+pub use records::{ExaminedRecords, Records};
 pub use run_header::{RunTableFacts, TableName, examine_run_table};
 pub use table::{Table, sync_directory_of};
 pub use table_files::TableFiles;

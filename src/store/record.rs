@@ -276,6 +276,17 @@ impl DiskRecord {
     }
 }
 
+/// What is let go when `now` takes the place of `before`, and what is named from then on.
+#[must_use]
+pub fn names_let_go(before: Option<&DiskRecord>, now: Option<&DiskRecord>) -> (BTreeSet<String>, BTreeSet<String>) {
+    let mut names = before.map(DiskRecord::names).unwrap_or_default();
+    if let Some(before) = before.filter(|before| !before.is_volume()) {
+        names.remove(&before.own_image_name()); // A disk's image stays when the disk goes.
+    }
+    let now = now.map(DiskRecord::names).unwrap_or_default();
+    (names.difference(&now).cloned().collect(), now)
+}
+
 /// Says of all that names a snapshot by its id what that is called now, if it is there.
 pub(super) fn name_moments(disks: &mut [DiskRecord]) {
     let names = |disk: &DiskRecord| {

@@ -7,7 +7,7 @@
 //!   is, byte for byte, until it is removed by name.
 //! - A job's number is never given twice.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -15,79 +15,20 @@ use std::sync::{Mutex, PoisonError};
 use redb::{Database, ReadableTable, WriteTransaction};
 
 use super::intact::{self, Content, DISKS, DROPPED, META};
-use super::record::{DiskRecord, name_moments};
+use super::record::{DiskRecord, name_moments, names_let_go};
+use super::record_store::{LAYOUT, RecordError, RecordStore, Remembered, UnreadableRecord};
 use crate::crash;
 
-/// The tables of the store, and how a record is wrapped. Another one is refused rather than guessed at.
-const LAYOUT: u64 = 6;
 /// The format of the records. It grows with every field that is added or means something else.
 const FORMAT: u64 = 1;
 /// How many numbers of jobs are set aside in one transaction. Those that are left when a process ends are not used.
 const JOB_LOT: u64 = 32;
 
-/// The records could not be read or changed.
-#[derive(Debug, thiserror::Error)]
-pub enum RecordError {
-    /// The store or the system below it refused.
-    #[error("records: {0}")]
-    Store(String),
-    /// The state directory is full.
-    #[error("records: {0}")]
-    NoSpace(String),
-    /// The store was written by another version.
-    #[error("records: they have layout {found}, this program knows layout {LAYOUT}; use the version that wrote them")]
-    Layout {
-        /// What they say.
-        found: u64,
-    },
-    /// The file is not what a commit left.
-    #[error(
-        "records: {} is damaged: {what}; put a good copy of it back, and see 'halfsilver check' for what else there is",
-        path.display()
-    )]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-    },
-    /// A record that cannot be read is not replaced.
-    #[error("records: the record of disk {disk} cannot be read: {why}")]
-    Kept {
-        /// Whose record.
-        disk: String,
-        /// Why not.
-        why: UnreadableRecord,
-    },
-}
-
-/// Why the record of one disk cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UnreadableRecord {
-    /// It is as it was stored, by a program that knows more.
-    #[error("a newer program wrote it ({0}); use that one")]
-    Newer(String),
-    /// It is not what was stored.
-    #[error("it is damaged: {0}")]
-    Damaged(String),
-}
-
-impl RecordError {
-    fn of(e: impl Into<redb::Error>) -> RecordError {
-        match e.into() {
-            redb::Error::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => RecordError::NoSpace(e.to_string()),
-            e => RecordError::Store(e.to_string()),
-        }
+fn error_of(e: impl Into<redb::Error>) -> RecordError {
+    match e.into() {
+        redb::Error::Io(e) if e.kind() == std::io::ErrorKind::StorageFull => RecordError::NoSpace(e.to_string()),
+        e => RecordError::Store(e.to_string()),
     }
-}
-
-/// All that is remembered, by name: of each disk its record, or why that cannot be read.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Remembered {
-    /// Those that can be read.
-    pub disks: Vec<DiskRecord>,
-    /// Those that cannot. Nobody knows which files they name.
-    pub unreadable: BTreeMap<String, UnreadableRecord>,
 }
 
 /// The store of records.
@@ -170,116 +111,6 @@ impl Records {
         done
     }
 
-    /// All that is remembered.
-    ///
-    /// # Errors
-    /// When the store refuses.
-    pub fn disks(&self) -> Result<Remembered, RecordError> {
-        self.with(|database| Ok(decode_all(&intact::content_of(database).map_err(RecordError::Store)?)))
-    }
-
-    /// Stores all of `disks` in one transaction. They are durable when this returns.
-    ///
-    /// # Errors
-    /// When the store refuses, or a record of that name cannot be read; nothing has changed then.
-    pub fn put<'a>(&self, disks: impl IntoIterator<Item = &'a DiskRecord>) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            for disk in disks {
-                replace(&change, &disk.name, Some(disk))?;
-            }
-            crash::point("before records are committed");
-            change.commit().map_err(RecordError::of)?;
-            crash::point("after records were committed");
-            Ok(())
-        })
-    }
-
-    /// Stores a record in the place of the one that its disk has under another name. It is durable when this returns.
-    ///
-    /// # Errors
-    /// When the store refuses, or there is a record of its name; nothing has changed then.
-    pub fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            let disks = change.open_table(DISKS).map_err(RecordError::of)?;
-            let is_taken = disks.get(disk.name.as_str()).map_err(RecordError::of)?.is_some();
-            drop(disks);
-            if is_taken {
-                return Err(RecordError::Store(format!("there is a record of {} already", disk.name)));
-            }
-            replace(&change, from, None)?;
-            // Its files are let go with the old name, and named again with the new one.
-            replace(&change, &disk.name, Some(disk))?;
-            crash::point("before records are committed");
-            change.commit().map_err(RecordError::of)?;
-            crash::point("after records were committed");
-            Ok(())
-        })
-    }
-
-    /// Forgets a disk, also one whose record cannot be read. What that named is not known to be let go then.
-    ///
-    /// # Errors
-    /// When the store refuses.
-    pub fn remove(&self, name: &str) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            replace(&change, name, None)?;
-            crash::point("before records are committed");
-            change.commit().map_err(RecordError::of)?;
-            crash::point("after records were committed");
-            Ok(())
-        })
-    }
-
-    /// The names ([`DiskRecord::names`]) of what was recorded once and let go since: its files need not be kept.
-    ///
-    /// # Errors
-    /// When the store refuses.
-    pub fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
-        self.with(|database| intact::content_of(database).map(|content| content.dropped).map_err(RecordError::Store))
-    }
-
-    /// Forgets what was let go, after its files were removed.
-    ///
-    /// # Errors
-    /// When the store refuses.
-    pub fn forget_dropped(&self) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            change.delete_table(DROPPED).map_err(RecordError::of)?;
-            change.open_table(DROPPED).map_err(RecordError::of)?;
-            change.commit().map_err(RecordError::of)
-        })
-    }
-
-    /// So many numbers for jobs that nobody has been given before, whatever ended in between.
-    ///
-    /// # Errors
-    /// When the store refuses.
-    pub fn take_job_ids(&self, count: u64) -> Result<Range<u64>, RecordError> {
-        let mut lot = self.job_ids.lock().unwrap_or_else(PoisonError::into_inner);
-        if lot.end - lot.start < count {
-            let size = count.max(JOB_LOT);
-            let first = self.with(|database| {
-                let change = begin(database)?;
-                let first = {
-                    let mut meta = change.open_table(META).map_err(RecordError::of)?;
-                    let first = meta.get("next_job").map_err(RecordError::of)?.map_or(1, |next| next.value());
-                    meta.insert("next_job", first + size).map_err(RecordError::of)?;
-                    first
-                };
-                change.commit().map_err(RecordError::of)?;
-                Ok(first)
-            })?;
-            *lot = first..first + size;
-        }
-        let taken = lot.start..lot.start + count;
-        lot.start = taken.end;
-        Ok(taken)
-    }
-
     /// Looks at a store without changing it. None when there is none.
     ///
     /// # Errors
@@ -289,6 +120,90 @@ impl Records {
         check_layout(content.layout)?;
         let remembered = decode_all(&content);
         Ok(Some(ExaminedRecords { is_unclean, remembered, dropped: content.dropped }))
+    }
+}
+
+impl RecordStore for Records {
+    fn disks(&self) -> Result<Remembered, RecordError> {
+        self.with(|database| Ok(decode_all(&intact::content_of(database).map_err(RecordError::Store)?)))
+    }
+
+    fn put(&self, disks: &[&DiskRecord]) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            for disk in disks {
+                replace(&change, &disk.name, Some(disk))?;
+            }
+            crash::point("before records are committed");
+            change.commit().map_err(error_of)?;
+            crash::point("after records were committed");
+            Ok(())
+        })
+    }
+
+    fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            let disks = change.open_table(DISKS).map_err(error_of)?;
+            let is_taken = disks.get(disk.name.as_str()).map_err(error_of)?.is_some();
+            drop(disks);
+            if is_taken {
+                return Err(RecordError::Store(format!("there is a record of {} already", disk.name)));
+            }
+            replace(&change, from, None)?;
+            // Its files are let go with the old name, and named again with the new one.
+            replace(&change, &disk.name, Some(disk))?;
+            crash::point("before records are committed");
+            change.commit().map_err(error_of)?;
+            crash::point("after records were committed");
+            Ok(())
+        })
+    }
+
+    fn remove(&self, name: &str) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            replace(&change, name, None)?;
+            crash::point("before records are committed");
+            change.commit().map_err(error_of)?;
+            crash::point("after records were committed");
+            Ok(())
+        })
+    }
+
+    fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
+        self.with(|database| intact::content_of(database).map(|content| content.dropped).map_err(RecordError::Store))
+    }
+
+    fn forget_dropped(&self) -> Result<(), RecordError> {
+        self.with(|database| {
+            let change = begin(database)?;
+            change.delete_table(DROPPED).map_err(error_of)?;
+            change.open_table(DROPPED).map_err(error_of)?;
+            change.commit().map_err(error_of)
+        })
+    }
+
+    fn take_job_ids(&self, count: u64) -> Result<Range<u64>, RecordError> {
+        let mut lot = self.job_ids.lock().unwrap_or_else(PoisonError::into_inner);
+        if lot.end - lot.start < count {
+            let size = count.max(JOB_LOT);
+            let first = self.with(|database| {
+                let change = begin(database)?;
+                let first = {
+                    let mut meta = change.open_table(META).map_err(error_of)?;
+                    let first = meta.get("next_job").map_err(error_of)?.map_or(1, |next| next.value());
+                    meta.insert("next_job", first + size).map_err(error_of)?;
+                    first
+                };
+                change.commit().map_err(error_of)?;
+                Ok(first)
+            })?;
+            *lot = first..first + size;
+        }
+        let taken = lot.start..lot.start + count;
+        lot.start = taken.end;
+        Ok(taken)
     }
 }
 
@@ -305,37 +220,31 @@ pub struct ExaminedRecords {
 
 /// A change in two phases: what the file says is the newest commit has been on stable storage.
 fn begin(database: &Database) -> Result<WriteTransaction, RecordError> {
-    let mut change = database.begin_write().map_err(RecordError::of)?;
+    let mut change = database.begin_write().map_err(error_of)?;
     change.set_two_phase_commit(true);
     Ok(change)
 }
 
 /// Puts a record in the place of the one that is there. What only the old one names is let go.
 fn replace(change: &WriteTransaction, name: &str, record: Option<&DiskRecord>) -> Result<(), RecordError> {
-    let mut disks = change.open_table(DISKS).map_err(RecordError::of)?;
-    let mut dropped = change.open_table(DROPPED).map_err(RecordError::of)?;
-    let old = disks.get(name).map_err(RecordError::of)?.map(|value| decode(name, value.value()));
-    let mut before = BTreeSet::new();
-    match old {
-        Some(Ok(old)) => {
-            before = old.names();
-            if !old.is_volume() {
-                before.remove(&old.own_image_name()); // A disk's image stays when the disk goes.
-            }
-        }
+    let mut disks = change.open_table(DISKS).map_err(error_of)?;
+    let mut dropped = change.open_table(DROPPED).map_err(error_of)?;
+    let old = disks.get(name).map_err(error_of)?.map(|value| decode(name, value.value()));
+    let before = match old {
+        Some(Ok(old)) => Some(old),
         Some(Err(why)) if record.is_some() => return Err(RecordError::Kept { disk: name.to_owned(), why }),
-        Some(Err(_)) | None => {}
-    }
-    let now = record.map(DiskRecord::names).unwrap_or_default();
-    for gone in before.difference(&now) {
-        dropped.insert(gone.as_str(), ()).map_err(RecordError::of)?;
+        Some(Err(_)) | None => None,
+    };
+    let (gone, now) = names_let_go(before.as_ref(), record);
+    for gone in &gone {
+        dropped.insert(gone.as_str(), ()).map_err(error_of)?;
     }
     for kept in &now {
-        dropped.remove(kept.as_str()).map_err(RecordError::of)?;
+        dropped.remove(kept.as_str()).map_err(error_of)?;
     }
     match record {
-        Some(record) => drop(disks.insert(name, encode(record)?.as_slice()).map_err(RecordError::of)?),
-        None => drop(disks.remove(name).map_err(RecordError::of)?),
+        Some(record) => drop(disks.insert(name, encode(record)?.as_slice()).map_err(error_of)?),
+        None => drop(disks.remove(name).map_err(error_of)?),
     }
     Ok(())
 }
@@ -405,24 +314,24 @@ fn decode_all(content: &Content) -> Remembered {
 impl Content {
     /// Makes it everything that the store has.
     fn store(&self, change: WriteTransaction) -> Result<(), RecordError> {
-        change.delete_table(DISKS).map_err(RecordError::of)?;
-        change.delete_table(DROPPED).map_err(RecordError::of)?;
+        change.delete_table(DISKS).map_err(error_of)?;
+        change.delete_table(DROPPED).map_err(error_of)?;
         {
-            let mut meta = change.open_table(META).map_err(RecordError::of)?;
-            meta.insert("format", self.layout.unwrap_or(LAYOUT)).map_err(RecordError::of)?;
+            let mut meta = change.open_table(META).map_err(error_of)?;
+            meta.insert("format", self.layout.unwrap_or(LAYOUT)).map_err(error_of)?;
             if let Some(next_job) = self.next_job {
-                meta.insert("next_job", next_job).map_err(RecordError::of)?;
+                meta.insert("next_job", next_job).map_err(error_of)?;
             }
-            let mut disks = change.open_table(DISKS).map_err(RecordError::of)?;
+            let mut disks = change.open_table(DISKS).map_err(error_of)?;
             for (name, value) in &self.disks {
-                disks.insert(name.as_str(), value.as_slice()).map_err(RecordError::of)?;
+                disks.insert(name.as_str(), value.as_slice()).map_err(error_of)?;
             }
-            let mut dropped = change.open_table(DROPPED).map_err(RecordError::of)?;
+            let mut dropped = change.open_table(DROPPED).map_err(error_of)?;
             for name in &self.dropped {
-                dropped.insert(name.as_str(), ()).map_err(RecordError::of)?;
+                dropped.insert(name.as_str(), ()).map_err(error_of)?;
             }
         }
-        change.commit().map_err(RecordError::of)
+        change.commit().map_err(error_of)
     }
 }
 

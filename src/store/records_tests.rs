@@ -128,11 +128,11 @@ fn file_with_history(path: &Path, closed: bool) -> (Vec<u8>, Vec<DiskRecord>, BT
         delay_ms: 6,
         bytes_per_second: 7,
     });
-    records.put(&disks).unwrap();
+    records.put(&disks.iter().collect::<Vec<_>>()).unwrap();
     disks[1].snapshots.remove(0);
-    records.put([&disks[1]]).unwrap();
+    records.put(&[&disks[1]]).unwrap();
     disks[2].saved = Some(Fingerprint { size_bytes: 5, modified_ns: 6 });
-    records.put([&disks[2]]).unwrap();
+    records.put(&[&disks[2]]).unwrap();
     let (now, dropped) = (all(&records), records.dropped().unwrap());
     assert_eq!((now, dropped.len()), (disks.clone(), 2));
     let killed = std::fs::read(path).unwrap();
@@ -323,7 +323,7 @@ fn a_record_that_cannot_be_read_stays_and_does_not_stop_the_others() {
     ];
     for (what, value, is_it) in cases {
         let path = dir.path().join(what);
-        Records::open(&path).unwrap().put([&good, &other]).unwrap();
+        Records::open(&path).unwrap().put(&[&good, &other]).unwrap();
         put_bytes(&path, "vm1", &value);
         let examined = Records::examine(&path).unwrap().unwrap();
         let records = Records::open(&path).unwrap();
@@ -336,10 +336,10 @@ fn a_record_that_cannot_be_read_stays_and_does_not_stop_the_others() {
         let mut changed = good.clone();
         changed.live_began = 9;
         for put in [vec![&other], vec![&changed, &other]] {
-            assert!(matches!(records.put(put), Err(RecordError::Kept { disk, .. }) if disk == "vm1"), "{what}");
+            assert!(matches!(records.put(&put), Err(RecordError::Kept { disk, .. }) if disk == "vm1"), "{what}");
         }
         assert_eq!(records.disks().unwrap(), remembered, "{what}");
-        records.put([&changed]).unwrap();
+        records.put(&[&changed]).unwrap();
         records.take_job_ids(1).unwrap();
         records.forget_dropped().unwrap();
         drop(records);
@@ -349,7 +349,7 @@ fn a_record_that_cannot_be_read_stays_and_does_not_stop_the_others() {
         records.remove("vm1").unwrap();
         assert_eq!(all(&records), [changed], "{what}");
         assert!(records.dropped().unwrap().is_empty(), "{what}: nobody knows what it named");
-        records.put([&other]).unwrap();
+        records.put(&[&other]).unwrap();
     }
 }
 
@@ -357,7 +357,7 @@ fn a_record_that_cannot_be_read_stays_and_does_not_stop_the_others() {
 fn a_store_of_another_layout_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("records");
-    Records::open(&path).unwrap().put([&disk("vm0")]).unwrap();
+    Records::open(&path).unwrap().put(&[&disk("vm0")]).unwrap();
     for layout in [1, LAYOUT - 1, LAYOUT + 1] {
         let database = Database::create(&path).unwrap();
         let change = begin(&database).unwrap();
@@ -386,7 +386,7 @@ fn the_number_of_a_job_is_never_given_twice() {
                 last = id;
             }
         }
-        records.put([&disk("vm0")]).unwrap();
+        records.put(&[&disk("vm0")]).unwrap();
         // As a kill leaves it, or closed.
         let killed = std::fs::read(&path).unwrap();
         drop(records);
@@ -421,13 +421,13 @@ fn what_is_let_go_is_remembered_until_it_is_recorded_again_or_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let records = Records::open(&dir.path().join("records")).unwrap();
     let mut record = disk("vm0");
-    records.put([&record]).unwrap();
+    records.put(&[&record]).unwrap();
     assert!(records.dropped().unwrap().is_empty());
     let gone = record.snapshots.remove(0);
-    records.put([&record]).unwrap();
+    records.put(&[&record]).unwrap();
     assert_eq!(records.dropped().unwrap(), BTreeSet::from([gone.id.to_string(), "vm0@a".to_owned()]));
     record.snapshots.push(snapshot("vm0", "a", 9));
-    records.put([&record]).unwrap();
+    records.put(&[&record]).unwrap();
     assert_eq!(records.dropped().unwrap(), BTreeSet::from([gone.id.to_string()]));
     records.remove("vm0").unwrap();
     let names: BTreeSet<String> = record.names().into_iter().chain([gone.id.to_string()]).collect();
@@ -462,7 +462,7 @@ fn a_record_gets_another_name_with_all_that_it_names() {
         delay_ms: 0,
         bytes_per_second: 0,
     });
-    records.put([&old, &clone]).unwrap();
+    records.put(&[&old, &clone]).unwrap();
     let mut new = DiskRecord { name: "clone".to_owned(), ..old.clone() };
     let before = all(&records);
     records.rename("vm0", &new).unwrap_err();
@@ -480,7 +480,7 @@ fn a_record_gets_another_name_with_all_that_it_names() {
     let mut next = disk("vm0");
     next.snapshots.truncate(1);
     next.snapshots[0].image = format!("/images/{}.img", next.snapshots[0].id).into();
-    records.put([&next]).unwrap();
+    records.put(&[&next]).unwrap();
     records.remove("vm0").unwrap();
     assert!(records.dropped().unwrap().is_disjoint(&old.names()));
 }
@@ -507,7 +507,7 @@ fn the_image_of_a_disk_is_not_let_go() {
     let records = Records::open(&dir.path().join("records.redb")).unwrap();
     let mut clone = DiskRecord { own_image: true, ..disk("clone") };
     let image = clone.own_image_name();
-    records.put([&clone]).unwrap();
+    records.put(&[&clone]).unwrap();
     records.remove("clone").unwrap();
     assert!(!records.dropped().unwrap().contains(&image));
     clone.stood_on = Some(VolumeRecord {
@@ -518,11 +518,11 @@ fn the_image_of_a_disk_is_not_let_go() {
         size_bytes: 4096,
         created_ms: 1,
     });
-    records.put([&clone]).unwrap();
+    records.put(&[&clone]).unwrap();
     let promoted = DiskRecord { stood_on: None, ..clone.clone() };
-    records.put([&promoted]).unwrap();
+    records.put(&[&promoted]).unwrap();
     assert!(!records.dropped().unwrap().contains(&image), "a promotion lets nothing go");
-    records.put([&clone]).unwrap();
+    records.put(&[&clone]).unwrap();
     records.remove("clone").unwrap();
     assert!(records.dropped().unwrap().contains(&image));
 }

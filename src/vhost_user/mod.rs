@@ -26,7 +26,7 @@ mod worker;
 
 pub use features::QUEUES_MAX;
 pub use intake::{AvailSource, intake};
-pub use server::{FRONTENDS_MAX, Offer, ServeOptions, ServerHandle, SocketSource, serve};
+pub use server::{FRONTENDS_MAX, Offer, ServeOptions, Server, ServerHandle, SocketSource, serve};
 pub use socket::clear_stale;
 pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
 
@@ -44,7 +44,7 @@ pub trait Observer: Send + Sync + 'static {
 
     /// A request's answer was put on the ring of `queue`.
     fn request_done(&self, queue: usize, direction: Direction, bytes: u64, ok: bool, latency: Duration) {
-        // Most observers read ServerHandle::stats() instead.
+        // Most observers read Server::stats() instead.
         let _: (usize, Direction, u64, bool, Duration) = (queue, direction, bytes, ok, latency);
     }
 }

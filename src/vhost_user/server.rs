@@ -75,6 +75,12 @@ pub struct Offer {
     pub read_only: bool,
 }
 
+impl Offer {
+    fn first(options: &ServeOptions) -> Offer {
+        Offer { name: options.name.clone(), queues: options.queues, serial: options.serial.clone(), read_only: false }
+    }
+}
+
 struct Shared {
     stop: AtomicBool,
     connected: AtomicUsize,
@@ -89,7 +95,39 @@ struct Shared {
     door: Mutex<()>,
 }
 
-/// A socket that is being served. Dropping it stops the server.
+/// A socket that is being served.
+pub trait Server: Send + Sync {
+    /// Finishes all requests, closes the connections and removes the socket. Waits for requests however long they take.
+    /// Dropping the server does the same.
+    fn stop(&self);
+
+    /// Keeps frontends that come from getting a session until this is dropped: they wait. Those that have one are counted by
+    /// then.
+    fn hold(&self) -> MutexGuard<'_, ()>;
+
+    /// How many frontends are connected.
+    fn frontends(&self) -> usize;
+
+    /// What was done since the server began, all queues and connections together.
+    fn stats(&self) -> QueueStats;
+
+    /// The same for each queue.
+    fn queue_stats(&self) -> Vec<QueueStats>;
+
+    /// Offers something else to the frontends that connect from now on. Queues beyond [`QUEUES_MAX`] are not.
+    fn offer(&self, offer: Offer);
+
+    /// Moves the socket, unless somebody else made it. Who is connected stays connected.
+    ///
+    /// # Errors
+    /// When something else is at `to`, or the system refuses: it is where it was then.
+    fn move_socket(&self, to: &Path) -> io::Result<()>;
+
+    /// Says in the log of the next frontends what the disk is called now.
+    fn rename(&self, name: String);
+}
+
+/// A socket of this machine that is being served. Dropping it stops the server.
 pub struct ServerHandle {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -107,33 +145,17 @@ impl fmt::Debug for ServerHandle {
 /// When the options make no sense, or the socket cannot be had: something else is at its path, or a live process
 /// listens there.
 pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
-    let ServeOptions { name, socket, attachment, queues, serial, frontends_max, observer, once } = options;
-    if frontends_max == 0 || frontends_max > FRONTENDS_MAX {
-        let what = format!("{frontends_max} frontends were asked for; a socket serves 1 to {FRONTENDS_MAX}");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-    }
-    if queues == 0 || queues > QUEUES_MAX {
-        let what = format!("{queues} queues were asked for; a disk has 1 to {QUEUES_MAX}");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-    }
+    check(&options)?;
+    let offer = Offer::first(&options);
+    let ServeOptions { name, socket, attachment, frontends_max, observer, once, .. } = options;
     let (bound, first) = open(socket)?;
-    let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
-    let offer = Offer { name: name.clone(), queues, serial, read_only: false };
     // What is offered is put in when a frontend comes.
     let (serial, counters) = ([0; SERIAL_BYTES], Vec::new());
     let context = SessionContext { name: name.clone(), attachment, serial, counters, read_only: false, observer };
-    let shared = Arc::new(Shared {
-        stop: AtomicBool::new(false),
-        connected: AtomicUsize::new(usize::from(first.is_some())),
-        wake,
-        offer: Mutex::new(offer),
-        place: bound.as_ref().and_then(BoundSocket::name),
-        counters: Mutex::default(),
-        ended: (Mutex::new(false), Condvar::new()),
-        door: Mutex::new(()),
-    });
+    let place = bound.as_ref().and_then(BoundSocket::name);
+    let shared = Arc::new(Shared::new(offer, place, usize::from(first.is_some()))?);
     let once = once || bound.is_none();
-    let mut server = Server::new(shared.clone(), context, bound, frontends_max, once)?;
+    let mut server = Acceptor::new(shared.clone(), context, bound, frontends_max, once)?;
     let ended = Ended(shared.clone());
     let thread = std::thread::Builder::new().name(format!("serve-{name}")).spawn(move || {
         // Moved in, so that waiters are told even if the thread panics.
@@ -149,6 +171,19 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
         server.finish();
     })?;
     Ok(ServerHandle { shared, thread: Mutex::new(Some(thread)) })
+}
+
+fn check(options: &ServeOptions) -> io::Result<()> {
+    let (queues, frontends_max) = (options.queues, options.frontends_max);
+    if frontends_max == 0 || frontends_max > FRONTENDS_MAX {
+        let what = format!("{frontends_max} frontends were asked for; a socket serves 1 to {FRONTENDS_MAX}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    if queues == 0 || queues > QUEUES_MAX {
+        let what = format!("{queues} queues were asked for; a disk has 1 to {QUEUES_MAX}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    Ok(())
 }
 
 fn open(source: SocketSource) -> io::Result<(Option<BoundSocket>, Option<UnixStream>)> {
@@ -167,19 +202,6 @@ fn open(source: SocketSource) -> io::Result<(Option<BoundSocket>, Option<UnixStr
 }
 
 impl ServerHandle {
-    /// Finishes all requests, closes the connection and removes the socket. Waits for requests however long they take.
-    pub fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.wake();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match thread.map(JoinHandle::join) {
-            Some(Err(_)) => log::error!("a server's thread panicked"),
-            Some(Ok(())) => {}
-            // Somebody else is stopping it.
-            None => self.wait(),
-        }
-    }
-
     /// Waits until the server has ended: by [`ServerHandle::stop`], or because its only frontend has left.
     pub fn wait(&self) {
         let (mutex, condvar) = &self.shared.ended;
@@ -187,12 +209,6 @@ impl ServerHandle {
         while !*ended {
             ended = condvar.wait(ended).unwrap_or_else(PoisonError::into_inner);
         }
-    }
-
-    /// Keeps frontends that come from getting a session until this is dropped: they wait. Those that have one are counted by
-    /// then.
-    pub fn hold(&self) -> MutexGuard<'_, ()> {
-        self.shared.door.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the server has ended.
@@ -206,43 +222,49 @@ impl ServerHandle {
     pub fn is_connected(&self) -> bool {
         self.frontends() > 0
     }
+}
 
-    /// How many frontends are connected.
-    #[must_use]
-    pub fn frontends(&self) -> usize {
+impl Server for ServerHandle {
+    fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match thread.map(JoinHandle::join) {
+            Some(Err(_)) => log::error!("a server's thread panicked"),
+            Some(Ok(())) => {}
+            // Somebody else is stopping it.
+            None => self.wait(),
+        }
+    }
+
+    fn hold(&self) -> MutexGuard<'_, ()> {
+        self.shared.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn frontends(&self) -> usize {
         self.shared.connected.load(Ordering::Acquire)
     }
 
-    /// What was done since the server began, all queues and connections together.
-    #[must_use]
-    pub fn stats(&self) -> QueueStats {
+    fn stats(&self) -> QueueStats {
         let mut total = QueueStats::default();
         self.shared.counters().iter().for_each(|c| c.add_to(&mut total));
         total
     }
 
-    /// Offers something else to the frontends that connect from now on. Queues beyond [`QUEUES_MAX`] are not.
-    pub fn offer(&self, offer: Offer) {
+    fn offer(&self, offer: Offer) {
         let offer = Offer { queues: offer.queues.clamp(1, QUEUES_MAX), ..offer };
         *self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner) = offer;
     }
 
-    /// Moves the socket, unless somebody else made it. Who is connected stays connected.
-    ///
-    /// # Errors
-    /// When something else is at `to`, or the system refuses: it is where it was then.
-    pub fn move_socket(&self, to: &Path) -> io::Result<()> {
+    fn move_socket(&self, to: &Path) -> io::Result<()> {
         self.shared.place.as_ref().map_or(Ok(()), |place| place.move_to(to))
     }
 
-    /// Says in the log of the next frontends what the disk is called now.
-    pub fn rename(&self, name: String) {
+    fn rename(&self, name: String) {
         self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner).name = name;
     }
 
-    /// The same for each queue.
-    #[must_use]
-    pub fn queue_stats(&self) -> Vec<QueueStats> {
+    fn queue_stats(&self) -> Vec<QueueStats> {
         let one = |c: &Arc<QueueCounters>| {
             let mut stats = QueueStats::default();
             c.add_to(&mut stats);
@@ -259,6 +281,20 @@ impl Drop for ServerHandle {
 }
 
 impl Shared {
+    fn new(offer: Offer, place: Option<Arc<SocketName>>, connected: usize) -> io::Result<Shared> {
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        Ok(Shared {
+            stop: AtomicBool::new(false),
+            connected: AtomicUsize::new(connected),
+            wake: rustix::event::eventfd(0, flags)?,
+            offer: Mutex::new(offer),
+            place,
+            counters: Mutex::default(),
+            ended: (Mutex::new(false), Condvar::new()),
+            door: Mutex::new(()),
+        })
+    }
+
     fn counters(&self) -> MutexGuard<'_, Vec<Arc<QueueCounters>>> {
         self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -320,7 +356,7 @@ impl Connection {
     }
 }
 
-struct Server {
+struct Acceptor {
     shared: Arc<Shared>,
     context: SessionContext,
     socket: Option<BoundSocket>,
@@ -334,18 +370,18 @@ struct Server {
     served: usize,
 }
 
-impl Server {
+impl Acceptor {
     fn new(
         shared: Arc<Shared>,
         context: SessionContext,
         socket: Option<BoundSocket>,
         frontends_max: usize,
         once: bool,
-    ) -> io::Result<Server> {
+    ) -> io::Result<Acceptor> {
         let raw = epoll::create(true)?;
         // SAFETY: epoll::create gave a new descriptor that nobody else owns.
         let epoll: OwnedFd = unsafe { std::os::fd::FromRawFd::from_raw_fd(raw) };
-        let server = Server {
+        let server = Acceptor {
             shared,
             context,
             socket,

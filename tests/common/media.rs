@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
 
@@ -47,6 +47,8 @@ pub struct Medium {
     state: Arc<Mutex<State>>,
     poisoned: Arc<AtomicBool>,
     path: PathBuf,
+    /// What it is called since it was opened, if that has changed.
+    moved: OnceLock<PathBuf>,
 }
 
 struct Pending {
@@ -73,7 +75,17 @@ impl Medium {
     /// A medium with these bytes on stable storage.
     pub fn with(name: &str, bytes: Vec<u8>) -> Medium {
         let state = State { now: bytes.clone(), stored: bytes, ..State::default() };
-        Medium { state: Arc::new(Mutex::new(state)), poisoned: Arc::default(), path: name.into() }
+        Medium {
+            state: Arc::new(Mutex::new(state)),
+            poisoned: Arc::default(),
+            path: name.into(),
+            moved: OnceLock::new(),
+        }
+    }
+
+    /// The same medium, opened under a name.
+    pub fn opened_at(&self, path: &Path) -> Medium {
+        Medium { path: path.to_owned(), moved: OnceLock::new(), ..self.clone() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -150,7 +162,8 @@ impl Medium {
                 }
             }
         });
-        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), path: self.path.clone() }
+        let path = self.path().to_owned();
+        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), path, moved: OnceLock::new() }
     }
 
     /// How many sectors were written and are not on stable storage.
@@ -263,7 +276,10 @@ impl Image for Medium {
         PENDING.with_borrow_mut(|p| p.push(pending));
     }
     fn path(&self) -> &Path {
-        &self.path
+        self.moved.get().unwrap_or(&self.path)
+    }
+    fn moved(&self, path: &Path) {
+        self.moved.set(path.to_owned()).expect("an image moves once");
     }
     fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::SeqCst)

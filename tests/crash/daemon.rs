@@ -234,7 +234,8 @@ impl Daemon {
         let taken = carry_out(&recovery, &backing, 1, &layers).map_err(|e| e.to_string())?;
         let clock = EpochClock::new(first_epoch(record));
         let discards = Table::in_memory(geometry.blocks()).unwrap();
-        let options = DiskOptions { image: backing, block_bytes: shape.block, read_only: false, discards };
+        let options =
+            DiskOptions { image: backing, block_bytes: shape.block, read_only: false, discards: Arc::new(discards) };
         let drained = record.snapshots.iter().filter(|s| s.quiesced_ms.is_none()).map(|s| s.id).collect();
         let Taken { links, snapshots, marks } = taken;
         let disk = Disk::with_chain(clock.clone(), options, links);

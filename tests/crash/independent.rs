@@ -187,7 +187,7 @@ impl World {
         let source = tags(&bytes);
         let clock = EpochClock::new(Epoch(1));
         let editor = Arc::new(ChainEditor::new(clock.clone()));
-        let options = |image| DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: table() };
+        let options = |image| DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: Arc::new(table()) };
         let disk = Disk::new(clock.clone(), options(Backing::One(Arc::new(Medium::with("source", bytes)))));
         let above = Layer::of(Backing::One(Arc::new(Medium::new("above", SECTORS * SECTOR))), Arc::new(table()));
         let layer = NewLayer::Live { layer: above };

@@ -6,8 +6,10 @@ use std::sync::OnceLock;
 
 #[path = "../common/alone.rs"]
 mod alone;
+mod commands;
 mod daemon;
 mod defects;
+mod found;
 mod host;
 mod independent;
 mod judge;
@@ -18,12 +20,16 @@ mod oracle;
 mod records;
 mod restore;
 mod run;
+mod sim;
+mod spec;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
 mod standing;
 mod states;
 mod updated;
+mod whole;
+mod world;
 
 /// Tells what happens when `CRASH_TRACE` is set.
 fn trace(what: impl FnOnce() -> String) {

@@ -214,8 +214,12 @@ impl Machine {
             (Kind::WriteLogging, Some(layer)) => vec![link(FROZEN, 0, full), link(LIVE, 5, layer)],
         };
         links[..links.len() - 1].iter().for_each(|link| link.version.set_quiesced());
-        let options =
-            DiskOptions { image: one(&host.full), block_bytes: BLOCK, read_only: false, discards: new_table() };
+        let options = DiskOptions {
+            image: one(&host.full),
+            block_bytes: BLOCK,
+            read_only: false,
+            discards: Arc::new(new_table()),
+        };
         let disk = Disk::with_chain(clock.clone(), options, links);
         let editor = Arc::new(ChainEditor::new(clock.clone()));
         Machine { kind, host: Rc::new(RefCell::new(host)), clock, editor, disk, oracle, frozen }

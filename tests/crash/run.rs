@@ -486,7 +486,8 @@ fn new_host(shape: Shape, rng: &mut Rng) -> Host {
             }
             let discards = Disk::table_in_memory(pair.size_bytes(), shape.block).unwrap();
             let image = Backing::Pair(pair.clone());
-            let options = DiskOptions { image, block_bytes: shape.block, read_only: false, discards };
+            let options =
+                DiskOptions { image, block_bytes: shape.block, read_only: false, discards: Arc::new(discards) };
             let disk = Disk::new(EpochClock::new(Epoch(1)), options);
             resync(queue, disk, pair, Arc::new(Pace::default())).await.unwrap();
         });

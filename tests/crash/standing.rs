@@ -81,7 +81,7 @@ impl World {
             }
         };
         links[0].version.set_quiesced();
-        let options = |image| DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: table() };
+        let options = |image| DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: Arc::new(table()) };
         let disk = Disk::with_chain(clock.clone(), options(image), links);
         let view = Backing::View(View::of(disk.clone(), FROZEN, "vm@frozen"));
         let [origin, live] = [3, 4].map(VersionId::from_u128);

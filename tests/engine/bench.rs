@@ -247,7 +247,7 @@ impl Bench {
 
 fn disk_of(image: Backing, block_bytes: u32, clock: &EpochClock) -> Arc<Disk> {
     let discards = Disk::table_in_memory(image.size_bytes(), block_bytes).unwrap();
-    Disk::new(clock.clone(), DiskOptions { image, block_bytes, read_only: false, discards })
+    Disk::new(clock.clone(), DiskOptions { image, block_bytes, read_only: false, discards: Arc::new(discards) })
 }
 
 /// The sectors of a block.

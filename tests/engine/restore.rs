@@ -94,7 +94,7 @@ fn table() -> Table {
 }
 
 fn options(image: Backing) -> DiskOptions {
-    DiskOptions { image, block_bytes: u32::try_from(BLOCK).unwrap(), read_only: false, discards: table() }
+    DiskOptions { image, block_bytes: u32::try_from(BLOCK).unwrap(), read_only: false, discards: Arc::new(table()) }
 }
 
 fn filled(sectors: usize, tag: u64) -> GuestBuf {

@@ -162,7 +162,7 @@ impl Run {
             image: pair.clone().map_or_else(one, Backing::Pair),
             block_bytes: u32::try_from(shape.block).unwrap(),
             read_only: false,
-            discards: shape.table(sectors),
+            discards: Arc::new(shape.table(sectors)),
         };
         let disk = Disk::new(clock.clone(), options);
         let first = Array { key: 0, ended: None, version: None, sectors: vec![Tags::from([0]); sectors] };

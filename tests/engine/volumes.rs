@@ -108,7 +108,7 @@ fn table() -> Table {
 }
 
 fn options(image: Backing) -> DiskOptions {
-    DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: table() }
+    DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: Arc::new(table()) }
 }
 
 fn filled(sectors: usize, tag: u64) -> GuestBuf {
@@ -476,7 +476,8 @@ pub(crate) fn volume_of(bench: &Bench, source: &Arc<Disk>, version: &Version) ->
     let layer = Layer::of(Backing::One(Arc::new(image.clone())), bench.table());
     let view = View::of(source.clone(), version.id, "disk@base");
     let discards = Disk::table_in_memory(image.size_bytes(), BLOCK).unwrap();
-    let options = DiskOptions { image: Backing::View(view), block_bytes: BLOCK, read_only: false, discards };
+    let options =
+        DiskOptions { image: Backing::View(view), block_bytes: BLOCK, read_only: false, discards: Arc::new(discards) };
     (Disk::volume(bench.clock.clone(), options, VersionId::new_v4(), (VersionId::new_v4(), layer)), image)
 }
 

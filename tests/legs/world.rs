@@ -127,7 +127,7 @@ impl Mirror {
         pair.observe(observer.clone());
         let discards = Disk::table_in_memory(SIZE as u64, BLOCK).unwrap();
         let image = Backing::Pair(pair.clone());
-        let options = DiskOptions { image, block_bytes: BLOCK, read_only: false, discards };
+        let options = DiskOptions { image, block_bytes: BLOCK, read_only: false, discards: Arc::new(discards) };
         let disk = Disk::new(EpochClock::new(Epoch(1)), options);
         Mirror { pair, disk, queue, observer, oracle: Rc::default() }
     }

@@ -1,5 +1,6 @@
 //! blkio: a vhost-user-blk client that somebody else wrote, against a byte array.
 
+use halfsilver::vhost_user::Server as _;
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::sync::atomic::Ordering::SeqCst;

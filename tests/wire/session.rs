@@ -1,5 +1,6 @@
 //! What a well-behaved frontend relies on: config, notifications, draining, reset, coming and going.
 
+use halfsilver::vhost_user::Server as _;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::Ordering::SeqCst;

@@ -1,5 +1,6 @@
 //! Several frontends on one socket: they see each other's writes, and nothing else of each other.
 
+use halfsilver::vhost_user::Server as _;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;

@@ -95,7 +95,7 @@ fn what_changed_is_told_in_blocks_of_another_size() {
             image: Backing::View(View::of(bench.disk.clone(), old.id, "disk@old")),
             block_bytes,
             read_only: false,
-            discards: Table::in_memory(blocks).unwrap(),
+            discards: Arc::new(Table::in_memory(blocks).unwrap()),
         };
         let (origin, live) = (VersionId::new_v4(), VersionId::new_v4());
         let changed = Some(Arc::new(Table::in_memory(blocks).unwrap()));

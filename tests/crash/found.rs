@@ -1,0 +1,286 @@
+//! What must be found after an end: by the arrays of the specification, by what somebody was told, and by what `check` says
+//! that a start does.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use halfsilver::control::Service;
+use halfsilver::control::api::{Disk, Durability, Snapshot, SnapshotState, Volume, VolumeState};
+use halfsilver::daemon::check::{CheckReport, DiskVerdict, SnapshotVerdict, examine};
+use halfsilver::engine::Request;
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
+use halfsilver::manager::Places;
+use uuid::Uuid;
+
+use crate::media::SECTOR;
+use crate::sim::{End, RUN, STATE, Socket};
+use crate::spec::{Entry, Line, Moment, Spec, check};
+use crate::world::World;
+
+/// A run that has ended.
+pub struct Ended<'a> {
+    pub spec: &'a Spec,
+    /// What the daemon said at that moment.
+    pub told: &'a [Snapshot],
+    pub end: End,
+}
+
+/// All that a daemon lists.
+struct Listed {
+    disks: Vec<Disk>,
+    volumes: Vec<Volume>,
+    snapshots: Vec<Snapshot>,
+    unserved: Vec<String>,
+}
+
+/// Starts what was left, and looks at everything. Returns the specification from here on.
+pub fn find(world: &mut World, ended: &Ended) -> Result<Spec, String> {
+    let places = Places::to_look_at(Path::new(STATE), Path::new(RUN));
+    let said = examine(&*world.sim, &places).map_err(|e| format!("it cannot be examined: {e}"))?;
+    world.start(Vec::new());
+    for _ in 0..1_000_000 {
+        if world.manager.borrow().is_some() {
+            break;
+        }
+        world.step_quietly()?;
+    }
+    let listed = list(world)?;
+    is_as_said(&said, &listed, world).map_err(|e| format!("check said otherwise: {e}"))?;
+    judge(world, ended, &listed)
+}
+
+fn list(world: &mut World) -> Result<Listed, String> {
+    let unserved = world.ask(|manager| manager.list_unserved())??;
+    Ok(Listed {
+        disks: world.ask(|manager| manager.list_disks())??,
+        volumes: world.ask(|manager| manager.list_volumes())??,
+        snapshots: world.ask(|manager| manager.list_snapshots())??,
+        unserved: unserved.into_iter().map(|u| format!("{}: {}", u.name, u.reason)).collect(),
+    })
+}
+
+/// What was taken up is what `check` said before anything was opened.
+fn is_as_said(said: &CheckReport, listed: &Listed, world: &World) -> Result<(), String> {
+    let is_unserved = |name: &str| listed.unserved.iter().any(|u| u.starts_with(&format!("{name}: ")));
+    let mut snapshots: BTreeMap<String, &Snapshot> =
+        listed.snapshots.iter().map(|s| (format!("{}@{}", s.disk, s.name), s)).collect();
+    for disk in &said.disks {
+        let volume = listed.volumes.iter().find(|v| v.name.as_str() == disk.name);
+        let is_broken = volume.is_some_and(|v| v.state == VolumeState::Broken);
+        let agrees = match disk.verdict {
+            DiskVerdict::Served | DiskVerdict::ServedAsFlushed => !is_unserved(&disk.name) && !is_broken,
+            DiskVerdict::NotServed => is_unserved(&disk.name) || is_broken,
+        };
+        if !agrees {
+            return Err(format!("{} is to be {:?} ({:?}): {:?}", disk.name, disk.verdict, disk.reason, listed.unserved));
+        }
+        if is_unserved(&disk.name) {
+            continue;
+        }
+        for snapshot in &disk.snapshots {
+            let found = snapshots.remove(&snapshot.snapshot);
+            let state = found.map(|s| s.state);
+            let agrees = match snapshot.verdict {
+                SnapshotVerdict::Kept => matches!(state, Some(SnapshotState::Quiesced)),
+                // It may be over by now.
+                SnapshotVerdict::Deleting => {
+                    matches!(state, None | Some(SnapshotState::Deleting | SnapshotState::Folding))
+                }
+                SnapshotVerdict::Broken => matches!(state, Some(SnapshotState::Broken)),
+                SnapshotVerdict::Waits => state.is_some(),
+            };
+            if !agrees {
+                let reason = found.and_then(|s| s.reason.clone());
+                return Err(format!(
+                    "{} is to be {:?} ({:?}), and is {state:?} ({reason:?})",
+                    snapshot.snapshot, snapshot.verdict, snapshot.reason
+                ));
+            }
+            world.count(&format!("snapshots said to be {:?}", snapshot.verdict));
+        }
+    }
+    if let Some((name, _)) = snapshots.first_key_value() {
+        return Err(format!("nothing was said of {name}"));
+    }
+    let names = listed.disks.iter().map(|d| d.name.as_str()).chain(listed.volumes.iter().map(|v| v.name.as_str()));
+    for name in names {
+        if !said.disks.iter().any(|disk| disk.name == name) {
+            return Err(format!("nothing was said of {name}"));
+        }
+    }
+    world.count("compared with check");
+    Ok(())
+}
+
+fn judge(world: &mut World, ended: &Ended, listed: &Listed) -> Result<Spec, String> {
+    let (spec, is_power_cut) = (ended.spec, ended.end.is_power_cut());
+    let mut next = spec.after();
+    let disks = listed.disks.iter().filter_map(|d| Some((d.id?, d.name.to_string(), None)));
+    let volumes = listed.volumes.iter().map(|v| (v.id, v.name.to_string(), Some(v)));
+    let there: BTreeMap<Uuid, (String, Option<&Volume>)> =
+        disks.chain(volumes).map(|(id, name, volume)| (id, (name, volume))).collect();
+    told(spec, listed, &there)?;
+    for (id, (name, volume)) in &there {
+        let from = volume.map(|v| v.from_id);
+        let what = |e: String| format!("{name}: {e}");
+        let bytes = match volume.map(|v| v.state) {
+            Some(VolumeState::Disabled | VolumeState::Broken) => None,
+            _ => Some(read(world, &Path::new(RUN).join(format!("{name}.sock"))).map_err(what)?),
+        };
+        if volume.is_some_and(|v| v.state == VolumeState::Broken) && !is_power_cut {
+            return Err(what(format!("it did not outlive a kill: {:?}", volume.and_then(|v| v.reason.clone()))));
+        }
+        let before = spec.lines.get(id);
+        // What it was updated to, if it has been and nobody was told yet.
+        let moved = before.is_none_or(|line| from.is_some() && line.from != from);
+        let on = from.filter(|_| moved).and_then(|from| of_snapshot(spec, listed, &there, from));
+        match (bytes, before, on) {
+            (Some(bytes), Some(line), None) => {
+                let found = is_one_of(&bytes, line, is_power_cut).map_err(what)?;
+                next.found_line(*id, name, from, Some((line, found)), is_power_cut);
+            }
+            (Some(bytes), _, Some(sectors)) => {
+                let found = check(&bytes, &sectors).map_err(what)?;
+                next.add_volume(*id, name, from.unwrap_or_default(), found.iter().map(|e| vec![*e]).collect());
+            }
+            (Some(_), None, None) => return Err(what("nobody knows what it should show".to_owned())),
+            (None, Some(line), None) => next.keep_line(*id, name, from, line, is_power_cut),
+            (None, _, Some(sectors)) => next.add_volume(*id, name, from.unwrap_or_default(), sectors),
+            (None, None, None) => {}
+        }
+    }
+    for snapshot in &listed.snapshots {
+        let reference = format!("{}@{}", snapshot.disk, snapshot.name);
+        let what = |e: String| format!("snapshot {reference}: {e}");
+        outlives(snapshot, ended).map_err(what)?;
+        let Some(line) = there.iter().find(|(_, (name, _))| *name == snapshot.disk.as_str()).map(|(id, _)| *id) else {
+            return Err(what("its disk is not there".to_owned()));
+        };
+        let moment = Moment {
+            line,
+            name: snapshot.name.to_string(),
+            epoch: snapshot.epoch,
+            is_certain: snapshot.state == SnapshotState::Quiesced,
+            deletions: 0,
+        };
+        if snapshot.state != SnapshotState::Quiesced {
+            next.moments.insert(snapshot.id, moment);
+            continue;
+        }
+        let Some(sectors) = spec.frozen(line, snapshot.epoch) else {
+            return Err(what(format!("nobody knows what epoch {} showed", snapshot.epoch)));
+        };
+        let bytes = read(world, &snapshot.socket).map_err(what)?;
+        let found = check(&bytes, &sectors).map_err(what)?;
+        world.count(if is_power_cut { "snapshots after a power cut" } else { "snapshots after a kill" });
+        next.found_moment(snapshot.id, moment, &found);
+    }
+    Ok(next)
+}
+
+/// What a snapshot shows that a volume stands on.
+fn of_snapshot(
+    spec: &Spec,
+    listed: &Listed,
+    there: &BTreeMap<Uuid, (String, Option<&Volume>)>,
+    id: Uuid,
+) -> Option<Vec<Vec<Entry>>> {
+    if let Some(sectors) = spec.frozen_of(id) {
+        return Some(sectors);
+    }
+    let snapshot = listed.snapshots.iter().find(|s| s.id == id)?;
+    let line = there.iter().find(|(_, (name, _))| *name == snapshot.disk.as_str())?.0;
+    spec.frozen(*line, snapshot.epoch)
+}
+
+/// What somebody was told holds.
+fn told(spec: &Spec, listed: &Listed, there: &BTreeMap<Uuid, (String, Option<&Volume>)>) -> Result<(), String> {
+    if let Some(unserved) = listed.unserved.first() {
+        return Err(format!("it is not served: {unserved}"));
+    }
+    for (id, line) in &spec.lines {
+        match there.get(id) {
+            None if line.is_certain => return Err(format!("{:?} is gone", line.names)),
+            Some((name, _)) if !line.names.contains(name) => {
+                return Err(format!("{:?} is called {name}", line.names));
+            }
+            _ => {}
+        }
+    }
+    for (id, (name, _)) in there {
+        if spec.gone.contains(id) {
+            return Err(format!("{name} was deleted, and is back"));
+        }
+        if !spec.lines.contains_key(id) && !spec.coming.contains(name) {
+            return Err(format!("nobody has made {name}"));
+        }
+    }
+    for (id, moment) in &spec.moments {
+        let is_there = listed.snapshots.iter().any(|s| s.id == *id);
+        if !is_there && moment.is_certain && moment.deletions == 0 && there.contains_key(&moment.line) {
+            return Err(format!("snapshot {} of {:?} is gone", moment.name, spec.lines[&moment.line].names));
+        }
+    }
+    for snapshot in &listed.snapshots {
+        let name = format!("{}@{}", snapshot.disk, snapshot.name);
+        if spec.gone.contains(&snapshot.id) {
+            return Err(format!("snapshot {name} was deleted, and is back"));
+        }
+        // Those of restores and updates are named by the daemon.
+        let is_ours = ["restore-", "update-"].iter().any(|own| snapshot.name.as_str().contains(own));
+        if !spec.moments.contains_key(&snapshot.id) && !spec.coming.contains(&name) && !is_ours {
+            return Err(format!("nobody has made snapshot {name}"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a snapshot is as whole as it must be.
+fn outlives(snapshot: &Snapshot, ended: &Ended) -> Result<(), String> {
+    let was = ended.told.iter().find(|s| s.id == snapshot.id);
+    let says = |what: &str| Err(format!("it {what}: {:?}", snapshot.reason));
+    match (snapshot.state, was) {
+        (SnapshotState::Broken, Some(was)) if was.state == SnapshotState::Broken => Ok(()),
+        (SnapshotState::Broken, _) if !ended.end.is_power_cut() => says("did not outlive a kill"),
+        (SnapshotState::Broken, Some(was))
+            if was.state == SnapshotState::Quiesced && was.durability == Durability::Power =>
+        {
+            says("did not outlive a power cut")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_one_of(bytes: &[u8], line: &Line, is_power_cut: bool) -> Result<Vec<Entry>, String> {
+    let mut why = String::new();
+    for sectors in line.contents(is_power_cut) {
+        match check(bytes, sectors) {
+            Ok(found) => return Ok(found),
+            Err(e) => why = if why.is_empty() { e } else { format!("{why}; or {e}") },
+        }
+    }
+    Err(why)
+}
+
+/// The whole content that a socket shows.
+fn read(world: &mut World, path: &Path) -> Result<Vec<u8>, String> {
+    let socket: Arc<Socket> =
+        world.sim.socket(path).ok_or_else(|| format!("nobody listens at {}", path.display()))?;
+    let sectors = usize::try_from(socket.attachment.geometry().size_bytes).unwrap() / SECTOR;
+    let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(sectors * SECTOR));
+    let done = world.finish(async move {
+        let ticket = socket.attachment.lane().enter();
+        socket.attachment.execute(&IoQueue::simulated(), &ticket, Request::Read { at: ByteOffset(0), into }).await
+    })?;
+    done.map(|()| memory.to_vec()).map_err(|e| format!("it cannot be read: {e}"))
+}
+
+/// Nothing goes on any more: everything shows what was written.
+pub fn at_rest(world: &mut World) -> Result<(), String> {
+    let in_end = |e: String| format!("in the end {e}");
+    let listed = list(world).map_err(in_end)?;
+    let spec = world.spec.borrow().clone();
+    let ended = Ended { spec: &spec, told: &listed.snapshots, end: End::Kill };
+    judge(world, &ended, &listed).map(drop).map_err(in_end)
+}
