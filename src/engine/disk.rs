@@ -7,6 +7,7 @@
 //!
 //! What is not done here: requests ([`super::attachment`], [`super::read`], [`super::write`]) and changes of the chain.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -56,6 +57,8 @@ pub struct Disk {
     pub(super) base: OnceLock<ArcSwapOption<View>>,
     pub(super) background: Arc<Background>,
     read_only: bool,
+    /// How many changes of what outlives a power cut are not recorded yet.
+    unrecorded: AtomicUsize,
 }
 
 impl Disk {
@@ -112,7 +115,23 @@ impl Disk {
             base,
             background: Arc::default(),
             read_only: options.read_only,
+            unrecorded: AtomicUsize::new(0),
         })
+    }
+
+    /// What outlives a power cut is about to change, and the records do not say so yet: until they do
+    /// ([`Disk::durability_recorded`]) nothing is said to.
+    pub fn durability_changes(&self) {
+        self.unrecorded.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The records say what has changed.
+    pub fn durability_recorded(&self) {
+        self.unrecorded.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_durability_recorded(&self) -> bool {
+        self.unrecorded.load(Ordering::SeqCst) == 0
     }
 
     /// A new volume: what it stands on is its oldest version, and has everything; `live` is an empty log for what is

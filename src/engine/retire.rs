@@ -54,6 +54,7 @@ impl ChainEditor {
     /// Takes a version whose blocks have been handed over out of its chain. A pivot leaves its image to the neighbour
     /// that everything was folded into. Readers that are still at an image that goes keep it open.
     pub fn finish_retire(&self, disk: &Disk, id: VersionId) {
+        disk.durability_changes();
         let _editing = self.begin();
         let chain = disk.chain();
         let Some(index) = chain.position(id) else { return };

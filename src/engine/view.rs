@@ -29,6 +29,9 @@ pub trait VersionSource: Send + Sync {
     /// Why what it stands on cannot be read, if so.
     fn base_broken(&self) -> Option<String>;
 
+    /// Whether what a version shows is to outlive a power cut.
+    fn outlives_power_cut(&self, version: VersionId) -> bool;
+
     /// Fills `buf` with what the view's version shows from `at` on. Gives the buffer back. Boxed, because what is read may
     /// be a volume's, too.
     fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a>;
@@ -88,6 +91,12 @@ impl View {
             },
         };
         Some(format!("{}: {why}", self.name.display()))
+    }
+
+    /// Whether what it shows is to outlive a power cut.
+    #[must_use]
+    pub fn outlives_power_cut(&self) -> bool {
+        self.source.as_ref().is_ok_and(|disk| disk.outlives_power_cut(self.version))
     }
 
     /// How many views lie on each other, this one included.

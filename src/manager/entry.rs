@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::engine::{Backing, Chain, Disk, Epoch, Version};
+use crate::engine::{Backing, Chain, Disk, Epoch, Version, VersionSource};
 use crate::host::{Host, receive};
 use crate::manager::Manager;
 use crate::manager::layers::space_of;
@@ -149,9 +149,7 @@ impl SnapshotEntry {
             Some(table) => table.count() * u64::from(geometry.block_bytes),
         });
         let image = index.map_or(record.image, |i| space_of(&chain, i).0);
-        // It reads through newer ones up to the full image: if one of them is lost, so is it.
-        let outlives = |i| (i..chain.pivot_of(i)).all(|newer| chain.layer(newer).saved_durably().is_some());
-        let durable = index.map_or(record.durable, outlives);
+        let durable = index.map_or(record.durable, |_| disk.disk.outlives_power_cut(self.id));
         api::Snapshot {
             id: self.id,
             group: record.group,
@@ -321,6 +319,8 @@ impl DiskEntry {
         let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager));
         let chain = self.disk.chain();
         let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
+        // Not below, where locks are held until all of it is there: the image may keep it waiting.
+        let allocated_bytes = self.allocated.look(&*manager.host, &self.base()).unwrap_or(size_bytes);
         api::Disk {
             id: Some(self.id),
             name: self.name.get(),
@@ -337,8 +337,8 @@ impl DiskEntry {
             connected: frontends > 0,
             frontends,
             epoch: chain.version(chain.live()).began.0,
-            snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
-            allocated_bytes: self.allocated.look(&*manager.host, &self.base()).unwrap_or(size_bytes),
+            snapshots: u32::try_from(self.snapshots().len()).unwrap_or(u32::MAX),
+            allocated_bytes,
             shared: config.shared,
             durability: config.durability(),
             background_bytes: config.background_bytes(),

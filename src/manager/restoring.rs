@@ -50,9 +50,8 @@ impl Manager {
 
     /// Deletes a snapshot that was taken for a restore, whatever its disk is called by now.
     pub(crate) fn let_snapshot_go(&self, id: Uuid) {
-        let Ok(reference) = self.reference_of(id) else { return };
-        if let Err(e) = self.delete(&reference, DeleteSnapshotOptions { force: true, ..Default::default() }) {
-            log::warn!("snapshot {reference}, which was taken for a restore, stays: {}", e.message);
+        if let Err(e) = self.delete_by_id(id, DeleteSnapshotOptions { force: true, ..Default::default() }) {
+            log::warn!("snapshot {id}, which was taken for a restore, stays: {}", e.message);
         }
     }
 

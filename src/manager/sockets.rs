@@ -48,6 +48,17 @@ impl Manager {
             self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
         }
     }
+
+    /// Opens the sockets of all snapshots of a disk that can be read and have none.
+    pub(crate) fn open_sockets_of_snapshots(&self, entry: &Arc<DiskEntry>) {
+        let can_be_read = |s: &&Arc<SnapshotEntry>| {
+            let record = locked(&s.record);
+            s.version.is_some() && !record.deleting && record.quiesced_ms.is_some()
+        };
+        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none() && !s.is_open()) {
+            self.resume_socket(entry, snapshot);
+        }
+    }
 }
 
 /// Opens the socket of a disk's live version.

@@ -123,7 +123,7 @@ impl DiskEntry {
             queues: self.config().queues(),
             connected: frontends > 0,
             frontends,
-            snapshots: u32::try_from(locked(&self.snapshots).len()).unwrap_or(u32::MAX),
+            snapshots: u32::try_from(self.snapshots().len()).unwrap_or(u32::MAX),
             created_at: Timestamp::from_unix_ms(relations.relation().map_or(0, |v| v.created_ms)),
         }
     }

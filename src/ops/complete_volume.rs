@@ -115,6 +115,8 @@ impl Manager {
         for table in [self.places.log_table(oldest), self.places.run_table(oldest), self.places.durable_table(oldest)] {
             self.remove_file(&table);
         }
+        // If what it stood on was lost, nothing of it could be read until now.
+        self.open_sockets_of_snapshots(disk);
         log::info!("volume {}: independent of {from}; its image is {}", disk.name, path.display());
         self.bus.publish(Notice::of_disk(EventKind::VolumeIndependent, &disk.name.get()));
         Ok(())

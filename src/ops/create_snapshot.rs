@@ -79,10 +79,23 @@ impl Manager {
                 Err(e) => return Err(self.undo(&ready, e)),
             }
         }
+        // Older ones may read through what is not to outlive a power cut, also if this comes to nothing in the middle.
+        disks.iter().for_each(|disk| disk.disk.durability_changes());
+        let done = self.record_and_cut(ready, &disks, request);
+        disks.iter().for_each(|disk| disk.disk.durability_recorded());
+        done
+    }
+
+    fn record_and_cut(
+        &self,
+        ready: Vec<Ready>,
+        disks: &[Arc<DiskEntry>],
+        request: &SnapshotRequest,
+    ) -> Result<Vec<api::Snapshot>, ApiError> {
         if let Err(e) = self.records.put(&ready.iter().map(|one| &one.pending).collect::<Vec<_>>()) {
             return Err(self.undo(&ready, record_error(e)));
         }
-        self.cut(ready, &disks, request.writers)
+        self.cut(ready, disks, request.writers)
     }
 
     /// The cut itself. Everything it needs is durable.

@@ -28,14 +28,17 @@ use crate::store::VolumeRecord;
 
 impl Manager {
     pub(crate) fn make_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
-        let (from, is_ours) = match &request.from {
-            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), false),
-            VolumeSource::Now(disk) => (self.snapshot_for(disk, request)?, true),
+        let (from, ours) = match &request.from {
+            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), None),
+            VolumeSource::Now(disk) => {
+                let (snapshot, id) = self.snapshot_for(disk, request)?;
+                (snapshot, Some(id))
+            }
         };
         let made = self.make_volume_on(&from, request);
         if made.is_err()
-            && is_ours
-            && let Err(e) = self.delete(&from, DeleteSnapshotOptions::default())
+            && let Some(ours) = ours
+            && let Err(e) = self.delete_by_id(ours, DeleteSnapshotOptions::default())
         {
             log::warn!("snapshot {from}, which was taken for volume {}, stays: {}", request.name, e.message);
         }
@@ -43,7 +46,7 @@ impl Manager {
     }
 
     /// Takes the snapshot that a volume is to stand on.
-    fn snapshot_for(&self, disk: &Name, request: &VolumeRequest) -> Result<SnapshotRef, ApiError> {
+    fn snapshot_for(&self, disk: &Name, request: &VolumeRequest) -> Result<(SnapshotRef, Uuid), ApiError> {
         self.check_volume(request, &self.disk(disk)?.config())?;
         let (name, disks) = (request.name.clone(), vec![disk.clone()]);
         let snapshot = SnapshotRequest {
@@ -54,8 +57,8 @@ impl Manager {
             socket: None,
             image: None,
         };
-        self.create(&snapshot)?;
-        Ok(SnapshotRef { disk: disk.clone(), name })
+        let id = self.create(&snapshot)?.first().map(|made| made.id).unwrap_or_default();
+        Ok((SnapshotRef { disk: disk.clone(), name }, id))
     }
 
     fn make_volume_on(&self, from: &SnapshotRef, request: &VolumeRequest) -> Result<api::Volume, ApiError> {

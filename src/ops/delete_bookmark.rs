@@ -12,7 +12,9 @@ impl Manager {
         // One that an update left is no user's, and not in the registry.
         let wanted = Wanted::changing([ClaimKey::Entity(disk.id)]);
         let _claim = self.claim_keys(&format!("bookmark delete {reference}"), &[disk.name.get().as_str()], wanted)?;
-        let disk = self.disk(&reference.disk).map_err(|_| self.no_bookmark(reference))?;
+        if !self.is_served(&disk) {
+            return Err(self.no_bookmark(reference)); // It got another name before it was claimed.
+        }
         let id = disk.bookmarks().iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.filter(|_| disk.snapshot(&reference.name).is_none()).ok_or_else(|| self.no_bookmark(reference))?;
         self.editor.forget_mark(&disk.disk, id);

@@ -25,11 +25,11 @@ impl Manager {
     ) -> Result<Vec<GroupDeletion>, ApiError> {
         let snapshots = self.deletable(group, options)?;
         // Side by side: each of them may have a log to be folded, and the answer waits for all of them.
-        let begin = |snapshot: SnapshotRef| {
+        let begin = |(id, snapshot): (Uuid, SnapshotRef)| {
             let (me, (tell, told)) = (self.me.clone(), channel());
             let started = self.start_thread("delete", move || {
                 let Some(manager) = me.upgrade() else { return };
-                if tell.send(manager.delete_one_of(&snapshot, options)).is_err() {
+                if tell.send(manager.delete_one_of(id, &snapshot, options)).is_err() {
                     log::debug!("snapshot {snapshot}: nobody waits for its deletion any more");
                 }
             });
@@ -41,11 +41,11 @@ impl Manager {
         begun.into_iter().map(|told| told.and_then(end)).collect()
     }
 
-    fn delete_one_of(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> GroupDeletion {
-        let (state, problem) = match self.delete(snapshot, options) {
-            Ok(Deletion::Started(s)) if s.state == SnapshotState::Folding => (DeletionState::Folding, None),
-            Ok(Deletion::Started(_)) => (DeletionState::Deleting, None),
-            Ok(Deletion::Done) => (DeletionState::Deleted, None),
+    fn delete_one_of(&self, id: Uuid, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> GroupDeletion {
+        let (state, problem) = match self.delete_by_id(id, options) {
+            Ok(Some(Deletion::Started(s))) if s.state == SnapshotState::Folding => (DeletionState::Folding, None),
+            Ok(Some(Deletion::Started(_))) => (DeletionState::Deleting, None),
+            Ok(Some(Deletion::Done) | None) => (DeletionState::Deleted, None),
             Err(e) if e.code == ErrorCode::SnapshotNotFound => (DeletionState::Deleted, None),
             Err(e) => (DeletionState::Refused, Some(e.problem())),
         };
@@ -53,15 +53,15 @@ impl Manager {
     }
 
     /// The snapshots of a cut, if all of them may go.
-    fn deletable(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<SnapshotRef>, ApiError> {
+    fn deletable(&self, group: Uuid, options: DeleteSnapshotOptions) -> Result<Vec<(Uuid, SnapshotRef)>, ApiError> {
         let registry = self.registry();
         let of = |disk: &registry::Disk| {
             let snapshots = disk.snapshots.iter().filter(|s| s.group == group);
-            snapshots.map(|snapshot| disk.reference(&snapshot.name)).collect::<Vec<_>>()
+            snapshots.map(|snapshot| (snapshot.id, disk.reference(&snapshot.name))).collect::<Vec<_>>()
         };
-        let mut found: Vec<SnapshotRef> = registry.disks().flat_map(of).collect();
-        found.sort();
-        let refused = |snapshot: &SnapshotRef| {
+        let mut found: Vec<(Uuid, SnapshotRef)> = registry.disks().flat_map(of).collect();
+        found.sort_by(|one, other| one.1.cmp(&other.1));
+        let refused = |(_, snapshot): &(Uuid, SnapshotRef)| {
             let command = Command::DeleteSnapshot { snapshot: snapshot.clone(), force: options.force };
             decide(&registry, &command)
                 .map_err(ApiError::from)

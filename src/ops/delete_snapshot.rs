@@ -51,6 +51,32 @@ impl Manager {
     }
 
     pub(crate) fn delete(&self, reference: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<Deletion, ApiError> {
+        self.delete_if(reference, |_| true, options)
+    }
+
+    /// Deletes this very snapshot, whatever its disk is called by now. None when it is gone.
+    pub(crate) fn delete_by_id(&self, id: Uuid, options: DeleteSnapshotOptions) -> Result<Option<Deletion>, ApiError> {
+        let mut last = None;
+        loop {
+            let there = self.all_disks().iter().flat_map(|disk| disk.snapshots()).find(|s| s.id == id);
+            let Some(reference) = there.map(|entry| entry.reference()) else { return Ok(None) };
+            match self.delete_if(&reference, |entry| entry.id == id, options) {
+                // It got another name on the way.
+                Err(e) if e.code == ErrorCode::SnapshotNotFound && last.as_ref() != Some(&reference) => {
+                    last = Some(reference);
+                }
+                done => return done.map(Some),
+            }
+        }
+    }
+
+    /// Deletes what has this name, if it is the one that is meant.
+    fn delete_if(
+        &self,
+        reference: &SnapshotRef,
+        is_it: impl Fn(&SnapshotEntry) -> bool,
+        options: DeleteSnapshotOptions,
+    ) -> Result<Deletion, ApiError> {
         let DeleteSnapshotOptions { force, keep_image, keep_bookmark, wait_timeout_ms } = options;
         let deadline =
             self.host.now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
@@ -59,6 +85,9 @@ impl Manager {
             let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
             let disk = self.disk(&reference.disk)?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
+            if !is_it(&entry) {
+                return Err(ApiError::snapshot_not_found(reference));
+            }
             // Its disk may have got another name meanwhile, and this be that of another one.
             if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
                 return Err(ApiError::snapshot_not_found(reference));
@@ -270,6 +299,7 @@ impl Manager {
                 self.after_split(disk, entry, None);
             }
             let gone = self.gone(disk, entry, left);
+            disk.disk.durability_recorded();
             if is_split && comes_back {
                 self.after_split(disk, entry, leg);
             }

@@ -239,7 +239,8 @@ impl Manager {
             )));
         }
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
-        if let Some(pair) = locked(&disk.mirror).as_ref().map(|m| m.pair.clone()) {
+        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
+        if let Some(pair) = pair {
             let id = goes.0.id;
             self.in_ring(async move |queue| pair.let_go(&queue, id).await)?;
         }

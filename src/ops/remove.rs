@@ -11,7 +11,7 @@ use crate::control::{ApiError, EventKind, Name, Notice};
 use crate::crash;
 use crate::manager::changes::ids_of_changes;
 use crate::manager::claims::Held;
-use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
@@ -94,13 +94,7 @@ impl Manager {
                 Err(e) => log::error!("{}: its socket cannot be opened again: {e}", entry.name),
             }
         }
-        let can_be_read = |s: &&Arc<SnapshotEntry>| {
-            let record = locked(&s.record);
-            s.version.is_some() && !record.deleting && record.quiesced_ms.is_some()
-        };
-        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none()) {
-            self.resume_socket(entry, snapshot);
-        }
+        self.open_sockets_of_snapshots(entry);
     }
 
     /// Forgets a record, and removes what it names.

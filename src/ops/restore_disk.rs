@@ -218,6 +218,7 @@ impl Manager {
     /// From now on what is saved for the versions that `version` reads through outlives a power cut, also below a volume.
     fn make_outlive_power_cuts(&self, disk: &Arc<DiskEntry>, version: Uuid) -> Result<(), ApiError> {
         let mut made = Vec::new();
+        disk.disk.durability_changes();
         let done = self.save_durably(disk, version, &mut made).and_then(|()| {
             crash::point("before it is recorded that a layer outlives power cuts");
             self.persist(std::slice::from_ref(disk))
@@ -227,8 +228,10 @@ impl Manager {
                 self.editor.save_durably(&disk.disk, id, None);
                 self.remove_file(&self.places.saved_table(id));
             }
+            disk.disk.durability_recorded();
             return Err(e);
         }
+        disk.disk.durability_recorded();
         let below = locked(&disk.relations).volume.as_ref().map(|volume| volume.snapshot);
         match below {
             None => Ok(()),

@@ -416,7 +416,7 @@ impl Manager {
                 if !stands {
                     let keep_bookmark = stood && snapshot.broken().is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
-                    let_go(&snapshot.reference(), self.delete(&snapshot.reference(), options).err());
+                    let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());
                 }
             }
             for bookmark in disk.bookmarks() {

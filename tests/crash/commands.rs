@@ -89,10 +89,6 @@ impl World {
         (!moments.is_empty()).then(|| moments[self.rng.below(moments.len())].clone())
     }
 
-    fn pace(&mut self) -> u32 {
-        if self.rng.chance(25) { 2000 } else { 0 }
-    }
-
     #[allow(clippy::too_many_lines, reason = "one arm a command")]
     fn choose(&mut self, command: Command, of: Asked) -> Option<Box<dyn FnOnce() -> Result<(), ApiError>>> {
         let force = true;
@@ -118,9 +114,10 @@ impl World {
             }
             Command::Delete => {
                 let (id, reference) = self.some_moment()?;
-                let options =
-                    DeleteSnapshotOptions { force, keep_bookmark: self.rng.chance(20), ..Default::default() };
-                Box::new(move || of.delete(&[id], || of.manager.delete_snapshot(&reference, options).map(|d| vec![(id, d)])))
+                let options = DeleteSnapshotOptions { force, keep_bookmark: self.rng.chance(20), ..Default::default() };
+                Box::new(move || {
+                    of.delete(&[id], || of.manager.delete_snapshot(&reference, options).map(|d| vec![(id, d)]))
+                })
             }
             Command::DeleteGroup => {
                 let (id, _) = self.some_moment()?;
@@ -143,7 +140,7 @@ impl World {
             }
             Command::Complete => {
                 let (_, volume) = self.some_volume()?;
-                let pacing = JobPatch { delay_ms: Some(self.pace()), bytes_per_second: None };
+                let pacing = JobPatch { delay_ms: None, bytes_per_second: None };
                 Box::new(move || of.manager.complete_volume(&name(&volume), pacing).map(drop))
             }
             Command::Promote => {
@@ -156,15 +153,14 @@ impl World {
             }
             Command::Update => {
                 let (id, volume) = self.some_volume()?;
-                let options = UpdateQuery { force, delay_ms: Some(self.pace()), bytes_per_second: None };
+                let options = UpdateQuery { force, delay_ms: None, bytes_per_second: None };
                 Box::new(move || of.update(id, &volume, options))
             }
             Command::Restore => {
                 let (id, disk) = self.some_disk()?;
                 let (moment, reference) = self.some_moment()?;
                 let from = VolumeSource::Snapshot(reference);
-                let delay_ms = self.pace();
-                let request = RestoreRequest { from, force, delay_ms, bytes_per_second: 0 };
+                let request = RestoreRequest { from, force, delay_ms: 0, bytes_per_second: 0 };
                 Box::new(move || of.restore(id, &disk, moment, &request))
             }
             Command::Disable => {
@@ -262,14 +258,13 @@ impl Asked {
     }
 
     fn create(&self, request: &SnapshotRequest) -> Result<(), ApiError> {
-        let names = request.disks.iter().map(|disk| format!("{disk}@{}", request.name)).collect();
-        let made = self.coming(names, || {
+        // Whatever the disk is called by then.
+        self.coming(vec![format!("@{}", request.name)], || {
             let made = self.manager.create_snapshots(request)?;
             self.note_snapshots()?;
             made.iter().for_each(|snapshot| self.moment(snapshot.id, |moment| moment.is_certain = true));
             Ok(())
-        });
-        made
+        })
     }
 
     fn delete(
@@ -320,8 +315,8 @@ impl Asked {
 
     fn make_volume(&self, request: &VolumeRequest) -> Result<(), ApiError> {
         let mut names = vec![request.name.to_string()];
-        if let VolumeSource::Now(disk) = &request.from {
-            names.push(format!("{disk}@{}", request.name));
+        if let VolumeSource::Now(_) = &request.from {
+            names.push(format!("@{}", request.name));
         }
         self.coming(names, || {
             let made = self.manager.create_volume(request);

@@ -1,20 +1,22 @@
 //! What must be found after an end: by the arrays of the specification, by what somebody was told, and by what `check` says
 //! that a start does.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use halfsilver::control::Service;
 use halfsilver::control::api::{Disk, Durability, Snapshot, SnapshotState, Volume, VolumeState};
-use halfsilver::daemon::check::{CheckReport, DiskVerdict, SnapshotVerdict, examine};
+use halfsilver::daemon::check::{CheckReport, CheckedJob, DiskVerdict, SnapshotVerdict, examine};
 use halfsilver::engine::Request;
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::manager::Places;
 use uuid::Uuid;
 
-use crate::media::SECTOR;
-use crate::sim::{End, RUN, STATE, Socket};
+use crate::media::{self, SECTOR, set_aside};
+use crate::sim::{End, RUN, STATE, Socket, Thread};
 use crate::spec::{Entry, Line, Moment, Spec, check};
 use crate::world::World;
 
@@ -23,6 +25,7 @@ pub struct Ended<'a> {
     pub spec: &'a Spec,
     /// What the daemon said at that moment.
     pub told: &'a [Snapshot],
+    pub told_of_volumes: &'a [Volume],
     pub end: End,
 }
 
@@ -36,18 +39,42 @@ struct Listed {
 
 /// Starts what was left, and looks at everything. Returns the specification from here on.
 pub fn find(world: &mut World, ended: &Ended) -> Result<Spec, String> {
-    let places = Places::to_look_at(Path::new(STATE), Path::new(RUN));
-    let said = examine(&*world.sim, &places).map_err(|e| format!("it cannot be examined: {e}"))?;
+    let (sim, said) = (world.sim.clone(), Rc::new(RefCell::new(None)));
+    let (put, before) = (said.clone(), media::changes());
+    world.finish(Thread::new(move || {
+        let places = Places::to_look_at(Path::new(STATE), Path::new(RUN));
+        *put.borrow_mut() = Some(examine(&*sim, &places).map_err(|e| format!("it cannot be examined: {e}")));
+    }))?;
+    if media::changes() != before {
+        return Err("check has changed something".to_owned());
+    }
+    let said: CheckReport = said.take().ok_or("check says nothing")??;
     world.start(Vec::new());
     for _ in 0..1_000_000 {
         if world.manager.borrow().is_some() {
             break;
         }
+        let before = media::changes();
         world.step_quietly()?;
+        if before != media::changes() {
+            end_amid_start(world, ended)?;
+        }
     }
     let listed = list(world)?;
     is_as_said(&said, &listed, world).map_err(|e| format!("check said otherwise: {e}"))?;
     judge(world, ended, &listed)
+}
+
+/// Now and then it ends again before it has started.
+fn end_amid_start(world: &mut World, ended: &Ended) -> Result<(), String> {
+    let Some((end, next)) = world.ends_amid_start() else { return Ok(()) };
+    let _aside = set_aside();
+    // It goes before what was set aside comes back.
+    let mut next = next;
+    // After any power cut only what is durable is there.
+    let as_if = if ended.end.is_power_cut() { ended.end } else { end };
+    let again = Ended { end: as_if, ..*ended };
+    find(&mut next, &again).map(drop).map_err(|e| format!("\n  then {end:?} amid its start: {e}"))
 }
 
 fn list(world: &mut World) -> Result<Listed, String> {
@@ -68,12 +95,22 @@ fn is_as_said(said: &CheckReport, listed: &Listed, world: &World) -> Result<(), 
     for disk in &said.disks {
         let volume = listed.volumes.iter().find(|v| v.name.as_str() == disk.name);
         let is_broken = volume.is_some_and(|v| v.state == VolumeState::Broken);
+        // One that has everything already, although the records say that it stands on something, soon stands on nothing.
+        let is_completed = |job: &CheckedJob| ["migrate", "update"].contains(&job.kind) && !job.stopped;
+        if disk.verdict == DiskVerdict::NotServed && disk.from.is_some() && disk.jobs.iter().any(is_completed) {
+            snapshots.retain(|name, _| !name.starts_with(&format!("{}@", disk.name)));
+            continue;
+        }
         let agrees = match disk.verdict {
             DiskVerdict::Served | DiskVerdict::ServedAsFlushed => !is_unserved(&disk.name) && !is_broken,
             DiskVerdict::NotServed => is_unserved(&disk.name) || is_broken,
         };
         if !agrees {
-            return Err(format!("{} is to be {:?} ({:?}): {:?}", disk.name, disk.verdict, disk.reason, listed.unserved));
+            let state = volume.map(|v| v.state);
+            return Err(format!(
+                "{} is to be {:?} ({:?}), and is {state:?}: {:?}",
+                disk.name, disk.verdict, disk.reason, listed.unserved
+            ));
         }
         if is_unserved(&disk.name) {
             continue;
@@ -82,12 +119,17 @@ fn is_as_said(said: &CheckReport, listed: &Listed, world: &World) -> Result<(), 
             let found = snapshots.remove(&snapshot.snapshot);
             let state = found.map(|s| s.state);
             let agrees = match snapshot.verdict {
-                SnapshotVerdict::Kept => matches!(state, Some(SnapshotState::Quiesced)),
+                // One that the daemon took for itself goes when it is not needed.
+                SnapshotVerdict::Kept => {
+                    matches!(state, Some(SnapshotState::Quiesced)) || is_daemons(&snapshot.snapshot)
+                }
                 // It may be over by now.
                 SnapshotVerdict::Deleting => {
                     matches!(state, None | Some(SnapshotState::Deleting | SnapshotState::Folding))
                 }
-                SnapshotVerdict::Broken => matches!(state, Some(SnapshotState::Broken)),
+                SnapshotVerdict::Broken => {
+                    matches!(state, Some(SnapshotState::Broken)) || is_daemons(&snapshot.snapshot)
+                }
                 SnapshotVerdict::Waits => state.is_some(),
             };
             if !agrees {
@@ -128,7 +170,8 @@ fn judge(world: &mut World, ended: &Ended, listed: &Listed) -> Result<Spec, Stri
             Some(VolumeState::Disabled | VolumeState::Broken) => None,
             _ => Some(read(world, &Path::new(RUN).join(format!("{name}.sock"))).map_err(what)?),
         };
-        if volume.is_some_and(|v| v.state == VolumeState::Broken) && !is_power_cut {
+        let was_broken = ended.told_of_volumes.iter().any(|v| v.id == *id && v.reason.is_some());
+        if volume.is_some_and(|v| v.state == VolumeState::Broken) && !is_power_cut && !was_broken {
             return Err(what(format!("it did not outlive a kill: {:?}", volume.and_then(|v| v.reason.clone()))));
         }
         let before = spec.lines.get(id);
@@ -136,6 +179,12 @@ fn judge(world: &mut World, ended: &Ended, listed: &Listed) -> Result<Spec, Stri
         let moved = before.is_none_or(|line| from.is_some() && line.from != from);
         let on = from.filter(|_| moved).and_then(|from| of_snapshot(spec, listed, &there, from));
         match (bytes, before, on) {
+            // What it was updated to and made independent of, and the snapshot is gone: some moment of its source.
+            (Some(bytes), Some(_), None) if moved => {
+                let past = spec.all_pasts(bytes.len() / SECTOR).find_map(|sets| check(&bytes, sets).ok());
+                let found = past.ok_or_else(|| what("it shows no moment of anything".to_owned()))?;
+                next.add_volume(*id, name, from.unwrap_or_default(), found.iter().map(|e| vec![*e]).collect());
+            }
             (Some(bytes), Some(line), None) => {
                 let found = is_one_of(&bytes, line, is_power_cut).map_err(what)?;
                 next.found_line(*id, name, from, Some((line, found)), is_power_cut);
@@ -161,7 +210,8 @@ fn judge(world: &mut World, ended: &Ended, listed: &Listed) -> Result<Spec, Stri
             line,
             name: snapshot.name.to_string(),
             epoch: snapshot.epoch,
-            is_certain: snapshot.state == SnapshotState::Quiesced,
+            // The daemon deletes those that it took for itself when it likes.
+            is_certain: snapshot.state == SnapshotState::Quiesced && !is_daemons(&reference),
             deletions: 0,
         };
         if snapshot.state != SnapshotState::Quiesced {
@@ -192,6 +242,11 @@ fn of_snapshot(
     let snapshot = listed.snapshots.iter().find(|s| s.id == id)?;
     let line = there.iter().find(|(_, (name, _))| *name == snapshot.disk.as_str())?.0;
     spec.frozen(*line, snapshot.epoch)
+}
+
+/// Whether it is named by the daemon, as those are that it takes for restores and updates.
+fn is_daemons(snapshot: &str) -> bool {
+    snapshot.contains("@restore-") || snapshot.contains("-update-")
 }
 
 /// What somebody was told holds.
@@ -227,9 +282,8 @@ fn told(spec: &Spec, listed: &Listed, there: &BTreeMap<Uuid, (String, Option<&Vo
         if spec.gone.contains(&snapshot.id) {
             return Err(format!("snapshot {name} was deleted, and is back"));
         }
-        // Those of restores and updates are named by the daemon.
-        let is_ours = ["restore-", "update-"].iter().any(|own| snapshot.name.as_str().contains(own));
-        if !spec.moments.contains_key(&snapshot.id) && !spec.coming.contains(&name) && !is_ours {
+        let is_coming = spec.coming.contains(&format!("@{}", snapshot.name));
+        if !spec.moments.contains_key(&snapshot.id) && !is_coming && !is_daemons(&name) {
             return Err(format!("nobody has made snapshot {name}"));
         }
     }
@@ -241,7 +295,11 @@ fn outlives(snapshot: &Snapshot, ended: &Ended) -> Result<(), String> {
     let was = ended.told.iter().find(|s| s.id == snapshot.id);
     let says = |what: &str| Err(format!("it {what}: {:?}", snapshot.reason));
     match (snapshot.state, was) {
-        (SnapshotState::Broken, Some(was)) if was.state == SnapshotState::Broken => Ok(()),
+        (SnapshotState::Broken, Some(was)) if was.reason.is_some() => Ok(()),
+        // One that is lost is off the list before the records have forgotten it.
+        (SnapshotState::Broken, None) if ended.spec.moments.get(&snapshot.id).is_some_and(|m| m.deletions > 0) => {
+            Ok(())
+        }
         (SnapshotState::Broken, _) if !ended.end.is_power_cut() => says("did not outlive a kill"),
         (SnapshotState::Broken, Some(was))
             if was.state == SnapshotState::Quiesced && was.durability == Durability::Power =>
@@ -265,8 +323,7 @@ fn is_one_of(bytes: &[u8], line: &Line, is_power_cut: bool) -> Result<Vec<Entry>
 
 /// The whole content that a socket shows.
 fn read(world: &mut World, path: &Path) -> Result<Vec<u8>, String> {
-    let socket: Arc<Socket> =
-        world.sim.socket(path).ok_or_else(|| format!("nobody listens at {}", path.display()))?;
+    let socket: Arc<Socket> = world.sim.socket(path).ok_or_else(|| format!("nobody listens at {}", path.display()))?;
     let sectors = usize::try_from(socket.attachment.geometry().size_bytes).unwrap() / SECTOR;
     let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(sectors * SECTOR));
     let done = world.finish(async move {
@@ -281,6 +338,6 @@ pub fn at_rest(world: &mut World) -> Result<(), String> {
     let in_end = |e: String| format!("in the end {e}");
     let listed = list(world).map_err(in_end)?;
     let spec = world.spec.borrow().clone();
-    let ended = Ended { spec: &spec, told: &listed.snapshots, end: End::Kill };
+    let ended = Ended { spec: &spec, told: &listed.snapshots, told_of_volumes: &listed.volumes, end: End::Kill };
     judge(world, &ended, &listed).map(drop).map_err(in_end)
 }

@@ -20,21 +20,41 @@ mod oracle;
 mod records;
 mod restore;
 mod run;
-mod sim;
-mod spec;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
+mod sim;
+mod spec;
 mod standing;
 mod states;
 mod updated;
 mod whole;
 mod world;
 
+/// What the daemon says, too.
+struct Told;
+
+impl log::Log for Told {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record) {
+        println!("  {}: {}", record.level(), record.args());
+    }
+    fn flush(&self) {}
+}
+
 /// Tells what happens when `CRASH_TRACE` is set.
 fn trace(what: impl FnOnce() -> String) {
     static TRACES: OnceLock<bool> = OnceLock::new();
-    if *TRACES.get_or_init(|| std::env::var_os("CRASH_TRACE").is_some()) {
+    let traces = || {
+        let traces = std::env::var_os("CRASH_TRACE").is_some();
+        if traces && log::set_logger(&Told).is_ok() {
+            log::set_max_level(log::LevelFilter::Debug);
+        }
+        traces
+    };
+    if *TRACES.get_or_init(traces) {
         println!("{}", what());
     }
 }

@@ -140,7 +140,8 @@ impl Spec {
     }
 
     pub fn line_named(&self, name: &str) -> Option<Uuid> {
-        self.lines.iter().find(|(_, line)| line.names == [name]).map(|(id, _)| *id)
+        let is_called = |line: &Line| line.names.iter().any(|its| its == name);
+        self.lines.iter().find(|(_, line)| is_called(line)).map(|(id, _)| *id)
     }
 
     /// The epoch has moved on: what was live until then is a past of the old one.
@@ -215,6 +216,11 @@ impl Spec {
         Some(all)
     }
 
+    /// What any disk showed at the end of any epoch, of those of this size.
+    pub fn all_pasts(&self, sectors: usize) -> impl Iterator<Item = &Sets> {
+        self.lines.values().flat_map(|line| line.pasts.values().flatten()).filter(move |sets| sets.len() == sectors)
+    }
+
     pub fn frozen_of(&self, moment: Uuid) -> Option<Sets> {
         let moment = self.moments.get(&moment)?;
         self.frozen(moment.line, moment.epoch)
@@ -253,7 +259,14 @@ impl Spec {
     }
 
     /// A line as it was found: this content, of those that it might have had.
-    pub fn found_line(&mut self, id: Uuid, name: &str, from: Option<Uuid>, found: Option<(&Line, Vec<Entry>)>, is_durable: bool) {
+    pub fn found_line(
+        &mut self,
+        id: Uuid,
+        name: &str,
+        from: Option<Uuid>,
+        found: Option<(&Line, Vec<Entry>)>,
+        is_durable: bool,
+    ) {
         let Some((before, found)) = found else { return };
         let key = self.next();
         let sectors: Sets = found.iter().map(|e| vec![*e]).collect();

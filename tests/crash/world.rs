@@ -6,16 +6,16 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::future::Future;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use halfsilver::control::api::{DiskConfig, Durability, Snapshot};
+use halfsilver::control::api::{DiskConfig, Durability, Snapshot, Volume};
 use halfsilver::control::{ApiError, Name, Service};
 use halfsilver::daemon::Given;
 use halfsilver::daemon::config::DiskSpec;
-use halfsilver::engine::{Request, Ticket};
+use halfsilver::engine::{Request, RequestError, Ticket};
 use halfsilver::image::{ByteOffset, IoQueue};
 use halfsilver::manager::{Manager, Places};
 use uuid::Uuid;
@@ -112,7 +112,10 @@ impl Shape {
 
 pub struct World {
     pub sim: Arc<Sim>,
+    /// What has started.
     pub manager: Rc<RefCell<Option<Arc<Manager>>>>,
+    /// The same before it has started.
+    opened: Rc<RefCell<Option<Arc<Manager>>>>,
     pub spec: Rc<RefCell<Spec>>,
     pub(crate) scheduler: Scheduler,
     keepers: usize,
@@ -131,13 +134,14 @@ impl Drop for World {
     fn drop(&mut self) {
         self.held.clear();
         self.sim.end();
-        if let Some(manager) = &*self.manager.borrow() {
+        if let Some(manager) = &*self.opened.borrow() {
             manager.going_down();
         }
         drop(std::mem::take(&mut self.scheduler));
         drop(self.sim.take_begun());
         // The last one that has it, after all threads.
         self.manager.borrow_mut().take();
+        self.opened.borrow_mut().take();
     }
 }
 
@@ -145,10 +149,11 @@ pub fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
 
-/// The daemon on a host, as far as its start has come.
-pub fn start(sim: &Arc<Sim>, specs: &[DiskSpec]) -> Result<Arc<Manager>, String> {
+/// The daemon on a host.
+fn start(sim: &Arc<Sim>, specs: &[DiskSpec], opened: &RefCell<Option<Arc<Manager>>>) -> Result<Arc<Manager>, String> {
     let places = Places::to_look_at(Path::new(STATE), Path::new(RUN));
     let manager = Manager::open(sim.clone(), places).map_err(|e| e.to_string())?;
+    *opened.borrow_mut() = Some(manager.clone());
     let given = Given { disks: specs, take_flushed: &[], strict: false };
     manager.take_up(given).map_err(|e| e.message)?;
     manager.listening();
@@ -188,6 +193,7 @@ impl World {
         World {
             sim,
             manager: Rc::default(),
+            opened: Rc::default(),
             spec: Rc::new(RefCell::new(spec)),
             scheduler: Scheduler::default(),
             keepers: 0,
@@ -205,7 +211,8 @@ impl World {
 
     pub fn start(&mut self, specs: Vec<DiskSpec>) {
         let (sim, served, failure) = (self.sim.clone(), self.manager.clone(), self.failure.clone());
-        self.scheduler.spawn(Thread::new(move || match start(&sim, &specs) {
+        let opened = self.opened.clone();
+        self.scheduler.spawn(Thread::new(move || match start(&sim, &specs, &opened) {
             Ok(manager) => *served.borrow_mut() = Some(manager),
             Err(e) => *failure.borrow_mut() = Some(format!("it does not start: {e}")),
         }));
@@ -339,10 +346,12 @@ impl World {
         // What could be asked at this moment, and so must be true afterwards.
         let told: Vec<Snapshot> =
             self.manager.borrow().as_ref().map(|m| m.list_snapshots().unwrap_or_default()).unwrap_or_default();
+        let volumes: Vec<Volume> =
+            self.manager.borrow().as_ref().map(|m| m.list_volumes().unwrap_or_default()).unwrap_or_default();
         let left = self.sim.after(end, &mut rng);
         let shape = self.shape;
         let _aside = set_aside();
-        let ended = found::Ended { spec: &self.spec.borrow(), told: &told, end };
+        let ended = found::Ended { spec: &self.spec.borrow(), told: &told, told_of_volumes: &volumes, end };
         let mut next = World::on(left, Spec::default(), rng, shape, self.depth + 1, self.counts.clone());
         let spec = found::find(&mut next, &ended).map_err(what)?;
         if !goes_on {
@@ -354,8 +363,20 @@ impl World {
         next.run(actions).map_err(|e| what(format!("\n  then {e}")))
     }
 
+    /// Another end, before it has started.
+    pub fn ends_amid_start(&mut self) -> Option<(End, World)> {
+        if self.depth > DEPTH_MAX || !self.rng.chance(2) {
+            return None;
+        }
+        let end = End::some(&mut self.rng);
+        let mut rng = Rng::new(self.rng.next());
+        self.count_state(end);
+        let left = self.sim.after(end, &mut rng);
+        Some((end, World::on(left, Spec::default(), rng, self.shape, self.depth + 1, self.counts.clone())))
+    }
+
     fn count_state(&self, end: End) {
-        let mut add = |what: String| *self.counts.borrow_mut().entry(what).or_default() += 1;
+        let add = |what: String| *self.counts.borrow_mut().entry(what).or_default() += 1;
         add("states".to_owned());
         add(if end.is_power_cut() { "power cuts" } else { "kills" }.to_owned());
         add(format!("depth {}", self.depth));
@@ -461,6 +482,8 @@ impl World {
         self.scheduler.spawn(async move {
             match socket.attachment.execute(&IoQueue::simulated(), &ticket, request).await {
                 Ok(()) => spec.borrow_mut().end_change(id, number),
+                // What a volume stands on may be lost.
+                Err(RequestError::Broken(_)) => {}
                 Err(e) => *failure.borrow_mut() = Some(format!("a guest's request failed: {e}")),
             }
             media::count_change();
@@ -476,6 +499,7 @@ impl World {
         self.scheduler.spawn(async move {
             match socket.attachment.execute(&IoQueue::simulated(), &ticket, Request::Flush).await {
                 Ok(()) => spec.borrow_mut().end_flush(&flush),
+                Err(RequestError::Broken(_)) => {}
                 Err(e) => *failure.borrow_mut() = Some(format!("a flush failed: {e}")),
             }
             media::count_change();

@@ -170,7 +170,13 @@ impl Sim {
         let left = self.left();
         let records = if left.putting.is_some() && rng.chance(50) { &left.putting } else { &left.records };
         let boot = if end.is_power_cut() { Uuid::from_u128(left.boot.as_u128() + 1) } else { left.boot };
-        Sim::with(Left { files: left.files.after(end, rng), records: records.clone(), putting: None, boot, ids: left.ids })
+        Sim::with(Left {
+            files: left.files.after(end, rng),
+            records: records.clone(),
+            putting: None,
+            boot,
+            ids: left.ids,
+        })
     }
 
     fn left(&self) -> MutexGuard<'_, Left> {
@@ -402,7 +408,8 @@ impl Host for Sim {
 
     fn look(&self, path: &Path) -> io::Result<Look> {
         let look = |kind| Look { kind, names: 1, identity: (0, 0) };
-        if [STATE, "/state/images", "/state/tables", RUN, "/run/tables", DISKS].iter().any(|dir| Path::new(dir) == path) {
+        if [STATE, "/state/images", "/state/tables", RUN, "/run/tables", DISKS].iter().any(|dir| Path::new(dir) == path)
+        {
             return Ok(look(FileKind::Directory));
         }
         if self.process().0.sockets.contains_key(path) {
