@@ -83,6 +83,8 @@ pub(crate) struct SnapshotEntry {
     /// Why there is no socket although the content is whole.
     pub(crate) socket_error: Mutex<Option<String>>,
     pub(crate) drain: Mutex<Option<Duration>>,
+    /// Whether the records are to forget it. It is listed until they have.
+    pub(crate) is_forgotten: AtomicBool,
 }
 
 impl SnapshotEntry {
@@ -133,6 +135,9 @@ impl SnapshotEntry {
 
     /// What is remembered of it. None if it is not frozen yet, or has left the chain already.
     fn to_record(&self, chain: &Chain) -> Option<SnapshotRecord> {
+        if self.is_forgotten.load(Ordering::SeqCst) {
+            return None;
+        }
         recording::of_snapshot(locked(&self.record).clone(), self.version.as_deref(), chain)
     }
 

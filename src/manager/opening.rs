@@ -326,6 +326,7 @@ impl Manager {
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
+            is_forgotten: AtomicBool::new(false),
         }))
     }
 }

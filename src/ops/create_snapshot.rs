@@ -4,6 +4,7 @@
 //! back with the new live version either way, and removes the snapshot that nobody was told of.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -233,6 +234,7 @@ impl Manager {
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
+            is_forgotten: AtomicBool::new(false),
         });
         let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live, changed: Some(changed) };
         let made = match strategy {

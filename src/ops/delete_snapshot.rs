@@ -6,6 +6,7 @@
 use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -327,7 +328,7 @@ impl Manager {
         if entry.version.is_none() {
             self.editor.forget_mark(&disk.disk, entry.id);
             // Others are left out of the records as soon as they have left the chain.
-            locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
+            entry.is_forgotten.store(true, Ordering::SeqCst);
         }
         // The records first: while they name a layer, it must be there. Orphans are removed at the next start.
         crash::point("before a snapshot is forgotten");

@@ -333,7 +333,7 @@ impl Asked {
     }
 
     fn delete_volume(&self, id: Uuid, volume: &str) -> Result<(), ApiError> {
-        self.line(id, |line| line.is_certain = false);
+        self.line(id, |line| line.deletions += 1);
         let done = self.manager.delete_volume(&name(volume), true);
         if done.is_ok() {
             let mut spec = self.spec.borrow_mut();
@@ -341,7 +341,7 @@ impl Asked {
             spec.moments.retain(|_, moment| moment.line != id);
             spec.gone.insert(id);
         } else {
-            self.line(id, |line| line.is_certain = true);
+            self.line(id, |line| line.deletions -= 1);
         }
         done
     }

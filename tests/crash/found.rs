@@ -256,7 +256,7 @@ fn told(spec: &Spec, listed: &Listed, there: &BTreeMap<Uuid, (String, Option<&Vo
     }
     for (id, line) in &spec.lines {
         match there.get(id) {
-            None if line.is_certain => return Err(format!("{:?} is gone", line.names)),
+            None if line.deletions == 0 => return Err(format!("{:?} is gone", line.names)),
             Some((name, _)) if !line.names.contains(name) => {
                 return Err(format!("{:?} is called {name}", line.names));
             }

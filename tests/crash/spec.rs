@@ -58,8 +58,8 @@ pub struct Live {
 pub struct Line {
     /// What it may be called.
     pub names: Vec<String>,
-    /// Whether it must be found.
-    pub is_certain: bool,
+    /// How many commands delete it: then it need not be found.
+    pub deletions: usize,
     /// The snapshot that it was made off last, of a volume.
     pub from: Option<Uuid>,
     /// Whether it is being changed to something that is known afterwards only; its guests are away meanwhile.
@@ -109,7 +109,7 @@ impl Live {
 impl Line {
     fn new(name: String, from: Option<Uuid>, live: Live) -> Line {
         let (pasts, changes) = (BTreeMap::new(), Vec::new());
-        Line { names: vec![name], is_certain: true, from, is_away: false, lives: vec![live], pasts, changes }
+        Line { names: vec![name], deletions: 0, from, is_away: false, lives: vec![live], pasts, changes }
     }
 
     /// What it may show, also after a power cut.
