@@ -7,13 +7,10 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use super::place::Freed;
 use super::restoring::Restore;
-use super::{Chain, Disk, Epoch, Layer, Log, Mode, RequestError, VersionId, VersionIn, VersionIndex};
+use super::{Chain, Disk, Epoch, Layer, Log, RequestError, VersionId, VersionIn, VersionIndex};
 use crate::image::{ImageError, IoQueue, join_all};
-use crate::store::{BlockIndex, BlockRange};
-
-/// Places that one flush gives back at most, so that it does not take long.
-const RECLAIMED_MAX: usize = 64;
 
 impl Disk {
     /// Makes durable what requests of `epoch` wrote.
@@ -124,40 +121,6 @@ impl Disk {
     pub(super) fn has_logs(&self, chain: &Chain) -> bool {
         logs_of(chain).next().is_some()
     }
-
-    fn some_freed(&self, index: VersionIndex, log: &Log) -> Vec<Freed> {
-        let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
-        let blocks = std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX);
-        let freed = |block| Freed { index, block, generation: self.locks.generation(BlockRange::one(block)) };
-        blocks.map(freed).collect()
-    }
-
-    /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
-    /// durable although it is deleted again: then the place waits for the next flush.
-    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
-        let Some(log) = chain.layer(place.index).log() else { return };
-        let one = BlockRange::one(place.block);
-        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
-        let is_same = self.locks.generation(one) == place.generation;
-        if !is_same && !log.table.table().get(place.block) {
-            return;
-        }
-        log.freed.clear(one);
-        if log.table.table().get(place.block) {
-            return;
-        }
-        let (at, len) = self.geometry.bytes(one);
-        if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
-            log::warn!("the space of superseded blocks is not given back: {e}");
-        }
-    }
-}
-
-/// The place of a deleted entry, and the generation of its block's lock after that.
-struct Freed {
-    index: VersionIndex,
-    block: BlockIndex,
-    generation: u64,
 }
 
 /// Syncs the images of layers and commits their tables, the last one being the farthest from the pivot.

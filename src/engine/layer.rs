@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Backing;
+use super::place::Places;
 use crate::store::{BlockIndex, DurableTable, Table};
 
 /// An image and which blocks of it count.
@@ -11,6 +12,7 @@ pub struct Layer {
     /// Where the bytes are, at the disk's own positions.
     pub image: Backing,
     kind: Kind,
+    places: Arc<Places>,
 }
 
 /// What a layer is for. The table of one that outlives a power cut is here as well: a look at a block goes straight to it.
@@ -52,25 +54,46 @@ impl Layer {
     /// A layer that has everything.
     #[must_use]
     pub fn full(image: Backing) -> Layer {
-        Layer { image, kind: Kind::Full }
+        Layer::new(image, Kind::Full)
     }
 
     /// A layer that has what its table says.
     #[must_use]
     pub fn of(image: Backing, table: Arc<Table>) -> Layer {
-        Layer { image, kind: Kind::Table(table) }
+        Layer::new(image, Kind::Table(table))
     }
 
     /// The same, for a frozen version that outlives a power cut.
     #[must_use]
     pub fn saved(image: Backing, saved: Arc<Saved>) -> Layer {
-        Layer { image, kind: Kind::Saved(saved.table.table().clone(), saved) }
+        Layer::new(image, Kind::Saved(saved.table.table().clone(), saved))
     }
 
     /// A log, whose table outlives a power cut.
     #[must_use]
     pub fn logged(image: Backing, log: Arc<Log>) -> Layer {
-        Layer { image, kind: Kind::Log(log.table.table().clone(), log) }
+        Layer::new(image, Kind::Log(log.table.table().clone(), log))
+    }
+
+    fn new(image: Backing, kind: Kind) -> Layer {
+        Layer { image, kind, places: Arc::default() }
+    }
+
+    /// The same layer, which outlives a power cut from now on, or no longer.
+    #[must_use]
+    pub(super) fn with_saved(&self, saved: Option<Arc<Saved>>) -> Layer {
+        let image = self.image.clone();
+        let layer = match (saved, self.table()) {
+            (Some(saved), _) => Layer::saved(image, saved),
+            (None, Some(table)) => Layer::of(image, table.clone()),
+            (None, None) => Layer::full(image),
+        };
+        Layer { places: self.places.clone(), ..layer }
+    }
+
+    /// What is known of its places.
+    pub(super) fn places(&self) -> &Places {
+        &self.places
     }
 
     /// Whether it has every block.

@@ -15,7 +15,7 @@ use super::geometry::usize_of;
 use super::restoring::Restore;
 use super::runs::those;
 use super::{
-    Backing, ChainEditor, Changes, Copied, Disk, Gate, Layer, RequestError, RestoreSource, Restoring, Saved, Ticket,
+    Backing, ChainEditor, Changes, Copied, Disk, Gate, RequestError, RestoreSource, Restoring, Saved, Ticket,
     VersionId, VersionIn,
 };
 use crate::image::{AlignedBuf, IoBuf, IoQueue, join_all};
@@ -61,12 +61,7 @@ impl ChainEditor {
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         if let Some(link) = links.iter_mut().find(|link| link.version.id == version) {
-            let image = link.layer.image.clone();
-            link.layer = match (saved, link.layer.table()) {
-                (Some(saved), _) => Layer::saved(image, saved),
-                (None, Some(table)) => Layer::of(image, table.clone()),
-                (None, None) => Layer::full(image),
-            };
+            link.layer = link.layer.with_saved(saved);
         }
         disk.chain.store(Arc::new(chain.with_links(links)));
     }

@@ -78,7 +78,7 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
 fn every_defect_is_noticed() {
     use halfsilver::planted::Defect;
 
-    const DEFECTS: [Defect; 35] = [
+    const DEFECTS: [Defect; 36] = [
         Defect::BitsBeforeBytes,
         Defect::ImagesByTheNearest,
         Defect::LogsInWrongOrder,
@@ -114,6 +114,7 @@ fn every_defect_is_noticed() {
         Defect::FoldBeforeSaved,
         Defect::HandOverNotStored,
         Defect::ShownNotStored,
+        Defect::TakenUpForEmpty,
     ];
     let found = DEFECTS.map(|defect| {
         // The rare ones are looked for where they are likely.

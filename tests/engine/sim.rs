@@ -74,6 +74,7 @@ struct State {
     longest: AtomicUsize,
     reads: AtomicUsize,
     writes: AtomicUsize,
+    zeroes: AtomicUsize,
     syncs: AtomicUsize,
     poisoned: AtomicBool,
     path: PathBuf,
@@ -101,6 +102,7 @@ impl SimImage {
                 longest: AtomicUsize::new(0),
                 reads: AtomicUsize::new(0),
                 writes: AtomicUsize::new(0),
+                zeroes: AtomicUsize::new(0),
                 syncs: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
                 path: PathBuf::from(name),
@@ -144,6 +146,16 @@ impl SimImage {
     /// Makes zeroing fail with `errno`, and nothing else.
     pub fn fail_zeroing(&self, errno: i32) {
         *self.state.fail_zeroing.lock().unwrap() = Some(errno);
+    }
+
+    /// Zeroing works again.
+    pub fn heal_zeroing(&self) {
+        *self.state.fail_zeroing.lock().unwrap() = None;
+    }
+
+    /// How often a range was to be zeroed.
+    pub fn zeroes(&self) -> usize {
+        self.state.zeroes.load(Ordering::SeqCst)
     }
 
     /// Makes syncs fail with `errno`.
@@ -230,6 +242,7 @@ impl Image for SimImage {
         match ticket.kind() {
             OpKind::Sync => _ = self.state.syncs.fetch_add(1, Ordering::SeqCst),
             OpKind::Write { .. } => _ = self.state.writes.fetch_add(1, Ordering::SeqCst),
+            OpKind::Zero { .. } => _ = self.state.zeroes.fetch_add(1, Ordering::SeqCst),
             OpKind::Read => {
                 self.state.reads.fetch_add(1, Ordering::SeqCst);
                 self.state.longest.fetch_max(len, Ordering::SeqCst);
