@@ -60,11 +60,11 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
     let found = Slip::ALL.map(|slip| {
         let shape: fn(u64) -> Shape = match slip {
             Slip::NoPendingRecord | Slip::NextBeforeRecord => Shape::of_logs,
+            Slip::SavedNotCommitted => Shape::of_saved,
             Slip::TableInUseRemoved => |seed| Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) },
             _ => Shape::of,
         };
         let first = match slip {
-            Slip::SavedNotCommitted => 470,
             Slip::LegBackBeforeRecord => 520,
             _ => 0,
         };

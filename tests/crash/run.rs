@@ -135,6 +135,11 @@ impl Shape {
         Shape { block: 4096, sectors: 16, strategies: [15, 85, 0], legs: None, ..Shape::of(seed) }
     }
 
+    /// Snapshots that outlive power cuts, on a disk of two blocks.
+    pub fn of_saved(seed: u64) -> Shape {
+        Shape { strategies: [100, 0, 0], saved_outlive: true, ..Shape::of_logs(seed) }
+    }
+
     /// A mirror that gets its second leg.
     #[cfg(feature = "planted")]
     pub fn of_new_leg(seed: u64) -> Shape {

@@ -37,6 +37,34 @@ fn a_write_is_saved_once_however_many_snapshots_there_are() {
     }
 }
 
+/// A read has a version until it ends: the full image goes to VLUN B while a read of VLUN A is at the device.
+#[test]
+fn a_read_in_flight_shows_its_version_when_the_full_image_moves_away() {
+    for writers in [Writers::Connection, Writers::Request] {
+        let bench = Bench::new();
+        bench.write(&bench.ticket(), 0..32, 1);
+        let (old, new) = (bench.disk.attach_live().connect(), bench.disk.attach_live());
+        let (lane, scheduler) = (old.lane(), &mut Rng::new(1));
+        let (mut read, memory) = bench.start_read(old.clone(), &lane.enter(), block(0));
+        bench.live.hold_in_flight(true);
+        let image = bench.empty_image("frozen");
+        let layer = NewLayer::Frozen { layer: Layer::of(Backing::One(Arc::new(image)), bench.table()) };
+        let (disk, new_live) = (bench.disk.clone(), VersionId::new_v4());
+        let prepared = PreparedSnapshot { disk, layer, new_live, changed: None };
+        bench.editor.cut(vec![prepared], writers).unwrap();
+        bench.on(new, &bench.ticket(), write_of(block(0), 9)).unwrap();
+        assert_eq!(bench.live()[block(0)], [9; 8]);
+        bench.live.hold_in_flight(false);
+        assert!(read.settle(scheduler));
+        assert_eq!(memory(), [1; 8], "{writers:?}: what VLUN A shows, as the next read of it will");
+        if writers == Writers::Connection {
+            let (mut next, memory) = bench.start_read(old, &lane.enter(), block(0));
+            assert!(next.settle(scheduler));
+            assert_eq!(memory(), [1; 8]);
+        }
+    }
+}
+
 #[test]
 fn holes_stay_holes() {
     let bench = Bench::new();
