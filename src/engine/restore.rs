@@ -43,15 +43,19 @@ impl ChainEditor {
         self.publish(disk, Restore::Active(restoring));
     }
 
-    /// Ends a restore of which no block is pending.
+    /// Ends a restore of which no block is pending. False if one is; nothing has changed then.
     ///
-    /// # Panics
-    /// When one is.
-    pub fn end_restore(&self, disk: &Disk) {
+    /// That it has ended may be recorded already, so this must not panic: the job would have ended, and nobody said so.
+    #[must_use]
+    pub fn end_restore(&self, disk: &Disk) -> bool {
         // By the bits: the count follows them, and a guest's write may just have brought the last block back.
         let left = disk.chain().restoring().and_then(|of| of.pending().table().next_set(BlockIndex(0)));
-        assert!(left.is_none(), "a restore ends while {left:?} is pending");
+        if let Some(left) = left {
+            log::error!("a restore is not ended while {left:?} is pending");
+            return false;
+        }
         self.publish(disk, Restore::None);
+        true
     }
 
     /// Has what is saved for a frozen version below the pivot outlive a power cut from now on, or no longer. What was saved before is not

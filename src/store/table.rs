@@ -180,10 +180,12 @@ impl Table {
         self.blocks
     }
 
-    /// How many bits are set.
+    /// How many bits are set. It follows the bits: whether there is one at all is what [`Table::next_set`] says.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.ones.load(Ordering::Relaxed)
+        let ones = self.ones.load(Ordering::Relaxed);
+        // Who clears a bit may be faster than who has just set it, and is still to count it.
+        if ones > self.blocks { 0 } else { ones }
     }
 
     /// Whether the block's bit is set.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use halfsilver::engine::{
-    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, VersionId, Writers,
+    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, RestoreSource, VersionId,
+    Writers,
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
 use halfsilver::store::BlockIndex;
@@ -63,6 +64,20 @@ fn a_read_in_flight_shows_its_version_when_the_full_image_moves_away() {
             assert_eq!(memory(), [1; 8]);
         }
     }
+}
+
+/// Whatever a job takes for its end: while a block is pending there is none, and what is shown stays right.
+#[test]
+fn a_restore_with_a_pending_block_does_not_end() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    bench.write(&bench.ticket(), block(2), 3);
+    crate::restore::restore(&bench, RestoreSource::Own(cut.frozen[0].id));
+    assert!(!bench.editor.end_restore(&bench.disk));
+    assert_eq!(bench.read(&bench.ticket(), 0..bench.sectors()), vec![1; bench.sectors()]);
+    assert_eq!(bench.disk.blocks_to_bring_back(), 1);
 }
 
 #[test]

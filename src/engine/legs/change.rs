@@ -371,7 +371,10 @@ impl Pair {
         self.sync(queue).await?;
         let intent = &self.core.intent;
         let (done, version) = self.core.alter(|state| {
-            let place = state.resynchronising()?;
+            let Some(place) = state.resynchronising() else {
+                // It is, and that could not be stored the last time.
+                return (state.in_sync().count() == 2).then_some(true);
+            };
             let done = intent.to_copy.next_set(BlockIndex(0)).is_none() && !state.keep_bits;
             if done && let Some(leg) = &mut state.legs[place] {
                 leg.state = LegState::InSync;
