@@ -85,6 +85,11 @@ impl Medium {
         self.lock().fail = Some((op, after, errno));
     }
 
+    /// All operations work again.
+    pub fn heal(&self) {
+        self.lock().fail = None;
+    }
+
     /// It cannot give storage back.
     pub fn without_holes(self) -> Medium {
         self.lock().no_holes = true;

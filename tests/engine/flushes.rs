@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request};
+use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request, RestoreSource, Restoring};
 use halfsilver::store::{DurableTable, PAYLOAD_BYTES};
 
 use crate::bench::{BLOCKS, Bench, block, write_of};
@@ -64,4 +64,50 @@ fn a_deletion_in_one_log_is_not_durable_before_the_entry_in_another() {
         assert!((0..BLOCKS).all(|b| stored(&nearer, b) && !stored(&farther, b)));
         assert_eq!(bench.read(&bench.ticket(), 0..bench.sectors()), vec![3; bench.sectors()]);
     }
+}
+
+/// A moment without room in the state directory: what is asked for then fails, and what is asked for afterwards does not.
+#[test]
+fn a_refusal_costs_one_flush() {
+    for durable_write in [false, true] {
+        let bench = Bench::new();
+        let first = cut_to_durable_log(&bench);
+        let second = cut_to_durable_log(&bench);
+        for refuses in [&second, &first, &second] {
+            bench.write(&bench.ticket(), 0..bench.sectors(), 2);
+            refuses.fail_writes(libc::ENOSPC, 0);
+            let mut write = write_of(block(0), 3);
+            if let Request::Write { durable, .. } = &mut write {
+                *durable = true;
+            }
+            let request = if durable_write { write } else { Request::Flush };
+            // A log that has nothing new to store is not asked.
+            let is_refused = bench.request(&bench.ticket(), request).is_err();
+            refuses.heal_writes();
+            bench.request(&bench.ticket(), Request::Flush).unwrap();
+            assert!((0..BLOCKS).all(|b| stored(&second, b)), "refused before: {is_refused}");
+        }
+        assert!(!stored(&first, 0));
+    }
+}
+
+/// The same while a restore is under way, and of what was saved.
+#[test]
+fn a_refusal_costs_one_flush_of_a_restore() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 2);
+    let (pending, stored) = bench.durable_table();
+    let closed = bench.editor.close(&bench.disk, false);
+    let source = RestoreSource::Own(cut.frozen[0].id);
+    bench.disk.find_differences(&source, pending.table()).unwrap();
+    closed.begin(Restoring::new(pending, source));
+    bench.write(&bench.ticket(), block(1), 3);
+    stored.fail_writes(libc::ENOSPC, 0);
+    bench.request(&bench.ticket(), Request::Flush).unwrap_err();
+    stored.heal_writes();
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert_eq!(bench.entries_of(&stored), [0, 2, 3]);
 }

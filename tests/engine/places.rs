@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use halfsilver::engine::{Backing, ChainEditor, Disk, DiskOptions, EpochClock, Layer, Link, Version, VersionId};
+use halfsilver::engine::{
+    Backing, ChainEditor, Disk, DiskOptions, EpochClock, Layer, Link, NewLayer, Saved, Version, VersionId,
+};
 use halfsilver::image::OpKind;
 
-use crate::bench::{BLOCK_SECTORS, Bench, block, first_bytes};
+use crate::bench::{BLOCK_SECTORS, Bench, block, first_bytes, write_of};
 use crate::sim::{Rng, SimImage};
 
 /// What block 0 shows as zeros, in a frozen version whose place for it has something else.
@@ -108,6 +110,29 @@ fn a_place_that_could_not_be_emptied_costs_no_snapshot() {
     let version = &cut.frozen[0];
     version.set_quiesced();
     assert_eq!(version.broken(), None);
+    bench.write(&bench.ticket(), block(0), 2);
+    assert_eq!(bench.frozen(version).unwrap()[block(0)], [0; BLOCK_SECTORS]);
+}
+
+/// Bytes that were saved, but not their entry, because that could not be made durable.
+#[test]
+fn what_an_attempt_to_save_leaves_is_not_taken_for_zeros() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), STALE);
+    let old = bench.ticket();
+    let (image, (table, durable)) = (bench.empty_image("frozen"), bench.durable_table());
+    let revoke = Box::new(|| Err("not now".to_owned()));
+    let layer = Layer::saved(Backing::One(Arc::new(image.clone())), Arc::new(Saved { table, revoke }));
+    let cut = bench.cut_with(NewLayer::Frozen { layer });
+    durable.fail_writes(libc::ENOSPC, 0);
+    bench.request(&bench.ticket(), write_of(block(0), 1)).unwrap_err();
+    assert_eq!(first_bytes(&image.bytes())[block(0)], [STALE; BLOCK_SECTORS], "the bytes are there");
+    assert!(!bench.entry(0, 0), "and no entry");
+    durable.heal_writes();
+    bench.write(&old, block(0), 0);
+    drop(old);
+    let version = &cut.frozen[0];
+    version.set_quiesced();
     bench.write(&bench.ticket(), block(0), 2);
     assert_eq!(bench.frozen(version).unwrap()[block(0)], [0; BLOCK_SECTORS]);
 }

@@ -153,6 +153,11 @@ impl SimImage {
         *self.state.fail_zeroing.lock().unwrap() = None;
     }
 
+    /// Writes work again.
+    pub fn heal_writes(&self) {
+        *self.state.fail.lock().unwrap() = None;
+    }
+
     /// How often a range was to be zeroed.
     pub fn zeroes(&self) -> usize {
         self.state.zeroes.load(Ordering::SeqCst)
