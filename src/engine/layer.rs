@@ -1,9 +1,9 @@
 //! A version's layer: an image, which blocks of it count, and what is kept of that for a power cut.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Backing;
-use super::place::Places;
 use crate::store::{BlockIndex, DurableTable, Table};
 
 /// An image and which blocks of it count.
@@ -133,5 +133,29 @@ impl Layer {
     #[must_use]
     pub fn owns(&self, block: BlockIndex) -> bool {
         self.table().is_none_or(|table| table.get(block))
+    }
+}
+
+/// What this process knows of the places of blocks that a layer does not hold ([`super::place`]): that they are empty, if it
+/// made the image and nothing has been left in one since. All copies of a layer share it.
+#[derive(Default)]
+pub(super) struct Places {
+    are_empty: AtomicBool,
+}
+
+impl Places {
+    /// Of a new image, in which nothing was ever written.
+    pub(super) fn begin_empty(&self) {
+        self.are_empty.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether every place without an entry is a hole.
+    pub(super) fn are_empty(&self) -> bool {
+        self.are_empty.load(Ordering::SeqCst)
+    }
+
+    /// Something is left in a place without an entry.
+    pub(super) fn doubt(&self) {
+        self.are_empty.store(false, Ordering::SeqCst);
     }
 }

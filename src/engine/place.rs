@@ -1,26 +1,15 @@
-//! Entries and places: what a layer has of a block, where it is, and what may be relied on when it has nothing.
-//!
-//! In a layer with a table each block has an *entry*, its bit, and a *place*, its own position in the layer's image.
-//!
-//! | the block is | entry | its place has |
-//! |---|---|---|
-//! | held | yes | what the version shows |
-//! | empty | no | a hole |
-//! | stale | no | anything |
-//! | freed, in a log | no, but perhaps in the durable table | what that one points to |
+//! Entries and places: what a layer has of a block, where it is, and what may be relied on where it has nothing. With its
+//! *entry*, a bit of the layer's table, a block is *held*: its *place*, its own position in the layer's image, has its bytes.
 //!
 //! What always holds:
-//! - Nobody reads the place of a block that is not held. Bytes come before their entry ([`Unheld::enter`]); an entry is deleted,
-//!   and readers are told by the generation, before its place changes ([`Disk::drop_entries`]).
-//! - Above the pivot every block without an entry may be stale: whatever comes there is written whole, zeros too.
-//! - Below the pivot zeros are saved without being written, but only where the block is known to be empty
-//!   ([`Places::are_empty`]): this process began with an empty image, and nothing has been left in a place since.
-//! - A kill may come between any two steps: between bytes and their entry, or between the deletion of an entry and the
-//!   emptying of its place. A take-up finds the entries as they were, and takes every other block for stale. What was
-//!   freed is forgotten by it: the places come back with the log's end.
-//! - A freed place is given back when the deletion of its entry is durable, and only if nothing came there since.
-
-use std::sync::atomic::{AtomicBool, Ordering};
+//! - Nobody reads the place of a block that is not held. Bytes come before their entry ([`Unheld::enter`]); an entry is
+//!   deleted, and its generation tells readers, before its place changes ([`Disk::drop_entries`]).
+//! - Such a block is *empty*, a hole, or *stale*, which may be anything. Above the pivot all are taken for stale: whatever comes
+//!   there is written whole. Below it zeros are not written to blocks that are known to be empty ([`super::layer::Places`]).
+//! - A kill comes between any two steps: bytes and entry, the entry's deletion and the emptying of the place. A take-up
+//!   finds the entries as they were, and takes all other blocks for stale.
+//! - A *freed* place, of a log, is given back when its entry's deletion is durable, if nothing came there since. A take-up
+//!   has forgotten it; the room comes back with the log's end.
 
 use super::{Chain, Disk, Log, Mode, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, ImageError, IoQueue};
@@ -28,29 +17,6 @@ use crate::store::{BlockIndex, BlockRange};
 
 /// Places that one flush gives back at most, so that it does not take long.
 const RECLAIMED_MAX: usize = 64;
-
-/// What this process knows of the places of a layer that are not held. All copies of a layer share it.
-#[derive(Default)]
-pub(super) struct Places {
-    are_empty: AtomicBool,
-}
-
-impl Places {
-    /// Of a new image, in which nothing was ever written.
-    pub(super) fn begin_empty(&self) {
-        self.are_empty.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether every place without an entry is a hole.
-    fn are_empty(&self) -> bool {
-        self.are_empty.load(Ordering::SeqCst)
-    }
-
-    /// Something is left in a place without an entry.
-    fn doubt(&self) {
-        self.are_empty.store(false, Ordering::SeqCst);
-    }
-}
 
 /// Blocks that are not held, with bytes in their places, or on their way there. If it is dropped they are stale.
 #[must_use = "the blocks are stale when it is dropped"]

@@ -5,10 +5,8 @@
 //!   (and any other table's sector) is found at load and reported, never taken for bits.
 //! - A commit stores bits as they were before its `first` step, so what that step syncs is never behind its bits.
 //! - A commit covers every change made before it was asked for. Those who ask while one runs share the next one.
-//! - A commit that is refused, by a write or by its `first` step, leaves each sector as it was or as it was to become. Its
-//!   changes are stored by the next one, and those who waited for it are told.
-//! - After a failed sync, or a commit that was abandoned on its way, nothing is accepted any more: what is on the medium is
-//!   unknown.
+//! - A commit that is refused, by a write or by its `first` step, is told to those who wait; the next one stores its changes.
+//! - After a failed sync or an abandoned commit nothing is accepted any more: what is on the medium is unknown.
 //!
 //! What is not done here: to decide what damage means to the one whose table it is.
 
