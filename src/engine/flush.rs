@@ -2,7 +2,8 @@
 //!
 //! A log's table is committed to its durable copy in these steps: look at the entries, sync the images, store the
 //! entries, sync them (design: Durability). Only then are places given back whose entries were deleted. Several logs are
-//! looked at from the live version inwards, and stored from the pivot outwards.
+//! looked at from the live version inwards, and stored from the pivot outwards. What has not changed since it was stored costs
+//! nothing ([decision 0049](../../docs/decisions/0049-a-flush-stores-what-has-changed.md)).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -22,7 +23,8 @@ impl Disk {
             return Err(RequestError::Broken(reason.clone()));
         }
         // Before the commit: only what was deleted until now is deleted durably when it is done.
-        let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
+        let freed = logs_of(&chain).filter(|(_, log)| log.freed.count() > 0);
+        let freed: Vec<Freed> = freed.flat_map(|(index, log)| self.some_freed(index, log)).collect();
         self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await?;
         for place in freed {
             self.reclaim(queue, &chain, place).await;
@@ -129,14 +131,19 @@ impl Disk {
 /// pivot, and stored when they are: no deletion is durable before the entry that it makes way for. Each log has its own
 /// image synced between looking and storing: a commit of a nearer one may be shared with somebody who began it for fewer
 /// layers, and syncs only theirs.
+///
+/// What has not changed since it was stored is left out, above all quiesced logs, however many there are. That is asked when
+/// the changes of those farther out have been taken: an entry that one of them makes way for is known by then.
 fn commit<'a>(
     queue: &'a IoQueue,
     layers: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
-        let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
+        let changed = layers.iter().rposition(|layer| layer.needs_storing());
+        let Some((farthest, nearer)) = changed.and_then(|at| layers[..=at].split_last()) else { return Ok(()) };
         let first = async || -> Result<(), ImageError> {
-            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> = Box::pin(farthest.image.sync(queue));
+            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> =
+                Box::pin(async { if farthest.image.needs_sync() { farthest.image.sync(queue).await } else { Ok(()) } });
             join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
         };
         match farthest.log() {

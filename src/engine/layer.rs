@@ -129,6 +129,12 @@ impl Layer {
         }
     }
 
+    /// Whether a flush has anything to do here. One that is asked before it takes the changes of a log farther out may miss
+    /// what those are to come after.
+    pub(super) fn needs_storing(&self) -> bool {
+        self.image.needs_sync() || self.log().is_some_and(|log| log.table.needs_commit())
+    }
+
     /// Whether the layer holds the block.
     #[must_use]
     pub fn owns(&self, block: BlockIndex) -> bool {

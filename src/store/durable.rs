@@ -12,6 +12,7 @@
 
 use std::future::poll_fn;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -64,6 +65,8 @@ pub struct DurableTable {
     id: Uuid,
     table: Arc<Table>,
     state: Mutex<State>,
+    /// Whether a commit runs, or the next one has something to do beside changes of bits. Changed under the lock.
+    is_unsettled: AtomicBool,
 }
 
 struct State {
@@ -181,7 +184,7 @@ impl DurableTable {
             doubt: None,
             waiting: Vec::new(),
         };
-        DurableTable { image, id, table, state: Mutex::new(state) }
+        DurableTable { image, id, table, state: Mutex::new(state), is_unsettled: AtomicBool::new(true) }
     }
 
     /// The table, to be read and changed.
@@ -211,6 +214,14 @@ impl DurableTable {
         let mut state = self.lock();
         state.header_changed |= state.payload != payload;
         state.payload = payload;
+        self.is_unsettled.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a commit that is asked for now would store anything, or share one that does.
+    #[must_use]
+    pub fn needs_commit(&self) -> bool {
+        // In this order: a commit says that it runs before it takes the changes.
+        self.table.has_changes() || self.is_unsettled.load(Ordering::SeqCst)
     }
 
     /// Makes every change that was made before this call durable.
@@ -268,6 +279,7 @@ impl DurableTable {
         }
         state.running = true;
         state.begun += 1;
+        self.is_unsettled.store(true, Ordering::SeqCst);
         Poll::Ready(CommitTurn::Lead)
     }
 
@@ -300,6 +312,7 @@ impl DurableTable {
         taken: &mut Vec<u64>,
     ) -> Result<(), ImageError> {
         let (mut from, mut wrote) = (0, false);
+        self.table.begin_to_take();
         loop {
             let sectors = self.table.take_changes(&mut from, BATCH_SECTORS);
             taken.extend_from_slice(&sectors);
@@ -392,6 +405,8 @@ impl Drop for Leader<'_> {
         if let Some(error) = &state.doubt {
             log::error!("{}: a commit failed, none is accepted any more: {error}", self.durable.image.path().display());
         }
+        let is_settled = state.doubt.is_none() && !state.header_changed && !state.left_unsynced;
+        self.durable.is_unsettled.store(!is_settled, Ordering::SeqCst);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         waiting.into_iter().for_each(Waker::wake);

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -52,6 +52,8 @@ struct Changes {
     group_blocks: u64,
     // One bit a group.
     groups: Box<[AtomicU64]>,
+    // Whether some group may have changed since somebody last began to ask.
+    any: AtomicBool,
 }
 
 // SAFETY: the mapping is owned by the table and accessed only through atomics.
@@ -262,7 +264,8 @@ impl Table {
     /// From now on remembers which groups of `group_blocks` blocks change. The first call counts.
     pub(super) fn track(&self, group_blocks: u64) {
         let words = usize::try_from(self.blocks.div_ceil(group_blocks).div_ceil(64)).expect("far fewer than the bits");
-        self.changes.get_or_init(|| Changes { group_blocks, groups: (0..words).map(|_| AtomicU64::new(0)).collect() });
+        let groups = || (0..words).map(|_| AtomicU64::new(0)).collect();
+        self.changes.get_or_init(|| Changes { group_blocks, groups: groups(), any: AtomicBool::new(false) });
     }
 
     /// Remembers a change of `range`, if changes are remembered: also of bits that had their value already, because
@@ -275,6 +278,22 @@ impl Table {
         for group in range.start.0 / changes.group_blocks..=(range.end.0 - 1) / changes.group_blocks {
             let word = usize::try_from(group / 64).expect("far fewer than the bits");
             changes.groups[word].fetch_or(1 << (group % 64), Ordering::SeqCst);
+        }
+        // After the groups: who does not see it yet need not know of them.
+        if !changes.any.load(Ordering::SeqCst) {
+            changes.any.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether changes may have been remembered since [`Table::begin_to_take`] was called.
+    pub(super) fn has_changes(&self) -> bool {
+        self.changes.get().is_some_and(|changes| changes.any.load(Ordering::SeqCst))
+    }
+
+    /// Somebody is about to take all changes ([`Table::take_changes`]).
+    pub(super) fn begin_to_take(&self) {
+        if let Some(changes) = self.changes.get() {
+            changes.any.store(false, Ordering::SeqCst);
         }
     }
 

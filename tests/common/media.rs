@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
+use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket, Unsynced};
 
 use crate::schedule::{Device, Rng};
 
@@ -46,6 +46,7 @@ struct State {
 pub struct Medium {
     state: Arc<Mutex<State>>,
     poisoned: Arc<AtomicBool>,
+    unsynced: Arc<Unsynced>,
     path: PathBuf,
 }
 
@@ -73,7 +74,12 @@ impl Medium {
     /// A medium with these bytes on stable storage.
     pub fn with(name: &str, bytes: Vec<u8>) -> Medium {
         let state = State { now: bytes.clone(), stored: bytes, ..State::default() };
-        Medium { state: Arc::new(Mutex::new(state)), poisoned: Arc::default(), path: name.into() }
+        Medium {
+            state: Arc::new(Mutex::new(state)),
+            poisoned: Arc::default(),
+            unsynced: Arc::default(),
+            path: name.into(),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -155,7 +161,8 @@ impl Medium {
                 }
             }
         });
-        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), path: self.path.clone() }
+        let path = self.path.clone();
+        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), unsynced: Arc::default(), path }
     }
 
     /// How many sectors were written and are not on stable storage.
@@ -269,6 +276,9 @@ impl Image for Medium {
     }
     fn path(&self) -> &Path {
         &self.path
+    }
+    fn unsynced(&self) -> Option<&Unsynced> {
+        Some(&self.unsynced)
     }
     fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::SeqCst)

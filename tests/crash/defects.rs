@@ -78,7 +78,7 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
 fn every_defect_is_noticed() {
     use halfsilver::planted::Defect;
 
-    const DEFECTS: [Defect; 36] = [
+    const DEFECTS: [Defect; 38] = [
         Defect::BitsBeforeBytes,
         Defect::ImagesByTheNearest,
         Defect::LogsInWrongOrder,
@@ -115,6 +115,8 @@ fn every_defect_is_noticed() {
         Defect::HandOverNotStored,
         Defect::ShownNotStored,
         Defect::TakenUpForEmpty,
+        Defect::WriteNotNoted,
+        Defect::CleanLogsAskedFirst,
     ];
     let found = DEFECTS.map(|defect| {
         // The rare ones are looked for where they are likely.

@@ -111,3 +111,55 @@ fn a_refusal_costs_one_flush_of_a_restore() {
     bench.request(&bench.ticket(), Request::Flush).unwrap();
     assert_eq!(bench.entries_of(&stored), [0, 2, 3]);
 }
+
+/// What a flush costs does not grow with the snapshots of a disk: quiesced logs have everything on stable storage.
+#[test]
+fn a_flush_syncs_what_has_changed_however_many_logs_there_are() {
+    let mut costs = Vec::new();
+    for logs in [1, 10, 100] {
+        let bench = Bench::new();
+        bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+        let mut images = vec![bench.live.clone()];
+        for _ in 0..logs {
+            let (cut, log, durable) = bench.cut_to_log_with_table();
+            let queue = bench.queue.clone();
+            let (disk, frozen) = (bench.disk.clone(), cut.frozen[0].id);
+            bench.run(async move { disk.make_durable(&queue, frozen).await.unwrap() });
+            cut.frozen[0].set_quiesced();
+            bench.write(&bench.ticket(), block(1), 2);
+            images.extend([log, durable]);
+        }
+        let syncs = || images.iter().map(SimImage::syncs).sum::<usize>();
+        let cost_of = |request: Option<Request>| {
+            if let Some(request) = request {
+                bench.request(&bench.ticket(), request).unwrap();
+            }
+            let before = syncs();
+            bench.request(&bench.ticket(), Request::Flush).unwrap();
+            syncs() - before
+        };
+        cost_of(None);
+        // Nothing, a block that the log has, and one that it gets.
+        costs.push([cost_of(None), cost_of(Some(write_of(block(1), 3))), cost_of(Some(write_of(block(2), 3)))]);
+    }
+    assert_eq!(costs, [[0, 1, 2]; 3], "syncs of a flush with 1, 10 and 100 logs");
+}
+
+/// A log that was left out is asked again when something is written to it: by an old epoch, or by a job.
+#[test]
+fn a_quiesced_log_that_changes_is_stored_by_the_next_flush() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let nearer = cut_to_durable_log(&bench);
+    let old = bench.ticket();
+    let farther = cut_to_durable_log(&bench);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    bench.write(&old, block(0), 2);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert!(stored(&nearer, 0) && !stored(&farther, 0));
+    bench.write(&bench.ticket(), block(1), 3);
+    bench.write(&old, block(1), 4);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert!(stored(&nearer, 1) && !stored(&farther, 1));
+}

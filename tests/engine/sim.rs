@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket};
+use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket, Unsynced};
 
 pub use crate::schedule::Rng;
 use crate::schedule::{self, Device};
@@ -77,6 +77,7 @@ struct State {
     zeroes: AtomicUsize,
     syncs: AtomicUsize,
     poisoned: AtomicBool,
+    unsynced: Unsynced,
     path: PathBuf,
     alignment: u32,
     holes: Mutex<HashMap<usize, ()>>,
@@ -105,6 +106,7 @@ impl SimImage {
                 zeroes: AtomicUsize::new(0),
                 syncs: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
+                unsynced: Unsynced::default(),
                 path: PathBuf::from(name),
                 alignment,
                 holes: Mutex::new((0..size / SECTOR).map(|s| (s, ())).collect()),
@@ -260,6 +262,9 @@ impl Image for SimImage {
     }
     fn path(&self) -> &Path {
         &self.state.path
+    }
+    fn unsynced(&self) -> Option<&Unsynced> {
+        Some(&self.state.unsynced)
     }
     fn is_poisoned(&self) -> bool {
         self.state.poisoned.load(Ordering::SeqCst)
