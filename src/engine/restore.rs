@@ -177,7 +177,7 @@ impl Disk {
                 break;
             }
             let Some(tables) = disk.owned_above_base(id, self.geometry.block_bytes) else { break };
-            tables.iter().try_for_each(|table| add_set(table, pending))?;
+            tables.iter().try_for_each(|table| pending.merge(table))?;
             above = disk.base();
         }
         let live = chain.live();
@@ -265,15 +265,5 @@ fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
 
 /// Adds the blocks that a version has itself.
 fn add_owned(of: VersionIn<'_>, pending: &Table) -> std::io::Result<()> {
-    of.layer().table().map_or(Ok(()), |table| add_set(table, pending))
-}
-
-fn add_set(table: &Table, pending: &Table) -> std::io::Result<()> {
-    let mut at = BlockIndex(0);
-    while let Some(block) = table.next_set(at) {
-        pending.prepare(BlockRange::one(block))?;
-        pending.set(BlockRange::one(block));
-        at = BlockIndex(block.0 + 1);
-    }
-    Ok(())
+    of.layer().table().map_or(Ok(()), |table| pending.merge(table))
 }

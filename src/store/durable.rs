@@ -198,9 +198,7 @@ impl DurableTable {
     /// # Errors
     /// When no page can be had. Some of the bits may be set then.
     pub fn take_in(&self, from: &Table) -> std::io::Result<()> {
-        let merged = self.table.merge(from);
-        self.table.note_change(BlockRange { start: BlockIndex(0), end: BlockIndex(from.blocks()) });
-        merged
+        self.table.merge(from)
     }
 
     /// Where the durable copy is.

@@ -207,11 +207,14 @@ impl Table {
         }
         let (first, ..) = Self::place(range.start);
         let (last, ..) = Self::place(BlockIndex(range.end.0 - 1));
-        for page in first..=last {
-            if self.is_present(page) {
-                continue;
+        let mut page = first;
+        while page <= last {
+            let is_present = self.is_present(page);
+            let alike = (page..=last).take_while(|&page| self.is_present(page) == is_present).count();
+            if !is_present {
+                self.populate(page, alike)?;
             }
-            self.populate(page, 1)?;
+            page += alike;
         }
         Ok(())
     }
@@ -240,23 +243,30 @@ impl Table {
     /// # Panics
     /// When it was not.
     pub fn set(&self, range: BlockRange) {
-        for block in range.iter() {
-            let (page, word, bit) = Self::place(block);
+        for (index, bits) in words_of(range) {
+            let (page, word, _) = Self::place(BlockIndex(index * 64));
             assert!(self.is_present(page), "bits are set only after Table::prepare");
-            if self.word(page, word).fetch_or(bit, Ordering::SeqCst) & bit == 0 {
-                self.ones.fetch_add(1, Ordering::Relaxed);
-            }
+            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
         }
         self.note_change(range);
     }
 
-    /// Clears the bits of `range`.
+    /// Clears the bits of `range`. Pages that were never used cost nothing.
     pub fn clear(&self, range: BlockRange) {
-        for block in range.iter() {
-            let (page, word, bit) = Self::place(block);
-            if self.is_present(page) && self.word(page, word).fetch_and(!bit, Ordering::SeqCst) & bit != 0 {
-                self.ones.fetch_sub(1, Ordering::Relaxed);
+        let mut at = range.start.0;
+        while let Some(used) = self.next_word(at / 64).filter(|_| at < range.end.0) {
+            at = at.max(used * 64);
+            let end = ((at / PAGE_BITS + 1) * PAGE_BITS).min(range.end.0);
+            for (index, bits) in words_of(BlockRange { start: BlockIndex(at), end: BlockIndex(end) }) {
+                let (page, word, _) = Self::place(BlockIndex(index * 64));
+                let word = self.word(page, word);
+                if word.load(Ordering::SeqCst) & bits != 0 {
+                    let old = word.fetch_and(!bits, Ordering::SeqCst);
+                    self.ones.fetch_sub(u64::from((bits & old).count_ones()), Ordering::Relaxed);
+                }
             }
+            at = end;
         }
         self.note_change(range);
     }
@@ -275,9 +285,10 @@ impl Table {
         if range.is_empty() {
             return;
         }
-        for group in range.start.0 / changes.group_blocks..=(range.end.0 - 1) / changes.group_blocks {
-            let word = usize::try_from(group / 64).expect("far fewer than the bits");
-            changes.groups[word].fetch_or(1 << (group % 64), Ordering::SeqCst);
+        let (first, last) = (range.start.0 / changes.group_blocks, (range.end.0 - 1) / changes.group_blocks);
+        for (word, groups) in words_of(BlockRange { start: BlockIndex(first), end: BlockIndex(last + 1) }) {
+            let word = usize::try_from(word).expect("far fewer than the bits");
+            changes.groups[word].fetch_or(groups, Ordering::SeqCst);
         }
         // After the groups: who does not see it yet need not know of them.
         if !changes.any.load(Ordering::SeqCst) {
@@ -318,13 +329,9 @@ impl Table {
     pub fn next_set(&self, from: BlockIndex) -> Option<BlockIndex> {
         let mut at = from.0;
         while at < self.blocks {
-            let (page, word, bit) = Self::place(BlockIndex(at));
-            if !self.is_present(page) {
-                at = (page as u64 + 1) * PAGE_BITS;
-                continue;
-            }
+            at = at.max(self.next_word(at / 64)? * 64);
             // Bits below `at` in its word are not asked for.
-            let rest = self.word(page, word).load(Ordering::SeqCst) & !(bit - 1);
+            let rest = self.word_at(at / 64) & (u64::MAX << (at % 64));
             if rest != 0 {
                 let found = at / 64 * 64 + u64::from(rest.trailing_zeros());
                 return (found < self.blocks).then_some(BlockIndex(found));
@@ -489,6 +496,19 @@ impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Table({} of {} blocks)", self.count(), self.blocks)
     }
+}
+
+/// The words of 64 blocks that a range lies in, and its bits in each.
+fn words_of(range: BlockRange) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = range.start.0;
+    std::iter::from_fn(move || {
+        if at >= range.end.0 {
+            return None;
+        }
+        let (start, end) = (at, range.end.0.min((at / 64 + 1) * 64));
+        at = end;
+        Some((start / 64, (u64::MAX >> (64 - (end - start))) << (start % 64)))
+    })
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
