@@ -4,7 +4,7 @@
 //!
 //! | room         | one job                                                   | may use                       |
 //! |--------------|-----------------------------------------------------------|-------------------------------|
-//! | `image`      | bytes at positions; owns buffers until the kernel is done | –                             |
+//! | `image`      | bytes at positions; owns buffers until the kernel is done | sync                          |
 //! | `store`      | durable records, and tables of blocks                     | image, crash                  |
 //! | `engine`     | epochs, versions, block locks, copy-on-write              | image, store, sync            |
 //! | `job`        | paced background copying over `engine`                    | engine, store, image, crash   |

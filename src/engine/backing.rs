@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::{Geometry, Pair, View};
 use crate::image::{
-    Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, read_exact_at, release_range, sync,
-    write_all_at, zero_range,
+    Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, needs_sync, read_exact_at, release_range,
+    sync, write_all_at, zero_range,
 };
 
 const FROZEN: &str = "a frozen version never changes";
@@ -159,6 +159,16 @@ impl Backing {
             Backing::One(image) => release_range(&**image, queue, at, len).await,
             Backing::Pair(pair) => Box::pin(pair.release(queue, at, len)).await,
             Backing::View(view) => Err(view.refusal(ImageOp::Discard, FROZEN)),
+        }
+    }
+
+    /// Whether a sync would make anything durable, or has something to say.
+    #[must_use]
+    pub fn needs_sync(&self) -> bool {
+        match self {
+            Backing::One(image) => needs_sync(&**image),
+            Backing::Pair(_) => true, // What else changes its legs it does not note.
+            Backing::View(_) => false,
         }
     }
 

@@ -315,20 +315,6 @@ impl<'a> VersionIn<'a> {
         let restoring = self.chain.restoring().filter(|_| self.index == self.chain.live());
         restoring.filter(|restoring| restoring.is_pending(block))
     }
-
-    /// Blocks are in its layer from now on, if that has a table.
-    pub(super) fn set(self, blocks: BlockRange) {
-        if let Some(table) = self.layer().table() {
-            table.set(blocks);
-        }
-    }
-
-    /// Blocks are not in its layer any more, if that has a table.
-    pub(super) fn clear(self, blocks: BlockRange) {
-        if let Some(table) = self.layer().table() {
-            table.clear(blocks);
-        }
-    }
 }
 
 /// Which version a request is on.

@@ -59,7 +59,7 @@ impl Disk {
         let zeros = chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1);
         let run = self.whole_blocks(first, zeros)?;
         table.prepare(run).ok()?;
-        table.set(run);
+        chain.at(OLDEST_LOG).enter(run);
         Some(Copied { next: run.end, bytes: self.geometry.bytes(run).1 })
     }
 
@@ -83,8 +83,7 @@ impl Disk {
             let chain = &chain;
             async move {
                 table.prepare(part).map_err(|e| format!("its table cannot grow: {e}"))?;
-                self.copy_blocks(queue, chain, part, Copy { from: ORIGIN, to: OLDEST_LOG }).await?;
-                table.set(part);
+                self.copy_blocks(queue, chain, part, Copy { from: ORIGIN, to: OLDEST_LOG }).await?.enter();
                 Ok(())
             }
         });

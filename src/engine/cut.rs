@@ -159,7 +159,10 @@ impl Disk {
         let last = links.last_mut().expect("a chain is never empty");
         let frozen = last.version.clone();
         let (layer, splits) = match prepared.layer {
-            NewLayer::Frozen { layer } => (std::mem::replace(&mut last.layer, layer), false),
+            NewLayer::Frozen { layer } => {
+                layer.places().begin_empty();
+                (std::mem::replace(&mut last.layer, layer), false)
+            }
             NewLayer::Live { layer } => (layer, false),
             NewLayer::Split { frozen, live } => {
                 last.layer.image = frozen;

@@ -2,18 +2,16 @@
 //!
 //! A log's table is committed to its durable copy in these steps: look at the entries, sync the images, store the
 //! entries, sync them (design: Durability). Only then are places given back whose entries were deleted. Several logs are
-//! looked at from the live version inwards, and stored from the pivot outwards.
+//! looked at from the live version inwards, and stored from the pivot outwards. What has not changed since it was stored costs
+//! nothing ([decision 0049](../../docs/decisions/0049-a-flush-stores-what-has-changed.md)).
 
 use std::pin::Pin;
 use std::sync::Arc;
 
+use super::place::Freed;
 use super::restoring::Restore;
-use super::{Chain, Disk, Epoch, Layer, Log, Mode, RequestError, VersionId, VersionIn, VersionIndex};
+use super::{Chain, Disk, Epoch, Layer, Log, RequestError, VersionId, VersionIn, VersionIndex};
 use crate::image::{ImageError, IoQueue, join_all};
-use crate::store::{BlockIndex, BlockRange};
-
-/// Places that one flush gives back at most, so that it does not take long.
-const RECLAIMED_MAX: usize = 64;
 
 impl Disk {
     /// Makes durable what requests of `epoch` wrote.
@@ -25,7 +23,8 @@ impl Disk {
             return Err(RequestError::Broken(reason.clone()));
         }
         // Before the commit: only what was deleted until now is deleted durably when it is done.
-        let freed: Vec<Freed> = logs_of(&chain).flat_map(|(index, log)| self.some_freed(index, log)).collect();
+        let freed = logs_of(&chain).filter(|(_, log)| log.freed.count() > 0);
+        let freed: Vec<Freed> = freed.flat_map(|(index, log)| self.some_freed(index, log)).collect();
         self.flush_from(queue, chain.at(chain.at_epoch(epoch))).await?;
         for place in freed {
             self.reclaim(queue, &chain, place).await;
@@ -124,40 +123,6 @@ impl Disk {
     pub(super) fn has_logs(&self, chain: &Chain) -> bool {
         logs_of(chain).next().is_some()
     }
-
-    fn some_freed(&self, index: VersionIndex, log: &Log) -> Vec<Freed> {
-        let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
-        let blocks = std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX);
-        let freed = |block| Freed { index, block, generation: self.locks.generation(BlockRange::one(block)) };
-        blocks.map(freed).collect()
-    }
-
-    /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
-    /// durable although it is deleted again: then the place waits for the next flush.
-    async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
-        let Some(log) = chain.layer(place.index).log() else { return };
-        let one = BlockRange::one(place.block);
-        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
-        let is_same = self.locks.generation(one) == place.generation;
-        if !is_same && !log.table.table().get(place.block) {
-            return;
-        }
-        log.freed.clear(one);
-        if log.table.table().get(place.block) {
-            return;
-        }
-        let (at, len) = self.geometry.bytes(one);
-        if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
-            log::warn!("the space of superseded blocks is not given back: {e}");
-        }
-    }
-}
-
-/// The place of a deleted entry, and the generation of its block's lock after that.
-struct Freed {
-    index: VersionIndex,
-    block: BlockIndex,
-    generation: u64,
 }
 
 /// Syncs the images of layers and commits their tables, the last one being the farthest from the pivot.
@@ -166,14 +131,19 @@ struct Freed {
 /// pivot, and stored when they are: no deletion is durable before the entry that it makes way for. Each log has its own
 /// image synced between looking and storing: a commit of a nearer one may be shared with somebody who began it for fewer
 /// layers, and syncs only theirs.
+///
+/// What has not changed since it was stored is left out, above all quiesced logs, however many there are. That is asked when
+/// the changes of those farther out have been taken: an entry that one of them makes way for is known by then.
 fn commit<'a>(
     queue: &'a IoQueue,
     layers: &'a [&'a Layer],
 ) -> Pin<Box<dyn Future<Output = Result<(), ImageError>> + 'a>> {
     Box::pin(async move {
-        let Some((farthest, nearer)) = layers.split_last() else { return Ok(()) };
+        let changed = layers.iter().rposition(|layer| layer.needs_storing());
+        let Some((farthest, nearer)) = changed.and_then(|at| layers[..=at].split_last()) else { return Ok(()) };
         let first = async || -> Result<(), ImageError> {
-            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> = Box::pin(farthest.image.sync(queue));
+            let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> =
+                Box::pin(async { if farthest.image.needs_sync() { farthest.image.sync(queue).await } else { Ok(()) } });
             join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
         };
         match farthest.log() {

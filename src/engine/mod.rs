@@ -23,6 +23,7 @@ mod geometry;
 mod layer;
 mod legs;
 mod lock;
+mod place;
 mod plan;
 mod read;
 mod request;

@@ -3,6 +3,9 @@
 //! Figure 26 takes a lock for each read. A backup would then hold up the guest's writes, so here a read that went
 //! through a table is resolved again after it was read: a bit is set before the overwrite that it announces is
 //! submitted, so "still the same owner" means that what was read had not been overwritten.
+//!
+//! What always holds: a read shows one version to its end, that of its epoch, whatever cuts come meanwhile. Also a read of
+//! the full image is looked at again: a cut publishes its chain before anything of the newer version is submitted.
 
 use std::sync::Arc;
 
@@ -11,7 +14,9 @@ use super::geometry::usize_of;
 use super::restoring::Restore;
 use super::runs::alike;
 use super::view::ViewRead;
-use super::{Background, Backing, Disk, Epoch, Geometry, RequestError, RestoreSource, VersionId, VersionSource, View};
+use super::{
+    Background, Backing, Chain, Disk, Epoch, Geometry, RequestError, RestoreSource, VersionId, VersionSource, View,
+};
 use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::{BlockRange, Table};
 
@@ -33,21 +38,23 @@ impl Disk {
         if into.is_empty() {
             return Ok(());
         }
-        if let Some(pivot) = self.pivot_shown(target, epoch)? {
-            pivot.read(queue, at, IoBuf::Guest(into)).await?;
-            // A frozen pivot on its way out is overwritten by the log above it.
-            return index_of(&self.chain.load(), target, epoch).map(drop);
-        }
+        let pivot = pivot_shown(&self.chain.load(), target, epoch)?.cloned();
+        let into = match pivot {
+            None => into,
+            Some(pivot) => {
+                let IoBuf::Guest(into) = pivot.read(queue, at, IoBuf::Guest(into)).await? else {
+                    unreachable!("a transfer gives back the buffer it was given")
+                };
+                // The full image may have gone to a newer version, which has overwritten it, or a restore have begun; a
+                // frozen pivot on its way out is overwritten by the log above it.
+                if pivot_shown(&self.chain.load(), target, epoch)?.is_some_and(|now| now.is(&pivot)) {
+                    return Ok(());
+                }
+                into
+            }
+        };
         // Boxed, so that requests which need no table do not carry the room for this.
         Box::pin(self.read_through_tables(queue, target, epoch, at, into)).await
-    }
-
-    /// The image of the version, if it owns every block.
-    fn pivot_shown(&self, target: Target, epoch: Epoch) -> Result<Option<Backing>, RequestError> {
-        let chain = self.chain.load();
-        let index = index_of(&chain, target, epoch)?;
-        let is_restored = index == chain.live() && !matches!(chain.restore(), Restore::None);
-        Ok((index == chain.pivot_of(index) && !is_restored).then(|| chain.layer(index).image.clone()))
     }
 
     async fn read_through_tables(
@@ -152,6 +159,13 @@ impl Disk {
         }
         Ok(extents)
     }
+}
+
+/// The image of the version, if it owns every block.
+fn pivot_shown(chain: &Chain, target: Target, epoch: Epoch) -> Result<Option<&Backing>, RequestError> {
+    let index = index_of(chain, target, epoch)?;
+    let is_restored = index == chain.live() && !matches!(chain.restore(), Restore::None);
+    Ok((index == chain.pivot_of(index) && !is_restored).then(|| &chain.layer(index).image))
 }
 
 /// Whether the same images have the same blocks.

@@ -15,7 +15,7 @@ use super::geometry::usize_of;
 use super::restoring::Restore;
 use super::runs::those;
 use super::{
-    Backing, ChainEditor, Changes, Copied, Disk, Gate, Layer, RequestError, RestoreSource, Restoring, Saved, Ticket,
+    Backing, ChainEditor, Changes, Copied, Disk, Gate, RequestError, RestoreSource, Restoring, Saved, Ticket,
     VersionId, VersionIn,
 };
 use crate::image::{AlignedBuf, IoBuf, IoQueue, join_all};
@@ -43,15 +43,19 @@ impl ChainEditor {
         self.publish(disk, Restore::Active(restoring));
     }
 
-    /// Ends a restore of which no block is pending.
+    /// Ends a restore of which no block is pending. False if one is; nothing has changed then.
     ///
-    /// # Panics
-    /// When one is.
-    pub fn end_restore(&self, disk: &Disk) {
+    /// That it has ended may be recorded already, so this must not panic: the job would have ended, and nobody said so.
+    #[must_use]
+    pub fn end_restore(&self, disk: &Disk) -> bool {
         // By the bits: the count follows them, and a guest's write may just have brought the last block back.
         let left = disk.chain().restoring().and_then(|of| of.pending().table().next_set(BlockIndex(0)));
-        assert!(left.is_none(), "a restore ends while {left:?} is pending");
+        if let Some(left) = left {
+            log::error!("a restore is not ended while {left:?} is pending");
+            return false;
+        }
         self.publish(disk, Restore::None);
+        true
     }
 
     /// Has what is saved for a frozen version below the pivot outlive a power cut from now on, or no longer. What was saved before is not
@@ -61,12 +65,7 @@ impl ChainEditor {
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         if let Some(link) = links.iter_mut().find(|link| link.version.id == version) {
-            let image = link.layer.image.clone();
-            link.layer = match (saved, link.layer.table()) {
-                (Some(saved), _) => Layer::saved(image, saved),
-                (None, Some(table)) => Layer::of(image, table.clone()),
-                (None, None) => Layer::full(image),
-            };
+            link.layer = link.layer.with_saved(saved);
         }
         disk.chain.store(Arc::new(chain.with_links(links)));
     }
@@ -178,7 +177,7 @@ impl Disk {
                 break;
             }
             let Some(tables) = disk.owned_above_base(id, self.geometry.block_bytes) else { break };
-            tables.iter().try_for_each(|table| add_set(table, pending))?;
+            tables.iter().try_for_each(|table| pending.merge(table))?;
             above = disk.base();
         }
         let live = chain.live();
@@ -266,15 +265,5 @@ fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
 
 /// Adds the blocks that a version has itself.
 fn add_owned(of: VersionIn<'_>, pending: &Table) -> std::io::Result<()> {
-    of.layer().table().map_or(Ok(()), |table| add_set(table, pending))
-}
-
-fn add_set(table: &Table, pending: &Table) -> std::io::Result<()> {
-    let mut at = BlockIndex(0);
-    while let Some(block) = table.next_set(at) {
-        pending.prepare(BlockRange::one(block))?;
-        pending.set(BlockRange::one(block));
-        at = BlockIndex(block.0 + 1);
-    }
-    Ok(())
+    of.layer().table().map_or(Ok(()), |table| pending.merge(table))
 }

@@ -139,7 +139,7 @@ impl Disk {
                 Some(async move {
                     match self.copy_blocks(queue, chain, part, Copy { from: retiring.index, to: heir }).await {
                         // Durable with the rest ([`Disk::settle`]): until then the entry that it was copied from is.
-                        Ok(()) => chain.at(heir).set(part),
+                        Ok(copied) => copied.enter(),
                         Err(reason) => self.give_up(chain.at(heir), &reason).map_err(|e| e.to_string())?,
                     }
                     Ok(())
@@ -157,8 +157,7 @@ impl Disk {
     async fn hand_to_newer(&self, queue: &IoQueue, retiring: VersionIn<'_>, blocks: BlockRange) -> Result<(), String> {
         let heir = retiring.other(retiring.index + 1);
         let copies = those(blocks, |block| !heir.layer().owns(block)).map(|part| async move {
-            self.copy_blocks(queue, heir.chain, part, Copy { from: retiring.index, to: heir.index }).await?;
-            heir.set(part);
+            self.copy_blocks(queue, heir.chain, part, Copy { from: retiring.index, to: heir.index }).await?.enter();
             Ok(())
         });
         join_all(copies.collect()).await.into_iter().collect()
@@ -176,7 +175,7 @@ impl Disk {
             }
             join_all(saves).await.into_iter().collect::<Result<(), String>>()?;
         }
-        self.copy_blocks(queue, chain, blocks, copy).await?;
+        self.copy_blocks(queue, chain, blocks, copy).await?.enter();
         self.drop_entries(queue, chain.at(copy.from), blocks).await;
         Ok(())
     }
@@ -190,15 +189,15 @@ impl Disk {
         save: Copy,
     ) -> Result<(), String> {
         let saved = match self.copy_blocks(queue, chain, blocks, save).await {
-            Ok(()) => {
-                chain.at(save.to).set(blocks);
+            Ok(copied) => {
+                copied.enter();
                 self.commit_saved(queue, chain.at(save.to)).await
             }
-            failed => failed,
+            Err(e) => Err(e),
         };
         let Err(reason) = saved else { return Ok(()) };
         // Those that read through it must not count on what no power cut would leave.
-        chain.at(save.to).clear(blocks);
+        chain.at(save.to).take_back(blocks);
         self.give_up(chain.at(save.to), &reason).map_err(|e| e.to_string())
     }
 
@@ -211,9 +210,12 @@ impl Disk {
         blocks: BlockRange,
         copy: Copy,
     ) -> Result<(), String> {
-        if let Err(reason) = self.copy_blocks(queue, chain, blocks, copy).await {
-            self.give_up(chain.at(copy.from), &reason).map_err(|e| e.to_string())?;
-            self.hand_to_older(queue, chain.at(copy.from), blocks).await?;
+        match self.copy_blocks(queue, chain, blocks, copy).await {
+            Ok(copied) => copied.enter(),
+            Err(reason) => {
+                self.give_up(chain.at(copy.from), &reason).map_err(|e| e.to_string())?;
+                self.hand_to_older(queue, chain.at(copy.from), blocks).await?;
+            }
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::geometry::usize_of;
+use super::place::Unheld;
 use super::restoring::Restore;
 use super::{
     Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
@@ -196,10 +197,8 @@ impl Disk {
         });
         let copies: Vec<_> = copies.collect();
         if !copies.is_empty() {
-            for done in join_all(copies).await {
-                done?;
-            }
-            set_preserved(chain, plan);
+            let copied: Vec<Unheld<'_>> = join_all(copies).await.into_iter().collect::<Result<_, _>>()?;
+            copied.into_iter().for_each(Unheld::enter);
             let mut saved: Vec<VersionIndex> = plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
             saved.sort_unstable();
             saved.dedup();
@@ -214,34 +213,33 @@ impl Disk {
         Ok(())
     }
 
-    /// Copies blocks from one layer into another. Does not set bits. The caller holds the blocks' locks exclusively.
-    ///
-    /// Zeros stay holes: below the pivot a place without an entry is one already, elsewhere it is made one.
-    pub(super) async fn copy_blocks(
+    /// Copies blocks from one layer into another, whose entries are to follow. Zeros take no room. The caller holds the
+    /// blocks' locks exclusively.
+    pub(super) async fn copy_blocks<'a>(
         &self,
         queue: &IoQueue,
-        chain: &Chain,
+        chain: &'a Chain,
         blocks: BlockRange,
         copy: Copy,
-    ) -> Result<(), String> {
+    ) -> Result<Unheld<'a>, String> {
         let (at, len) = self.geometry.bytes(blocks);
-        let (from, to) = (&chain.layer(copy.from).image, &chain.layer(copy.to).image);
-        if let Some(table) = chain.layer(copy.to).table() {
+        let (from, to) = (&chain.layer(copy.from).image, chain.at(copy.to));
+        if let Some(table) = to.layer().table() {
             table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         }
         let old = AlignedBuf::scratch(usize_of(len));
         let old = from.read(queue, at, IoBuf::Owned(old)).await.map_err(|e| e.to_string())?;
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
+        let unheld = to.unheld(blocks);
         let pieces = pieces(&old, self.geometry.block_bytes as usize);
         let copied: usize = pieces.iter().filter(|(_, is_zero)| !is_zero).map(|(piece, _)| piece.len()).sum();
         let writes = pieces.into_iter().map(|(piece, is_zero)| {
             let (here, old) = (at.add(piece.start as u64), old.clone());
             async move {
                 match is_zero {
-                    false => to.write(queue, here, IoBuf::Shared(old, piece), false).await,
-                    true if chain.at(copy.to).is_below_pivot() => Ok(()),
-                    true => to.zero(queue, here, piece.len() as u64, true).await,
+                    false => to.layer().image.write(queue, here, IoBuf::Shared(old, piece), false).await,
+                    true => to.put_zeros(queue, here, piece.len() as u64).await,
                 }
             }
         });
@@ -251,10 +249,10 @@ impl Disk {
         if let Ok(old) = Arc::try_unwrap(old) {
             old.recycle();
         }
-        let version = chain.version(copy.to);
+        let version = to.version();
         version.preserved_blocks.fetch_add(blocks.count(), std::sync::atomic::Ordering::Relaxed);
         version.preserved_bytes.fetch_add(copied as u64, std::sync::atomic::Ordering::Relaxed);
-        Ok(())
+        Ok(unheld)
     }
 
     async fn carry_out(
@@ -308,7 +306,7 @@ impl Disk {
     async fn settle_entries(&self, queue: &IoQueue, chain: &Chain, plan: &WritePlan) {
         for run in &plan.runs {
             if run.plan.adopts {
-                chain.at(run.plan.home).set(run.blocks);
+                chain.at(run.plan.home).enter(run.blocks);
             }
             for &index in &run.plan.supersedes {
                 self.drop_entries(queue, chain.at(index), run.blocks).await;
@@ -391,38 +389,6 @@ impl Disk {
             }
         }
     }
-
-    /// Deletes entries that home has superseded and gives their space back (sources 002 [0077], [0083], [0095]; figures
-    /// 16 and 23). The sources delete first; here home has the bytes first, so that no reader sees older ones.
-    ///
-    /// Readers that resolved to the entries find the change when they resolve again, also if the blocks have
-    /// new entries by then ([`super::BlockLocks::generation`]).
-    pub(super) async fn drop_entries(&self, queue: &IoQueue, of: VersionIn<'_>, blocks: BlockRange) {
-        let layer = of.layer();
-        debug_assert!(!layer.is_full(), "the pivot has no entries to delete");
-        of.clear(blocks);
-        self.locks.advance_generation(blocks);
-        let (at, len) = self.geometry.bytes(blocks);
-        if let Some(log) = layer.log() {
-            // Not before this is durable. If it cannot be remembered the room comes back with the log's end.
-            match log.freed.prepare(blocks) {
-                Ok(()) => log.freed.set(blocks),
-                Err(e) => log::debug!("the space of superseded blocks is not given back: {e}"),
-            }
-            return;
-        }
-        if of.index > of.segment().pivot {
-            // Whatever comes to this place later is written there whole, so old bytes may stay.
-            if let Err(e) = layer.image.release(queue, at, len).await {
-                log::warn!("the space of superseded blocks is not given back: {e}");
-            }
-            return;
-        }
-        // A place without an entry must be a hole: zeros that are saved later are not written.
-        if let Err(e) = layer.image.zero(queue, at, len, true).await {
-            self.break_version(of.version(), &format!("blocks could not be given back: {e}"));
-        }
-    }
 }
 
 /// Notes what the part changes, for its own version. A write that goes to several places may reach some of them only, by a kill
@@ -501,14 +467,6 @@ async fn write_zeros(
     Ok(())
 }
 
-fn set_preserved(chain: &Chain, plan: &WritePlan) {
-    for run in &plan.runs {
-        if let Some(copy) = run.plan.preserve {
-            chain.at(copy.to).set(run.blocks);
-        }
-    }
-}
-
 /// The blocks have their bytes: from now on the live version shows them, and not what it is restored to.
 fn settle_restored(chain: &Chain, plan: &WritePlan) {
     let Some(restoring) = chain.restoring() else { return };
@@ -520,7 +478,7 @@ fn settle_restored(chain: &Chain, plan: &WritePlan) {
 fn take_back(to: VersionIn<'_>, plan: &WritePlan) {
     let of_it = |run: &&Run| run.plan.preserve.is_some_and(|copy| copy.to == to.index);
     for run in plan.runs.iter().filter(of_it) {
-        to.clear(run.blocks);
+        to.take_back(run.blocks);
     }
 }
 

@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{
-    Alignment, ByteOffset, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, inline, lock,
+    Alignment, ByteOffset, Image, ImageError, ImageErrorKind, ImageOp, IoQueue, LockMode, OpTicket, Unsynced, inline,
+    lock,
 };
 
 /// Whether transfers go around the page cache.
@@ -50,6 +51,7 @@ pub struct FileImage {
     // Small transfers need no ring.
     is_in_memory: bool,
     poisoned: AtomicBool,
+    unsynced: Unsynced,
 }
 
 /// Guest sectors; a disk's size is a multiple of this (virtio 1.2, 5.2.4).
@@ -167,6 +169,7 @@ impl FileImage {
             alignment,
             is_in_memory,
             poisoned,
+            unsynced: Unsynced::default(),
         })
     }
 }
@@ -204,6 +207,10 @@ impl Image for FileImage {
         if self.moved.set(path.to_owned()).is_err() {
             log::debug!("{}: it was renamed before", self.path.display());
         }
+    }
+
+    fn unsynced(&self) -> Option<&Unsynced> {
+        Some(&self.unsynced)
     }
 
     fn is_poisoned(&self) -> bool {

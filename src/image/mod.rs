@@ -18,6 +18,7 @@ mod join;
 mod lock;
 mod queue;
 mod transfer;
+mod unsynced;
 
 pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
 pub use error::{ImageError, ImageErrorKind, ImageOp};
@@ -26,7 +27,8 @@ pub use file::{Direct, FileImage, ImageOptions};
 pub use join::join_all;
 pub use lock::LockMode;
 pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
-pub use transfer::{read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range};
+pub use transfer::{needs_sync, read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range};
+pub use unsynced::Unsynced;
 
 use std::fmt;
 use std::path::Path;
@@ -95,6 +97,11 @@ pub trait Image: Send + Sync + 'static {
 
     /// Marks the image as failed: every later write and sync fails.
     fn poison(&self);
+
+    /// What was written and not synced. None if that is not known: then there is always something.
+    fn unsynced(&self) -> Option<&Unsynced> {
+        None
+    }
 
     /// Bytes of storage in use (not the size), if the container can tell.
     fn allocated_bytes(&self) -> Option<u64> {

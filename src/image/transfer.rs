@@ -2,7 +2,9 @@
 
 use std::io;
 
-use super::{AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind};
+use super::{
+    AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind, Unsynced,
+};
 
 /// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
 const ZERO_CHUNK_BYTES: u64 = 1 << 20;
@@ -61,6 +63,7 @@ pub async fn write_all_at(
         }
         other => other,
     };
+    let _changed = Changed(image);
     let result = transfer(image, queue, OpKind::Write { durable }, at, buf).await;
     if durable && result.as_ref().is_err_and(leaves_doubt) {
         // As after a failed sync: nobody can say what is on the medium.
@@ -121,6 +124,7 @@ pub async fn sync(image: &dyn Image, queue: &IoQueue) -> Result<(), ImageError> 
     if image.is_poisoned() {
         return Err(poisoned(image, ImageOp::Sync));
     }
+    let number = image.unsynced().map(Unsynced::begin_sync);
     let done = loop {
         match queue.begin(image, OpKind::Sync, ByteOffset(0), IoBuf::None, 0).await.result {
             Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
@@ -129,11 +133,33 @@ pub async fn sync(image: &dyn Image, queue: &IoQueue) -> Result<(), ImageError> 
     };
     match done {
         // Another worker's sync may have failed while ours ran and swallowed the error state.
-        Ok(_) if !image.is_poisoned() => Ok(()),
+        Ok(_) if !image.is_poisoned() => {
+            if let (Some(unsynced), Some(number)) = (image.unsynced(), number) {
+                unsynced.end_sync(number);
+            }
+            Ok(())
+        }
         Ok(_) => Err(poisoned(image, ImageOp::Sync)),
         Err(e) => {
             image.poison();
             Err(ImageError::from_io(ImageOp::Sync, image.path(), None, &e))
+        }
+    }
+}
+
+/// Whether [`sync`] would make anything durable, or has something to say.
+#[must_use]
+pub fn needs_sync(image: &dyn Image) -> bool {
+    image.is_poisoned() || image.unsynced().is_none_or(Unsynced::is_dirty)
+}
+
+/// Notes a change of the image when it has ended, whatever came of it.
+struct Changed<'a>(&'a dyn Image);
+
+impl Drop for Changed<'_> {
+    fn drop(&mut self) {
+        if let Some(unsynced) = self.0.unsynced() {
+            unsynced.note_write();
         }
     }
 }
@@ -177,6 +203,7 @@ async fn begin_zero(
     if image.is_poisoned() {
         return Err(poisoned(image, ImageOp::Zero));
     }
+    let _changed = Changed(image);
     loop {
         match queue.begin(image, OpKind::Zero { len, unmap }, at, IoBuf::None, 0).await.result {
             Err(e) if is_transient(&e) => {}
@@ -186,6 +213,7 @@ async fn begin_zero(
 }
 
 async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
+    let _changed = Changed(image);
     let zeros = std::sync::Arc::new(AlignedBuf::zeroed(
         usize::try_from(len.min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory"),
     ));

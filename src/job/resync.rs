@@ -53,8 +53,15 @@ pub async fn resync(queue: IoQueue, disk: Arc<Disk>, pair: Arc<Pair>, pace: Arc<
     let mut step = Resyncing { disk: &disk, pair: &pair, cursor: CopyCursor::default() };
     loop {
         let outcome = run(&mut step, &queue, &disk, &pace).await?;
-        if outcome == Outcome::Stopped || pair.finish_copy(&queue).await? {
+        if outcome == Outcome::Stopped {
             step.store(&queue).await?;
+            return Ok(outcome);
+        }
+        if pair.finish_copy(&queue).await? {
+            // The leg is in sync, and nothing may say otherwise. What stays on the bitmap is struck off later.
+            if let Err(e) = step.store(&queue).await {
+                log::warn!("a leg is in sync, and the bitmap still has what was copied: {e}");
+            }
             return Ok(outcome);
         }
     }

@@ -100,7 +100,11 @@ impl Manager {
             return Err(e.to_string());
         }
         crash::point("after a restore was forgotten");
-        self.editor.end_restore(&disk.disk);
+        if !self.editor.end_restore(&disk.disk) {
+            return Err(
+                "it is recorded as ended, and some blocks are not brought back; start the daemon anew".to_owned()
+            );
+        }
         if let Some(record) = record {
             self.remove_restore_files(record.id);
             log::info!("disk {}: all of {} is copied back", disk.name, record.from);

@@ -5,12 +5,14 @@
 //!   (and any other table's sector) is found at load and reported, never taken for bits.
 //! - A commit stores bits as they were before its `first` step, so what that step syncs is never behind its bits.
 //! - A commit covers every change made before it was asked for. Those who ask while one runs share the next one.
-//! - After a failed or abandoned commit nothing is accepted any more: what is on the medium is unknown.
+//! - A commit that is refused, by a write or by its `first` step, is told to those who wait; the next one stores its changes.
+//! - After a failed sync or an abandoned commit nothing is accepted any more: what is on the medium is unknown.
 //!
 //! What is not done here: to decide what damage means to the one whose table it is.
 
 use std::future::poll_fn;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -63,6 +65,8 @@ pub struct DurableTable {
     id: Uuid,
     table: Arc<Table>,
     state: Mutex<State>,
+    /// Whether a commit runs, or the next one has something to do beside changes of bits. Changed under the lock.
+    is_unsettled: AtomicBool,
 }
 
 struct State {
@@ -74,7 +78,10 @@ struct State {
     /// Commits that have begun, and the last one that is done.
     begun: u64,
     done: u64,
-    failed: Option<ImageError>,
+    /// The last one that was refused, and why.
+    refused: Option<(u64, ImageError)>,
+    /// Why nobody can say what is on the medium.
+    doubt: Option<ImageError>,
     waiting: Vec<Waker>,
 }
 
@@ -173,10 +180,11 @@ impl DurableTable {
             running: false,
             begun: 0,
             done: 0,
-            failed: None,
+            refused: None,
+            doubt: None,
             waiting: Vec::new(),
         };
-        DurableTable { image, id, table, state: Mutex::new(state) }
+        DurableTable { image, id, table, state: Mutex::new(state), is_unsettled: AtomicBool::new(true) }
     }
 
     /// The table, to be read and changed.
@@ -190,9 +198,7 @@ impl DurableTable {
     /// # Errors
     /// When no page can be had. Some of the bits may be set then.
     pub fn take_in(&self, from: &Table) -> std::io::Result<()> {
-        let merged = self.table.merge(from);
-        self.table.note_change(BlockRange { start: BlockIndex(0), end: BlockIndex(from.blocks()) });
-        merged
+        self.table.merge(from)
     }
 
     /// Where the durable copy is.
@@ -206,12 +212,21 @@ impl DurableTable {
         let mut state = self.lock();
         state.header_changed |= state.payload != payload;
         state.payload = payload;
+        self.is_unsettled.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a commit that is asked for now would store anything, or share one that does.
+    #[must_use]
+    pub fn needs_commit(&self) -> bool {
+        // In this order: a commit says that it runs before it takes the changes.
+        self.table.has_changes() || self.is_unsettled.load(Ordering::SeqCst)
     }
 
     /// Makes every change that was made before this call durable.
     ///
     /// # Errors
-    /// When the image refuses, now or earlier: all who wait get the error, and later ones that nothing is accepted.
+    /// When the image refuses: all who wait for this commit get the error, and the next one stores its changes too. After a
+    /// failed sync later ones get the error that nothing is accepted.
     pub async fn commit(&self, queue: &IoQueue) -> Result<(), ImageError> {
         self.commit_after(queue, async || Ok(())).await
     }
@@ -220,7 +235,7 @@ impl DurableTable {
     /// the bits point to. Of those who share a commit one runs its `first`, perhaps several times, so it must serve all.
     ///
     /// # Errors
-    /// As for [`DurableTable::commit`]. An error of `first` is one of the commit: the changes it was to store are lost.
+    /// As for [`DurableTable::commit`]. An error of `first` is one of the commit.
     pub async fn commit_after(
         &self,
         queue: &IoQueue,
@@ -229,7 +244,7 @@ impl DurableTable {
         // The one that begins after now covers all that was done until now.
         let wanted = {
             let state = self.lock();
-            if let Some(earlier) = &state.failed {
+            if let Some(earlier) = &state.doubt {
                 return Err(self.refusal(&format!("an earlier commit failed: {earlier}")));
             }
             state.begun + 1
@@ -239,7 +254,7 @@ impl DurableTable {
             CommitTurn::Lead => {}
         }
         let mut leader = Leader { durable: self, result: None };
-        let result = self.run(queue, first).await;
+        let result = self.store_changes(queue, first).await;
         leader.result = Some(result.clone());
         drop(leader);
         result
@@ -250,7 +265,8 @@ impl DurableTable {
         if state.done >= wanted {
             return Poll::Ready(CommitTurn::Done(Ok(())));
         }
-        if let Some(error) = &state.failed {
+        let refused = state.refused.as_ref().filter(|(last, _)| *last >= wanted).map(|(_, error)| error);
+        if let Some(error) = state.doubt.as_ref().or(refused) {
             return Poll::Ready(CommitTurn::Done(Err(error.clone())));
         }
         if state.running {
@@ -261,17 +277,43 @@ impl DurableTable {
         }
         state.running = true;
         state.begun += 1;
+        self.is_unsettled.store(true, Ordering::SeqCst);
         Poll::Ready(CommitTurn::Lead)
     }
 
-    async fn run(&self, queue: &IoQueue, first: impl AsyncFn() -> Result<(), ImageError>) -> Result<(), ImageError> {
+    async fn store_changes(
+        &self,
+        queue: &IoQueue,
+        first: impl AsyncFn() -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
         let (header, left_unsynced) = {
             let mut state = self.lock();
             (std::mem::take(&mut state.header_changed).then_some(state.payload), state.left_unsynced)
         };
+        let mut taken = Vec::new();
+        let result = self.run(queue, first, header, left_unsynced, &mut taken).await;
+        if result.is_err() {
+            // Also what was written already: nothing of it is synced.
+            self.lock().header_changed |= header.is_some();
+            taken.into_iter().for_each(|sector| self.table.note_change(blocks_of(sector, self.table.blocks())));
+        }
+        result
+    }
+
+    /// Adds the sectors whose changes it takes to `taken`.
+    async fn run(
+        &self,
+        queue: &IoQueue,
+        first: impl AsyncFn() -> Result<(), ImageError>,
+        header: Option<Payload>,
+        left_unsynced: bool,
+        taken: &mut Vec<u64>,
+    ) -> Result<(), ImageError> {
         let (mut from, mut wrote) = (0, false);
+        self.table.begin_to_take();
         loop {
             let sectors = self.table.take_changes(&mut from, BATCH_SECTORS);
+            taken.extend_from_slice(&sectors);
             let runs = sectors.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], self.encode_run(run)));
             let runs: Vec<(u64, AlignedBuf)> = runs.collect();
             if wrote && runs.is_empty() {
@@ -347,12 +389,22 @@ impl Drop for Leader<'_> {
         state.running = false;
         match self.result.take() {
             Some(Ok(())) => state.done = state.begun,
-            Some(Err(error)) => state.failed = Some(error),
-            None => state.failed = Some(self.durable.refusal("a commit was abandoned")),
+            // A failed sync poisons the image.
+            Some(Err(error)) if self.durable.image.is_poisoned() => state.doubt = Some(error),
+            Some(Err(error)) => {
+                log::warn!(
+                    "{}: a commit was refused, the next one tries again: {error}",
+                    self.durable.image.path().display()
+                );
+                state.refused = Some((state.begun, error));
+            }
+            None => state.doubt = Some(self.durable.refusal("a commit was abandoned")),
         }
-        if let Some(error) = &state.failed {
+        if let Some(error) = &state.doubt {
             log::error!("{}: a commit failed, none is accepted any more: {error}", self.durable.image.path().display());
         }
+        let is_settled = state.doubt.is_none() && !state.header_changed && !state.left_unsynced;
+        self.durable.is_unsettled.store(!is_settled, Ordering::SeqCst);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
         waiting.into_iter().for_each(Waker::wake);

@@ -150,6 +150,10 @@ fn set(table: &Table, range: BlockRange) {
     table.set(range);
 }
 
+fn clear(table: &Table, range: BlockRange) {
+    table.clear(range);
+}
+
 fn bits(table: &Table) -> Vec<bool> {
     (0..table.blocks()).map(|b| table.get(BlockIndex(b))).collect()
 }
@@ -330,9 +334,9 @@ fn those_who_ask_while_a_commit_runs_share_the_next_one() {
 }
 
 #[test]
-fn a_failed_commit_stays_failed_for_all() {
+fn a_commit_of_which_nobody_knows_what_it_left_is_the_last_one() {
     let queue = IoQueue::simulated();
-    for what in ["write", "sync", "first", "abandoned"] {
+    for what in ["sync", "abandoned"] {
         let medium = Medium::for_blocks(1000);
         let durable = create(&medium, 1000, &queue);
         medium.with(|s| s.hold_syncs = true);
@@ -340,18 +344,10 @@ fn a_failed_commit_stays_failed_for_all() {
         let mut running = Box::pin(durable.commit(&queue));
         assert!(poll(running.as_mut()).is_none());
         set(durable.table(), range(1, 2));
-        let fails = async || {
-            let error = ImageError::new(ImageErrorKind::Io, ImageOp::Sync, "elsewhere", "it failed");
-            if what == "first" { Err(error) } else { Ok(()) }
-        };
-        let mut second = Box::pin(durable.commit_after(&queue, fails));
-        let mut third = Box::pin(durable.commit_after(&queue, fails));
+        let mut second = Box::pin(durable.commit(&queue));
+        let mut third = Box::pin(durable.commit(&queue));
         assert!(poll(second.as_mut()).is_none() && poll(third.as_mut()).is_none());
-        medium.with(|s| match what {
-            "write" => s.fail_writes = Some(libc::EIO),
-            "sync" => s.fail_syncs = Some(libc::EIO),
-            _ => {}
-        });
+        medium.with(|s| s.fail_syncs = (what == "sync").then_some(libc::EIO));
         release_syncs();
         assert!(poll(running.as_mut()).unwrap().is_ok(), "{what}: this one had stored everything");
         if what == "abandoned" {
@@ -361,13 +357,74 @@ fn a_failed_commit_stays_failed_for_all() {
             assert!(poll(second.as_mut()).unwrap().is_err(), "{what}");
         }
         assert!(poll(third.as_mut()).unwrap().is_err(), "{what}");
-        medium.with(|s| (s.fail_writes, s.fail_syncs, s.hold_syncs) = (None, None, false));
+        medium.with(|s| (s.fail_syncs, s.hold_syncs) = (None, false));
         release_syncs();
         let events = medium.with(|s| s.events.len());
         let later = now(durable.commit(&queue)).unwrap_err();
         assert_eq!(later.kind, ImageErrorKind::Poisoned, "{what}");
         assert_eq!(medium.with(|s| s.events.len()), events, "{what}: nothing is tried again");
     }
+}
+
+/// A lack of space that is over, say. Nobody can have relied on what was not stored.
+#[test]
+fn a_commit_that_is_refused_is_told_to_all_who_wait_and_stored_by_the_next_one() {
+    let queue = IoQueue::simulated();
+    for what in ["write", "first"] {
+        let medium = Medium::for_blocks(2 * SECTOR_BITS);
+        let durable = create(&medium, 2 * SECTOR_BITS, &queue);
+        medium.with(|s| s.hold_syncs = true);
+        set(durable.table(), range(0, 1));
+        let mut running = Box::pin(durable.commit(&queue));
+        assert!(poll(running.as_mut()).is_none());
+        set(durable.table(), range(1, 2));
+        set(durable.table(), range(SECTOR_BITS, SECTOR_BITS + 1));
+        durable.set_payload([7; PAYLOAD_BYTES]);
+        let fails = async || {
+            let error = ImageError::new(ImageErrorKind::Io, ImageOp::Write, "elsewhere", "it failed");
+            if what == "first" { Err(error) } else { Ok(()) }
+        };
+        let mut second = Box::pin(durable.commit_after(&queue, fails));
+        let mut third = Box::pin(durable.commit_after(&queue, fails));
+        assert!(poll(second.as_mut()).is_none() && poll(third.as_mut()).is_none());
+        medium.with(|s| s.fail_writes = (what == "write").then_some(libc::ENOSPC));
+        release_syncs();
+        assert!(poll(running.as_mut()).unwrap().is_ok(), "{what}: this one had stored everything");
+        assert!(poll(second.as_mut()).unwrap().is_err(), "{what}: it is refused");
+        assert!(poll(third.as_mut()).unwrap().is_err(), "{what}: who shares it is told");
+        medium.with(|s| (s.fail_writes, s.hold_syncs) = (None, false));
+        clear(durable.table(), range(1, 2));
+        now(durable.commit(&queue)).unwrap();
+        let (stored, report) = load(medium, 2 * SECTOR_BITS, &queue).unwrap();
+        let set: Vec<usize> = (0..stored.len()).filter(|&block| stored[block]).collect();
+        assert_eq!(set, [0, usize::try_from(SECTOR_BITS).unwrap()], "{what}: as the table is now");
+        assert_eq!(report.payload, [7; PAYLOAD_BYTES], "{what}");
+        now(durable.commit(&queue)).unwrap();
+    }
+}
+
+/// Who was told late has what it asked for, if a later commit has stored it.
+#[test]
+fn who_waits_for_a_refused_commit_leads_no_other_one() {
+    let queue = IoQueue::simulated();
+    let medium = Medium::for_blocks(1000);
+    let durable = create(&medium, 1000, &queue);
+    medium.with(|s| s.hold_syncs = true);
+    let mut running = Box::pin(durable.commit_after(&queue, async || Ok(())));
+    set(durable.table(), range(0, 1));
+    assert!(poll(running.as_mut()).is_none());
+    let mut waits = Box::pin(durable.commit(&queue));
+    let mut leads = Box::pin(durable.commit(&queue));
+    assert!(poll(waits.as_mut()).is_none() && poll(leads.as_mut()).is_none());
+    set(durable.table(), range(1, 2));
+    release_syncs();
+    assert!(poll(running.as_mut()).unwrap().is_ok());
+    medium.with(|s| s.fail_writes = Some(libc::ENOSPC));
+    assert!(poll(leads.as_mut()).unwrap().is_err());
+    medium.with(|s| (s.fail_writes, s.hold_syncs) = (None, false));
+    now(durable.commit(&queue)).unwrap();
+    assert!(poll(waits.as_mut()).unwrap().is_ok(), "the next one has stored it");
+    assert_eq!(load(medium, 1000, &queue).unwrap().0.iter().filter(|&&bit| bit).count(), 2);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -52,6 +52,8 @@ struct Changes {
     group_blocks: u64,
     // One bit a group.
     groups: Box<[AtomicU64]>,
+    // Whether some group may have changed since somebody last began to ask.
+    any: AtomicBool,
 }
 
 // SAFETY: the mapping is owned by the table and accessed only through atomics.
@@ -180,10 +182,12 @@ impl Table {
         self.blocks
     }
 
-    /// How many bits are set.
+    /// How many bits are set. It follows the bits: whether there is one at all is what [`Table::next_set`] says.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.ones.load(Ordering::Relaxed)
+        let ones = self.ones.load(Ordering::Relaxed);
+        // Who clears a bit may be faster than who has just set it, and is still to count it.
+        if ones > self.blocks { 0 } else { ones }
     }
 
     /// Whether the block's bit is set.
@@ -203,11 +207,14 @@ impl Table {
         }
         let (first, ..) = Self::place(range.start);
         let (last, ..) = Self::place(BlockIndex(range.end.0 - 1));
-        for page in first..=last {
-            if self.is_present(page) {
-                continue;
+        let mut page = first;
+        while page <= last {
+            let is_present = self.is_present(page);
+            let alike = (page..=last).take_while(|&page| self.is_present(page) == is_present).count();
+            if !is_present {
+                self.populate(page, alike)?;
             }
-            self.populate(page, 1)?;
+            page += alike;
         }
         Ok(())
     }
@@ -236,23 +243,30 @@ impl Table {
     /// # Panics
     /// When it was not.
     pub fn set(&self, range: BlockRange) {
-        for block in range.iter() {
-            let (page, word, bit) = Self::place(block);
+        for (index, bits) in words_of(range) {
+            let (page, word, _) = Self::place(BlockIndex(index * 64));
             assert!(self.is_present(page), "bits are set only after Table::prepare");
-            if self.word(page, word).fetch_or(bit, Ordering::SeqCst) & bit == 0 {
-                self.ones.fetch_add(1, Ordering::Relaxed);
-            }
+            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
         }
         self.note_change(range);
     }
 
-    /// Clears the bits of `range`.
+    /// Clears the bits of `range`. Pages that were never used cost nothing.
     pub fn clear(&self, range: BlockRange) {
-        for block in range.iter() {
-            let (page, word, bit) = Self::place(block);
-            if self.is_present(page) && self.word(page, word).fetch_and(!bit, Ordering::SeqCst) & bit != 0 {
-                self.ones.fetch_sub(1, Ordering::Relaxed);
+        let mut at = range.start.0;
+        while let Some(used) = self.next_word(at / 64).filter(|_| at < range.end.0) {
+            at = at.max(used * 64);
+            let end = ((at / PAGE_BITS + 1) * PAGE_BITS).min(range.end.0);
+            for (index, bits) in words_of(BlockRange { start: BlockIndex(at), end: BlockIndex(end) }) {
+                let (page, word, _) = Self::place(BlockIndex(index * 64));
+                let word = self.word(page, word);
+                if word.load(Ordering::SeqCst) & bits != 0 {
+                    let old = word.fetch_and(!bits, Ordering::SeqCst);
+                    self.ones.fetch_sub(u64::from((bits & old).count_ones()), Ordering::Relaxed);
+                }
             }
+            at = end;
         }
         self.note_change(range);
     }
@@ -260,7 +274,8 @@ impl Table {
     /// From now on remembers which groups of `group_blocks` blocks change. The first call counts.
     pub(super) fn track(&self, group_blocks: u64) {
         let words = usize::try_from(self.blocks.div_ceil(group_blocks).div_ceil(64)).expect("far fewer than the bits");
-        self.changes.get_or_init(|| Changes { group_blocks, groups: (0..words).map(|_| AtomicU64::new(0)).collect() });
+        let groups = || (0..words).map(|_| AtomicU64::new(0)).collect();
+        self.changes.get_or_init(|| Changes { group_blocks, groups: groups(), any: AtomicBool::new(false) });
     }
 
     /// Remembers a change of `range`, if changes are remembered: also of bits that had their value already, because
@@ -270,9 +285,26 @@ impl Table {
         if range.is_empty() {
             return;
         }
-        for group in range.start.0 / changes.group_blocks..=(range.end.0 - 1) / changes.group_blocks {
-            let word = usize::try_from(group / 64).expect("far fewer than the bits");
-            changes.groups[word].fetch_or(1 << (group % 64), Ordering::SeqCst);
+        let (first, last) = (range.start.0 / changes.group_blocks, (range.end.0 - 1) / changes.group_blocks);
+        for (word, groups) in words_of(BlockRange { start: BlockIndex(first), end: BlockIndex(last + 1) }) {
+            let word = usize::try_from(word).expect("far fewer than the bits");
+            changes.groups[word].fetch_or(groups, Ordering::SeqCst);
+        }
+        // After the groups: who does not see it yet need not know of them.
+        if !changes.any.load(Ordering::SeqCst) {
+            changes.any.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether changes may have been remembered since [`Table::begin_to_take`] was called.
+    pub(super) fn has_changes(&self) -> bool {
+        self.changes.get().is_some_and(|changes| changes.any.load(Ordering::SeqCst))
+    }
+
+    /// Somebody is about to take all changes ([`Table::take_changes`]).
+    pub(super) fn begin_to_take(&self) {
+        if let Some(changes) = self.changes.get() {
+            changes.any.store(false, Ordering::SeqCst);
         }
     }
 
@@ -297,13 +329,9 @@ impl Table {
     pub fn next_set(&self, from: BlockIndex) -> Option<BlockIndex> {
         let mut at = from.0;
         while at < self.blocks {
-            let (page, word, bit) = Self::place(BlockIndex(at));
-            if !self.is_present(page) {
-                at = (page as u64 + 1) * PAGE_BITS;
-                continue;
-            }
+            at = at.max(self.next_word(at / 64)? * 64);
             // Bits below `at` in its word are not asked for.
-            let rest = self.word(page, word).load(Ordering::SeqCst) & !(bit - 1);
+            let rest = self.word_at(at / 64) & (u64::MAX << (at % 64));
             if rest != 0 {
                 let found = at / 64 * 64 + u64::from(rest.trailing_zeros());
                 return (found < self.blocks).then_some(BlockIndex(found));
@@ -468,6 +496,19 @@ impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Table({} of {} blocks)", self.count(), self.blocks)
     }
+}
+
+/// The words of 64 blocks that a range lies in, and its bits in each.
+fn words_of(range: BlockRange) -> impl Iterator<Item = (u64, u64)> {
+    let mut at = range.start.0;
+    std::iter::from_fn(move || {
+        if at >= range.end.0 {
+            return None;
+        }
+        let (start, end) = (at, range.end.0.min((at / 64 + 1) * 64));
+        at = end;
+        Some((start / 64, (u64::MAX >> (64 - (end - start))) << (start % 64)))
+    })
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {

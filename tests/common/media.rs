@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket};
+use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket, Unsynced};
 
 use crate::schedule::{Device, Rng};
 
@@ -46,6 +46,7 @@ struct State {
 pub struct Medium {
     state: Arc<Mutex<State>>,
     poisoned: Arc<AtomicBool>,
+    unsynced: Arc<Unsynced>,
     path: PathBuf,
     /// What it is called since it was opened, if that has changed.
     moved: OnceLock<PathBuf>,
@@ -78,6 +79,7 @@ impl Medium {
         Medium {
             state: Arc::new(Mutex::new(state)),
             poisoned: Arc::default(),
+            unsynced: Arc::default(),
             path: name.into(),
             moved: OnceLock::new(),
         }
@@ -85,7 +87,7 @@ impl Medium {
 
     /// The same medium, opened under a name.
     pub fn opened_at(&self, path: &Path) -> Medium {
-        Medium { path: path.to_owned(), moved: OnceLock::new(), ..self.clone() }
+        Medium { path: path.to_owned(), moved: OnceLock::new(), unsynced: Arc::default(), ..self.clone() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -95,6 +97,11 @@ impl Medium {
     /// Makes operations of this kind fail after `after` more of them.
     pub fn fail(&self, op: Op, after: usize, errno: i32) {
         self.lock().fail = Some((op, after, errno));
+    }
+
+    /// All operations work again.
+    pub fn heal(&self) {
+        self.lock().fail = None;
     }
 
     /// It cannot give storage back.
@@ -162,8 +169,9 @@ impl Medium {
                 }
             }
         });
-        let path = self.path().to_owned();
-        Medium { state: Arc::new(Mutex::new(left)), poisoned: Arc::default(), path, moved: OnceLock::new() }
+        let (state, path) = (Arc::new(Mutex::new(left)), self.path().to_owned());
+        let (poisoned, unsynced, moved) = Default::default();
+        Medium { state, poisoned, unsynced, path, moved }
     }
 
     /// How many sectors were written and are not on stable storage.
@@ -280,6 +288,9 @@ impl Image for Medium {
     }
     fn moved(&self, path: &Path) {
         self.moved.set(path.to_owned()).expect("an image moves once");
+    }
+    fn unsynced(&self) -> Option<&Unsynced> {
+        Some(&self.unsynced)
     }
     fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::SeqCst)

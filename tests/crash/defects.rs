@@ -60,11 +60,11 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
     let found = Slip::ALL.map(|slip| {
         let shape: fn(u64) -> Shape = match slip {
             Slip::NoPendingRecord | Slip::NextBeforeRecord => Shape::of_logs,
+            Slip::SavedNotCommitted => Shape::of_saved,
             Slip::TableInUseRemoved => |seed| Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) },
             _ => Shape::of,
         };
         let first = match slip {
-            Slip::SavedNotCommitted => 470,
             Slip::LegBackBeforeRecord => 520,
             _ => 0,
         };
@@ -78,7 +78,7 @@ fn every_slip_in_the_order_of_steps_is_noticed() {
 fn every_defect_is_noticed() {
     use halfsilver::planted::Defect;
 
-    const DEFECTS: [Defect; 35] = [
+    const DEFECTS: [Defect; 38] = [
         Defect::BitsBeforeBytes,
         Defect::ImagesByTheNearest,
         Defect::LogsInWrongOrder,
@@ -114,6 +114,9 @@ fn every_defect_is_noticed() {
         Defect::FoldBeforeSaved,
         Defect::HandOverNotStored,
         Defect::ShownNotStored,
+        Defect::TakenUpForEmpty,
+        Defect::WriteNotNoted,
+        Defect::CleanLogsAskedFirst,
     ];
     let found = DEFECTS.map(|defect| {
         // The rare ones are looked for where they are likely.

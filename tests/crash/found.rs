@@ -10,14 +10,14 @@ use std::sync::Arc;
 use halfsilver::control::Service;
 use halfsilver::control::api::{Disk, Durability, Snapshot, SnapshotState, Volume, VolumeState};
 use halfsilver::daemon::check::{CheckReport, CheckedJob, DiskVerdict, SnapshotVerdict, examine};
-use halfsilver::engine::Request;
+use halfsilver::engine::{Request, RequestError};
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
 use halfsilver::manager::Places;
 use uuid::Uuid;
 
 use crate::media::{self, SECTOR, set_aside};
 use crate::sim::{End, RUN, STATE, Socket, Thread};
-use crate::spec::{Entry, Line, Moment, Spec, check};
+use crate::spec::{self, Entry, Line, Moment, Spec, check};
 use crate::world::World;
 
 /// A run that has ended.
@@ -62,7 +62,44 @@ pub fn find(world: &mut World, ended: &Ended) -> Result<Spec, String> {
     }
     let listed = list(world)?;
     is_as_said(&said, &listed, world).map_err(|e| format!("check said otherwise: {e}"))?;
-    judge(world, ended, &listed)
+    let next = judge(world, ended, &listed)?;
+    if !world.goes_on {
+        frozen_versions_stay_as_they_are(world, &listed)?;
+    }
+    Ok(next)
+}
+
+/// Whatever the end left in the places of frozen versions: when guests overwrite everything, they show what they showed.
+fn frozen_versions_stay_as_they_are(world: &mut World, listed: &Listed) -> Result<(), String> {
+    let frozen: Vec<&Snapshot> = listed.snapshots.iter().filter(|s| s.state == SnapshotState::Quiesced).collect();
+    let mut shown = Vec::new();
+    for snapshot in &frozen {
+        shown.push(read(world, &snapshot.socket));
+    }
+    let names = listed.disks.iter().map(|d| d.name.as_str()).chain(listed.volumes.iter().map(|v| v.name.as_str()));
+    for name in names {
+        let Some(socket) = world.sim.socket(&Path::new(RUN).join(format!("{name}.sock"))) else { continue };
+        let sectors = usize::try_from(socket.attachment.geometry().size_bytes).unwrap() / SECTOR;
+        let from = spec::filled(0, sectors, u64::MAX >> 1);
+        let written = world.finish(async move {
+            let ticket = socket.attachment.lane().enter();
+            let request = Request::Write { at: ByteOffset(0), from, durable: false };
+            socket.attachment.execute(&IoQueue::simulated(), &ticket, request).await
+        })?;
+        match written {
+            Ok(()) | Err(RequestError::Broken(_)) => {}
+            Err(e) => return Err(format!("{name} cannot be overwritten: {e}")),
+        }
+    }
+    for (snapshot, before) in frozen.into_iter().zip(shown) {
+        // Its deletion may have gone on, and that of what it belongs to.
+        let (Ok(before), Ok(after)) = (before, read(world, &snapshot.socket)) else { continue };
+        if before != after {
+            return Err(format!("snapshot {}@{} changes when its disk is overwritten", snapshot.disk, snapshot.name));
+        }
+        world.count("snapshots that stayed the same under writes after an end");
+    }
+    Ok(())
 }
 
 /// Now and then it ends again before it has started.

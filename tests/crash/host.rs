@@ -6,6 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -137,6 +138,18 @@ impl Host {
         });
         host.removed.retain(|(path, _)| !is_here(path));
         media::count_change();
+    }
+
+    /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
+    pub fn entries(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (id, table) in &self.run_tables {
+            (id, table.is_broken()).hash(&mut hasher);
+            let entries =
+                std::iter::successors(table.next_set(BlockIndex(0)), |at| table.next_set(BlockIndex(at.0 + 1)));
+            entries.for_each(|block| block.0.hash(&mut hasher));
+        }
+        hasher.finish()
     }
 
     /// One transaction of the records.

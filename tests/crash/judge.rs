@@ -4,7 +4,8 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use halfsilver::engine::{ChangeSource, LegState, NoChanges};
+use halfsilver::engine::{ChangeSource, LegState, NoChanges, Request};
+use halfsilver::image::ByteOffset;
 use halfsilver::recovery::{LayerUse, LegUse, Recovery, SnapshotFate};
 use halfsilver::store::{BlockIndex, SnapshotRecord};
 use uuid::Uuid;
@@ -12,7 +13,7 @@ use uuid::Uuid;
 use crate::daemon::{Begun, Daemon, Entry, decided};
 use crate::host::{End, Host};
 use crate::media::run;
-use crate::oracle::Oracle;
+use crate::oracle::{self, Oracle};
 use crate::run::{COMPARED, Counts, Shape, Strategy, entries_of_logs, legs_are_equal, read};
 use crate::schedule::Rng;
 
@@ -44,7 +45,7 @@ pub fn find(
     let live_bytes = bytes.clone();
     let oracle = oracle.borrow();
     let live = oracle.check_live(&bytes, end.is_power_cut()).map_err(|e| format!("the live version: {e}"))?;
-    let mut frozen = Vec::new();
+    let (mut frozen, mut shown) = (Vec::new(), Vec::new());
     for entry in daemon.entries.borrow().iter() {
         let record = entry.record.borrow();
         let is_whole = judge_kept(&record, &daemon, &oracle, end, shape)?;
@@ -60,9 +61,39 @@ pub fn find(
         what_changed_is_known(&daemon, entry.id, &bytes, &live_bytes, end, counts)?;
         let what = |e| format!("the {} snapshot {}: {e}", record.strategy, entry.id);
         frozen.push((entry.id, oracle.check_frozen(entry.id, &bytes).map_err(what)?));
+        shown.push((entry.clone(), bytes));
     }
     let chain = daemon.disk.chain();
+    frozen_versions_stay_as_they_are(&daemon, &shown, shape, rng, counts)?;
     Ok(oracle.after((chain.version(chain.live()).id, live), end.is_power_cut(), frozen))
+}
+
+/// Whatever the end left in the places of frozen versions: when the guest overwrites everything, they show what they showed.
+fn frozen_versions_stay_as_they_are(
+    daemon: &Rc<Daemon>,
+    shown: &[(Rc<Entry>, Vec<u8>)],
+    shape: Shape,
+    rng: &mut Rng,
+    counts: &Rc<RefCell<Counts>>,
+) -> Result<(), String> {
+    if shown.is_empty() {
+        return Ok(());
+    }
+    let (of, from) = (daemon.clone(), oracle::filled(0, shape.sectors, u64::MAX >> 1));
+    let written = run(rng, async move {
+        let request = Request::Write { at: ByteOffset(0), from, durable: false };
+        let ticket = of.clock.lane().enter();
+        of.disk.attach_live().execute(&of.queue, &ticket, request).await
+    });
+    written.map_err(|e| format!("the disk cannot be overwritten: {e}"))?;
+    for (entry, bytes) in shown {
+        if read_frozen(daemon, entry, shape, rng)? != *bytes {
+            let what = &entry.record.borrow().strategy;
+            return Err(format!("the {what} snapshot {} changes when the disk is overwritten", entry.id));
+        }
+        counts.borrow_mut().add("snapshots that stayed the same under writes after an end");
+    }
+    Ok(())
 }
 
 /// What was taken up is what was decided before anything was opened, which `halfsilver check` prints.

@@ -312,7 +312,7 @@ impl Machine {
             let done = job::restore(queue, disk.clone(), Arc::new(Pace::default())).await.unwrap();
             assert_eq!(done, Outcome::Done);
             host.borrow_mut().is_active = false;
-            editor.end_restore(&disk);
+            assert!(editor.end_restore(&disk));
         });
     }
 
@@ -340,7 +340,7 @@ impl Machine {
             let done =
                 run(rng, async move { job::restore(IoQueue::simulated(), disk, Arc::new(Pace::default())).await });
             assert_eq!(done.unwrap(), Outcome::Done, "{what}");
-            self.editor.end_restore(&self.disk);
+            assert!(self.editor.end_restore(&self.disk));
             assert_eq!(self.shown(rng, false), shown, "{what}: it changed when the restore went on");
         }
         if self.host.borrow().is_saved {

@@ -135,6 +135,11 @@ impl Shape {
         Shape { block: 4096, sectors: 16, strategies: [15, 85, 0], legs: None, ..Shape::of(seed) }
     }
 
+    /// Snapshots that outlive power cuts, on a disk of two blocks.
+    pub fn of_saved(seed: u64) -> Shape {
+        Shape { strategies: [100, 0, 0], saved_outlive: true, ..Shape::of_logs(seed) }
+    }
+
     /// A mirror that gets its second leg.
     #[cfg(feature = "planted")]
     pub fn of_new_leg(seed: u64) -> Shape {
@@ -179,7 +184,7 @@ pub struct Machine {
     depth: usize,
     counts: Rc<RefCell<Counts>>,
     held: Vec<Ticket>,
-    seen: u64,
+    seen: (u64, u64),
     steps: usize,
 }
 
@@ -205,7 +210,7 @@ impl Machine {
             depth,
             counts,
             held: Vec::new(),
-            seen: media::changes(),
+            seen: (media::changes(), 0),
             steps: 0,
         }
     }
@@ -260,20 +265,22 @@ impl Machine {
         if let Some(failure) = self.daemon().and_then(|d| d.failure()) {
             return Err(failure);
         }
-        if self.seen != media::changes() {
-            self.end_here()?;
-            self.seen = media::changes();
+        let now = (media::changes(), self.host.borrow().entries());
+        if self.seen != now {
+            self.end_here(self.seen.0 == now.0)?;
+            self.seen = (media::changes(), now.1);
         }
         Ok(moved || !self.begun.borrow().is_empty())
     }
 
-    /// What would be found if it ended now; now and then also what comes of it.
-    fn end_here(&mut self) -> Result<(), String> {
+    /// What would be found if it ended now; now and then also what comes of it. If only entries have changed, which no
+    /// power cut leaves, it is killed.
+    fn end_here(&mut self, only_entries: bool) -> Result<(), String> {
         let (percent, deeper) = [(100, 3), (40, 2), (25, 0)][self.depth];
         if !self.rng.chance(percent) {
             return Ok(());
         }
-        let end = End::some(&mut self.rng);
+        let end = if only_entries { End::Kill } else { End::some(&mut self.rng) };
         let mut rng = Rng::new(self.rng.next());
         let goes_on = self.depth < DEPTH_MAX && rng.chance(deeper);
         let what = |e: String| {

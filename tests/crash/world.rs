@@ -112,6 +112,8 @@ impl Shape {
 
 pub struct World {
     pub sim: Arc<Sim>,
+    /// Whether what is found is gone on with, and must not be changed.
+    pub goes_on: bool,
     /// What has started.
     pub manager: Rc<RefCell<Option<Arc<Manager>>>>,
     /// The same before it has started.
@@ -126,7 +128,7 @@ pub struct World {
     depth: usize,
     pub(crate) counts: Rc<RefCell<Counts>>,
     held: Vec<(Uuid, Ticket)>,
-    seen: u64,
+    seen: (u64, u64),
     steps: usize,
 }
 
@@ -192,6 +194,7 @@ impl World {
     pub fn on(sim: Arc<Sim>, spec: Spec, rng: Rng, shape: Shape, depth: usize, counts: Rc<RefCell<Counts>>) -> World {
         World {
             sim,
+            goes_on: false,
             manager: Rc::default(),
             opened: Rc::default(),
             spec: Rc::new(RefCell::new(spec)),
@@ -204,7 +207,7 @@ impl World {
             depth,
             counts,
             held: Vec::new(),
-            seen: media::changes(),
+            seen: (media::changes(), 0),
             steps: 0,
         }
     }
@@ -291,7 +294,7 @@ impl World {
         if !self.move_on()? {
             self.sim.pass_time();
         }
-        self.seen = media::changes();
+        self.seen.0 = media::changes();
         Ok(())
     }
 
@@ -322,20 +325,22 @@ impl World {
             // While guests are at work time passes, too.
             moved |= self.manager.borrow().is_some() && !self.now.borrow().is_empty() && self.sim.pass_time();
         }
-        if self.seen != media::changes() {
-            self.end_here()?;
-            self.seen = media::changes();
+        let now = (media::changes(), self.sim.entries());
+        if self.seen != now {
+            self.end_here(self.seen.0 == now.0)?;
+            self.seen = (media::changes(), now.1);
         }
         Ok(moved)
     }
 
-    /// What would be found if it ended now; now and then also what comes of it.
-    fn end_here(&mut self) -> Result<(), String> {
+    /// What would be found if it ended now; now and then also what comes of it. If only entries have changed, which no power
+    /// cut leaves, it is killed.
+    fn end_here(&mut self, only_entries: bool) -> Result<(), String> {
         let (percent, deeper) = [(30, 8), (20, 5), (15, 0)][self.depth];
         if !self.rng.chance(percent) {
             return Ok(());
         }
-        let end = End::some(&mut self.rng);
+        let end = if only_entries { End::Kill } else { End::some(&mut self.rng) };
         let mut rng = Rng::new(self.rng.next());
         let goes_on = self.depth < DEPTH_MAX && rng.chance(deeper);
         let what = |e: String| {
@@ -353,6 +358,7 @@ impl World {
         let _aside = set_aside();
         let ended = found::Ended { spec: &self.spec.borrow(), told: &told, told_of_volumes: &volumes, end };
         let mut next = World::on(left, Spec::default(), rng, shape, self.depth + 1, self.counts.clone());
+        next.goes_on = goes_on;
         let spec = found::find(&mut next, &ended).map_err(what)?;
         if !goes_on {
             return Ok(());

@@ -9,7 +9,7 @@ const SEEDS: u64 = 3000;
 
 /// Those that a schedule on one thread can show; the others are about the orders of atomic operations and
 /// are noticed by the model tests.
-const ON_ONE_THREAD: [Defect; 27] = [
+const ON_ONE_THREAD: [Defect; 28] = [
     Defect::EpochPerPart,
     Defect::LeaveEarly,
     Defect::NoBlockLock,
@@ -31,6 +31,7 @@ const ON_ONE_THREAD: [Defect; 27] = [
     Defect::ZerosNotCopied,
     Defect::ReclaimBlindly,
     Defect::NoRetireRecheck,
+    Defect::NoPivotRecheck,
     Defect::LetGoOfOverwritten,
     Defect::DiscardNotRechecked,
     Defect::RetiresSideBySide,

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request};
+use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request, RestoreSource, Restoring};
 use halfsilver::store::{DurableTable, PAYLOAD_BYTES};
 
 use crate::bench::{BLOCKS, Bench, block, write_of};
@@ -64,4 +64,102 @@ fn a_deletion_in_one_log_is_not_durable_before_the_entry_in_another() {
         assert!((0..BLOCKS).all(|b| stored(&nearer, b) && !stored(&farther, b)));
         assert_eq!(bench.read(&bench.ticket(), 0..bench.sectors()), vec![3; bench.sectors()]);
     }
+}
+
+/// A moment without room in the state directory: what is asked for then fails, and what is asked for afterwards does not.
+#[test]
+fn a_refusal_costs_one_flush() {
+    for durable_write in [false, true] {
+        let bench = Bench::new();
+        let first = cut_to_durable_log(&bench);
+        let second = cut_to_durable_log(&bench);
+        for refuses in [&second, &first, &second] {
+            bench.write(&bench.ticket(), 0..bench.sectors(), 2);
+            refuses.fail_writes(libc::ENOSPC, 0);
+            let mut write = write_of(block(0), 3);
+            if let Request::Write { durable, .. } = &mut write {
+                *durable = true;
+            }
+            let request = if durable_write { write } else { Request::Flush };
+            // A log that has nothing new to store is not asked.
+            let is_refused = bench.request(&bench.ticket(), request).is_err();
+            refuses.heal_writes();
+            bench.request(&bench.ticket(), Request::Flush).unwrap();
+            assert!((0..BLOCKS).all(|b| stored(&second, b)), "refused before: {is_refused}");
+        }
+        assert!(!stored(&first, 0));
+    }
+}
+
+/// The same while a restore is under way, and of what was saved.
+#[test]
+fn a_refusal_costs_one_flush_of_a_restore() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 2);
+    let (pending, stored) = bench.durable_table();
+    let closed = bench.editor.close(&bench.disk, false);
+    let source = RestoreSource::Own(cut.frozen[0].id);
+    bench.disk.find_differences(&source, pending.table()).unwrap();
+    closed.begin(Restoring::new(pending, source));
+    bench.write(&bench.ticket(), block(1), 3);
+    stored.fail_writes(libc::ENOSPC, 0);
+    bench.request(&bench.ticket(), Request::Flush).unwrap_err();
+    stored.heal_writes();
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert_eq!(bench.entries_of(&stored), [0, 2, 3]);
+}
+
+/// What a flush costs does not grow with the snapshots of a disk: quiesced logs have everything on stable storage.
+#[test]
+fn a_flush_syncs_what_has_changed_however_many_logs_there_are() {
+    let mut costs = Vec::new();
+    for logs in [1, 10, 100] {
+        let bench = Bench::new();
+        bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+        let mut images = vec![bench.live.clone()];
+        for _ in 0..logs {
+            let (cut, log, durable) = bench.cut_to_log_with_table();
+            let queue = bench.queue.clone();
+            let (disk, frozen) = (bench.disk.clone(), cut.frozen[0].id);
+            bench.run(async move { disk.make_durable(&queue, frozen).await.unwrap() });
+            cut.frozen[0].set_quiesced();
+            bench.write(&bench.ticket(), block(1), 2);
+            images.extend([log, durable]);
+        }
+        let syncs = || images.iter().map(SimImage::syncs).sum::<usize>();
+        let cost_of = |request: Option<Request>| {
+            if let Some(request) = request {
+                bench.request(&bench.ticket(), request).unwrap();
+            }
+            let before = syncs();
+            bench.request(&bench.ticket(), Request::Flush).unwrap();
+            syncs() - before
+        };
+        cost_of(None);
+        // Nothing, a block that the log has, and one that it gets.
+        costs.push([cost_of(None), cost_of(Some(write_of(block(1), 3))), cost_of(Some(write_of(block(2), 3)))]);
+    }
+    assert_eq!(costs, [[0, 1, 2]; 3], "syncs of a flush with 1, 10 and 100 logs");
+}
+
+/// A log that was left out is asked again when something is written to it: by an old epoch, or by a job.
+#[test]
+fn a_quiesced_log_that_changes_is_stored_by_the_next_flush() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let nearer = cut_to_durable_log(&bench);
+    let old = bench.ticket();
+    let farther = cut_to_durable_log(&bench);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    bench.write(&old, block(0), 2);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert!(stored(&nearer, 0) && !stored(&farther, 0));
+    bench.write(&bench.ticket(), block(1), 3);
+    bench.write(&old, block(1), 4);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    assert!(stored(&nearer, 1) && !stored(&farther, 1));
 }

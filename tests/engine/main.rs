@@ -12,6 +12,7 @@ mod figures;
 mod flips;
 mod flushes;
 mod oracle;
+mod places;
 mod poison;
 mod restore;
 mod rules;

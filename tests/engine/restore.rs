@@ -314,7 +314,7 @@ impl World {
         let ours = pace.clone();
         scheduler.spawn(async move {
             if job::restore(queue, disk.clone(), ours).await.unwrap() == Outcome::Done {
-                editor.end_restore(&disk);
+                assert!(editor.end_restore(&disk));
             }
         });
         pace
@@ -540,7 +540,7 @@ fn finish(bench: &Bench) -> u64 {
     let ours = pace.clone();
     let done = bench.run(async move { job::restore(queue, disk, ours).await });
     assert_eq!(done.unwrap(), Outcome::Done);
-    bench.editor.end_restore(&bench.disk);
+    assert!(bench.editor.end_restore(&bench.disk));
     pace.done_bytes.load(Ordering::Relaxed)
 }
 

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use halfsilver::engine::{
-    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, VersionId, Writers,
+    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, RestoreSource, VersionId,
+    Writers,
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
 use halfsilver::store::BlockIndex;
@@ -35,6 +36,48 @@ fn a_write_is_saved_once_however_many_snapshots_there_are() {
     for (cut, _) in &cuts {
         assert_eq!(bench.frozen(&cut.frozen[0]).unwrap(), vec![1; 32], "older ones read through newer ones");
     }
+}
+
+/// A read has a version until it ends: the full image goes to VLUN B while a read of VLUN A is at the device.
+#[test]
+fn a_read_in_flight_shows_its_version_when_the_full_image_moves_away() {
+    for writers in [Writers::Connection, Writers::Request] {
+        let bench = Bench::new();
+        bench.write(&bench.ticket(), 0..32, 1);
+        let (old, new) = (bench.disk.attach_live().connect(), bench.disk.attach_live());
+        let (lane, scheduler) = (old.lane(), &mut Rng::new(1));
+        let (mut read, memory) = bench.start_read(old.clone(), &lane.enter(), block(0));
+        bench.live.hold_in_flight(true);
+        let image = bench.empty_image("frozen");
+        let layer = NewLayer::Frozen { layer: Layer::of(Backing::One(Arc::new(image)), bench.table()) };
+        let (disk, new_live) = (bench.disk.clone(), VersionId::new_v4());
+        let prepared = PreparedSnapshot { disk, layer, new_live, changed: None };
+        bench.editor.cut(vec![prepared], writers).unwrap();
+        bench.on(new, &bench.ticket(), write_of(block(0), 9)).unwrap();
+        assert_eq!(bench.live()[block(0)], [9; 8]);
+        bench.live.hold_in_flight(false);
+        assert!(read.settle(scheduler));
+        assert_eq!(memory(), [1; 8], "{writers:?}: what VLUN A shows, as the next read of it will");
+        if writers == Writers::Connection {
+            let (mut next, memory) = bench.start_read(old, &lane.enter(), block(0));
+            assert!(next.settle(scheduler));
+            assert_eq!(memory(), [1; 8]);
+        }
+    }
+}
+
+/// Whatever a job takes for its end: while a block is pending there is none, and what is shown stays right.
+#[test]
+fn a_restore_with_a_pending_block_does_not_end() {
+    let bench = Bench::new();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    bench.write(&bench.ticket(), block(2), 3);
+    crate::restore::restore(&bench, RestoreSource::Own(cut.frozen[0].id));
+    assert!(!bench.editor.end_restore(&bench.disk));
+    assert_eq!(bench.read(&bench.ticket(), 0..bench.sectors()), vec![1; bench.sectors()]);
+    assert_eq!(bench.disk.blocks_to_bring_back(), 1);
 }
 
 #[test]

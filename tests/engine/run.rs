@@ -448,8 +448,9 @@ impl Run {
         frozen.version = Some(version.clone());
         let old_key = std::mem::replace(&mut live.key, key);
         world.arrays.push(live);
-        // A read that runs across the cut: the guest cannot tell whether it came before or after.
-        world.watches.iter_mut().filter(|w| w.keys.contains(&old_key)).for_each(|w| w.keys.push(key));
+        // A read that runs across the cut shows its own version to the end, unless that may break.
+        let running = world.watches.iter_mut().filter(|w| w.keys.contains(&old_key));
+        running.filter(|_| self.shape.faults).for_each(|w| w.keys.push(key));
         self.cuts.push((ended, version));
     }
 

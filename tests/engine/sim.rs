@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket};
+use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket, Unsynced};
 
 pub use crate::schedule::Rng;
 use crate::schedule::{self, Device};
@@ -74,8 +74,10 @@ struct State {
     longest: AtomicUsize,
     reads: AtomicUsize,
     writes: AtomicUsize,
+    zeroes: AtomicUsize,
     syncs: AtomicUsize,
     poisoned: AtomicBool,
+    unsynced: Unsynced,
     path: PathBuf,
     alignment: u32,
     holes: Mutex<HashMap<usize, ()>>,
@@ -101,8 +103,10 @@ impl SimImage {
                 longest: AtomicUsize::new(0),
                 reads: AtomicUsize::new(0),
                 writes: AtomicUsize::new(0),
+                zeroes: AtomicUsize::new(0),
                 syncs: AtomicUsize::new(0),
                 poisoned: AtomicBool::new(false),
+                unsynced: Unsynced::default(),
                 path: PathBuf::from(name),
                 alignment,
                 holes: Mutex::new((0..size / SECTOR).map(|s| (s, ())).collect()),
@@ -144,6 +148,21 @@ impl SimImage {
     /// Makes zeroing fail with `errno`, and nothing else.
     pub fn fail_zeroing(&self, errno: i32) {
         *self.state.fail_zeroing.lock().unwrap() = Some(errno);
+    }
+
+    /// Zeroing works again.
+    pub fn heal_zeroing(&self) {
+        *self.state.fail_zeroing.lock().unwrap() = None;
+    }
+
+    /// Writes work again.
+    pub fn heal_writes(&self) {
+        *self.state.fail.lock().unwrap() = None;
+    }
+
+    /// How often a range was to be zeroed.
+    pub fn zeroes(&self) -> usize {
+        self.state.zeroes.load(Ordering::SeqCst)
     }
 
     /// Makes syncs fail with `errno`.
@@ -230,6 +249,7 @@ impl Image for SimImage {
         match ticket.kind() {
             OpKind::Sync => _ = self.state.syncs.fetch_add(1, Ordering::SeqCst),
             OpKind::Write { .. } => _ = self.state.writes.fetch_add(1, Ordering::SeqCst),
+            OpKind::Zero { .. } => _ = self.state.zeroes.fetch_add(1, Ordering::SeqCst),
             OpKind::Read => {
                 self.state.reads.fetch_add(1, Ordering::SeqCst);
                 self.state.longest.fetch_max(len, Ordering::SeqCst);
@@ -242,6 +262,9 @@ impl Image for SimImage {
     }
     fn path(&self) -> &Path {
         &self.state.path
+    }
+    fn unsynced(&self) -> Option<&Unsynced> {
+        Some(&self.state.unsynced)
     }
     fn is_poisoned(&self) -> bool {
         self.state.poisoned.load(Ordering::SeqCst)

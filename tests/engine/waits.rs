@@ -2,10 +2,17 @@
 //! with its neighbours: while the I/O of some blocks is held, writes of all other blocks end, and a write of one of those
 //! waits for just that copy.
 
+use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use halfsilver::engine::{Ticket, Version};
+use halfsilver::engine::{
+    Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, Layer, NewLayer, PreparedSnapshot, Request,
+    RestoreSource, Restoring, Ticket, Version, VersionId, Writers,
+};
+use halfsilver::image::{AlignedBuf, Alignment, ByteOffset, GuestBuf, Image, IoQueue, OpTicket};
 use halfsilver::job::{self, Outcome, Pace};
+use halfsilver::store::{DurableTable, PAYLOAD_BYTES};
 
 use crate::bench::{BLOCK, Bench, block};
 use crate::sim::{self, Rng, Scheduler};
@@ -245,4 +252,68 @@ fn a_reader_of_vlun_a_holds_up_nobody() {
         assert!(backup.settle(&mut Rng::new(3)));
         assert_eq!(shown(), vec![1; bench.sectors()]);
     }
+}
+
+/// An image of any size that holds nothing, and answers at once.
+struct Nothing(u64);
+
+impl Image for Nothing {
+    fn size_bytes(&self) -> u64 {
+        self.0
+    }
+    fn alignment(&self) -> Alignment {
+        Alignment { offset_bytes: 512, memory_bytes: 1 }
+    }
+    fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
+        let len = ticket.len();
+        ticket.finish(Ok(len));
+    }
+    fn path(&self) -> &Path {
+        Path::new("nothing")
+    }
+    fn is_poisoned(&self) -> bool {
+        false
+    }
+    fn poison(&self) {}
+}
+
+/// A guest's write waits at the gate while a restore begins: as long as what differs takes, and not as long as the disk is.
+#[test]
+fn a_restore_of_a_huge_disk_begins_at_once() {
+    const SIZE: u64 = 16 << 40;
+    let _undisturbed = crate::undisturbed();
+    let (clock, queue) = (EpochClock::new(Epoch(1)), IoQueue::simulated());
+    let editor = Arc::new(ChainEditor::new(clock.clone()));
+    let one = || Backing::One(Arc::new(Nothing(SIZE)));
+    let table = || Disk::table_in_memory(SIZE, 4096).unwrap();
+    let options = DiskOptions { image: one(), block_bytes: 4096, read_only: false, discards: Arc::new(table()) };
+    let disk = Disk::new(clock.clone(), options);
+    let layer = NewLayer::Frozen { layer: Layer::of(one(), Arc::new(table())) };
+    let prepared = PreparedSnapshot { disk: disk.clone(), layer, new_live: VersionId::new_v4(), changed: None };
+    let frozen = editor.cut(vec![prepared], Writers::Request).unwrap().frozen.remove(0);
+    frozen.set_quiesced();
+    let mut scheduler = Scheduler::default();
+    scheduler.spawn(async move {
+        let attachment = disk.attach_live();
+        for at in [ByteOffset(0), ByteOffset(7 << 40), ByteOffset(SIZE - 4096)] {
+            let (from, _) = GuestBuf::from_owned(AlignedBuf::zeroed(4096));
+            let request = Request::Write { at, from, durable: false };
+            attachment.execute(&queue, &clock.lane().enter(), request).await.unwrap();
+        }
+        let pending = Arc::new(table());
+        let image = Arc::new(Nothing(DurableTable::image_bytes(pending.blocks())));
+        let pending = DurableTable::create(image, VersionId::nil(), pending, [0; PAYLOAD_BYTES], &queue).await.unwrap();
+        let began = Instant::now();
+        let closed = editor.close(&disk, false);
+        disk.changes_passed().await;
+        disk.store_brought_back(&queue).await.unwrap();
+        let source = RestoreSource::Own(frozen.id);
+        disk.find_differences(&source, pending.table()).unwrap();
+        pending.commit(&queue).await.unwrap();
+        closed.begin(Restoring::new(pending, source));
+        let held_up = began.elapsed();
+        assert_eq!(disk.blocks_to_bring_back(), 3);
+        assert!(held_up < Duration::from_millis(500), "a write would have waited for {held_up:?}");
+    });
+    assert!(scheduler.settle(&mut Rng::new(1)));
 }

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use halfsilver::engine::{LegState, PairError};
+use halfsilver::engine::{LegState, Pair, PairError};
+use halfsilver::image::IoQueue;
 use halfsilver::job::{Outcome, Pace, resync};
+use uuid::Uuid;
 
 use crate::media::{Op, SECTOR, Scheduler, run};
 use crate::schedule::Rng;
@@ -445,6 +447,73 @@ fn when_the_bitmap_cannot_be_stored_nothing_is_acknowledged_that_needs_it() {
     world.legs[1].fail(Op::Write, 0, libc::EIO);
     assert!(!write(&mirror, &mut rng, 4096, 4096, 4, How::Write), "the next start would read the dropped leg");
     assert!(read(&mirror, &mut rng, 0, 512).is_some());
+}
+
+/// A moment without room for the bitmap is the end of what is asked for then, and of nothing else.
+#[test]
+fn a_refusal_of_the_bitmap_costs_one_request() {
+    let mut rng = Rng::new(12);
+    let world = World::new();
+    let mirror = world.equal(&mut rng);
+    world.bitmap.fail(Op::Write, 0, libc::ENOSPC);
+    assert!(!write(&mirror, &mut rng, REGION, 4096, 2, How::Write), "the bit of its region is not stored");
+    let pair = mirror.pair.clone();
+    let queue = mirror.queue.clone();
+    assert!(run(&mut rng, async move { pair.prepare_split(&queue).await }).is_err());
+    world.bitmap.heal();
+    assert!(write(&mirror, &mut rng, REGION, 4096, 3, How::Write));
+    assert_equal(&world);
+    assert!(mirror.pair.detached().is_err(), "the split was not prepared");
+    assert_eq!(mirror.states(), [LegState::InSync, LegState::InSync]);
+    // The regions that were written are copied, and it is not split.
+    let left = world.after_power_cut(&mut rng);
+    assert_eq!(left.open(&mut rng, &[0, 1]).unwrap().states(), [LegState::InSync, LegState::Resynchronising]);
+}
+
+#[test]
+fn a_leg_that_could_not_be_recorded_is_not_there_and_can_be_added_again() {
+    let mut rng = Rng::new(13);
+    let world = World::new();
+    let (first, bitmap, queue) = (world.leg(0), world.bitmap.clone(), IoQueue::simulated());
+    let io = queue.clone();
+    let pair =
+        run(
+            &mut rng,
+            async move { Pair::create(first, Arc::new(bitmap), Uuid::from_u128(77), BLOCK, &io).await.unwrap() },
+        );
+    let mirror = Mirror::new(pair, queue);
+    // The bits of all regions are one write, the state of the leg is the next.
+    for refused in [0, 1] {
+        world.bitmap.fail(Op::Write, refused, libc::ENOSPC);
+        assert!(attach(&mirror, &world, &mut rng, 1, true).is_err());
+        world.bitmap.heal();
+        assert_eq!(mirror.states(), [LegState::InSync]);
+        assert!(write(&mirror, &mut rng, 0, 4096, 1, How::Write));
+    }
+    attach(&mirror, &world, &mut rng, 1, true).unwrap();
+    assert_eq!(mirror.resync(&mut rng).unwrap(), Outcome::Done);
+    assert_equal(&world);
+}
+
+/// A job that has made the legs equal says so, whatever comes of the bitmap afterwards; and when that they are could not be
+/// stored, the next try ends well.
+#[test]
+fn a_synchronisation_ends_as_the_legs_are() {
+    for refused in 0..12 {
+        let mut rng = Rng::new(14);
+        let world = World::new();
+        let mirror = world.create(&mut rng);
+        world.bitmap.fail(Op::Write, refused, libc::ENOSPC);
+        let first = mirror.resync(&mut rng);
+        let is_in_sync = mirror.states()[1] == LegState::InSync;
+        assert!(first.is_err() || is_in_sync, "{refused}: it says that it is done");
+        world.bitmap.heal();
+        assert_eq!(mirror.resync(&mut rng).unwrap(), Outcome::Done, "{refused}");
+        assert_eq!(mirror.states(), [LegState::InSync, LegState::InSync]);
+        assert_equal(&world);
+        let left = world.after_power_cut(&mut rng);
+        assert_eq!(left.open(&mut rng, &[0, 1]).unwrap().states(), [LegState::InSync, LegState::InSync], "{refused}");
+    }
 }
 
 #[test]

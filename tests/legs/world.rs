@@ -122,7 +122,7 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    fn new(pair: Arc<Pair>, queue: IoQueue) -> Mirror {
+    pub fn new(pair: Arc<Pair>, queue: IoQueue) -> Mirror {
         let observer = Arc::new(Observer::default());
         pair.observe(observer.clone());
         let discards = Disk::table_in_memory(SIZE as u64, BLOCK).unwrap();

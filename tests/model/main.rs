@@ -11,6 +11,7 @@ mod background;
 mod connection;
 mod cut;
 mod locks;
+mod unsynced;
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner};

@@ -192,15 +192,15 @@ impl Pair {
             core.intent.set(all).map_err(|e| core.full(&e))?;
             core.intent.durable.commit(queue).await?;
         }
-        let (added, _) = core.alter(|state| -> Result<(), PairError> {
-            let place = place_for(state, leg.id, full)?;
-            let state_of = LegState::Resynchronising;
-            state.legs[place] = Some(Leg { id: leg.id, image: Some(leg.image), state: state_of, split: 0 });
+        let id = leg.id;
+        let (added, _) = core.alter(|state| -> Result<(usize, Option<Leg>), PairError> {
+            let place = place_for(state, id, full)?;
+            let added = Leg { id, image: Some(leg.image), state: LegState::Resynchronising, split: 0 };
             state.keep_bits = true;
             state.splitting = false;
-            Ok(())
+            Ok((place, state.legs[place].replace(added)))
         });
-        added?;
+        let (place, before) = added?;
         let asked = core.intent.ask_for_all_copies();
         let ((), version) = core.alter(|state| {
             state.keep_bits = false;
@@ -210,7 +210,15 @@ impl Pair {
                 leg.state = LegState::Failed(e.to_string());
             }
         });
-        core.settle(queue, version).await?;
+        if let Err(e) = core.settle(queue, version).await {
+            // Nobody is told that it is there, and no start must find it so.
+            core.alter(|state| {
+                if state.leg(place).is_some_and(|leg| leg.id == id) {
+                    state.legs[place] = before;
+                }
+            });
+            return Err(e.into());
+        }
         Ok(asked.map_err(|e| core.full(&e))?)
     }
 
@@ -228,7 +236,11 @@ impl Pair {
         if !ready {
             return Err(refused("it is not possible to split it: not both legs are in sync"));
         }
-        Ok(self.core.settle(queue, version).await?)
+        let stored = self.core.settle(queue, version).await;
+        if stored.is_err() {
+            self.core.alter(|state| state.splitting = false);
+        }
+        Ok(stored?)
     }
 
     /// Takes [`Pair::prepare_split`] back.
@@ -371,7 +383,10 @@ impl Pair {
         self.sync(queue).await?;
         let intent = &self.core.intent;
         let (done, version) = self.core.alter(|state| {
-            let place = state.resynchronising()?;
+            let Some(place) = state.resynchronising() else {
+                // It is, and that could not be stored the last time.
+                return (state.in_sync().count() == 2).then_some(true);
+            };
             let done = intent.to_copy.next_set(BlockIndex(0)).is_none() && !state.keep_bits;
             if done && let Some(leg) = &mut state.legs[place] {
                 leg.state = LegState::InSync;

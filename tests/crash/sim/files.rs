@@ -4,6 +4,7 @@
 //! back after a power cut. What is in the run directory does not outlive one.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -109,6 +110,18 @@ impl Files {
 
     pub fn names_of(&self, number: u64) -> u64 {
         self.names.values().filter(|file| file.number == number).count() as u64
+    }
+
+    /// A hash of the entries of all mapped tables.
+    pub fn entries(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (path, file) in &self.names {
+            let Node::Table(table, _) = &file.node else { continue };
+            (path, table.is_broken()).hash(&mut hasher);
+            let next = |at: &BlockIndex| table.next_set(BlockIndex(at.0 + 1));
+            std::iter::successors(table.next_set(BlockIndex(0)), next).for_each(|block| block.0.hash(&mut hasher));
+        }
+        hasher.finish()
     }
 
     /// What is found after an end.

@@ -202,6 +202,11 @@ impl Sim {
         }
     }
 
+    /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
+    pub fn entries(&self) -> u64 {
+        self.left().files.entries()
+    }
+
     /// The threads that were begun since this was asked last.
     pub fn take_begun(&self) -> Vec<(String, Thread)> {
         std::mem::take(&mut self.process().0.begun)
