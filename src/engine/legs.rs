@@ -248,6 +248,10 @@ impl Pair {
             // A leg that is added copies all regions whose bits it sees: it sees ours, or we see it.
             fence(Ordering::SeqCst);
             let now = self.core.state.load_full();
+            if !now.marks() {
+                // A leg that is out counts for a start until that is durable, and there is no bit for what it misses.
+                self.core.settle(queue, now.version).await?;
+            }
             if before.marks() || !now.marks() {
                 return Ok(now);
             }

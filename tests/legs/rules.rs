@@ -8,7 +8,7 @@ use halfsilver::image::IoQueue;
 use halfsilver::job::{Outcome, Pace, resync};
 use uuid::Uuid;
 
-use crate::media::{Op, SECTOR, Scheduler, run};
+use crate::media::{Op, SECTOR, Scheduler, run, set_aside};
 use crate::schedule::Rng;
 use crate::world::{BLOCK, How, Mirror, REGION, SIZE, World, leg_id, some_place};
 
@@ -533,4 +533,31 @@ fn bits_are_shared_and_rarely_stored() {
     assert_eq!(world.bitmap.syncs() - syncs, 2);
     assert!(write(&mirror, &mut rng, REGION, 4096, 1, How::Write));
     assert_eq!(world.bitmap.syncs() - syncs, 2, "its bit was stored before it came");
+}
+
+/// While it is not durable that a leg is out, a start counts on it: whatever it lacks then must be marked, acknowledged or not.
+#[test]
+fn what_a_leg_that_is_let_go_lacks_is_marked_or_it_is_out_for_who_starts() {
+    let mut found = 0;
+    for seed in 1..=200 {
+        let mut rng = Rng::new(seed);
+        let world = World::new();
+        let mirror = world.equal(&mut rng);
+        mirror.clean(&mut rng);
+        mirror.clean(&mut rng);
+        let mut scheduler = Scheduler::default();
+        let (letting_go, writing) = (mirror.clone(), mirror.clone());
+        scheduler.spawn(async move { letting_go.pair.let_go(&letting_go.queue, leg_id(1)).await.unwrap() });
+        scheduler.spawn(async move { writing.write(0, 4096, 7, How::Write).await.unwrap() });
+        while scheduler.step(&mut rng) {
+            let _aside = set_aside();
+            let left = world.after_power_cut(&mut rng);
+            let pair = left.open(&mut rng, &[0, 1]).unwrap();
+            if pair.states() == [LegState::InSync, LegState::InSync] {
+                found += 1;
+                assert!(left.legs[0].bytes() == left.legs[1].bytes(), "seed {seed}: legs in sync differ");
+            }
+        }
+    }
+    assert!(found > 100, "{found}");
 }
