@@ -328,15 +328,14 @@ pub(crate) fn open_made_here(
     options: ImageOptions,
 ) -> Result<SharedImage, ImageError> {
     let open = |direct| host.open_image(path, ImageOptions { direct, ..options });
-    let image = match open(direct_of(config)) {
+    match open(direct_of(config)) {
         Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
         Ok(image) if image.alignment().offset_bytes > config.block_size => {
             drop(image);
             open(Direct::Off)
         }
         other => other,
-    };
-    image
+    }
 }
 
 pub(crate) fn direct_of(config: &DiskConfig) -> Direct {

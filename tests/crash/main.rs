@@ -1,4 +1,4 @@
-//! Crash states under the engine: a simulated host that ends at every step, and what is found afterwards.
+//! Crash states under the whole daemon: a simulated host that ends at any step, and what is found afterwards.
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 
@@ -7,28 +7,18 @@ use std::sync::OnceLock;
 #[path = "../common/alone.rs"]
 mod alone;
 mod commands;
-mod daemon;
 mod defects;
 mod found;
-mod host;
-mod independent;
-mod judge;
 #[path = "../common/media.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod media;
-mod oracle;
 mod records;
-mod restore;
-mod run;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;
 mod sim;
 mod spec;
-mod standing;
 mod states;
-mod updated;
-mod whole;
 mod world;
 
 /// What the daemon says, too.

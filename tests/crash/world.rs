@@ -23,7 +23,7 @@ use uuid::Uuid;
 use crate::found;
 use crate::media::{self, SECTOR, Scheduler, set_aside};
 use crate::schedule::Rng;
-use crate::sim::{DISKS, End, RUN, STATE, Sim, Thread};
+use crate::sim::{DISKS, End, Loss, RUN, STATE, Sim, Thread};
 use crate::spec::{self, Kind, Spec};
 
 /// Ends inside what was begun after an end, and so on.
@@ -100,7 +100,7 @@ impl Shape {
         let tail = if rng.chance(50) { rng.below(8) } else { 0 };
         //               create, group, delete, dgroup, volume, dvol, complete, promote, update, restore
         let snapshots = [30, 6, 24, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 4, 3, 4];
-        let volumes = [14, 3, 8, 1, 22, 6, 14, 8, 12, 0, 6, 10, 0, 0, 6, 2, 2, 3, 6];
+        let volumes = [14, 3, 8, 1, 22, 6, 18, 20, 12, 0, 6, 10, 0, 0, 6, 2, 2, 3, 6];
         let restores = [22, 2, 8, 1, 8, 2, 2, 2, 2, 24, 2, 2, 0, 0, 3, 1, 2, 4, 8];
         let mirrors = [22, 2, 16, 2, 4, 1, 2, 1, 1, 4, 1, 1, 14, 8, 3, 2, 1, 3, 6];
         let all = [16, 4, 12, 3, 10, 3, 6, 4, 5, 8, 3, 4, 5, 4, 5, 3, 3, 3, 5];
@@ -126,6 +126,7 @@ pub struct World {
     pub(crate) now: Rc<RefCell<Vec<Command>>>,
     shape: Shape,
     depth: usize,
+    is_stopping: bool,
     pub(crate) counts: Rc<RefCell<Counts>>,
     held: Vec<(Uuid, Ticket)>,
     seen: (u64, u64),
@@ -205,6 +206,7 @@ impl World {
             now: Rc::default(),
             shape,
             depth,
+            is_stopping: false,
             counts,
             held: Vec::new(),
             seen: (media::changes(), 0),
@@ -268,8 +270,46 @@ impl World {
                 self.step()?;
             }
         }
+        if self.rng.chance(25) && self.manager.borrow().is_some() {
+            return self.stop();
+        }
         self.come_to_rest()?;
         found::at_rest(self)
+    }
+
+    /// Goes down, and may end amid that. Then everything is found as it was, whatever happens to the host.
+    fn stop(&mut self) -> Result<(), String> {
+        self.held.clear();
+        let manager = self.manager.borrow().clone().ok_or("it is not served")?;
+        let told = manager.list_snapshots().map_err(|e| e.message)?;
+        let told_of_volumes = manager.list_volumes().map_err(|e| e.message)?;
+        let stopped = Rc::new(RefCell::new(None));
+        let tell = stopped.clone();
+        self.is_stopping = true;
+        self.scheduler.spawn(Thread::new(move || *tell.borrow_mut() = Some(manager.stop().map_err(|e| e.to_string()))));
+        for _ in 0..2_000_000 {
+            if let Some(stopped) = stopped.borrow_mut().take() {
+                stopped.map_err(|e| format!("it does not stop: {e}"))?;
+                self.count("after a clean stop");
+                let mut rng = Rng::new(self.rng.next());
+                let end = if rng.chance(50) { End::Kill } else { End::PowerCut(Loss::All) };
+                let left = self.sim.after(end, &mut rng);
+                let _aside = set_aside();
+                // All is on stable storage, so a power cut is no more than a kill is.
+                let ended = found::Ended {
+                    spec: &self.spec.borrow(),
+                    told: &told,
+                    told_of_volumes: &told_of_volumes,
+                    end: End::Kill,
+                };
+                let mut next = World::on(left, Spec::default(), rng, self.shape, self.depth + 1, self.counts.clone());
+                return found::find(&mut next, &ended).map(drop).map_err(|e| format!("after a clean stop: {e}"));
+            }
+            if !self.step()? {
+                self.sim.pass_time();
+            }
+        }
+        Err("it does not stop".to_owned())
     }
 
     fn come_to_rest(&mut self) -> Result<(), String> {
@@ -388,6 +428,9 @@ impl World {
         add(format!("depth {}", self.depth));
         if self.manager.borrow().is_none() {
             add("amid a start".to_owned());
+        }
+        if self.is_stopping {
+            add("amid a stop".to_owned());
         }
         self.now.borrow().iter().for_each(|command| add(format!("amid {command:?}")));
         if let Some(manager) = &*self.manager.borrow() {

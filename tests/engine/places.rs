@@ -27,7 +27,8 @@ fn taken_up(bench: &mut Bench) {
     let geometry = bench.disk.geometry();
     let discards = Disk::table_in_memory(geometry.size_bytes, geometry.block_bytes).unwrap();
     let image = Backing::One(Arc::new(bench.live.clone()));
-    let options = DiskOptions { image, block_bytes: geometry.block_bytes, read_only: false, discards: Arc::new(discards) };
+    let options =
+        DiskOptions { image, block_bytes: geometry.block_bytes, read_only: false, discards: Arc::new(discards) };
     let clock = EpochClock::new(bench.clock.current().next());
     bench.disk = Disk::with_chain(clock.clone(), options, links.collect());
     (bench.editor, bench.clock) = (Arc::new(ChainEditor::new(clock.clone())), clock);

@@ -194,14 +194,6 @@ impl Sim {
         self.left().files.put_durable(path, Node::Image(medium, true));
     }
 
-    /// What is in an image now.
-    pub fn bytes_of(&self, path: &Path) -> Option<Vec<u8>> {
-        match &self.left().files.names.get(path)?.node {
-            Node::Image(medium, _) => Some(medium.bytes()),
-            _ => None,
-        }
-    }
-
     /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
     pub fn entries(&self) -> u64 {
         self.left().files.entries()
@@ -396,7 +388,10 @@ impl Host for Sim {
         let medium = Medium::new(&path.display().to_string(), usize::try_from(size_bytes).unwrap());
         let created = self.change(|left| match left.files.names.contains_key(path) {
             true => Err(exists()),
-            false => Ok(left.files.create(path, Node::Image(medium.clone(), false))),
+            false => {
+                left.files.create(path, Node::Image(medium.clone(), false));
+                Ok(())
+            }
         });
         created.map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))?;
         Ok(Arc::new(medium.opened_at(path)))
@@ -459,27 +454,33 @@ impl Host for Sim {
         self.change(|left| match (left.files.names.contains_key(from), left.files.names.contains_key(to)) {
             (false, _) => Err(missing()),
             (_, true) => Err(exists()),
-            _ => Ok(left.files.link(from, to)),
+            _ => {
+                left.files.link(from, to);
+                Ok(())
+            }
         })
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.change(|left| match left.files.names.contains_key(from) {
-            false => Err(missing()),
-            true => Ok(left.files.rename(from, to)),
+        self.change(|left| {
+            let is_there = left.files.names.contains_key(from);
+            is_there.then(|| left.files.rename(from, to)).ok_or_else(missing)
         })
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.change(|left| match left.files.names.contains_key(path) {
-            false => Err(missing()),
-            true => Ok(left.files.remove(path)),
+        self.change(|left| {
+            let is_there = left.files.names.contains_key(path);
+            is_there.then(|| left.files.remove(path)).ok_or_else(missing)
         })
     }
 
     fn sync_directory_of(&self, path: &Path) -> io::Result<()> {
         let directory = path.parent().expect("a file in a directory").to_owned();
-        self.change(|left| Ok(left.files.sync(&directory)))
+        self.change(|left| {
+            left.files.sync(&directory);
+            Ok(())
+        })
     }
 
     fn write_note(&self, path: &Path, text: &str) -> io::Result<()> {
@@ -501,7 +502,10 @@ impl Host for Sim {
 
     fn create_table(&self, path: &Path, blocks: u64, name: TableName) -> Result<Arc<Table>, TableError> {
         let table = Arc::new(Table::in_memory(blocks)?);
-        let created = self.change(|left| Ok(left.files.create(path, Node::Table(table.clone(), name))));
+        let created = self.change(|left| {
+            left.files.create(path, Node::Table(table.clone(), name));
+            Ok(())
+        });
         created.map_err(|e| in_table(path, &e))?;
         Ok(table)
     }
@@ -518,7 +522,10 @@ impl Host for Sim {
 
     fn save_table(&self, table: &Table, path: &Path) -> Result<Uuid, TableError> {
         let (seal, copy) = (self.new_id(), Arc::new(copy_of(table)));
-        let saved = self.change(|left| Ok(left.files.put_durable(path, Node::Copy(copy, seal))));
+        let saved = self.change(|left| {
+            left.files.put_durable(path, Node::Copy(copy, seal));
+            Ok(())
+        });
         saved.map_err(|e| in_table(path, &e))?;
         Ok(seal)
     }
@@ -598,7 +605,10 @@ impl RecordStore for Store {
     }
 
     fn put(&self, disks: &[&DiskRecord]) -> Result<(), RecordError> {
-        self.sim()?.put(|content| Ok(disks.iter().for_each(|disk| content.replace(&disk.name, Some(disk)))))
+        self.sim()?.put(|content| {
+            disks.iter().for_each(|disk| content.replace(&disk.name, Some(disk)));
+            Ok(())
+        })
     }
 
     fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
@@ -613,7 +623,10 @@ impl RecordStore for Store {
     }
 
     fn remove(&self, name: &str) -> Result<(), RecordError> {
-        self.sim()?.put(|content| Ok(content.replace(name, None)))
+        self.sim()?.put(|content| {
+            content.replace(name, None);
+            Ok(())
+        })
     }
 
     fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
@@ -621,7 +634,10 @@ impl RecordStore for Store {
     }
 
     fn forget_dropped(&self) -> Result<(), RecordError> {
-        self.sim()?.put(|content| Ok(content.dropped.clear()))
+        self.sim()?.put(|content| {
+            content.dropped.clear();
+            Ok(())
+        })
     }
 
     fn take_job_ids(&self, count: u64) -> Result<Range<u64>, RecordError> {
