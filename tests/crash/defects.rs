@@ -124,7 +124,7 @@ fn every_defect_is_noticed() {
             Defect::ImagesByTheNearest => (80, Shape::of),
             Defect::GivenUnstored => (760, Shape::of),
             Defect::CleansUnstored => (210, Shape::of),
-            Defect::CleansSideBySide => (1410, Shape::of),
+            Defect::CleansSideBySide => (1070, Shape::of_equal_legs),
             Defect::SplitNotStored => (680, Shape::of),
             Defect::LegBeforeBits => (450, Shape::of_new_leg),
             _ => (0, Shape::of),

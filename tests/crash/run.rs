@@ -140,6 +140,12 @@ impl Shape {
         Shape { strategies: [100, 0, 0], saved_outlive: true, ..Shape::of_logs(seed) }
     }
 
+    /// A mirror of two legs that are equal, whose bitmap is cleaned again and again.
+    #[cfg(feature = "planted")]
+    pub fn of_equal_legs(seed: u64) -> Shape {
+        Shape { strategies: [20, 20, 60], legs: Some(Legs::Equal), saved_outlive: false, ..Shape::of(seed) }
+    }
+
     /// A mirror that gets its second leg.
     #[cfg(feature = "planted")]
     pub fn of_new_leg(seed: u64) -> Shape {
