@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use halfsilver::engine::{Backing, Layer, Log, NewLayer, Request, RestoreSource, Restoring};
+use halfsilver::image::OpKind;
 use halfsilver::store::{DurableTable, PAYLOAD_BYTES};
 
 use crate::bench::{BLOCKS, Bench, block, write_of};
@@ -143,6 +144,32 @@ fn a_flush_syncs_what_has_changed_however_many_logs_there_are() {
         costs.push([cost_of(None), cost_of(Some(write_of(block(1), 3))), cost_of(Some(write_of(block(2), 3)))]);
     }
     assert_eq!(costs, [[0, 1, 2]; 3], "syncs of a flush with 1, 10 and 100 logs");
+}
+
+/// A flush that waits for another one, and meanwhile a write of an older epoch takes the place of a newer log's entry: the log
+/// that had not changed when the flush began is stored before that deletion is.
+#[test]
+fn a_log_that_changes_while_a_flush_waits_is_not_left_out() {
+    let bench = Bench::new();
+    let mut rng = Rng::new(1);
+    bench.write(&bench.ticket(), 0..bench.sectors(), 1);
+    let (_, _, nearer) = bench.cut_to_log_with_table();
+    let old = bench.ticket();
+    let (_, image, farther) = bench.cut_to_log_with_table();
+    bench.write(&bench.ticket(), 0..bench.sectors(), 2);
+    bench.request(&bench.ticket(), Request::Flush).unwrap();
+    bench.write(&bench.ticket(), block(1), 2);
+    image.hold(Some(OpKind::Sync));
+    let mut flushes = Scheduler::default();
+    for _ in 0..2 {
+        bench.start(&mut flushes, bench.disk.attach_live(), bench.ticket(), Request::Flush);
+    }
+    assert!(!flushes.settle(&mut rng), "one waits for the image, and the other for that one");
+    bench.write(&old, block(0), 3);
+    assert!(!bench.entry(2, 0), "its entry makes way for that in the other log");
+    image.hold(None);
+    assert!(flushes.settle(&mut rng));
+    assert!(stored(&nearer, 0) && !stored(&farther, 0), "the power goes, and block 0 is what it was before the flush");
 }
 
 /// A log that was left out is asked again when something is written to it: by an old epoch, or by a job.
