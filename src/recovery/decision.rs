@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
+use super::evidence::Durable;
 use super::{Shutdown, Why};
 use crate::engine::{LegState, PairFacts};
 use crate::store::{DiskRecord, SnapshotRecord, Work};
@@ -109,17 +110,6 @@ pub struct TableUse {
     pub mended: Option<Why>,
     /// Whether its version cannot be vouched for. Others go on reading through it.
     pub is_broken: bool,
-}
-
-/// The durable copies of tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durable {
-    /// That of a log, of a mirror's bitmap or of pending blocks.
-    Log,
-    /// That of a snapshot that outlives power cuts.
-    Saved,
-    /// What that became when the snapshot was given up.
-    GivenUp,
 }
 
 /// Where a dirty bitmap is that is believed.

@@ -6,10 +6,20 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::Durable;
 use crate::engine::{PairError, PairFacts};
 use crate::image::ImageError;
 use crate::store::{BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
+
+/// The durable copies of tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durable {
+    /// That of a log, of a mirror's bitmap or of pending blocks.
+    Log,
+    /// That of a snapshot that outlives power cuts.
+    Saved,
+    /// What that became when the snapshot was given up.
+    GivenUp,
+}
 
 /// An image that could be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -20,10 +20,10 @@ mod why;
 pub use carry_out::{LayerSource, NotCarriedOut, Taken, carry_out};
 pub use decide::decide;
 pub use decision::{
-    ChangedUse, Content, Durable, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role,
-    SnapshotFate, TableSource, TableUse, VersionRecovery,
+    ChangedUse, Content, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role, SnapshotFate,
+    TableSource, TableUse, VersionRecovery,
 };
-pub use evidence::{DurableFacts, Evidence, ImageFacts};
+pub use evidence::{Durable, DurableFacts, Evidence, ImageFacts};
 pub use files::{Files, ImageSetup};
 pub use settle::{ServedVersion, duplicates, settle};
 pub use why::Why;
