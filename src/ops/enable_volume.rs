@@ -21,17 +21,20 @@ use crate::registry::Command;
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
-        let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
+        let command = Command::Disable { volume: name.clone(), force };
+        let (claim, _) = self.claim(&command)?;
         let disk = self.volume(name)?;
         if locked(&disk.relations).disabled {
             return Ok(disk.to_volume(self));
         }
-        self.record_disabled(&disk, true)?;
-        crash::point("after a volume was recorded as disabled");
-        claim.waits_for(Some("its requests in flight".to_owned()));
-        disk.stop_server();
-        let server = locked(&disk.server).take();
-        drop(server);
+        let server = locked(&disk.server).clone();
+        self.stop_servers(server.as_slice(), &command, || {
+            self.record_disabled(&disk, true)?;
+            crash::point("after a volume was recorded as disabled");
+            claim.waits_for(Some("its requests in flight".to_owned()));
+            Ok(())
+        })?;
+        *locked(&disk.server) = None;
         log::info!("volume {name}: disabled");
         self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
         Ok(disk.to_volume(self))

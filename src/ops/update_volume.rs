@@ -27,7 +27,7 @@ use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
-use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
+use crate::registry::{ClaimKey, Command, Registry, Wanted};
 use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
@@ -74,9 +74,7 @@ impl Manager {
             Ok(Wanted { changes: Default::default(), needs: keys })
         };
         self.when_quiesced(&format!("volume update {name}"), &reference, needs, |source, entry| {
-            // A frontend may have come meanwhile.
-            decide(&self.registry(), &command)?;
-            self.update_now(&disk, source, entry, pacing)
+            self.update_now(&disk, source, entry, (&command, pacing))
         })
     }
 
@@ -136,11 +134,12 @@ impl Manager {
         disk: &Arc<DiskEntry>,
         source: &Arc<DiskEntry>,
         entry: &SnapshotEntry,
-        pacing: JobPatch,
+        (command, pacing): (&Command, JobPatch),
     ) -> Result<Arc<JobEntry>, ApiError> {
-        // From here on nobody writes it, and nobody connects.
-        disk.stop_server();
-        let server = locked(&disk.server).take();
+        // From here on nobody writes it, and nobody connects. A frontend may have come meanwhile.
+        let server = locked(&disk.server).clone();
+        self.stop_servers(server.as_slice(), command, || Ok(()))?;
+        *locked(&disk.server) = None;
         let was_served = server.is_some();
         drop(server);
         let moved = self.put_on(disk, source, entry, pacing);
