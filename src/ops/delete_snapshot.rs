@@ -83,7 +83,7 @@ impl Manager {
             self.host.now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         let job = loop {
-            let command = Command::DeleteSnapshot { snapshot: reference.clone(), force };
+            let command = Command::DeleteSnapshot { snapshot: reference.clone(), force, keep_bookmark };
             let (claim, _) = self.claim(&command)?;
             let disk = self.disk(&reference.disk)?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
@@ -93,10 +93,6 @@ impl Manager {
             // Its disk may have got another name meanwhile, and this be that of another one.
             if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
                 return Err(ApiError::snapshot_not_found(reference));
-            }
-            if keep_bookmark {
-                entry.refuse_bookmark_if_broken()?;
-                entry.refuse_bookmark_if_going()?;
             }
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.

@@ -74,14 +74,6 @@ impl Manager {
     /// Drops what was written to a disabled volume. It is claimed.
     fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let name = &disk.name.get();
-        // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
-        // content differs from theirs.
-        if !disk.bookmarks().is_empty() {
-            let what = in_volume(name, "it has bookmarks of what was written to it");
-            return Err(
-                ApiError::new(ErrorCode::VolumeBusy, what).with_action("delete them first: halfsilver bookmark delete")
-            );
-        }
         let chain = disk.disk.chain();
         let (old, live) = (chain.version(chain.live()).id, self.host.new_id());
         let was = chain.layer(chain.live()).image.path().to_owned();

@@ -81,16 +81,10 @@ impl Manager {
     /// A volume that can be updated now, as far as its images go.
     fn volume_to_update(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.volume(name)?;
-        let busy = |what: &str, action: String| {
-            Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
-        };
-        // Those of users were decided about.
-        if let Some(bookmark) = disk.bookmarks().first() {
-            let action = format!("delete it first: halfsilver bookmark delete {name}@{}", bookmark.name);
-            return busy("it has bookmarks, which tell what was written to it since", action);
-        }
         let Some(image) = disk.disk.only_image() else {
-            return busy("its content is in more than one image", format!("see 'halfsilver volume show {name}'"));
+            let message = in_volume(name, "its content is in more than one image");
+            let action = format!("see 'halfsilver volume show {name}'");
+            return Err(ApiError::new(ErrorCode::VolumeBusy, message).with_action(action));
         };
         if image.is_poisoned() {
             let message = in_volume(name, &format!("a sync of {} failed", image.path().display()));
@@ -413,7 +407,7 @@ impl Manager {
                 let Some(volume) = taken_for.filter(is_settled) else { continue };
                 let (stands, stood) = needs(volume, snapshot.id);
                 if !stands {
-                    let keep_bookmark = stood && snapshot.broken().is_none();
+                    let keep_bookmark = stood && snapshot.broken().or_else(|| disk.disk.base_broken()).is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
                     let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());
                 }
