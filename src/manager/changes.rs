@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
 use crate::control::timestamp::Timestamp;
-use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::control::{ApiError, ErrorCode, SnapshotRef};
 use crate::engine::{Changed, Disk};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -112,30 +112,6 @@ impl Manager {
     }
 }
 
-impl SnapshotEntry {
-    /// A bookmark says what changed since a content that somebody may have: there must have been one.
-    pub(crate) fn refuse_bookmark_if_broken(&self) -> Result<(), ApiError> {
-        match self.broken() {
-            None => Ok(()),
-            Some(reason) => {
-                let message = format!("keep-bookmark: snapshot {} is broken: {reason}", self.reference());
-                Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("delete it without a bookmark"))
-            }
-        }
-    }
-
-    /// What a deletion merges is decided when it begins.
-    pub(crate) fn refuse_bookmark_if_going(&self) -> Result<(), ApiError> {
-        let record = locked(&self.record);
-        if !record.deleting || record.keep_bookmark {
-            return Ok(());
-        }
-        let message = format!("keep-bookmark: snapshot {} is being deleted without one already", self.reference());
-        Err(ApiError::new(ErrorCode::SnapshotBusy, message)
-            .with_action("leave --keep-bookmark out; the next backup has to copy everything"))
-    }
-}
-
 impl DiskEntry {
     /// The bookmark that a snapshot has become, if it has: it is a mark of the disk, and not a version any more.
     pub(crate) fn bookmark_of(&self, entry: &SnapshotEntry) -> Option<BookmarkRecord> {
@@ -155,11 +131,6 @@ impl DiskEntry {
         bookmarks.extend(more.into_iter().filter(|more| !locked(&self.bookmarks).iter().any(|b| b.id == more.id)));
         bookmarks.sort_by_key(|b| b.began);
         bookmarks
-    }
-
-    /// Those that were not left by what was taken for an update: nobody asked for these.
-    pub(crate) fn bookmarks_of_users(&self) -> Vec<BookmarkRecord> {
-        self.bookmarks().into_iter().filter(|b| b.taken_for.is_none()).collect()
     }
 
     fn bookmarks_to_api(&self) -> Vec<Bookmark> {
@@ -195,16 +166,6 @@ impl DiskEntry {
             )),
             false => error,
         }
-    }
-
-    /// Snapshots and bookmarks of a disk share their names.
-    pub(crate) fn refuse_if_bookmarked(&self, name: &Name) -> Result<(), ApiError> {
-        if !self.bookmarks().iter().any(|b| b.name == name.as_str()) {
-            return Ok(());
-        }
-        let message = format!("disk {} has a bookmark {name} already", self.name);
-        Err(ApiError::new(ErrorCode::SnapshotExists, message)
-            .with_action(format!("use another name, or halfsilver bookmark delete {}@{name}", self.name)))
     }
 
     /// The moment of that name: a snapshot's or a bookmark's. One that is being deleted is still one.

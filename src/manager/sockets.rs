@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::control::Name;
 use crate::control::api::DiskConfig;
+use crate::control::{ApiError, Name};
 use crate::engine::Disk;
 use crate::host::Host;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
+use crate::registry::{Command, decide};
 use crate::store::SnapshotRecord;
 use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, Server, SocketSource};
 
@@ -58,6 +59,26 @@ impl Manager {
         for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none() && !s.is_open()) {
             self.resume_socket(entry, snapshot);
         }
+    }
+
+    /// Stops servers for a command that was decided: `record` is called while nobody can connect, and requests have ended
+    /// when this returns. A frontend that came after the decision refuses the command, unless that is forced; one that
+    /// comes later finds nobody. None is cut off.
+    pub(crate) fn stop_servers<T>(
+        &self,
+        servers: &[Arc<dyn Server>],
+        command: &Command,
+        record: impl FnOnce() -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        let away: Vec<_> = servers.iter().map(|server| server.hold()).collect();
+        if !command.is_forced() {
+            decide(&self.registry(), command)?;
+        }
+        let recorded = record()?;
+        servers.iter().for_each(|server| server.begin_to_stop());
+        drop(away);
+        servers.iter().for_each(|server| server.stop());
+        Ok(recorded)
     }
 }
 

@@ -9,7 +9,7 @@ use crate::manager::Places;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::unserved::Unserved;
 use crate::registry::{Bookmark, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
 
 impl Manager {
     /// What there is. Only memory is read for it.
@@ -35,8 +35,6 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let chain = disk.disk.chain();
     let is_lost = disk.disk.restore_lost().is_some();
     let restore = locked(&disk.restore).as_ref().map(|r| Restore { source: r.source, through: Vec::new(), is_lost });
-    let bookmarks = disk.bookmarks_of_users();
-    let bookmark = |b: &crate::store::BookmarkRecord| Some(Bookmark { id: b.id, name: b.name.parse().ok()? });
     Disk {
         id: disk.id,
         name: disk.name.get(),
@@ -47,12 +45,17 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
         failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         is_socket_named: disk.is_socket_named(places),
+        is_mirrored: locked(&disk.mirror).is_some(),
         restore,
         has_work: relations.work.is_some(),
         is_in_log: volume.is_none() && !disk.disk.can_move_pivot(),
         snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&chain, places))).collect(),
-        bookmarks: bookmarks.iter().filter_map(bookmark).collect(),
+        bookmarks: disk.bookmarks().iter().filter_map(bookmark_of).collect(),
     }
+}
+
+fn bookmark_of(record: &BookmarkRecord) -> Option<Bookmark> {
+    Some(Bookmark { id: record.id, name: record.name.parse().ok()?, taken_for: record.taken_for })
 }
 
 fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
@@ -89,6 +92,7 @@ fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain
         is_socket_named: entry.is_socket_named(places),
         old_frontends: entry.old_frontends(disk),
         taken_for: record.taken_for,
+        keeps_bookmark: record.keep_bookmark,
         through,
     }
 }
@@ -106,6 +110,7 @@ fn remembered(unserved: &Unserved) -> Disk {
         failure: None,
         frontends: 0,
         is_socket_named: false,
+        is_mirrored: false,
         restore: None,
         has_work: false,
         is_in_log: false,
@@ -127,6 +132,7 @@ fn remembered(unserved: &Unserved) -> Disk {
             is_socket_named: false,
             old_frontends: 0,
             taken_for: s.taken_for,
+            keeps_bookmark: s.keep_bookmark,
             through: way_of(record, at),
         })
     };
@@ -134,14 +140,10 @@ fn remembered(unserved: &Unserved) -> Disk {
         kind: kind_of(volume, stood_on),
         restore: restore.map(|r| Restore { source: r.source, through: Vec::new(), is_lost: false }),
         has_work: record.work.is_some(),
+        is_mirrored: record.mirror.is_some(),
         is_in_log: record.live_log.is_some() && record.volume.is_none(),
         snapshots: record.snapshots.iter().enumerate().filter_map(snapshot).collect(),
-        bookmarks: record
-            .bookmarks
-            .iter()
-            .filter(|b| b.taken_for.is_none())
-            .filter_map(|b| Some(Bookmark { id: b.id, name: name(&b.name)? }))
-            .collect(),
+        bookmarks: record.bookmarks.iter().filter_map(bookmark_of).collect(),
         ..nothing
     }
 }

@@ -67,8 +67,6 @@ impl Manager {
         let places = [&request.socket, &request.image].into_iter().flatten();
         let _claim = self.claim_with(&command, places.map(|path| ClaimKey::Path(path.clone())))?;
         let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
-        // Those of users were decided about; one that an update left has its name too.
-        disks.iter().try_for_each(|disk| disk.refuse_if_bookmarked(&request.name))?;
         if let (Some(image), Some(disk)) = (&request.image, request.disks.first()) {
             self.refuse_what_others_have(disk, image, true)?;
         }

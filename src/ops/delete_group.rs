@@ -61,12 +61,10 @@ impl Manager {
         };
         let mut found: Vec<(Uuid, SnapshotRef)> = registry.disks().flat_map(of).collect();
         found.sort_by(|one, other| one.1.cmp(&other.1));
+        let DeleteSnapshotOptions { force, keep_bookmark, .. } = options;
         let refused = |(_, snapshot): &(Uuid, SnapshotRef)| {
-            let command = Command::DeleteSnapshot { snapshot: snapshot.clone(), force: options.force };
-            decide(&registry, &command)
-                .map_err(ApiError::from)
-                .and_then(|_| self.refuse_bookmark(snapshot, options))
-                .err()
+            let command = Command::DeleteSnapshot { snapshot: snapshot.clone(), force, keep_bookmark };
+            decide(&registry, &command).map_err(ApiError::from).err()
         };
         let refusals: Vec<ApiError> = found.iter().filter_map(refused).collect();
         if let Some(first) = refusals.first() {
@@ -77,13 +75,5 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::SnapshotNotFound, format!("there is no snapshot of group {group}")));
         }
         Ok(found)
-    }
-
-    fn refuse_bookmark(&self, snapshot: &SnapshotRef, options: DeleteSnapshotOptions) -> Result<(), ApiError> {
-        let entry = self.disk(&snapshot.disk)?.snapshot(&snapshot.name);
-        match entry.filter(|_| options.keep_bookmark) {
-            Some(entry) => entry.refuse_bookmark_if_broken().and_then(|()| entry.refuse_bookmark_if_going()),
-            None => Ok(()),
-        }
     }
 }

@@ -83,7 +83,8 @@ impl Manager {
             self.host.now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
         let job = loop {
-            let (claim, _) = self.claim(&Command::DeleteSnapshot { snapshot: reference.clone(), force })?;
+            let command = Command::DeleteSnapshot { snapshot: reference.clone(), force, keep_bookmark };
+            let (claim, _) = self.claim(&command)?;
             let disk = self.disk(&reference.disk)?;
             let entry = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
             if !is_it(&entry) {
@@ -92,10 +93,6 @@ impl Manager {
             // Its disk may have got another name meanwhile, and this be that of another one.
             if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
                 return Err(ApiError::snapshot_not_found(reference));
-            }
-            if keep_bookmark {
-                entry.refuse_bookmark_if_broken()?;
-                entry.refuse_bookmark_if_going()?;
             }
             if entry.version.is_none() {
                 // Its image is ours to remove only if it was made for it.
@@ -133,7 +130,7 @@ impl Manager {
                         )));
                     }
                 }
-                _ => break self.begin_deletion(&disk, &entry, keep_image, keep_bookmark)?,
+                _ => break self.begin_deletion(&disk, &entry, &command, (keep_image, keep_bookmark))?,
             }
             drop(claim);
             self.host.pause(Duration::from_millis(10));
@@ -171,29 +168,31 @@ impl Manager {
         &self,
         disk: &Arc<DiskEntry>,
         entry: &Arc<SnapshotEntry>,
-        keep_image: bool,
-        keep_bookmark: bool,
+        command: &Command,
+        (keep_image, keep_bookmark): (bool, bool),
     ) -> Result<Arc<JobEntry>, ApiError> {
         if keep_image {
             refuse_if_read_through(disk, entry)?;
         }
-        {
-            let mut record = locked(&entry.record);
-            (record.keep_image, record.keep_bookmark, record.deleting) = (keep_image, keep_bookmark, true);
-        }
-        if let Some(version) = &entry.version {
-            version.set_leaves_mark(keep_bookmark);
-        }
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            locked(&entry.record).deleting = false;
-            return Err(e);
-        }
-        if keep_image || entry.broken().is_some() {
-            self.lose_leg_of(disk, entry)?;
-        }
-        let job = self.start_deletion(disk, entry);
-        let server = locked(&entry.server).take();
-        drop(server);
+        let server = locked(&entry.server).clone();
+        let job = self.stop_servers(server.as_slice(), command, || {
+            {
+                let mut record = locked(&entry.record);
+                (record.keep_image, record.keep_bookmark, record.deleting) = (keep_image, keep_bookmark, true);
+            }
+            if let Some(version) = &entry.version {
+                version.set_leaves_mark(keep_bookmark);
+            }
+            if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+                locked(&entry.record).deleting = false;
+                return Err(e);
+            }
+            if keep_image || entry.broken().is_some() {
+                self.lose_leg_of(disk, entry)?;
+            }
+            Ok(self.start_deletion(disk, entry))
+        })?;
+        *locked(&entry.server) = None;
         Ok(job)
     }
 

@@ -21,17 +21,20 @@ use crate::registry::Command;
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
-        let (claim, _) = self.claim(&Command::Disable { volume: name.clone(), force })?;
+        let command = Command::Disable { volume: name.clone(), force };
+        let (claim, _) = self.claim(&command)?;
         let disk = self.volume(name)?;
         if locked(&disk.relations).disabled {
             return Ok(disk.to_volume(self));
         }
-        self.record_disabled(&disk, true)?;
-        crash::point("after a volume was recorded as disabled");
-        claim.waits_for(Some("its requests in flight".to_owned()));
-        disk.stop_server();
-        let server = locked(&disk.server).take();
-        drop(server);
+        let server = locked(&disk.server).clone();
+        self.stop_servers(server.as_slice(), &command, || {
+            self.record_disabled(&disk, true)?;
+            crash::point("after a volume was recorded as disabled");
+            claim.waits_for(Some("its requests in flight".to_owned()));
+            Ok(())
+        })?;
+        *locked(&disk.server) = None;
         log::info!("volume {name}: disabled");
         self.bus.publish(Notice::of_disk(EventKind::VolumeDisabled, name));
         Ok(disk.to_volume(self))
@@ -71,14 +74,6 @@ impl Manager {
     /// Drops what was written to a disabled volume. It is claimed.
     fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let name = &disk.name.get();
-        // Those of users were decided about. What they are asked is what changed since, and nobody notes in what the new
-        // content differs from theirs.
-        if !disk.bookmarks().is_empty() {
-            let what = in_volume(name, "it has bookmarks of what was written to it");
-            return Err(
-                ApiError::new(ErrorCode::VolumeBusy, what).with_action("delete them first: halfsilver bookmark delete")
-            );
-        }
         let chain = disk.disk.chain();
         let (old, live) = (chain.version(chain.live()).id, self.host.new_id());
         let was = chain.layer(chain.live()).image.path().to_owned();

@@ -20,8 +20,9 @@ use crate::store::DiskRecord;
 impl Manager {
     /// Stops serving a disk, or forgets one that is not served; its image stays.
     pub(crate) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
-        let (held, _) = self.claim(&Command::RemoveDisk { disk: name.clone(), force })?;
-        self.let_go(name, &held)?;
+        let command = Command::RemoveDisk { disk: name.clone(), force };
+        let (held, _) = self.claim(&command)?;
+        self.let_go(name, &command, &held)?;
         self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
         log::info!("disk {name}: no longer served");
         Ok(())
@@ -29,8 +30,9 @@ impl Manager {
 
     /// Deletes a volume and what was written to it.
     pub(crate) fn remove_volume(&self, name: &Name, force: bool) -> Result<(), ApiError> {
-        let (held, _) = self.claim(&Command::DeleteVolume { volume: name.clone(), force })?;
-        self.let_go(name, &held)?;
+        let command = Command::DeleteVolume { volume: name.clone(), force };
+        let (held, _) = self.claim(&command)?;
+        self.let_go(name, &command, &held)?;
         self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
         log::info!("volume {name}: deleted");
         self.tidy_moments_later();
@@ -39,19 +41,20 @@ impl Manager {
 
     /// Forgets a disk or volume that is not served, and all that is remembered of it.
     pub(crate) fn forget(&self, name: &Name) -> Result<(), ApiError> {
-        let (held, _) = self.claim(&Command::Forget { disk: name.clone() })?;
+        let command = Command::Forget { disk: name.clone() };
+        let (held, _) = self.claim(&command)?;
         let kind = match locked(&self.unserved).get(name).is_some_and(crate::manager::unserved::Unserved::is_volume) {
             true => EventKind::VolumeDeleted,
             false => EventKind::DiskRemoved,
         };
-        self.let_go(name, &held)?;
+        self.let_go(name, &command, &held)?;
         self.bus.publish(Notice::of_disk(kind, name));
         log::info!("{name}: forgotten");
         self.tidy_moments_later();
         Ok(())
     }
 
-    fn let_go(&self, name: &Name, held: &Held) -> Result<(), ApiError> {
+    fn let_go(&self, name: &Name, command: &Command, held: &Held) -> Result<(), ApiError> {
         let unserved = locked(&self.unserved).get(name).cloned();
         let is_served = locked(&self.disks).contains_key(name);
         if let Some(unserved) = unserved.filter(|_| !is_served) {
@@ -63,15 +66,13 @@ impl Manager {
             return Ok(());
         }
         let entry = self.disk(name)?;
+        let snapshots = entry.snapshots();
+        let places = || std::iter::once(&entry.server).chain(snapshots.iter().map(|snapshot| &snapshot.server));
+        let servers: Vec<_> = places().filter_map(|server| locked(server).clone()).collect();
         held.waits_for(Some("its requests in flight".to_owned()));
-        entry.stop_server();
-        let server = locked(&entry.server).take();
-        drop(server);
-        for snapshot in entry.snapshots() {
-            let server = locked(&snapshot.server).take();
-            drop(server);
-        }
+        self.stop_servers(&servers, command, || Ok(()))?;
         held.waits_for(None);
+        places().for_each(|server| *locked(server) = None);
         let record = entry.to_record();
         if let Err(e) = self.records.remove(name.as_str()) {
             self.serve_what_stays(&entry);

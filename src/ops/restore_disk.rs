@@ -21,7 +21,7 @@ use crate::image::IoQueue;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::manager::{Manager, table_error};
-use crate::registry::{Answer, Command, Operation, Registry, decide};
+use crate::registry::{Command, Registry, decide};
 use crate::store::{BlockIndex, BlockRange, DurableTable, RestoreRecord, VolumeRecord};
 
 fn io_error(what: impl std::fmt::Display) -> ApiError {
@@ -57,9 +57,9 @@ impl Manager {
     fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<(SnapshotRef, Uuid), ApiError> {
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(self.host.new_id())).parse()? };
-        let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
         // All that would refuse it is said before a snapshot is taken for its sake.
-        refuse_to_restore(&self.registry(), name, force)?;
+        decide(&self.registry(), &Command::RestoreToNow { disk: name.clone(), volume: volume.clone(), force })?;
+        let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
         if self.relation_of(&disk, &source)? {
             let message = format!("disk {name} cannot be restored from itself");
             return Err(ApiError::new(ErrorCode::InvalidRequest, message)
@@ -293,26 +293,4 @@ async fn forget_pending(pending: &DurableTable, queue: &IoQueue) {
 
 fn short(id: Uuid) -> String {
     id.simple().to_string()[..8].to_owned()
-}
-
-/// What keeps a disk from being restored, whatever it is restored from.
-fn refuse_to_restore(registry: &Registry, name: &Name, force: bool) -> Result<(), ApiError> {
-    let Some(disk) = registry.named(name) else { return Err(ApiError::disk_not_found(name)) };
-    let refuses = |kind| match Operation::Restore.about(kind) {
-        Answer::Fine | Answer::Waits => false,
-        Answer::Forced => !force,
-        Answer::Refused | Answer::Never => true,
-    };
-    match registry.of_disk(disk).into_iter().find(|obstacle| refuses(obstacle.kind)) {
-        None => Ok(()),
-        Some(obstacle) => {
-            let steps: Vec<String> = obstacle.cleared_by.iter().map(ToString::to_string).collect();
-            let code = Operation::Restore.code(obstacle.kind);
-            let action = match steps.is_empty() {
-                true => Operation::Restore.instead(obstacle.kind, name.as_str()),
-                false => steps.join("; then "),
-            };
-            Err(ApiError::new(code, obstacle.what).with_action(action))
-        }
-    }
 }

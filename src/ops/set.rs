@@ -16,15 +16,11 @@ impl Manager {
     pub(crate) fn set_plain_disk(&self, name: &Name, patch: &DiskPatch) -> Result<api::Disk, ApiError> {
         let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
         let disk = self.plain_disk(name)?;
-        match patch.readonly {
-            Some(true) if !disk.config().readonly() => self.refuse_read_only(&disk)?,
-            Some(false) if disk.disk.is_read_only() => {
-                let message = format!("disk {name}: its image was opened to be read only");
-                return Err(ApiError::new(ErrorCode::Unsupported, message).with_action(
-                    "say readonly=off in its --disk or in the configuration file, and start the daemon anew",
-                ));
-            }
-            _ => {}
+        if patch.readonly == Some(false) && disk.disk.is_read_only() {
+            let message = format!("disk {name}: its image was opened to be read only");
+            return Err(ApiError::new(ErrorCode::Unsupported, message).with_action(
+                "say readonly=off in its --disk or in the configuration file, and start the daemon anew",
+            ));
         }
         self.set(&disk, patch)?;
         Ok(disk.to_api(self))
@@ -33,33 +29,8 @@ impl Manager {
     pub(crate) fn set_served_volume(&self, name: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
         let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
         let volume = self.volume(name)?;
-        if patch.readonly.is_some() {
-            let message = format!("volume {name}: volumes are there to be written, and are not read-only");
-            return Err(ApiError::new(ErrorCode::Unsupported, message)
-                .with_action(format!("read a snapshot of it: halfsilver snapshot create NAME --disk {name}")));
-        }
         self.set(&volume, patch)?;
         Ok(volume.to_volume(self))
-    }
-
-    /// A disk that is read-only is opened so at the next start, and then nothing can write its image.
-    fn refuse_read_only(&self, disk: &DiskEntry) -> Result<(), ApiError> {
-        let name = &disk.name;
-        if locked(&disk.mirror).is_some() {
-            let message = format!("disk {name}: a read-only disk cannot have a mirror");
-            return Err(ApiError::new(ErrorCode::InvalidConfig, message)
-                .with_action(format!("let a leg go first: halfsilver disk unmirror {name}")));
-        }
-        if let Some(job) = self.job_on(disk, |_| true) {
-            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {name}: job {} writes it", job.id))
-                .with_action(format!("wait for it: halfsilver job wait {}", job.id)));
-        }
-        if !disk.disk.can_move_pivot() {
-            let message = format!("disk {name}: its newest content is in a log, and not yet in its image");
-            return Err(ApiError::new(ErrorCode::DiskBusy, message)
-                .with_action("delete its snapshots first, so that it is folded: halfsilver snapshot delete"));
-        }
-        Ok(())
     }
 
     fn set(&self, disk: &Arc<DiskEntry>, patch: &DiskPatch) -> Result<(), ApiError> {

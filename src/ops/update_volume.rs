@@ -27,7 +27,7 @@ use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
-use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
+use crate::registry::{ClaimKey, Command, Registry, Wanted};
 use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
@@ -74,25 +74,17 @@ impl Manager {
             Ok(Wanted { changes: Default::default(), needs: keys })
         };
         self.when_quiesced(&format!("volume update {name}"), &reference, needs, |source, entry| {
-            // A frontend may have come meanwhile.
-            decide(&self.registry(), &command)?;
-            self.update_now(&disk, source, entry, pacing)
+            self.update_now(&disk, source, entry, (&command, pacing))
         })
     }
 
     /// A volume that can be updated now, as far as its images go.
     fn volume_to_update(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.volume(name)?;
-        let busy = |what: &str, action: String| {
-            Err(ApiError::new(ErrorCode::VolumeBusy, in_volume(name, what)).with_action(action))
-        };
-        // Those of users were decided about.
-        if let Some(bookmark) = disk.bookmarks().first() {
-            let action = format!("delete it first: halfsilver bookmark delete {name}@{}", bookmark.name);
-            return busy("it has bookmarks, which tell what was written to it since", action);
-        }
         let Some(image) = disk.disk.only_image() else {
-            return busy("its content is in more than one image", format!("see 'halfsilver volume show {name}'"));
+            let message = in_volume(name, "its content is in more than one image");
+            let action = format!("see 'halfsilver volume show {name}'");
+            return Err(ApiError::new(ErrorCode::VolumeBusy, message).with_action(action));
         };
         if image.is_poisoned() {
             let message = in_volume(name, &format!("a sync of {} failed", image.path().display()));
@@ -136,11 +128,12 @@ impl Manager {
         disk: &Arc<DiskEntry>,
         source: &Arc<DiskEntry>,
         entry: &SnapshotEntry,
-        pacing: JobPatch,
+        (command, pacing): (&Command, JobPatch),
     ) -> Result<Arc<JobEntry>, ApiError> {
-        // From here on nobody writes it, and nobody connects.
-        disk.stop_server();
-        let server = locked(&disk.server).take();
+        // From here on nobody writes it, and nobody connects. A frontend may have come meanwhile.
+        let server = locked(&disk.server).clone();
+        self.stop_servers(server.as_slice(), command, || Ok(()))?;
+        *locked(&disk.server) = None;
         let was_served = server.is_some();
         drop(server);
         let moved = self.put_on(disk, source, entry, pacing);
@@ -414,7 +407,7 @@ impl Manager {
                 let Some(volume) = taken_for.filter(is_settled) else { continue };
                 let (stands, stood) = needs(volume, snapshot.id);
                 if !stands {
-                    let keep_bookmark = stood && snapshot.broken().is_none();
+                    let keep_bookmark = stood && snapshot.broken().or_else(|| disk.disk.base_broken()).is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
                     let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());
                 }

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::advice::Step;
 use super::command::Command;
-use super::entity::{Kind, Phase, Registry, SnapshotPhase};
+use super::entity::{Bookmark, Kind, Phase, Registry, SnapshotPhase};
 use crate::control::api::{JobKind, JobState};
 use crate::control::{Name, SnapshotRef};
 
@@ -36,7 +36,9 @@ impl Registry {
             Command::CutOver { snapshot } => self.change_snapshot(snapshot, |s| {
                 (s.old_frontends, s.phase) = (0, SnapshotPhase::Quiesced);
             }),
-            Command::DeleteSnapshot { snapshot, .. } => {
+            Command::DeleteSnapshot { snapshot, keep_bookmark, .. } => {
+                // What a deletion leaves is decided when it begins.
+                self.change_snapshot(snapshot, |s| s.keeps_bookmark |= *keep_bookmark);
                 if let Some(id) = self.snapshot_named(snapshot).map(|(_, s)| s.id) {
                     self.forget_snapshot(id);
                 }
@@ -56,6 +58,11 @@ impl Registry {
                     self.change(disk, |disk| disk.is_readonly = readonly);
                 }
             }
+            Command::Unmirror { disk: name } => {
+                let Some(id) = self.named(name).map(|disk| disk.id) else { return };
+                self.jobs_mut().retain(|_, job| job.disk != id || job.kind != JobKind::Mirror);
+                self.change(name, |disk| disk.is_mirrored = false);
+            }
             Command::Complete { volume } => {
                 if let Some(id) = self.named(volume).map(|disk| disk.id) {
                     self.become_independent(id);
@@ -71,8 +78,8 @@ impl Registry {
             Command::CreateSnapshot { .. }
             | Command::Rename { .. }
             | Command::Mirror { .. }
-            | Command::Unmirror { .. }
             | Command::Restore { .. }
+            | Command::RestoreToNow { .. }
             | Command::CreateVolume { .. }
             | Command::Update { .. }
             | Command::Promote { .. } => {}
@@ -144,6 +151,10 @@ impl Registry {
         self.jobs_mut().retain(|_, job| job.snapshot != Some(id));
         for disk in self.disks_mut().values_mut() {
             let before = disk.snapshots.len();
+            let going = disk.snapshots.iter().find(|s| s.id == id && s.keeps_bookmark);
+            let left = going.map(|s| Bookmark { id, name: s.name.clone(), taken_for: s.taken_for });
+            // What it becomes may be there before it is gone.
+            disk.bookmarks.extend(left.filter(|_| !disk.bookmarks.iter().any(|b| b.id == id)));
             disk.snapshots.retain(|s| s.id != id);
             disk.snapshots.iter_mut().for_each(|s| s.through.retain(|newer| *newer != id));
             // The last log is folded with the last snapshot.

@@ -25,6 +25,8 @@ pub enum Command {
         snapshot: SnapshotRef,
         /// Also while it is read.
         force: bool,
+        /// Whether a bookmark is to stay.
+        keep_bookmark: bool,
     },
     /// Forgets a bookmark.
     DeleteBookmark {
@@ -77,6 +79,15 @@ pub enum Command {
         disk: Name,
         /// To what.
         from: SnapshotRef,
+        /// Also while frontends are connected.
+        force: bool,
+    },
+    /// Takes a disk back to what a volume is now: to a snapshot that is taken for that.
+    RestoreToNow {
+        /// Which.
+        disk: Name,
+        /// To what.
+        volume: Name,
         /// Also while frontends are connected.
         force: bool,
     },
@@ -151,6 +162,7 @@ impl Command {
             Command::DeleteSnapshot { force, .. }
             | Command::RemoveDisk { force, .. }
             | Command::Restore { force, .. }
+            | Command::RestoreToNow { force, .. }
             | Command::DeleteVolume { force, .. }
             | Command::Update { force, .. }
             | Command::Rename { force, .. }
@@ -168,6 +180,7 @@ impl Command {
             Command::DeleteSnapshot { force: true, .. }
                 | Command::RemoveDisk { force: true, .. }
                 | Command::Restore { force: true, .. }
+                | Command::RestoreToNow { force: true, .. }
                 | Command::DeleteVolume { force: true, .. }
                 | Command::Update { force: true, .. }
                 | Command::Rename { force: true, .. }
@@ -186,7 +199,10 @@ impl fmt::Display for Command {
                 disks.iter().try_for_each(|disk| write!(f, " --disk {disk}"))
             }
             Command::CutOver { snapshot } => write!(f, "snapshot cutover {snapshot} --wait"),
-            Command::DeleteSnapshot { snapshot, .. } => write!(f, "snapshot delete {snapshot}{force}"),
+            Command::DeleteSnapshot { snapshot, keep_bookmark, .. } => {
+                let keep = if *keep_bookmark { " --keep-bookmark" } else { "" };
+                write!(f, "snapshot delete {snapshot}{keep}{force}")
+            }
             Command::DeleteBookmark { bookmark } => write!(f, "bookmark delete {bookmark}"),
             Command::RemoveDisk { disk, .. } => write!(f, "disk remove {disk}{force}"),
             Command::Forget { disk } => write!(f, "disk forget {disk}"),
@@ -200,6 +216,7 @@ impl fmt::Display for Command {
             Command::Mirror { disk } => write!(f, "disk mirror {disk}"),
             Command::Unmirror { disk } => write!(f, "disk unmirror {disk}"),
             Command::Restore { disk, from, .. } => write!(f, "disk restore {disk} --from {from}{force}"),
+            Command::RestoreToNow { disk, volume, .. } => write!(f, "disk restore {disk} --from {volume}{force}"),
             Command::CreateVolume { name, from } => write!(f, "volume create {name} --from {from}"),
             Command::DeleteVolume { volume, .. } => write!(f, "volume delete {volume}{force}"),
             Command::Complete { volume } => write!(f, "volume complete {volume} --wait"),

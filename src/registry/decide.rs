@@ -9,7 +9,7 @@ use super::advice::Step;
 use super::claims::{ClaimKey, Wanted};
 use super::command::Command;
 use super::entity::{Disk, Registry, Snapshot};
-use super::obstacle::{Obstacle, ObstacleKind};
+use super::obstacle::{Obstacle, ObstacleKind, delete_snapshot};
 use super::table::{Answer, Operation};
 use crate::control::api::{JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
@@ -197,17 +197,22 @@ impl<'a> Decision<'a> {
                 disks.iter().map(|name| Ok(Target::Disk(Op::Freeze, self.disk(name)?))).collect()
             }
             Command::CutOver { snapshot } => on_snapshot(Op::CutOver, snapshot),
-            Command::DeleteSnapshot { snapshot, .. } => on_snapshot(Op::DeleteSnapshot, snapshot),
+            Command::DeleteSnapshot { snapshot, keep_bookmark, .. } => {
+                let (disk, found) = self.snapshot(snapshot)?;
+                let left = keep_bookmark.then_some(Target::Snapshot(Op::LeaveBookmark, disk, found));
+                Ok([Target::Snapshot(Op::DeleteSnapshot, disk, found)].into_iter().chain(left).collect())
+            }
             Command::DeleteBookmark { bookmark } => {
-                let gone = || ErrorCode::BookmarkNotFound;
-                let disk =
-                    self.registry.named(&bookmark.disk).filter(|d| d.bookmarks.iter().any(|b| b.name == bookmark.name));
-                let disk = disk.ok_or_else(|| missing(gone(), format!("there is no bookmark {bookmark}")))?;
-                Ok(vec![Target::Disk(Op::DeleteBookmark, disk)])
+                let disk = self.registry.named(&bookmark.disk).filter(|d| d.bookmark(&bookmark.name).is_some());
+                Ok(vec![Target::Disk(Op::DeleteBookmark, disk.ok_or_else(|| self.no_bookmark(bookmark))?)])
             }
             Command::RemoveDisk { disk, .. } => on_disk(Op::RemoveDisk, disk),
             Command::Forget { disk } => on_disk(Op::Forget, disk),
-            Command::Set { disk, .. } => on_disk(Op::Set, disk),
+            Command::Set { disk, readonly } => {
+                let disk = self.disk(disk)?;
+                let is_other = *readonly == Some(true) && !disk.is_readonly || readonly.is_some() && disk.is_volume();
+                Ok(vec![Target::Disk(if is_other { Op::SetReadOnly } else { Op::Set }, disk)])
+            }
             Command::Rename { disk, is_volume: true, .. } => on_volume(Op::Rename, disk),
             Command::Rename { disk, .. } => on_disk(Op::Rename, disk),
             Command::Mirror { disk } => on_disk(Op::Mirror, disk),
@@ -222,6 +227,11 @@ impl<'a> Decision<'a> {
                     .into_iter()
                     .chain(through.map(|(disk, s)| Target::Snapshot(Op::ReadThrough, disk, s)))
                     .collect())
+            }
+            Command::RestoreToNow { disk, volume, .. } => {
+                let disk = self.disk(disk)?;
+                let source = self.registry.named(volume).ok_or_else(|| no_volume(volume))?;
+                Ok(vec![Target::Disk(Op::Restore, disk), Target::Disk(Op::Freeze, source)])
             }
             Command::CreateVolume { from, .. } => on_snapshot(Op::UseSnapshot, from),
             Command::DeleteVolume { volume, .. } => on_volume(Op::DeleteVolume, volume),
@@ -257,7 +267,18 @@ impl<'a> Decision<'a> {
 
     fn volume(&self, name: &Name) -> Result<&'a Disk, Refusal> {
         let volume = self.registry.named(name).filter(|disk| disk.is_volume());
-        volume.ok_or_else(|| missing(ErrorCode::VolumeNotFound, format!("there is no volume {name}")))
+        volume.ok_or_else(|| no_volume(name))
+    }
+
+    fn no_bookmark(&self, reference: &SnapshotRef) -> Refusal {
+        let refusal = missing(ErrorCode::BookmarkNotFound, format!("there is no bookmark {reference}"));
+        match self.registry.snapshot_named(reference) {
+            None => refusal,
+            Some(_) => {
+                let instead = format!("{reference} is a snapshot: see 'halfsilver snapshot show {reference}'");
+                Refusal { instead: Some(instead), ..refusal }
+            }
+        }
     }
 
     fn snapshot(&self, reference: &SnapshotRef) -> Result<(&'a Disk, &'a Snapshot), Refusal> {
@@ -287,7 +308,7 @@ impl<'a> Decision<'a> {
                 for disk in targets.iter().map(Target::disk) {
                     let (title, reference) = (disk.title(), disk.reference(name));
                     if disk.snapshot(name).is_some() {
-                        let delete = Command::DeleteSnapshot { snapshot: reference, force: false };
+                        let delete = delete_snapshot(reference);
                         return taken(
                             ErrorCode::SnapshotExists,
                             format!("{title} has a snapshot {name} already"),
@@ -331,7 +352,7 @@ impl<'a> Decision<'a> {
         let entity = ClaimKey::Entity;
         for target in targets {
             match target {
-                Target::Snapshot(Operation::ReadThrough, ..) => {}
+                Target::Snapshot(Operation::ReadThrough | Operation::LeaveBookmark, ..) => {}
                 Target::Snapshot(_, disk, snapshot) => {
                     plan.disks.push(disk.id);
                     plan.snapshot = Some(snapshot.id);
@@ -373,6 +394,10 @@ impl<'a> Decision<'a> {
         plan.wanted = wanted;
         plan
     }
+}
+
+fn no_volume(name: &Name) -> Refusal {
+    missing(ErrorCode::VolumeNotFound, format!("there is no volume {name}"))
 }
 
 fn missing(code: ErrorCode, what: String) -> Refusal {

@@ -35,6 +35,8 @@ pub struct Disk {
     pub frontends: u32,
     /// Whether its socket is called after it.
     pub is_socket_named: bool,
+    /// Whether it has two legs.
+    pub is_mirrored: bool,
     /// Its restore in place, if one is under way.
     pub restore: Option<Restore>,
     /// Whether a copy that makes it independent was begun and is not done.
@@ -43,7 +45,7 @@ pub struct Disk {
     pub is_in_log: bool,
     /// Oldest first.
     pub snapshots: Vec<Snapshot>,
-    /// Those that users asked for, oldest first.
+    /// Oldest first.
     pub bookmarks: Vec<Bookmark>,
 }
 
@@ -110,6 +112,8 @@ pub struct Snapshot {
     pub old_frontends: u32,
     /// The volume for whose update it was taken.
     pub taken_for: Option<Uuid>,
+    /// Whether it leaves a bookmark when it goes.
+    pub keeps_bookmark: bool,
     /// Other snapshots of the same disk that it reads through, the nearest first.
     pub through: Vec<Uuid>,
 }
@@ -134,6 +138,8 @@ pub struct Bookmark {
     pub id: Uuid,
     /// The snapshot's name.
     pub name: Name,
+    /// The volume for whose update its snapshot was taken: no user asked for such a bookmark.
+    pub taken_for: Option<Uuid>,
 }
 
 /// A job that works on a disk.
@@ -248,6 +254,12 @@ impl Disk {
     #[must_use]
     pub fn snapshot(&self, name: &Name) -> Option<&Snapshot> {
         self.snapshots.iter().find(|s| s.name == *name)
+    }
+
+    /// Its bookmark of that name. What is still a snapshot is none.
+    #[must_use]
+    pub fn bookmark(&self, name: &Name) -> Option<&Bookmark> {
+        self.bookmarks.iter().find(|b| b.name == *name).filter(|_| self.snapshot(name).is_none())
     }
 
     /// The full name of one of its snapshots or bookmarks.

@@ -7,6 +7,7 @@ use super::advice::Step;
 use super::command::Command;
 use super::edge::EdgeKind;
 use super::entity::{Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
+use crate::control::SnapshotRef;
 use crate::control::api::{JobKind, JobState};
 
 /// What kind of thing stands in the way. In the order in which they are cleared.
@@ -70,15 +71,23 @@ pub enum ObstacleKind {
     NamedSocket,
     /// It has snapshots.
     HasSnapshots,
-    /// It has bookmarks.
+    /// It has bookmarks that users asked for.
     HasBookmarks,
+    /// It has bookmarks that updates left.
+    LeftBookmarks,
     /// Its newest content is in a log.
     InLog,
+    /// It has two legs.
+    Mirrored,
+    /// A job that gives storage back was stopped or has failed.
+    GiveBackLeft,
+    /// It is being deleted, and leaves no bookmark.
+    LeavesNone,
 }
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 31] = {
+    pub const ALL: [ObstacleKind; 35] = {
         use ObstacleKind::*;
         [
             Unserved,
@@ -111,7 +120,11 @@ impl ObstacleKind {
             NamedSocket,
             HasSnapshots,
             HasBookmarks,
+            LeftBookmarks,
             InLog,
+            Mirrored,
+            GiveBackLeft,
+            LeavesNone,
         ]
     };
 }
@@ -135,6 +148,22 @@ fn counted(n: usize, what: &str) -> String {
     if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
+pub(super) fn delete_snapshot(snapshot: SnapshotRef) -> Command {
+    Command::DeleteSnapshot { snapshot, force: false, keep_bookmark: false }
+}
+
+fn bookmarks_of(disk: &Disk) -> impl Iterator<Item = Obstacle> {
+    let of = |is_left: bool| disk.bookmarks.iter().filter(move |b| b.taken_for.is_some() == is_left);
+    let found = |is_left: bool, kind, whose: &str| {
+        let steps = of(is_left).map(|b| Step::Run(Command::DeleteBookmark { bookmark: disk.reference(&b.name) }));
+        let steps: Vec<Step> = steps.collect();
+        let what = format!("{} has {}{whose}", disk.title(), counted(steps.len(), "bookmark"));
+        (!steps.is_empty()).then(|| obstacle(kind, what, steps))
+    };
+    let users = found(false, ObstacleKind::HasBookmarks, "");
+    users.into_iter().chain(found(true, ObstacleKind::LeftBookmarks, " that updates left"))
+}
+
 impl Registry {
     /// Everything that is the case with a disk or volume, and with its snapshots.
     #[must_use]
@@ -155,22 +184,20 @@ impl Registry {
             let what = format!("{title} has {count} connected to its socket, which is called after it");
             found.push(obstacle(ObstacleKind::NamedSocket, what, vec![Step::Disconnect(disk.name.clone())]));
         }
-        let delete =
-            |s: &Snapshot| Step::Run(Command::DeleteSnapshot { snapshot: disk.reference(&s.name), force: false });
+        let delete = |s: &Snapshot| Step::Run(delete_snapshot(disk.reference(&s.name)));
         let deletions: Vec<Step> = disk.snapshots.iter().map(delete).collect();
         if !disk.snapshots.is_empty() {
             let what = format!("{title} has {}", counted(disk.snapshots.len(), "snapshot"));
             found.push(obstacle(ObstacleKind::HasSnapshots, what, deletions.clone()));
         }
-        if !disk.bookmarks.is_empty() {
-            let what = format!("{title} has {}", counted(disk.bookmarks.len(), "bookmark"));
-            let delete =
-                |b: &super::entity::Bookmark| Step::Run(Command::DeleteBookmark { bookmark: disk.reference(&b.name) });
-            found.push(obstacle(ObstacleKind::HasBookmarks, what, disk.bookmarks.iter().map(delete).collect()));
-        }
+        found.extend(bookmarks_of(disk));
         if disk.is_in_log {
             let what = format!("the newest content of {title} is in a log, which is folded when its snapshots go");
             found.push(obstacle(ObstacleKind::InLog, what, deletions));
+        }
+        if disk.is_mirrored {
+            let unmirror = Step::Run(Command::Unmirror { disk: disk.name.clone() });
+            found.push(obstacle(ObstacleKind::Mirrored, format!("{title} has a mirror"), vec![unmirror]));
         }
         found.sort_by_key(|o| o.kind);
         found
@@ -182,6 +209,10 @@ impl Registry {
         let mut found = self.of_itself(disk);
         found.extend(self.needs(disk, &[snapshot.id]));
         found.extend(self.life_of(disk, snapshot));
+        if snapshot.phase == SnapshotPhase::Going && !snapshot.keeps_bookmark {
+            let what = format!("snapshot {} is being deleted without a bookmark", disk.reference(&snapshot.name));
+            found.push(obstacle(ObstacleKind::LeavesNone, what, Vec::new()));
+        }
         if let Some(why) = &snapshot.broken {
             let what = format!("snapshot {} is broken: {why}", disk.reference(&snapshot.name));
             found.push(obstacle(ObstacleKind::Broken, what, Vec::new()));
@@ -251,10 +282,15 @@ impl Registry {
         }
         // One whose snapshot is gone still gives storage back.
         let is_there = |id: Uuid| disk.snapshots.iter().any(|s| s.id == id);
-        let gives_back = |j: &Job| j.state == JobState::Running && j.snapshot.is_some_and(|id| !is_there(id));
-        if let Some(job) = job(&gives_back) {
+        let gives_back = |j: &Job| j.snapshot.is_some_and(|id| !is_there(id));
+        if let Some(job) = job(&|j| j.state == JobState::Running && gives_back(j)) {
             let what = format!("{title}: job {} gives back what a deleted snapshot had", job.id);
             found.push(obstacle(ObstacleKind::GivingBack, what, vec![Step::Run(Command::WaitForJob { job: job.id })]));
+        }
+        if let Some(job) = job(&|j| j.state != JobState::Running && gives_back(j)) {
+            let what =
+                format!("{title}: job {}, which gives back what a deleted snapshot had, is {}", job.id, job.state);
+            found.push(obstacle(ObstacleKind::GiveBackLeft, what, go_on_with(job)));
         }
         if let Some(job) = job(&|j| j.kind == JobKind::Mirror && j.state == JobState::Running) {
             let what = format!("{title}: job {} synchronises one of its legs", job.id);
@@ -351,7 +387,7 @@ impl Registry {
             }
             SnapshotPhase::Going => {
                 let job = self.job_on(disk.id, |j| j.snapshot == Some(snapshot.id));
-                let delete = Step::Run(Command::DeleteSnapshot { snapshot: reference.clone(), force: false });
+                let delete = Step::Run(delete_snapshot(reference.clone()));
                 let (kind, what, steps) = match job {
                     Some(job) if job.state == JobState::Running => {
                         (ObstacleKind::Going, format!("is being deleted by job {}", job.id), go_on_with(job))

@@ -51,6 +51,8 @@ operations! {
     Forget,
     /// How it is served changes.
     Set,
+    /// Whether it can be written changes: nobody may write it from now on, or a volume is meant.
+    SetReadOnly,
     /// It gets another name.
     Rename,
     /// It gets a second leg.
@@ -75,6 +77,8 @@ operations! {
     EnableFresh,
     /// It (a snapshot) is read through by what a disk is restored from.
     ReadThrough,
+    /// A bookmark stays of it (a snapshot) when it goes.
+    LeaveBookmark,
 }
 
 #[allow(non_upper_case_globals, reason = "cells of a table")]
@@ -89,41 +93,45 @@ const COLUMNS: usize = Operation::ALL.len();
 /// A row for each obstacle; a column for each operation, in the order of their declarations.
 #[rustfmt::skip]
 const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
-    //                   freeze      cut over    forget      mirror        complete      disable
-    //                      delete snap.   del. bookmark set        unmirror      update        enable   read through
-    //                         use snapshot   remove disk  rename      restore       promote       fresh
-    //                                                                   delete volume
-    (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, o, R, R, R, R, R, R, R]),
-    (Unreadable,        [o, o, o, o, o, F, o, o, o, o, o, o, F, o, o, o, o, o, o, o]),
-    (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, R, o]),
-    (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, R, o, o, o, o]),
-    (IsVolume,          [o, o, o, o, o, N, o, o, o, N, N, N, o, o, o, o, o, o, o, o]),
-    (OnSnapshot,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o]),
-    (Independent,       [o, o, o, o, o, o, o, o, o, o, o, o, o, N, o, o, o, o, N, o]),
-    (Failed,            [R, o, R, o, o, o, o, o, o, R, o, R, o, R, o, o, o, o, R, o]),
-    (ReadOnly,          [o, o, o, o, o, o, o, o, o, R, o, R, o, o, o, o, o, o, o, o]),
-    (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
-    (MayBeNeeded,       [o, F, o, o, o, F, R, o, o, o, o, o, F, o, o, o, o, o, o, o]),
-    (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
-    (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, R, o, o, o, o, o, o, o]),
-    (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, F, o, o, o, o, o, o, o]),
-    (RestoreLost,       [R, R, R, o, o, F, o, R, o, R, R, R, o, o, R, o, o, o, o, o]),
-    (Restoring,         [R, R, o, o, o, R, o, o, o, R, R, R, o, o, R, o, o, o, o, o]),
-    (Working,           [o, R, o, o, o, R, o, o, o, o, o, R, R, o, R, o, o, o, R, o]),
-    (WorkLeft,          [o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (Syncing,           [o, o, o, o, o, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o]),
-    (GivingBack,        [o, o, o, o, o, R, o, o, o, o, o, R, R, o, R, o, o, o, o, o]),
-    (Going,             [o, o, N, N, o, R, o, o, o, o, o, R, R, R, R, o, o, o, R, R]),
-    (GoingStopped,      [o, o, N, N, o, o, o, o, o, o, o, R, o, R, R, o, o, o, R, R]),
-    (OldFrontends,      [o, F, R, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (Draining,          [o, W, W, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (Broken,            [o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
-    (ReadBy,            [o, F, o, o, o, F, o, o, o, o, o, o, F, o, o, o, o, o, o, o]),
-    (Attached,          [o, o, o, o, o, F, o, o, o, o, o, F, F, o, F, o, F, o, o, o]),
-    (NamedSocket,       [o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o, o, o, o]),
-    (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
-    (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, F, o, R, o, o, o, R, o]),
-    (InLog,             [o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    //                   freeze      cut over    forget      rename      restore       promote       fresh
+    //                      delete snap.   del. bookmark set      mirror        delete volume disable   read through
+    //                         use snapshot   remove disk  set read-only unmirror    complete     enable      bookmark stays
+    //                                                                                  update
+    (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, R, o, R, R, R, R, R, R, R, o]),
+    (Unreadable,        [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o]),
+    (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
+    (IsVolume,          [o, o, o, o, o, N, o, o, N, o, N, N, N, o, o, o, o, o, o, o, o, o]),
+    (OnSnapshot,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
+    (Independent,       [o, o, o, o, o, o, o, o, o, o, o, o, o, o, N, o, o, o, o, N, o, o]),
+    (Failed,            [R, o, R, o, o, o, o, o, o, o, R, o, R, o, R, o, o, o, o, R, o, o]),
+    (ReadOnly,          [o, o, o, o, o, o, o, o, o, o, R, o, R, o, o, o, o, o, o, o, o, o]),
+    (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (MayBeNeeded,       [o, F, o, o, o, F, R, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (RestoreLost,       [R, R, R, o, o, F, o, R, R, o, R, R, R, o, o, R, o, o, o, o, o, o]),
+    (Restoring,         [R, R, o, o, o, R, o, o, R, o, R, R, R, o, o, R, o, o, o, o, o, o]),
+    (Working,           [o, R, o, o, o, R, o, o, R, o, o, o, R, R, o, R, o, o, o, R, o, o]),
+    (WorkLeft,          [o, o, o, o, o, o, o, o, R, o, o, o, R, o, o, o, o, o, o, o, o, o]),
+    (Syncing,           [o, o, o, o, o, R, o, o, R, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (GivingBack,        [o, o, o, o, o, R, o, o, R, o, o, o, R, R, o, R, o, o, o, o, o, o]),
+    (Going,             [o, o, N, N, o, R, o, o, R, o, o, o, R, R, R, R, o, o, o, R, R, o]),
+    (GoingStopped,      [o, o, N, N, o, o, o, o, R, o, o, o, R, o, R, R, o, o, o, R, R, o]),
+    (OldFrontends,      [o, F, R, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o]),
+    (Draining,          [o, W, W, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o]),
+    (Broken,            [o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
+    (ReadBy,            [o, F, o, o, o, F, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (Attached,          [o, o, o, o, o, F, o, o, o, o, o, o, F, F, o, F, o, F, o, o, o, o]),
+    (NamedSocket,       [o, o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
+    (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
+    (LeftBookmarks,     [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, R, o, o]),
+    (InLog,             [o, o, o, o, o, R, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (Mirrored,          [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (GiveBackLeft,      [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (LeavesNone,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
 ];
 
 /// The rows stand where their obstacles do.
@@ -148,7 +156,7 @@ impl Operation {
         match (self, kind) {
             (_, Unserved | Failed | RestoreLost) if self != Operation::DeleteVolume => ErrorCode::DiskFailed,
             (_, Broken) => ErrorCode::SnapshotBroken,
-            (_, ReadOnly) => ErrorCode::InvalidConfig,
+            (_, ReadOnly | Mirrored) => ErrorCode::InvalidConfig,
             (Operation::RemoveDisk, IsVolume) => ErrorCode::DiskNotFound,
             (_, IsVolume) | (Operation::EnableFresh, Independent) => ErrorCode::Unsupported,
             (Operation::Complete, Independent) => ErrorCode::Conflict,
@@ -167,7 +175,8 @@ impl Operation {
                 | Operation::UseSnapshot
                 | Operation::ReadThrough
                 | Operation::CutOver
-                | Operation::DeleteBookmark,
+                | Operation::DeleteBookmark
+                | Operation::LeaveBookmark,
                 _,
             ) => ErrorCode::SnapshotBusy,
             _ => ErrorCode::DiskBusy,
@@ -186,6 +195,13 @@ impl Operation {
                 format!(
                     "make it a disk first: 'halfsilver volume complete {name} --wait', then 'volume promote {name}'"
                 )
+            }
+            (Operation::SetReadOnly, _) => {
+                format!("read a snapshot of it: halfsilver snapshot create NAME --disk {name}")
+            }
+            (Operation::LeaveBookmark, Broken) => "delete it without a bookmark".to_owned(),
+            (Operation::LeaveBookmark, _) => {
+                "leave --keep-bookmark out; the next backup has to copy everything".to_owned()
             }
             (Operation::UseSnapshot | Operation::CutOver, Going | GoingStopped) => {
                 "name another snapshot, or take one".to_owned()

@@ -5,6 +5,8 @@
 //!   frontend that comes when all places are taken is refused with a log line; one that comes while an old one is
 //!   hanging up gets its turn.
 //! - After [`ServerHandle::stop`] every request is done, no thread is left, and the socket is gone.
+//! - A frontend gets a session at the door and nowhere else. Who holds it ([`Server::hold`]), finds nobody connected and says
+//!   that the server stops ([`Server::begin_to_stop`]) cuts nobody off.
 //! - Counters outlive connections, and sessions share those of a queue.
 
 use std::fmt;
@@ -104,6 +106,9 @@ pub trait Server: Send + Sync {
     /// Keeps frontends that come from getting a session until this is dropped: they wait. Those that have one are counted by
     /// then.
     fn hold(&self) -> MutexGuard<'_, ()>;
+
+    /// Serves nobody who comes from now on, also who waits at a door that is held. Waits for nothing; [`Server::stop`] does.
+    fn begin_to_stop(&self);
 
     /// How many frontends are connected.
     fn frontends(&self) -> usize;
@@ -226,8 +231,7 @@ impl ServerHandle {
 
 impl Server for ServerHandle {
     fn stop(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.shared.wake();
+        self.begin_to_stop();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         match thread.map(JoinHandle::join) {
             Some(Err(_)) => log::error!("a server's thread panicked"),
@@ -239,6 +243,11 @@ impl Server for ServerHandle {
 
     fn hold(&self) -> MutexGuard<'_, ()> {
         self.shared.door.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin_to_stop(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake();
     }
 
     fn frontends(&self) -> usize {
@@ -475,6 +484,10 @@ impl Acceptor {
     fn start(&mut self, stream: UnixStream) {
         let shared = self.shared.clone();
         let _door = shared.door.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.stop.load(Ordering::Acquire) {
+            // Whoever held the door has found that nobody is here.
+            return;
+        }
         self.served += 1;
         let mut context = self.context.clone();
         self.shared.make_offer(&mut context);

@@ -295,6 +295,25 @@ fn bookmarks_are_kept_until_they_are_deleted() {
     assert_eq!(names_in(&daemon.run_dir().join("tables")), [] as [&str; 0]);
 }
 
+/// A bookmark of a disk that is not served stays: what was changed since it cannot be forgotten in part.
+#[test]
+fn a_bookmark_of_an_unserved_disk_is_not_deleted() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.snapshot("a", &["vm0"]);
+    keep_bookmark(&daemon, "vm0@a");
+    daemon.stop();
+    let (image, away) = (daemon.image("vm0"), daemon.path("away"));
+    std::fs::rename(&image, &away).unwrap();
+    daemon.start();
+    let refused = daemon.send("DELETE", "/v1/bookmarks/vm0@a", "");
+    assert_eq!(refused.refused(), "disk-failed");
+    assert!(refused.body.contains("put back what vm0 lacks"), "{}", refused.body);
+    std::fs::rename(&away, &image).unwrap();
+    daemon.restart();
+    assert_eq!(bookmarks(&daemon), [("a".to_owned(), "kept".to_owned())]);
+    daemon.send("DELETE", "/v1/bookmarks/vm0@a", "").ok();
+}
+
 #[test]
 fn volumes_have_differences_maps_and_a_state() {
     for how in [End::Stop, End::Kill, End::PowerCut] {

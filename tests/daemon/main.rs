@@ -15,6 +15,7 @@ mod chain;
 mod changes;
 mod check;
 mod client;
+mod doors;
 mod durability;
 mod faults;
 mod golden;

@@ -81,6 +81,7 @@ impl World {
             failure: None,
             frontends: 0,
             is_socket_named: !self.next.is_multiple_of(3),
+            is_mirrored: kind == Kind::Disk && self.next.is_multiple_of(4),
             restore: None,
             has_work: false,
             is_in_log: kind != Kind::Disk,
@@ -115,7 +116,7 @@ impl World {
         let Some(picked) = self.some_disk(rng) else { return };
         let (job_kind, is_lost) = (rng.below(4), rng.chance(20));
         let disk = self.disk(picked.id).unwrap();
-        match rng.below(9) {
+        match rng.below(10) {
             0 => disk.frontends = u32::from(disk.frontends == 0 && disk.phase == Phase::Served),
             1 if job_kind == 0 && disk.kind == Kind::Disk => disk.is_readonly = disk.restore.is_none(),
             2 => {
@@ -160,6 +161,15 @@ impl World {
                 (disk.is_unreadable, disk.frontends, disk.bookmarks) = (true, 0, Vec::new());
                 self.jobs.retain(|job| job.disk != picked.id);
             }
+            // What was deleted is gone, and its job still gives storage back.
+            9 => {
+                let going = disk.snapshots.iter().position(|s| s.phase == SnapshotPhase::Going);
+                if let Some(going) = going {
+                    let gone = disk.snapshots.remove(going);
+                    disk.snapshots.iter_mut().for_each(|s| s.through.retain(|id| *id != gone.id));
+                    disk.is_in_log &= !disk.snapshots.is_empty();
+                }
+            }
             8 if job_kind == 0 => {
                 if let Some(snapshot) = disk.snapshots.first_mut() {
                     snapshot.broken = Some("no room was left".to_owned());
@@ -179,9 +189,9 @@ impl World {
         let snapshot = snapshot.unwrap_or_else(|| SnapshotRef { disk: disk.clone(), name: name("none") });
         let job = rng.pick(&self.jobs).map_or(77, |job| job.id);
         let fresh = format!("n{}", self.next + 1);
-        match rng.below(22) {
+        match rng.below(27) {
             0..5 => Command::CreateSnapshot { disks: vec![disk], name: name(&format!("s{}", rng.below(12))) },
-            5 => Command::DeleteSnapshot { snapshot, force },
+            5 => Command::DeleteSnapshot { snapshot, force, keep_bookmark: rng.chance(50) },
             6 => Command::RemoveDisk { disk, force },
             7 => Command::DeleteVolume { volume, force },
             8..11 => Command::CreateVolume { name: name(&fresh), from: snapshot },
@@ -200,8 +210,22 @@ impl World {
             18 => Command::Forget { disk },
             19 => Command::StopJob { job },
             20 => Command::ResumeJob { job },
+            21 => Command::Set {
+                disk,
+                readonly: [None, Some(true), Some(false)][usize::from(force) + usize::from(rng.chance(50))],
+            },
+            22 => Command::RestoreToNow { disk, volume, force },
+            23 => Command::Unmirror { disk },
+            24 => self.some_bookmark(rng).unwrap_or(Command::Update { volume, force }),
+            25 => Command::Update { volume, force },
             _ => Command::Rename { disk, to: name(&fresh), is_volume: false, force },
         }
+    }
+
+    fn some_bookmark(&self, rng: &mut Rng) -> Option<Command> {
+        let of = |disk: &Disk| disk.bookmarks.iter().map(|b| disk.reference(&b.name)).collect::<Vec<_>>();
+        let all: Vec<SnapshotRef> = self.disks.iter().flat_map(of).collect();
+        rng.pick(&all).map(|bookmark| Command::DeleteBookmark { bookmark: bookmark.clone() })
     }
 
     /// The disk at the bottom of what a volume stands on.
@@ -239,9 +263,13 @@ impl World {
                         readers: 0,
                         is_socket_named: disk.is_socket_named,
                         old_frontends: disk.frontends,
-                        taken_for: None,
+                        // Some are those of updates.
+                        taken_for: id.as_u128().is_multiple_of(4).then_some(id),
+                        keeps_bookmark: false,
                         through: Vec::new(),
                     });
+                    // Some write logs.
+                    disk.is_in_log |= id.as_u128().is_multiple_of(5);
                 }
             }
             Command::CreateVolume { name, from } => {
@@ -262,7 +290,7 @@ impl World {
                     self.add_job(JobKind::Migrate, id, None);
                 }
             }
-            Command::DeleteSnapshot { snapshot, .. } => {
+            Command::DeleteSnapshot { snapshot, keep_bookmark, .. } => {
                 let (disk, found) = registry.snapshot_named(snapshot).unwrap();
                 let (disk, found) = (disk.id, found.id);
                 if self.jobs.iter().any(|job| job.snapshot == Some(found)) {
@@ -271,6 +299,12 @@ impl World {
                 let disk_of = self.disk(disk).unwrap();
                 let going = disk_of.snapshots.iter_mut().find(|s| s.id == found).unwrap();
                 (going.phase, going.readers, going.old_frontends) = (SnapshotPhase::Going, 0, 0);
+                going.keeps_bookmark = *keep_bookmark;
+                let left = Bookmark { id: found, name: going.name.clone(), taken_for: going.taken_for };
+                // Some are handed over at once, and give storage back for a while.
+                if *keep_bookmark && found.as_u128().is_multiple_of(2) {
+                    disk_of.bookmarks.push(left);
+                }
                 self.add_job(JobKind::Merge, disk, Some(found));
             }
             Command::Promote { volume } => {
@@ -289,21 +323,11 @@ impl World {
             }
             Command::Mirror { disk } => {
                 let id = registry.named(disk).unwrap().id;
+                self.disk(id).unwrap().is_mirrored = true;
                 self.add_job(JobKind::Mirror, id, None);
             }
-            Command::Update { .. } => {}
+            Command::Update { .. } | Command::RestoreToNow { .. } => {}
             other => self.step(&Step::Run(other.clone())),
-        }
-        for _ in 0..usize::from(matches!(command, Command::DeleteSnapshot { .. })) {
-            let id = self.id();
-            let named = match command {
-                Command::DeleteSnapshot { snapshot, .. } => snapshot,
-                _ => return,
-            };
-            if let Some(disk) = self.disks.iter_mut().find(|d| d.name == named.disk && d.bookmarks.len() < 2) {
-                let left = Bookmark { id, name: name(&format!("b{}", disk.bookmarks.len())) };
-                disk.bookmarks.push(left);
-            }
         }
     }
 }

@@ -418,6 +418,33 @@ fn stop_waits_for_requests_and_removes_the_socket() {
     until("descriptors are closed", || open_descriptors() == descriptors);
 }
 
+/// A command that holds the door either lets it go, and who has come is served, or stops the server, and then nobody that
+/// has come meanwhile gets a session to be cut off from.
+#[test]
+fn who_comes_while_the_door_is_held_is_served_or_finds_nobody() {
+    let _alone = alone();
+    for stops in [false, true] {
+        let server = TestServer::new(1, false);
+        let door = server.handle.hold();
+        let mut stream = UnixStream::connect(server.socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let waits = std::io::Read::read(&mut stream, &mut [0; 1]).unwrap_err();
+        assert_eq!((waits.kind(), server.handle.frontends()), (std::io::ErrorKind::WouldBlock, 0));
+        if stops {
+            server.handle.begin_to_stop();
+        }
+        drop(door);
+        if stops {
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            assert_eq!(std::io::Read::read(&mut stream, &mut [0; 1]).unwrap(), 0);
+            server.handle.stop();
+        } else {
+            until("it is served", || server.handle.is_connected());
+        }
+        assert_eq!(server.observer.connected.load(SeqCst) > 0, !stops, "stops: {stops}");
+    }
+}
+
 fn serve_at(socket: SocketSource) -> std::io::Result<ServerHandle> {
     let attachment = Disk::plain(EpochClock::new(Epoch(0)), MemImage::new(1 << 20), false).unwrap().attach_live();
     let (name, serial, observer) = ("t".to_owned(), String::new(), Arc::new(NoObserver));

@@ -16,6 +16,7 @@ pub struct Socket {
     path: Mutex<PathBuf>,
     in_flight: AtomicUsize,
     is_closed: AtomicBool,
+    is_stopped: AtomicBool,
     door: Mutex<()>,
     sim: Weak<Sim>,
 }
@@ -37,6 +38,7 @@ impl Socket {
             path: Mutex::new(path.clone()),
             in_flight: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
+            is_stopped: AtomicBool::new(false),
             door: Mutex::new(()),
             sim: sim.clone(),
         };
@@ -59,7 +61,8 @@ pub(super) struct Listening(pub(super) Arc<Socket>);
 impl Server for Listening {
     fn stop(&self) {
         let Some(sim) = self.0.sim.upgrade() else { return };
-        if self.0.is_closed.swap(true, Ordering::SeqCst) || sim.has_ended() {
+        self.begin_to_stop();
+        if self.0.is_stopped.swap(true, Ordering::SeqCst) || sim.has_ended() {
             return;
         }
         while !sim.has_ended() && self.0.in_flight.load(Ordering::SeqCst) > 0 {
@@ -71,6 +74,10 @@ impl Server for Listening {
 
     fn hold(&self) -> MutexGuard<'_, ()> {
         self.0.door.lock().unwrap()
+    }
+
+    fn begin_to_stop(&self) {
+        self.0.is_closed.store(true, Ordering::SeqCst);
     }
 
     fn frontends(&self) -> usize {
