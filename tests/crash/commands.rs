@@ -94,7 +94,8 @@ impl World {
         let force = true;
         Some(match command {
             Command::Create | Command::CreateGroup => {
-                let (snapshot, strategy) = (self.some(&SNAPSHOT_NAMES), self.rng.below(10));
+                let [saved, logged, split] = self.shape.strategies;
+                let (snapshot, at) = (self.some(&SNAPSHOT_NAMES), self.rng.below(saved + logged + split));
                 let mut disks = vec![self.line_where(|_| true)?.1];
                 if command == Command::CreateGroup {
                     let other = self.line_where(|_| true)?.1;
@@ -102,11 +103,11 @@ impl World {
                         disks.push(other);
                     }
                 }
-                let strategy = match strategy {
-                    0..4 => Some(Strategy::CopyOnWrite),
-                    4..8 => Some(Strategy::WriteLogging),
-                    _ => Some(Strategy::WriteMirroring),
-                };
+                let strategy = Some(match at {
+                    at if at < saved => Strategy::CopyOnWrite,
+                    at if at < saved + logged => Strategy::WriteLogging,
+                    _ => Strategy::WriteMirroring,
+                });
                 let (disks, name) = (disks.iter().map(|d| name(d)).collect(), name(snapshot));
                 let writers = Writers::Request;
                 let request = SnapshotRequest { name, disks, strategy, writers, socket: None, image: None };
@@ -272,7 +273,9 @@ impl Asked {
         ids: &[Uuid],
         work: impl FnOnce() -> Result<Vec<(Uuid, Deletion)>, ApiError>,
     ) -> Result<(), ApiError> {
-        for id in ids {
+        // One that was just made may not be known yet, and be known afterwards.
+        let known: Vec<Uuid> = ids.iter().filter(|id| self.spec.borrow().moments.contains_key(id)).copied().collect();
+        for id in &known {
             self.moment(*id, |moment| moment.deletions += 1);
         }
         let done = work();
@@ -280,7 +283,7 @@ impl Asked {
         let mut spec = self.spec.borrow_mut();
         for id in ids {
             let Some(moment) = spec.moments.get_mut(id) else { continue };
-            moment.deletions -= 1;
+            moment.deletions -= usize::from(known.contains(id));
             let state = there.iter().find(|s| s.id == *id).map(|s| s.state);
             if !matches!(state, Some(SnapshotState::Quiesced | SnapshotState::Draining | SnapshotState::Broken)) {
                 moment.is_certain = false;

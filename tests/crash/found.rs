@@ -311,7 +311,11 @@ fn told(spec: &Spec, listed: &Listed, there: &BTreeMap<Uuid, (String, Option<&Vo
     for (id, moment) in &spec.moments {
         let is_there = listed.snapshots.iter().any(|s| s.id == *id);
         if !is_there && moment.is_certain && moment.deletions == 0 && there.contains_key(&moment.line) {
-            return Err(format!("snapshot {} of {:?} is gone", moment.name, spec.lines[&moment.line].names));
+            let names = &spec.lines[&moment.line].names;
+            return Err(format!(
+                "snapshot {} ({id}) of {names:?}, which ended epoch {}, is gone",
+                moment.name, moment.epoch
+            ));
         }
     }
     for snapshot in &listed.snapshots {

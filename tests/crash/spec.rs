@@ -41,6 +41,8 @@ struct Change {
     is_durable: bool,
     /// Changes of some of these sectors that were in flight when it began.
     beside: Vec<u64>,
+    /// Whether its disk has become something else while it was in flight: then it came before that, or after.
+    is_beside_a_change_of_all: bool,
 }
 
 /// A content that a disk may have.
@@ -164,7 +166,15 @@ impl Spec {
         let push = |array: &mut Sets| array[sectors.clone()].iter_mut().for_each(|set| set.push(entry));
         line.pasts_seeing(epoch).for_each(push);
         line.lives.iter_mut().flat_map(|live| [&mut live.sectors, &mut live.durable]).for_each(push);
-        line.changes.push(Change { number, epoch, sectors, kind, is_durable, beside });
+        line.changes.push(Change {
+            number,
+            epoch,
+            sectors,
+            kind,
+            is_durable,
+            beside,
+            is_beside_a_change_of_all: false,
+        });
         number
     }
 
@@ -180,6 +190,9 @@ impl Spec {
         let stays = |e: &Entry| number(*e) >= change.number || change.beside.contains(&number(*e));
         let prune = |array: &mut Sets| array[change.sectors.clone()].iter_mut().for_each(|set| set.retain(stays));
         line.pasts_seeing(change.epoch).for_each(prune);
+        if change.is_beside_a_change_of_all {
+            return;
+        }
         for live in line.lives.iter_mut().filter(|live| !live.is_open) {
             prune(&mut live.sectors);
             if change.is_durable {
@@ -248,6 +261,7 @@ impl Spec {
     pub fn has_become(&mut self, line: Uuid, is_changed: bool) {
         let Some(line) = self.lines.get_mut(&line) else { return };
         let stays = if is_changed { line.lives.pop() } else { Some(line.lives.remove(0)) };
+        line.changes.iter_mut().for_each(|change| change.is_beside_a_change_of_all |= is_changed);
         line.lives.clear();
         line.lives.extend(stays.map(|live| Live { is_open: false, ..live }));
     }

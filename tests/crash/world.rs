@@ -10,6 +10,7 @@ use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use halfsilver::control::api::{DiskConfig, Durability, Snapshot, Volume};
 use halfsilver::control::{ApiError, Name, Service};
@@ -44,7 +45,15 @@ pub struct Shape {
     pub power: bool,
     /// How often each command is given, as weights.
     pub weights: [usize; COMMANDS.len()],
+    /// How often each strategy is asked for: copy-on-write, write logging, write mirroring.
+    pub strategies: [usize; 3],
 }
+
+/// Commands about snapshots, and about snapshots and legs.
+const OF_RESTORES: [usize; COMMANDS.len()] = [22, 2, 8, 1, 8, 2, 2, 2, 2, 24, 2, 2, 0, 0, 3, 1, 2, 4, 8];
+const OF_SNAPSHOTS: [usize; COMMANDS.len()] = [30, 6, 24, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 4, 3, 4];
+#[cfg(feature = "planted")]
+const OF_LEGS: [usize; COMMANDS.len()] = [30, 0, 30, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 4, 0, 0, 0, 3, 6];
 
 /// What can be asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -99,14 +108,46 @@ impl Shape {
         let blocks = 2 + rng.below(5);
         let tail = if rng.chance(50) { rng.below(8) } else { 0 };
         //               create, group, delete, dgroup, volume, dvol, complete, promote, update, restore
-        let snapshots = [30, 6, 24, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 4, 3, 4];
         let volumes = [14, 3, 8, 1, 22, 6, 18, 20, 12, 0, 6, 10, 0, 0, 6, 2, 2, 3, 6];
-        let restores = [22, 2, 8, 1, 8, 2, 2, 2, 2, 24, 2, 2, 0, 0, 3, 1, 2, 4, 8];
         let mirrors = [22, 2, 16, 2, 4, 1, 2, 1, 1, 4, 1, 1, 14, 8, 3, 2, 1, 3, 6];
         let all = [16, 4, 12, 3, 10, 3, 6, 4, 5, 8, 3, 4, 5, 4, 5, 3, 3, 3, 5];
-        let weights = [snapshots, volumes, restores, mirrors, all][usize::try_from(seed % 5).unwrap()];
+        let weights = [OF_SNAPSHOTS, volumes, OF_RESTORES, mirrors, all][usize::try_from(seed % 5).unwrap()];
         let is_mirrored = seed % 5 == 3 && rng.chance(70);
-        Shape { sectors: blocks * 8 + tail, disks: 1 + rng.below(2), is_mirrored, power: seed % 3 == 1, weights }
+        let (sectors, disks, power) = (blocks * 8 + tail, 1 + rng.below(2), seed % 3 == 1);
+        Shape { sectors, disks, is_mirrored, power, weights, strategies: [40, 40, 20] }
+    }
+
+    /// Logs on a disk of two blocks: what needs many changes of one block.
+    #[cfg(feature = "planted")]
+    pub fn of_logs(seed: u64) -> Shape {
+        let (weights, strategies) = (OF_SNAPSHOTS, [15, 85, 0]);
+        Shape { sectors: 16, disks: 1, is_mirrored: false, weights, strategies, ..Shape::of(seed) }
+    }
+
+    /// Snapshots that outlive power cuts, on a disk of two blocks.
+    #[cfg(feature = "planted")]
+    pub fn of_saved(seed: u64) -> Shape {
+        Shape { strategies: [100, 0, 0], power: true, ..Shape::of_logs(seed) }
+    }
+
+    /// Both on a disk of two blocks.
+    #[cfg(feature = "planted")]
+    pub fn of_both(seed: u64) -> Shape {
+        Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) }
+    }
+
+    /// Restores on a disk of two blocks.
+    #[cfg(feature = "planted")]
+    pub fn of_restores(seed: u64) -> Shape {
+        let mut weights = OF_RESTORES;
+        weights[4..9].fill(0);
+        Shape { weights, strategies: [60, 40, 0], ..Shape::of_logs(seed) }
+    }
+
+    /// A mirror, its legs and its splits.
+    #[cfg(feature = "planted")]
+    pub fn of_legs(seed: u64) -> Shape {
+        Shape { is_mirrored: true, weights: OF_LEGS, strategies: [10, 10, 80], ..Shape::of_logs(seed) }
     }
 }
 
@@ -124,7 +165,7 @@ pub struct World {
     pub(crate) rng: Rng,
     pub(crate) failure: Rc<RefCell<Option<String>>>,
     pub(crate) now: Rc<RefCell<Vec<Command>>>,
-    shape: Shape,
+    pub(crate) shape: Shape,
     depth: usize,
     is_stopping: bool,
     pub(crate) counts: Rc<RefCell<Counts>>,
@@ -446,6 +487,8 @@ impl World {
         match self.rng.below(100) {
             0..45 => self.submit(),
             45..55 => self.flush(),
+            // The bitmaps of mirrors are cleaned now and then.
+            55..57 if self.shape.is_mirrored => self.sim.skip(Duration::from_secs(5)),
             55..58 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             58.. if self.now.borrow().len() < COMMANDS_MAX => {
                 let mut at = self.rng.below(self.shape.weights.iter().sum());

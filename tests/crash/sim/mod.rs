@@ -221,6 +221,14 @@ impl Sim {
         true
     }
 
+    /// Lets so much time pass at once.
+    pub fn skip(&self, time: Duration) {
+        self.passed_ns.fetch_add(u64::try_from(time.as_nanos()).unwrap(), Ordering::SeqCst);
+        let now = self.now();
+        let due: Vec<_> = self.process().0.timers.extract_if(.., |(at, _)| *at <= now).collect();
+        due.into_iter().for_each(|(_, waker)| waker.wake());
+    }
+
     /// The process has ended: from now on each call is refused and none waits.
     pub fn end(&self) {
         self.has_ended.store(true, Ordering::SeqCst);
