@@ -8,7 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use halfsilver::control::Service;
-use halfsilver::control::api::{Disk, Durability, Snapshot, SnapshotState, Volume, VolumeState};
+use halfsilver::control::api::{
+    Disk, Durability, JobState, Leg, LegState, Snapshot, SnapshotState, Volume, VolumeState,
+};
 use halfsilver::daemon::check::{CheckReport, CheckedJob, DiskVerdict, SnapshotVerdict, examine};
 use halfsilver::engine::{Request, RequestError};
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, IoQueue};
@@ -62,6 +64,7 @@ pub fn find(world: &mut World, ended: &Ended) -> Result<Spec, String> {
     }
     let listed = list(world)?;
     is_as_said(&said, &listed, world).map_err(|e| format!("check said otherwise: {e}"))?;
+    legs_are_equal(world)?;
     let next = judge(world, ended, &listed)?;
     if !world.goes_on {
         frozen_versions_stay_as_they_are(world, &listed)?;
@@ -189,6 +192,24 @@ fn is_as_said(said: &CheckReport, listed: &Listed, world: &World) -> Result<(), 
         }
     }
     world.count("compared with check");
+    Ok(())
+}
+
+/// Legs that are said to be equal are, where nothing is being written.
+fn legs_are_equal(world: &mut World) -> Result<(), String> {
+    let (disks, jobs) = world.ask(|manager| Ok((manager.list_disks()?, manager.list_jobs()?)))??;
+    if jobs.iter().any(|job| job.state == JobState::Running) {
+        return Ok(());
+    }
+    for disk in disks {
+        let is_in_sync = |leg: &&Leg| leg.state == LegState::InSync;
+        let legs: Vec<_> = disk.legs.iter().filter(is_in_sync).map(|leg| world.sim.bytes_of(&leg.path)).collect();
+        if let [one, other] = &legs[..]
+            && one != other
+        {
+            return Err(format!("both legs of {} are in sync, and they differ", disk.name));
+        }
+    }
     Ok(())
 }
 
@@ -377,6 +398,7 @@ fn read(world: &mut World, path: &Path) -> Result<Vec<u8>, String> {
 /// Nothing goes on any more: everything shows what was written.
 pub fn at_rest(world: &mut World) -> Result<(), String> {
     let in_end = |e: String| format!("in the end {e}");
+    legs_are_equal(world).map_err(in_end)?;
     let listed = list(world).map_err(in_end)?;
     let spec = world.spec.borrow().clone();
     let ended = Ended { spec: &spec, told: &listed.snapshots, told_of_volumes: &listed.volumes, end: End::Kill };

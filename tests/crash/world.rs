@@ -50,6 +50,7 @@ pub struct Shape {
 }
 
 /// Commands about snapshots, and about snapshots and legs.
+const OF_VOLUMES: [usize; COMMANDS.len()] = [14, 3, 8, 1, 22, 6, 18, 20, 12, 0, 6, 10, 0, 0, 6, 2, 2, 3, 6];
 const OF_RESTORES: [usize; COMMANDS.len()] = [22, 2, 8, 1, 8, 2, 2, 2, 2, 24, 2, 2, 0, 0, 3, 1, 2, 4, 8];
 const OF_SNAPSHOTS: [usize; COMMANDS.len()] = [30, 6, 24, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 4, 3, 4];
 #[cfg(feature = "planted")]
@@ -108,10 +109,9 @@ impl Shape {
         let blocks = 2 + rng.below(5);
         let tail = if rng.chance(50) { rng.below(8) } else { 0 };
         //               create, group, delete, dgroup, volume, dvol, complete, promote, update, restore
-        let volumes = [14, 3, 8, 1, 22, 6, 18, 20, 12, 0, 6, 10, 0, 0, 6, 2, 2, 3, 6];
         let mirrors = [22, 2, 16, 2, 4, 1, 2, 1, 1, 4, 1, 1, 14, 8, 3, 2, 1, 3, 6];
         let all = [16, 4, 12, 3, 10, 3, 6, 4, 5, 8, 3, 4, 5, 4, 5, 3, 3, 3, 5];
-        let weights = [OF_SNAPSHOTS, volumes, OF_RESTORES, mirrors, all][usize::try_from(seed % 5).unwrap()];
+        let weights = [OF_SNAPSHOTS, OF_VOLUMES, OF_RESTORES, mirrors, all][usize::try_from(seed % 5).unwrap()];
         let is_mirrored = seed % 5 == 3 && rng.chance(70);
         let (sectors, disks, power) = (blocks * 8 + tail, 1 + rng.below(2), seed % 3 == 1);
         Shape { sectors, disks, is_mirrored, power, weights, strategies: [40, 40, 20] }
@@ -134,6 +134,12 @@ impl Shape {
     #[cfg(feature = "planted")]
     pub fn of_both(seed: u64) -> Shape {
         Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) }
+    }
+
+    /// Volumes off a disk of two blocks.
+    #[cfg(feature = "planted")]
+    pub fn of_volumes(seed: u64) -> Shape {
+        Shape { weights: OF_VOLUMES, strategies: [50, 50, 0], ..Shape::of_logs(seed) }
     }
 
     /// Restores on a disk of two blocks.
@@ -486,9 +492,9 @@ impl World {
     fn act(&mut self) {
         match self.rng.below(100) {
             0..45 => self.submit(),
-            45..55 => self.flush(),
             // The bitmaps of mirrors are cleaned now and then.
-            55..57 if self.shape.is_mirrored => self.sim.skip(Duration::from_secs(5)),
+            45..53 if self.shape.is_mirrored => self.sim.skip(Duration::from_secs(5)),
+            45..55 => self.flush(),
             55..58 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             58.. if self.now.borrow().len() < COMMANDS_MAX => {
                 let mut at = self.rng.below(self.shape.weights.iter().sum());

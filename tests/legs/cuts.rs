@@ -17,6 +17,8 @@ enum Beside {
     Nothing,
     Resync,
     SplitPrepared,
+    /// A second cleaning of the bitmap, side by side with the first.
+    Cleaning,
     /// One of the legs begins to fail.
     Failure(Op),
 }
@@ -73,6 +75,11 @@ fn run_until(seed: u64, beside: Beside, cut: usize, seen: &mut Seen) -> bool {
         Beside::Resync => scheduler.spawn(async move {
             let pace = Arc::new(Pace::default());
             resync(this.queue.clone(), this.disk.clone(), this.pair.clone(), pace).await.unwrap();
+        }),
+        Beside::Cleaning => scheduler.spawn(async move {
+            for _ in 0..8 {
+                this.pair.clean(&this.queue, this.disk.block_locks()).await.unwrap();
+            }
         }),
         Beside::SplitPrepared => scheduler.spawn(async move {
             this.pair.prepare_split(&this.queue).await.unwrap();
@@ -155,6 +162,12 @@ fn after_every_power_cut_the_legs_become_equal_and_what_was_flushed_is_there() {
 fn the_same_while_the_second_leg_is_being_copied() {
     let seen = cut_everywhere(Beside::Resync, 100..130, 29);
     assert!(seen.cuts > 200 && seen.resynchronised > 100, "{seen:?}");
+}
+
+#[test]
+fn the_same_with_two_cleanings_side_by_side() {
+    let seen = cut_everywhere(Beside::Cleaning, 0..60, 23);
+    assert!(seen.cleaned > 0 && seen.nothing_to_copy > 0, "{seen:?}");
 }
 
 #[test]

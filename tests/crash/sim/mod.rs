@@ -194,6 +194,14 @@ impl Sim {
         self.left().files.put_durable(path, Node::Image(medium, true));
     }
 
+    /// What is in an image now.
+    pub fn bytes_of(&self, path: &Path) -> Option<Vec<u8>> {
+        match &self.left().files.names.get(path)?.node {
+            Node::Image(medium, _) => Some(medium.bytes()),
+            _ => None,
+        }
+    }
+
     /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
     pub fn entries(&self) -> u64 {
         self.left().files.entries()
