@@ -11,6 +11,7 @@ use crate::client::tags;
 use crate::harness::{Daemon, can_mount, names_in};
 use crate::strategies::{ALL, End, SIZE, end, shows};
 use crate::trouble::{Mount, Standstill};
+use crate::volumes::made;
 
 fn power() -> Daemon {
     Daemon::with_disks(&[SIZE], "durability=power")
@@ -18,6 +19,18 @@ fn power() -> Daemon {
 
 fn durabilities(daemon: &Daemon) -> Vec<Value> {
     daemon.snapshots().iter().map(|s| s["durability"].clone()).collect()
+}
+
+/// A volume is lost with what it stands on, and so are its snapshots.
+#[test]
+fn a_snapshot_of_a_volume_outlives_what_its_base_does() {
+    for durability in ["process", "power"] {
+        let daemon = Daemon::with_disks(&[SIZE], &format!("durability={durability}"));
+        daemon.snap("base");
+        made(&daemon, "clone", "vm0@base");
+        daemon.snapshot("s", &["clone"]);
+        assert_eq!(daemon.show("clone@s")["durability"], durability);
+    }
 }
 
 #[test]
