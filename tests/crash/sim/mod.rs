@@ -373,7 +373,8 @@ impl Host for Sim {
         if self.has_ended() {
             return;
         }
-        let (at, me) = (self.now() + time, self.me.clone());
+        // Time does not stand still for who looks again and again.
+        let (at, me) = (self.now() + time.max(Duration::from_micros(1)), self.me.clone());
         wait_for(Box::pin(poll_fn(move |cx| {
             let Some(sim) = me.upgrade().filter(|sim| sim.now() < at) else { return Poll::Ready(()) };
             sim.process().0.timers.push((at, cx.waker().clone()));
