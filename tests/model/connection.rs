@@ -101,7 +101,7 @@ fn cut(disk: &Arc<Disk>, editor: &ChainEditor) -> Cut {
 fn one_order(end: End) {
     let clock = EpochClock::new(Epoch(1));
     let editor = ChainEditor::new(clock.clone());
-    let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
+    let discards = std::sync::Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
     let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
     let disk = Disk::new(clock.clone(), options);
     let turns = Arc::new(Turns { next: Mutex::new(0), changed: Condvar::new(), acknowledged: AtomicUsize::new(0) });

@@ -141,7 +141,7 @@ fn one_order() {
     let editor = ChainEditor::new(clock.clone());
     let disks: Vec<Arc<Disk>> = (0..2)
         .map(|_| {
-            let discards = Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap();
+            let discards = std::sync::Arc::new(Disk::table_in_memory(DISK_BYTES as u64, 4096).unwrap());
             let options = DiskOptions { image: Backing::One(memory()), block_bytes: 4096, read_only: false, discards };
             Disk::new(clock.clone(), options)
         })
