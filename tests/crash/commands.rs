@@ -115,9 +115,16 @@ impl World {
             }
             Command::Delete => {
                 let (id, reference) = self.some_moment()?;
+                let named = reference.name.to_string();
                 let options = DeleteSnapshotOptions { force, keep_bookmark: self.rng.chance(20), ..Default::default() };
                 Box::new(move || {
-                    of.delete(&[id], || of.manager.delete_snapshot(&reference, options).map(|d| vec![(id, d)]))
+                    of.spec.borrow_mut().going.push(named.clone());
+                    let done = of.delete(&[id], || {
+                        let deletion = of.manager.delete_snapshot(&reference, options)?;
+                        Ok(vec![(id, deletion)])
+                    });
+                    of.has_gone(&named);
+                    done
                 })
             }
             Command::DeleteGroup => {
@@ -296,6 +303,20 @@ impl Asked {
             }
         }
         Ok(())
+    }
+
+    /// Whatever had this name when it was deleted.
+    fn has_gone(&self, name: &str) {
+        let there = self.manager.list_snapshots().unwrap_or_default();
+        let mut spec = self.spec.borrow_mut();
+        if let Some(at) = spec.going.iter().position(|going| going == name) {
+            spec.going.swap_remove(at);
+        }
+        let gone = |(id, moment): &(&Uuid, &mut Moment)| {
+            let state = there.iter().find(|s| s.id == **id).map(|s| s.state);
+            moment.name == name && !matches!(state, Some(SnapshotState::Quiesced | SnapshotState::Draining))
+        };
+        spec.moments.iter_mut().filter(gone).for_each(|(_, moment)| moment.is_certain = false);
     }
 
     fn delete_group(&self, of: Uuid, options: DeleteSnapshotOptions) -> Result<(), ApiError> {

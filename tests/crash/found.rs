@@ -331,7 +331,8 @@ fn told(spec: &Spec, listed: &Listed, there: &BTreeMap<Uuid, (String, Option<&Vo
     }
     for (id, moment) in &spec.moments {
         let is_there = listed.snapshots.iter().any(|s| s.id == *id);
-        if !is_there && moment.is_certain && moment.deletions == 0 && there.contains_key(&moment.line) {
+        let stays = moment.is_certain && moment.deletions == 0 && !spec.going.contains(&moment.name);
+        if !is_there && stays && there.contains_key(&moment.line) {
             let names = &spec.lines[&moment.line].names;
             return Err(format!(
                 "snapshot {} ({id}) of {names:?}, which ended epoch {}, is gone",

@@ -100,6 +100,8 @@ pub struct Spec {
     pub gone: BTreeSet<Uuid>,
     /// Names that commands may have given by now.
     pub coming: Vec<String>,
+    /// Names of snapshots that commands delete: whatever has one by then.
+    pub going: Vec<String>,
 }
 
 impl Live {
