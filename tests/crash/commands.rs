@@ -430,13 +430,19 @@ impl Asked {
     }
 
     fn rename(&self, id: Uuid, old: &str, new: &str, is_volume: bool) -> Result<(), ApiError> {
-        self.line(id, |line| line.names = vec![old.to_owned(), new.to_owned()]);
+        self.line(id, |line| line.names.push(new.to_owned()));
         let done = match is_volume {
             true => self.manager.rename_volume(&name(old), &name(new), true).map(drop),
             false => self.manager.rename_disk(&name(old), &name(new), true).map(drop),
         };
-        let now = if done.is_ok() { new } else { old };
-        self.line(id, |line| line.names = vec![now.to_owned()]);
+        self.line(id, |line| {
+            // Another one may give it a name at the same time.
+            let at = line.names.iter().rposition(|name| name == new).expect("it was put there");
+            line.names.remove(at.max(1));
+            if done.is_ok() {
+                new.clone_into(&mut line.names[0]);
+            }
+        });
         done
     }
 }

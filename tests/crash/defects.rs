@@ -60,7 +60,7 @@ fn score(found: &[(String, Option<(u64, String)>)]) {
 
 #[test]
 fn every_defect_is_noticed() {
-    const DEFECTS: [Defect; 43] = [
+    const DEFECTS: [Defect; 41] = [
         Defect::IndependentBeforeStored,
         Defect::KeptBeforeBytes,
         Defect::SettledBeforeSync,
@@ -89,9 +89,7 @@ fn every_defect_is_noticed() {
         Defect::FoldDropsFirst,
         Defect::HandOverBitFirst,
         Defect::GoneBeforeCommit,
-        Defect::OneLegSynced,
         Defect::IntentNotStored,
-        Defect::LegsTakenForEqual,
         Defect::CommitWithoutSync,
         Defect::CommitOfLaterBits,
         Defect::CommitSharesRunning,
@@ -118,7 +116,7 @@ fn every_defect_is_noticed() {
                 Defect::IndependentBeforeStored | Defect::KeptBeforeBytes => Shape::of_volumes,
                 Defect::TakenUpForEmpty => Shape::of_saved,
                 Defect::TableInUseRemoved => Shape::of_both,
-                Defect::OneLegSynced | Defect::IntentNotStored | Defect::LegsTakenForEqual => Shape::of_legs,
+                Defect::IntentNotStored => Shape::of_legs,
                 _ => Shape::of,
             };
             let began = std::time::Instant::now();

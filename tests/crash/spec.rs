@@ -58,7 +58,7 @@ pub struct Live {
 /// A disk or volume.
 #[derive(Clone)]
 pub struct Line {
-    /// What it may be called.
+    /// What it is called, and then what it may be called by now.
     pub names: Vec<String>,
     /// How many commands delete it: then it need not be found.
     pub deletions: usize,
