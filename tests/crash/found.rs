@@ -275,6 +275,9 @@ fn judge(world: &mut World, ended: &Ended, listed: &Listed) -> Result<Spec, Stri
             next.moments.insert(snapshot.id, moment);
             continue;
         }
+        if is_daemons(&reference) && world.sim.socket(&snapshot.socket).is_none() {
+            continue; // It has gone since it was listed.
+        }
         let Some(sectors) = spec.frozen(line, snapshot.epoch) else {
             return Err(what(format!("nobody knows what epoch {} showed", snapshot.epoch)));
         };
