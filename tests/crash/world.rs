@@ -130,12 +130,6 @@ impl Shape {
         Shape { strategies: [100, 0, 0], power: true, ..Shape::of_logs(seed) }
     }
 
-    /// Both on a disk of two blocks.
-    #[cfg(feature = "planted")]
-    pub fn of_both(seed: u64) -> Shape {
-        Shape { strategies: [50, 50, 0], ..Shape::of_logs(seed) }
-    }
-
     /// Volumes off a disk of two blocks.
     #[cfg(feature = "planted")]
     pub fn of_volumes(seed: u64) -> Shape {
