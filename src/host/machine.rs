@@ -196,3 +196,20 @@ fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
         Err(e) => Err(e.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_to_a_directory_is_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (there, link) = (dir.path().join("there"), dir.path().join("link"));
+        std::fs::create_dir(&there).unwrap();
+        std::os::unix::fs::symlink(&there, &link).unwrap();
+        std::fs::write(there.join("file"), "x").unwrap();
+        let host: &dyn Host = &Machine;
+        let are = [&there, &link, &link.join("file"), &dir.path().join("nothing")].map(|path| host.is_directory(path));
+        assert_eq!(are, [true, true, false, false]);
+    }
+}

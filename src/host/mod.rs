@@ -274,9 +274,9 @@ impl dyn Host {
         self.look(path).is_ok()
     }
 
-    /// Whether a directory is at a path.
+    /// Whether a path leads to a directory, over links too.
     #[must_use]
     pub fn is_directory(&self, path: &Path) -> bool {
-        self.look(path).is_ok_and(|look| look.kind == FileKind::Directory)
+        self.look(&self.resolve(path)).is_ok_and(|look| look.kind == FileKind::Directory)
     }
 }
