@@ -74,7 +74,7 @@ impl Manager {
     /// the record.
     pub(crate) fn settle_mark(&self, disk: &Disk, gone: &SnapshotRecord, bookmarks: &mut Vec<BookmarkRecord>) {
         match disk.marks().iter().find(|mark| mark.id == gone.id) {
-            Some(mark) if gone.keep_bookmark => {
+            Some(mark) if gone.leaves_bookmark() => {
                 bookmarks.push(recording::of_bookmark(gone, mark));
                 bookmarks.sort_by_key(|b| b.began);
             }
@@ -116,7 +116,7 @@ impl DiskEntry {
     /// The bookmark that a snapshot has become, if it has: it is a mark of the disk, and not a version any more.
     pub(crate) fn bookmark_of(&self, entry: &SnapshotEntry) -> Option<BookmarkRecord> {
         let record = locked(&entry.record).clone();
-        if !record.keep_bookmark || self.disk.chain().position(entry.id).is_some() {
+        if !record.leaves_bookmark() || self.disk.chain().position(entry.id).is_some() {
             return None;
         }
         let marks = self.disk.marks();

@@ -20,7 +20,7 @@ use crate::manager::names::CurrentName;
 use crate::manager::recording;
 use crate::manager::relations::Relations;
 use crate::manager::restoring::SuspendedRestore;
-use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
+use crate::store::{BookmarkRecord, DeletionRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, Server};
 
 /// How long it is waited for an image that is asked how much storage it takes.
@@ -93,6 +93,11 @@ impl SnapshotEntry {
         SnapshotRef { disk: self.disk.get(), name: self.name.clone() }
     }
 
+    /// Changes what is remembered of its deletion, if one is under way; otherwise that is the default.
+    pub(crate) fn change_deletion<T: Default>(&self, change: impl FnOnce(&mut DeletionRecord) -> T) -> T {
+        locked(&self.record).deletion.as_mut().map(change).unwrap_or_default()
+    }
+
     /// Whether its socket is open.
     pub(crate) fn is_open(&self) -> bool {
         locked(&self.server).is_some()
@@ -124,7 +129,7 @@ impl SnapshotEntry {
         let broken = record.broken.is_some()
             || self.version.as_ref().is_some_and(|v| v.broken().is_some())
             || disk.disk.base_broken().is_some();
-        match (record.deleting, broken, record.quiesced_ms) {
+        match (record.deletion.is_some(), broken, record.quiesced_ms) {
             (true, ..) if folds => SnapshotState::Folding,
             (true, ..) => SnapshotState::Deleting,
             (_, true, _) => SnapshotState::Broken,

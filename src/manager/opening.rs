@@ -135,7 +135,7 @@ impl Manager {
                 config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
             }
         }
-        for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deleting) {
+        for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deletion.is_some()) {
             self.settle_mark(&disk, gone, &mut bookmarks);
         }
         let current = CurrentName::new(name.clone());
@@ -304,7 +304,7 @@ impl Manager {
     ) -> Option<Arc<SnapshotEntry>> {
         let name: Name = record.name.parse().ok()?;
         let reference = SnapshotRef { disk: disk.get(), name: name.clone() };
-        if version.is_none() && record.deleting {
+        if version.is_none() && record.deletion.is_some() {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
             clear_socket(&*self.host, &record);

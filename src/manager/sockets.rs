@@ -54,7 +54,7 @@ impl Manager {
     pub(crate) fn open_sockets_of_snapshots(&self, entry: &Arc<DiskEntry>) {
         let can_be_read = |s: &&Arc<SnapshotEntry>| {
             let record = locked(&s.record);
-            s.version.is_some() && !record.deleting && record.quiesced_ms.is_some()
+            s.version.is_some() && record.deletion.is_none() && record.quiesced_ms.is_some()
         };
         for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none() && !s.is_open()) {
             self.resume_socket(entry, snapshot);

@@ -81,7 +81,7 @@ impl Manager {
     pub(crate) fn after_split(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry, image: Option<SharedImage>) {
         let (path, keep) = {
             let record = locked(&entry.record);
-            (record.image.clone(), record.keep_image)
+            (record.image.clone(), record.leaves_image())
         };
         let reference: &SnapshotRef = &entry.reference();
         let broken = entry.broken().is_some();

@@ -68,9 +68,9 @@ fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
 
 fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain, &Places)) -> Snapshot {
     let record = locked(&entry.record).clone();
-    let phase = match (&entry.version, record.deleting, record.quiesced_ms) {
+    let phase = match (&entry.version, record.deletion, record.quiesced_ms) {
         (None, ..) => SnapshotPhase::Lost,
-        (_, true, _) => SnapshotPhase::Going,
+        (_, Some(_), _) => SnapshotPhase::Going,
         (_, _, None) => SnapshotPhase::Draining,
         (_, _, Some(_)) => SnapshotPhase::Quiesced,
     };
@@ -92,7 +92,7 @@ fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain
         is_socket_named: entry.is_socket_named(places),
         old_frontends: entry.old_frontends(disk),
         taken_for: record.taken_for,
-        keeps_bookmark: record.keep_bookmark,
+        keeps_bookmark: record.leaves_bookmark(),
         through,
     }
 }
@@ -126,13 +126,13 @@ fn remembered(unserved: &Unserved) -> Disk {
             id: s.id,
             name: name(&s.name)?,
             group: s.group,
-            phase: if s.deleting { SnapshotPhase::Going } else { SnapshotPhase::Quiesced },
+            phase: if s.deletion.is_some() { SnapshotPhase::Going } else { SnapshotPhase::Quiesced },
             broken: s.broken.clone(),
             readers: 0,
             is_socket_named: false,
             old_frontends: 0,
             taken_for: s.taken_for,
-            keeps_bookmark: s.keep_bookmark,
+            keeps_bookmark: s.leaves_bookmark(),
             through: way_of(record, at),
         })
     };

@@ -212,13 +212,10 @@ impl Manager {
             created_ms: self.host.unix_ms(),
             quiesced_ms: None,
             broken: None,
-            deleting: false,
-            stopped: false,
-            keep_image: false,
+            deletion: None,
             saved: None,
             saved_table: None,
             changed: None,
-            keep_bookmark: false,
             taken_for,
         };
         let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);

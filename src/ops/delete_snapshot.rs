@@ -3,7 +3,6 @@
 //! What always holds: the records forget a layer before its files are removed, and remember where everything is before
 //! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
 
-use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,9 +17,10 @@ use crate::engine::{Backing, Chain, Epoch, RetireError};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
-use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::entry::{DiskEntry, RETIRE_LOOK, RetireTurn, SnapshotEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::registry::Command;
+use crate::store::DeletionRecord;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -29,19 +29,16 @@ impl Manager {
     /// Goes on with a snapshot after a restart.
     pub(crate) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
         let is_served = entry.version.is_some() && entry.broken().is_none() && disk.disk.base_broken().is_none();
-        let (deleting, stopped) = {
-            let record = locked(&entry.record);
-            (record.deleting, record.stopped)
-        };
-        if !is_served || deleting {
+        let deletion = locked(&entry.record).deletion;
+        if !is_served || deletion.is_some() {
             crate::manager::sockets::clear_socket(&*self.host, &locked(&entry.record));
         }
         if entry.version.is_none() {
             return;
         }
-        if deleting {
+        if let Some(deletion) = deletion {
             let job = self.new_deletion(disk, entry);
-            if stopped {
+            if deletion.stopped {
                 self.end_job(&job, JobState::Stopped, None);
             } else {
                 self.run_deletion(disk, entry, job);
@@ -109,7 +106,8 @@ impl Manager {
             match entry.state(&disk) {
                 // One whose job has failed or was stopped is tried again.
                 SnapshotState::Deleting | SnapshotState::Folding
-                    if keep_image && !std::mem::replace(&mut locked(&entry.record).keep_image, true) =>
+                    if keep_image
+                        && entry.change_deletion(|deletion| !std::mem::replace(&mut deletion.keep_image, true)) =>
                 {
                     self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
                     self.lose_leg_of(&disk, &entry)?;
@@ -130,7 +128,14 @@ impl Manager {
                         )));
                     }
                 }
-                _ => break self.begin_deletion(&disk, &entry, &command, (keep_image, keep_bookmark))?,
+                _ => {
+                    break self.begin_deletion(
+                        &disk,
+                        &entry,
+                        &command,
+                        DeletionRecord { keep_image, keep_bookmark, stopped: false },
+                    )?;
+                }
             }
             drop(claim);
             self.host.pause(Duration::from_millis(10));
@@ -169,25 +174,22 @@ impl Manager {
         disk: &Arc<DiskEntry>,
         entry: &Arc<SnapshotEntry>,
         command: &Command,
-        (keep_image, keep_bookmark): (bool, bool),
+        deletion: DeletionRecord,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        if keep_image {
+        if deletion.keep_image {
             refuse_if_read_through(disk, entry)?;
         }
         let server = locked(&entry.server).clone();
         let job = self.stop_servers(server.as_slice(), command, || {
-            {
-                let mut record = locked(&entry.record);
-                (record.keep_image, record.keep_bookmark, record.deleting) = (keep_image, keep_bookmark, true);
-            }
+            locked(&entry.record).deletion = Some(deletion);
             if let Some(version) = &entry.version {
-                version.set_leaves_mark(keep_bookmark);
+                version.set_leaves_mark(deletion.keep_bookmark);
             }
             if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-                locked(&entry.record).deleting = false;
+                locked(&entry.record).deletion = None;
                 return Err(e);
             }
-            if keep_image || entry.broken().is_some() {
+            if deletion.keep_image || entry.broken().is_some() {
                 self.lose_leg_of(disk, entry)?;
             }
             Ok(self.start_deletion(disk, entry))
@@ -216,7 +218,7 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         job: Arc<JobEntry>,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        locked(&entry.record).stopped = false;
+        entry.change_deletion(|deletion| deletion.stopped = false);
         self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
@@ -227,7 +229,7 @@ impl Manager {
     fn run_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: Arc<JobEntry>) {
         let (on, going, stopped, ours) = (disk.clone(), entry.clone(), entry.clone(), job.clone());
         let run = move |manager: &Manager| manager.retire(&on, &going, &ours);
-        let mark_stopped = move || locked(&stopped.record).stopped = true;
+        let mark_stopped = move || stopped.change_deletion(|deletion| deletion.stopped = true);
         if job.kind == JobKind::Fold {
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotFolding, &entry.reference()));
         }
@@ -290,7 +292,7 @@ impl Manager {
             let Some(_claim) = self.claim_to_record(job) else { return Ok(Outcome::Stopped) };
             let (is_split, keep) = {
                 let record = locked(&entry.record);
-                (record.strategy == Strategy::WriteMirroring.to_string(), record.keep_image)
+                (record.strategy == Strategy::WriteMirroring.to_string(), record.leaves_image())
             };
             let comes_back = leg.is_some() && !keep && entry.broken().is_none();
             // A leg that goes must not be taken for one that comes back, and one that is written again not for a

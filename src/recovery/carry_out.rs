@@ -133,7 +133,7 @@ pub fn carry_out(
             opened.set_quiesced();
         }
         if let Some(snapshot) = &mut snapshot {
-            opened.set_leaves_mark(snapshot.keep_bookmark);
+            opened.set_leaves_mark(snapshot.leaves_bookmark());
             snapshot.quiesced_ms.get_or_insert(now_ms);
             snapshot.broken = version.broken.as_ref().map(Why::in_record);
             if let Some(reason) = &snapshot.broken {

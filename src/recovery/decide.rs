@@ -403,7 +403,7 @@ fn forget_legs(recovery: &mut Recovery) {
         let Role::Frozen(at) = version.role else { continue };
         let gone = &record.snapshots[at];
         let left = mirror.legs.iter().filter(|(_, leg)| *leg != LegUse::Forgotten).count();
-        if gone.deleting && gone.owns_all && left > 1 {
+        if gone.deletion.is_some() && gone.owns_all && left > 1 {
             let is_it = |(path, _): &&mut (PathBuf, LegUse)| *path == gone.image;
             mirror.legs.iter_mut().filter(is_it).for_each(|(_, leg)| *leg = LegUse::Forgotten);
         }

@@ -8,7 +8,7 @@ use super::{
     decide, settle,
 };
 use crate::engine::LegState;
-use crate::store::{DiskRecord, Work, WorkRecord};
+use crate::store::{DeletionRecord, DiskRecord, Work, WorkRecord};
 
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];
 
@@ -158,7 +158,7 @@ fn what_is_saved_below_a_full_image() {
         (
             "a deletion is under way",
             record,
-            |_, r| r.snapshots[1].deleting = true,
+            |_, r| r.snapshots[1].deletion = Some(DeletionRecord::default()),
             [("whole", "kd"), ("whole", "kd"), ("flushed", "bg"), ("whole", "bg")],
         ),
         (
@@ -253,7 +253,7 @@ fn legs_and_what_was_split_off() {
     let in_sync = LegUse::InUse(LegState::InSync);
     assert_eq!(forgets(&record, Shutdown::Clean, &found), [in_sync.clone(), LegUse::Held]);
     // With a snapshot that goes, and whose leg nobody knows any more, the leg goes.
-    record.snapshots[2].deleting = true;
+    record.snapshots[2].deletion = Some(DeletionRecord::default());
     found.changed.insert("/leg1".into());
     assert_eq!(forgets(&record, Shutdown::Clean, &found), [in_sync.clone(), LegUse::Forgotten]);
     // Without a split both are in use, or why one is not.
@@ -379,7 +379,7 @@ fn what_volumes_stand_on() {
     let hollow: [(&str, Change); 5] = [
         ("the disk is not served", |f, _, _| put(&mut f.missing, "/vm1.raw")),
         ("the snapshot is unknown", |_, _, v| v.volume.as_mut().unwrap().snapshot = id(80)),
-        ("the snapshot goes", |_, d, _| d.snapshots[0].deleting = true),
+        ("the snapshot goes", |_, d, _| d.snapshots[0].deletion = Some(DeletionRecord::default())),
         ("the disk has another size", |_, _, v| v.volume.as_mut().unwrap().size_bytes = 512),
         ("the snapshot broke", |f, _, _| set(&mut f.marks, id(2), "it broke".to_owned())),
     ];
@@ -446,7 +446,7 @@ fn jobs_that_go_on() {
     for is_stopped in [false, true] {
         let mut record = restored(record(), id(2), true);
         record.restore.as_mut().unwrap().stopped = is_stopped;
-        (record.snapshots[1].deleting, record.snapshots[1].stopped) = (true, is_stopped);
+        record.snapshots[1].deletion = Some(DeletionRecord { stopped: is_stopped, ..DeletionRecord::default() });
         let recovery = decide(&record, Shutdown::Killed, &Found::default());
         assert_eq!(jobs(&recovery), [(deletion(), is_stopped), (JobKind::Restore, is_stopped)]);
         let lost = Found { missing: BTreeSet::from(["/vm1.raw".into()]), ..Found::default() };

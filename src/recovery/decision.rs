@@ -197,7 +197,8 @@ impl Recovery {
         }
         let job = |kind, is_stopped| Job { kind, is_stopped };
         let deleted = self.snapshots().filter(|(_, fate)| *fate == SnapshotFate::Deleting);
-        let deletions = deleted.map(|(s, _)| job(JobKind::Deletion(s.name.clone()), s.stopped));
+        let deletions =
+            deleted.map(|(s, _)| job(JobKind::Deletion(s.name.clone()), s.deletion.is_some_and(|d| d.stopped)));
         // What is pending is not there while the source is lost.
         let restores = self.restore.is_some() && !matches!(self.disk, Content::Hollow(Why::RestoreLost { .. }));
         let restore = self.record.restore.iter().filter(|_| restores).map(|r| job(JobKind::Restore, r.stopped));
@@ -216,10 +217,10 @@ impl Recovery {
         let why = version.and_then(|v| v.broken.clone().or_else(|| v.layer.as_ref().err().cloned()));
         let why = record.broken.clone().map(Why::Said).or(why);
         match (&self.disk, why) {
-            (Content::Unserved(_), Some(why)) if !record.deleting => SnapshotFate::Broken(why),
+            (Content::Unserved(_), Some(why)) if record.deletion.is_none() => SnapshotFate::Broken(why),
             (Content::Unserved(_), _) => SnapshotFate::Waits,
-            _ if record.deleting && version.is_none_or(|v| v.layer.is_err()) => SnapshotFate::Gone,
-            _ if record.deleting => SnapshotFate::Deleting,
+            _ if record.deletion.is_some() && version.is_none_or(|v| v.layer.is_err()) => SnapshotFate::Gone,
+            _ if record.deletion.is_some() => SnapshotFate::Deleting,
             (_, Some(why)) => SnapshotFate::Broken(why),
             (Content::Hollow(why), None) if self.record.volume.is_some() => SnapshotFate::Broken(why.clone()),
             (_, None) => SnapshotFate::Kept,

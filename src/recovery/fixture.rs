@@ -152,9 +152,9 @@ pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
     serde_json::from_value(json!({
         "id": id(n), "group": id(n), "name": name, "strategy": "copy-on-write", "writers": "request", "began": began,
         "ended": began + 1, "image": format!("/{name}.img"), "owns_all": false, "splits": false, "durable": false,
-        "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deleting": false, "keep_image": false,
-        "stopped": false, "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
-        "keep_bookmark": false, "taken_for": null,
+        "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deletion": null,
+        "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
+        "taken_for": null,
     }))
     .unwrap()
 }

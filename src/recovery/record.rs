@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::Role;
-use crate::store::{ChangedRecord, DiskRecord, Fingerprint};
+use crate::store::{ChangedRecord, DeletionRecord, DiskRecord, Fingerprint};
 
 /// A version as it is remembered.
 pub(super) struct Remembered {
@@ -76,7 +76,7 @@ pub(super) fn settle_pending(record: &mut DiskRecord) {
     let newest = record.snapshots.iter().flat_map(|s| [s.began, s.ended]).chain([record.live_began]).max();
     if let Some(pending) = record.snapshots.last_mut().filter(|s| s.ended == 0) {
         pending.ended = newest.unwrap_or(0) + 1;
-        pending.deleting = true;
+        pending.deletion = Some(DeletionRecord::default());
         record.live_began = pending.ended + 1;
     }
 }

@@ -55,22 +55,28 @@ pub struct SnapshotRecord {
     pub quiesced_ms: Option<u64>,
     /// Why it cannot be vouched for.
     pub broken: Option<String>,
-    /// Whether it is being deleted.
-    pub deleting: bool,
-    /// Whether its image is left as it is when it is deleted, instead of going back to the mirror.
-    pub keep_image: bool,
-    /// Whether its deletion was stopped by the user, and waits to be resumed.
-    pub stopped: bool,
+    /// Its deletion, if one is under way.
+    pub deletion: Option<DeletionRecord>,
     /// How its image looked at the last clean stop.
     pub saved: Option<Fingerprint>,
     /// The seal of its table's durable copy.
     pub saved_table: Option<Uuid>,
     /// Its dirty bitmap. None if nothing was noted.
     pub changed: Option<ChangedRecord>,
-    /// Whether a bookmark stays when it is deleted.
-    pub keep_bookmark: bool,
     /// The stable name of the volume for whose update it was taken. It goes when that needs it no more.
     pub taken_for: Option<Uuid>,
+}
+
+/// A deletion that is under way, as it is remembered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeletionRecord {
+    /// Whether the snapshot's image is left as it is, instead of going back to the mirror.
+    pub keep_image: bool,
+    /// Whether a bookmark stays.
+    pub keep_bookmark: bool,
+    /// Whether it was stopped by the user, and waits to be resumed.
+    pub stopped: bool,
 }
 
 /// A dirty bitmap, as it is remembered: it goes by its version's name.
@@ -230,6 +236,20 @@ pub struct DiskRecord {
     pub saved: Option<Fingerprint>,
     /// The seal of the durable copy of the discards that were put off.
     pub saved_discards: Option<Uuid>,
+}
+
+impl SnapshotRecord {
+    /// Whether a bookmark stays of it: it is being deleted, and that was asked for.
+    #[must_use]
+    pub fn leaves_bookmark(&self) -> bool {
+        self.deletion.is_some_and(|deletion| deletion.keep_bookmark)
+    }
+
+    /// Whether its image is to be left as it is: it is being deleted, and that was asked for.
+    #[must_use]
+    pub fn leaves_image(&self) -> bool {
+        self.deletion.is_some_and(|deletion| deletion.keep_image)
+    }
 }
 
 impl DiskRecord {

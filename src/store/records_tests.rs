@@ -42,13 +42,10 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         created_ms: 1_700_000_000_000,
         quiesced_ms: Some(1_700_000_000_001),
         broken: None,
-        deleting: false,
-        keep_image: false,
-        stopped: false,
+        deletion: None,
         saved: Some(Fingerprint { size_bytes: 1 << 20, modified_ns: 17 }),
         saved_table: Some(Uuid::new_v4()),
         changed: Some(ChangedRecord { saved: Some(Uuid::new_v4()), lost: None }),
-        keep_bookmark: false,
         taken_for: None,
     }
 }
