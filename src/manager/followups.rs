@@ -27,6 +27,8 @@ pub(crate) enum FollowUp {
     Open(Arc<DiskEntry>, Arc<SnapshotEntry>),
     /// Store what a disk's record should say.
     Record(Arc<DiskEntry>),
+    /// Serve again what was to be removed, once its record is known to be there.
+    Stay(Arc<DiskEntry>),
     /// Go on with the restore of a disk that somebody else was changing.
     Restore(Arc<DiskEntry>),
     /// Let go of what was taken for updates and is not needed any more.
@@ -97,6 +99,20 @@ impl Manager {
                 let Some(_claim) = self.claim_patiently("restore", disk.name.get().as_str(), key) else { return true };
                 self.resume_restores(Some(disk.id));
                 true
+            }
+            FollowUp::Stay(disk) => {
+                let key = ClaimKey::Entity(disk.id);
+                let Some(_claim) = self.claim_patiently("serve again", disk.name.get().as_str(), key) else {
+                    return true;
+                };
+                if !self.is_served(disk) {
+                    return true;
+                }
+                let is_known = self.persist(std::slice::from_ref(disk)).is_ok();
+                if is_known && locked(&disk.server).is_none() {
+                    self.serve_what_stays(disk);
+                }
+                is_known
             }
             FollowUp::Record(disk) => {
                 let key = ClaimKey::Entity(disk.id);

@@ -73,6 +73,7 @@ impl JobEntry {
 
     /// It runs again, after it was stopped or has failed.
     pub(crate) fn begin_again(&self) {
+        self.is_abandoned.store(false, Ordering::Release);
         self.pace.stop.store(false, Ordering::Release);
         *locked(&self.running_since) = (self.host.now(), self.pace.done_bytes.load(Ordering::Relaxed));
         *locked(&self.state) = (JobState::Running, None);

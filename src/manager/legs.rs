@@ -289,7 +289,8 @@ impl Manager {
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.is_stopped = false;
         }
-        let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
+        let (on, of, ours, again) = (disk.clone(), disk.clone(), job.clone(), disk.clone());
+        let copied = disk.legs_behind();
         let run = move |manager: &Manager| {
             let (disk, pace) = (on.disk.clone(), ours.pace.clone());
             let done = manager.block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
@@ -305,7 +306,15 @@ impl Manager {
                 mirror.is_stopped = true;
             }
         };
-        self.run_job("mirror", &job, run, mark_stopped, |_, _| ());
+        // A leg that took the place of the one that failed found a job that was still running.
+        let after = move |manager: &Manager, state| {
+            let is_new = again.legs_behind().iter().any(|leg| !copied.contains(leg));
+            let pair = locked(&again.mirror).as_ref().map(|mirror| mirror.pair.clone());
+            if let (JobState::Failed, true, Some(pair)) = (state, is_new, pair) {
+                manager.start_resync(&again, pair);
+            }
+        };
+        self.run_job("mirror", &job, run, mark_stopped, after);
     }
 
     /// Clears what the bitmaps need not remember any more, now and then.
@@ -333,10 +342,15 @@ impl Manager {
 }
 
 impl DiskEntry {
-    /// Whether a leg of it is to be synchronised.
-    pub(crate) fn has_leg_behind(&self) -> bool {
+    /// The legs of it that are to be synchronised.
+    fn legs_behind(&self) -> Vec<Uuid> {
         let mirror = locked(&self.mirror);
         let status = mirror.as_ref().map(|mirror| mirror.pair.status()).unwrap_or_default();
-        status.iter().any(|leg| leg.state == engine::LegState::Resynchronising)
+        status.iter().filter(|leg| leg.state == engine::LegState::Resynchronising).map(|leg| leg.id).collect()
+    }
+
+    /// Whether a leg of it is to be synchronised.
+    pub(crate) fn has_leg_behind(&self) -> bool {
+        !self.legs_behind().is_empty()
     }
 }

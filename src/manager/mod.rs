@@ -261,6 +261,14 @@ impl Manager {
         self.records.put(&records.iter().collect::<Vec<_>>()).map_err(record_error)
     }
 
+    /// Stores what the record of a claimed disk should say, now or when the records take it.
+    pub(crate) fn persist_later(&self, disk: &Arc<DiskEntry>) {
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            log::warn!("{}: what is recorded of it is put right later: {e}", disk.name);
+            self.follow_up(FollowUp::Record(disk.clone()));
+        }
+    }
+
     fn tell_broken(&self, id: Uuid) {
         for disk in self.all_disks() {
             let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };

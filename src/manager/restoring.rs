@@ -117,7 +117,11 @@ impl Manager {
         if let Some(record) = locked(&disk.restore).as_mut() {
             record.stopped = false;
         }
-        self.persist(std::slice::from_ref(disk))?;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| {
+            if let Some(record) = locked(&disk.restore).as_mut() {
+                record.stopped = true;
+            }
+        })?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_restore(disk, job);

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::control::ApiError;
 use crate::control::api::Strategy;
-use crate::control::{ApiError, SnapshotRef};
 use crate::engine::{self, Backing, LegImage};
 use crate::image::SharedImage;
 use crate::manager::Manager;
@@ -75,24 +75,5 @@ impl Manager {
             (record.strategy == Strategy::WriteMirroring.to_string(), record.image.clone())
         };
         if is_split { self.lose_leg(disk, &path) } else { Ok(()) }
-    }
-
-    /// What becomes of the leg that a write-mirroring snapshot had.
-    pub(crate) fn after_split(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry, image: Option<SharedImage>) {
-        let (path, keep) = {
-            let record = locked(&entry.record);
-            (record.image.clone(), record.leaves_image())
-        };
-        let reference: &SnapshotRef = &entry.reference();
-        let broken = entry.broken().is_some();
-        let done = match image.filter(|_| !keep) {
-            Some(image) if !broken => self.rejoin(disk, &path, image),
-            _ => self.lose_leg(disk, &path).map_err(|e| e.message),
-        };
-        match done {
-            Ok(()) if keep => log::info!("snapshot {reference}: {} stays as it is", path.display()),
-            Ok(()) => {}
-            Err(e) => log::error!("snapshot {reference}: {} does not come back as a leg: {e}", path.display()),
-        }
     }
 }

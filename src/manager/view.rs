@@ -34,7 +34,9 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let (volume, stood_on) = (relations.volume.map(|v| v.snapshot), relations.stood_on.map(|v| v.snapshot));
     let chain = disk.disk.chain();
     let is_lost = disk.disk.restore_lost().is_some();
-    let restore = locked(&disk.restore).as_ref().map(|r| Restore { source: r.source, through: Vec::new(), is_lost });
+    // One that is only prepared is its command's, which has claimed what it needs.
+    let restore = locked(&disk.restore).as_ref().filter(|r| r.is_active).map(|r| r.source);
+    let restore = restore.map(|source| Restore { source, through: Vec::new(), is_lost });
     Disk {
         id: disk.id,
         name: disk.name.get(),

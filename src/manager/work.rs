@@ -75,9 +75,10 @@ impl Manager {
         let Some(mut record) = locked(&disk.relations).work.clone() else {
             return Err(ApiError::job_ended(job.id, job.state()));
         };
+        let old = record.clone();
         record.stopped = false;
         locked(&disk.relations).work = Some(record.clone());
-        self.persist(std::slice::from_ref(disk))?;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.relations).work = Some(old))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_work(disk, &record.work, job);

@@ -2,8 +2,8 @@
 
 use crate::control::{ApiError, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::manager::Manager;
 use crate::manager::entry::locked;
+use crate::manager::{Manager, record_error};
 use crate::registry::Command;
 
 impl Manager {
@@ -12,11 +12,15 @@ impl Manager {
         let disk = self.disk(&reference.disk)?;
         let id = disk.bookmarks().iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.ok_or_else(|| self.no_bookmark(reference))?;
+        crash::point("before a bookmark is forgotten");
+        let mut record = disk.to_record();
+        record.bookmarks.retain(|b| b.id != id);
+        self.records.put(&[&record]).map_err(record_error)?;
+        crash::point("after a bookmark was forgotten");
         self.editor.forget_mark(&disk.disk, id);
         locked(&disk.bookmarks).retain(|b| b.id != id);
-        crash::point("before a bookmark is forgotten");
-        self.persist(std::slice::from_ref(&disk))?;
-        crash::point("after a bookmark was forgotten");
+        // The live version may have nothing to note any more.
+        self.persist_later(&disk);
         self.remove_changes_of_gone(&disk, id);
         log::info!("bookmark {reference}: deleted");
         self.bus.publish(Notice::of_snapshot(EventKind::BookmarkDeleted, reference));

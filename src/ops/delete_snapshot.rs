@@ -24,6 +24,8 @@ use crate::store::DeletionRecord;
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
+/// How long a deletion that has come to its end waits before it asks the records again to forget the snapshot.
+const RECORD_PAUSE: Duration = Duration::from_millis(500);
 
 impl Manager {
     /// Goes on with a snapshot after a restart.
@@ -96,7 +98,7 @@ impl Manager {
                 let record = locked(&entry.record).clone();
                 if record.owns_all {
                     // Nobody knows in what its leg differs from the other: it does not come back.
-                    self.after_split(&disk, &entry, None);
+                    self.lose_leg(&disk, &record.image)?;
                 }
                 let left = (!record.owns_all).then_some((entry.id, record.image));
                 self.gone(&disk, &entry, left)?;
@@ -109,8 +111,9 @@ impl Manager {
                     if keep_image
                         && entry.change_deletion(|deletion| !std::mem::replace(&mut deletion.keep_image, true)) =>
                 {
-                    self.persist(std::slice::from_ref(&disk))?; // Then once more, as it was meant.
-                    self.lose_leg_of(&disk, &entry)?;
+                    let kept = self.persist(std::slice::from_ref(&disk)).and_then(|()| self.lose_leg_of(&disk, &entry));
+                    kept.inspect_err(|_| entry.change_deletion(|deletion| deletion.keep_image = false))?;
+                    // Then once more, as it was meant.
                 }
                 SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(&disk, &entry) {
                     Some(job) if job.state() == JobState::Running => break job,
@@ -185,12 +188,15 @@ impl Manager {
             if let Some(version) = &entry.version {
                 version.set_leaves_mark(deletion.keep_bookmark);
             }
-            if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            let loses_leg = deletion.keep_image || entry.broken().is_some();
+            let begun = self.persist(std::slice::from_ref(disk));
+            if let Err(e) = begun.and_then(|()| if loses_leg { self.lose_leg_of(disk, entry) } else { Ok(()) }) {
                 locked(&entry.record).deletion = None;
+                if let Some(version) = &entry.version {
+                    version.set_leaves_mark(false);
+                }
+                self.persist_later(disk);
                 return Err(e);
-            }
-            if deletion.keep_image || entry.broken().is_some() {
-                self.lose_leg_of(disk, entry)?;
             }
             Ok(self.start_deletion(disk, entry))
         })?;
@@ -219,7 +225,8 @@ impl Manager {
         job: Arc<JobEntry>,
     ) -> Result<Arc<JobEntry>, ApiError> {
         entry.change_deletion(|deletion| deletion.stopped = false);
-        self.persist(std::slice::from_ref(disk))?;
+        self.persist(std::slice::from_ref(disk))
+            .inspect_err(|_| entry.change_deletion(|deletion| deletion.stopped = true))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_deletion(disk, entry, job.clone());
@@ -288,24 +295,20 @@ impl Manager {
         if work == Outcome::Stopped {
             return Ok(Outcome::Stopped);
         }
-        {
-            let Some(_claim) = self.claim_to_record(job) else { return Ok(Outcome::Stopped) };
-            let (is_split, keep) = {
-                let record = locked(&entry.record);
-                (record.strategy == Strategy::WriteMirroring.to_string(), record.leaves_image())
-            };
-            let comes_back = leg.is_some() && !keep && entry.broken().is_none();
-            // A leg that goes must not be taken for one that comes back, and one that is written again not for a
-            // snapshot: whenever the daemon is killed.
-            if is_split && !comes_back {
-                self.after_split(disk, entry, None);
+        // Until the records have forgotten it no other deletion may begin (`DiskEntry::retires`): whatever keeps them from it is
+        // waited for.
+        loop {
+            let forgotten = self.claim_to_record(job).map(|_claim| self.forget_retired(disk, entry, (&left, &leg)));
+            match forgotten {
+                Some(Ok(())) => break,
+                _ if self.is_stopping() => {
+                    std::mem::forget(turn); // Nothing else begins.
+                    return Ok(Outcome::Stopped);
+                }
+                Some(Err(e)) => log::warn!("snapshot {}: the records do not forget it yet: {e}", entry.reference()),
+                None => {}
             }
-            let gone = self.gone(disk, entry, left);
-            disk.disk.durability_recorded();
-            if is_split && comes_back {
-                self.after_split(disk, entry, leg);
-            }
-            gone.map_err(|e| e.to_string())?;
+            self.host.pause(RECORD_PAUSE);
         }
         drop(turn);
         if disk.disk.discards().count() > 0 {
@@ -317,6 +320,34 @@ impl Manager {
             }
         }
         Ok(Outcome::Done)
+    }
+
+    /// Has the records forget a snapshot that has left the chain, and what is said there of its leg.
+    fn forget_retired(
+        &self,
+        disk: &Arc<DiskEntry>,
+        entry: &Arc<SnapshotEntry>,
+        (left, leg): (&Option<(Uuid, PathBuf)>, &Option<SharedImage>),
+    ) -> Result<(), ApiError> {
+        let (is_split, keep) = {
+            let record = locked(&entry.record);
+            (record.strategy == Strategy::WriteMirroring.to_string(), record.leaves_image())
+        };
+        let back = leg.as_ref().filter(|_| is_split && !keep && entry.broken().is_none());
+        // A leg that goes must not be taken for one that comes back, and one that is written again not for a snapshot:
+        // whenever the daemon is killed.
+        if is_split && back.is_none() {
+            self.lose_leg_of(disk, entry)?;
+        }
+        self.gone(disk, entry, left.clone())?;
+        disk.disk.durability_recorded();
+        if let Some(leg) = back {
+            let (snapshot, path) = (entry.reference(), leg.path().to_owned());
+            if let Err(e) = self.rejoin(disk, &path, leg.clone()) {
+                log::error!("snapshot {snapshot}: {} does not come back as a leg: {e}", path.display());
+            }
+        }
+        Ok(())
     }
 
     /// Forgets a snapshot that nobody reads any more, and removes the layer that it leaves behind.
@@ -333,9 +364,12 @@ impl Manager {
         }
         // The records first: while they name a layer, it must be there. Orphans are removed at the next start.
         crash::point("before a snapshot is forgotten");
-        let persisted = self.persist(std::slice::from_ref(disk));
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            entry.is_forgotten.store(false, Ordering::SeqCst);
+            return Err(e);
+        }
         crash::point("after a snapshot was forgotten");
-        if let (Ok(()), Some((id, image))) = (&persisted, left) {
+        if let Some((id, image)) = left {
             if has_table(&disk.disk.chain(), id) {
                 // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
                 self.remove_file(&image);
@@ -348,13 +382,13 @@ impl Manager {
         if let Some(bookmark) = stays {
             locked(&disk.bookmarks).push(bookmark);
             self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference()));
-        } else if persisted.is_ok() {
+        } else {
             self.remove_changes_of_gone(disk, entry.id);
         }
         locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         log::info!("snapshot {}: deleted", entry.reference());
         self.bus.publish(Notice::of_snapshot(EventKind::SnapshotDeleted, &entry.reference()));
-        persisted
+        Ok(())
     }
 }
 

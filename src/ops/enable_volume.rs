@@ -18,6 +18,7 @@ use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
 use crate::registry::Command;
+use crate::store::RecordError;
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
@@ -93,10 +94,10 @@ impl Manager {
         record.live_changed = recording::of_changed(Some(&changed));
         (record.own_image, record.work) = (false, None);
         if let Err(e) = self.records.put(&[&record]) {
-            // Nobody knows whether that was stored. The new log goes when the records name the old one again.
-            return Err(match self.persist(std::slice::from_ref(disk)) {
-                Ok(()) => undo(record_error(e)),
-                Err(_) => named(record_error(e)),
+            return Err(match e {
+                // The new log may be the one that is named.
+                RecordError::Unknown(_) => named(record_error(e)),
+                e => undo(record_error(e)),
             });
         }
         crash::point("after a volume was begun anew");

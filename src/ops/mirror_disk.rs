@@ -131,6 +131,7 @@ impl Manager {
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.legs.push((leg.clone(), Some(image.clone())));
         }
+        let former = locked(&disk.former_legs).clone();
         locked(&disk.former_legs).retain(|former| former != path);
         let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
             let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
@@ -140,7 +141,9 @@ impl Manager {
             if let Some(mirror) = locked(&disk.mirror).as_mut() {
                 mirror.legs.retain(|(l, _)| l.id != leg.id);
             }
-            self.persist(std::slice::from_ref(disk))?;
+            // Whatever it holds, it is still not this disk.
+            *locked(&disk.former_legs) = former;
+            self.persist_later(disk);
             return Err(e);
         }
         locked(&disk.leg_paths).push((leg.id, leg.path));
@@ -177,21 +180,29 @@ impl Manager {
     }
 
     pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
-        let (pair, is_in_use) = {
+        let (pair, is_in_use, legs, path) = {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
             let is_in_use = mirror.state_of(leg.id) == Some(engine::LegState::Resynchronising);
+            let (legs, path) = (mirror.legs.clone(), locked(&disk.path).clone());
             mirror.legs.retain(|(l, _)| l.id != leg.id);
             if let Some((stays, _)) = mirror.legs.first()
                 && *locked(&disk.path) == leg.path
             {
                 locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
             }
-            (mirror.pair.clone(), is_in_use)
+            (mirror.pair.clone(), is_in_use, legs, path)
         };
         locked(&disk.former_legs).push(leg.path.clone());
         // Remembered as no leg any more before the pair forgets that it was one.
-        self.persist(std::slice::from_ref(disk))?;
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            if let Some(mirror) = locked(&disk.mirror).as_mut() {
+                mirror.legs = legs;
+            }
+            *locked(&disk.path) = path;
+            locked(&disk.former_legs).pop();
+            return Err(e);
+        }
         let id = leg.id;
         self.in_ring(async move |queue| {
             if is_in_use {
@@ -244,16 +255,19 @@ impl Manager {
             let id = goes.0.id;
             self.in_ring(async move |queue| pair.let_go(&queue, id).await)?;
         }
+        // If this is refused from here on, the leg that goes is one that has failed: this can be asked for again, and so can
+        // a mirror.
+        self.swap(&disk, Backing::One(image))?;
         // From here on only the leg that stays is the disk.
         let old = locked(&disk.mirror).take();
         locked(&disk.former_legs).push(goes.0.path.clone());
-        *locked(&disk.path) = stays.0.path;
+        let path = std::mem::replace(&mut *locked(&disk.path), stays.0.path);
         if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
             *locked(&disk.mirror) = old;
+            *locked(&disk.path) = path;
             locked(&disk.former_legs).pop();
             return Err(e);
         }
-        self.swap(&disk, Backing::One(image))?;
         if let Some(old) = old {
             self.remove_file(&self.bitmap_path(old.bitmap));
         }

@@ -12,10 +12,11 @@ use crate::crash;
 use crate::manager::changes::ids_of_changes;
 use crate::manager::claims::Held;
 use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::followups::FollowUp;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, RecordError};
 
 impl Manager {
     /// Stops serving a disk, or forgets one that is not served; its image stays.
@@ -74,9 +75,17 @@ impl Manager {
         held.waits_for(None);
         places().for_each(|server| *locked(server) = None);
         let record = entry.to_record();
-        if let Err(e) = self.records.remove(name.as_str()) {
-            self.serve_what_stays(&entry);
-            return Err(record_error(e));
+        match self.records.remove(name.as_str()) {
+            Ok(()) => {}
+            // Whoever wrote to it now might lose that with the next start.
+            Err(e @ RecordError::Unknown(_)) => {
+                self.follow_up(FollowUp::Stay(entry));
+                return Err(record_error(e));
+            }
+            Err(e) => {
+                self.serve_what_stays(&entry);
+                return Err(record_error(e));
+            }
         }
         crash::point("after a volume was forgotten");
         locked(&self.disks).remove(name);
@@ -87,8 +96,8 @@ impl Manager {
         Ok(())
     }
 
-    /// A removal that could not be recorded did not take place.
-    fn serve_what_stays(&self, entry: &Arc<DiskEntry>) {
+    /// A removal that could not be recorded did not take place. What was not open stays so.
+    pub(crate) fn serve_what_stays(&self, entry: &Arc<DiskEntry>) {
         if !locked(&entry.relations).disabled {
             match serve_live(&*self.host, &entry.name.get(), &entry.config(), &entry.disk, &entry.frontends) {
                 Ok(server) => *locked(&entry.server) = Some(server),

@@ -19,10 +19,11 @@ use crate::engine::{Changes, Disk, RestoreSource, Restoring, Saved, View};
 use crate::host::Host;
 use crate::image::IoQueue;
 use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
-use crate::manager::{Manager, table_error};
+use crate::manager::{Manager, record_error, table_error};
 use crate::registry::{Command, Registry, decide};
-use crate::store::{BlockIndex, BlockRange, DurableTable, RestoreRecord, VolumeRecord};
+use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RecordError, RestoreRecord, VolumeRecord};
 
 fn io_error(what: impl std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::Io, what.to_string())
@@ -121,13 +122,7 @@ impl Manager {
                 delay_ms: request.delay_ms,
                 bytes_per_second: request.bytes_per_second,
             };
-            // A guest that comes from here on finds what is restored, or keeps the disk from being restored.
-            let server = locked(&disk.server).clone();
-            let _away = server.as_ref().filter(|_| !request.force).map(|server| server.hold());
-            if !request.force {
-                decide(&self.registry(), &command)?;
-            }
-            self.begin_restore(&disk, source, record)
+            self.begin_restore(&disk, source, record, &command)
         })
     }
 
@@ -136,6 +131,7 @@ impl Manager {
         disk: &Arc<DiskEntry>,
         source: &Arc<DiskEntry>,
         record: RestoreRecord,
+        command: &Command,
     ) -> Result<Arc<JobEntry>, ApiError> {
         let geometry = disk.disk.geometry();
         if source.disk.geometry().size_bytes != geometry.size_bytes {
@@ -154,7 +150,14 @@ impl Manager {
             self.remove_restore_files(id);
             return Err(e);
         }
-        match self.activate(disk, source, pending) {
+        let activated = {
+            // A guest that comes from here on finds what is restored, or keeps the disk from being restored.
+            let server = locked(&disk.server).clone();
+            let _away = server.as_ref().filter(|_| !command.is_forced()).map(|server| server.hold());
+            let decided = if command.is_forced() { Ok(()) } else { decide(&self.registry(), command).map(drop) };
+            decided.map_err(ApiError::from).and_then(|()| self.activate(disk, source, pending))
+        };
+        match activated {
             Ok(()) => {}
             Err(e) => {
                 // Of a record that could not be stored nobody knows what it says: with no block pending it says nothing.
@@ -196,20 +199,27 @@ impl Manager {
             };
             let done = find_pending(&of, &from, changed, &pending, &queue).await;
             if done.is_err() {
-                forget_pending(&pending, &queue).await;
+                forget_pending(&pending, &queue).await?;
             }
             done.map(|()| pending)
         };
         let pending = in_ring(&*self.host, work)?;
         crash::point("before a restore is recorded");
-        *locked(&disk.restore) = Some(RestoreRecord { is_active: true, ..record });
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            in_ring(&*self.host, async move |queue| {
-                forget_pending(&pending, &queue).await;
-                Ok(())
-            })?;
-            return Err(e);
+        let active = RestoreRecord { is_active: true, ..record.clone() };
+        let recorded = self.records.put(&[&DiskRecord { restore: Some(active.clone()), ..disk.to_record() }]);
+        if let Err(e) = recorded {
+            let is_unknown = matches!(e, RecordError::Unknown(_));
+            let forgotten = in_ring(&*self.host, async move |queue| forget_pending(&pending, &queue).await);
+            // A start may take it for active then, over what guests write from now on.
+            if let (true, Err(why)) = (is_unknown, &forgotten) {
+                closed.lose(format!(
+                    "it is not known whether a restore has begun: {}; start the daemon anew",
+                    why.message
+                ));
+            }
+            return Err(record_error(e));
         }
+        *locked(&disk.restore) = Some(active);
         crash::point("after a restore was recorded");
         closed.begin(Restoring::new(pending, restored));
         Ok(())
@@ -219,11 +229,7 @@ impl Manager {
     fn make_outlive_power_cuts(&self, disk: &Arc<DiskEntry>, version: Uuid) -> Result<(), ApiError> {
         let mut made = Vec::new();
         disk.disk.durability_changes();
-        let done = self.save_durably(disk, version, &mut made).and_then(|()| {
-            crash::point("before it is recorded that a layer outlives power cuts");
-            self.persist(std::slice::from_ref(disk))
-        });
-        if let Err(e) = done {
+        if let Err(e) = self.save_durably(disk, version, &mut made) {
             for id in made {
                 self.editor.save_durably(&disk.disk, id, None);
                 self.remove_file(&self.places.saved_table(id));
@@ -231,6 +237,9 @@ impl Manager {
             disk.disk.durability_recorded();
             return Err(e);
         }
+        crash::point("before it is recorded that a layer outlives power cuts");
+        // If that is refused the tables stay in use: the next record says so.
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| self.follow_up(FollowUp::Record(disk.clone())))?;
         disk.disk.durability_recorded();
         let below = locked(&disk.relations).volume.as_ref().map(|volume| volume.snapshot);
         match below {
@@ -284,11 +293,9 @@ async fn find_pending(
 }
 
 /// Makes a table say nothing, whether it is believed or not.
-async fn forget_pending(pending: &DurableTable, queue: &IoQueue) {
+async fn forget_pending(pending: &DurableTable, queue: &IoQueue) -> Result<(), String> {
     pending.table().clear(BlockRange { start: BlockIndex(0), end: BlockIndex(pending.table().blocks()) });
-    if let Err(e) = pending.commit(queue).await {
-        log::error!("{}: a restore that did not begin is not forgotten: {e}", pending.image().path().display());
-    }
+    pending.commit(queue).await.map_err(|e| e.to_string())
 }
 
 fn short(id: Uuid) -> String {

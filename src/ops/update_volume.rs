@@ -28,7 +28,7 @@ use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, Wanted};
-use crate::store::{DurableTable, Table, VolumeRecord, Work, WorkRecord};
+use crate::store::{DurableTable, RecordError, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
 struct Next {
@@ -285,7 +285,7 @@ impl Manager {
         relations.put_into(&mut record);
         crash::point("before a volume is recorded as updated");
         if let Err(e) = self.records.put(&[&record]) {
-            return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), record_error(e)));
+            return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), e));
         }
         crash::point("after a volume was recorded as updated");
         let image = disk.disk.only_image();
@@ -315,17 +315,19 @@ impl Manager {
         Ok(self.job_after_update(disk, work))
     }
 
-    /// Of a record that could not be stored nobody knows whether it was. Until the old one is there again for certain the
-    /// volume is not served: each of the two goes with the bytes as they are now.
+    /// While nobody knows whether the record was stored the volume is not served: each of the two goes with the bytes as they
+    /// are now.
     fn after_refused_record(
         &self,
         disk: &Arc<DiskEntry>,
         live: Uuid,
         second_name: Option<&PathBuf>,
-        e: ApiError,
+        e: RecordError,
     ) -> ApiError {
-        if let Err(again) = self.persist(std::slice::from_ref(disk)) {
-            log::error!("volume {}: it is disabled until its record can be stored: {}", disk.name, again.message);
+        let is_unknown = matches!(e, RecordError::Unknown(_));
+        let e = record_error(e);
+        if is_unknown {
+            log::error!("volume {}: it is disabled until its record can be stored", disk.name);
             locked(&disk.relations).disabled = true;
             return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
         }

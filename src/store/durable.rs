@@ -403,7 +403,9 @@ impl Drop for Leader<'_> {
         if let Some(error) = &state.doubt {
             log::error!("{}: a commit failed, none is accepted any more: {error}", self.durable.image.path().display());
         }
-        let is_settled = state.doubt.is_none() && !state.header_changed && !state.left_unsynced;
+        // Also while what was refused is not stored: who looks between two lines here must not find it settled.
+        let is_stored = state.doubt.is_none() && state.done == state.begun;
+        let is_settled = is_stored && !state.header_changed && !state.left_unsynced;
         self.durable.is_unsettled.store(!is_settled, Ordering::SeqCst);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);

@@ -18,6 +18,10 @@ pub enum RecordError {
     /// The state directory is full.
     #[error("records: {0}")]
     NoSpace(String),
+    /// The system refused, and nobody knows whether before or after the change was stored. It is taken back, if it was, before
+    /// anything else is stored; whoever dies before that finds the old records or the new ones.
+    #[error("records: {0}; whether that was stored is not known until the state directory takes writes again")]
+    Unknown(String),
     /// The store was written by another version.
     #[error("records: they have layout {found}, this program knows layout {LAYOUT}; use the version that wrote them")]
     Layout {
@@ -66,7 +70,8 @@ pub struct Remembered {
 }
 
 /// Records of disks by their names. Each change is one transaction: it is durable when the call returns, and until then
-/// either the old records or the new ones are found.
+/// either the old records or the new ones are found. One that is refused changes nothing, unless the error is
+/// [`RecordError::Unknown`].
 pub trait RecordStore: Send + Sync {
     /// All that is remembered.
     ///

@@ -5,9 +5,11 @@
 //!   is examined ([`intact`]): an older commit is never taken for the newest.
 //! - Each record has a checksum and a format of its own, so one that cannot be read does not stop the others. It stays as it
 //!   is, byte for byte, until it is removed by name.
+//! - A change that is refused has not taken place: what a failed commit left in the file is taken back before anything else
+//!   is done with it, and who asked is told [`RecordError::Unknown`] while that cannot be done.
 //! - A job's number is never given twice.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -34,10 +36,69 @@ fn error_of(e: impl Into<redb::Error>) -> RecordError {
 /// The store of records.
 pub struct Records {
     path: PathBuf,
-    // None after it has failed: redb answers nothing more then, although the disk may have room again.
-    database: Mutex<Option<Database>>,
+    state: Mutex<State>,
     /// Numbers of jobs that were set aside and not given yet.
     job_ids: Mutex<Range<u64>>,
+}
+
+struct State {
+    // None after it has failed: redb answers nothing more then, although the disk may have room again.
+    database: Option<Database>,
+    /// What the file may have of a change that was refused, to be taken back: the records as they were.
+    owed: Before,
+}
+
+/// Records as they were before a change, byte for byte. None is there of a disk that was not remembered.
+#[derive(Default)]
+struct Before(BTreeMap<String, Option<Vec<u8>>>);
+
+impl Before {
+    fn is_in(&self, content: &Content) -> bool {
+        self.0.iter().all(|(name, value)| content.disks.get(name) == value.as_ref())
+    }
+
+    fn put_back(&self, database: &Database) -> Result<(), RecordError> {
+        let change = begin(database)?;
+        // Those that go first: what they name may be named by those that come back.
+        for (name, value) in
+            self.0.iter().filter(|(_, v)| v.is_none()).chain(self.0.iter().filter(|(_, v)| v.is_some()))
+        {
+            put_back(&change, name, value.as_deref())?;
+        }
+        change.commit().map_err(error_of)
+    }
+}
+
+impl State {
+    /// The store, as its owner knows it; one that has failed is opened anew.
+    fn take(&mut self, path: &Path) -> Result<Database, RecordError> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Records::open_database(path)?,
+        };
+        if !self.owed.0.is_empty() {
+            self.owed.put_back(&database)?;
+            self.owed.0.clear();
+        }
+        Ok(database)
+    }
+
+    /// What is told of a change whose commit failed with `e`: nobody knows how far that came.
+    fn refused(&mut self, path: &Path, before: Before, e: RecordError) -> RecordError {
+        // Not there means never named by the header, which is written last.
+        if Records::read_file(path).is_ok_and(|found| found.is_some_and(|whole| before.is_in(&whole.content))) {
+            return e;
+        }
+        self.owed = before;
+        match self.take(path) {
+            Ok(database) => self.database = Some(database),
+            Err(again) => {
+                log::error!("it is not known what the records say until the state directory takes writes: {again}");
+                return RecordError::Unknown(e.to_string());
+            }
+        }
+        e
+    }
 }
 
 impl Records {
@@ -46,8 +107,8 @@ impl Records {
     /// # Errors
     /// When it cannot be opened, or was written by another version.
     pub fn open(path: &Path) -> Result<Records, RecordError> {
-        let database = Mutex::new(Some(Self::open_database(path)?));
-        Ok(Records { path: path.to_owned(), database, job_ids: Mutex::new(0..0) })
+        let state = State { database: Some(Self::open_database(path)?), owed: Before::default() };
+        Ok(Records { path: path.to_owned(), state: Mutex::new(state), job_ids: Mutex::new(0..0) })
     }
 
     fn open_database(path: &Path) -> Result<Database, RecordError> {
@@ -99,16 +160,43 @@ impl Records {
 
     /// Works with the store; one that has failed is opened anew the next time.
     fn with<T>(&self, work: impl FnOnce(&Database) -> Result<T, RecordError>) -> Result<T, RecordError> {
-        let mut slot = self.database.lock().unwrap_or_else(PoisonError::into_inner);
-        let database = match slot.take() {
-            Some(database) => database,
-            None => Self::open_database(&self.path)?,
-        };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let database = state.take(&self.path)?;
         let done = work(&database);
         if !matches!(done, Err(RecordError::Store(_) | RecordError::NoSpace(_))) {
-            *slot = Some(database);
+            state.database = Some(database);
         }
         done
+    }
+
+    /// Changes records: all that `work` does, or nothing.
+    fn change(
+        &self,
+        work: impl FnOnce(&WriteTransaction, &mut Before) -> Result<(), RecordError>,
+    ) -> Result<(), RecordError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let database = state.take(&self.path)?;
+        let mut before = Before::default();
+        let change = begin(&database)?;
+        if let Err(e) = work(&change, &mut before) {
+            // Not committed. After an error of the system the store answers nothing more.
+            if !matches!(e, RecordError::Store(_) | RecordError::NoSpace(_)) {
+                drop(change);
+                state.database = Some(database);
+            }
+            return Err(e);
+        }
+        crash::point("before records are committed");
+        let committed = change.commit().map_err(error_of);
+        crash::point("after records were committed");
+        match committed {
+            Ok(()) => state.database = Some(database),
+            Err(e) => {
+                drop(database);
+                return Err(state.refused(&self.path, before, e));
+            }
+        }
+        Ok(())
     }
 
     /// Looks at a store without changing it. None when there is none.
@@ -129,46 +217,25 @@ impl RecordStore for Records {
     }
 
     fn put(&self, disks: &[&DiskRecord]) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            for disk in disks {
-                replace(&change, &disk.name, Some(disk))?;
-            }
-            crash::point("before records are committed");
-            change.commit().map_err(error_of)?;
-            crash::point("after records were committed");
-            Ok(())
-        })
+        self.change(|change, before| disks.iter().try_for_each(|disk| replace(change, before, &disk.name, Some(disk))))
     }
 
     fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
+        self.change(|change, before| {
             let disks = change.open_table(DISKS).map_err(error_of)?;
             let is_taken = disks.get(disk.name.as_str()).map_err(error_of)?.is_some();
             drop(disks);
             if is_taken {
                 return Err(RecordError::Store(format!("there is a record of {} already", disk.name)));
             }
-            replace(&change, from, None)?;
+            replace(change, before, from, None)?;
             // Its files are let go with the old name, and named again with the new one.
-            replace(&change, &disk.name, Some(disk))?;
-            crash::point("before records are committed");
-            change.commit().map_err(error_of)?;
-            crash::point("after records were committed");
-            Ok(())
+            replace(change, before, &disk.name, Some(disk))
         })
     }
 
     fn remove(&self, name: &str) -> Result<(), RecordError> {
-        self.with(|database| {
-            let change = begin(database)?;
-            replace(&change, name, None)?;
-            crash::point("before records are committed");
-            change.commit().map_err(error_of)?;
-            crash::point("after records were committed");
-            Ok(())
-        })
+        self.change(|change, before| replace(change, before, name, None))
     }
 
     fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
@@ -225,26 +292,51 @@ fn begin(database: &Database) -> Result<WriteTransaction, RecordError> {
     Ok(change)
 }
 
-/// Puts a record in the place of the one that is there. What only the old one names is let go.
-fn replace(change: &WriteTransaction, name: &str, record: Option<&DiskRecord>) -> Result<(), RecordError> {
+/// Puts a record in the place of the one that is there, and notes that. What only the old one names is let go.
+fn replace(
+    change: &WriteTransaction,
+    before: &mut Before,
+    name: &str,
+    record: Option<&DiskRecord>,
+) -> Result<(), RecordError> {
     let mut disks = change.open_table(DISKS).map_err(error_of)?;
-    let mut dropped = change.open_table(DROPPED).map_err(error_of)?;
-    let old = disks.get(name).map_err(error_of)?.map(|value| decode(name, value.value()));
-    let before = match old {
-        Some(Ok(old)) => Some(old),
+    let was = disks.get(name).map_err(error_of)?.map(|value| value.value().to_vec());
+    let old = match was.as_deref().map(|value| decode(name, value)) {
         Some(Err(why)) if record.is_some() => return Err(RecordError::Kept { disk: name.to_owned(), why }),
-        Some(Err(_)) | None => None,
+        old => old.and_then(Result::ok),
     };
-    let (gone, now) = names_let_go(before.as_ref(), record);
+    match record {
+        Some(record) => drop(disks.insert(name, encode(record)?.as_slice()).map_err(error_of)?),
+        None => drop(disks.remove(name).map_err(error_of)?),
+    }
+    before.0.entry(name.to_owned()).or_insert(was);
+    let_names_go(change, old.as_ref(), record)
+}
+
+/// Puts a record back as it was, also one that cannot be read.
+fn put_back(change: &WriteTransaction, name: &str, value: Option<&[u8]>) -> Result<(), RecordError> {
+    let mut disks = change.open_table(DISKS).map_err(error_of)?;
+    let now = disks.get(name).map_err(error_of)?.and_then(|value| decode(name, value.value()).ok());
+    match value {
+        Some(value) => drop(disks.insert(name, value).map_err(error_of)?),
+        None => drop(disks.remove(name).map_err(error_of)?),
+    }
+    let_names_go(change, now.as_ref(), value.and_then(|value| decode(name, value).ok()).as_ref())
+}
+
+/// Notes what is let go when `record` takes the place of `old`, and that nothing is which `record` names.
+fn let_names_go(
+    change: &WriteTransaction,
+    old: Option<&DiskRecord>,
+    record: Option<&DiskRecord>,
+) -> Result<(), RecordError> {
+    let mut dropped = change.open_table(DROPPED).map_err(error_of)?;
+    let (gone, now) = names_let_go(old, record);
     for gone in &gone {
         dropped.insert(gone.as_str(), ()).map_err(error_of)?;
     }
     for kept in &now {
         dropped.remove(kept.as_str()).map_err(error_of)?;
-    }
-    match record {
-        Some(record) => drop(disks.insert(name, encode(record)?.as_slice()).map_err(error_of)?),
-        None => drop(disks.remove(name).map_err(error_of)?),
     }
     Ok(())
 }

@@ -268,9 +268,10 @@ impl Asked {
     fn create(&self, request: &SnapshotRequest) -> Result<(), ApiError> {
         // Whatever the disk is called by then.
         self.coming(vec![format!("@{}", request.name)], || {
-            let made = self.manager.create_snapshots(request)?;
+            let made = self.manager.create_snapshots(request);
+            // A cut that could not be recorded leaves broken ones.
             self.note_snapshots()?;
-            made.iter().for_each(|snapshot| self.moment(snapshot.id, |moment| moment.is_certain = true));
+            made?.iter().for_each(|snapshot| self.moment(snapshot.id, |moment| moment.is_certain = true));
             Ok(())
         })
     }

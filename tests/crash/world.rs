@@ -45,6 +45,8 @@ pub struct Shape {
     pub power: bool,
     /// How often each command is given, as weights.
     pub weights: [usize; COMMANDS.len()],
+    /// Whether the records refuse changes now and then.
+    pub refuses: bool,
     /// How often each strategy is asked for: copy-on-write, write logging, write mirroring.
     pub strategies: [usize; 3],
 }
@@ -114,7 +116,7 @@ impl Shape {
         let weights = [OF_SNAPSHOTS, OF_VOLUMES, OF_RESTORES, mirrors, all][usize::try_from(seed % 5).unwrap()];
         let is_mirrored = seed % 5 == 3 && rng.chance(70);
         let (sectors, disks, power) = (blocks * 8 + tail, 1 + rng.below(2), seed % 3 == 1);
-        Shape { sectors, disks, is_mirrored, power, weights, strategies: [40, 40, 20] }
+        Shape { sectors, disks, is_mirrored, power, weights, refuses: seed % 4 == 2, strategies: [40, 40, 20] }
     }
 
     /// Logs on a disk of two blocks: what needs many changes of one block.
@@ -327,6 +329,7 @@ impl World {
         let stopped = Rc::new(RefCell::new(None));
         let tell = stopped.clone();
         self.is_stopping = true;
+        self.sim.refuse_records(0);
         self.scheduler.spawn(Thread::new(move || *tell.borrow_mut() = Some(manager.stop().map_err(|e| e.to_string()))));
         for _ in 0..2_000_000 {
             if let Some(stopped) = stopped.borrow_mut().take() {
@@ -355,6 +358,7 @@ impl World {
 
     fn come_to_rest(&mut self) -> Result<(), String> {
         self.held.clear();
+        self.sim.refuse_records(0);
         for _ in 0..2_000_000 {
             if self.step()? {
                 continue;
@@ -484,6 +488,11 @@ impl World {
     }
 
     fn act(&mut self) {
+        if self.shape.refuses && self.rng.chance(4) {
+            let changes = 1 + self.rng.below(3);
+            self.sim.refuse_records(changes as u64);
+            self.count("refusals of the records");
+        }
         match self.rng.below(100) {
             0..45 => self.submit(),
             // The bitmaps of mirrors are cleaned now and then.

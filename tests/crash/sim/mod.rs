@@ -132,6 +132,8 @@ pub struct Sim {
     began: Instant,
     passed_ns: AtomicU64,
     has_ended: AtomicBool,
+    /// How many changes of the records are refused next.
+    refusals: AtomicU64,
     me: Weak<Sim>,
 }
 
@@ -156,6 +158,7 @@ impl Sim {
             began: Instant::now(),
             passed_ns: AtomicU64::new(0),
             has_ended: AtomicBool::new(false),
+            refusals: AtomicU64::new(0),
             me: me.clone(),
         })
     }
@@ -237,6 +240,11 @@ impl Sim {
         due.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
+    /// So many of the next changes of the records are refused, as by a full state directory.
+    pub fn refuse_records(&self, changes: u64) {
+        self.refusals.store(changes, Ordering::SeqCst);
+    }
+
     /// The process has ended: from now on each call is refused and none waits.
     pub fn end(&self) {
         self.has_ended.store(true, Ordering::SeqCst);
@@ -302,7 +310,11 @@ impl Sim {
             self.step().map_err(failed)?;
         }
         let mut content = self.left().records.clone().unwrap_or_default();
-        let done = change(&mut content);
+        let less = |left: u64| left.checked_sub(1);
+        let done = match self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
+            Ok(_) => Err(RecordError::NoSpace("the state directory is full".to_owned())),
+            Err(_) => change(&mut content),
+        };
         if done.is_ok() {
             self.left().putting = Some(content);
             media::count_change();
