@@ -21,10 +21,18 @@ use super::record::{DiskRecord, name_moments, names_let_go};
 use super::record_store::{LAYOUT, RecordError, RecordStore, Remembered, UnreadableRecord};
 use crate::crash;
 
+#[cfg(test)]
+use self::tests::create;
+
 /// The format of the records. It grows with every field that is added or means something else.
 const FORMAT: u64 = 1;
 /// How many numbers of jobs are set aside in one transaction. Those that are left when a process ends are not used.
 const JOB_LOT: u64 = 32;
+
+#[cfg(not(test))]
+fn create(path: &Path) -> Result<Database, redb::DatabaseError> {
+    Database::create(path)
+}
 
 fn error_of(e: impl Into<redb::Error>) -> RecordError {
     match e.into() {
@@ -119,7 +127,7 @@ impl Records {
         }
         let found = found.map(|whole| whole.content).unwrap_or_default();
         check_layout(found.layout)?;
-        let database = intact::guarded(|| Database::create(path).map_err(|e| e.to_string()))
+        let database = intact::guarded(|| create(path).map_err(|e| e.to_string()))
             .map_err(|e| RecordError::Store(format!("{}: {e}", path.display())))?;
         let opened = intact::content_of(&database).map_err(RecordError::Store)?;
         let wanted = Content { layout: Some(LAYOUT), ..found };

@@ -3,15 +3,57 @@
 //! Checked: single flipped bits, of a file that was closed and of one whose writer was killed, with commits before the
 //! last one still in it; records that cannot be read beside others. Not checked: several flipped bits, somebody who computes new checksums.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use redb::StorageBackend;
+use redb::backends::FileBackend;
 use uuid::Uuid;
 
 use super::*;
 use crate::store::{
     BookmarkRecord, ChangedRecord, Fingerprint, RestoreRecord, SnapshotRecord, VolumeRecord, Work, WorkRecord,
 };
+
+thread_local! {
+    /// How many syncs succeed from now on; after that neither syncs nor writes do. None while all do.
+    static SYNCS_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// A file on storage that refuses when a test wants it to.
+#[derive(Debug)]
+struct Faulty(FileBackend);
+
+fn works() -> io::Result<()> {
+    if SYNCS_LEFT.get() == Some(0) { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+}
+
+impl StorageBackend for Faulty {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+    fn read(&self, at: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(at, out)
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        works().and_then(|()| self.0.set_len(len))
+    }
+    fn write(&self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        works().and_then(|()| self.0.write(at, bytes))
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        works()?;
+        SYNCS_LEFT.set(SYNCS_LEFT.get().map(|left| left - 1));
+        self.0.sync_data()
+    }
+}
+
+pub(super) fn create(path: &Path) -> Result<Database, redb::DatabaseError> {
+    let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    Database::builder().create_with_backend(Faulty(FileBackend::new(file)?))
+}
 
 /// xorshift64*: small, and the same everywhere.
 struct Rng(u64);
@@ -522,4 +564,46 @@ fn the_image_of_a_disk_is_not_let_go() {
     records.put(&[&clone]).unwrap();
     records.remove("clone").unwrap();
     assert!(records.dropped().unwrap().contains(&image));
+}
+
+/// At whichever sync the storage begins to refuse: what was refused has not taken place, or that is said to be unknown and
+/// is taken back as soon as the storage takes writes.
+#[test]
+fn what_is_refused_has_not_taken_place() {
+    let (mut known, mut unknown) = (0, 0);
+    for renames in [false, true] {
+        for syncs in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("records.redb");
+            let records = Records::open(&path).unwrap();
+            let old = disk("vm0");
+            let new = DiskRecord {
+                name: if renames { "vm1" } else { "vm0" }.to_owned(),
+                snapshots: Vec::new(),
+                ..old.clone()
+            };
+            records.put(&[&old]).unwrap();
+            SYNCS_LEFT.set(Some(syncs));
+            let done = if renames { records.rename("vm0", &new) } else { records.put(&[&new]) };
+            SYNCS_LEFT.set(None);
+            let found = intact::read(&std::fs::read(&path).unwrap()).map(|whole| decode_all(&whole.content).disks);
+            match done {
+                Ok(()) => break,
+                Err(RecordError::Unknown(_)) => {
+                    unknown += 1;
+                    assert!([vec![old.clone()], vec![new]].contains(&found.unwrap()), "after {syncs} syncs");
+                }
+                Err(_) => {
+                    known += 1;
+                    assert_eq!(found.unwrap(), [old.clone()], "after {syncs} syncs");
+                }
+            }
+            assert_eq!(all(&records), [old.clone()], "after {syncs} syncs");
+            assert!(records.dropped().unwrap().is_disjoint(&old.names()), "after {syncs} syncs");
+            let other = disk("vm2");
+            records.put(&[&other]).unwrap();
+            assert_eq!(all(&records), [old, other], "after {syncs} syncs");
+        }
+    }
+    assert!(known > 0 && unknown > 0, "{known} refusals were known, {unknown} were not");
 }
