@@ -218,26 +218,32 @@ impl Manager {
         let disk = self.disk(name)?;
         let (goes, stays) = {
             let mirror = locked(&disk.mirror);
-            let mirror = mirror.as_ref().filter(|m| m.legs.len() == 2).ok_or_else(|| ApiError::no_second_leg(name))?;
+            let legs = mirror.as_ref().map(|m| m.legs.clone()).filter(|legs| !legs.is_empty());
+            let mut legs = legs.ok_or_else(|| ApiError::no_second_leg(name))?;
             let goes = match path {
-                None => 1,
-                Some(path) => mirror.legs.iter().position(|(leg, _)| leg.path == path).ok_or_else(|| {
+                // One that has a single leg is no mirror afterwards, either.
+                None => legs.len() - 1,
+                Some(path) => legs.iter().position(|(leg, _)| leg.path == path).ok_or_else(|| {
                     ApiError::new(ErrorCode::InvalidRequest, format!("disk {name} has no leg {}", path.display()))
                 })?,
             };
-            (mirror.legs[goes].clone(), mirror.legs[1 - goes].clone())
+            let goes = (legs.len() > 1).then(|| legs.remove(goes).0);
+            (goes, legs.remove(0))
         };
         let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
-        if state(goes.0.id) == Some(engine::LegState::Split) {
-            let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.0.path);
+        if let Some(goes) = goes.as_ref().filter(|goes| state(goes.id) == Some(engine::LegState::Split)) {
+            let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.path);
             let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference().to_string());
-            let message = format!("disk {name}: {} is held by snapshot {holder}", goes.0.path.display());
+            let message = format!("disk {name}: {} is held by snapshot {holder}", goes.path.display());
             return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action(format!(
                 "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
             )));
         }
         let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(engine::LegState::InSync)) else {
-            let message = format!("disk {name}: {} is its only good leg", goes.0.path.display());
+            let message = match &goes {
+                Some(goes) => format!("disk {name}: {} is its only good leg", goes.path.display()),
+                None => format!("disk {name}: {} is its only leg, and not good", stays.0.path.display()),
+            };
             return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
         };
         if let Some(job) = self.job_on(&disk, |j| j.kind == JobKind::Mirror && j.state() == JobState::Running)
@@ -251,8 +257,7 @@ impl Manager {
         }
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
-        if let Some(pair) = pair {
-            let id = goes.0.id;
+        if let (Some(pair), Some(id)) = (pair, goes.as_ref().map(|goes| goes.id)) {
             self.in_ring(async move |queue| pair.let_go(&queue, id).await)?;
         }
         // If this is refused from here on, the leg that goes is one that has failed: this can be asked for again, and so can
@@ -260,12 +265,13 @@ impl Manager {
         self.swap(&disk, Backing::One(image))?;
         // From here on only the leg that stays is the disk.
         let old = locked(&disk.mirror).take();
-        locked(&disk.former_legs).push(goes.0.path.clone());
+        let former = locked(&disk.former_legs).clone();
+        locked(&disk.former_legs).extend(goes.map(|goes| goes.path));
         let path = std::mem::replace(&mut *locked(&disk.path), stays.0.path);
         if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
             *locked(&disk.mirror) = old;
             *locked(&disk.path) = path;
-            locked(&disk.former_legs).pop();
+            *locked(&disk.former_legs) = former;
             return Err(e);
         }
         if let Some(old) = old {

@@ -73,6 +73,7 @@ fn every_defect_is_noticed() {
         Defect::QuiescedNotStored,
         Defect::DrainedNotStored,
         Defect::NextBeforeRecord,
+        Defect::NextWhenRefused,
         Defect::RemovedBeforeRecord,
         Defect::BitsBeforeBytes,
         Defect::ImagesByTheNearest,

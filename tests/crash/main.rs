@@ -13,6 +13,7 @@ mod found;
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod media;
 mod records;
+mod refused;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;

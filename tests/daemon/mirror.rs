@@ -440,3 +440,26 @@ fn a_split_that_is_refused_for_another_disk_leaves_the_mirror() {
     split(&daemon, "b");
     daemon.delete("vm0@b");
 }
+
+/// Of a mirror that has one leg left that one can be made the disk's image again.
+#[test]
+fn a_mirror_of_one_leg_is_none_after_it_was_let_go() {
+    let (mut daemon, leg) = mirrored();
+    daemon.client("vm0").write(ALL, 1);
+    split(&daemon, "a");
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?keep-image=true", "").ok();
+    assert_eq!(legs(&daemon).len(), 1);
+    let refused = daemon.cli(&["disk", "unmirror", "vm0", "--leg", leg.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("has no leg"), "it is none any more");
+    let mut client = daemon.client("vm0");
+    daemon.send("DELETE", "/v1/disks/vm0/mirror", "").ok();
+    assert_eq!(legs(&daemon), []);
+    client.write(0..10, 2);
+    client.flush();
+    drop(client);
+    daemon.forget_args();
+    daemon.arg_disk("vm0", "");
+    daemon.restart();
+    assert_eq!((legs(&daemon), daemon.client("vm0").tag(9)), (Vec::new(), 2));
+    assert_eq!(raw(&leg)[9], 1);
+}
