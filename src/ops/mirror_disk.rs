@@ -140,6 +140,8 @@ impl Manager {
             if let Some(mirror) = locked(&disk.mirror).as_mut() {
                 mirror.legs.retain(|(l, _)| l.id != leg.id);
             }
+            // It may have been one until now, and have missed what was written since; or it may have got some of it.
+            locked(&disk.former_legs).push(leg.path);
             self.persist(std::slice::from_ref(disk))?;
             return Err(e);
         }

@@ -207,6 +207,22 @@ impl Sim {
         }
     }
 
+    /// A file that is gone for good, whatever was durable.
+    pub fn lose(&self, path: &Path) {
+        self.left().files.lose(path);
+    }
+
+    /// The images of a directory.
+    pub fn images_in(&self, directory: &Path) -> Vec<Medium> {
+        let left = self.left();
+        let here = left.files.names.iter().filter(|(path, _)| path.parent() == Some(directory));
+        let image = |(_, file): (&PathBuf, &files::File)| match &file.node {
+            Node::Image(medium, _) => Some(medium.clone()),
+            _ => None,
+        };
+        here.filter_map(image).collect()
+    }
+
     /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
     pub fn entries(&self) -> u64 {
         self.left().files.entries()
