@@ -198,7 +198,18 @@ impl Manager {
         let (id, block_bytes) = (mirror.bitmap, config.block_size);
         let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
         let bitmap = self.host.open_image(&self.bitmap_path(id), bitmap).map_err(image_error)?;
-        let pair = self.in_ring(async move |queue| Pair::open(&images, bitmap, id, block_bytes, &queue).await)?;
+        let unused = mirror.legs.iter().zip(&decided.legs).filter(|(_, (_, what))| matches!(what, LegUse::Unused(_)));
+        let unused: Vec<Uuid> = unused.map(|(leg, _)| leg.id).collect();
+        let pair = self.in_ring(async move |queue| {
+            let pair = Pair::open(&images, bitmap, id, block_bytes, &queue).await?;
+            // That of a split that never came to be: no snapshot has it, so no deletion brings it back.
+            for leg in pair.status().into_iter().filter(|leg| leg.state == engine::LegState::Split) {
+                if unused.contains(&leg.id) {
+                    pair.forget(&queue, leg.id).await?;
+                }
+            }
+            Ok(pair)
+        })?;
         let mirror = Mirror { bitmap: id, pair: pair.clone(), legs, is_stopped: mirror.stopped };
         Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
     }

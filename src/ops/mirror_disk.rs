@@ -131,7 +131,6 @@ impl Manager {
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.legs.push((leg.clone(), Some(image.clone())));
         }
-        let former = locked(&disk.former_legs).clone();
         locked(&disk.former_legs).retain(|former| former != path);
         let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
             let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
@@ -141,8 +140,8 @@ impl Manager {
             if let Some(mirror) = locked(&disk.mirror).as_mut() {
                 mirror.legs.retain(|(l, _)| l.id != leg.id);
             }
-            // Whatever it holds, it is still not this disk.
-            *locked(&disk.former_legs) = former;
+            // It may have been one until now, and have missed what was written since; or it may have got some of it.
+            locked(&disk.former_legs).push(leg.path);
             self.persist_later(disk);
             return Err(e);
         }

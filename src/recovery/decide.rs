@@ -208,7 +208,7 @@ impl Decision<'_> {
                 }
                 Ok(_) => {}
             }
-            let broken = self.broken(record, &version, &layer);
+            let broken = self.broken(record, &version, &layer, recovery.mirror.as_ref());
             let changed = self.changed(version.id, version.changed.as_ref());
             let Remembered { id, role, began, .. } = version;
             // One that is lost is by itself: when it is deleted, the others must not be taken for the segment before.
@@ -319,7 +319,13 @@ impl Decision<'_> {
     }
 
     /// Why a snapshot cannot be vouched for although its layer is there.
-    fn broken(&self, record: &DiskRecord, version: &Remembered, layer: &Result<LayerUse, Why>) -> Option<Why> {
+    fn broken(
+        &self,
+        record: &DiskRecord,
+        version: &Remembered,
+        layer: &Result<LayerUse, Why>,
+        mirror: Option<&MirrorRecovery>,
+    ) -> Option<Why> {
         let Role::Frozen(at) = version.role else { return None };
         let snapshot = &record.snapshots[at];
         if let Some(reason) = &snapshot.broken {
@@ -334,6 +340,11 @@ impl Decision<'_> {
         }
         if layer.table().is_some_and(|table| table.is_broken) {
             return Some(Why::Broke);
+        }
+        if let (LayerUse::Full(image), Some(mirror)) = (layer, mirror)
+            && has_failed(record, mirror, image)
+        {
+            return Some(Why::LegFailed(image.clone()));
         }
         let is_unfinished = snapshot.quiesced_ms.is_none();
         (self.shutdown == Shutdown::PowerCut && is_unfinished).then_some(Why::Unfinished)
@@ -394,6 +405,15 @@ impl Decision<'_> {
         };
         self.durable((id, None), Durable::Log, Ok(left))
     }
+}
+
+/// Whether an image was a leg that its mirror durably goes without: then a write was acknowledged that it may not have. That is
+/// durable before the write is acknowledged, which may be before the snapshot that has the leg is in the chain.
+fn has_failed(record: &DiskRecord, mirror: &MirrorRecovery, image: &Path) -> bool {
+    let legs = record.mirror.iter().flat_map(|mirror| &mirror.legs);
+    let Some(leg) = legs.into_iter().find(|leg| leg.path == image) else { return false };
+    let states = mirror.facts.iter().flat_map(|facts| &facts.legs);
+    states.into_iter().any(|(id, state)| *id == leg.id && matches!(state, LegState::Failed(_)))
 }
 
 /// With a snapshot that goes because its leg is missing or changed, the leg goes too: nobody knows what is on it.

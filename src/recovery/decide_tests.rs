@@ -252,6 +252,15 @@ fn legs_and_what_was_split_off() {
     let mut found = Found { legs: legs_of([LegState::InSync, LegState::Split]), ..Found::default() };
     let in_sync = LegUse::InUse(LegState::InSync);
     assert_eq!(forgets(&record, Shutdown::Clean, &found), [in_sync.clone(), LegUse::Held]);
+    let broken = |found: &Found| {
+        let recovery = decide(&split(), Shutdown::Killed, found);
+        recovery.versions.iter().filter_map(|version| version.broken.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(broken(&found), [], "the snapshot has its leg");
+    // The mirror went without it before the cut, and a kill came before that was noted of the snapshot.
+    let failed = LegState::Failed("it failed before the last start".to_owned());
+    let without = Found { legs: legs_of([LegState::InSync, failed]), ..Found::default() };
+    assert_eq!(broken(&without), [Why::LegFailed("/leg1".into())], "a write that was acknowledged missed its leg");
     // With a snapshot that goes, and whose leg nobody knows any more, the leg goes.
     record.snapshots[2].deletion = Some(DeletionRecord::default());
     found.changed.insert("/leg1".into());

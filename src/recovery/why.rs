@@ -61,6 +61,9 @@ pub enum Why {
     /// A leg that was being added.
     #[error("it was not added to the end: the mirror does not know it yet")]
     NotAttached,
+    /// A snapshot has a leg that failed before all was on it.
+    #[error("{} failed as a leg before everything that the snapshot shows was on it", _0.display())]
+    LegFailed(PathBuf),
     /// No leg of a mirror can be used.
     #[error("none of its legs is there")]
     NoLeg,
@@ -161,7 +164,7 @@ impl Why {
     #[must_use]
     pub fn is_for_good(&self) -> bool {
         match self {
-            Why::PowerCut | Why::Unfinished | Why::Broke | Why::Said(_) => true,
+            Why::PowerCut | Why::Unfinished | Why::Broke | Why::Said(_) | Why::LegFailed(_) => true,
             Why::ReadsThrough { for_good } => *for_good,
             _ => false,
         }

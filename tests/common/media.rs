@@ -4,6 +4,7 @@
 //! that lose, keep or age each unsynced sector on its own, errors of each kind of operation. Not checked: media that
 //! forget what they acknowledged; memory ordering between threads.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
@@ -50,6 +51,8 @@ pub struct Medium {
     path: PathBuf,
     /// What it is called since it was opened, if that has changed.
     moved: OnceLock<PathBuf>,
+    /// What goes when nobody has it open any more, and no transfer to it is in flight.
+    lock: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 struct Pending {
@@ -82,12 +85,14 @@ impl Medium {
             unsynced: Arc::default(),
             path: name.into(),
             moved: OnceLock::new(),
+            lock: None,
         }
     }
 
-    /// The same medium, opened under a name.
-    pub fn opened_at(&self, path: &Path) -> Medium {
-        Medium { path: path.to_owned(), moved: OnceLock::new(), unsynced: Arc::default(), ..self.clone() }
+    /// The same medium, opened under a name. `lock` goes when it is closed.
+    pub fn opened_at(&self, path: &Path, lock: impl Any + Send + Sync) -> Medium {
+        let (moved, unsynced, lock) = (OnceLock::new(), Arc::default(), Some(Arc::new(lock) as Arc<_>));
+        Medium { path: path.to_owned(), moved, unsynced, lock, ..self.clone() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -171,7 +176,7 @@ impl Medium {
         });
         let (state, path) = (Arc::new(Mutex::new(left)), self.path().to_owned());
         let (poisoned, unsynced, moved) = Default::default();
-        Medium { state, poisoned, unsynced, path, moved }
+        Medium { state, poisoned, unsynced, path, moved, lock: None }
     }
 
     /// How many sectors were written and are not on stable storage.

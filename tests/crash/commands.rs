@@ -21,6 +21,9 @@ const DISK_NAMES: [&str; 4] = ["a", "b", "c", "d"];
 const VOLUME_NAMES: [&str; 4] = ["v", "w", "x", "y"];
 const SNAPSHOT_NAMES: [&str; 4] = ["s", "t", "u", "z"];
 
+/// Few, so that one is asked for that another disk has, or had.
+const LEG_NAMES: usize = 4;
+
 /// What a command is carried out with.
 struct Asked {
     manager: Arc<Manager>,
@@ -182,7 +185,7 @@ impl World {
             }
             Command::Mirror => {
                 let (_, disk) = self.some_disk()?;
-                let leg = Path::new(DISKS).join(format!("{}.leg", self.rng.below(1000)));
+                let leg = Path::new(DISKS).join(format!("{}.leg", self.rng.below(LEG_NAMES)));
                 Box::new(move || of.manager.mirror_disk(&name(&disk), &leg).map(drop))
             }
             Command::Unmirror => {
@@ -339,10 +342,17 @@ impl Asked {
     }
 
     fn make_volume(&self, request: &VolumeRequest) -> Result<(), ApiError> {
-        let mut names = vec![request.name.to_string()];
-        if let VolumeSource::Now(_) = &request.from {
-            names.push(format!("@{}", request.name));
-        }
+        let name = request.name.to_string();
+        let VolumeSource::Now(_) = &request.from else { return self.make_volume_named(vec![name], request) };
+        // The snapshot that is taken for it has its name, and goes if nothing comes of it: also when another command has made
+        // a volume on it meanwhile that is gone by then.
+        self.spec.borrow_mut().going.push(name.clone());
+        let done = self.make_volume_named(vec![name.clone(), format!("@{name}")], request);
+        self.has_gone(&name);
+        done
+    }
+
+    fn make_volume_named(&self, names: Vec<String>, request: &VolumeRequest) -> Result<(), ApiError> {
         self.coming(names, || {
             let made = self.manager.create_volume(request);
             self.note_snapshots()?;

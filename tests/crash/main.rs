@@ -9,6 +9,7 @@ mod alone;
 mod commands;
 mod defects;
 mod found;
+mod legs;
 #[path = "../common/media.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod media;

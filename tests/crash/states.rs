@@ -68,6 +68,7 @@ const REACHED: [&str; 55] = [
     "snapshots said to be Kept",
     "snapshots said to be Deleting",
     "snapshots that stayed the same under writes after an end",
+    "pairs of legs that were equal after an end",
 ];
 
 /// Everything that belongs to one seed.

@@ -101,6 +101,13 @@ impl Files {
         self.change(Change::Remove(path.to_owned()));
     }
 
+    /// It is gone, and no power cut brings it back.
+    pub fn lose(&mut self, path: &Path) {
+        self.names.remove(path);
+        self.durable.remove(path);
+        self.changes.retain(|change| !matches!(change, Change::Put(its, _) if its == path));
+    }
+
     pub fn sync(&mut self, directory: &Path) {
         let (here, others) = self.changes.drain(..).partition(|change| change.is_in(directory));
         self.changes = others;

@@ -4,9 +4,10 @@
 //! an end may come between any two of them. A put of the records is atomic, and durable when it returns; until then the old
 //! ones or the new ones are found.
 //!
-//! Not simulated: locks of images, images that fail, a host user who changes files.
+//! Not simulated: images that fail, a host user who changes files.
 
 mod files;
+mod locks;
 mod sockets;
 mod threads;
 
@@ -31,6 +32,7 @@ use halfsilver::vhost_user::{ServeOptions, Server};
 use uuid::Uuid;
 
 use self::files::{Files, Node, copy_of};
+use self::locks::Locks;
 pub use self::sockets::Socket;
 pub use self::threads::Thread;
 use self::threads::wait_for;
@@ -43,6 +45,8 @@ pub const DISKS: &str = "/disks";
 
 /// How often others may go on while records are put: it takes as long as some transfers.
 const PUT_STEPS: usize = 6;
+/// How often a lock that somebody has is asked for again.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// How a process ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -117,6 +121,7 @@ struct Process {
     sockets: BTreeMap<PathBuf, Arc<Socket>>,
     timers: Vec<(Instant, Waker)>,
     is_putting: bool,
+    locks: Locks,
 }
 
 // A thread of this host never leaves the thread that made it, which is that of the test.
@@ -205,6 +210,22 @@ impl Sim {
         }
     }
 
+    /// A file that is gone for good, whatever was durable.
+    pub fn lose(&self, path: &Path) {
+        self.left().files.lose(path);
+    }
+
+    /// The images of a directory.
+    pub fn images_in(&self, directory: &Path) -> Vec<Medium> {
+        let left = self.left();
+        let here = left.files.names.iter().filter(|(path, _)| path.parent() == Some(directory));
+        let image = |(_, file): (&PathBuf, &files::File)| match &file.node {
+            Node::Image(medium, _) => Some(medium.clone()),
+            _ => None,
+        };
+        here.filter_map(image).collect()
+    }
+
     /// Differs when an entry of a mapped table was made or deleted: a kill may come before what follows.
     pub fn entries(&self) -> u64 {
         self.left().files.entries()
@@ -281,15 +302,24 @@ impl Sim {
         }
     }
 
-    fn open(&self, path: &Path) -> Result<SharedImage, ImageError> {
-        let error = |e: &io::Error| ImageError::from_io(ImageOp::Open, path, None, e);
-        let found = self.lookup(path, |file| match &file.node {
-            Node::Image(medium, _) => Some(medium.opened_at(path)),
-            _ => None,
-        });
-        match found.map_err(|e| error(&e))? {
-            Some(medium) if medium.size_bytes() > 0 => Ok(Arc::new(medium)),
-            _ => Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, "it is empty")),
+    fn open(&self, path: &Path, options: ImageOptions) -> Result<SharedImage, ImageError> {
+        let deadline = self.now() + options.lock_wait;
+        loop {
+            let locks = self.process().0.locks.clone();
+            let found = self.lookup(path, |file| match &file.node {
+                Node::Image(medium, _) => Some((medium.clone(), locks.take(file.number, options.read_only))),
+                _ => None,
+            });
+            match found.map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))? {
+                Some((_, None)) if self.now() < deadline => self.pause(LOCK_RETRY),
+                Some((_, None)) => {
+                    return Err(ImageError::new(ImageErrorKind::InUse, ImageOp::Open, path, "it is in use"));
+                }
+                Some((medium, Some(lock))) if medium.size_bytes() > 0 => {
+                    return Ok(Arc::new(medium.opened_at(path, lock)));
+                }
+                _ => return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, "it is empty")),
+            }
         }
     }
 
@@ -413,7 +443,7 @@ impl Host for Sim {
         }
     }
 
-    fn create_image(&self, path: &Path, size_bytes: u64, _direct: Direct) -> Result<SharedImage, ImageError> {
+    fn create_image(&self, path: &Path, size_bytes: u64, direct: Direct) -> Result<SharedImage, ImageError> {
         let medium = Medium::new(&path.display().to_string(), usize::try_from(size_bytes).unwrap());
         let created = self.change(|left| match left.files.names.contains_key(path) {
             true => Err(exists()),
@@ -423,16 +453,16 @@ impl Host for Sim {
             }
         });
         created.map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))?;
-        Ok(Arc::new(medium.opened_at(path)))
+        self.open(path, ImageOptions { direct, read_only: false, lock_wait: Duration::ZERO })
     }
 
-    fn open_image(&self, path: &Path, _options: ImageOptions) -> Result<SharedImage, ImageError> {
+    fn open_image(&self, path: &Path, options: ImageOptions) -> Result<SharedImage, ImageError> {
         self.step().map_err(|e| ImageError::from_io(ImageOp::Open, path, None, &e))?;
-        self.open(path)
+        self.open(path, options)
     }
 
-    fn probe_image(&self, path: &Path, _options: ImageOptions) -> Result<SharedImage, ImageError> {
-        self.open(path)
+    fn probe_image(&self, path: &Path, options: ImageOptions) -> Result<SharedImage, ImageError> {
+        self.open(path, options)
     }
 
     fn look(&self, path: &Path) -> io::Result<Look> {
