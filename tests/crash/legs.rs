@@ -40,7 +40,7 @@ fn started(world: &mut World, specs: Vec<DiskSpec>) -> Result<(), String> {
 fn mirrored(rng: &mut Rng) -> World {
     let sim = Sim::new();
     sim.put_image(&at("a.raw"), spec::initial(SECTORS));
-    let mut config = DiskConfig::new(&at("a.raw"));
+    let mut config = DiskConfig::new(at("a.raw"));
     config.mirror = Some(at("a.leg"));
     let mut world = world_on(sim, rng);
     started(&mut world, vec![DiskSpec { name: name("a"), config }]).unwrap();
@@ -136,7 +136,7 @@ fn an_image_that_could_not_be_added_as_a_leg_again_is_not_the_disk() {
         let left = world.sim.after(End::Kill, &mut rng);
         let _aside = set_aside();
         let mut next = world_on(left, &mut rng);
-        let spec = DiskSpec { name: name("a"), config: DiskConfig::new(&at("a.leg")) };
+        let spec = DiskSpec { name: name("a"), config: DiskConfig::new(at("a.leg")) };
         started(&mut next, vec![spec]).unwrap();
         let is_served = next.sim.socket(&Path::new(RUN).join("a.sock")).is_some();
         assert!(!is_served, "after {syncs} syncs: what was a leg is served as the disk");

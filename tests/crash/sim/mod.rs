@@ -9,12 +9,12 @@
 mod files;
 mod locks;
 mod sockets;
+mod store;
 mod threads;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,8 +25,7 @@ use std::time::{Duration, Instant};
 use halfsilver::host::{FileKind, Host, Look, RingWork, Running};
 use halfsilver::image::{Direct, Image, ImageError, ImageErrorKind, ImageOp, ImageOptions, IoQueue, SharedImage};
 use halfsilver::store::{
-    DiskRecord, ExaminedRecords, Fingerprint, RecordError, RecordStore, Remembered, RunTableFacts, Table, TableError,
-    TableName, names_let_go,
+    ExaminedRecords, Fingerprint, RecordError, RecordStore, RunTableFacts, Table, TableError, TableName,
 };
 use halfsilver::vhost_user::{ServeOptions, Server};
 use uuid::Uuid;
@@ -34,6 +33,7 @@ use uuid::Uuid;
 use self::files::{Files, Node, copy_of};
 use self::locks::Locks;
 pub use self::sockets::Socket;
+use self::store::{Content, Store};
 pub use self::threads::Thread;
 use self::threads::wait_for;
 use crate::media::{self, Medium};
@@ -43,8 +43,6 @@ pub const STATE: &str = "/state";
 pub const RUN: &str = "/run";
 pub const DISKS: &str = "/disks";
 
-/// How often others may go on while records are put: it takes as long as some transfers.
-const PUT_STEPS: usize = 6;
 /// How often a lock that somebody has is asked for again.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
@@ -91,14 +89,6 @@ impl End {
     pub fn is_power_cut(self) -> bool {
         self != End::Kill
     }
-}
-
-/// What is remembered.
-#[derive(Clone, Default)]
-struct Content {
-    disks: BTreeMap<String, DiskRecord>,
-    dropped: BTreeSet<String>,
-    next_job: u64,
 }
 
 /// What outlives a process.
@@ -330,36 +320,6 @@ impl Sim {
         });
         let damaged = || TableError::Damaged { path: path.to_owned(), what: "it is another one".to_owned() };
         found.map_err(|e| in_table(path, &e))?.ok_or_else(damaged)
-    }
-
-    /// Changes the records in one transaction.
-    fn put<T>(&self, change: impl FnOnce(&mut Content) -> Result<T, RecordError>) -> Result<T, RecordError> {
-        let failed = |e: io::Error| RecordError::Store(e.to_string());
-        self.step().map_err(failed)?;
-        while std::mem::replace(&mut self.process().0.is_putting, true) {
-            self.step().map_err(failed)?;
-        }
-        let mut content = self.left().records.clone().unwrap_or_default();
-        let less = |left: u64| left.checked_sub(1);
-        let done = match self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
-            Ok(_) => Err(RecordError::NoSpace("the state directory is full".to_owned())),
-            Err(_) => change(&mut content),
-        };
-        if done.is_ok() {
-            self.left().putting = Some(content);
-            media::count_change();
-            for _ in 0..PUT_STEPS {
-                if let Err(e) = self.step() {
-                    self.process().0.is_putting = false;
-                    return Err(failed(e));
-                }
-            }
-            let mut left = self.left();
-            left.records = left.putting.take();
-            media::count_change();
-        }
-        self.process().0.is_putting = false;
-        done
     }
 }
 
@@ -626,86 +586,6 @@ impl Host for Sim {
             true => Err(io::Error::other("another process is listening on this socket")),
             false => Ok(()),
         }
-    }
-}
-
-/// The records.
-struct Store(Weak<Sim>);
-
-impl Content {
-    fn remembered(&self) -> Remembered {
-        Remembered { disks: self.disks.values().cloned().collect(), unreadable: BTreeMap::new() }
-    }
-
-    fn replace(&mut self, name: &str, record: Option<&DiskRecord>) {
-        let before = self.disks.remove(name);
-        let (gone, now) = names_let_go(before.as_ref(), record);
-        self.dropped.extend(gone);
-        self.dropped.retain(|name| !now.contains(name));
-        if let Some(record) = record {
-            self.disks.insert(record.name.clone(), record.clone());
-        }
-    }
-}
-
-impl Store {
-    fn sim(&self) -> Result<Arc<Sim>, RecordError> {
-        self.0.upgrade().ok_or_else(|| RecordError::Store("the machine is gone".to_owned()))
-    }
-
-    fn content(&self) -> Result<Content, RecordError> {
-        Ok(self.sim()?.left().records.clone().unwrap_or_default())
-    }
-}
-
-impl RecordStore for Store {
-    fn disks(&self) -> Result<Remembered, RecordError> {
-        Ok(self.content()?.remembered())
-    }
-
-    fn put(&self, disks: &[&DiskRecord]) -> Result<(), RecordError> {
-        self.sim()?.put(|content| {
-            disks.iter().for_each(|disk| content.replace(&disk.name, Some(disk)));
-            Ok(())
-        })
-    }
-
-    fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
-        self.sim()?.put(|content| {
-            if content.disks.contains_key(&disk.name) {
-                return Err(RecordError::Store(format!("there is a record of {} already", disk.name)));
-            }
-            content.replace(from, None);
-            content.replace(&disk.name, Some(disk));
-            Ok(())
-        })
-    }
-
-    fn remove(&self, name: &str) -> Result<(), RecordError> {
-        self.sim()?.put(|content| {
-            content.replace(name, None);
-            Ok(())
-        })
-    }
-
-    fn dropped(&self) -> Result<BTreeSet<String>, RecordError> {
-        Ok(self.content()?.dropped)
-    }
-
-    fn forget_dropped(&self) -> Result<(), RecordError> {
-        self.sim()?.put(|content| {
-            content.dropped.clear();
-            Ok(())
-        })
-    }
-
-    fn take_job_ids(&self, count: u64) -> Result<Range<u64>, RecordError> {
-        let sim = self.sim()?;
-        let mut left = sim.left();
-        let content = left.records.get_or_insert_default();
-        let first = content.next_job + 1;
-        content.next_job += count;
-        Ok(first..first + count)
     }
 }
 
