@@ -29,6 +29,14 @@ impl Rng {
         }
     }
 
+    /// The turns of so many contenders in a round: a storage that hands out bandwidth in periods would favour a place in an
+    /// order that is always the same.
+    pub(crate) fn turns(contenders: usize, round: usize) -> Vec<usize> {
+        let mut turns: Vec<usize> = (0..contenders).collect();
+        Rng::new(round as u64).shuffle(&mut turns);
+        turns
+    }
+
     pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
         for word in bytes.chunks_exact_mut(8) {
             word.copy_from_slice(&self.next().to_le_bytes());

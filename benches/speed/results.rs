@@ -79,13 +79,23 @@ impl Spread {
 #[derive(Default)]
 pub(crate) struct Results {
     samples: Vec<Sample>,
+    /// The backends in the order in which they are shown; they are measured in another one each round.
+    backends: Vec<String>,
     /// What cases found out besides, by name.
     pub(crate) facts: Map<String, Value>,
 }
 
 impl Results {
     pub(crate) fn add(&mut self, sample: Sample) {
+        self.show(&sample.backend);
         self.samples.push(sample);
+    }
+
+    /// Shows a backend after those that are shown already.
+    pub(crate) fn show(&mut self, backend: &str) {
+        if !self.backends.iter().any(|name| name == backend) {
+            self.backends.push(backend.to_owned());
+        }
     }
 
     /// The rows in the order in which they were measured.
@@ -99,15 +109,10 @@ impl Results {
         rows
     }
 
-    /// The backends of a row in the order in which they were measured.
+    /// The backends of a row in the order in which they are shown.
     pub(crate) fn backends(&self, row: &Row) -> Vec<String> {
-        let mut names: Vec<String> = Vec::new();
-        for sample in self.samples.iter().filter(|s| s.row == *row) {
-            if !names.contains(&sample.backend) {
-                names.push(sample.backend.clone());
-            }
-        }
-        names
+        let is_there = |name: &&String| self.samples.iter().any(|s| s.row == *row && s.backend == **name);
+        self.backends.iter().filter(is_there).cloned().collect()
     }
 
     fn values(&self, row: &Row, backend: &str, figure: &str) -> Vec<(usize, f64)> {

@@ -8,6 +8,7 @@ use crate::backend::{Backend, Halfsilver, Qsd};
 use crate::lane::{Connection, Op};
 use crate::load::Load;
 use crate::place::{Device, Place};
+use crate::random::Rng;
 use crate::results::{Results, Row, Sample, Spread};
 use crate::settings::Settings;
 use crate::{Result, load, results, stop};
@@ -139,9 +140,11 @@ impl<'a> Stage<'a> {
         for connection in connections.iter_mut() {
             load::run(connection, &warm_up, 0)?;
         }
+        self.backends.iter().for_each(|backend| results.show(backend.name()));
         for round in 0..self.settings.rounds {
-            for (backend, connection) in self.backends.iter().zip(connections.iter_mut()) {
-                let figures = measure(backend, connection, load, round as u64 + 1)?;
+            for at in Rng::turns(self.backends.len(), round) {
+                let backend = &self.backends[at];
+                let figures = measure(backend, &mut connections[at], load, round as u64 + 1)?;
                 results.add(Sample { row: row.clone(), backend: backend.name().to_owned(), round, figures });
             }
         }

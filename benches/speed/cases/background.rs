@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::backend::{Halfsilver, Qsd};
 use crate::lane::{Connection, Op};
 use crate::load::{self, Load, Pattern};
+use crate::random::Rng;
 use crate::results::{Results, Row, Sample, figures};
 use crate::stage::{Stage, progress};
 use crate::{Result, cpu, stop};
@@ -178,12 +179,12 @@ fn of_daemons(
     round: usize,
     results: &mut Results,
 ) -> Result<()> {
-    for (at, suffix) in stage.daemons() {
-        for busy in [false, true] {
-            let figures = turn(stage, at, work, op, round, busy)?;
-            let backend = if busy { format!("{}{suffix}", work.name) } else { format!("alone{suffix}") };
-            results.add(Sample { row: row.clone(), backend, round, figures });
-        }
+    let daemons = stage.daemons();
+    for turn_of in Rng::turns(2 * daemons.len(), round) {
+        let ((at, suffix), busy) = (&daemons[turn_of / 2], turn_of % 2 == 1);
+        let figures = turn(stage, *at, work, op, round, busy)?;
+        let backend = if busy { format!("{}{suffix}", work.name) } else { format!("alone{suffix}") };
+        results.add(Sample { row: row.clone(), backend, round, figures });
     }
     Ok(())
 }

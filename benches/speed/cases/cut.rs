@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::lane::{Connection, Op};
 use crate::load::{self, Load, Measured};
+use crate::random::Rng;
 use crate::results::{Results, Row, Sample, Spread};
 use crate::stage::Stage;
 use crate::{Result, stop};
@@ -51,8 +52,10 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
     let contenders = contenders(stage);
     for (what, op) in [(READS, Op::Read), (WRITES, Op::Write)] {
         let row = stage.row(CASE, what, 1);
+        contenders.iter().for_each(|contender| results.show(&contender.name));
         for round in 0..stage.settings.rounds {
-            for contender in &contenders {
+            for at in Rng::turns(contenders.len(), round) {
+                let contender = &contenders[at];
                 let load = Load { trace: true, ..Load::random(op, 32, duration) };
                 let seen = match turn(stage, contender, &load, round) {
                     Ok(seen) => seen,

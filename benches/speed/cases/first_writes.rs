@@ -100,8 +100,10 @@ pub(crate) fn run(stage: &mut Stage<'_>, results: &mut Results) -> Result<()> {
             // The reach goes by depth 32, without mirrors.
             let all = *depth == 32 && !mirrored;
             let rounds = if all { stage.settings.rounds } else { stage.settings.fewer_rounds() };
+            contenders.iter().for_each(|contender| results.show(&contender.name));
             for round in 0..rounds {
-                for contender in &contenders {
+                for at in Rng::turns(contenders.len(), round) {
+                    let contender = &contenders[at];
                     if stage.settings.quick && *depth != 32 && matches!(contender.how, How::Plain(_)) {
                         continue;
                     }

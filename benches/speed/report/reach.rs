@@ -11,6 +11,8 @@ use crate::stage::QSD_IO_URING;
 
 /// Medians of fewer rounds say nothing.
 const ROUNDS_MIN: usize = 5;
+/// Nor does a ratio to what is itself not the same from round to round: its upper quartile is at most so many times the lower.
+const STEADY_MAX: f64 = 1.5;
 
 /// Which side of the bound is wanted.
 #[derive(Clone, Copy)]
@@ -25,6 +27,8 @@ pub(crate) struct Claim {
     unit: &'static str,
     bound: Bound,
     measured: Option<Spread>,
+    /// What it is held against, by itself.
+    other: Option<Spread>,
 }
 
 impl Claim {
@@ -34,10 +38,12 @@ impl Claim {
             Bound::AtLeast(least) => spread.median >= least,
             Bound::AtMost(most) => spread.median <= most,
         };
-        match (spread.rounds < ROUNDS_MIN, met) {
-            (true, _) => "too few rounds",
-            (false, true) => "met",
-            (false, false) => "not met",
+        let is_steady = self.other.is_none_or(|other| other.high <= STEADY_MAX * other.low);
+        match (spread.rounds < ROUNDS_MIN, is_steady, met) {
+            (true, ..) => "too few rounds",
+            (_, false, _) => "not measurable now",
+            (.., true) => "met",
+            (.., false) => "not met",
         }
     }
 
@@ -77,6 +83,7 @@ pub(crate) fn compute(results: &Results) -> Vec<Claim> {
         unit: " MiB",
         bound: Bound::AtMost(40.0),
         measured: row.and_then(|row| results.spread(&row, "halfsilver", "resident_mib")),
+        other: None,
     });
     for (figure, what, unit, bound) in [
         ("with_volumes_mib", "resident memory", " MiB", Bound::AtMost(200.0)),
@@ -88,6 +95,7 @@ pub(crate) fn compute(results: &Results) -> Vec<Claim> {
             unit,
             bound,
             measured: row.and_then(|row| results.spread(&row, "halfsilver", figure)),
+            other: None,
         });
     }
     claims
@@ -100,7 +108,8 @@ fn of_plain(results: &Results, claims: &mut Vec<Claim>) {
             what: format!("{what}, {}: {of} against {other}", device.name()),
             unit: " x",
             bound,
-            measured: row.and_then(|row| results.ratio(&row, "halfsilver", other, figure)),
+            measured: row.as_ref().and_then(|row| results.ratio(row, "halfsilver", other, figure)),
+            other: row.and_then(|row| results.spread(&row, other, figure)),
         });
     };
     add(Device::Shm, "4K random read depth 32", "qsd", "per_s", "rate", Bound::AtLeast(2.2));
@@ -130,6 +139,7 @@ fn of_plain(results: &Results, claims: &mut Vec<Claim>) {
             unit: " us",
             bound: Bound::AtMost(1000.0),
             measured: row.and_then(|row| results.spread(&row, "halfsilver", "idle_cpu_us_per_s")),
+            other: None,
         });
     }
 }
@@ -142,7 +152,8 @@ fn of_first_writes(results: &Results, claims: &mut Vec<Claim>) {
             what: format!("4K first writes depth 32, {}, {ours}: {of} against {other}", device.name()),
             unit: " x",
             bound,
-            measured: row.and_then(|row| results.ratio(&row, ours, other, figure)),
+            measured: row.as_ref().and_then(|row| results.ratio(row, ours, other, figure)),
+            other: row.and_then(|row| results.spread(&row, other, figure)),
         });
     };
     add(Device::Disk, COPY_ON_WRITE, QSD, "per_s", "rate", Bound::AtLeast(1.6));
@@ -163,6 +174,7 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
                     unit: " x",
                     bound: Bound::AtLeast(0.9),
                     measured: of("cut_ratio"),
+                    other: None,
                 });
                 claims.push(Claim {
                     what: format!(
@@ -172,12 +184,14 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
                     unit: " x",
                     bound: Bound::AtLeast(0.9),
                     measured: of("dip_ratio"),
+                    other: None,
                 });
                 claims.push(Claim {
                     what: format!("{what}, {}, {strategy}: longest request against the longest before", device.name()),
                     unit: " x",
                     bound: Bound::AtMost(1.0),
                     measured: of("longest_ratio"),
+                    other: None,
                 });
                 claims.push(Claim {
                     what: format!(
@@ -187,6 +201,7 @@ fn of_cut(results: &Results, claims: &mut Vec<Claim>) {
                     unit: " x",
                     bound: Bound::AtMost(1.0),
                     measured: of("longest_of_all_ratio"),
+                    other: None,
                 });
             }
         }
@@ -202,7 +217,8 @@ fn of_background(results: &Results, claims: &mut Vec<Claim>) {
                 what: format!("{what}, disk: rate against alone"),
                 unit: " x",
                 bound: Bound::AtLeast(0.8),
-                measured: row.and_then(|row| results.ratio(&row, work, "alone", "per_s")),
+                measured: row.as_ref().and_then(|row| results.ratio(row, work, "alone", "per_s")),
+                other: row.and_then(|row| results.spread(&row, "alone", "per_s")),
             });
         }
     }
@@ -214,12 +230,13 @@ fn of_many(results: &Results, claims: &mut Vec<Claim>) {
             for kind in many::Kind::ALL {
                 let row = results.find(many::CASE, what, device, 1);
                 let (ours, other) = (kind.name(32), kind.name(1));
-                let ratio = row.and_then(|row| results.ratio(&row, &ours, &other, "per_s"));
+                let ratio = row.as_ref().and_then(|row| results.ratio(row, &ours, &other, "per_s"));
                 claims.push(Claim {
                     what: format!("{what}, {}: {ours} against {other}", device.name()),
                     unit: " x",
                     bound: Bound::AtLeast(0.95),
                     measured: ratio,
+                    other: row.and_then(|row| results.spread(&row, &other, "per_s")),
                 });
             }
         }
