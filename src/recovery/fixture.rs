@@ -87,14 +87,13 @@ impl Evidence for Found {
     }
 
     fn mirror(&self, _mirror: &MirrorRecord, usable: &[Uuid], _size: u64) -> Result<PairFacts, PairError> {
-        let known = self.legs.iter().cloned();
-        let legs: Vec<_> = known
-            .map(
-                |(id, state)| {
-                    if usable.contains(&id) { (id, state) } else { (id, LegState::Failed("gone".to_owned())) }
-                },
-            )
-            .collect();
+        let found = |(id, state): (Uuid, LegState)| match state {
+            LegState::InSync | LegState::Resynchronising if !usable.contains(&id) => {
+                (id, LegState::Failed("gone".to_owned()))
+            }
+            state => (id, state),
+        };
+        let legs: Vec<_> = self.legs.iter().cloned().map(found).collect();
         if !legs.iter().any(|(_, state)| *state == LegState::InSync) {
             return Err(PairError::Refused("none of its legs is in sync".to_owned()));
         }
