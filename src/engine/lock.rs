@@ -6,9 +6,11 @@
 //! What always holds:
 //! - A request takes all its slots in ascending order before it does anything, and takes no more: no deadlock.
 //! - Blocks that lie `SLOTS` apart share a slot. That can make a request wait needlessly, never wrongly go ahead.
+//! - Slots of neighbours lie in one word, and are taken in one step if all of them are free, else one after the other.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
+use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
@@ -24,9 +26,13 @@ pub enum Mode {
     Exclusive,
 }
 
-const EXCLUSIVE: u64 = 1 << 63;
-const QUEUED: u64 = 1 << 62;
+// A slot is eight bits: one holds it alone, somebody waits for it, or how many share it. Who would be one too many waits.
+const EXCLUSIVE: u64 = 1 << 7;
+const QUEUED: u64 = 1 << 6;
 const SHARERS: u64 = QUEUED - 1;
+
+/// Slots of a word.
+const SLOTS_PER_WORD: usize = 8;
 
 /// Slots of a table; a power of two, several times the blocks that can be in flight at once.
 const SLOTS: usize = 1 << 14;
@@ -48,9 +54,17 @@ enum WaiterState {
     GaveUp,
 }
 
+/// Neighbouring slots of one word.
+#[derive(Clone, Copy)]
+struct Slots {
+    first: usize,
+    count: usize,
+}
+
 /// The locks of one disk's blocks.
 pub struct BlockLocks {
-    slots: Box<[AtomicU64]>,
+    // `SLOTS_PER_WORD` slots in each.
+    words: Box<[AtomicU64]>,
     // How often an entry of some block of the slot was deleted.
     generations: Box<[AtomicU64]>,
     waiting: [Mutex<HashMap<usize, VecDeque<Arc<Waiter>>>>; SHARDS],
@@ -76,7 +90,7 @@ impl BlockLocks {
     #[must_use]
     pub fn new() -> BlockLocks {
         BlockLocks {
-            slots: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
+            words: (0..SLOTS / SLOTS_PER_WORD).map(|_| AtomicU64::new(0)).collect(),
             generations: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             waiting: std::array::from_fn(|_| Mutex::new(HashMap::new())),
         }
@@ -89,11 +103,17 @@ impl BlockLocks {
     pub async fn acquire(&self, range: BlockRange, mode: Mode) -> BlockGuard<'_> {
         assert!(range.count() <= BLOCKS_PER_GUARD_MAX, "{} blocks in one guard", range.count());
         let mut guard = BlockGuard { locks: self, range, held: 0, mode };
-        for slot in slots_of(range) {
-            if !self.try_acquire(slot, mode) {
-                self.wait(slot, mode).await;
+        for slots in words_of(range) {
+            if self.try_acquire(slots, mode) {
+                guard.held += slots.count;
+                continue;
             }
-            guard.held += 1;
+            for slot in slots.each() {
+                if !self.try_acquire(Slots::one(slot), mode) {
+                    self.wait(slot, mode).await;
+                }
+                guard.held += 1;
+            }
         }
         guard
     }
@@ -106,11 +126,11 @@ impl BlockLocks {
     pub fn try_exclusive(&self, range: BlockRange) -> Option<BlockGuard<'_>> {
         assert!(range.count() <= BLOCKS_PER_GUARD_MAX, "{} blocks in one guard", range.count());
         let mut guard = BlockGuard { locks: self, range, held: 0, mode: Mode::Exclusive };
-        for slot in slots_of(range) {
-            if !self.try_acquire(slot, Mode::Exclusive) {
+        for slots in words_of(range) {
+            if !self.try_acquire(slots, Mode::Exclusive) {
                 return None; // What is held already is given back.
             }
-            guard.held += 1;
+            guard.held += slots.count;
         }
         Some(guard)
     }
@@ -137,15 +157,21 @@ impl BlockLocks {
         }
     }
 
-    fn try_acquire(&self, slot: usize, mode: Mode) -> bool {
-        let mut state = self.slots[slot].load(Ordering::Relaxed);
+    /// Takes all of the slots, or none.
+    fn try_acquire(&self, slots: Slots, mode: Mode) -> bool {
+        let word = self.word_of(slots.first);
+        let mut state = word.load(Ordering::Relaxed);
         loop {
-            let Some(next) = acquired(state, mode, QUEUED) else { return false };
-            match self.slots[slot].compare_exchange_weak(state, next, Ordering::SeqCst, Ordering::Relaxed) {
+            let Some(next) = acquired(state, slots, mode, QUEUED) else { return false };
+            match word.compare_exchange_weak(state, next, Ordering::SeqCst, Ordering::Relaxed) {
                 Ok(_) => return true,
                 Err(now) => state = now,
             }
         }
+    }
+
+    fn word_of(&self, slot: usize) -> &AtomicU64 {
+        &self.words[slot / SLOTS_PER_WORD]
     }
 
     async fn wait(&self, slot: usize, mode: Mode) {
@@ -159,12 +185,13 @@ impl BlockLocks {
     fn enqueue(&self, slot: usize, mode: Mode) -> Option<Arc<Waiter>> {
         let mut shard = lock(&self.waiting[slot % SHARDS]);
         let queue = shard.entry(slot).or_default();
-        let mut state = self.slots[slot].load(Ordering::SeqCst);
+        let (word, one) = (self.word_of(slot), Slots::one(slot));
+        let mut state = word.load(Ordering::SeqCst);
         loop {
             // With nobody queued the QUEUED bit is ours to set; with somebody queued we go behind them.
-            let next = if queue.is_empty() { acquired(state, mode, 0) } else { None };
-            let wanted = next.unwrap_or(state | QUEUED);
-            match self.slots[slot].compare_exchange(state, wanted, Ordering::SeqCst, Ordering::SeqCst) {
+            let next = if queue.is_empty() { acquired(state, one, mode, 0) } else { None };
+            let wanted = next.unwrap_or(state | one.all(QUEUED));
+            match word.compare_exchange(state, wanted, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) if next.is_some() => {
                     if queue.is_empty() {
                         shard.remove(&slot);
@@ -180,13 +207,14 @@ impl BlockLocks {
         Some(waiter)
     }
 
-    fn release(&self, slot: usize, mode: Mode) {
+    fn release(&self, slots: Slots, mode: Mode) {
+        let word = self.word_of(slots.first);
         let before = match mode {
-            Mode::Shared => self.slots[slot].fetch_sub(1, Ordering::SeqCst),
-            Mode::Exclusive => self.slots[slot].fetch_and(!EXCLUSIVE, Ordering::SeqCst),
+            Mode::Shared => word.fetch_sub(slots.all(1), Ordering::SeqCst),
+            Mode::Exclusive => word.fetch_and(!slots.all(EXCLUSIVE), Ordering::SeqCst),
         };
-        if before & QUEUED != 0 {
-            self.grant(slot);
+        if before & slots.all(QUEUED) != 0 {
+            slots.each().filter(|&slot| before & Slots::one(slot).all(QUEUED) != 0).for_each(|slot| self.grant(slot));
         }
     }
 
@@ -211,17 +239,18 @@ impl BlockLocks {
             }
             if queue.is_empty() {
                 shard.remove(&slot);
-                self.slots[slot].fetch_and(!QUEUED, Ordering::SeqCst);
+                self.word_of(slot).fetch_and(!Slots::one(slot).all(QUEUED), Ordering::SeqCst);
             }
         }
         wakers.into_iter().for_each(Waker::wake);
     }
 
     fn take_for_waiter(&self, slot: usize, mode: Mode) -> bool {
-        let mut state = self.slots[slot].load(Ordering::SeqCst);
+        let word = self.word_of(slot);
+        let mut state = word.load(Ordering::SeqCst);
         loop {
-            let Some(next) = acquired(state, mode, 0) else { return false };
-            match self.slots[slot].compare_exchange(state, next, Ordering::SeqCst, Ordering::SeqCst) {
+            let Some(next) = acquired(state, Slots::one(slot), mode, 0) else { return false };
+            match word.compare_exchange(state, next, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) => return true,
                 Err(now) => state = now,
             }
@@ -229,24 +258,56 @@ impl BlockLocks {
     }
 }
 
-/// The state after taking the lock, or None if it cannot be taken. `barred_by` are bits that bar newcomers.
-fn acquired(state: u64, mode: Mode, barred_by: u64) -> Option<u64> {
-    if state & (EXCLUSIVE | barred_by) != 0 {
+impl Slots {
+    fn one(slot: usize) -> Slots {
+        Slots { first: slot, count: 1 }
+    }
+
+    fn each(self) -> Range<usize> {
+        self.first..self.first + self.count
+    }
+
+    /// The bits of a slot for each of these in their word.
+    fn all(self, bits: u64) -> u64 {
+        const ONES: u64 = u64::MAX / 0xff;
+        bits * (ONES >> (8 * (SLOTS_PER_WORD - self.count))) << (8 * (self.first % SLOTS_PER_WORD))
+    }
+}
+
+/// The state of a word after taking some of its slots, or None if one cannot be taken. `barred_by` are bits that bar newcomers.
+fn acquired(state: u64, slots: Slots, mode: Mode, barred_by: u64) -> Option<u64> {
+    if state & slots.all(EXCLUSIVE | barred_by) != 0 {
         return None;
     }
+    let sharers = state & slots.all(SHARERS);
     match mode {
-        Mode::Shared => Some(state + 1),
-        Mode::Exclusive => (state & SHARERS == 0).then_some(state | EXCLUSIVE),
+        // A count that is full would grow into the bit above it.
+        Mode::Shared => ((sharers + slots.all(1)) & slots.all(QUEUED) == 0).then_some(state + slots.all(1)),
+        Mode::Exclusive => (sharers == 0).then_some(state | slots.all(EXCLUSIVE)),
     }
 }
 
 /// The slots of a run of blocks, each once, in ascending order.
 fn slots_of(range: BlockRange) -> impl Iterator<Item = usize> {
+    words_of(range).flat_map(Slots::each)
+}
+
+/// The same, those of a word together.
+fn words_of(range: BlockRange) -> impl Iterator<Item = Slots> {
     let slot = |b: BlockIndex| usize::try_from(b.0 % SLOTS as u64).expect("less than SLOTS");
     let count = usize::try_from(range.count()).expect("bounded").min(SLOTS);
     let first = slot(range.start);
     let wrapped = (first + count).saturating_sub(SLOTS);
-    (0..wrapped).chain(first..(first + count).min(SLOTS))
+    let words = |slots: Range<usize>| {
+        let mut first = slots.start;
+        std::iter::from_fn(move || {
+            let count = (SLOTS_PER_WORD - first % SLOTS_PER_WORD).min(slots.end - first);
+            let found = (count > 0).then_some(Slots { first, count });
+            first += count;
+            found
+        })
+    };
+    words(0..wrapped).chain(words(first..(first + count).min(SLOTS)))
 }
 
 fn poll_waiter(waiter: &Waiter, cx: &mut Context<'_>) -> Poll<()> {
@@ -276,7 +337,7 @@ impl Drop for GiveUp<'_> {
         }
         let before = std::mem::replace(&mut *lock(&self.waiter.state), WaiterState::GaveUp);
         if matches!(before, WaiterState::Granted) {
-            self.locks.release(self.slot, self.waiter.mode);
+            self.locks.release(Slots::one(self.slot), self.waiter.mode);
         } else {
             // Others may now be at the head.
             self.locks.grant(self.slot);
@@ -294,8 +355,14 @@ impl BlockGuard<'_> {
 
 impl Drop for BlockGuard<'_> {
     fn drop(&mut self) {
-        for slot in slots_of(self.range).take(self.held) {
-            self.locks.release(slot, self.mode);
+        let mut left = self.held;
+        for slots in words_of(self.range) {
+            if left == 0 {
+                return;
+            }
+            let held = Slots { count: slots.count.min(left), ..slots };
+            self.locks.release(held, self.mode);
+            left -= held.count;
         }
     }
 }
