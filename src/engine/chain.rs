@@ -267,18 +267,43 @@ impl<'a> VersionIn<'a> {
 
     /// The runs of `blocks` by the version whose layer has their bytes.
     pub(super) fn owners(self, blocks: BlockRange) -> impl Iterator<Item = (BlockRange, VersionIn<'a>)> {
-        let mut next = blocks.start;
+        let mut next = None;
+        let mut left = blocks;
         std::iter::from_fn(move || {
-            if next >= blocks.end {
-                return None;
+            let (mut run, owner) = next.take().or_else(|| self.first_run(&mut left))?;
+            while let Some((more, same)) = self.first_run(&mut left) {
+                if same != owner {
+                    next = Some((more, same));
+                    break;
+                }
+                run.end = more.end;
             }
-            let (start, owner) = (next, self.resolve(next));
-            next = BlockIndex(next.0 + 1);
-            while next < blocks.end && self.resolve(next) == owner {
-                next = BlockIndex(next.0 + 1);
-            }
-            Some((BlockRange { start, end: next }, self.other(owner)))
+            Some((run, self.other(owner)))
         })
+    }
+
+    /// Takes the first of `blocks` whose bytes the same layer has, as far as one word of each table says it, and that version.
+    fn first_run(self, blocks: &mut BlockRange) -> Option<(BlockRange, VersionIndex)> {
+        if blocks.is_empty() {
+            return None;
+        }
+        let (mut at, pivot) = (self.index, self.segment().pivot);
+        let mut count = blocks.count();
+        while at != pivot {
+            let (owns, alike) = self.chain.layer(at).table().map_or((true, count), |table| table.alike(blocks.start));
+            count = count.min(alike);
+            if owns {
+                break;
+            }
+            if at < pivot {
+                at += 1;
+            } else {
+                at -= 1;
+            }
+        }
+        let run = BlockRange { start: blocks.start, end: BlockIndex(blocks.start.0 + count) };
+        blocks.start = run.end;
+        Some((run, at))
     }
 
     /// The nearest older version that reads `block` through this one or a newer one and still keeps its blocks: the one whose

@@ -197,6 +197,15 @@ impl Table {
         self.is_present(page) && self.word(page, word).load(Ordering::SeqCst) & bit != 0
     }
 
+    /// Whether the block's bit is set, and for how many blocks from it on that is the same, as far as its word says.
+    #[must_use]
+    pub fn alike(&self, block: BlockIndex) -> (bool, u64) {
+        let rest = self.word_at(block.0 / 64) >> (block.0 % 64);
+        let is_set = rest & 1 != 0;
+        let alike = if is_set { rest.trailing_ones() } else { rest.trailing_zeros() };
+        (is_set, u64::from(alike).min(64 - block.0 % 64))
+    }
+
     /// Makes sure that the bits of `range` can be set.
     ///
     /// # Errors
@@ -243,12 +252,14 @@ impl Table {
     /// # Panics
     /// When it was not.
     pub fn set(&self, range: BlockRange) {
+        let mut more = 0;
         for (index, bits) in words_of(range) {
             let (page, word, _) = Self::place(BlockIndex(index * 64));
             assert!(self.is_present(page), "bits are set only after Table::prepare");
             let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
-            self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
+            more += u64::from((bits & !old).count_ones());
         }
+        self.ones.fetch_add(more, Ordering::Relaxed);
         self.note_change(range);
     }
 
