@@ -64,7 +64,7 @@ impl Disk {
     }
 
     /// The blocks from `first` on that so many bytes cover; None if they do not cover one.
-    fn whole_blocks(&self, first: BlockIndex, bytes: u64) -> Option<BlockRange> {
+    pub(super) fn whole_blocks(&self, first: BlockIndex, bytes: u64) -> Option<BlockRange> {
         let (at, _) = self.geometry.bytes(BlockRange::one(first));
         let end = match at.0 + bytes == self.geometry.size_bytes {
             true => self.geometry.blocks(),
@@ -87,7 +87,7 @@ impl Disk {
                 Ok(())
             }
         });
-        join_all(copies.collect()).await.into_iter().collect()
+        join_all(copies).await.into_iter().collect()
     }
 
     /// How many blocks there are to copy before it can be independent; None if it stands on nothing.

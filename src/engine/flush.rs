@@ -144,7 +144,7 @@ fn commit<'a>(
         let first = async || -> Result<(), ImageError> {
             let image: Pin<Box<dyn Future<Output = Result<(), ImageError>>>> =
                 Box::pin(async { if farthest.image.needs_sync() { farthest.image.sync(queue).await } else { Ok(()) } });
-            join_all(vec![image, commit(queue, nearer)]).await.into_iter().collect()
+            join_all([image, commit(queue, nearer)]).await.into_iter().collect()
         };
         match farthest.log() {
             Some(log) => log.table.commit_after(queue, first).await,

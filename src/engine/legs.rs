@@ -210,7 +210,7 @@ impl Pair {
             return self.core.settle(queue, state.version).await;
         }
         let asked = places.iter().map(|&place| try_release_range(image_of(&state, place), queue, at, len));
-        let answers = join_all(asked.collect()).await;
+        let answers = join_all(asked).await;
         if answers.iter().all(|answer| matches!(answer, Ok(true))) || answers.iter().all(|a| matches!(a, Ok(false))) {
             return self.core.settle(queue, state.version).await;
         }
@@ -267,11 +267,8 @@ impl Pair {
         what: &Change,
     ) -> Result<(), ImageError> {
         let all = places.iter().map(|&place| async move { (place, carry_out(state, place, queue, at, what).await) });
-        let failed: Vec<(usize, ImageError)> = join_all(all.collect())
-            .await
-            .into_iter()
-            .filter_map(|(place, result)| Some((place, result.err()?)))
-            .collect();
+        let failed: Vec<(usize, ImageError)> =
+            join_all(all).await.into_iter().filter_map(|(place, result)| Some((place, result.err()?))).collect();
         if failed.is_empty() {
             return self.core.settle(queue, state.version).await;
         }

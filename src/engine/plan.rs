@@ -4,6 +4,8 @@
 //! 11, 16, 18, 20 and 22, 23, 25, 27 of source 002 are what these rules come to for one frozen version; design.md has
 //! them for any number.
 
+use smallvec::{SmallVec, smallvec};
+
 use super::{Chain, RestoreSource, Restoring, Segment, VersionIn, VersionIndex};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -86,7 +88,7 @@ pub struct WritePlan {
     /// The version that the write belongs to.
     pub writer: VersionIndex,
     /// Its blocks, in order, in runs.
-    pub runs: Vec<Run>,
+    pub runs: SmallVec<[Run; 1]>,
 }
 
 impl BlockPlan {
@@ -202,9 +204,9 @@ impl WritePlan {
         let (chain, index) = (writer.chain, writer.index);
         if chain.live() == 0 && chain.restoring().is_none() {
             // No other version, no table to look at: the common case.
-            return WritePlan { writer: index, runs: vec![Run { blocks, plan: BlockPlan::plain(0) }] };
+            return WritePlan { writer: index, runs: smallvec![Run { blocks, plan: BlockPlan::plain(0) }] };
         }
-        let mut runs: Vec<Run> = Vec::with_capacity(1);
+        let mut runs: SmallVec<[Run; 1]> = SmallVec::new();
         for block in blocks.iter() {
             let plan = BlockPlan::decide(writer, block, is_whole(block));
             match runs.last_mut() {
@@ -213,13 +215,6 @@ impl WritePlan {
             }
         }
         WritePlan { writer: index, runs }
-    }
-
-    /// Whether any of its blocks must be locked exclusively.
-    #[must_use]
-    pub fn excludes(&self, chain: &Chain) -> bool {
-        let excludes = |plan: &BlockPlan| plan.excludes() || chain.layer(plan.home).image.excludes();
-        self.runs.iter().any(|run| excludes(&run.plan))
     }
 
     /// The one layer that all bytes go to as they are, if there is one.

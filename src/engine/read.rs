@@ -9,6 +9,8 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::chain::{Target, index_of};
 use super::geometry::usize_of;
 use super::restoring::Restore;
@@ -25,6 +27,9 @@ struct Extent {
     blocks: BlockRange,
     image: Backing,
 }
+
+/// One, most of the time.
+type Extents = SmallVec<[Extent; 1]>;
 
 impl Disk {
     pub(super) async fn read(
@@ -99,7 +104,7 @@ impl Disk {
                 let piece = into.slice(usize_of(from.0 - at.0)..usize_of(to - at.0));
                 extent.image.read(queue, from, IoBuf::Guest(piece))
             });
-            let done = join_all(reads.collect()).await;
+            let done = join_all(reads).await;
             let generation_now = self.locks.generation(blocks);
             let now = self.extents(target, epoch, blocks)?;
             let same = (generation == generation_now) && is_same(&now, &extents);
@@ -134,7 +139,7 @@ impl Disk {
         if is_same { end - at.0 } else { 0 }
     }
 
-    fn extents(&self, target: Target, epoch: Epoch, blocks: BlockRange) -> Result<Vec<Extent>, RequestError> {
+    fn extents(&self, target: Target, epoch: Epoch, blocks: BlockRange) -> Result<Extents, RequestError> {
         let chain = self.chain();
         let index = index_of(&chain, target, epoch)?;
         let of = |index, blocks| {
@@ -148,7 +153,7 @@ impl Disk {
             return Err(RequestError::Broken(reason.clone()));
         }
         let Some(restoring) = chain.restoring() else { return Ok(of(index, blocks).collect()) };
-        let mut extents = Vec::new();
+        let mut extents = Extents::new();
         // Each bit is looked at once: what is found the same by the next look was the same all the time.
         for (run, is_pending) in alike(blocks, |block| restoring.is_pending(block)) {
             match restoring.source() {
@@ -203,9 +208,6 @@ impl VersionSource for Disk {
 
     fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a> {
         Box::pin(async move {
-            if let Some(reason) = view.broken() {
-                return Err(view.refusal(ImageOp::Read, &reason));
-            }
             let read = async |into| {
                 // A frozen version is the same in every epoch.
                 let read = self.read(queue, Target::Frozen(view.version()), Epoch(0), at, into).await;

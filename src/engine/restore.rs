@@ -241,7 +241,7 @@ impl Disk {
                 self.write_blocks(queue, chain, part, bytes).await
             }
         });
-        join_all(copies.collect()).await.into_iter().collect()
+        join_all(copies).await.into_iter().collect()
     }
 
     /// Makes durable what was brought back until now.

@@ -124,7 +124,7 @@ impl Disk {
                 }
             }
         });
-        join_all(moves.collect()).await.into_iter().collect()
+        join_all(moves).await.into_iter().collect()
     }
 
     /// Below the pivot the nearest older version reads here. One that cannot take the blocks is lost; then the next older
@@ -160,7 +160,7 @@ impl Disk {
             self.copy_blocks(queue, heir.chain, part, Copy { from: retiring.index, to: heir.index }).await?.enter();
             Ok(())
         });
-        join_all(copies.collect()).await.into_iter().collect()
+        join_all(copies).await.into_iter().collect()
     }
 
     /// Moves entries of a log into the full image below, after saving what older versions read there.

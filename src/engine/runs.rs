@@ -7,6 +7,8 @@
 //! - What is to be done with a block is looked at under the guard, as for one block: a run that was found before may have
 //!   holes by then, and only what is left of it is copied.
 
+use smallvec::SmallVec;
+
 use super::{Disk, Mode};
 use crate::image::join_all;
 use crate::store::{BlockIndex, BlockRange};
@@ -23,7 +25,7 @@ pub struct Copied {
 impl Disk {
     /// The first `most` blocks, one at least, of those that `next` finds at or after a block, from `from` on: neighbours
     /// together.
-    fn next_runs(
+    pub(super) fn next_runs(
         &self,
         from: BlockIndex,
         most: usize,
@@ -64,9 +66,9 @@ impl Disk {
     ///
     /// # Errors
     /// The first one, when all have ended.
-    async fn copy_runs<E, F: Future<Output = Result<(), E>>>(
+    pub(super) async fn copy_runs<E, F: Future<Output = Result<(), E>>>(
         &self,
-        runs: Vec<BlockRange>,
+        runs: impl IntoIterator<Item = BlockRange>,
         copy: impl Fn(BlockRange) -> F,
     ) -> Result<(), E> {
         let copy = &copy;
@@ -81,15 +83,15 @@ impl Disk {
                 let _guard = self.locks.acquire(one, Mode::Exclusive).await;
                 copy(one).await
             });
-            join_all(alone.collect()).await.into_iter().collect()
+            join_all(alone).await.into_iter().collect()
         });
-        join_all(copies.collect()).await.into_iter().collect()
+        join_all(copies).await.into_iter().collect()
     }
 }
 
 /// The runs of `blocks` for which `of` says the same.
-pub(super) fn alike<T: PartialEq>(blocks: BlockRange, of: impl Fn(BlockIndex) -> T) -> Vec<(BlockRange, T)> {
-    let mut runs: Vec<(BlockRange, T)> = Vec::new();
+pub(super) fn alike<T: PartialEq>(blocks: BlockRange, of: impl Fn(BlockIndex) -> T) -> SmallVec<[(BlockRange, T); 1]> {
+    let mut runs: SmallVec<[(BlockRange, T); 1]> = SmallVec::new();
     for block in blocks.iter() {
         let what = of(block);
         match runs.last_mut() {

@@ -8,8 +8,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::geometry::usize_of;
 use super::place::Unheld;
+use super::plan::BlockPlan;
 use super::restoring::Restore;
 use super::{
     Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
@@ -39,6 +42,11 @@ impl Data {
         }
     }
 
+    /// All of it; nothing is left.
+    fn take(&mut self) -> Data {
+        std::mem::replace(self, Data::Zeros { len: 0, unmap: false })
+    }
+
     fn part(&self, from: u64, len: u64) -> Data {
         match self {
             Data::Guest(guest) => Data::Guest(guest.slice(usize_of(from)..usize_of(from + len))),
@@ -47,11 +55,11 @@ impl Data {
     }
 }
 
-/// One part of a write: what, where, and which blocks it touches.
+/// One part of a write: where, and which blocks it touches.
+#[derive(Clone, Copy)]
 struct Part {
     at: ByteOffset,
     len: u64,
-    data: Data,
     blocks: BlockRange,
     durable: bool,
 }
@@ -68,7 +76,7 @@ impl Disk {
         queue: &IoQueue,
         ticket: &Ticket,
         at: ByteOffset,
-        data: Data,
+        mut data: Data,
         durable: bool,
     ) -> Result<(), RequestError> {
         let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
@@ -76,21 +84,15 @@ impl Disk {
         while done < len {
             let here = at.add(done);
             let part_len = (part_bytes - here.0 % u64::from(self.geometry.block_bytes)).min(len - done);
-            let whole = done == 0 && part_len == len;
-            let part = Part {
-                at: here,
-                len: part_len,
-                data: if whole { data.part(0, len) } else { data.part(done, part_len) },
-                blocks: self.geometry.covering(here, part_len),
-                durable,
-            };
-            self.write_part(queue, ticket.epoch(), part).await?;
+            let part = Part { at: here, len: part_len, blocks: self.geometry.covering(here, part_len), durable };
+            let of_part = if part_len == len { data.take() } else { data.part(done, part_len) };
+            self.write_part(queue, ticket.epoch(), part, of_part).await?;
             done += part_len;
         }
         Ok(())
     }
 
-    async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
+    async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part, data: Data) -> Result<(), RequestError> {
         if is_plain(&self.chain.load(), &part) {
             let _guard = self.locks.acquire(part.blocks, Mode::Shared).await;
             // Again, now that nobody can copy these blocks.
@@ -98,11 +100,11 @@ impl Disk {
             if is_plain(&chain, &part) {
                 self.forget_discards(part.blocks);
                 chain.at(0).note(part.blocks);
-                return self.write_in_place(queue, chain.at(0), &part).await;
+                return self.write_in_place(queue, chain.at(0), part, data).await;
             }
         }
         // Boxed, so that writes without all this do not carry the room for it.
-        Box::pin(self.write_by_plan(queue, epoch, part)).await
+        Box::pin(self.write_by_plan(queue, epoch, part, data)).await
     }
 
     /// What is written now is wanted.
@@ -112,17 +114,26 @@ impl Disk {
         }
     }
 
-    async fn write_by_plan(&self, queue: &IoQueue, epoch: Epoch, part: Part) -> Result<(), RequestError> {
-        let decide = |chain: &Chain| {
-            let is_whole = |block| {
-                let (at, len) = self.geometry.bytes(BlockRange::one(block));
-                part.at <= at && at.0 + len <= part.at.0 + part.len
-            };
-            let plan = WritePlan::decide(chain.at(chain.at_epoch(epoch)), part.blocks, is_whole);
-            let excludes = plan.excludes(chain) || is_misaligned(chain, &plan, &part);
-            (plan, excludes)
+    async fn write_by_plan(&self, queue: &IoQueue, epoch: Epoch, part: Part, data: Data) -> Result<(), RequestError> {
+        let is_whole = |block| {
+            let (at, len) = self.geometry.bytes(BlockRange::one(block));
+            part.at <= at && at.0 + len <= part.at.0 + part.len
         };
-        let mut mode = if decide(&self.chain()).1 { Mode::Exclusive } else { Mode::Shared };
+        let decide = |chain: &Chain| WritePlan::decide(chain.at(chain.at_epoch(epoch)), part.blocks, is_whole);
+        let excludes = |chain: &Chain, plan: &BlockPlan| {
+            let is_alone = |target| {
+                let image = &chain.layer(target).image;
+                image.excludes() || !image.takes(part.at, part.len)
+            };
+            plan.excludes() || plan.targets().any(is_alone)
+        };
+        // A guess, which looks at no more blocks than it needs.
+        let mut mode = {
+            let chain = self.chain.load();
+            let writer = chain.at(chain.at_epoch(epoch));
+            let mut plans = part.blocks.iter().map(|block| BlockPlan::decide(writer, block, is_whole(block)));
+            if plans.any(|plan| excludes(&chain, &plan)) { Mode::Exclusive } else { Mode::Shared }
+        };
         loop {
             let guard = self.locks.acquire(part.blocks, mode).await;
             // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
@@ -135,13 +146,13 @@ impl Disk {
             if let Restore::Lost(reason) = chain.restore() {
                 return Err(RequestError::Broken(reason.clone()));
             }
-            let (plan, excludes) = decide(&chain);
-            if excludes && guard.mode() == Mode::Shared {
+            let plan = decide(&chain);
+            if guard.mode() == Mode::Shared && plan.runs.iter().any(|run| excludes(&chain, &run.plan)) {
                 mode = Mode::Exclusive;
                 drop(guard);
                 continue;
             }
-            return self.write_planned(queue, &chain, plan, || decide(&chain).0, &part).await;
+            return self.write_planned(queue, &chain, plan, || decide(&chain), part, data).await;
         }
     }
 
@@ -152,7 +163,8 @@ impl Disk {
         chain: &Chain,
         mut plan: WritePlan,
         again: impl Fn() -> WritePlan,
-        part: &Part,
+        part: Part,
+        data: Data,
     ) -> Result<(), RequestError> {
         while let Err((lost, reason)) = self.preserve(queue, chain, &plan).await {
             self.give_up(chain.at(lost), &reason)?;
@@ -160,7 +172,7 @@ impl Disk {
         }
         self.forget_discards(part.blocks);
         note(chain, &plan, part);
-        self.carry_out(queue, chain, &plan, part).await
+        self.carry_out(queue, chain, &plan, part, data).await
     }
 
     /// Writes whole blocks of the live version, of which the caller holds the locks exclusively. Blocks of zeros take no
@@ -180,13 +192,13 @@ impl Disk {
                 true => Data::Zeros { len, unmap: true },
                 false => Data::Guest(bytes.slice(piece)),
             };
-            let part = Part { at, len, data, blocks: self.geometry.covering(at, len), durable: false };
+            let part = Part { at, len, blocks: self.geometry.covering(at, len), durable: false };
             async move {
                 let decide = || WritePlan::decide(chain.at(chain.live()), part.blocks, |_| true);
-                self.write_planned(queue, chain, decide(), decide, &part).await
+                self.write_planned(queue, chain, decide(), decide, part, data).await
             }
         });
-        join_all(writes.collect()).await.into_iter().collect()
+        join_all(writes).await.into_iter().collect()
     }
 
     /// Saves the old bytes that older versions read. On failure says which version cannot be kept, and why.
@@ -195,19 +207,17 @@ impl Disk {
             let copy = run.plan.preserve?;
             Some(async move { self.copy_blocks(queue, chain, run.blocks, copy).await.map_err(|e| (copy.to, e)) })
         });
-        let copies: Vec<_> = copies.collect();
-        if !copies.is_empty() {
-            let copied: Vec<Unheld<'_>> = join_all(copies).await.into_iter().collect::<Result<_, _>>()?;
-            copied.into_iter().for_each(Unheld::enter);
-            let mut saved: Vec<VersionIndex> = plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
-            saved.sort_unstable();
-            saved.dedup();
-            for to in saved {
-                if let Err(e) = self.commit_saved(queue, chain.at(to)).await {
-                    // Those that read through it must not count on what no power cut would leave.
-                    take_back(chain.at(to), plan);
-                    return Err((to, e));
-                }
+        let copied: SmallVec<[Unheld<'_>; 1]> = join_all(copies).await.into_iter().collect::<Result<_, _>>()?;
+        copied.into_iter().for_each(Unheld::enter);
+        let mut saved: SmallVec<[VersionIndex; 4]> =
+            plan.runs.iter().filter_map(|run| Some(run.plan.preserve?.to)).collect();
+        saved.sort_unstable();
+        saved.dedup();
+        for to in saved {
+            if let Err(e) = self.commit_saved(queue, chain.at(to)).await {
+                // Those that read through it must not count on what no power cut would leave.
+                take_back(chain.at(to), plan);
+                return Err((to, e));
             }
         }
         Ok(())
@@ -243,7 +253,7 @@ impl Disk {
                 }
             }
         });
-        for done in join_all(writes.collect()).await {
+        for done in join_all(writes).await {
             done.map_err(|e| e.to_string())?;
         }
         if let Ok(old) = Arc::try_unwrap(old) {
@@ -260,7 +270,8 @@ impl Disk {
         queue: &IoQueue,
         chain: &Chain,
         plan: &WritePlan,
-        part: &Part,
+        part: Part,
+        data: Data,
     ) -> Result<(), RequestError> {
         for run in plan.runs.iter().filter(|run| run.plan.adopts) {
             if let Some(table) = chain.layer(run.plan.home).table() {
@@ -270,30 +281,37 @@ impl Disk {
                 table.prepare(run.blocks).map_err(full)?;
             }
         }
+        // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
+        let stores = part.durable && (self.has_logs(chain) || chain.restoring().is_some());
         match plan.single_target() {
-            Some(target) if !is_misaligned(chain, plan, part) => {
-                self.write_in_place(queue, chain.at(target), part).await?;
+            Some(target) if chain.layer(target).image.takes(part.at, part.len) => {
+                // What is stored with its entry need not be stored before that.
+                let part = Part { durable: part.durable && !stores, ..part };
+                self.write_in_place(queue, chain.at(target), part, data).await?;
             }
-            _ => self.write_everywhere(queue, chain, plan, part).await?,
+            _ => self.write_everywhere(queue, chain, plan, part, data).await?,
         }
         self.settle_entries(queue, chain, plan).await;
         settle_restored(chain, plan);
-        if part.durable && (self.has_logs(chain) || chain.restoring().is_some()) {
-            // Durable bytes are worth nothing without the entry that points to them, which may be an earlier write's.
+        if stores {
             self.flush_from(queue, chain.at(plan.writer)).await?;
         }
         Ok(())
     }
 
     /// Writes the part's bytes to one layer as they are.
-    async fn write_in_place(&self, queue: &IoQueue, target: VersionIn<'_>, part: &Part) -> Result<(), RequestError> {
+    async fn write_in_place(
+        &self,
+        queue: &IoQueue,
+        target: VersionIn<'_>,
+        part: Part,
+        data: Data,
+    ) -> Result<(), RequestError> {
         let image = &target.layer().image;
-        match &part.data {
-            Data::Guest(guest) => {
-                image.write(queue, part.at, IoBuf::Guest(guest.clone()), part.durable).await?;
-            }
+        match data {
+            Data::Guest(guest) => image.write(queue, part.at, IoBuf::Guest(guest), part.durable).await?,
             Data::Zeros { unmap, .. } => {
-                Box::pin(write_zeros(image, queue, part.at, part.len, *unmap)).await?;
+                Box::pin(write_zeros(image, queue, part.at, part.len, unmap)).await?;
                 if part.durable {
                     image.sync(queue).await?;
                 }
@@ -320,22 +338,17 @@ impl Disk {
         queue: &IoQueue,
         chain: &Chain,
         plan: &WritePlan,
-        part: &Part,
+        part: Part,
+        data: Data,
     ) -> Result<(), RequestError> {
-        let stable = match &part.data {
+        let stable = &match data {
             Data::Guest(guest) => Stable::Bytes(Arc::new(guest.copy_out())),
-            Data::Zeros { unmap, .. } => Stable::Zeros { unmap: *unmap },
+            Data::Zeros { unmap, .. } => Stable::Zeros { unmap },
         };
-        let mut writes = Vec::new();
-        for run in &plan.runs {
-            for target in run.plan.targets() {
-                let stable = &stable;
-                writes.push(async move {
-                    let done = self.write_run(queue, run, chain.at(target), part, stable).await;
-                    (run, target, done)
-                });
-            }
-        }
+        let targets = plan.runs.iter().flat_map(|run| run.plan.targets().map(move |target| (run, target)));
+        let writes = targets.map(|(run, target)| async move {
+            (run, target, self.write_run(queue, run, chain.at(target), part, stable).await)
+        });
         for (run, target, done) in join_all(writes).await {
             let Err(e) = done else { continue };
             match run.harmed_at(chain.at(plan.writer), target) {
@@ -354,7 +367,7 @@ impl Disk {
         queue: &IoQueue,
         run: &Run,
         target: VersionIn<'_>,
-        part: &Part,
+        part: Part,
         stable: &Stable,
     ) -> Result<(), ImageError> {
         let (chain, image) = (target.chain, &target.layer().image);
@@ -393,7 +406,7 @@ impl Disk {
 
 /// Notes what the part changes, for its own version. A write that goes to several places may reach some of them only, by a kill
 /// or an error: then newer versions differ too.
-fn note(chain: &Chain, plan: &WritePlan, part: &Part) {
+fn note(chain: &Chain, plan: &WritePlan, part: Part) {
     chain.at(plan.writer).note(part.blocks);
     let is_split = |run: &&Run| !run.plan.others.is_empty() || !run.plan.supersedes.is_empty();
     for run in plan.runs.iter().filter(is_split) {
@@ -407,14 +420,6 @@ fn is_plain(chain: &Chain, part: &Part) -> bool {
     chain.live() == 0 && matches!(chain.restore(), Restore::None) && !image.excludes() && image.takes(part.at, part.len)
 }
 
-/// Whether some image can take the part only together with bytes around it.
-fn is_misaligned(chain: &Chain, plan: &WritePlan, part: &Part) -> bool {
-    plan.runs
-        .iter()
-        .flat_map(|run| run.plan.targets())
-        .any(|target| !chain.layer(target).image.takes(part.at, part.len))
-}
-
 /// Reads `cover` from `source`, puts the part's bytes of `range` over it, and writes it to `image`.
 async fn overlay(
     source: &Backing,
@@ -422,7 +427,7 @@ async fn overlay(
     queue: &IoQueue,
     cover: (ByteOffset, u64),
     range: (ByteOffset, u64),
-    part: &Part,
+    part: Part,
     stable: &Stable,
 ) -> Result<(), ImageError> {
     let whole = IoBuf::Owned(AlignedBuf::zeroed(usize_of(cover.1)));
@@ -483,8 +488,8 @@ fn take_back(to: VersionIn<'_>, plan: &WritePlan) {
 }
 
 /// The pieces of `bytes` that are all zeros or not, in whole blocks, neighbours joined.
-fn pieces(bytes: &[u8], block_bytes: usize) -> Vec<(Range<usize>, bool)> {
-    let mut pieces: Vec<(Range<usize>, bool)> = Vec::with_capacity(1);
+fn pieces(bytes: &[u8], block_bytes: usize) -> SmallVec<[(Range<usize>, bool); 1]> {
+    let mut pieces: SmallVec<[(Range<usize>, bool); 1]> = SmallVec::new();
     for start in (0..bytes.len()).step_by(block_bytes) {
         let end = (start + block_bytes).min(bytes.len());
         let is_zero = is_zero(&bytes[start..end]);

@@ -4,16 +4,19 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::Poll;
 
-/// Runs all futures together and returns their answers in order.
-pub async fn join_all<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
+use smallvec::{SmallVec, smallvec};
+
+/// Runs all futures together and returns their answers in order. One alone costs nothing more than itself.
+pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> SmallVec<[F::Output; 1]> {
     enum Part<F: Future> {
         Running(Pin<Box<F>>),
         Done(F::Output),
     }
-    let mut parts: Vec<Part<F>> = futures.into_iter().map(|f| Part::Running(Box::pin(f))).collect();
-    if let [Part::Running(only)] = parts.as_mut_slice() {
-        return vec![only.await];
-    }
+    let mut futures = futures.into_iter();
+    let Some(first) = futures.next() else { return SmallVec::new() };
+    let Some(second) = futures.next() else { return smallvec![first.await] };
+    let all = [first, second].into_iter().chain(futures);
+    let mut parts: Vec<Part<F>> = all.map(|f| Part::Running(Box::pin(f))).collect();
     poll_fn(|cx| {
         let mut all_done = true;
         for part in &mut parts {

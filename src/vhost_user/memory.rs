@@ -104,7 +104,7 @@ impl Region {
 }
 
 /// All of a frontend's memory at one moment.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct MemoryMap {
     // Sorted by guest address.
     regions: Vec<Arc<Region>>,

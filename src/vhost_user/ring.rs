@@ -78,6 +78,7 @@ struct Places {
 /// A ring that is being served.
 pub(super) struct Ring {
     setup: RingSetup,
+    // Its own: each request counts itself in, and no ring of another thread shares that.
     memory: Arc<MemoryMap>,
     // None when the frontend took the ring's memory away.
     places: Option<Places>,
@@ -133,7 +134,7 @@ impl Ring {
         let places = locate(&setup, &memory)?;
         let mut ring = Ring {
             setup,
-            memory,
+            memory: Arc::new(MemoryMap::clone(&memory)),
             places: Some(places),
             next_avail: base,
             loaded_avail: base,
@@ -169,7 +170,7 @@ impl Ring {
     pub(super) fn remap(&mut self, memory: Arc<MemoryMap>) -> Result<(), RingFault> {
         let located = locate(&self.setup, &memory);
         self.places = located.ok();
-        self.memory = memory;
+        self.memory = Arc::new(MemoryMap::clone(&memory));
         located.map(drop)
     }
 

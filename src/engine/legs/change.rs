@@ -331,7 +331,7 @@ impl Pair {
         let end = region.left.end.0.min(region.left.start.0 + most as u64);
         let now = BlockRange { start: region.left.start, end: BlockIndex(end) };
         let copies = now.iter().map(|block| self.copy_block(queue, locks, block));
-        let copied = join_all(copies.collect()).await;
+        let copied = join_all(copies).await;
         let bytes = copied.into_iter().sum::<Result<u64, PairError>>()?;
         region.left.start = now.end;
         cursor.region = Some(region);
