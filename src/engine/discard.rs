@@ -3,10 +3,16 @@
 //! While an older version reads through a block, a discard of it is only remembered. It is carried out when the last
 //! such version has gone ([`Disk::carry_out_discard`]), unless the guest wrote the block meanwhile.
 
+use smallvec::{SmallVec, smallvec};
+
 use super::restoring::Restore;
+use super::runs::{alike, those};
 use super::{Chain, Disk, Epoch, Mode, RequestError, Ticket, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
+
+/// A container is asked once in so many bytes where it has anything.
+const LOOK_BYTES: u64 = 256 << 20;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fate {
@@ -31,13 +37,31 @@ impl Disk {
         // Only whole blocks (the disk's last one may be short); the rest of the range is not worth anything.
         let first = at.0.div_ceil(block);
         let last = if end == self.geometry.size_bytes { self.geometry.blocks() } else { end / block };
-        let mut next = first;
-        while next < last {
-            let until = last.min(next + self.geometry.blocks_per_part());
-            self.discard_part(queue, epoch, BlockRange { start: BlockIndex(next), end: BlockIndex(until) }).await?;
+        let (mut next, mut looked_until) = (BlockIndex(first), first);
+        while next.0 < last {
+            if next.0 >= looked_until {
+                looked_until = last.min(next.0 + (LOOK_BYTES / block).max(1));
+                let ahead = BlockRange { start: next, end: BlockIndex(looked_until) };
+                if let Some(empty) = self.without_room(epoch, ahead) {
+                    next = empty.end;
+                    continue;
+                }
+            }
+            let until = BlockIndex(looked_until.min(next.0 + self.geometry.blocks_per_part()));
+            self.discard_part(queue, epoch, BlockRange { start: next, end: until }).await?;
             next = until;
         }
         Ok(())
+    }
+
+    /// The first of `blocks`, as far as they take no room where a discard would give it back. Nothing is to be done for them,
+    /// whoever is at work on them.
+    fn without_room(&self, epoch: Epoch, blocks: BlockRange) -> Option<BlockRange> {
+        let chain = self.chain.load();
+        let writer = chain.at(chain.at_epoch(epoch));
+        let home = chain.layer(writer.segment().pivot.max(writer.index));
+        let (at, len) = self.geometry.bytes(blocks);
+        self.whole_blocks(blocks.start, home.image.known_zeros(at, len))
     }
 
     async fn discard_part(&self, queue: &IoQueue, epoch: Epoch, blocks: BlockRange) -> Result<(), RequestError> {
@@ -57,13 +81,7 @@ impl Disk {
             mode = Mode::Exclusive;
         };
         let writer = chain.at(chain.at_epoch(epoch));
-        let mut next = blocks.start;
-        while next < blocks.end {
-            let (start, (fate, home)) = (next, fate(writer, next));
-            while next < blocks.end && self::fate(writer, next) == (fate, home) {
-                next = BlockIndex(next.0 + 1);
-            }
-            let run = BlockRange { start, end: next };
+        for (run, (fate, home)) in fates(writer, blocks) {
             match fate {
                 Fate::Now => {
                     let (at, len) = self.geometry.bytes(run);
@@ -81,8 +99,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Carries out the first remembered discard at or after `from` that nobody's reading stands against. Returns
-    /// where to go on, or None at the end.
+    /// Carries out the first remembered discards at or after `from`: up to `most` neighbours, those that nobody's reading stands
+    /// against. Returns where to go on, or None at the end.
     ///
     /// It changes what the ticket's epoch shows, as the guest's own discard would have: a snapshot taken meanwhile
     /// is not quiesced before it is done.
@@ -94,24 +112,43 @@ impl Disk {
         queue: &IoQueue,
         ticket: &Ticket,
         from: BlockIndex,
+        most: usize,
     ) -> Result<Option<BlockIndex>, RequestError> {
-        let Some(block) = self.discards.next_set(from) else { return Ok(None) };
-        let one = BlockRange::one(block);
-        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
+        let Some(first) = self.discards.next_set(from) else { return Ok(None) };
+        let end = self.discards.next_clear(first).map_or(self.geometry.blocks(), |end| end.0);
+        let most = self.geometry.blocks_per_run().min(most.max(1) as u64);
+        let run = BlockRange { start: first, end: BlockIndex(end.min(first.0 + most)) };
+        self.copy_runs([run], |run| self.give_back(queue, ticket, run)).await?;
+        Ok(Some(run.end))
+    }
+
+    /// The caller holds the locks of `blocks`.
+    async fn give_back(&self, queue: &IoQueue, ticket: &Ticket, blocks: BlockRange) -> Result<(), RequestError> {
         let chain = self.chain();
         if !matches!(chain.restore(), Restore::None) {
-            return Ok(Some(BlockIndex(block.0 + 1))); // What was discarded before may be wanted again.
+            return Ok(()); // What was discarded before may be wanted again.
         }
         let writer = chain.at(chain.at_epoch(ticket.epoch()));
         let pivot = writer.segment().pivot;
-        let is_wanted = self.discards.get(block);
-        if is_wanted && pivot >= writer.index && fate(writer, block) == (Fate::Now, pivot) {
-            let (at, len) = self.geometry.bytes(one);
-            writer.note(one);
-            chain.layer(pivot).image.release(queue, at, len).await?;
-            self.discards.clear(one);
+        if pivot < writer.index {
+            return Ok(());
         }
-        Ok(Some(BlockIndex(block.0 + 1)))
+        let is_due = |block| self.discards.get(block) && fate(writer, block) == (Fate::Now, pivot);
+        for run in those(blocks, is_due) {
+            let (at, len) = self.geometry.bytes(run);
+            writer.note(run);
+            chain.layer(pivot).image.release(queue, at, len).await?;
+            self.discards.clear(run);
+        }
+        Ok(())
+    }
+}
+
+/// What becomes of each of some blocks, as [`fate`] says it.
+fn fates(writer: VersionIn<'_>, blocks: BlockRange) -> SmallVec<[(BlockRange, (Fate, VersionIndex)); 1]> {
+    match writer.chain.live() == 0 && writer.chain.restoring().is_none() {
+        true => smallvec![(blocks, fate(writer, blocks.start))],
+        false => alike(blocks, |block| fate(writer, block)),
     }
 }
 

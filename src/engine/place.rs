@@ -11,6 +11,7 @@
 //! - A *freed* place, of a log, is given back when its entry's deletion is durable, if nothing came there since. A take-up
 //!   has forgotten it; the room comes back with the log's end.
 
+use super::runs::alike;
 use super::{Chain, Disk, Log, Mode, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
@@ -112,38 +113,36 @@ impl Disk {
         }
     }
 
-    /// Some freed places of a log.
+    /// Some freed places of a log: neighbours together.
     pub(super) fn some_freed(&self, index: VersionIndex, log: &Log) -> Vec<Freed> {
-        let next = |from: Option<BlockIndex>| log.freed.next_set(from.map_or(BlockIndex(0), |b| BlockIndex(b.0 + 1)));
-        let blocks = std::iter::successors(next(None), |&block| next(Some(block))).take(RECLAIMED_MAX);
-        let freed = |block| Freed { index, block, generation: self.locks.generation(BlockRange::one(block)) };
-        blocks.map(freed).collect()
+        let runs = self.next_runs(BlockIndex(0), RECLAIMED_MAX, |from| log.freed.next_set(from));
+        runs.into_iter().map(|blocks| Freed { index, blocks, generation: self.locks.generation(blocks) }).collect()
     }
 
-    /// Gives the place of a deleted entry back, unless the block has an entry again. One that it had meanwhile may be
-    /// durable although it is deleted again: then the place waits for the next flush.
+    /// Gives the places of deleted entries back, unless a block has an entry again. One that some of the blocks had meanwhile
+    /// may be durable although it is deleted again: then the places wait for the next flush.
     pub(super) async fn reclaim(&self, queue: &IoQueue, chain: &Chain, place: Freed) {
         let Some(log) = chain.layer(place.index).log() else { return };
-        let one = BlockRange::one(place.block);
-        let _guard = self.locks.acquire(one, Mode::Exclusive).await;
-        let is_same = self.locks.generation(one) == place.generation;
-        if !is_same && !log.table.table().get(place.block) {
-            return;
-        }
-        log.freed.clear(one);
-        if log.table.table().get(place.block) {
-            return;
-        }
-        let (at, len) = self.geometry.bytes(one);
-        if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
-            log::warn!("the space of superseded blocks is not given back: {e}");
+        let _guard = self.locks.acquire(place.blocks, Mode::Exclusive).await;
+        let is_same = self.locks.generation(place.blocks) == place.generation;
+        for (run, is_held) in alike(place.blocks, |block| log.table.table().get(block)) {
+            if is_same || is_held {
+                log.freed.clear(run);
+            }
+            if !is_same || is_held {
+                continue;
+            }
+            let (at, len) = self.geometry.bytes(run);
+            if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
+                log::warn!("the space of superseded blocks is not given back: {e}");
+            }
         }
     }
 }
 
-/// The place of a deleted entry, and the generation of its block's lock after that.
+/// Places of deleted entries, and the generation of their blocks' locks after that.
 pub(super) struct Freed {
     index: VersionIndex,
-    block: BlockIndex,
+    blocks: BlockRange,
     generation: u64,
 }

@@ -35,16 +35,16 @@ struct CarryingOut<'a>(&'a Disk);
 impl CopyStep for CarryingOut<'_> {
     type Error = RequestError;
 
-    const SIDE_BY_SIDE: usize = 1;
+    const SIDE_BY_SIDE: usize = 16;
 
     async fn copy(
         &mut self,
         queue: &IoQueue,
         ticket: &Ticket,
         from: BlockIndex,
-        _most: usize,
+        most: usize,
     ) -> Result<Option<Copied>, RequestError> {
-        let next = self.0.carry_out_discard(queue, ticket, from).await?;
+        let next = self.0.carry_out_discard(queue, ticket, from, most).await?;
         Ok(next.map(|next| Copied { next, bytes: 0 }))
     }
 }

@@ -137,7 +137,7 @@ fn a_discard_is_noted_when_it_is_carried_out() {
     a.frozen[0].set_leaves_mark(true);
     bench.retire(&a.frozen[0]);
     let (disk, queue, ticket) = (bench.disk.clone(), bench.queue.clone(), bench.ticket());
-    bench.run(async move { disk.carry_out_discard(&queue, &ticket, BlockIndex(0)).await.unwrap() });
+    bench.run(async move { disk.carry_out_discard(&queue, &ticket, BlockIndex(0), 1).await.unwrap() });
     assert_eq!(since(&bench, &a.frozen[0]), [1, 2]);
 }
 

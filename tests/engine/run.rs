@@ -568,7 +568,7 @@ impl Run {
             let mut at = BlockIndex(0);
             loop {
                 let ticket = lane.enter();
-                match disk.carry_out_discard(&queue, &ticket, at).await {
+                match disk.carry_out_discard(&queue, &ticket, at, 2).await {
                     Ok(Some(next)) => at = next,
                     Ok(None) => break,
                     Err(e) => return world.borrow_mut().fail(format!("carrying out discards: {e}")),

@@ -19,6 +19,8 @@ use crate::sim::{self, Rng, Scheduler};
 
 /// A job that copies runs does so many blocks side by side.
 const SIDE_BY_SIDE: usize = 32;
+/// A run that is given back in one step has so many blocks.
+const NEIGHBOURS: usize = 16;
 /// Some more than a job does side by side.
 const BLOCKS: usize = SIDE_BY_SIDE + 5;
 
@@ -208,7 +210,7 @@ fn completing_a_volume_holds_up_each_run_by_itself() {
 }
 
 #[test]
-fn carrying_out_discards_holds_up_one_block() {
+fn carrying_out_discards_holds_up_one_run() {
     check(|| {
         let bench = bench();
         let (cut, _) = bench.cut();
@@ -223,7 +225,7 @@ fn carrying_out_discards_holds_up_one_block() {
         job.spawn(async move { assert!(matches!(carry_out.await, Ok(Outcome::Done))) });
         let disk = bench.disk.clone();
         let done_blocks = Box::new(move || put_off - disk.discards().count());
-        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1, at_once: 1 }
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1, at_once: NEIGHBOURS }
     });
 }
 
