@@ -201,6 +201,14 @@ impl VersionIn<'_> {
     }
 }
 
+impl VersionIn<'_> {
+    /// Whether every block is noted as changed, so that there is nothing more to note.
+    pub(super) fn has_noted_all(self) -> bool {
+        let noted = self.version().changed().and_then(Changed::table);
+        noted.is_some_and(|table| table.count() == table.blocks())
+    }
+}
+
 impl ChainEditor {
     /// Takes a mark away; what was noted for it goes to the next newer one.
     pub fn forget_mark(&self, disk: &Disk, id: VersionId) {

@@ -124,7 +124,8 @@ impl Disk {
     }
 
     /// Sets in `pending` each block that the live version has in another place than what is to be restored: the others
-    /// show the same bytes already. They are noted as changed. Changes of the disk must be held up.
+    /// show the same bytes already. They are noted as changed. Changes of the disk must be held up; what was found before
+    /// that is found at once.
     ///
     /// # Errors
     /// When there is no room for the bits.
@@ -140,10 +141,7 @@ impl Disk {
     /// # Errors
     /// When there is no room for the bits.
     pub fn add_changes(&self, changed: &[Changes], pending: &Table) -> std::io::Result<()> {
-        for run in changed.iter().flat_map(Changes::runs) {
-            pending.prepare(run)?;
-            pending.set(run);
-        }
+        changed.iter().flat_map(Changes::runs).try_for_each(|run| pending.add(run))?;
         self.note_pending(pending);
         Ok(())
     }
@@ -151,6 +149,9 @@ impl Disk {
     fn note_pending(&self, pending: &Table) {
         // What the live version shows there changes when the restore begins, long before the bytes do.
         let chain = self.chain();
+        if chain.at(chain.live()).has_noted_all() {
+            return;
+        }
         let mut next = pending.next_set(BlockIndex(0));
         while let Some(start) = next {
             let end = pending.next_clear(start).unwrap_or(BlockIndex(self.geometry.blocks()));
@@ -258,9 +259,8 @@ fn all_of(disk: &Disk) -> BlockRange {
 }
 
 fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
-    pending.prepare(all_of(disk))?;
-    pending.set(all_of(disk));
-    Ok(())
+    // Nobody else changes it, so the count says it.
+    if pending.count() < disk.geometry.blocks() { pending.add(all_of(disk)) } else { Ok(()) }
 }
 
 /// Adds the blocks that a version has itself.

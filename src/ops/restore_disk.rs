@@ -184,26 +184,30 @@ impl Manager {
             true => RestoreSource::Own(record.source),
             false => RestoreSource::View(View::of(source.disk.clone(), record.source, &record.from)),
         };
-        let closed = self.editor.close(&disk.disk, false);
-        let (of, from) = (disk.disk.clone(), restored.clone());
         // An independent volume shares no place with the disk, but it may be known what both have changed since they did.
         let relation = locked(&source.relations).stood_on.clone().filter(|_| !record.is_own);
         let origin = relation.map(|was| (source.disk.clone(), was.origin, was.snapshot));
         let version = record.source;
-        let work = async move |queue: IoQueue| {
-            let changed = || {
-                let (volume, origin, snapshot) = origin?;
-                let both = [volume.changes(origin, Some(version)).ok()?, of.changes(snapshot, None).ok()?];
-                let is_alike = volume.geometry().block_bytes == of.geometry().block_bytes;
-                is_alike.then_some(both)
-            };
-            let done = find_pending(&of, &from, changed, &pending, &queue).await;
-            if done.is_err() {
-                forget_pending(&pending, &queue).await?;
-            }
-            done.map(|()| pending)
+        let find = |pending: DurableTable| {
+            let (of, from, origin) = (disk.disk.clone(), restored.clone(), origin.clone());
+            in_ring(&*self.host, async move |queue: IoQueue| {
+                let changed = || {
+                    let (volume, origin, snapshot) = origin?;
+                    let both = [volume.changes(origin, Some(version)).ok()?, of.changes(snapshot, None).ok()?];
+                    let is_alike = volume.geometry().block_bytes == of.geometry().block_bytes;
+                    is_alike.then_some(both)
+                };
+                let done = find_pending(&of, &from, changed, &pending, &queue).await;
+                if done.is_err() {
+                    forget_pending(&pending, &queue).await?;
+                }
+                done.map(|()| pending)
+            })
         };
-        let pending = in_ring(&*self.host, work)?;
+        // Once before requests wait: what is found again then costs little.
+        let pending = find(pending)?;
+        let closed = self.editor.close(&disk.disk, false);
+        let pending = find(pending)?;
         crash::point("before a restore is recorded");
         let active = RestoreRecord { is_active: true, ..record.clone() };
         let recorded = self.records.put(&[&DiskRecord { restore: Some(active.clone()), ..disk.to_record() }]);

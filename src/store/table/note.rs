@@ -29,7 +29,24 @@ impl Table {
         Ok(())
     }
 
-    /// Sets every bit that is set in `other`, a table for as many blocks or fewer.
+    /// Sets the bits of `range` in a table that nobody else changes meanwhile, and faults in what that needs: a bit that is
+    /// set already is no change.
+    ///
+    /// # Errors
+    /// When no page can be had. Some of the bits may be set then, and some are not.
+    pub fn add(&self, range: BlockRange) -> io::Result<()> {
+        words_of(range).try_for_each(|(index, bits)| self.add_word(index, bits))
+    }
+
+    fn add_word(&self, index: u64, bits: u64) -> io::Result<()> {
+        if bits & !self.word_at(index) != 0 {
+            self.or_word(index, bits)?;
+            self.note_change(BlockRange { start: BlockIndex(index * 64), end: BlockIndex((index + 1) * 64) });
+        }
+        Ok(())
+    }
+
+    /// Sets every bit that is set in `other`, a table for as many blocks or fewer. Nobody else changes this one meanwhile.
     ///
     /// # Errors
     /// When no page can be had. Some of the bits may be set then, and some are not.
@@ -37,11 +54,7 @@ impl Table {
         debug_assert!(other.blocks <= self.blocks, "it has room for all of them");
         let mut next = other.next_word(0);
         while let Some(index) = next {
-            let bits = other.word_at(index);
-            if bits != 0 {
-                self.or_word(index, bits)?;
-                self.note_change(BlockRange { start: BlockIndex(index * 64), end: BlockIndex((index + 1) * 64) });
-            }
+            self.add_word(index, other.word_at(index))?;
             next = other.next_word(index + 1);
         }
         Ok(())
