@@ -7,6 +7,7 @@ mod alone;
 mod background;
 mod bench;
 mod changes;
+mod costs;
 mod faults;
 mod figures;
 mod flips;
