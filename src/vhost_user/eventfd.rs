@@ -5,12 +5,13 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 /// An eventfd of the frontend's.
 #[derive(Debug)]
 pub(super) struct EventFd {
-    fd: OwnedFd,
+    fd: Arc<File>,
 }
 
 impl EventFd {
@@ -19,7 +20,7 @@ impl EventFd {
     /// # Errors
     /// When it is not an eventfd.
     pub(super) fn from_frontend(file: File) -> io::Result<EventFd> {
-        let fd = OwnedFd::from(file);
+        let fd = Arc::new(file);
         let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
         let is_eventfd = match link {
             Ok(target) => target.as_os_str() == "anon_inode:[eventfd]",
@@ -32,13 +33,18 @@ impl EventFd {
         Ok(EventFd { fd })
     }
 
+    /// The descriptor.
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.fd
+    }
+
     /// Adds one to the count.
     pub(super) fn signal(&self) {
         // A blocking eventfd whose count is full would block us; such a count wakes the frontend anyway.
-        let mut poll = [rustix::event::PollFd::new(&self.fd, rustix::event::PollFlags::OUT)];
+        let mut poll = [rustix::event::PollFd::new(&*self.fd, rustix::event::PollFlags::OUT)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let written = match rustix::event::poll(&mut poll, Some(&now)) {
-            Ok(1..) => rustix::io::write(self.fd.as_fd(), &1u64.to_ne_bytes()).map(drop),
+            Ok(1..) => rustix::io::write(&*self.fd, &1u64.to_ne_bytes()).map(drop),
             Ok(_) => Ok(()),
             Err(e) => Err(e),
         };
@@ -47,11 +53,5 @@ impl EventFd {
         {
             log::debug!("cannot signal the frontend: {e}");
         }
-    }
-}
-
-impl AsRawFd for EventFd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
     }
 }

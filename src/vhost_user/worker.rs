@@ -12,7 +12,6 @@
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -357,7 +356,7 @@ impl Loop {
             }
         }
         self.waiting = match &self.kick {
-            Some(Kick::Event(fd)) => Some(self.shared.queue.event(fd.as_raw_fd())),
+            Some(Kick::Event(fd)) => Some(self.shared.queue.event(fd.file())),
             Some(Kick::Poll) => Some(self.shared.queue.sleep(POLL_INTERVAL)),
             None => None,
         };
