@@ -9,6 +9,7 @@
 //!
 //! What this room does not know: blocks, versions, guests. Positions are byte offsets.
 
+mod bell;
 mod budget;
 mod buffer;
 mod error;
@@ -21,6 +22,7 @@ mod queue;
 mod transfer;
 mod unsynced;
 
+pub use bell::Bell;
 pub use budget::{Budget, Share};
 pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
 pub use error::{ImageError, ImageErrorKind, ImageOp};
