@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 const UNSAFE_FILES: &[&str] = &[
     "src/bin/vhost-user-halfsilver-blk.rs",
     "src/daemon/mod.rs",
+    "src/image/bell.rs",
     "src/image/buffer.rs",
     "src/image/file.rs",
     "src/image/lock.rs",
@@ -22,6 +23,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/store/table.rs",
     "src/vhost_user/features.rs",
     "src/vhost_user/inflight.rs",
+    "src/vhost_user/mapping.rs",
     "src/vhost_user/memory.rs",
     "src/vhost_user/request.rs",
     "src/vhost_user/ring.rs",

@@ -29,8 +29,8 @@ use self::intent::Intent;
 use self::state::{Shape, State};
 
 use crate::image::{
-    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, release_range,
-    sync, try_release_range, write_all_at, zero_range,
+    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_by_copy, read_exact_at,
+    release_range, sync, try_release_range, write_all_at, zero_range,
 };
 use crate::store::{BlockRange, TableError};
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -144,18 +144,28 @@ impl Pair {
         let Some(other) = places.next() else {
             return read_exact_at(image_of(&state, first), queue, at, buf).await;
         };
-        let again = match &buf {
+        let guest = match &buf {
             IoBuf::Guest(guest) => Some(guest.clone()),
             _ => None,
         };
         let len = buf.len();
-        let error = match read_exact_at(image_of(&state, first), queue, at, buf).await {
+        let mut error = match read_exact_at(image_of(&state, first), queue, at, buf).await {
             Ok(buf) => return Ok(buf),
             Err(error) => error,
         };
-        let buf = again.map_or_else(|| IoBuf::Owned(AlignedBuf::zeroed(len)), IoBuf::Guest);
-        // If both refuse it may be the buffer's fault, and nobody is dropped.
-        let Ok(buf) = read_exact_at(image_of(&state, other), queue, at, buf).await else { return Err(error) };
+        if let Some(guest) = guest.as_ref().filter(|_| error.may_be_of_memory()) {
+            // It may be the guest's memory that failed, for a moment only: a leg is judged by what memory of our own gets.
+            match read_by_copy(image_of(&state, first), queue, at, guest).await {
+                Ok(()) => return Ok(IoBuf::Guest(guest.clone())),
+                Err(again) => error = again,
+            }
+        }
+        let from_other = match guest {
+            Some(guest) => read_by_copy(image_of(&state, other), queue, at, &guest).await.map(|()| IoBuf::Guest(guest)),
+            None => read_exact_at(image_of(&state, other), queue, at, IoBuf::Owned(AlignedBuf::zeroed(len))).await,
+        };
+        // If both refuse nobody is dropped.
+        let Ok(buf) = from_other else { return Err(error) };
         let version = self.drop_failed(&state, &[first, other], &[(first, error)]).0;
         self.core.settle(queue, version).await?;
         Ok(buf)

@@ -134,12 +134,15 @@ impl Disk {
             let mut plans = part.blocks.iter().map(|block| BlockPlan::decide(writer, block, is_whole(block)));
             if plans.any(|plan| excludes(&chain, &plan)) { Mode::Exclusive } else { Mode::Shared }
         };
+        let mut will_copy = mode == Mode::Exclusive;
         loop {
+            // Before the locks: whoever has them goes on without waiting for memory.
+            let share = if will_copy { Some(queue.copies().take(self.copied_by(&part)).await) } else { None };
             let guard = self.locks.acquire(part.blocks, mode).await;
             // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
             let chain = self.chain();
             if let Some(gate) = chain.restore().gate() {
-                drop(guard);
+                drop((guard, share));
                 gate.opened().await;
                 continue;
             }
@@ -147,13 +150,25 @@ impl Disk {
                 return Err(RequestError::Broken(reason.clone()));
             }
             let plan = decide(&chain);
-            if guard.mode() == Mode::Shared && plan.runs.iter().any(|run| excludes(&chain, &run.plan)) {
+            let is_alone = plan.runs.iter().any(|run| excludes(&chain, &run.plan));
+            will_copy |= is_alone || plan.single_target().is_none();
+            if is_alone && guard.mode() == Mode::Shared {
                 mode = Mode::Exclusive;
+                drop(guard);
+                continue;
+            }
+            if will_copy && share.is_none() {
                 drop(guard);
                 continue;
             }
             return self.write_planned(queue, &chain, plan, || decide(&chain), part, data).await;
         }
+    }
+
+    /// The memory that a part may take while it is carried out: a copy of its bytes, what is saved of its blocks, and what
+    /// fills them.
+    fn copied_by(&self, part: &Part) -> u64 {
+        3 * part.blocks.count() * u64::from(self.geometry.block_bytes)
     }
 
     /// Carries out a plan that was decided under the part's locks; `again` decides it anew when a version was given up.

@@ -82,6 +82,13 @@ impl ImageError {
         ImageError { kind, op, path: path.into(), at, message: source.to_string(), errno: source.raw_os_error() }
     }
 
+    /// Whether the memory of the transfer may be to blame, and not the image.
+    #[must_use]
+    pub fn may_be_of_memory(&self) -> bool {
+        let of_memory = [libc::EFAULT, libc::ENOMEM, libc::EHWPOISON, libc::EINVAL, libc::EREMOTEIO, libc::EOPNOTSUPP];
+        self.errno.is_some_and(|errno| of_memory.contains(&errno))
+    }
+
     /// An error found here.
     pub fn new(kind: ImageErrorKind, op: ImageOp, path: impl Into<PathBuf>, message: impl Into<String>) -> ImageError {
         ImageError { kind, op, path: path.into(), at: None, message: message.into(), errno: None }

@@ -4,6 +4,7 @@
 //! ring waits for. A task that is ready is polled once for any number of wake-ups.
 
 use std::cell::{Cell, RefCell};
+use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -11,8 +12,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::ThreadId;
-
-use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::{Completion, IoQueue, RingOptions};
 
@@ -26,7 +25,7 @@ thread_local! {
 struct ReadyList {
     owner: ThreadId,
     tasks: Mutex<Vec<u32>>,
-    event: OwnedFd,
+    event: Arc<File>,
 }
 
 impl ReadyList {
@@ -39,7 +38,7 @@ impl ReadyList {
 
     fn signal(&self) {
         // An eventfd refuses only when its count is full, and then it is signalled already.
-        if let Err(e) = rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
+        if let Err(e) = rustix::io::write(&*self.event, &1u64.to_ne_bytes()) {
             log::error!("cannot wake a worker: {e}");
         }
     }
@@ -99,7 +98,7 @@ impl Executor {
     /// # Errors
     /// When the kernel refuses a ring or an eventfd.
     pub fn new(options: RingOptions) -> io::Result<Executor> {
-        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?;
+        let event = Arc::new(File::from(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?));
         let ready = ReadyList { owner: std::thread::current().id(), tasks: Mutex::new(Vec::new()), event };
         Ok(Executor {
             slots: RefCell::new(Vec::new()),
@@ -192,7 +191,7 @@ impl Executor {
             None => false,
         };
         if !armed {
-            *wake_up = Some(self.queue.event(self.ready.event.as_raw_fd()));
+            *wake_up = Some(self.queue.event(&self.ready.event));
         }
     }
 
@@ -247,6 +246,24 @@ pub fn block_on<T: 'static>(future: impl AsyncFnOnce(IoQueue) -> T + 'static) ->
 mod tests {
     use super::*;
     use std::time::{Duration, Instant};
+
+    /// So its number is nobody else's when the kernel comes to look at it.
+    #[test]
+    fn what_was_not_submitted_yet_keeps_its_file() {
+        let queue = IoQueue::with_ring(RingOptions { entries: 8 }).unwrap();
+        let file = || Arc::new(File::from(rustix::event::eventfd(5, rustix::event::EventfdFlags::CLOEXEC).unwrap()));
+        let (taken, left) = (file(), file());
+        let files = [Arc::downgrade(&taken), Arc::downgrade(&left)];
+        let held = || files.each_ref().map(|file| file.strong_count());
+        let (first, _second, abandoned) = (queue.event(&taken), queue.event(&taken), queue.event(&left));
+        drop((taken, left, abandoned));
+        assert_eq!(held(), [1, 1]);
+        while queue.in_flight() > 1 {
+            queue.turn(true).unwrap();
+        }
+        assert_eq!(held(), [1, 0], "one still waits for the first");
+        drop((first, queue));
+    }
 
     #[test]
     fn operations_finish_although_the_thread_never_has_time_to_wait() {

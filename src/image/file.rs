@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::{
@@ -42,7 +42,7 @@ const LOCK_RETRY: Duration = Duration::from_millis(5);
 /// A raw file or a block device.
 #[derive(Debug)]
 pub struct FileImage {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     /// Its name since it was renamed.
     moved: OnceLock<PathBuf>,
@@ -162,7 +162,7 @@ impl FileImage {
         let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
         let poisoned = AtomicBool::new(false);
         Ok(FileImage {
-            file,
+            file: Arc::new(file),
             path: path.to_owned(),
             moved: OnceLock::new(),
             size_bytes,
@@ -187,7 +187,7 @@ impl Image for FileImage {
         if self.is_in_memory && inline::fits(&ticket) {
             return inline::carry_out(self.file.as_fd(), ticket);
         }
-        queue.submit_on_file(self.file.as_raw_fd(), ticket);
+        queue.submit_on_file(&self.file, ticket);
     }
 
     fn path(&self) -> &Path {

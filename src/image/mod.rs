@@ -1,7 +1,7 @@
 //! Images: containers of bytes at positions, and the ring that moves those bytes.
 //!
 //! What always holds:
-//! - A buffer given to an operation stays with [`IoQueue`] until the kernel has finished with it,
+//! - A buffer given to an operation stays with [`IoQueue`] until the kernel has finished with it, and so does the file,
 //!   even when the future that waits for it is dropped.
 //! - A transfer that moved fewer bytes than asked for is continued or reported, never called done.
 //! - A failed sync poisons the image: later syncs and writes fail too (the kernel may have dropped
@@ -9,6 +9,8 @@
 //!
 //! What this room does not know: blocks, versions, guests. Positions are byte offsets.
 
+mod bell;
+mod budget;
 mod buffer;
 mod error;
 mod executor;
@@ -20,6 +22,8 @@ mod queue;
 mod transfer;
 mod unsynced;
 
+pub use bell::Bell;
+pub use budget::{Budget, Share};
 pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
 pub use error::{ImageError, ImageErrorKind, ImageOp};
 pub use executor::{Executor, RemoteWaker, block_on};
@@ -27,7 +31,9 @@ pub use file::{Direct, FileImage, ImageOptions};
 pub use join::join_all;
 pub use lock::LockMode;
 pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
-pub use transfer::{needs_sync, read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range};
+pub use transfer::{
+    needs_sync, read_by_copy, read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range,
+};
 pub use unsynced::Unsynced;
 
 use std::fmt;

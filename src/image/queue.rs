@@ -1,8 +1,9 @@
 //! One worker's I/O queue: operations in flight, the ring that carries them, and who waits for them.
 //!
 //! What always holds:
-//! - An operation's buffer lives in its slot from [`IoQueue::begin`] until the kernel (or the simulated
-//!   image) has finished it; a dropped [`Completion`] only abandons the answer, never the buffer.
+//! - An operation's buffer and the file that it names by number live in its slot from [`IoQueue::begin`] until the kernel
+//!   (or the simulated image) has finished it; a dropped [`Completion`] only abandons the answer, never those two. So no
+//!   number is ever somebody else's by the time that the kernel looks at it.
 //! - The kernel is given slot numbers with a generation, never addresses or guest-given indices; a completion that
 //!   does not match its slot is a bug and panics.
 //! - Dropping the queue cancels what only waits (events, timers) and waits for everything else.
@@ -10,17 +11,19 @@
 //! A queue belongs to one thread. It does no polling when nothing is ready: [`IoQueue::turn`] sleeps in the kernel.
 
 use std::cell::{Cell, RefCell};
+use std::fs::File;
 use std::future::Future;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::{ByteOffset, Image, IoBuf, IoSegment};
+use super::{Budget, ByteOffset, Image, IoBuf, IoSegment};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,14 +83,25 @@ struct Slot {
     state: SlotState,
     kind: OpKind,
     buf: IoBuf,
-    // Arrays the kernel reads after submission returns to us; they stay here until completion.
+    // What the kernel reads after submission returns to us stays here until completion: the file, too, because what is
+    // submitted may be looked at later.
+    file: Option<Held>,
     segments: Vec<IoSegment>,
     timespec: Box<types::Timespec>,
     event: Box<u64>,
 }
 
+/// A file that operations in flight name by its number. Those of one queue share it: a count that threads share is only
+/// touched when the first one begins and the last one ends.
+type Held = Rc<Arc<File>>;
+
+/// The bytes of copies that a queue of our own may have at once.
+const COPIES_BYTES_MAX: u64 = 32 << 20;
+
 struct Inner {
     slots: RefCell<Vec<Slot>>,
+    held: RefCell<Vec<Weak<Arc<File>>>>,
+    copies: RefCell<Arc<Budget>>,
     free: RefCell<Vec<u32>>,
     in_flight: Cell<usize>,
     ring: RefCell<Option<IoUring>>,
@@ -149,6 +163,8 @@ impl IoQueue {
         IoQueue {
             inner: Rc::new(Inner {
                 slots: RefCell::new(Vec::new()),
+                held: RefCell::new(Vec::new()),
+                copies: RefCell::new(Budget::new(COPIES_BYTES_MAX)),
                 free: RefCell::new(Vec::new()),
                 in_flight: Cell::new(0),
                 ring: RefCell::new(ring),
@@ -164,6 +180,17 @@ impl IoQueue {
         self.inner.in_flight.get()
     }
 
+    /// What copies of a guest's bytes are taken from.
+    #[must_use]
+    pub fn copies(&self) -> Arc<Budget> {
+        self.inner.copies.borrow().clone()
+    }
+
+    /// Takes them from this budget from now on, which other queues may share.
+    pub fn share_copies(&self, budget: Arc<Budget>) {
+        self.inner.copies.replace(budget);
+    }
+
     /// Starts an operation on `image` at `at`, with the buffer from byte `skip` on.
     #[must_use]
     pub fn begin(&self, image: &dyn Image, kind: OpKind, at: ByteOffset, buf: IoBuf, skip: usize) -> Completion {
@@ -175,10 +202,14 @@ impl IoQueue {
 
     /// Waits for an eventfd to be signalled and takes its count.
     #[must_use]
-    pub fn event(&self, fd: RawFd) -> Completion {
+    pub fn event(&self, file: &Arc<File>) -> Completion {
         let (slot, generation) = self.reserve(OpKind::Event, IoBuf::None);
-        let address: *mut u64 = &mut *self.inner.slots.borrow_mut()[slot as usize].event;
-        let entry = opcode::Read::new(types::Fd(fd), address.cast(), 8).build();
+        let address: *mut u64 = {
+            let slot = &mut self.inner.slots.borrow_mut()[slot as usize];
+            slot.file = Some(self.inner.hold(file));
+            &mut *slot.event
+        };
+        let entry = opcode::Read::new(types::Fd(file.as_raw_fd()), address.cast(), 8).build();
         self.push(entry, slot, generation);
         Completion { inner: self.inner.clone(), slot, generation, taken: false }
     }
@@ -221,15 +252,16 @@ impl IoQueue {
         ring.as_mut().is_some_and(|ring| !ring.completion().is_empty() || kernel_has_work(ring))
     }
 
-    /// Gives a ticket's operation to this queue's ring, as a transfer on `fd`.
+    /// Gives a ticket's operation to this queue's ring, as a transfer on `file`.
     ///
     /// # Panics
     /// On a queue without a ring: files need one.
-    pub(super) fn submit_on_file(&self, fd: RawFd, mut ticket: OpTicket) {
-        let fd = types::Fd(fd);
+    pub(super) fn submit_on_file(&self, file: &Arc<File>, mut ticket: OpTicket) {
+        let fd = types::Fd(file.as_raw_fd());
         let entry = {
             let mut slots = self.inner.slots.borrow_mut();
             let slot = &mut slots[ticket.slot as usize];
+            slot.file = Some(self.inner.hold(file));
             let at = ticket.at.0;
             if ticket.skip > 0 {
                 slot.segments = slot.buf.rest_segments(ticket.skip);
@@ -326,6 +358,7 @@ impl IoQueue {
             state,
             kind,
             buf,
+            file: None,
             segments: Vec::new(),
             timespec: Box::new(types::Timespec::new()),
             event: Box::new(0),
@@ -342,8 +375,7 @@ impl IoQueue {
         let ring = ring.as_mut().expect("an operation on a file needs a queue with a ring");
         loop {
             // SAFETY: every address in the entry points into its slot (buffer, segment array, timespec, event), which
-            // keeps them until finish() sees the completion; files stay open in their image, which the
-            // awaiting task holds, or which Drop waits for.
+            // keeps them, and the file, until finish() sees the completion.
             if unsafe { ring.submission().push(entry) }.is_ok() {
                 let waiting = ring.submission().len();
                 self.inner.unsubmitted.set(true);
@@ -400,6 +432,18 @@ fn completion_result(cqe: &cqueue::Entry) -> i32 {
 }
 
 impl Inner {
+    /// Keeps a file open for one more operation.
+    fn hold(&self, file: &Arc<File>) -> Held {
+        let mut held = self.held.borrow_mut();
+        if let Some(same) = held.iter().filter_map(Weak::upgrade).find(|same| Arc::ptr_eq(same, file)) {
+            return same;
+        }
+        held.retain(|other| other.strong_count() > 0);
+        let new = Rc::new(file.clone());
+        held.push(Rc::downgrade(&new));
+        new
+    }
+
     /// Records an operation's result. Returns the waker to call once no borrow is held.
     fn finish(&self, index: u32, generation: u32, result: i32) -> Option<Waker> {
         let mut slots = self.slots.borrow_mut();
@@ -408,8 +452,9 @@ impl Inner {
         let SlotState::InFlight { waker, abandoned } = &mut slot.state else {
             panic!("operation completed twice");
         };
-        let waker = waker.take();
-        if *abandoned {
+        let (waker, abandoned) = (waker.take(), *abandoned);
+        slot.file = None;
+        if abandoned {
             self.release(slot, index);
         } else {
             slot.state = SlotState::Done(result);
@@ -610,8 +655,6 @@ impl Drop for Completion {
         if self.taken {
             return;
         }
-        // The image may go as soon as we return, and with it a file that a held-back submission names by number.
-        self.inner.submit();
         let mut slots = self.inner.slots.borrow_mut();
         let slot = &mut slots[self.slot as usize];
         match &mut slot.state {

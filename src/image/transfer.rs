@@ -1,4 +1,7 @@
 //! Whole transfers on an image: continued when short, bounced when misaligned, checked at the end.
+//!
+//! What always holds: what is bounced is bounced in pieces, and their bytes are taken from the queue's budget, so that no
+//! guest decides how much memory its requests cost.
 
 use std::io;
 
@@ -8,6 +11,9 @@ use super::{
 
 /// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
 const ZERO_CHUNK_BYTES: u64 = 1 << 20;
+
+/// The most bytes of a guest that are copied at once.
+const COPY_BYTES_MAX: usize = 1 << 20;
 
 /// Reads until `buf` is full. Gives the buffer back.
 ///
@@ -27,17 +33,60 @@ pub async fn read_exact_at(
     if at.0.is_multiple_of(offset_bytes) && guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes) {
         return transfer(image, queue, OpKind::Read, at, buf).await;
     }
-    // The guest's buffer or position does not fit the device: read the covering range and copy.
-    let from = at.0 / offset_bytes * offset_bytes;
-    let to = (at.0 + guest.len() as u64).next_multiple_of(offset_bytes);
-    let len = usize::try_from(to - from).expect("transfers are bounded far below 4 GiB");
-    let cover = IoBuf::Owned(AlignedBuf::zeroed(len));
-    let IoBuf::Owned(cover) = transfer(image, queue, OpKind::Read, ByteOffset(from), cover).await? else {
-        unreachable!("a transfer gives back the buffer it was given")
-    };
-    let skip = usize::try_from(at.0 - from).expect("less than one alignment unit");
-    guest.copy_in(&cover[skip..skip + guest.len()]);
+    // The guest's buffer or position does not fit the device.
+    Box::pin(read_by_copy(image, queue, at, guest)).await?;
     Ok(buf)
+}
+
+/// As [`read_exact_at`], through memory of our own: what fails here is not the guest's memory.
+///
+/// # Errors
+/// As for [`read_exact_at`].
+pub async fn read_by_copy(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    guest: &GuestBuf,
+) -> Result<(), ImageError> {
+    let unit = u64::from(image.alignment().offset_bytes);
+    for piece in pieces(guest.len()) {
+        let here = at.add(piece.start as u64);
+        let from = here.0 / unit * unit;
+        let len = (here.0 + piece.len() as u64).next_multiple_of(unit) - from;
+        let _share = queue.copies().take(len).await;
+        let len = usize::try_from(len).expect("a piece and two units of alignment");
+        let cover = IoBuf::Owned(AlignedBuf::scratch(len));
+        let IoBuf::Owned(cover) = transfer(image, queue, OpKind::Read, ByteOffset(from), cover).await? else {
+            unreachable!("a transfer gives back the buffer it was given")
+        };
+        let skip = usize::try_from(here.0 - from).expect("less than one alignment unit");
+        guest.slice(piece.clone()).copy_in(&cover[skip..skip + piece.len()]);
+        cover.recycle();
+    }
+    Ok(())
+}
+
+async fn write_by_copy(
+    image: &dyn Image,
+    queue: &IoQueue,
+    at: ByteOffset,
+    guest: &GuestBuf,
+    durable: bool,
+) -> Result<(), ImageError> {
+    for piece in pieces(guest.len()) {
+        let here = at.add(piece.start as u64);
+        let _share = queue.copies().take(piece.len() as u64).await;
+        let copy = IoBuf::Owned(guest.slice(piece).copy_out());
+        if let IoBuf::Owned(copy) = transfer(image, queue, OpKind::Write { durable }, here, copy).await? {
+            copy.recycle();
+        }
+    }
+    Ok(())
+}
+
+/// Ranges of `len` bytes, each short enough to be copied at once.
+fn pieces(len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..len).step_by(COPY_BYTES_MAX).map(move |from| from..len.min(from + COPY_BYTES_MAX))
 }
 
 /// Writes all of `buf`; with `durable`, completes only when it is on stable storage.
@@ -57,19 +106,18 @@ pub async fn write_all_at(
         return Err(poisoned(image, ImageOp::Write));
     }
     let alignment = image.alignment();
-    let buf = match buf {
-        IoBuf::Guest(guest) if !guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes) => {
-            IoBuf::Owned(guest.copy_out())
-        }
-        other => other,
-    };
     let _changed = Changed(image);
-    let result = transfer(image, queue, OpKind::Write { durable }, at, buf).await;
+    let result = match &buf {
+        IoBuf::Guest(guest) if !guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes) => {
+            Box::pin(write_by_copy(image, queue, at, guest, durable)).await
+        }
+        _ => transfer(image, queue, OpKind::Write { durable }, at, buf).await.map(drop),
+    };
     if durable && result.as_ref().is_err_and(leaves_doubt) {
         // As after a failed sync: nobody can say what is on the medium.
         image.poison();
     }
-    result.map(drop)
+    result
 }
 
 /// Makes `len` bytes at `at` read as zeros; `unmap` gives the storage back where the container can.

@@ -1,57 +1,45 @@
 //! The eventfds that frontends hand over: kick, call and err.
 //!
 //! A frontend can hand over any descriptor. One that is not an eventfd is refused: reading `/dev/zero` for kicks would
-//! never end, and writing to a file or a full pipe for calls could destroy something or block.
+//! never end, and writing to a file or a full pipe for calls could destroy something or block. So is an eventfd that
+//! counts as a semaphore: it is ready again after each read, and its count can keep a thread at work for centuries.
+//!
+//! What is not decided here: whether it blocks. All who share it can change that at any time, so it is read by a ring,
+//! which waits without a thread, and signalled by a [`crate::image::Bell`], which never waits.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 /// An eventfd of the frontend's.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct EventFd {
-    fd: OwnedFd,
+    file: Arc<File>,
 }
 
 impl EventFd {
     /// Takes a descriptor that a frontend sent.
     ///
     /// # Errors
-    /// When it is not an eventfd.
+    /// When it is not an eventfd that counts, or nobody can tell.
     pub(super) fn from_frontend(file: File) -> io::Result<EventFd> {
-        let fd = OwnedFd::from(file);
-        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        let is_eventfd = match link {
-            Ok(target) => target.as_os_str() == "anon_inode:[eventfd]",
-            // Without /proc, at least no file, device, socket or pipe: those have a type.
-            Err(_) => rustix::fs::fstat(&fd)?.st_mode & libc::S_IFMT == 0,
-        };
-        if !is_eventfd {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is not an eventfd"));
+        let refused = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        let number = file.as_raw_fd();
+        if std::fs::read_link(format!("/proc/self/fd/{number}"))?.as_os_str() != "anon_inode:[eventfd]" {
+            return refused("the descriptor is not an eventfd");
         }
-        Ok(EventFd { fd })
+        // Kernels before 6.5 do not say so; such a kick is found out by its kicks that are in vain.
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        let is_semaphore = |line: &str| line.strip_prefix("eventfd-semaphore:").is_some_and(|is| is.trim() != "0");
+        if info.lines().any(is_semaphore) {
+            return refused("the descriptor is an eventfd in semaphore mode");
+        }
+        Ok(EventFd { file: Arc::new(file) })
     }
 
-    /// Adds one to the count.
-    pub(super) fn signal(&self) {
-        // A blocking eventfd whose count is full would block us; such a count wakes the frontend anyway.
-        let mut poll = [rustix::event::PollFd::new(&self.fd, rustix::event::PollFlags::OUT)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        let written = match rustix::event::poll(&mut poll, Some(&now)) {
-            Ok(1..) => rustix::io::write(self.fd.as_fd(), &1u64.to_ne_bytes()).map(drop),
-            Ok(_) => Ok(()),
-            Err(e) => Err(e),
-        };
-        if let Err(e) = written
-            && e != rustix::io::Errno::AGAIN
-        {
-            log::debug!("cannot signal the frontend: {e}");
-        }
-    }
-}
-
-impl AsRawFd for EventFd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+    /// The descriptor.
+    pub(super) fn file(&self) -> &Arc<File> {
+        &self.file
     }
 }

@@ -13,11 +13,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
-use vm_memory::FileOffset;
-use vm_memory::mmap::MmapRegion;
-
 use super::features::RING_ENTRIES_MAX;
-use super::sigbus::Guarded;
+use super::limits::Limits;
+use super::mapping::Mapping;
 
 // Of a queue's part: features u64, version u16, entries u16, last_batch_head u16, used_idx u16; then one state a head:
 // inflight u8, five unused bytes, next u16, counter u64.
@@ -38,9 +36,7 @@ const PART_ALIGN: usize = 64;
 /// The region of one connection.
 #[derive(Debug)]
 pub(super) struct InflightRegion {
-    // Before `mapping`: the registration must go before the memory does.
-    _guard: Guarded,
-    mapping: MmapRegion,
+    mapping: Mapping,
     queues: u16,
     entries: u16,
 }
@@ -81,12 +77,13 @@ impl InflightRegion {
     /// # Errors
     /// When it is not one of ours, too small, or cannot be mapped.
     pub(super) fn open(
-        file: File,
+        file: &File,
         offset: u64,
         bytes: u64,
         queues: u16,
         entries: u16,
         queues_max: usize,
+        limits: &Arc<Limits>,
     ) -> io::Result<Arc<InflightRegion>> {
         check(queues, entries, queues_max)?;
         let need = part_bytes(entries) * usize::from(queues);
@@ -94,10 +91,9 @@ impl InflightRegion {
         if bytes < need as u64 || end.is_none_or(|end| file.metadata().is_ok_and(|m| m.len() < end)) {
             return Err(refused(format!("an inflight region of {bytes} bytes at {offset} where {need} are needed")));
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset), need)
+        let mapping = Mapping::new(file, offset, need as u64, limits)
             .map_err(|e| refused(format!("the inflight region cannot be mapped: {e}")))?;
-        let guard = Guarded::new(mapping.as_ptr(), need)?;
-        let region = Arc::new(InflightRegion { _guard: guard, mapping, queues, entries });
+        let region = Arc::new(InflightRegion { mapping, queues, entries });
         for queue in 0..queues {
             let part = region.clone().queue(queue).expect("the queue is in the region");
             match (part.load16(VERSION_AT), part.load16(ENTRIES_AT)) {
@@ -111,7 +107,15 @@ impl InflightRegion {
                 }
             }
         }
+        if region.is_poisoned() {
+            return Err(refused("the inflight region's memory is not there"));
+        }
         Ok(region)
+    }
+
+    /// Whether its memory was found missing (see [`super::sigbus`]).
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.mapping.is_poisoned()
     }
 
     /// Whether the guest had switched to writethrough.
@@ -139,6 +143,11 @@ fn check(queues: u16, entries: u16, queues_max: usize) -> io::Result<()> {
 }
 
 impl InflightQueue {
+    /// Whether the region's memory was found missing.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.region.is_poisoned()
+    }
+
     /// How many heads it has room for.
     pub(super) fn entries(&self) -> u16 {
         self.region.entries
@@ -230,7 +239,7 @@ mod tests {
     use super::*;
 
     fn queue(file: &File, bytes: u64) -> InflightQueue {
-        let region = InflightRegion::open(file.try_clone().unwrap(), 0, bytes, 2, 8, 4).unwrap();
+        let region = InflightRegion::open(file, 0, bytes, 2, 8, 4, &Limits::new()).unwrap();
         region.queue(1).unwrap()
     }
 
@@ -263,10 +272,11 @@ mod tests {
         let (file, bytes) = InflightRegion::create(2, 8, 4).unwrap();
         for (at, len, queues, entries) in [(0, bytes - 1, 2, 8), (64, bytes, 2, 8), (0, bytes, 5, 8), (0, bytes, 2, 0)]
         {
-            assert!(InflightRegion::open(file.try_clone().unwrap(), at, len, queues, entries, 4).is_err());
+            let limits = Limits::new();
+            assert!(InflightRegion::open(&file, at, len, queues, entries, 4, &limits).is_err());
         }
         drop(queue(&file, bytes));
-        assert!(InflightRegion::open(file.try_clone().unwrap(), 0, bytes, 2, 4, 4).is_err(), "another size");
+        assert!(InflightRegion::open(&file, 0, bytes, 2, 4, 4, &Limits::new()).is_err(), "another size");
         use std::os::unix::fs::FileExt;
         file.write_all_at(&vec![0xff; usize::try_from(bytes).unwrap() - part_bytes(8) - 16], 16 + part_bytes(8) as u64)
             .unwrap();

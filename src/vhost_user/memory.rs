@@ -10,17 +10,13 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use vm_memory::FileOffset;
-use vm_memory::mmap::MmapRegion;
-
 use super::features::MEMORY_SLOTS_MAX;
-use super::sigbus::Guarded;
+use super::limits::{Limits, frontend_bytes_max};
+use super::mapping::{MapError, Mapping};
 use crate::image::IoSegment;
 
 /// Pieces of host memory; most requests have one.
 pub(super) type Segments = smallvec::SmallVec<[IoSegment; 4]>;
-
-const PAGE_BYTES: u64 = 4096;
 
 /// An address in the guest's physical memory, as descriptors have them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,16 +40,16 @@ pub(super) struct RegionSpec {
 pub(super) enum MemoryError {
     #[error("a memory region has no bytes, wraps around or is larger than this machine's addresses")]
     Size,
-    #[error("a memory region's file offset {0:#x} is not a multiple of the page size")]
-    Misaligned(u64),
     #[error("memory regions overlap at guest address {0:#x}")]
     Overlap(u64),
     #[error("more than {MEMORY_SLOTS_MAX} memory regions")]
     TooMany,
     #[error("no memory region at guest address {0:#x} with that size and frontend address")]
     Unknown(u64),
+    #[error("more memory than this machine could have")]
+    TooMuch,
     #[error("cannot map a memory region: {0}")]
-    Map(String),
+    Map(#[from] MapError),
 }
 
 impl From<MemoryError> for io::Error {
@@ -66,31 +62,17 @@ impl From<MemoryError> for io::Error {
 #[derive(Debug)]
 struct Region {
     spec: RegionSpec,
-    // Before `mapping`: the registration must go before the memory does.
-    guard: Guarded,
-    mapping: MmapRegion,
+    mapping: Mapping,
 }
 
 impl Region {
-    fn map(spec: RegionSpec, file: File) -> Result<Region, MemoryError> {
-        let len = usize::try_from(spec.size_bytes).map_err(|_| MemoryError::Size)?;
+    fn map(spec: RegionSpec, file: &File, limits: &Arc<Limits>) -> Result<Region, MemoryError> {
         let ends = [spec.guest.0, spec.frontend.0, spec.file_offset].map(|from| from.checked_add(spec.size_bytes));
-        if len == 0 || len > isize::MAX.unsigned_abs() || ends.contains(&None) {
+        if spec.size_bytes == 0 || spec.size_bytes > isize::MAX.unsigned_abs() as u64 || ends.contains(&None) {
             return Err(MemoryError::Size);
         }
-        // The smallest page there is; where the file or the machine has larger ones, mmap says so.
-        if !spec.file_offset.is_multiple_of(PAGE_BYTES) {
-            return Err(MemoryError::Misaligned(spec.file_offset));
-        }
-        // A mapping behind the end of a file is allowed, and every touch of it a SIGBUS.
-        let meta = file.metadata().map_err(|e| MemoryError::Map(e.to_string()))?;
-        if meta.is_file() && meta.len() < spec.file_offset + spec.size_bytes {
-            return Err(MemoryError::Map(format!("its file has only {} bytes", meta.len())));
-        }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, spec.file_offset), len)
-            .map_err(|e| MemoryError::Map(e.to_string()))?;
-        let guard = Guarded::new(mapping.as_ptr(), len).map_err(|e| MemoryError::Map(e.to_string()))?;
-        Ok(Region { spec, guard, mapping })
+        let mapping = Mapping::new(file, spec.file_offset, spec.size_bytes, limits)?;
+        Ok(Region { spec, mapping })
     }
 
     fn guest_end(&self) -> u64 {
@@ -115,10 +97,10 @@ impl MemoryMap {
     ///
     /// # Errors
     /// When any region is refused; then nothing stays mapped.
-    pub(super) fn from_table(table: Vec<(RegionSpec, File)>) -> Result<MemoryMap, MemoryError> {
+    pub(super) fn from_table(table: Vec<(RegionSpec, File)>, limits: &Arc<Limits>) -> Result<MemoryMap, MemoryError> {
         let mut map = MemoryMap::default();
         for (spec, file) in table {
-            map = map.with(spec, file)?;
+            map = map.with(spec, &file, limits)?;
         }
         Ok(map)
     }
@@ -127,11 +109,15 @@ impl MemoryMap {
     ///
     /// # Errors
     /// When the region is not one, overlaps another or cannot be mapped.
-    pub(super) fn with(&self, spec: RegionSpec, file: File) -> Result<MemoryMap, MemoryError> {
+    pub(super) fn with(&self, spec: RegionSpec, file: &File, limits: &Arc<Limits>) -> Result<MemoryMap, MemoryError> {
         if self.regions.len() >= MEMORY_SLOTS_MAX {
             return Err(MemoryError::TooMany);
         }
-        let region = Region::map(spec, file)?;
+        let total = self.regions.iter().map(|r| r.spec.size_bytes).fold(spec.size_bytes, u64::saturating_add);
+        if total > frontend_bytes_max() {
+            return Err(MemoryError::TooMuch);
+        }
+        let region = Region::map(spec, file, limits)?;
         if self.regions.iter().any(|r| r.overlaps(&spec)) {
             return Err(MemoryError::Overlap(spec.guest.0));
         }
@@ -160,7 +146,7 @@ impl MemoryMap {
 
     /// Whether a region's memory was found missing (see [`super::sigbus`]).
     pub(super) fn is_poisoned(&self) -> bool {
-        self.regions.iter().any(|r| r.guard.is_poisoned())
+        self.regions.iter().any(|r| r.mapping.is_poisoned())
     }
 
     /// Adds the host memory of `len` bytes at a guest address to `out`. Regions that touch are one memory. False when
@@ -195,8 +181,10 @@ impl MemoryMap {
     /// The host address of `len` bytes at a guest address, if one region has them all: the common case.
     fn in_one_region(&self, at: GuestAddress, len: usize) -> Option<*mut u8> {
         let region = self.regions.get(self.regions.partition_point(|r| r.guest_end() <= at.0))?;
-        let offset = usize::try_from(at.0.checked_sub(region.spec.guest.0)?).ok()?;
-        (len <= region.mapping.size() - offset).then(|| region.mapping.as_ptr().wrapping_add(offset))
+        let offset = at.0.checked_sub(region.spec.guest.0)?;
+        let fits = len as u64 <= region.spec.size_bytes - offset;
+        let offset = usize::try_from(offset).ok()?;
+        fits.then(|| region.mapping.as_ptr().wrapping_add(offset))
     }
 
     /// Copies `into.len()` bytes out of the guest's memory, once. False when a byte lies outside.
@@ -259,7 +247,8 @@ mod tests {
 
     #[test]
     fn regions_are_validated() {
-        let base = MemoryMap::default().with(spec(0x10000, 0x7000_0000, 0x4000, 0), memfd(0x4000)).unwrap();
+        let limits = Limits::new();
+        let base = MemoryMap::default().with(spec(0x10000, 0x7000_0000, 0x4000, 0), &memfd(0x4000), &limits).unwrap();
         let rows = [
             ("empty", spec(0, 0, 0, 0)),
             ("guest wraps", spec(u64::MAX - 0xfff, 0, 0x2000, 0)),
@@ -272,19 +261,47 @@ mod tests {
             ("the same again", spec(0x10000, 0x7000_0000, 0x4000, 0)),
         ];
         for (name, spec) in rows {
-            assert!(base.with(spec, memfd(0x4000)).is_err(), "{name}");
+            assert!(base.with(spec, &memfd(0x4000), &limits).is_err(), "{name}");
         }
         assert!(base.without(GuestAddress(0x10000), 0x4000, FrontendAddress(0x7000_1000)).is_err());
         assert!(base.without(GuestAddress(0x10000), 0x4000, FrontendAddress(0x7000_0000)).is_ok());
     }
 
     #[test]
+    fn only_memory_that_can_be_written_is_mapped() {
+        use rustix::fs::{Mode, OFlags, SealFlags};
+        let limits = Limits::new();
+        let refused = |file: File| {
+            let error = MemoryMap::default().with(spec(0, 0, 0x1000, 0), &file, &limits).unwrap_err();
+            error.to_string()
+        };
+        let open = |path: &str, flags| File::from(rustix::fs::open(path, flags, Mode::empty()).unwrap());
+        for path in ["/dev/zero", "/dev/null"] {
+            assert!(refused(open(path, OFlags::RDWR)).contains("regular file"), "{path}");
+        }
+        assert!(refused(open("/", OFlags::RDONLY)).contains("regular file"));
+        assert!(refused(open("/proc/self/exe", OFlags::RDONLY)).contains("written"));
+        let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+        for seal in [SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
+            let sealed = File::from(rustix::fs::memfd_create("guest", flags).unwrap());
+            sealed.set_len(0x1000).unwrap();
+            rustix::fs::fcntl_add_seals(&sealed, seal).unwrap();
+            assert!(refused(sealed).contains("sealed"), "{seal:?}");
+        }
+        assert!(refused(memfd(0)).contains("only 0 bytes"));
+        let all = MemoryMap::default().with(spec(0, 0, 1, 0), &memfd(1), &limits).unwrap();
+        assert!(
+            all.copy_in(GuestAddress(0), &[1]) && !all.copy_in(GuestAddress(0), &[1, 2]),
+            "what was asked for counts"
+        );
+        assert!(!all.copy_out(GuestAddress(1), &mut [0]));
+    }
+
+    #[test]
     fn addresses_cross_regions_that_touch_and_no_gap() {
-        let map = MemoryMap::default()
-            .with(spec(0x2000, 0x9000, 0x1000, 0), memfd(0x1000))
-            .and_then(|m| m.with(spec(0x1000, 0x5000, 0x1000, 0), memfd(0x1000)))
-            .and_then(|m| m.with(spec(0x4000, 0x1000, 0x1000, 0), memfd(0x1000)))
-            .unwrap();
+        let limits = Limits::new();
+        let table = [spec(0x2000, 0x9000, 0x1000, 0), spec(0x1000, 0x5000, 0x1000, 0), spec(0x4000, 0x1000, 0x1000, 0)];
+        let map = MemoryMap::from_table(table.map(|spec| (spec, memfd(0x1000))).into(), &limits).unwrap();
         let mut out = Segments::new();
         assert!(map.translate(GuestAddress(0x1f00), 0x200, &mut out));
         assert_eq!(out.iter().map(|s| s.len).collect::<Vec<_>>(), [0x100, 0x100]);

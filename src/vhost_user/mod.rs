@@ -13,6 +13,8 @@ mod eventfd;
 mod features;
 mod inflight;
 mod intake;
+mod limits;
+mod mapping;
 mod memory;
 mod polling;
 mod request;
@@ -30,8 +32,7 @@ pub use server::{FRONTENDS_MAX, Offer, ServeOptions, Server, ServerHandle, Socke
 pub use socket::clear_stale;
 pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
 
-use std::cell::Cell;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Who wants to know what happens on a socket with one frontend or several. Called on the server's own threads:
 /// return quickly.
@@ -54,20 +55,3 @@ pub trait Observer: Send + Sync + 'static {
 pub struct NoObserver;
 
 impl Observer for NoObserver {}
-
-/// Lets one log line a second through: what a guest can cause must not fill the log.
-#[derive(Default)]
-struct RateLimit {
-    last: Cell<Option<Instant>>,
-}
-
-impl RateLimit {
-    fn allows(&self) -> bool {
-        let now = Instant::now();
-        let allowed = self.last.get().is_none_or(|last| now.duration_since(last) >= Duration::from_secs(1));
-        if allowed {
-            self.last.set(Some(now));
-        }
-        allowed
-    }
-}

@@ -179,6 +179,11 @@ impl Ring {
         &self.memory
     }
 
+    /// Whether memory of the frontend's that the ring uses was found missing.
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.memory.is_poisoned() || self.inflight.as_ref().is_some_and(InflightQueue::is_poisoned)
+    }
+
     /// Size and features.
     pub(super) fn setup(&self) -> &RingSetup {
         &self.setup

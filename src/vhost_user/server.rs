@@ -19,12 +19,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::Observer;
 use super::features::QUEUES_MAX;
+use super::limits::Limits;
 use super::request::SERIAL_BYTES;
 use super::session::{self, SessionContext};
 use super::socket::{BoundSocket, SocketName};
 use super::stats::{QueueCounters, QueueStats};
-use super::{Observer, RateLimit};
 use crate::engine::Attachment;
 
 /// The most frontends that one socket may be asked to serve at once. Each may have a thread and an io_uring for each
@@ -156,13 +157,14 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
     let (bound, first) = open(socket)?;
     // What is offered is put in when a frontend comes.
     let (serial, counters) = ([0; SERIAL_BYTES], Vec::new());
-    let context = SessionContext { name: name.clone(), attachment, serial, counters, read_only: false, observer };
+    let (name_of_thread, limits) = (format!("serve-{name}"), Limits::new());
+    let context = SessionContext { name, attachment, serial, counters, read_only: false, observer, limits };
     let place = bound.as_ref().and_then(BoundSocket::name);
     let shared = Arc::new(Shared::new(offer, place, usize::from(first.is_some()))?);
     let once = once || bound.is_none();
     let mut server = Acceptor::new(shared.clone(), context, bound, frontends_max, once)?;
     let ended = Ended(shared.clone());
-    let thread = std::thread::Builder::new().name(format!("serve-{name}")).spawn(move || {
+    let thread = std::thread::Builder::new().name(name_of_thread).spawn(move || {
         // Moved in, so that waiters are told even if the thread panics.
         let _ended = ended;
         if let Some(stream) = first {
@@ -375,7 +377,6 @@ struct Acceptor {
     active: Vec<Connection>,
     // A frontend that waits for one that is hanging up; those behind it stay in the socket's backlog.
     waiting: Option<UnixStream>,
-    complaints: RateLimit,
     served: usize,
 }
 
@@ -399,7 +400,6 @@ impl Acceptor {
             epoll,
             active: Vec::new(),
             waiting: None,
-            complaints: RateLimit::default(),
             served: 0,
         };
         server.watch(server.shared.wake.as_raw_fd())?;
@@ -457,9 +457,7 @@ impl Acceptor {
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
                 Err(e) => {
                     // No descriptors left, most likely. The connection stays in the backlog.
-                    if self.complaints.allows() {
-                        log::warn!("{}: cannot accept a connection: {e}", self.context.name);
-                    }
+                    self.complain(format_args!("cannot accept a connection: {e}"));
                     return false;
                 }
             }
@@ -473,12 +471,16 @@ impl Acceptor {
             self.start(stream);
         } else if self.active.iter().any(Connection::is_leaving) {
             self.waiting = Some(stream);
-        } else if self.complaints.allows() {
+        } else {
             match self.frontends_max {
-                1 => log::warn!("{}: refused a frontend: another one is connected", self.context.name),
-                all => log::warn!("{}: refused a frontend: {all} others are connected", self.context.name),
+                1 => self.complain(format_args!("refused a frontend: another one is connected")),
+                all => self.complain(format_args!("refused a frontend: {all} others are connected")),
             }
         }
+    }
+
+    fn complain(&self, what: std::fmt::Arguments<'_>) {
+        self.context.limits.complain(format_args!("{}: {what}", self.context.name));
     }
 
     fn start(&mut self, stream: UnixStream) {
@@ -507,7 +509,7 @@ impl Acceptor {
         match started {
             Ok(connection) => self.active.push(connection),
             Err(e) => {
-                log::warn!("{}: cannot serve a connection: {e}", self.context.name);
+                self.complain(format_args!("cannot serve a connection: {e}"));
                 // It may have been the only one that this server was for.
                 self.shared.wake();
             }

@@ -23,6 +23,7 @@ use super::Observer;
 use super::eventfd::EventFd;
 use super::features::{self, ConfigSpace, EVENT_IDX, INDIRECT_DESC, MEMORY_SLOTS_MAX, PROTOCOL_FEATURES};
 use super::inflight::InflightRegion;
+use super::limits::Limits;
 use super::memory::{FrontendAddress, GuestAddress, MemoryMap, RegionSpec};
 use super::request::{Rules, SERIAL_BYTES};
 use super::ring::{Ring, RingAddresses, RingSetup};
@@ -41,6 +42,8 @@ pub(super) struct SessionContext {
     /// Whether the frontend may only read, also what could be written.
     pub(super) read_only: bool,
     pub(super) observer: Arc<dyn Observer>,
+    /// What all frontends of the socket may take.
+    pub(super) limits: Arc<Limits>,
 }
 
 impl SessionContext {
@@ -53,10 +56,10 @@ impl SessionContext {
 pub(super) fn run(mut context: SessionContext, stream: UnixStream, is_stopping: &AtomicBool) {
     // Whoever is connected at a cut may stay with the version of before. It ends with the session, below.
     context.attachment = context.attachment.connect();
-    let name = context.name.clone();
+    let (name, limits) = (context.name.clone(), context.limits.clone());
     let closer = match stream.try_clone() {
         Ok(clone) => Arc::new(Closer { stream: clone, reason: Mutex::new(None) }),
-        Err(e) => return log::warn!("{name}: cannot serve a connection: {e}"),
+        Err(e) => return limits.complain(format_args!("{name}: cannot serve a connection: {e}")),
     };
     let session = Arc::new(Mutex::new(Session::new(context, closer.clone())));
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
@@ -72,11 +75,11 @@ pub(super) fn run(mut context: SessionContext, stream: UnixStream, is_stopping: 
     closer.hang_up();
     let reason = closer.reason.lock().unwrap_or_else(PoisonError::into_inner).take();
     match (reason, ended) {
-        (Some(reason), _) => log::warn!("{name}: closed the connection: {reason}"),
+        (Some(reason), _) => limits.complain(format_args!("{name}: closed the connection: {reason}")),
         (None, Error::Disconnected) => log::debug!("{name}: the frontend left"),
         (None, _) if is_stopping.load(Ordering::Acquire) => {}
         (None, Error::SocketBroken(e)) => log::debug!("{name}: the frontend is gone: {e}"),
-        (None, e) => log::warn!("{name}: closed the connection: {e}"),
+        (None, e) => limits.complain(format_args!("{name}: closed the connection: {e}")),
     }
 }
 
@@ -106,8 +109,8 @@ struct Vring {
     addresses: Option<RingAddresses>,
     base: u16,
     kick: Option<Kick>,
-    call: Option<Arc<EventFd>>,
-    err: Option<Arc<EventFd>>,
+    call: Option<EventFd>,
+    err: Option<EventFd>,
     enabled: bool,
     started: bool,
     // Stays from one start to the next.
@@ -237,6 +240,7 @@ impl Session {
             attachment: self.context.attachment.clone(),
             counters: self.context.counters.get(queue).ok_or(Error::InvalidParam)?.clone(),
             observer: self.context.observer.clone(),
+            limits: self.context.limits.clone(),
             durable: self.durable.clone(),
             close: Arc::new(move |reason| closer.close(reason)),
         };
@@ -299,8 +303,8 @@ impl Session {
     }
 }
 
-fn event(fd: Option<File>) -> Result<Option<Arc<EventFd>>> {
-    fd.map(|f| EventFd::from_frontend(f).map(Arc::new)).transpose().map_err(failed)
+fn event(fd: Option<File>) -> Result<Option<EventFd>> {
+    fd.map(EventFd::from_frontend).transpose().map_err(failed)
 }
 
 fn region_spec(guest: u64, frontend: u64, size_bytes: u64, file_offset: u64) -> RegionSpec {
@@ -351,7 +355,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         let spec =
             |r: &VhostUserMemoryRegion| region_spec(r.guest_phys_addr, r.user_addr, r.memory_size, r.mmap_offset);
         let table = regions.iter().map(spec).zip(files).collect();
-        let memory = MemoryMap::from_table(table).map_err(failed)?;
+        let memory = MemoryMap::from_table(table, &self.context.limits).map_err(failed)?;
         self.set_memory(memory)?;
         Ok(None)
     }
@@ -468,7 +472,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
         let spec = region_spec(region.guest_phys_addr, region.user_addr, region.memory_size, region.mmap_offset);
-        let memory = self.memory.with(spec, fd).map_err(failed)?;
+        let memory = self.memory.with(spec, &fd, &self.context.limits).map_err(failed)?;
         self.set_memory(memory)?;
         Ok(None)
     }
@@ -492,7 +496,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         // The message is packed: copy the fields out.
         let (offset, bytes) = (inflight.mmap_offset, inflight.mmap_size);
         let (queues, entries) = (inflight.num_queues, inflight.queue_size);
-        let region = InflightRegion::open(file, offset, bytes, queues, entries, self.vrings.len()).map_err(failed)?;
+        let (queues_max, limits) = (self.vrings.len(), &self.context.limits);
+        let region = InflightRegion::open(&file, offset, bytes, queues, entries, queues_max, limits).map_err(failed)?;
         // The guest said so to an earlier daemon, and goes by it.
         if region.is_writethrough() {
             self.config.set_writeback(false);

@@ -1,31 +1,40 @@
 //! Surviving a frontend that shrinks its memory file behind our mapping.
 //!
 //! Touching a page of a mapping whose file no longer has it raises SIGBUS, which kills the process and with it every
-//! other guest. So each guest mapping is registered here, and a process-wide handler lays zero pages over a mapping
-//! that faults and marks it as poisoned; its session then closes.
+//! other guest. So each guest mapping is registered here, to the end of its last page, and a process-wide handler lays
+//! zero pages over a mapping that faults and marks it as poisoned; its session then closes.
 //!
 //! What always holds:
-//! - The handler only reads atomics and makes one mmap call: no lock, no allocation.
+//! - The handler only reads atomics and makes one mmap call: no lock, no allocation. What it reads of a slot is of one
+//!   owner: the slot's turn is looked at before and after.
 //! - Whoever touches guest memory keeps its mapping alive meanwhile (a [`crate::image::GuestPin`]), so the registration
 //!   of a faulting address cannot be taken back under the handler.
 //! - A SIGBUS anywhere else does what it did before: nothing else is papered over.
 
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering, fence};
 
-/// Mappings at once, over all disks.
-const SLOTS: usize = 16384;
+/// Mappings at once, over all disks: more than the limits of sockets allow, unless there are hundreds.
+const SLOTS: usize = 32768;
 
 struct Slot {
-    // 0: free. 1: being filled. Otherwise the first address.
+    // Even when free or being changed, odd while it is registered. Never the same for two owners, but after 2^63 others.
+    turn: AtomicUsize,
+    is_taken: AtomicBool,
     start: AtomicUsize,
     end: AtomicUsize,
     poisoned: AtomicPtr<AtomicBool>,
 }
 
 static REGISTRY: [Slot; SLOTS] = [const {
-    Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), poisoned: AtomicPtr::new(std::ptr::null_mut()) }
+    Slot {
+        turn: AtomicUsize::new(0),
+        is_taken: AtomicBool::new(false),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        poisoned: AtomicPtr::new(std::ptr::null_mut()),
+    }
 }; SLOTS];
 /// One more than the highest slot ever used, so that the handler need not look at all of them.
 static USED: AtomicUsize = AtomicUsize::new(0);
@@ -51,14 +60,11 @@ impl Guarded {
         (*INSTALLED.get_or_init(install)).map_err(io::Error::from_raw_os_error)?;
         let poisoned = Box::new(AtomicBool::new(false));
         for (index, slot) in REGISTRY.iter().enumerate() {
-            if slot.start.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            if slot.is_taken.load(Ordering::Relaxed) || slot.is_taken.swap(true, Ordering::AcqRel) {
                 continue;
             }
             USED.fetch_max(index + 1, Ordering::AcqRel);
-            slot.poisoned.store((&raw const *poisoned).cast_mut(), Ordering::Relaxed);
-            slot.end.store(start as usize + len, Ordering::Relaxed);
-            // Last, and with release: whoever sees the start sees the rest.
-            slot.start.store(start as usize, Ordering::Release);
+            slot.fill(start as usize, start as usize + len, (&raw const *poisoned).cast_mut());
             return Ok(Guarded { slot: index, poisoned });
         }
         Err(io::Error::new(io::ErrorKind::OutOfMemory, "too many guest memory regions are mapped"))
@@ -73,9 +79,42 @@ impl Guarded {
 impl Drop for Guarded {
     fn drop(&mut self) {
         let slot = &REGISTRY[self.slot];
-        slot.end.store(0, Ordering::Relaxed);
-        slot.poisoned.store(std::ptr::null_mut(), Ordering::Relaxed);
-        slot.start.store(0, Ordering::Release);
+        slot.clear();
+        slot.is_taken.store(false, Ordering::Release);
+    }
+}
+
+impl Slot {
+    /// Registers a mapping. The caller has taken the slot.
+    fn fill(&self, start: usize, end: usize, poisoned: *mut AtomicBool) {
+        let turn = self.turn.load(Ordering::Relaxed);
+        // Who sees any of these sees that the turn before is over.
+        fence(Ordering::Release);
+        self.start.store(start, Ordering::Relaxed);
+        self.end.store(end, Ordering::Relaxed);
+        self.poisoned.store(poisoned, Ordering::Relaxed);
+        self.turn.store(turn.wrapping_add(1), Ordering::Release);
+    }
+
+    /// Takes the registration back.
+    fn clear(&self) {
+        self.turn.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The mapping that is registered, all of it by one owner: where it begins and ends, and what to mark. None if there is
+    /// none, or it changes just now. Async-signal-safe.
+    fn registered(&self) -> Option<(usize, usize, *mut AtomicBool)> {
+        let turn = self.turn.load(Ordering::Acquire);
+        if turn.is_multiple_of(2) {
+            return None;
+        }
+        let found = (
+            self.start.load(Ordering::Relaxed),
+            self.end.load(Ordering::Relaxed),
+            self.poisoned.load(Ordering::Relaxed),
+        );
+        fence(Ordering::Acquire);
+        (self.turn.load(Ordering::Relaxed) == turn).then_some(found)
     }
 }
 
@@ -116,9 +155,8 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut l
 /// Lays zero pages over the registered mapping that `address` lies in. Async-signal-safe.
 fn cover(address: usize) -> bool {
     for slot in &REGISTRY[..USED.load(Ordering::Acquire)] {
-        let start = slot.start.load(Ordering::Acquire);
-        let end = slot.end.load(Ordering::Relaxed);
-        if start <= 1 || address < start || address >= end {
+        let Some((start, end, poisoned)) = slot.registered() else { continue };
+        if address < start || address >= end {
             continue;
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
@@ -133,10 +171,7 @@ fn cover(address: usize) -> bool {
             if rc == libc::MAP_FAILED {
                 return false;
             }
-            let poisoned = slot.poisoned.load(Ordering::Relaxed);
-            if !poisoned.is_null() {
-                (*poisoned).store(true, Ordering::Release);
-            }
+            (*poisoned).store(true, Ordering::Release);
         }
         return true;
     }
@@ -170,5 +205,39 @@ fn end_by(signal: i32) {
     unsafe {
         libc::signal(signal, libc::SIG_DFL);
         libc::raise(signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_never_read_as_of_two_owners() {
+        static SLOT: Slot = Slot {
+            turn: AtomicUsize::new(0),
+            is_taken: AtomicBool::new(false),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            poisoned: AtomicPtr::new(std::ptr::null_mut()),
+        };
+        static OVER: AtomicBool = AtomicBool::new(false);
+        let owners = std::thread::spawn(|| {
+            for start in (0..400_000).map(|i| i * 16) {
+                SLOT.fill(start, start + 8, std::ptr::without_provenance_mut(start));
+                SLOT.clear();
+            }
+            OVER.store(true, Ordering::Release);
+        });
+        let mut seen = 0;
+        while !OVER.load(Ordering::Acquire) {
+            if let Some((start, end, poisoned)) = SLOT.registered() {
+                assert_eq!((end, poisoned.addr()), (start + 8, start));
+                seen += 1;
+            }
+        }
+        owners.join().unwrap();
+        println!("{seen} owners were seen");
+        assert!(SLOT.registered().is_none());
     }
 }

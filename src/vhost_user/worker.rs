@@ -12,7 +12,6 @@
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,21 +19,27 @@ use std::sync::{Arc, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use super::Observer;
 use super::chain::RawChain;
 use super::eventfd::EventFd;
 use super::inflight::InflightQueue;
 use super::intake::intake;
+use super::limits::Limits;
 use super::memory::{GuestAddress, MemoryMap};
 use super::polling::Polling;
 use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
 use super::ring::{Ring, RingFault, RingSetup};
 use super::stats::{Direction, QueueCounters};
-use super::{Observer, RateLimit};
 use crate::engine::{Attachment, EpochLane, GuestQueue, Ticket};
-use crate::image::{Completion, Executor, IoQueue, RemoteWaker, RingOptions};
+use crate::image::{Bell, Completion, Executor, IoQueue, RemoteWaker, RingOptions};
 
 /// How often a ring without a kick is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(1);
+/// Kicks without a request, one after the other, after which each is followed by a rest of [`POLL_INTERVAL`]; after
+/// as many more it is twice as long, and so on.
+const IN_VAIN_MAX: u32 = 64;
+/// The longest of these rests, in intervals.
+const RESTS_MAX: u32 = 16;
 /// Passes over the ring before completions get their turn.
 const PASSES_MAX: usize = 4;
 /// About what a guest needs from our interrupt to its next request.
@@ -51,7 +56,7 @@ const ANSWERS_AT_ONCE: usize = 8;
 #[derive(Clone, Debug)]
 pub(super) enum Kick {
     /// By an eventfd.
-    Event(Arc<EventFd>),
+    Event(EventFd),
     /// Not at all: look.
     Poll,
 }
@@ -76,9 +81,9 @@ pub(super) enum Command {
     /// Another way to be kicked.
     Kick(Kick),
     /// Where to tell the driver of answers.
-    Call(Option<Arc<EventFd>>),
+    Call(Option<EventFd>),
     /// Where to tell the frontend that the ring broke.
-    Err(Option<Arc<EventFd>>),
+    Err(Option<EventFd>),
     /// End the thread. Only after a stop.
     Exit,
 }
@@ -91,6 +96,7 @@ pub(super) struct WorkerContext {
     pub(super) attachment: Attachment,
     pub(super) counters: Arc<QueueCounters>,
     pub(super) observer: Arc<dyn Observer>,
+    pub(super) limits: Arc<Limits>,
     /// Whether writes must be durable now; the session changes it when the guest does.
     pub(super) durable: Arc<AtomicBool>,
     /// Closes the connection, giving the reason.
@@ -119,6 +125,7 @@ impl Worker {
                 Ok(executor) => executor,
                 Err(e) => return drop(ready.send(Err(e))),
             };
+            executor.queue().share_copies(context.limits.copies());
             drop(ready.send(Ok(executor.remote_waker())));
             let close = context.close.clone();
             if let Err(e) = Loop::new(context, executor, inbox).run() {
@@ -177,7 +184,7 @@ struct Shared {
     queue: IoQueue,
     done: RefCell<Vec<Done>>,
     in_flight: Cell<usize>,
-    complaints: RateLimit,
+    limits: Arc<Limits>,
 }
 
 /// What a look at ring and queue has shown.
@@ -195,8 +202,12 @@ struct Loop {
     unanswered: Vec<u16>,
     rules: Rules,
     kick: Option<Kick>,
-    call: Option<Arc<EventFd>>,
-    err: Option<Arc<EventFd>>,
+    // Kicks since there was a request.
+    in_vain: u32,
+    call: Option<EventFd>,
+    err: Option<EventFd>,
+    // None until somebody is to be told.
+    bell: Option<Bell>,
     enabled: bool,
     stopping: Option<mpsc::SyncSender<Answer>>,
     for_requests: Polling,
@@ -227,7 +238,7 @@ impl Loop {
             queue: executor.queue().clone(),
             done: RefCell::new(Vec::new()),
             in_flight: Cell::new(0),
-            complaints: RateLimit::default(),
+            limits: context.limits.clone(),
         });
         let rules = Rules { capacity_bytes: 0, features: 0, durable: true, read_only: true, serial: [0; 20] };
         Loop {
@@ -236,8 +247,10 @@ impl Loop {
             unanswered: Vec::new(),
             rules,
             kick: None,
+            in_vain: 0,
             call: None,
             err: None,
+            bell: None,
             enabled: false,
             stopping: None,
             for_requests: Polling::new(LOOK_FOR_REQUESTS_MAX),
@@ -277,7 +290,12 @@ impl Loop {
                 match Ring::new(setup, memory, base, inflight) {
                     Ok((ring, unanswered)) => {
                         if !unanswered.is_empty() {
-                            log::info!("{}: {} requests in flight are run again", self.context.name, unanswered.len());
+                            let what = format_args!(
+                                "{}: {} requests in flight are run again",
+                                self.context.name,
+                                unanswered.len()
+                            );
+                            self.context.limits.mention(what);
                         }
                         self.ring = Some(ring);
                         self.unanswered = unanswered;
@@ -286,7 +304,7 @@ impl Loop {
                         self.set_kick(Some(kick));
                         // An earlier daemon may have died between its last answer and the call that told of it.
                         if let Some(call) = &self.call {
-                            call.signal();
+                            signal(&mut self.bell, call);
                         }
                         Ok(0)
                     }
@@ -314,19 +332,28 @@ impl Loop {
             }
             Command::Call(call) => {
                 self.call = call;
+                self.let_go();
                 // An answer may have gone out when there was nobody to tell.
                 if let Some(call) = self.call.as_ref().filter(|_| self.ring.is_some()) {
-                    call.signal();
+                    signal(&mut self.bell, call);
                 }
                 Ok(0)
             }
             Command::Err(err) => {
                 self.err = err;
+                self.let_go();
                 Ok(0)
             }
             Command::Exit => Ok(0),
         };
         answer_to(&reply, answer);
+    }
+
+    /// Has the bell keep no descriptor that the frontend may have taken back.
+    fn let_go(&mut self) {
+        if let Some(Err(e)) = self.bell.as_mut().map(Bell::forget) {
+            log::debug!("{}: a descriptor is kept: {e}", self.context.name);
+        }
     }
 
     fn set_kick(&mut self, kick: Option<Kick>) {
@@ -340,32 +367,37 @@ impl Loop {
 
     /// Sees whether the driver kicked, and waits for the next kick.
     fn watch_kick(&mut self) {
+        let mut rests = 0;
         if let Some(waiting) = self.waiting.as_mut() {
             let Poll::Ready(done) = Pin::new(waiting).poll(&mut Context::from_waker(Waker::noop())) else { return };
             self.waiting = None;
             match done.result {
-                Ok(8) => {}
+                Ok(8) => {
+                    self.in_vain = self.in_vain.saturating_add(1);
+                    rests = (self.in_vain / IN_VAIN_MAX).min(RESTS_MAX);
+                }
                 // A kernel that does not wait for an eventfd with O_NONBLOCK: look at the ring from time to time.
                 Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => self.kick = self.kick.take().map(|_| Kick::Poll),
                 Err(e) if matches!(e.raw_os_error(), Some(libc::ECANCELED | libc::ETIME | libc::EINTR)) => {}
                 // A timer's own answer has no bytes.
                 Ok(0) if matches!(self.kick, Some(Kick::Poll)) => {}
                 other => {
-                    log::warn!("{}: cannot wait for kicks ({other:?}); the queue is polled", self.context.name);
+                    let what = format_args!("{}: cannot wait for kicks ({other:?}); it is polled", self.context.name);
+                    self.context.limits.complain(what);
                     self.kick = self.kick.take().map(|_| Kick::Poll);
                 }
             }
         }
         self.waiting = match &self.kick {
-            Some(Kick::Event(fd)) => Some(self.shared.queue.event(fd.as_raw_fd())),
-            Some(Kick::Poll) => Some(self.shared.queue.sleep(POLL_INTERVAL)),
+            Some(Kick::Event(event)) if rests == 0 => Some(self.shared.queue.event(event.file())),
+            Some(_) => Some(self.shared.queue.sleep(POLL_INTERVAL * rests.max(1))),
             None => None,
         };
     }
 
     /// Gives answers back and takes requests. Returns whether more is known to be in the ring.
     fn serve(&mut self) -> bool {
-        let mut flushed = self.flush();
+        self.flush();
         for _ in 0..PASSES_MAX {
             if !self.enabled || self.stopping.is_some() || self.kick.is_none() {
                 return false;
@@ -392,11 +424,14 @@ impl Loop {
                     }
                 }
             });
+            if taken > 0 {
+                self.in_vain = 0;
+            }
             let fault = ring.take_fault();
-            flushed |= self.answer(&mut ring);
+            self.answer(&mut ring);
             self.tell(&mut ring);
             self.ring = Some(ring);
-            if (taken > 0 || flushed || fault.is_some()) && self.is_poisoned() {
+            if self.is_poisoned() {
                 self.kick = None;
                 (self.context.close)("the frontend's memory file was made smaller than its regions");
                 return false;
@@ -509,35 +544,33 @@ impl Loop {
     }
 
     fn refused(&self, head: u16, refusal: &Refusal) {
-        if self.shared.complaints.allows() {
-            log::warn!("{}: refused the request at descriptor {head}: {refusal}", self.context.name);
-        }
+        let what = format_args!("{}: refused the request at descriptor {head}: {refusal}", self.context.name);
+        self.context.limits.complain(what);
     }
 
     fn is_poisoned(&self) -> bool {
-        self.ring.as_ref().is_some_and(|r| r.memory().is_poisoned())
+        self.ring.as_ref().is_some_and(Ring::is_poisoned)
     }
 
-    /// Puts the known answers on the used ring: one index update, and at most one call. Returns whether there were any.
-    fn flush(&mut self) -> bool {
+    /// Puts the known answers on the used ring: one index update, and at most one call.
+    fn flush(&mut self) {
         let Some(mut ring) = self.ring.take() else {
             // Nobody to tell.
             let done = std::mem::take(&mut *self.shared.done.borrow_mut());
             if !done.is_empty() {
                 self.pause(Instant::now());
             }
-            return !done.is_empty();
+            return;
         };
-        let flushed = self.answer(&mut ring);
+        self.answer(&mut ring);
         self.tell(&mut ring);
         self.ring = Some(ring);
-        flushed
     }
 
-    fn answer(&mut self, ring: &mut Ring) -> bool {
+    fn answer(&mut self, ring: &mut Ring) {
         let mut done = self.shared.done.borrow_mut();
         if done.is_empty() {
-            return false;
+            return;
         }
         let now = Instant::now();
         self.pause(now);
@@ -557,7 +590,6 @@ impl Loop {
         ring.publish();
         // The tickets go here.
         done.clear();
-        true
     }
 
     /// The guest is not at work by this queue any more, if nothing is in flight.
@@ -568,19 +600,19 @@ impl Loop {
     }
 
     /// Wakes the driver if it sleeps and there are answers that it has not been told of.
-    fn tell(&self, ring: &mut Ring) {
+    fn tell(&mut self, ring: &mut Ring) {
         if ring.wants_call()
             && let Some(call) = &self.call
         {
-            call.signal();
+            signal(&mut self.bell, call);
         }
     }
 
     fn broken(&mut self, fault: &RingFault) {
-        log::warn!("{}: the ring is broken and stops: {fault}", self.context.name);
+        self.context.limits.complain(format_args!("{}: the ring is broken and stops: {fault}", self.context.name));
         self.set_kick(None);
         if let Some(err) = &self.err {
-            err.signal();
+            signal(&mut self.bell, err);
         }
     }
 
@@ -605,6 +637,17 @@ impl Loop {
     }
 }
 
+/// Tells the frontend, whatever it does with the descriptor meanwhile.
+fn signal(bell: &mut Option<Bell>, event: &EventFd) {
+    let rung = match bell {
+        Some(bell) => bell.ring(event.file()),
+        None => Bell::new().and_then(|new| bell.insert(new).ring(event.file())),
+    };
+    if let Err(e) = rung {
+        log::debug!("cannot signal the frontend: {e}");
+    }
+}
+
 fn answer_to(reply: &mpsc::SyncSender<Answer>, answer: Answer) {
     if reply.send(answer).is_err() {
         log::debug!("a session ended before its queue had answered");
@@ -620,10 +663,8 @@ async fn execute(shared: &Shared, ticket: &Ticket, job: Job) -> bool {
         }
         failed = shared.attachment.execute(&shared.queue, ticket, part).await.err();
     }
-    if let Some(e) = &failed
-        && shared.complaints.allows()
-    {
-        log::warn!("{}: a {} request failed: {e}", shared.name, job.direction.name());
+    if let Some(e) = &failed {
+        shared.limits.complain(format_args!("{}: a {} request failed: {e}", shared.name, job.direction.name()));
     }
     failed.is_none()
 }

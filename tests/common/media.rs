@@ -36,6 +36,8 @@ struct State {
     unsynced: BTreeMap<usize, Vec<(u64, Sector)>>,
     clock: u64,
     fail: Option<(Op, usize, i32)>,
+    /// Whether that is over after the first one.
+    fails_once: bool,
     no_holes: bool,
     written: usize,
     read: usize,
@@ -102,6 +104,12 @@ impl Medium {
     /// Makes operations of this kind fail after `after` more of them.
     pub fn fail(&self, op: Op, after: usize, errno: i32) {
         self.lock().fail = Some((op, after, errno));
+    }
+
+    /// Makes one operation of this kind fail, the next one.
+    pub fn fail_once(&self, op: Op, errno: i32) {
+        self.fail(op, 0, errno);
+        self.lock().fails_once = true;
     }
 
     /// All operations work again.
@@ -338,6 +346,9 @@ fn step_io(rng: &mut Rng) {
                 // Some of it may have arrived.
                 if class == Op::Write && rng.chance(50) {
                     state.put(at, op.data[..SECTOR].try_into().unwrap());
+                }
+                if std::mem::take(&mut state.fails_once) {
+                    state.fail = None;
                 }
                 drop(state);
                 op.ticket.finish(Err(io::Error::from_raw_os_error(errno)));

@@ -191,6 +191,21 @@ fn when_no_leg_takes_it_the_guest_knows_and_one_leg_stays() {
     assert!(mirror.observer.dropped().is_empty());
 }
 
+/// A frontend can take its memory away for a moment: that is no fault of a leg, whichever is asked next.
+#[test]
+fn a_read_that_fails_in_the_guests_memory_drops_nobody() {
+    let mut rng = Rng::new(1);
+    let world = World::new();
+    let mirror = world.equal(&mut rng);
+    let expected = world.legs[0].bytes()[..4096].to_vec();
+    world.legs[0].fail_once(Op::Read, libc::EFAULT);
+    let this = mirror.clone();
+    let read = run(&mut rng, async move { this.read_to_guest(0, 4096).await });
+    assert_eq!(read.unwrap(), expected);
+    assert!(mirror.observer.dropped().is_empty());
+    assert_eq!(mirror.states(), [LegState::InSync, LegState::InSync]);
+}
+
 #[test]
 fn a_leg_that_is_being_copied_is_never_read_and_never_takes_over() {
     for op in [Op::Write, Op::Read, Op::Sync] {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use halfsilver::engine::{
     Backing, Disk, DiskOptions, Epoch, EpochClock, LegImage, LegState, Mode, Pair, PairError, PairObserver,
 };
-use halfsilver::image::{AlignedBuf, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage};
+use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, IoBuf, IoQueue, SharedImage};
 use halfsilver::job::{Outcome, Pace, resync};
 use halfsilver::store::BlockRange;
 use uuid::Uuid;
@@ -189,6 +189,13 @@ impl Mirror {
             IoBuf::Owned(bytes) => Ok(bytes.to_vec()),
             _ => unreachable!(),
         }
+    }
+
+    /// The same, into a guest's memory.
+    pub async fn read_to_guest(&self, at: usize, len: usize) -> Result<Vec<u8>, ImageError> {
+        let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(len));
+        self.pair.read(&self.queue, ByteOffset(at as u64), IoBuf::Guest(into)).await?;
+        Ok(memory.to_vec())
     }
 }
 
