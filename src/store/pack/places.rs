@@ -220,8 +220,9 @@ impl Places {
         self.next_sequence += 1;
         let Slot { place, span, .. } = self.slots[slot as usize];
         self.slots[slot as usize].sequence = sequence;
-        let arrived = self.arrived();
+        // It has not arrived itself.
         self.in_flight.insert(sequence);
+        let arrived = self.arrived();
         Some(Grant { slot, header: Place(place), span, sequence, arrived, synced: self.synced, units })
     }
 
