@@ -29,6 +29,8 @@ use crate::image::{
     needs_sync, read_exact_at, release_range, sync, write_all_at, zero_range,
 };
 
+const UNIT: u64 = UNIT_BYTES as u64;
+
 /// What is known of how a pack was left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Believed {
@@ -64,7 +66,7 @@ fn units_of(size_bytes: u64, block_bytes: u32) -> Option<u32> {
         return None;
     }
     let blocks = size_bytes.div_ceil(u64::from(block_bytes));
-    let block_units = u64::from(block_bytes) / UNIT_BYTES as u64;
+    let block_units = u64::from(block_bytes) / UNIT;
     let live = blocks.checked_mul(block_units + 1)?;
     u32::try_from(1 + live + (live / 8).clamp(1024, 1 << 20)).ok()
 }
@@ -73,7 +75,7 @@ impl Pack {
     /// How many bytes the image of a pack for such a disk has; most of them are never written. None if there cannot be one.
     #[must_use]
     pub fn image_bytes(size_bytes: u64, block_bytes: u32) -> Option<u64> {
-        units_of(size_bytes, block_bytes).map(|units| u64::from(units) * UNIT_BYTES as u64)
+        units_of(size_bytes, block_bytes).map(|units| u64::from(units) * UNIT)
     }
 
     /// An empty pack on a new image of [`Pack::image_bytes`] zeros, which is there when this returns. `key` is random, and
@@ -88,7 +90,7 @@ impl Pack {
         queue: &IoQueue,
     ) -> Result<Pack, TableError> {
         let path = image.path().to_owned();
-        let units = units_of(size_bytes, block_bytes).filter(|&u| u64::from(u) * UNIT_BYTES as u64 == image.size_bytes());
+        let units = units_of(size_bytes, block_bytes).filter(|&u| u64::from(u) * UNIT == image.size_bytes());
         let Some(units) = units else {
             return Err(TableError::Damaged { path, what: "it does not have the size of such a pack".to_owned() });
         };
@@ -120,7 +122,7 @@ impl Pack {
         }
         // Later headers will say that everything up to them had arrived.
         for &torn in &found.torn {
-            let done = zero_range(&*image, queue, position(torn), UNIT_BYTES as u64, false).await;
+            let done = zero_range(&*image, queue, position(torn), UNIT, false).await;
             done.map_err(|e| io_error(&path, &e))?;
         }
         if !found.torn.is_empty() {
@@ -188,7 +190,9 @@ impl Pack {
     pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
         let (reading, pieces) = self.places_of(at, buf.len());
         let buf = match (&pieces[..], buf) {
-            ([Piece { place: Some(from), .. }], buf) => read_exact_at(&*self.image, queue, *from, buf).await?,
+            ([Piece { place: Some(from), len, .. }], buf) if matches!(buf, IoBuf::Guest(_)) || self.takes(*from, *len) => {
+                read_exact_at(&*self.image, queue, *from, buf).await?
+            }
             (_, IoBuf::Guest(guest)) => {
                 self.read_pieces(queue, &pieces, &guest).await?;
                 IoBuf::Guest(guest)
@@ -196,16 +200,20 @@ impl Pack {
             (_, IoBuf::Owned(mut owned)) => {
                 let reads = pieces.iter().filter_map(|piece| Some((piece, piece.place?)));
                 let reads = reads.map(|(piece, from)| async move {
-                    let into = IoBuf::Owned(AlignedBuf::scratch(piece.len));
-                    Ok((piece, read_exact_at(&*self.image, queue, from, into).await?))
+                    // The image may move whole units only. Blocks are whole units.
+                    let (first, end) = (from.0 / UNIT, (from.0 + piece.len as u64).div_ceil(UNIT));
+                    let len = usize::try_from((end - first) * UNIT).expect("a buffer and two units");
+                    let into = IoBuf::Owned(AlignedBuf::scratch(len));
+                    let done = read_exact_at(&*self.image, queue, ByteOffset(first * UNIT), into).await?;
+                    Ok((piece, usize::try_from(from.0 - first * UNIT).expect("less than a unit"), done))
                 });
                 let reads: Vec<_> = reads.collect();
                 pieces.iter().filter(|piece| piece.place.is_none()).for_each(|p| owned[p.at..p.at + p.len].fill(0));
                 for done in join_all(reads).await {
-                    let (piece, IoBuf::Owned(bytes)) = done? else {
+                    let (piece, skip, IoBuf::Owned(bytes)) = done? else {
                         unreachable!("a transfer gives back the buffer it was given")
                     };
-                    owned[piece.at..piece.at + piece.len].copy_from_slice(&bytes);
+                    owned[piece.at..piece.at + piece.len].copy_from_slice(&bytes[skip..skip + piece.len]);
                     bytes.recycle();
                 }
                 IoBuf::Owned(owned)
@@ -214,6 +222,12 @@ impl Pack {
         };
         drop(reading);
         Ok(buf)
+    }
+
+    /// Whether the image moves these bytes without those around them.
+    fn takes(&self, at: ByteOffset, len: usize) -> bool {
+        let unit = u64::from(self.image.alignment().offset_bytes);
+        at.0.is_multiple_of(unit) && (len as u64).is_multiple_of(unit)
     }
 
     async fn read_pieces(&self, queue: &IoQueue, pieces: &[Piece], guest: &GuestBuf) -> Result<(), ImageError> {
@@ -357,7 +371,7 @@ fn position(place: Place) -> ByteOffset {
 }
 
 fn bytes_of(units: u32) -> u64 {
-    u64::from(units) * UNIT_BYTES as u64
+    u64::from(units) * UNIT
 }
 
 impl std::fmt::Debug for Pack {
