@@ -116,10 +116,7 @@ impl Pack {
     ) -> Result<Pack, TableError> {
         let path = image.path().to_owned();
         let found = replay(&image, believed, queue).await?;
-        let is_it = found.identity == Identity { id, key: found.identity.key, size_bytes, block_bytes };
-        if !is_it {
-            return Err(TableError::Damaged { path, what: "it is the pack of something else".to_owned() });
-        }
+        check_identity(&image, &found.identity, id, (size_bytes, block_bytes))?;
         // Later headers will say that everything up to them had arrived.
         for &torn in &found.torn {
             let done = zero_range(&*image, queue, position(torn), UNIT, false).await;
@@ -140,16 +137,12 @@ impl Pack {
     pub async fn examine(
         image: SharedImage,
         id: Uuid,
-        (size_bytes, block_bytes): (u64, u32),
+        shape: (u64, u32),
         believed: Believed,
         queue: &IoQueue,
     ) -> Result<(), TableError> {
-        let path = image.path().to_owned();
         let found = replay(&image, believed, queue).await?;
-        match found.identity == (Identity { id, key: found.identity.key, size_bytes, block_bytes }) {
-            true => Ok(()),
-            false => Err(TableError::Damaged { path, what: "it is the pack of something else".to_owned() }),
-        }
+        check_identity(&image, &found.identity, id, shape)
     }
 
     fn with(image: SharedImage, identity: Identity, places: Places) -> Pack {
@@ -179,7 +172,8 @@ impl Pack {
     pub fn known_zeros(&self, at: ByteOffset, len: u64) -> u64 {
         let places = self.lock();
         let block_bytes = u64::from(self.identity.block_bytes);
-        let first_data = (at.0 / block_bytes..(at.0 + len).div_ceil(block_bytes)).find(|&b| places.place_of(b).is_some());
+        let first_data =
+            (at.0 / block_bytes..(at.0 + len).div_ceil(block_bytes)).find(|&b| places.place_of(b).is_some());
         first_data.map_or(len, |block| (block * block_bytes).saturating_sub(at.0))
     }
 
@@ -190,7 +184,9 @@ impl Pack {
     pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
         let (reading, pieces) = self.places_of(at, buf.len());
         let buf = match (&pieces[..], buf) {
-            ([Piece { place: Some(from), len, .. }], buf) if matches!(buf, IoBuf::Guest(_)) || self.takes(*from, *len) => {
+            ([Piece { place: Some(from), len, .. }], buf)
+                if matches!(buf, IoBuf::Guest(_)) || self.takes(*from, *len) =>
+            {
                 read_exact_at(&*self.image, queue, *from, buf).await?
             }
             (_, IoBuf::Guest(guest)) => {
@@ -339,11 +335,20 @@ impl Pack {
     fn lock(&self) -> MutexGuard<'_, Places> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Bytes of memory that the table of places takes, about.
-    #[cfg(test)]
-    fn memory_bytes(&self) -> usize {
-        self.lock().memory_bytes()
+fn check_identity(
+    image: &SharedImage,
+    found: &Identity,
+    id: Uuid,
+    (size_bytes, block_bytes): (u64, u32),
+) -> Result<(), TableError> {
+    match *found == (Identity { id, key: found.key, size_bytes, block_bytes }) {
+        true => Ok(()),
+        false => {
+            let what = "it is the pack of something else".to_owned();
+            Err(TableError::Damaged { path: image.path().to_owned(), what })
+        }
     }
 }
 

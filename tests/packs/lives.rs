@@ -223,7 +223,8 @@ impl Life {
         self.medium.heal();
         // While what is in flight is there.
         let is_kill = self.rng.chance(50);
-        let left = if is_kill { self.medium.after_kill(&mut self.rng) } else { self.medium.after_power_cut(&mut self.rng) };
+        let left =
+            if is_kill { self.medium.after_kill(&mut self.rng) } else { self.medium.after_power_cut(&mut self.rng) };
         drop(scheduler);
         if let Some(failure) = self.world.borrow_mut().failure.take() {
             return Err(failure);
@@ -306,7 +307,9 @@ fn what_was_written_is_there_through_many_lives() {
         all.lost += counts.lost;
     }
     let Counts { writes, zeros, reads, syncs, refused, kills, cuts, lost } = all;
-    println!("{writes} writes {zeros} zeros {reads} reads {syncs} syncs {refused} refused {kills} kills {cuts} cuts {lost} lost");
+    println!(
+        "{writes} writes {zeros} zeros {reads} reads {syncs} syncs {refused} refused {kills} kills {cuts} cuts {lost} lost"
+    );
     for count in [writes, zeros, reads, syncs, refused, kills, cuts, lost] {
         assert!(count > 0 || seeds < 100, "a rare state was never reached");
     }

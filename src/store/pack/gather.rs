@@ -14,9 +14,9 @@ use std::task::{Poll, Waker};
 use super::format::{ENTRIES_MAX, Entry, Header, Place, UNIT_BYTES};
 use super::places::Grant;
 use super::{Pack, Units, bytes_of, position};
-use crate::crash;
 use crate::image::{
-    AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, try_release_range, write_all_at,
+    AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, try_release_range,
+    write_all_at,
 };
 
 /// What goes behind one header at most, if that is more than one block.
@@ -178,9 +178,7 @@ impl Pack {
             entries,
         };
         header.encode(self.identity.key, grant.header, &mut buf[..UNIT_BYTES]);
-        crash::point("before a pack is written");
         let written = self.write_granted(queue, &grant, buf).await;
-        crash::point("after a pack was written");
         match written {
             Ok(()) => self.lock().arrive(&grant, &header.entries),
             Err(_) => {
