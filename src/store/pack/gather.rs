@@ -15,8 +15,7 @@ use super::format::{ENTRIES_MAX, Entry, Header, Place, UNIT_BYTES};
 use super::places::Grant;
 use super::{Pack, Units, bytes_of, position};
 use crate::image::{
-    AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, try_release_range,
-    write_all_at,
+    AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, write_all_at, zero_range,
 };
 
 /// What goes behind one header at most, if that is more than one block.
@@ -184,8 +183,8 @@ impl Pack {
             Err(_) => {
                 // What may have arrived of the header must not count some day.
                 let at = position(grant.header);
-                let voided = try_release_range(&*self.image, queue, at, UNIT_BYTES as u64).await;
-                self.lock().fail(&grant, matches!(voided, Ok(true)));
+                let voided = zero_range(&*self.image, queue, at, UNIT_BYTES as u64, true).await;
+                self.lock().fail(&grant, voided.is_ok());
             }
         }
         written
