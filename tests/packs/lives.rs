@@ -281,7 +281,7 @@ fn tag_of(bytes: &[u8]) -> Option<u64> {
 fn run(seed: u64) -> Result<Counts, String> {
     let mut life = Life::begin(seed);
     for _ in 0..LIVES {
-        life.live(seed % 3 == 0)?;
+        life.live(seed.is_multiple_of(3))?;
     }
     Ok(std::mem::take(&mut life.world.borrow_mut().counts))
 }

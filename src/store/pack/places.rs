@@ -7,7 +7,7 @@
 //! - That a block is zeros is remembered like a place: an older header may still name a place for it.
 //! - Headers are only ever where a header was first, so that whoever walks from one to the next by their spans meets all.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, hash_map};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::format::{Entry, Place};
@@ -143,9 +143,8 @@ impl Places {
         for entry in entries.iter().rev() {
             let place = entry.bytes.map_or(0, |(place, _)| place.0);
             self.high = self.high.max(place + self.block_units);
-            let block = number(entry.block);
-            if !self.blocks.contains_key(&block) {
-                self.blocks.insert(block, Held { place, header: slot });
+            if let hash_map::Entry::Vacant(vacant) = self.blocks.entry(number(entry.block)) {
+                vacant.insert(Held { place, header: slot });
                 self.slots[slot as usize].live += 1;
             }
         }
