@@ -1,4 +1,4 @@
-//! Where a layer's bytes are: in one image, in two that are kept equal, or in a frozen version of another disk.
+//! Where a layer's bytes are: in one image, in two that are kept equal, in a pack, or in a frozen version of another disk.
 //!
 //! The engine moves bytes only through here, so that what is below makes no difference to it. A frozen version is the full
 //! image of a volume, whose live version is a log: nothing writes there.
@@ -10,6 +10,7 @@ use crate::image::{
     Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, needs_sync, read_exact_at, release_range,
     sync, write_all_at, zero_range,
 };
+use crate::store::Pack;
 
 const FROZEN: &str = "a frozen version never changes";
 
@@ -20,6 +21,8 @@ pub enum Backing {
     One(SharedImage),
     /// Two legs of a mirror. Writes hold their blocks' locks exclusively.
     Pair(Arc<Pair>),
+    /// One image, in which blocks lie as they came. Parts of blocks are written with what is around them.
+    Packed(Arc<Pack>),
     /// A frozen version of another disk. Only read.
     View(Arc<View>),
 }
@@ -31,8 +34,9 @@ impl Backing {
         match (self, other) {
             (Backing::One(one), Backing::One(other)) => Arc::ptr_eq(one, other),
             (Backing::Pair(one), Backing::Pair(other)) => Arc::ptr_eq(one, other),
+            (Backing::Packed(one), Backing::Packed(other)) => Arc::ptr_eq(one, other),
             (Backing::View(one), Backing::View(other)) => Arc::ptr_eq(one, other),
-            (Backing::One(_) | Backing::Pair(_) | Backing::View(_), _) => false,
+            (Backing::One(_) | Backing::Pair(_) | Backing::Packed(_) | Backing::View(_), _) => false,
         }
     }
 
@@ -40,7 +44,7 @@ impl Backing {
     #[must_use]
     pub fn excludes(&self) -> bool {
         match self {
-            Backing::One(_) | Backing::View(_) => false,
+            Backing::One(_) | Backing::Packed(_) | Backing::View(_) => false,
             Backing::Pair(_) => true,
         }
     }
@@ -51,6 +55,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.size_bytes(),
             Backing::Pair(pair) => pair.size_bytes(),
+            Backing::Packed(pack) => pack.size_bytes(),
             Backing::View(view) => view.size_bytes(),
         }
     }
@@ -61,6 +66,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.alignment(),
             Backing::Pair(pair) => pair.alignment(),
+            Backing::Packed(pack) => Alignment { offset_bytes: pack.block_bytes(), memory_bytes: 1 },
             Backing::View(view) => view.alignment(),
         }
     }
@@ -71,6 +77,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.is_poisoned(),
             Backing::Pair(pair) => pair.is_poisoned(),
+            Backing::Packed(pack) => pack.image().is_poisoned(),
             Backing::View(_) => false, // Nothing is stored here.
         }
     }
@@ -81,6 +88,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.allocated_bytes(),
             Backing::Pair(pair) => pair.allocated_bytes(),
+            Backing::Packed(pack) => pack.image().allocated_bytes(),
             Backing::View(_) => Some(0), // That is the other disk's.
         }
     }
@@ -91,6 +99,7 @@ impl Backing {
         match self {
             Backing::One(image) => image.path(),
             Backing::Pair(pair) => pair.path(),
+            Backing::Packed(pack) => pack.image().path(),
             Backing::View(view) => view.path(),
         }
     }
@@ -99,7 +108,9 @@ impl Backing {
     #[must_use]
     pub fn takes(&self, at: ByteOffset, len: u64) -> bool {
         let unit = u64::from(self.alignment().offset_bytes);
-        at.0.is_multiple_of(unit) && len.is_multiple_of(unit)
+        // The last block of a pack may be short, as the disk's is.
+        let ends = matches!(self, Backing::Packed(_)) && at.0 + len == self.size_bytes();
+        at.0.is_multiple_of(unit) && (ends || len.is_multiple_of(unit))
     }
 
     /// How many of the `len` bytes from `at` on are known to be zeros without being read.
@@ -108,11 +119,12 @@ impl Backing {
         match self {
             Backing::One(image) => image.next_data(at).map_or(0, |data| data.0.saturating_sub(at.0).min(len)),
             Backing::Pair(_) => 0,
+            Backing::Packed(pack) => pack.known_zeros(at, len),
             Backing::View(view) => view.known_zeros(at, len),
         }
     }
 
-    // What a mirror does is boxed below: every request's future would carry the room for it.
+    // What a mirror or a pack does is boxed below: every request's future would carry the room for it.
 
     /// Fills `buf` from `at` on. Gives the buffer back.
     ///
@@ -122,6 +134,7 @@ impl Backing {
         match self {
             Backing::One(image) => read_exact_at(&**image, queue, at, buf).await,
             Backing::Pair(pair) => Box::pin(pair.read(queue, at, buf)).await,
+            Backing::Packed(pack) => Box::pin(pack.read(queue, at, buf)).await,
             Backing::View(view) => view.read(queue, at, buf).await,
         }
     }
@@ -134,6 +147,7 @@ impl Backing {
         match self {
             Backing::One(image) => write_all_at(&**image, queue, at, buf, durable).await,
             Backing::Pair(pair) => Box::pin(pair.write(queue, at, buf, durable)).await,
+            Backing::Packed(pack) => Box::pin(pack.write(queue, at, buf, durable)).await,
             Backing::View(view) => Err(view.refusal(ImageOp::Write, FROZEN)),
         }
     }
@@ -146,6 +160,7 @@ impl Backing {
         match self {
             Backing::One(image) => zero_range(&**image, queue, at, len, unmap).await,
             Backing::Pair(pair) => Box::pin(pair.zero(queue, at, len, unmap)).await,
+            Backing::Packed(pack) => Box::pin(pack.zero(queue, at, len)).await,
             Backing::View(view) => Err(view.refusal(ImageOp::Zero, FROZEN)),
         }
     }
@@ -158,6 +173,7 @@ impl Backing {
         match self {
             Backing::One(image) => release_range(&**image, queue, at, len).await,
             Backing::Pair(pair) => Box::pin(pair.release(queue, at, len)).await,
+            Backing::Packed(pack) => Box::pin(pack.zero(queue, at, len)).await,
             Backing::View(view) => Err(view.refusal(ImageOp::Discard, FROZEN)),
         }
     }
@@ -168,6 +184,7 @@ impl Backing {
         match self {
             Backing::One(image) => needs_sync(&**image),
             Backing::Pair(_) => true, // What else changes its legs it does not note.
+            Backing::Packed(pack) => pack.needs_sync(),
             Backing::View(_) => false,
         }
     }
@@ -180,6 +197,7 @@ impl Backing {
         match self {
             Backing::One(image) => sync(&**image, queue).await,
             Backing::Pair(pair) => Box::pin(pair.sync(queue)).await,
+            Backing::Packed(pack) => Box::pin(pack.sync(queue)).await,
             Backing::View(_) => Ok(()), // It was stored before anybody could stand on it.
         }
     }

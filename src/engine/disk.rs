@@ -101,7 +101,7 @@ impl Disk {
         geometry.logical_block_bytes = logical_block_bytes.unwrap_or(geometry.logical_block_bytes);
         let base = match options.image {
             Backing::View(view) => OnceLock::from(ArcSwapOption::from(Some(view))),
-            Backing::One(_) | Backing::Pair(_) => OnceLock::new(),
+            Backing::One(_) | Backing::Pair(_) | Backing::Packed(_) => OnceLock::new(),
         };
         Arc::new(Disk {
             connections: Connections::new(clock.clone()),

@@ -469,6 +469,10 @@ async fn write_zeros(
     unmap: bool,
 ) -> Result<(), ImageError> {
     let end = at.0 + len;
+    if matches!(image, Backing::Packed(_)) {
+        // Whole blocks, of which it writes none.
+        return image.zero(queue, at, len, unmap).await;
+    }
     let (first, last) = (at.0.next_multiple_of(ZERO_UNIT_BYTES), end / ZERO_UNIT_BYTES * ZERO_UNIT_BYTES);
     let edge = |from: u64, to: u64| {
         let zeros = AlignedBuf::zeroed(usize_of(to - from));

@@ -14,6 +14,7 @@ mod error;
 #[cfg(test)]
 mod flip_tests;
 mod intact;
+mod pack;
 mod record;
 mod record_store;
 mod records;
@@ -25,6 +26,7 @@ mod work;
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use error::TableError;
+pub use pack::{Believed, Pack};
 pub use record::{
     BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord,
     SnapshotRecord, VolumeRecord, names_let_go,

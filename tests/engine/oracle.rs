@@ -99,6 +99,7 @@ fn random_runs_match_one_array_a_version() {
         ("blocks saved", total.preserved_blocks),
         ("holes kept as holes", total.holes_kept),
         ("logs", total.logs),
+        ("layers in packs", total.packs),
         ("frozen versions that outlive a power cut", total.saved_durably),
         ("splits", total.splits),
         ("splits of legs that were kept equal", total.splits_of_pairs),

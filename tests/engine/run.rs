@@ -16,7 +16,7 @@ use halfsilver::engine::{
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
-use halfsilver::store::{BlockIndex, Table};
+use halfsilver::store::{BlockIndex, Pack, Table};
 
 use crate::sim::{self, Rng, SECTOR, Scheduler, SimImage};
 use crate::world::{Array, Counts, Tags, World, filled};
@@ -38,6 +38,8 @@ pub struct Shape {
     strategies: Strategies,
     /// Whether the full image is a pair of legs. Otherwise a second leg is made for each split.
     pair: bool,
+    /// Of so many layers in a hundred the blocks lie in packs.
+    packed: usize,
 }
 
 /// Which strategy the cuts of a run have.
@@ -73,7 +75,9 @@ impl Shape {
         let faults = seed % 3 == 2;
         // What becomes of legs that fail is for `tests/legs`.
         let pair = !faults && matches!(strategies, Strategies::WriteMirroring | Strategies::Mixed) && seed % 11 < 6;
-        Shape { block, live_alignment, frozen_alignment, faults, strategies, pair }
+        // All sparse, all packed, or both in a chain.
+        let packed = [0, 50, 0, 100][usize::try_from(seed % 4).unwrap()];
+        Shape { block, live_alignment, frozen_alignment, faults, strategies, pair, packed }
     }
 
     fn table(self, sectors: usize) -> Table {
@@ -313,19 +317,19 @@ impl Run {
         let layer = match self.strategy() {
             Strategy::WriteMirroring => self.split(),
             Strategy::CopyOnWrite => {
-                let image = self.new_image("frozen");
+                let (image, backing) = self.new_backing("frozen");
                 if self.shape.faults && self.rng.chance(25) {
                     self.make_faulty(&image);
                 }
                 let table = Arc::new(self.shape.table(self.sectors));
-                let (image, durable) = (Backing::One(Arc::new(image)), self.rng.chance(30));
+                let (image, durable) = (backing, self.rng.chance(30));
                 let layer = if durable { self.saved(image, table) } else { Layer::of(image, table) };
                 NewLayer::Frozen { layer }
             }
             // A log that cannot be written is the guest's trouble, so no faults.
             Strategy::WriteLogging => {
                 self.world.borrow_mut().counts.logs += 1;
-                let image = Backing::One(Arc::new(self.new_image("log")));
+                let image = self.new_backing("log").1;
                 let table = Arc::new(self.shape.table(self.sectors));
                 let durable = self.rng.chance(30);
                 let layer = if durable { self.durable_log(image, table) } else { Layer::of(image, table) };
@@ -341,6 +345,22 @@ impl Run {
         // A file that needs 4 KiB has a size in whole 4 KiB; others are used through the page cache.
         let choice = if size.is_multiple_of(4096) && self.rng.chance(50) { 4096 } else { 512 };
         SimImage::new(name, size, self.shape.frozen_alignment.unwrap_or(choice))
+    }
+
+    /// A new image for a layer, sparse or packed.
+    fn new_backing(&mut self, name: &str) -> (SimImage, Backing) {
+        let (size, block) = ((self.sectors * SECTOR) as u64, u32::try_from(self.shape.block).unwrap());
+        if self.shape.packed == 0 || !self.rng.chance(self.shape.packed) {
+            let image = self.new_image(name);
+            return (image.clone(), Backing::One(Arc::new(image)));
+        }
+        self.world.borrow_mut().counts.packs += 1;
+        let bytes = usize::try_from(Pack::image_bytes(size, block).unwrap()).unwrap();
+        let image = SimImage::new(name, bytes, if self.rng.chance(50) { 4096 } else { 512 });
+        let (of, queue, name) = (Arc::new(image.clone()), self.queue.clone(), uuid::Uuid::from_u128(1));
+        let made = async move { Pack::create(of, (name, name), (size, block), &queue).await.unwrap() };
+        let pack = wait(&mut self.scheduler, &mut self.rng, made);
+        (image, Backing::Packed(Arc::new(pack)))
     }
 
     fn make_faulty(&mut self, image: &SimImage) {

@@ -83,6 +83,7 @@ pub struct Counts {
     pub preserved_blocks: u64,
     pub holes_kept: u64,
     pub logs: u64,
+    pub packs: u64,
     pub saved_durably: u64,
     pub splits: u64,
     pub splits_of_pairs: u64,
@@ -112,6 +113,7 @@ impl Counts {
         self.preserved_blocks += other.preserved_blocks;
         self.holes_kept += other.holes_kept;
         self.logs += other.logs;
+        self.packs += other.packs;
         self.saved_durably += other.saved_durably;
         self.splits += other.splits;
         self.splits_of_pairs += other.splits_of_pairs;
