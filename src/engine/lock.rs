@@ -270,7 +270,7 @@ impl Slots {
     /// The bits of a slot for each of these in their word.
     fn all(self, bits: u64) -> u64 {
         const ONES: u64 = u64::MAX / 0xff;
-        bits * (ONES >> (8 * (SLOTS_PER_WORD - self.count))) << (8 * (self.first % SLOTS_PER_WORD))
+        (bits * (ONES >> (8 * (SLOTS_PER_WORD - self.count)))) << (8 * (self.first % SLOTS_PER_WORD))
     }
 }
 

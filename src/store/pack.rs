@@ -272,7 +272,7 @@ impl Pack {
         let first = self.first_block(at, buf.len() as u64, ImageOp::Write)?;
         let parts = Bytes::split(buf, self.identity.block_bytes as usize, self.gathered.blocks_max());
         let writes = parts.into_iter().map(|(skip, bytes)| self.put(queue, first + skip, bytes));
-        join_all(writes.collect()).await.into_iter().collect::<Result<(), _>>()?;
+        join_all(writes).await.into_iter().collect::<Result<(), _>>()?;
         if durable { self.sync(queue).await } else { Ok(()) }
     }
 
@@ -290,7 +290,7 @@ impl Pack {
         let most = self.gathered.blocks_max();
         let runs = known.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(most));
         let zeros = runs.map(|run| self.put(queue, run[0], Bytes::Zeros { blocks: run.len() }));
-        join_all(zeros.collect()).await.into_iter().collect()
+        join_all(zeros).await.into_iter().collect()
     }
 
     fn first_block(&self, at: ByteOffset, len: u64, op: ImageOp) -> Result<u64, ImageError> {
