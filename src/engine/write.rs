@@ -18,12 +18,17 @@ use super::{
     Backing, Chain, Copy, Disk, Epoch, Fill, Harmed, Mode, RequestError, RestoreSource, Run, Ticket, VersionIn,
     VersionIndex, WritePlan,
 };
-use crate::image::{AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all};
+use crate::image::{
+    AlignedBuf, Alignment, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, Share, join_all,
+};
 use crate::store::BlockRange;
 
 /// Containers zero whole units of this size themselves; the rest is written, because zeroing a part of a unit may
 /// rewrite the neighbours in it.
 const ZERO_UNIT_BYTES: u64 = 4096;
+
+/// Memory that lies at multiples of this, in multiples of this, suits every container.
+const UNIT_MAX: u32 = 4096;
 
 /// What to write.
 #[derive(Debug)]
@@ -93,6 +98,25 @@ impl Disk {
     }
 
     async fn write_part(&self, queue: &IoQueue, epoch: Epoch, part: Part, data: Data) -> Result<(), RequestError> {
+        match data {
+            // Before the locks: whoever has them goes on without waiting for memory.
+            Data::Guest(guest) if must_be_copied(&self.chain.load(), &guest) => {
+                let share = queue.copies().take(part.len + self.copied_by(&part)).await;
+                let copy = GuestBuf::from_owned(guest.copy_out()).0;
+                self.write_steady(queue, epoch, part, Data::Guest(copy), Some(share)).await
+            }
+            data => self.write_steady(queue, epoch, part, data, None).await,
+        }
+    }
+
+    async fn write_steady(
+        &self,
+        queue: &IoQueue,
+        epoch: Epoch,
+        part: Part,
+        data: Data,
+        share: Option<Share>,
+    ) -> Result<(), RequestError> {
         if is_plain(&self.chain.load(), &part) {
             let _guard = self.locks.acquire(part.blocks, Mode::Shared).await;
             // Again, now that nobody can copy these blocks.
@@ -104,7 +128,7 @@ impl Disk {
             }
         }
         // Boxed, so that writes without all this do not carry the room for it.
-        Box::pin(self.write_by_plan(queue, epoch, part, data)).await
+        Box::pin(self.write_by_plan(queue, epoch, part, data, share)).await
     }
 
     /// What is written now is wanted.
@@ -114,7 +138,15 @@ impl Disk {
         }
     }
 
-    async fn write_by_plan(&self, queue: &IoQueue, epoch: Epoch, part: Part, data: Data) -> Result<(), RequestError> {
+    /// With a share, the memory that this takes is counted already.
+    async fn write_by_plan(
+        &self,
+        queue: &IoQueue,
+        epoch: Epoch,
+        part: Part,
+        data: Data,
+        mut share: Option<Share>,
+    ) -> Result<(), RequestError> {
         let is_whole = |block| {
             let (at, len) = self.geometry.bytes(BlockRange::one(block));
             part.at <= at && at.0 + len <= part.at.0 + part.len
@@ -136,13 +168,14 @@ impl Disk {
         };
         let mut will_copy = mode == Mode::Exclusive;
         loop {
-            // Before the locks: whoever has them goes on without waiting for memory.
-            let share = if will_copy { Some(queue.copies().take(self.copied_by(&part)).await) } else { None };
+            if will_copy && share.is_none() {
+                share = Some(queue.copies().take(self.copied_by(&part)).await);
+            }
             let guard = self.locks.acquire(part.blocks, mode).await;
             // Only now: whoever held these locks before may have copied blocks for versions that are new to us.
             let chain = self.chain();
             if let Some(gate) = chain.restore().gate() {
-                drop((guard, share));
+                drop(guard);
                 gate.opened().await;
                 continue;
             }
@@ -324,6 +357,10 @@ impl Disk {
     ) -> Result<(), RequestError> {
         let image = &target.layer().image;
         match data {
+            // A layer that came since this was looked at. Nobody waits for memory under a lock.
+            Data::Guest(guest) if !fits(image, &guest) => {
+                image.write(queue, part.at, IoBuf::Owned(guest.copy_out()), part.durable).await?;
+            }
             Data::Guest(guest) => image.write(queue, part.at, IoBuf::Guest(guest), part.durable).await?,
             Data::Zeros { unmap, .. } => {
                 Box::pin(write_zeros(image, queue, part.at, part.len, unmap)).await?;
@@ -427,6 +464,16 @@ fn note(chain: &Chain, plan: &WritePlan, part: Part) {
     for run in plan.runs.iter().filter(is_split) {
         (plan.writer + 1..=chain.live()).for_each(|newer| chain.at(newer).note(run.blocks));
     }
+}
+
+/// Whether some layer cannot take the guest's memory as it lies.
+fn must_be_copied(chain: &Chain, guest: &GuestBuf) -> bool {
+    !guest.is_aligned(UNIT_MAX, UNIT_MAX) && !chain.links().iter().all(|link| fits(&link.layer.image, guest))
+}
+
+fn fits(image: &Backing, guest: &GuestBuf) -> bool {
+    let Alignment { memory_bytes, offset_bytes } = image.alignment();
+    guest.is_aligned(memory_bytes, offset_bytes)
 }
 
 /// Whether there is nothing but one image that takes the part as it is: the common case.

@@ -60,7 +60,7 @@ fn score(found: &[(String, Option<(u64, String)>)]) {
 
 #[test]
 fn every_defect_is_noticed() {
-    const DEFECTS: [Defect; 40] = [
+    const DEFECTS: [Defect; 41] = [
         Defect::IndependentBeforeStored,
         Defect::KeptBeforeBytes,
         Defect::SettledBeforeSync,
