@@ -359,8 +359,7 @@ impl Run {
         let image = SimImage::new(name, bytes, if self.rng.chance(50) { 4096 } else { 512 });
         let (of, queue, name) = (Arc::new(image.clone()), self.queue.clone(), uuid::Uuid::from_u128(1));
         let made = async move { Pack::create(of, (name, name), (size, block), &queue).await.unwrap() };
-        let pack = wait(&mut self.scheduler, &mut self.rng, made);
-        (image, Backing::Packed(Arc::new(pack)))
+        (image, Backing::Packed(Arc::new(wait(&mut self.scheduler, &mut self.rng, made))))
     }
 
     fn make_faulty(&mut self, image: &SimImage) {
