@@ -225,7 +225,8 @@ fn carrying_out_discards_holds_up_one_run() {
         job.spawn(async move { assert!(matches!(carry_out.await, Ok(Outcome::Done))) });
         let disk = bench.disk.clone();
         let done_blocks = Box::new(move || put_off - disk.discards().count());
-        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1, at_once: NEIGHBOURS }
+        let at_once = NEIGHBOURS.min(usize::try_from(bench.disk.geometry().blocks_per_run()).unwrap());
+        Background { guest: bench.ticket(), bench, job, done_blocks, steps: 1, at_once }
     });
 }
 
