@@ -19,7 +19,7 @@ use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::DiskLayers;
 use crate::recovery::Recovery;
-use crate::store::{BlockIndex, DiskRecord, DurableTable, RestoreRecord};
+use crate::store::{BlockIndex, DiskRecord, DurableTable, RestorePhase, RestoreRecord, RestoreSourceKind};
 
 /// A disk that waits for the volume that it is restored from.
 pub(crate) struct SuspendedRestore {
@@ -69,13 +69,11 @@ impl Manager {
         let from = locked(&disk.restore).clone();
         let (on, of, ours) = (disk.clone(), disk.clone(), job.clone());
         let run = move |manager: &Manager| manager.bring_back(&on, &ours);
-        let mark_stopped = move || {
-            if let Some(record) = locked(&of.restore).as_mut() {
-                record.stopped = true;
-            }
-        };
+        let mark_stopped = move || of.set_restore_phase(RestorePhase::Stopped);
         let after = move |manager: &Manager, state| {
-            if let Some(taken) = from.filter(|r| r.is_ours && state == JobState::Done) {
+            if let Some(taken) =
+                from.filter(|r| r.source_kind == RestoreSourceKind::VolumeNow && state == JobState::Done)
+            {
                 manager.let_snapshot_go(taken.source);
             }
         };
@@ -114,14 +112,8 @@ impl Manager {
 
     /// Goes on with a restore that was stopped or has failed.
     pub(crate) fn go_on_with_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
-        if let Some(record) = locked(&disk.restore).as_mut() {
-            record.stopped = false;
-        }
-        self.persist(std::slice::from_ref(disk)).inspect_err(|_| {
-            if let Some(record) = locked(&disk.restore).as_mut() {
-                record.stopped = true;
-            }
-        })?;
+        disk.set_restore_phase(RestorePhase::Active);
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| disk.set_restore_phase(RestorePhase::Stopped))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_restore(disk, job);
@@ -141,7 +133,7 @@ impl Manager {
         let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
         let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
         let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
-        if !restore.is_own {
+        if !restore.is_own() {
             return Ok((
                 Some(restore),
                 Some(SuspendedRestore { closed: Some(self.editor.close(disk, true)), pending }),
@@ -162,7 +154,7 @@ impl Manager {
             }
         };
         for disk in self.all_disks() {
-            let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_active) else { continue };
+            let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_shown()) else { continue };
             if own != Some(disk.id) && self.is_being_changed(disk.id) {
                 if locked(&disk.suspended).is_some() {
                     self.follow_up(FollowUp::Restore(disk));
@@ -196,9 +188,9 @@ impl Manager {
                 continue;
             }
             let job = self.restore_job(&disk);
-            match record.stopped {
-                true => self.end_job(&job, JobState::Stopped, None),
-                false => self.run_restore(&disk, job),
+            match record.phase {
+                RestorePhase::Stopped => self.end_job(&job, JobState::Stopped, None),
+                RestorePhase::Active | RestorePhase::Prepared => self.run_restore(&disk, job),
             }
         }
     }
@@ -219,15 +211,21 @@ impl Manager {
 
     /// Removes what a restore left that a kill ended before it began.
     pub(crate) fn forget_unbegun_restore(&self, record: Option<&DiskRecord>) {
-        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|r| !r.is_active) {
+        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|r| !r.is_shown()) {
             self.remove_restore_files(restore.id);
         }
     }
 }
 
 impl DiskEntry {
+    fn set_restore_phase(&self, phase: RestorePhase) {
+        if let Some(record) = locked(&self.restore).as_mut() {
+            record.phase = phase;
+        }
+    }
+
     pub(crate) fn restore_status(&self, manager: &Manager) -> Option<api::RestoreStatus> {
-        let restore = locked(&self.restore).clone().filter(|r| r.is_active)?;
+        let restore = locked(&self.restore).clone().filter(|r| r.is_shown())?;
         let from = manager.name_now(restore.source, &restore.from);
         let geometry = self.disk.geometry();
         let remaining_bytes = self.disk.blocks_to_bring_back() * u64::from(geometry.block_bytes);

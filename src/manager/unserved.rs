@@ -143,7 +143,7 @@ impl Manager {
             disk.epoch = record.live_began;
             disk.snapshots = u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX);
             // How much is left is in a table that nobody reads while it is not served.
-            let restore = record.restore.as_ref().filter(|r| r.is_active);
+            let restore = record.restore.as_ref().filter(|r| r.is_shown());
             disk.restoring =
                 restore.map(|r| api::RestoreStatus { from: self.name_now(r.source, &r.from), remaining_bytes: 0 });
         }

@@ -35,7 +35,7 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let chain = disk.disk.chain();
     let is_lost = disk.disk.restore_lost().is_some();
     // One that is only prepared is its command's, which has claimed what it needs.
-    let restore = locked(&disk.restore).as_ref().filter(|r| r.is_active).map(|r| r.source);
+    let restore = locked(&disk.restore).as_ref().filter(|r| r.is_shown()).map(|r| r.source);
     let restore = restore.map(|source| Restore { source, through: Vec::new(), is_lost });
     Disk {
         id: disk.id,
@@ -121,7 +121,7 @@ fn remembered(unserved: &Unserved) -> Disk {
     };
     let Some(record) = &unserved.record else { return nothing };
     let (volume, stood_on) = (record.volume.as_ref().map(|v| v.snapshot), record.stood_on.as_ref().map(|v| v.snapshot));
-    let restore = record.restore.as_ref().filter(|r| r.is_active);
+    let restore = record.restore.as_ref().filter(|r| r.is_shown());
     let name = |name: &str| name.parse::<Name>().ok();
     let snapshot = |(at, s): (usize, &SnapshotRecord)| {
         Some(Snapshot {

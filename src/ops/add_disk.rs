@@ -207,7 +207,7 @@ fn resolved_in_time(host: &Arc<dyn Host>, paths: Vec<PathBuf>) -> Vec<PathBuf> {
 /// What would be lost if a disk's record gave way to another one.
 fn what_is_kept(record: &DiskRecord) -> Vec<String> {
     let counted = |n: usize, what: &str| (n > 0).then(|| format!("{n} {what}{}", if n == 1 { "" } else { "s" }));
-    let restore = record.restore.as_ref().filter(|r| r.is_active).map(|r| format!("a restore from {}", r.from));
+    let restore = record.restore.as_ref().filter(|r| r.is_shown()).map(|r| format!("a restore from {}", r.from));
     let legs = record.mirror.as_ref().map_or(0, |m| m.legs.len());
     [
         restore,

@@ -23,7 +23,10 @@ use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::{Manager, record_error, table_error};
 use crate::registry::{Command, Registry, decide};
-use crate::store::{BlockIndex, BlockRange, DiskRecord, DurableTable, RecordError, RestoreRecord, VolumeRecord};
+use crate::store::{
+    BlockIndex, BlockRange, DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind,
+    VolumeRecord,
+};
 
 fn io_error(what: impl std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::Io, what.to_string())
@@ -105,7 +108,7 @@ impl Manager {
         name: &Name,
         from: &SnapshotRef,
         request: &RestoreRequest,
-        is_ours: bool,
+        is_taken: bool,
     ) -> Result<Arc<JobEntry>, ApiError> {
         let command = Command::Restore { disk: name.clone(), from: from.clone(), force: request.force };
         let wanted = |registry: &Registry| Ok(decide(registry, &command)?.wanted);
@@ -115,10 +118,12 @@ impl Manager {
                 id: self.host.new_id(),
                 source: entry.id,
                 from: from.to_string(),
-                is_own: self.relation_of(&disk, source)?,
-                is_ours,
-                is_active: false,
-                stopped: false,
+                source_kind: match (self.relation_of(&disk, source)?, is_taken) {
+                    (true, _) => RestoreSourceKind::Disk,
+                    (false, true) => RestoreSourceKind::VolumeNow,
+                    (false, false) => RestoreSourceKind::Volume,
+                },
+                phase: RestorePhase::Prepared,
                 delay_ms: request.delay_ms,
                 bytes_per_second: request.bytes_per_second,
             };
@@ -180,12 +185,12 @@ impl Manager {
     /// after a kill or a power cut.
     fn activate(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>, pending: DurableTable) -> Result<(), ApiError> {
         let Some(record) = locked(&disk.restore).clone() else { return Err(io_error("a restore without a record")) };
-        let restored = match record.is_own {
+        let restored = match record.is_own() {
             true => RestoreSource::Own(record.source),
             false => RestoreSource::View(View::of(source.disk.clone(), record.source, &record.from)),
         };
         // An independent volume shares no place with the disk, but it may be known what both have changed since they did.
-        let relation = locked(&source.relations).stood_on.clone().filter(|_| !record.is_own);
+        let relation = locked(&source.relations).stood_on.clone().filter(|_| !record.is_own());
         let origin = relation.map(|was| (source.disk.clone(), was.origin, was.snapshot));
         let version = record.source;
         let find = |pending: DurableTable| {
@@ -209,7 +214,7 @@ impl Manager {
         let closed = self.editor.close(&disk.disk, false);
         let pending = find(pending)?;
         crash::point("before a restore is recorded");
-        let active = RestoreRecord { is_active: true, ..record.clone() };
+        let active = RestoreRecord { phase: RestorePhase::Active, ..record.clone() };
         let recorded = self.records.put(&[&DiskRecord { restore: Some(active.clone()), ..disk.to_record() }]);
         if let Err(e) = recorded {
             let is_unknown = matches!(e, RecordError::Unknown(_));

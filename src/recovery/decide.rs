@@ -376,13 +376,13 @@ impl Decision<'_> {
 
     /// A restore that has begun: the table of pending blocks, and the disk's own snapshot that they show.
     fn decide_restore(&self, recovery: &mut Recovery) {
-        let Some(restore) = recovery.record.restore.clone().filter(|r| r.is_active) else { return };
+        let Some(restore) = recovery.record.restore.clone().filter(|r| r.is_shown()) else { return };
         let pending = self.pending(restore.id);
         let source = recovery.record.snapshots.iter().position(|s| s.id == restore.source);
         let source = source.and_then(|at| recovery.version(Role::Frozen(at)));
         let why = match (&pending, source) {
             (Err(why), _) => Some(why.clone()),
-            (Ok(_), _) if !restore.is_own => None,
+            (Ok(_), _) if !restore.is_own() => None,
             // One that broke while it was served is there all the same.
             (Ok(_), Some(source)) => source.layer.as_ref().err().cloned(),
             (Ok(_), None) => Some(Why::SnapshotLost),

@@ -8,7 +8,7 @@ use super::{
     decide, settle,
 };
 use crate::engine::LegState;
-use crate::store::{DeletionRecord, DiskRecord, Work, WorkRecord};
+use crate::store::{DeletionRecord, DiskRecord, RestorePhase, Work, WorkRecord};
 
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];
 
@@ -351,7 +351,7 @@ fn a_restore_in_place() {
         assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), shutdown).0, "unserved", "{shutdown:?}");
     }
     let source = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().source = id(80);
-    let unbegun = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().is_active = false;
+    let unbegun = |_: &mut Found, r: &mut DiskRecord| r.restore.as_mut().unwrap().phase = RestorePhase::Prepared;
     for shutdown in [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut] {
         assert_eq!(decided(|f, _| put(&mut f.missing, "/b.img"), shutdown).0, "unserved", "{shutdown:?}");
         assert_eq!(decided(source, shutdown).0, "unserved", "{shutdown:?}");
@@ -454,7 +454,7 @@ fn jobs_that_go_on() {
     let deletion = || JobKind::Deletion("b".to_owned());
     for is_stopped in [false, true] {
         let mut record = restored(record(), id(2), true);
-        record.restore.as_mut().unwrap().stopped = is_stopped;
+        record.restore.as_mut().unwrap().phase = if is_stopped { RestorePhase::Stopped } else { RestorePhase::Active };
         record.snapshots[1].deletion = Some(DeletionRecord { stopped: is_stopped, ..DeletionRecord::default() });
         let recovery = decide(&record, Shutdown::Killed, &Found::default());
         assert_eq!(jobs(&recovery), [(deletion(), is_stopped), (JobKind::Restore, is_stopped)]);

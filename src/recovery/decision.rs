@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::evidence::Durable;
 use super::{Shutdown, Why};
 use crate::engine::{LegState, PairFacts};
-use crate::store::{DiskRecord, SnapshotRecord, Work};
+use crate::store::{DiskRecord, RestorePhase, SnapshotRecord, Work};
 
 /// What a start makes of a disk.
 #[derive(Debug)]
@@ -201,7 +201,12 @@ impl Recovery {
             deleted.map(|(s, _)| job(JobKind::Deletion(s.name.clone()), s.deletion.is_some_and(|d| d.stopped)));
         // What is pending is not there while the source is lost.
         let restores = self.restore.is_some() && !matches!(self.disk, Content::Hollow(Why::RestoreLost { .. }));
-        let restore = self.record.restore.iter().filter(|_| restores).map(|r| job(JobKind::Restore, r.stopped));
+        let restore = self
+            .record
+            .restore
+            .iter()
+            .filter(|_| restores)
+            .map(|r| job(JobKind::Restore, r.phase == RestorePhase::Stopped));
         let work = self.record.work.iter().map(|w| job(JobKind::Work(w.work.clone()), w.stopped));
         let resync = self.mirror.iter().filter(|m| m.is_behind()).map(|_| job(JobKind::Resync, false));
         deletions.chain(restore).chain(work).chain(resync).collect()

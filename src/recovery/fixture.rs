@@ -10,8 +10,8 @@ use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::engine::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
 use crate::store::{
-    BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestoreRecord, RunTableFacts,
-    SnapshotRecord, TableError, VolumeRecord,
+    BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase, RestoreRecord,
+    RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
 };
 
 pub(super) const SIZE: u64 = 1 << 20;
@@ -221,10 +221,8 @@ pub(super) fn restored(mut record: DiskRecord, source: Uuid, is_own: bool) -> Di
         id: id(70),
         source,
         from,
-        is_own,
-        is_ours: false,
-        is_active: true,
-        stopped: false,
+        source_kind: if is_own { RestoreSourceKind::Disk } else { RestoreSourceKind::Volume },
+        phase: RestorePhase::Active,
         delay_ms: 0,
         bytes_per_second: 0,
     });

@@ -46,7 +46,7 @@ fn lost_need(at: usize, recoveries: &[Recovery], served: &[ServedVersion]) -> Op
     {
         return Some(Why::BaseLost { from: volume.from.clone(), why });
     }
-    let restore = record.restore.as_ref().filter(|r| r.is_active && !r.is_own)?;
+    let restore = record.restore.as_ref().filter(|r| r.is_shown() && !r.is_own())?;
     look(restore.source).map(|why| Why::RestoreLost { from: restore.from.clone(), why })
 }
 

@@ -155,6 +155,30 @@ pub struct VolumeRecord {
     pub created_ms: u64,
 }
 
+/// Whose snapshot a disk is restored from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestoreSourceKind {
+    /// The disk's own.
+    Disk,
+    /// A volume's.
+    Volume,
+    /// A volume's, taken for the restore: it goes with it.
+    VolumeNow,
+}
+
+/// How far a restore in place has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestorePhase {
+    /// The disk does not show it yet: its table says nothing.
+    Prepared,
+    /// The disk shows it, and its job brings the blocks back.
+    Active,
+    /// The disk shows it. Its job was stopped by the user, and waits to be resumed.
+    Stopped,
+}
+
 /// A restore in place, as it is remembered. Which blocks are pending is in its table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -165,18 +189,28 @@ pub struct RestoreRecord {
     pub source: Uuid,
     /// Its snapshot as the user calls it, `disk@name`.
     pub from: String,
-    /// Whether it is the disk's own, and not a volume's.
-    pub is_own: bool,
-    /// Whether the snapshot was taken for the restore, and goes with it.
-    pub is_ours: bool,
-    /// Whether it has begun. Before that the table says nothing.
-    pub is_active: bool,
-    /// Whether its job was stopped by the user, and waits to be resumed.
-    pub stopped: bool,
+    /// Whose snapshot that is.
+    pub source_kind: RestoreSourceKind,
+    /// How far it has come.
+    pub phase: RestorePhase,
     /// The pause between two steps, in milliseconds.
     pub delay_ms: u32,
     /// The most that it copies in a second; 0 for as much as it can.
     pub bytes_per_second: u64,
+}
+
+impl RestoreRecord {
+    /// Whether the disk shows what it is restored to.
+    #[must_use]
+    pub fn is_shown(&self) -> bool {
+        self.phase != RestorePhase::Prepared
+    }
+
+    /// Whether what it is restored to is the disk's own.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.source_kind == RestoreSourceKind::Disk
+    }
 }
 
 /// A disk, as it is remembered.

@@ -14,7 +14,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::store::{
-    BookmarkRecord, ChangedRecord, Fingerprint, RestoreRecord, SnapshotRecord, VolumeRecord, Work, WorkRecord,
+    BookmarkRecord, ChangedRecord, Fingerprint, RestorePhase, RestoreRecord, RestoreSourceKind, SnapshotRecord,
+    VolumeRecord, Work, WorkRecord,
 };
 
 thread_local! {
@@ -160,10 +161,8 @@ fn file_with_history(path: &Path, closed: bool) -> (Vec<u8>, Vec<DiskRecord>, BT
         id: Uuid::new_v4(),
         source: disks[0].snapshots[1].id,
         from: "vm0@b".to_owned(),
-        is_own: true,
-        is_ours: false,
-        is_active: true,
-        stopped: false,
+        source_kind: RestoreSourceKind::Disk,
+        phase: RestorePhase::Active,
         delay_ms: 6,
         bytes_per_second: 7,
     });
@@ -494,10 +493,8 @@ fn a_record_gets_another_name_with_all_that_it_names() {
         id: Uuid::new_v4(),
         source: old.bookmarks[0].id,
         from: "vm0@z".to_owned(),
-        is_own: false,
-        is_ours: false,
-        is_active: true,
-        stopped: false,
+        source_kind: RestoreSourceKind::Volume,
+        phase: RestorePhase::Active,
         delay_ms: 0,
         bytes_per_second: 0,
     });
