@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
 
@@ -95,8 +94,10 @@ impl Service for Manager {
     }
 
     fn list_snapshots(&self) -> Result<Vec<api::Snapshot>, ApiError> {
-        let of =
-            |d: &Arc<crate::manager::entry::DiskEntry>| d.snapshots().iter().map(|s| s.to_api(d)).collect::<Vec<_>>();
+        let of = |d: &Arc<crate::manager::entry::DiskEntry>| {
+            let facts = d.facts();
+            d.snapshots().iter().map(|s| s.to_api(&facts)).collect::<Vec<_>>()
+        };
         Ok(self.all_disks().iter().flat_map(of).collect())
     }
 
@@ -106,7 +107,7 @@ impl Service for Manager {
             _ => e,
         })?;
         let snapshot = disk.snapshot(&reference.name).ok_or_else(|| disk.no_snapshot(reference))?;
-        Ok(snapshot.to_api(&disk))
+        Ok(snapshot.to_api(&disk.facts()))
     }
 
     fn cut_over_snapshot(&self, reference: &SnapshotRef) -> Result<api::Snapshot, ApiError> {
@@ -220,25 +221,23 @@ impl Service for Manager {
         let jobs = locked(&self.jobs).values().map(|j| j.to_api()).collect();
         let mut all = MetricsSnapshot { jobs, ..MetricsSnapshot::default() };
         for disk in self.all_disks() {
-            let stats = disk.stats();
+            let (stats, facts) = (disk.stats(), disk.facts());
             all.disks.push(DiskMetrics {
                 disk: disk.name.get(),
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
-                background_wait_seconds: disk.disk.background().waited().as_secs_f64(),
+                background_wait_seconds: facts.background_waited.as_secs_f64(),
                 legs: locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
             });
             for snapshot in disk.snapshots() {
-                let count = |c: fn(&crate::engine::Version) -> &std::sync::atomic::AtomicU64| {
-                    snapshot.version.as_ref().map_or(0, |v| c(v).load(Ordering::Relaxed))
-                };
+                let preserved = facts.version(snapshot.id).map_or((0, 0), |version| version.preserved);
                 all.snapshots.push(SnapshotMetrics {
                     disk: disk.name.get(),
                     snapshot: snapshot.name.clone(),
-                    preserved_blocks: count(|v| &v.preserved_blocks),
-                    preserved_bytes: count(|v| &v.preserved_bytes),
+                    preserved_blocks: preserved.0,
+                    preserved_bytes: preserved.1,
                     drain_seconds: locked(&snapshot.drain).map(|d| d.as_secs_f64()),
-                    old_frontends: u64::from(snapshot.old_frontends(&disk)),
+                    old_frontends: u64::from(snapshot.old_frontends(&facts)),
                 });
             }
         }

@@ -132,7 +132,7 @@ impl Manager {
             let (planned, opened) = self.begin_to_open(one);
             if let Err(e) = receive(&*self.host, &opened, OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
                 self.not_served(planned, given, e.message);
-            } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure()) {
+            } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure(&disk.facts())) {
                 log::error!("volume {} is broken: {reason}; what was written to it is kept", planned.name);
             }
         }

@@ -41,6 +41,20 @@ pub struct Segment {
     pub pivot: VersionIndex,
 }
 
+impl Segment {
+    /// Who takes the image of a pivot over when it goes: the version above it, whose log is folded into it, or else the
+    /// one below. None if it is no pivot, or alone.
+    #[must_use]
+    pub fn heir_of(self, index: VersionIndex) -> Option<VersionIndex> {
+        match index {
+            i if i != self.pivot => None,
+            i if i < self.last => Some(i + 1),
+            i if i > self.first => Some(i - 1),
+            _ => None,
+        }
+    }
+}
+
 /// All versions of a disk at one moment.
 #[derive(Clone)]
 pub struct Chain {
@@ -105,6 +119,15 @@ impl Chain {
         }
     }
 
+    /// Why pending blocks cannot be shown, if a restore lost what it goes back to.
+    #[must_use]
+    pub fn restore_lost(&self) -> Option<&str> {
+        match &self.restore {
+            Restore::Lost(reason) => Some(reason),
+            Restore::None | Restore::Closed { .. } | Restore::Active(_) => None,
+        }
+    }
+
     /// Where the disk's own version is that the live one is restored to.
     pub(super) fn restored(&self, id: VersionId) -> Result<VersionIndex, RequestError> {
         self.position(id).ok_or_else(|| RequestError::Broken("the snapshot that is restored is gone".to_owned()))
@@ -150,17 +173,10 @@ impl Chain {
         self.segment_of(pivot).last > pivot && self.links[pivot].version.is_retiring()
     }
 
-    /// Who takes the image of a pivot over when it goes: the version above it, whose log is folded into it, or else the
-    /// one below. None if it is no pivot, or alone.
+    /// Who takes the image of a pivot over when it goes ([`Segment::heir_of`]).
     #[must_use]
     pub fn heir_of_pivot(&self, index: VersionIndex) -> Option<VersionIndex> {
-        let segment = self.segment_of(index);
-        match index {
-            i if i != segment.pivot => None,
-            i if i < segment.last => Some(i + 1),
-            i if i > segment.first => Some(i - 1),
-            _ => None,
-        }
+        self.segment_of(index).heir_of(index)
     }
 
     /// A version's layer.

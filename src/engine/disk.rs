@@ -130,8 +130,14 @@ impl Disk {
         self.unrecorded.fetch_sub(1, Ordering::SeqCst);
     }
 
-    pub(super) fn is_durability_recorded(&self) -> bool {
+    /// Whether what a version shows is to outlive a power cut: what it reads through, up to the full image, must, and what
+    /// the disk stands on.
+    #[must_use]
+    pub fn shown_outlives_power_cut(&self, of: VersionIn<'_>) -> bool {
+        let is_saved = |newer| of.chain.layer(newer).saved_durably().is_some();
         self.unrecorded.load(Ordering::SeqCst) == 0
+            && (of.index..of.segment().pivot).all(is_saved)
+            && self.base().is_none_or(|view| view.outlives_power_cut())
     }
 
     /// A new volume: what it stands on is its oldest version, and has everything; `live` is an empty log for what is

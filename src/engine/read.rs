@@ -195,15 +195,9 @@ impl VersionSource for Disk {
         Disk::base_broken(self)
     }
 
-    /// What it reads through, up to the full image, must outlive it, and what its disk stands on.
     fn outlives_power_cut(&self, version: VersionId) -> bool {
-        if !self.is_durability_recorded() {
-            return false;
-        }
         let chain = self.chain();
-        let Some(index) = chain.position(version) else { return false };
-        let is_saved = |newer| chain.layer(newer).saved_durably().is_some();
-        (index..chain.pivot_of(index)).all(is_saved) && self.base().is_none_or(|view| view.outlives_power_cut())
+        chain.position(version).is_some_and(|index| self.shown_outlives_power_cut(chain.at(index)))
     }
 
     fn read_view<'a>(&'a self, queue: &'a IoQueue, view: &'a View, at: ByteOffset, buf: IoBuf) -> ViewRead<'a> {

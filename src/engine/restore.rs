@@ -100,15 +100,6 @@ impl Drop for ClosedDisk {
 }
 
 impl Disk {
-    /// Why pending blocks cannot be shown, if a restore lost what it goes back to.
-    #[must_use]
-    pub fn restore_lost(&self) -> Option<String> {
-        match self.chain().restore() {
-            Restore::Lost(reason) => Some(reason.clone()),
-            Restore::None | Restore::Closed { .. } | Restore::Active(_) => None,
-        }
-    }
-
     pub(super) async fn wait_to_read(&self) {
         loop {
             match self.chain().restore() {

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, SnapshotRef};
+use crate::door::DiskFacts;
 use crate::engine::{Changed, Disk};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -23,9 +24,8 @@ use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 pub(crate) type SavedChanges = BTreeMap<Uuid, ChangedRecord>;
 
 /// Bookmarks with what is known now of their tables.
-pub(crate) fn with_tables(bookmarks: &[BookmarkRecord], disk: &Disk) -> Vec<BookmarkRecord> {
-    let marks = disk.marks();
-    let changed = |id| recording::of_changed(marks.iter().find(|m| m.id == id).and_then(|m| m.changed.as_ref()));
+pub(crate) fn with_tables(bookmarks: &[BookmarkRecord], facts: &DiskFacts) -> Vec<BookmarkRecord> {
+    let changed = |id| recording::of_changed(facts.mark(id).and_then(|mark| mark.changed.as_ref()));
     bookmarks.iter().map(|b| BookmarkRecord { changed: changed(b.id), ..b.clone() }).collect()
 }
 
@@ -73,7 +73,7 @@ impl Manager {
     /// What becomes of the mark of a snapshot that was on its way out when its content was lost. Its files are let go with
     /// the record.
     pub(crate) fn settle_mark(&self, disk: &Disk, gone: &SnapshotRecord, bookmarks: &mut Vec<BookmarkRecord>) {
-        match disk.marks().iter().find(|mark| mark.id == gone.id) {
+        match DiskFacts::of(disk).mark(gone.id) {
             Some(mark) if gone.leaves_bookmark() => {
                 bookmarks.push(recording::of_bookmark(gone, mark));
                 bookmarks.sort_by_key(|b| b.began);
@@ -86,10 +86,9 @@ impl Manager {
     /// nothing is left since which anybody could ask.
     pub(crate) fn remove_changes_of_gone(&self, disk: &DiskEntry, id: Uuid) {
         self.remove_changed_table(id);
-        let chain = disk.disk.chain();
-        let live = chain.version(chain.live());
-        if live.changed().is_none() {
-            self.remove_changed_table(live.id);
+        let facts = disk.facts();
+        if facts.live().changed.is_none() {
+            self.remove_changed_table(facts.live().id);
         }
     }
 
@@ -114,34 +113,31 @@ impl Manager {
 
 impl DiskEntry {
     /// The bookmark that a snapshot has become, if it has: it is a mark of the disk, and not a version any more.
-    pub(crate) fn bookmark_of(&self, entry: &SnapshotEntry) -> Option<BookmarkRecord> {
+    pub(crate) fn bookmark_of(entry: &SnapshotEntry, facts: &DiskFacts) -> Option<BookmarkRecord> {
         let record = locked(&entry.record).clone();
-        if !record.leaves_bookmark() || self.disk.chain().position(entry.id).is_some() {
-            return None;
-        }
-        let marks = self.disk.marks();
-        let mark = marks.iter().find(|mark| mark.id == entry.id)?;
+        let mark = facts.mark(entry.id).filter(|_| record.leaves_bookmark() && facts.position(entry.id).is_none())?;
         Some(recording::of_bookmark(&record, mark))
     }
 
     /// Its bookmarks, also those that are still in the list of snapshots because their deletion is not quite over.
-    pub(crate) fn bookmarks(&self) -> Vec<BookmarkRecord> {
-        let mut bookmarks = with_tables(&locked(&self.bookmarks), &self.disk);
-        let more: Vec<_> = self.snapshots().iter().filter_map(|entry| self.bookmark_of(entry)).collect();
+    pub(crate) fn bookmarks(&self, facts: &DiskFacts) -> Vec<BookmarkRecord> {
+        let mut bookmarks = with_tables(&locked(&self.bookmarks), facts);
+        let more: Vec<_> = self.snapshots().iter().filter_map(|entry| DiskEntry::bookmark_of(entry, facts)).collect();
         bookmarks.extend(more.into_iter().filter(|more| !locked(&self.bookmarks).iter().any(|b| b.id == more.id)));
         bookmarks.sort_by_key(|b| b.began);
         bookmarks
     }
 
     fn bookmarks_to_api(&self) -> Vec<Bookmark> {
-        let of = |b: BookmarkRecord| self.bookmark_to_api(b);
-        self.bookmarks().into_iter().filter_map(of).collect()
+        let facts = self.facts();
+        let of = |b: BookmarkRecord| self.bookmark_to_api(b, &facts);
+        self.bookmarks(&facts).into_iter().filter_map(of).collect()
     }
 
-    fn bookmark_to_api(&self, record: BookmarkRecord) -> Option<Bookmark> {
+    fn bookmark_to_api(&self, record: BookmarkRecord, facts: &DiskFacts) -> Option<Bookmark> {
         // What counts is whether it can be said what has changed since.
         let lost = self.disk.changes(record.id, None).err().map(|e| e.to_string());
-        let geometry = self.disk.geometry();
+        let geometry = &facts.geometry;
         Some(Bookmark {
             id: record.id,
             group: record.group,
@@ -160,7 +156,7 @@ impl DiskEntry {
     /// There is no such snapshot; but there may be a bookmark of that name.
     pub(crate) fn no_snapshot(&self, reference: &SnapshotRef) -> ApiError {
         let error = ApiError::snapshot_not_found(reference);
-        match self.bookmarks().iter().any(|b| b.name == reference.name.as_str()) {
+        match self.bookmarks(&self.facts()).iter().any(|b| b.name == reference.name.as_str()) {
             true => error.with_action(format!(
                 "{reference} is a bookmark: see 'halfsilver bookmark show {reference}' and 'bookmark delete'"
             )),
@@ -170,20 +166,20 @@ impl DiskEntry {
 
     /// The moment of that name: a snapshot's or a bookmark's. One that is being deleted is still one.
     pub(crate) fn moment(&self, reference: &SnapshotRef) -> Result<Uuid, ApiError> {
+        let facts = self.facts();
         if let Some(entry) = self.snapshot(&reference.name) {
-            let state = entry.state(self);
-            if state == SnapshotState::Draining {
+            if entry.state(&facts) == SnapshotState::Draining {
                 let message = format!("snapshot {reference} is still draining");
                 return Err(ApiError::new(ErrorCode::SnapshotBusy, message)
                     .with_action("try again when it is quiesced; 'snapshot create --wait' returns then"));
             }
-            if let Some(reason) = entry.broken().or_else(|| self.disk.base_broken()) {
+            if let Some(reason) = entry.unreadable(&facts) {
                 let message = format!("snapshot {reference} is broken: {reason}");
                 return Err(ApiError::new(ErrorCode::SnapshotBroken, message));
             }
             return Ok(entry.id);
         }
-        let found = self.bookmarks().into_iter().find(|b| b.name == reference.name.as_str());
+        let found = self.bookmarks(&facts).into_iter().find(|b| b.name == reference.name.as_str());
         found.map(|b| b.id).ok_or_else(|| ApiError::snapshot_not_found(reference))
     }
 }

@@ -11,10 +11,10 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::engine::{Backing, Chain, Disk, Epoch, Version, VersionSource};
+use crate::door::DiskFacts;
+use crate::engine::{Backing, Disk, Version};
 use crate::host::{Host, receive};
 use crate::manager::Manager;
-use crate::manager::layers::space_of;
 use crate::manager::legs::Mirror;
 use crate::manager::names::CurrentName;
 use crate::manager::recording;
@@ -103,34 +103,29 @@ impl SnapshotEntry {
         locked(&self.server).is_some()
     }
 
-    /// Why the content cannot be vouched for, if so.
-    pub(crate) fn broken(&self) -> Option<String> {
-        let now = self.version.as_ref().and_then(|v| v.broken()).map(str::to_owned);
+    /// Why its own content cannot be vouched for, if so.
+    pub(crate) fn broken(&self, facts: &DiskFacts) -> Option<String> {
+        let now = facts.version(self.id).and_then(|version| version.broken.clone());
         now.or_else(|| locked(&self.record).broken.clone())
     }
 
-    /// Whether its content is folded into the full image when it goes.
-    fn folds(&self, disk: &DiskEntry) -> bool {
-        let chain = disk.disk.chain();
-        chain.position(self.id).is_some_and(|i| chain.pivot_of(i) == i && chain.segment_of(i).last > i)
+    /// Why what it shows cannot be vouched for, if so.
+    pub(crate) fn unreadable(&self, facts: &DiskFacts) -> Option<String> {
+        self.broken(facts).or_else(|| facts.base_broken.clone())
     }
 
     /// How many frontends still write it rather than the live version.
-    pub(crate) fn old_frontends(&self, disk: &DiskEntry) -> u32 {
-        let record = locked(&self.record);
-        let drains = record.quiesced_ms.is_none() && record.ended > 0 && self.version.is_some();
-        let holders = if drains { disk.disk.connections().holders(Epoch(record.ended)) } else { 0 };
+    pub(crate) fn old_frontends(&self, facts: &DiskFacts) -> u32 {
+        let drains = locked(&self.record).quiesced_ms.is_none();
+        let holders = facts.version(self.id).filter(|_| drains).map_or(0, |version| version.old_frontends);
         u32::try_from(holders).unwrap_or(u32::MAX)
     }
 
-    pub(crate) fn state(&self, disk: &DiskEntry) -> SnapshotState {
-        let folds = self.folds(disk);
+    pub(crate) fn state(&self, facts: &DiskFacts) -> SnapshotState {
+        let broken = self.unreadable(facts).is_some();
         let record = locked(&self.record);
-        let broken = record.broken.is_some()
-            || self.version.as_ref().is_some_and(|v| v.broken().is_some())
-            || disk.disk.base_broken().is_some();
         match (record.deletion.is_some(), broken, record.quiesced_ms) {
-            (true, ..) if folds => SnapshotState::Folding,
+            (true, ..) if facts.folds(self.id) => SnapshotState::Folding,
             (true, ..) => SnapshotState::Deleting,
             (_, true, _) => SnapshotState::Broken,
             (_, _, Some(_)) => SnapshotState::Quiesced,
@@ -139,27 +134,21 @@ impl SnapshotEntry {
     }
 
     /// What is remembered of it. None if it is not frozen yet, or has left the chain already.
-    fn to_record(&self, chain: &Chain) -> Option<SnapshotRecord> {
+    fn to_record(&self, facts: &DiskFacts) -> Option<SnapshotRecord> {
         if self.is_forgotten.load(Ordering::SeqCst) {
             return None;
         }
-        recording::of_snapshot(locked(&self.record).clone(), self.version.as_deref(), chain)
+        let record = locked(&self.record).clone();
+        if self.version.is_none() { Some(record) } else { recording::of_snapshot(record, facts) }
     }
 
-    pub(crate) fn to_api(&self, disk: &DiskEntry) -> api::Snapshot {
-        let (state, old_frontends) = (self.state(disk), self.old_frontends(disk));
-        let broken = self.broken().or_else(|| disk.disk.base_broken());
-        let reason = broken.or_else(|| locked(&self.socket_error).clone());
+    pub(crate) fn to_api(&self, facts: &DiskFacts) -> api::Snapshot {
+        let (state, old_frontends) = (self.state(facts), self.old_frontends(facts));
+        let reason = self.unreadable(facts).or_else(|| locked(&self.socket_error).clone());
         let record = locked(&self.record).clone();
-        let geometry = disk.disk.geometry();
-        let chain = disk.disk.chain();
-        let index = self.version.as_ref().and_then(|_| chain.position(self.id));
-        let owned = index.map_or(0, |i| match chain.layer(i).table() {
-            None => geometry.size_bytes,
-            Some(table) => table.count() * u64::from(geometry.block_bytes),
-        });
-        let image = index.map_or(record.image, |i| space_of(&chain, i).0);
-        let durable = index.map_or(record.durable, |_| disk.disk.outlives_power_cut(self.id));
+        let (geometry, version) = (&facts.geometry, facts.version(self.id));
+        let image = facts.space_of(self.id).map_or(record.image, Path::to_owned);
+        let durable = version.map_or(record.durable, |version| version.outlives_power_cut);
         api::Snapshot {
             id: self.id,
             group: record.group,
@@ -174,7 +163,7 @@ impl SnapshotEntry {
             socket: record.socket,
             image: Some(image),
             block_size: geometry.block_bytes,
-            owned_bytes: owned.min(geometry.size_bytes),
+            owned_bytes: version.map_or(0, |version| facts.owned_bytes(version)),
             size_bytes: geometry.size_bytes,
             created_at: Timestamp::from_unix_ms(record.created_ms),
             quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
@@ -183,16 +172,16 @@ impl SnapshotEntry {
     }
 }
 
-/// What is remembered of a disk while it is served: where its versions are in this moment's chain.
+/// What is remembered of a disk while it is served: where its versions are at this moment.
 pub(crate) fn record_of(
     (id, name, boot): (Uuid, &Name, Uuid),
     config: &DiskConfig,
-    chain: &Chain,
+    facts: &DiskFacts,
     snapshots: &[Arc<SnapshotEntry>],
 ) -> DiskRecord {
     let config = serde_json::to_value(config).expect("a configuration is plain data");
-    let snapshots = snapshots.iter().filter_map(|s| s.to_record(chain)).collect();
-    recording::of_disk((id, name.as_str(), boot), config, chain, snapshots)
+    let snapshots = snapshots.iter().filter_map(|s| s.to_record(facts)).collect();
+    recording::of_disk((id, name.as_str(), boot), config, facts, snapshots)
 }
 
 /// A served disk.
@@ -263,6 +252,11 @@ impl Allocated {
 }
 
 impl DiskEntry {
+    /// What its versions are like now.
+    pub(crate) fn facts(&self) -> DiskFacts {
+        DiskFacts::of(&self.disk)
+    }
+
     pub(crate) fn snapshots(&self) -> Vec<Arc<SnapshotEntry>> {
         locked(&self.snapshots).clone()
     }
@@ -273,9 +267,9 @@ impl DiskEntry {
 
     /// What is remembered of it while it is served.
     pub(crate) fn to_record(&self) -> DiskRecord {
-        let of = (self.id, &self.name.get(), self.boot);
-        let mut record = record_of(of, &self.config(), &self.disk.chain(), &self.snapshots());
-        record.bookmarks = self.bookmarks();
+        let (of, facts) = ((self.id, &self.name.get(), self.boot), self.facts());
+        let mut record = record_of(of, &self.config(), &facts, &self.snapshots());
+        record.bookmarks = self.bookmarks(&facts);
         locked(&self.relations).put_into(&mut record);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();
@@ -300,9 +294,7 @@ impl DiskEntry {
 
     /// Whether a frozen version has this image for itself.
     pub(crate) fn holds_leg(&self, path: &Path) -> bool {
-        let chain = self.disk.chain();
-        let holds = |backing: &Backing| matches!(backing, Backing::One(image) if image.path() == path);
-        chain.links()[..chain.live()].iter().any(|link| holds(&link.layer.image))
+        self.facts().frozen().iter().any(|version| version.has_image() && version.image == path)
     }
 
     /// The backing of its full image.
@@ -311,24 +303,26 @@ impl DiskEntry {
         chain.layer(chain.pivot_of(chain.live())).image.clone()
     }
 
-    pub(crate) fn failure(&self) -> Option<String> {
-        if let Some(reason) = self.disk.restore_lost() {
-            return Some(reason);
-        }
-        if self.is_volume() {
-            return self.volume_failure();
-        }
-        self.base().is_poisoned().then(|| {
-            let path = locked(&self.path);
-            format!("a sync of {} failed, so it is unknown what of the last writes is stored", path.display())
+    /// Why it cannot be used: what it is restored from or stands on is lost, or a sync of its image, of a volume that of any
+    /// of its logs, has failed.
+    pub(crate) fn failure(&self, facts: &DiskFacts) -> Option<String> {
+        let is_volume = self.is_volume();
+        let lost = facts.restore_lost().or(facts.base_broken.as_deref().filter(|_| is_volume));
+        lost.map(str::to_owned).or_else(|| {
+            let poisoned = match is_volume {
+                true => facts.poisoned()?.to_owned(),
+                false => facts.pivot().is_poisoned.then(|| locked(&self.path).clone())?,
+            };
+            let path = poisoned.display();
+            Some(format!("a sync of {path} failed, so it is unknown what of the last writes is stored"))
         })
     }
 
     pub(crate) fn to_api(&self, manager: &Manager) -> api::Disk {
-        let (reason, config) = (self.failure(), self.config());
-        let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager));
-        let chain = self.disk.chain();
-        let (size_bytes, block_size) = (self.disk.geometry().size_bytes, self.disk.geometry().block_bytes);
+        let facts = self.facts();
+        let (reason, config) = (self.failure(&facts), self.config());
+        let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager, &facts));
+        let (size_bytes, block_size) = (facts.geometry.size_bytes, facts.geometry.block_bytes);
         // Not below, where locks are held until all of it is there: the image may keep it waiting.
         let allocated_bytes = self.allocated.look(&*manager.host, &self.base()).unwrap_or(size_bytes);
         api::Disk {
@@ -346,7 +340,7 @@ impl DiskEntry {
             reason,
             connected: frontends > 0,
             frontends,
-            epoch: chain.version(chain.live()).began.0,
+            epoch: facts.live().began.0,
             snapshots: u32::try_from(self.snapshots().len()).unwrap_or(u32::MAX),
             allocated_bytes,
             shared: config.shared,

@@ -3,7 +3,7 @@
 //! What always holds: what is made here is ours to remove; a disk's own image and the legs of its mirror never are.
 
 use crate::engine::{Disk, Version};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
-use crate::engine::{Backing, Chain, Geometry, Layer, Log, Revoke, Saved, VersionIndex};
+use crate::engine::{Backing, Geometry, Layer, Log, Revoke, Saved};
 use crate::host::Host;
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::manager::{Manager, image_error, table_error};
@@ -298,15 +298,6 @@ impl LayerSource for DiskLayers<'_> {
             }
         }
     }
-}
-
-/// The file that a version's content takes room in beside the full image: for one whose layer has everything, or that lies
-/// above the pivot, the log of the version above it.
-pub(crate) fn space_of(chain: &Chain, index: VersionIndex) -> (PathBuf, Option<Arc<Table>>) {
-    let segment = chain.segment_of(index);
-    let at = if index >= segment.pivot && index < segment.last { index + 1 } else { index };
-    let layer = chain.layer(at);
-    (layer.image.path().to_owned(), layer.table().cloned())
 }
 
 /// Opens a layer's image as its disk's is opened.

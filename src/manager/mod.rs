@@ -19,7 +19,7 @@ pub(crate) mod orphans;
 pub(crate) mod places;
 pub(crate) mod planned;
 pub(crate) mod quiesced;
-pub mod recording;
+pub(crate) mod recording;
 pub(crate) mod relations;
 pub(crate) mod restoring;
 pub(crate) mod save;
@@ -272,7 +272,7 @@ impl Manager {
     fn tell_broken(&self, id: Uuid) {
         for disk in self.all_disks() {
             let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };
-            let reason = snapshot.broken().unwrap_or_default();
+            let reason = snapshot.broken(&disk.facts()).unwrap_or_default();
             log::error!("snapshot {} is broken: {reason}", snapshot.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference()).because(reason));
             // Its old frontends go on with the live version, which has all that they wrote.
@@ -287,7 +287,7 @@ impl Manager {
 
     fn tell_failures(&self) {
         for disk in self.all_disks() {
-            if let Some(reason) = disk.failure()
+            if let Some(reason) = disk.failure(&disk.facts())
                 && !disk.failure_told.swap(true, Ordering::SeqCst)
             {
                 log::error!("disk {} has failed: {reason}", disk.name);

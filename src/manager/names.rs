@@ -56,7 +56,7 @@ impl Manager {
             if let Some(snapshot) = disk.snapshots().iter().find(|s| s.id == id) {
                 return Ok(snapshot.reference());
             }
-            if let Some(bookmark) = disk.bookmarks().into_iter().find(|b| b.id == id) {
+            if let Some(bookmark) = disk.bookmarks(&disk.facts()).into_iter().find(|b| b.id == id) {
                 return Ok(SnapshotRef { disk: disk.name.get(), name: bookmark.name.parse()? });
             }
         }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
+use crate::door::DiskFacts;
 use crate::engine::{Disk, DiskOptions, Geometry, Version};
 use crate::image::ImageOptions;
 use crate::manager::changes::with_tables;
@@ -220,11 +221,12 @@ impl Manager {
         let name = &current.get();
         disk.background().set_window(config.background_bytes().into());
         // From here on the disk may change: the record must not say "saved" any more.
-        let mut unsaved = record_of((id, name, boot), &config, &disk.chain(), &snapshots);
+        let facts = DiskFacts::of(&disk);
+        let mut unsaved = record_of((id, name, boot), &config, &facts, &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         relations.put_into(&mut unsaved);
         unsaved.former_legs.clone_from(&former_legs);
-        unsaved.bookmarks = with_tables(&bookmarks, &disk);
+        unsaved.bookmarks = with_tables(&bookmarks, &facts);
         unsaved.restore.clone_from(&restore);
         self.records.put(&[&unsaved]).map_err(record_error)?;
 
@@ -291,7 +293,7 @@ impl Manager {
         log::info!(
             "disk {name}: serving {} ({} bytes) at {}",
             entry.config.path.display(),
-            entry.disk.geometry().size_bytes,
+            facts.geometry.size_bytes,
             socket.display()
         );
         Ok(entry)

@@ -80,10 +80,11 @@ impl Manager {
 
     fn served_versions(&self) -> Vec<ServedVersion> {
         let of_disk = |disk: &std::sync::Arc<crate::manager::entry::DiskEntry>| {
-            let (size_bytes, base) = (disk.disk.geometry().size_bytes, disk.disk.base_broken());
+            let facts = disk.facts();
             let version = |entry: std::sync::Arc<crate::manager::entry::SnapshotEntry>| {
-                let is_going = entry.version.as_ref().is_some_and(|v| v.is_retiring());
-                let why = entry.broken().or_else(|| base.clone()).map(Why::Said);
+                let is_going = facts.version(entry.id).map_or(entry.version.is_some(), |v| v.is_retiring);
+                let why = entry.unreadable(&facts).map(Why::Said);
+                let size_bytes = facts.geometry.size_bytes;
                 ServedVersion { id: entry.id, size_bytes, broken: why.or(is_going.then_some(Why::Deleting)) }
             };
             disk.snapshots().into_iter().map(version).collect::<Vec<_>>()

@@ -35,21 +35,22 @@ impl Manager {
                 return Err(ApiError::snapshot_not_found(from));
             }
             let busy = |what: &str| ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}"));
-            match entry.state(&disk) {
+            let facts = disk.facts();
+            match entry.state(&facts) {
                 SnapshotState::Quiesced if entry.version.is_some() => return begin(&disk, &entry),
                 SnapshotState::Quiesced | SnapshotState::Broken => {
-                    let why = entry.broken().or_else(|| disk.disk.base_broken()).unwrap_or_default();
+                    let why = entry.unreadable(&facts).unwrap_or_default();
                     return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));
                 }
                 SnapshotState::Folding | SnapshotState::Deleting => {
                     return Err(busy("is being deleted").with_action("name another snapshot, or take one"));
                 }
-                SnapshotState::Draining if entry.old_frontends(&disk) > 0 => {
+                SnapshotState::Draining if entry.old_frontends(&facts) > 0 => {
                     return Err(busy("is still written by frontends from before it")
                         .with_action(format!("move them over first: halfsilver snapshot cutover {from} --wait")));
                 }
                 SnapshotState::Draining if self.host.now() >= deadline => {
-                    let reason = entry.to_api(&disk).reason.map(|why| format!(": {why}")).unwrap_or_default();
+                    let reason = entry.to_api(&facts).reason.map(|why| format!(": {why}")).unwrap_or_default();
                     return Err(busy(&format!("is still draining{reason}"))
                         .with_action(format!("wait until it is quiesced: halfsilver snapshot show {from}")));
                 }

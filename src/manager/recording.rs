@@ -9,31 +9,32 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::engine::{Chain, Changed, Mark, NewLayer, Version};
+use crate::door::{ChangedFacts, DiskFacts, LayerKind, MarkFacts};
+use crate::engine::NewLayer;
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
 /// are in this moment's chain. Without a mirror, and not a volume.
 #[must_use]
-pub fn of_disk(
+pub(crate) fn of_disk(
     (id, name, boot): (Uuid, &str, Uuid),
     config: serde_json::Value,
-    chain: &Chain,
+    facts: &DiskFacts,
     snapshots: Vec<SnapshotRecord>,
 ) -> DiskRecord {
-    let live = &chain.links()[chain.live()];
-    let live_log = live.layer.table().map(|_| live.layer.image.path().to_owned());
+    let live = facts.live();
+    let live_log = (live.layer != LayerKind::Full).then(|| live.image.clone());
     DiskRecord {
         id,
         name: name.to_owned(),
         config,
-        live: live.version.id,
-        live_began: live.version.began.0,
+        live: live.id,
+        live_began: live.began.0,
         live_log,
         live_saved_table: None,
         live_saved: None,
         live_splits: live.splits,
-        live_changed: of_changed(live.version.changed()),
+        live_changed: of_changed(live.changed.as_ref()),
         bookmarks: Vec::new(),
         mirror: None,
         volume: None,
@@ -53,30 +54,24 @@ pub fn of_disk(
     }
 }
 
-/// What is remembered of a snapshot; without a version it is only a record. None if it is not frozen yet, or has left the
-/// chain already.
+/// What is remembered of a snapshot that has a version. None if it is not frozen yet, or has left the chain already.
 #[must_use]
-pub fn of_snapshot(mut record: SnapshotRecord, version: Option<&Version>, chain: &Chain) -> Option<SnapshotRecord> {
-    if version.is_some() {
-        let index = chain.position(record.id).filter(|&i| i < chain.live())?;
-        let link = &chain.links()[index];
-        link.layer.image.path().clone_into(&mut record.image);
-        record.owns_all = link.layer.is_full();
-        record.splits = link.splits;
-        record.changed = of_changed(link.version.changed());
-        // Also of one that was given up: its table is still there for older ones.
-        record.durable = !record.owns_all && (record.durable || link.layer.saved_durably().is_some());
-    }
-    if record.broken.is_none() {
-        record.broken = version.and_then(Version::broken).map(str::to_owned);
-    }
+pub(crate) fn of_snapshot(mut record: SnapshotRecord, facts: &DiskFacts) -> Option<SnapshotRecord> {
+    let version = facts.frozen().iter().find(|version| version.id == record.id)?;
+    record.image.clone_from(&version.image);
+    record.owns_all = version.layer == LayerKind::Full;
+    record.splits = version.splits;
+    record.changed = of_changed(version.changed.as_ref());
+    // Also of one that was given up: its table is still there for older ones.
+    record.durable = !record.owns_all && (record.durable || version.layer == LayerKind::Saved);
+    record.broken = record.broken.or_else(|| version.broken.clone());
     Some(record)
 }
 
 /// What the records say of a volume that stands on nothing from now on: `record` with its oldest log, the version `oldest`,
 /// as the full image at `path`.
 #[must_use]
-pub fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRecord {
+pub(crate) fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRecord {
     record.stood_on = record.volume.take();
     record.work = None;
     if record.live == oldest {
@@ -95,21 +90,21 @@ pub fn independent(mut record: DiskRecord, oldest: Uuid, path: &Path) -> DiskRec
 /// What the records say of a volume that was put on another snapshot: its live version is `live` from now on, a log at `path`
 /// with what it keeps. The rest is in its relations.
 #[must_use]
-pub fn updated(mut record: DiskRecord, live: Uuid, path: &Path, from: &str, changed: &Changed) -> DiskRecord {
+pub(crate) fn updated(mut record: DiskRecord, live: Uuid, path: &Path, from: &str) -> DiskRecord {
     (record.live, record.live_log) = (live, Some(path.to_owned()));
-    record.live_changed = of_changed(Some(changed));
+    record.live_changed = Some(ChangedRecord::default());
     if let Some(config) = record.config.as_object_mut() {
         config.insert("path".to_owned(), serde_json::json!(from));
     }
     record
 }
 
-/// What the records say after a cut of the disk that `record` and `chain` describe, but for its epoch, which is 0: nobody
+/// What the records say after a cut of the disk that `record` and `facts` describe, but for its epoch, which is 0: nobody
 /// has been told of the snapshot.
 #[must_use]
-pub fn before_cut(
+pub(crate) fn before_cut(
     mut record: DiskRecord,
-    chain: &Chain,
+    facts: &DiskFacts,
     mut snapshot: SnapshotRecord,
     layer: &NewLayer,
     new_live: Uuid,
@@ -121,7 +116,7 @@ pub fn before_cut(
             snapshot.splits = std::mem::take(&mut record.live_splits);
         }
         NewLayer::Live { layer } => {
-            chain.layer(chain.live()).image.path().clone_into(&mut snapshot.image);
+            snapshot.image.clone_from(&facts.live().image);
             snapshot.owns_all = record.live_log.is_none();
             snapshot.splits = std::mem::take(&mut record.live_splits);
             record.live_log = Some(layer.image.path().to_owned());
@@ -140,13 +135,13 @@ pub fn before_cut(
 
 /// What is remembered of a dirty bitmap while it is in use.
 #[must_use]
-pub fn of_changed(changed: Option<&Changed>) -> Option<ChangedRecord> {
-    changed.map(|changed| ChangedRecord { saved: None, lost: changed.known().err().map(str::to_owned) })
+pub(crate) fn of_changed(changed: Option<&ChangedFacts>) -> Option<ChangedRecord> {
+    changed.map(|changed| ChangedRecord { saved: None, lost: changed.lost.clone() })
 }
 
 /// What is remembered of the snapshot when only a mark of it is left.
 #[must_use]
-pub fn of_bookmark(record: &SnapshotRecord, mark: &Mark) -> BookmarkRecord {
+pub(crate) fn of_bookmark(record: &SnapshotRecord, mark: &MarkFacts) -> BookmarkRecord {
     BookmarkRecord {
         id: record.id,
         group: record.group,

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::crash;
+use crate::door::DiskFacts;
 use crate::engine::{ClosedDisk, Disk, RestoreSource, Restoring, View};
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
@@ -184,7 +185,8 @@ impl Manager {
                     }
                 }
             }
-            if disk.disk.restore_lost().is_some() || self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some() {
+            if disk.facts().restore_lost().is_some() || self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some()
+            {
                 continue;
             }
             let job = self.restore_job(&disk);
@@ -198,7 +200,7 @@ impl Manager {
     pub(crate) fn view_of(&self, record: &RestoreRecord) -> Result<Arc<View>, String> {
         let (disk, entry) = self.holder_of(record.source).ok_or("its volume is not served")?;
         if entry.version.is_none() {
-            return Err(entry.broken().unwrap_or_default());
+            return Err(entry.broken(&disk.facts()).unwrap_or_default());
         }
         let view = View::of(disk.disk.clone(), record.source, &entry.reference().to_string());
         view.broken().map_or(Ok(view), Err)
@@ -224,11 +226,9 @@ impl DiskEntry {
         }
     }
 
-    pub(crate) fn restore_status(&self, manager: &Manager) -> Option<api::RestoreStatus> {
+    pub(crate) fn restore_status(&self, manager: &Manager, facts: &DiskFacts) -> Option<api::RestoreStatus> {
         let restore = locked(&self.restore).clone().filter(|r| r.is_shown())?;
         let from = manager.name_now(restore.source, &restore.from);
-        let geometry = self.disk.geometry();
-        let remaining_bytes = self.disk.blocks_to_bring_back() * u64::from(geometry.block_bytes);
-        Some(api::RestoreStatus { from, remaining_bytes: remaining_bytes.min(geometry.size_bytes) })
+        Some(api::RestoreStatus { from, remaining_bytes: facts.bytes_to_bring_back() })
     }
 }

@@ -15,7 +15,7 @@ impl Manager {
     /// # Errors
     /// When the live version could not be saved. A snapshot that could not is broken.
     pub(crate) fn save(&self, disk: &DiskEntry) -> Result<(), String> {
-        if let Some(reason) = disk.disk.restore_lost() {
+        if let Some(reason) = disk.facts().restore_lost() {
             log::warn!("disk {}: {reason}; it is left as it is", disk.name);
             return Ok(());
         }
@@ -86,7 +86,7 @@ impl Manager {
             (Some(_), None) => Some(looks(&path).unwrap_or(Fingerprint { size_bytes: 0, modified_ns: 0 })),
             (None, None) => Some(looks(&path)?),
         };
-        if let Some(restore) = record.restore.as_ref().filter(|_| disk.disk.blocks_to_bring_back() > 0) {
+        if let Some(restore) = record.restore.as_ref().filter(|_| disk.facts().bytes_to_bring_back() > 0) {
             log::warn!(
                 "disk {}: {} is restored from {} in part only; the rest follows when it is served again",
                 disk.name,

@@ -56,7 +56,9 @@ impl Manager {
             let record = locked(&s.record);
             s.version.is_some() && record.deletion.is_none() && record.quiesced_ms.is_some()
         };
-        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(|s| s.broken().is_none() && !s.is_open()) {
+        let facts = entry.facts();
+        let is_due = |s: &&Arc<SnapshotEntry>| s.broken(&facts).is_none() && !s.is_open();
+        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(is_due) {
             self.resume_socket(entry, snapshot);
         }
     }

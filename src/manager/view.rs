@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::control::Name;
-use crate::engine::Chain;
+use crate::door::DiskFacts;
 use crate::manager::Manager;
 use crate::manager::Places;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -32,8 +32,8 @@ impl Manager {
 fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let relations = locked(&disk.relations).clone();
     let (volume, stood_on) = (relations.volume.map(|v| v.snapshot), relations.stood_on.map(|v| v.snapshot));
-    let chain = disk.disk.chain();
-    let is_lost = disk.disk.restore_lost().is_some();
+    let facts = disk.facts();
+    let is_lost = facts.restore_lost().is_some();
     // One that is only prepared is its command's, which has claimed what it needs.
     let restore = locked(&disk.restore).as_ref().filter(|r| r.is_shown()).map(|r| r.source);
     let restore = restore.map(|source| Restore { source, through: Vec::new(), is_lost });
@@ -44,15 +44,15 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
         phase: if relations.disabled { Phase::Disabled } else { Phase::Served },
         is_unreadable: false,
         is_readonly: disk.config().readonly(),
-        failure: disk.failure().filter(|_| !is_lost),
+        failure: disk.failure(&facts).filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         is_socket_named: disk.is_socket_named(places),
         is_mirrored: locked(&disk.mirror).is_some(),
         restore,
         has_work: relations.work.is_some(),
-        is_in_log: volume.is_none() && !disk.disk.can_move_pivot(),
-        snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&chain, places))).collect(),
-        bookmarks: disk.bookmarks().iter().filter_map(bookmark_of).collect(),
+        is_in_log: volume.is_none() && !facts.can_move_pivot(),
+        snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&facts, places))).collect(),
+        bookmarks: disk.bookmarks(&facts).iter().filter_map(bookmark_of).collect(),
     }
 }
 
@@ -68,7 +68,7 @@ fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
     }
 }
 
-fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain, &Places)) -> Snapshot {
+fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (facts, places): (&DiskFacts, &Places)) -> Snapshot {
     let record = locked(&entry.record).clone();
     let phase = match (&entry.version, record.deletion, record.quiesced_ms) {
         (None, ..) => SnapshotPhase::Lost,
@@ -77,22 +77,18 @@ fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (chain, places): (&Chain
         (_, _, Some(_)) => SnapshotPhase::Quiesced,
     };
     // Towards the full image, which is that of a frozen version under write logging.
-    let through = chain.position(entry.id).map_or_else(Vec::new, |at| {
-        let pivot = chain.pivot_of(at);
-        let way = if pivot >= at { at + 1..pivot + 1 } else { pivot..at };
-        let snapshots = disk.snapshots();
-        let is_snapshot = |id: &uuid::Uuid| snapshots.iter().any(|s| s.id == *id);
-        way.map(|i| chain.version(i).id).filter(is_snapshot).collect()
-    });
+    let snapshots = disk.snapshots();
+    let is_snapshot = |id: &uuid::Uuid| snapshots.iter().any(|s| s.id == *id);
+    let through = facts.way_of(entry.id).iter().map(|version| version.id).filter(is_snapshot).collect();
     Snapshot {
         id: entry.id,
         name: entry.name.clone(),
         group: record.group,
         phase,
-        broken: entry.broken().or_else(|| disk.disk.base_broken()),
+        broken: entry.unreadable(facts),
         readers: entry.frontends.count(),
         is_socket_named: entry.is_socket_named(places),
-        old_frontends: entry.old_frontends(disk),
+        old_frontends: entry.old_frontends(facts),
         taken_for: record.taken_for,
         keeps_bookmark: record.leaves_bookmark(),
         through,

@@ -42,7 +42,7 @@ impl Manager {
         }
         Backing::View(match found {
             None => lost("its disk is not served"),
-            Some((_, entry)) if entry.version.is_none() => lost(&entry.broken().unwrap_or_default()),
+            Some((disk, entry)) if entry.version.is_none() => lost(&entry.broken(&disk.facts()).unwrap_or_default()),
             Some((disk, _)) if disk.disk.geometry().size_bytes != volume.size_bytes => {
                 lost("its disk has another size now")
             }
@@ -85,24 +85,9 @@ pub(crate) fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api
 }
 
 impl DiskEntry {
-    /// Why a volume cannot be used: what it stands on is lost, or a sync of its own logs has failed.
-    pub(crate) fn volume_failure(&self) -> Option<String> {
-        if let Some(reason) = self.disk.base_broken() {
-            return Some(reason);
-        }
-        let chain = self.disk.chain();
-        let poisoned = chain.links().iter().map(|link| &link.layer.image).find(|image| image.is_poisoned())?;
-        let path = poisoned.path().display();
-        Some(format!("a sync of {path} failed, so it is unknown what of the last writes is stored"))
-    }
-
     pub(crate) fn to_volume(&self, manager: &Manager) -> api::Volume {
-        let (chain, geometry, reason) = (self.disk.chain(), self.disk.geometry(), self.failure());
-        let layer = chain.layer(chain.live());
-        let owned_bytes = match layer.table() {
-            Some(table) => table.count() * u64::from(geometry.block_bytes),
-            None => geometry.size_bytes,
-        };
+        let facts = self.facts();
+        let (live, geometry, reason) = (facts.live(), &facts.geometry, self.failure(&facts));
         let frontends = self.frontends.count();
         let relations = locked(&self.relations).clone();
         let from = relations.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();
@@ -116,10 +101,10 @@ impl DiskEntry {
             state,
             reason,
             socket: self.socket(),
-            image: layer.image.path().to_owned(),
+            image: live.image.clone(),
             size_bytes: geometry.size_bytes,
             block_size: geometry.block_bytes,
-            owned_bytes: owned_bytes.min(geometry.size_bytes),
+            owned_bytes: facts.owned_bytes(live),
             queues: self.config().queues(),
             connected: frontends > 0,
             frontends,

@@ -138,7 +138,7 @@ impl Manager {
             log::info!("snapshot {}: taken at epoch {}", entry.reference(), cut.ended);
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
         }
-        let answer = entries.iter().map(|(disk, entry)| entry.to_api(disk)).collect();
+        let answer = entries.iter().map(|(disk, entry)| entry.to_api(&disk.facts())).collect();
         // Also when they could not be recorded: they must be quiesced to be deleted.
         let (me, ended) = (self.me.clone(), cut.ended);
         let mut waits = Ok(());
@@ -218,7 +218,7 @@ impl Manager {
             changed: None,
             taken_for,
         };
-        let pending = recording::before_cut(disk.to_record(), &disk.disk.chain(), record.clone(), &layer, new_live);
+        let pending = recording::before_cut(disk.to_record(), &disk.facts(), record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {
             id: live.id,
             frontends: Frontends::new(&disk.name, Some(&request.name), &self.bus),
@@ -389,11 +389,12 @@ impl Manager {
         }
         *locked(&entry.socket_error) = None;
         crash::point("before a snapshot is opened");
-        if entry.broken().is_none() && !self.is_stopping() && !self.open_socket(disk, entry) {
+        let is_whole = entry.broken(&disk.facts()).is_none();
+        if is_whole && !self.is_stopping() && !self.open_socket(disk, entry) {
             self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
         }
         locked(&entry.record).quiesced_ms = quiesced_ms;
-        if entry.broken().is_none() {
+        if is_whole {
             log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference()));
         }
@@ -405,10 +406,10 @@ impl Manager {
         let _claim = self.claim(&Command::CutOver { snapshot: reference.clone() })?;
         let disk = self.disk(&reference.disk)?;
         let entry = disk.snapshot(&reference.name).ok_or_else(|| ApiError::snapshot_not_found(reference))?;
-        if entry.state(&disk) != SnapshotState::Quiesced {
+        if entry.state(&disk.facts()) != SnapshotState::Quiesced {
             self.move_frontends(&entry)?;
         }
-        Ok(entry.to_api(&disk))
+        Ok(entry.to_api(&disk.facts()))
     }
 
     /// The cutover itself: of all disks whose snapshots were taken at the same cut, so that they stay one moment.

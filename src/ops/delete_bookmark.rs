@@ -10,7 +10,7 @@ impl Manager {
     pub(crate) fn remove_bookmark(&self, reference: &SnapshotRef) -> Result<(), ApiError> {
         let _claim = self.claim(&Command::DeleteBookmark { bookmark: reference.clone() })?;
         let disk = self.disk(&reference.disk)?;
-        let id = disk.bookmarks().iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
+        let id = disk.bookmarks(&disk.facts()).iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.ok_or_else(|| self.no_bookmark(reference))?;
         crash::point("before a bookmark is forgotten");
         let mut record = disk.to_record();

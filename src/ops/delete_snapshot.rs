@@ -13,7 +13,8 @@ use uuid::Uuid;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::engine::{Backing, Chain, Epoch, RetireError};
+use crate::door::LayerKind;
+use crate::engine::{Backing, Epoch, RetireError};
 use crate::image::SharedImage;
 use crate::job::{self, Outcome};
 use crate::manager::Manager;
@@ -30,7 +31,7 @@ const RECORD_PAUSE: Duration = Duration::from_millis(500);
 impl Manager {
     /// Goes on with a snapshot after a restart.
     pub(crate) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
-        let is_served = entry.version.is_some() && entry.broken().is_none() && disk.disk.base_broken().is_none();
+        let is_served = entry.version.is_some() && entry.unreadable(&disk.facts()).is_none();
         let deletion = locked(&entry.record).deletion;
         if !is_served || deletion.is_some() {
             crate::manager::sockets::clear_socket(&*self.host, &locked(&entry.record));
@@ -104,8 +105,9 @@ impl Manager {
                 self.gone(&disk, &entry, left)?;
                 return Ok(Deletion::Done);
             }
-            let drained = entry.version.as_ref().is_some_and(|v| v.is_quiesced());
-            match entry.state(&disk) {
+            let facts = disk.facts();
+            let drained = facts.version(entry.id).is_some_and(|version| version.is_quiesced);
+            match entry.state(&facts) {
                 // One whose job has failed or was stopped is tried again.
                 SnapshotState::Deleting | SnapshotState::Folding
                     if keep_image
@@ -122,7 +124,7 @@ impl Manager {
                 },
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
-                    if entry.old_frontends(&disk) > 0 {
+                    if entry.old_frontends(&facts) > 0 {
                         self.move_frontends(&entry)?;
                     } else if self.host.now() >= deadline {
                         let message = format!("snapshot {reference} is still draining");
@@ -146,7 +148,7 @@ impl Manager {
         if !job.wait(deadline.saturating_duration_since(self.host.now())) {
             let left = job.snapshot.as_ref().filter(|entry| self.is_there(&job.disk, entry));
             if let Some(entry) = left {
-                return Ok(Deletion::Started(entry.to_api(&job.disk)));
+                return Ok(Deletion::Started(entry.to_api(&job.disk.facts())));
             }
         }
         let ended = job.to_api();
@@ -188,7 +190,7 @@ impl Manager {
             if let Some(version) = &entry.version {
                 version.set_leaves_mark(deletion.keep_bookmark);
             }
-            let loses_leg = deletion.keep_image || entry.broken().is_some();
+            let loses_leg = deletion.keep_image || entry.broken(&disk.facts()).is_some();
             let begun = self.persist(std::slice::from_ref(disk));
             if let Err(e) = begun.and_then(|()| if loses_leg { self.lose_leg_of(disk, entry) } else { Ok(()) }) {
                 locked(&entry.record).deletion = None;
@@ -211,9 +213,7 @@ impl Manager {
     }
 
     fn new_deletion(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) -> Arc<JobEntry> {
-        let chain = disk.disk.chain();
-        let folds = chain.position(entry.id).is_some_and(|i| i == chain.pivot_of(i) && i < chain.segment_of(i).last);
-        let kind = if folds { JobKind::Fold } else { JobKind::Merge };
+        let kind = if disk.facts().folds(entry.id) { JobKind::Fold } else { JobKind::Merge };
         self.new_job(kind, disk, Some(entry))
     }
 
@@ -272,8 +272,8 @@ impl Manager {
 
     /// The job that deletes another version of the disk, if it does not go on by itself, and why.
     fn deletion_in_the_way(&self, disk: &DiskEntry, id: Uuid) -> Option<(u64, &'static str)> {
-        let chain = disk.disk.chain();
-        let goes = chain.links().iter().map(|link| &link.version).find(|v| v.is_retiring() && v.id != id)?;
+        let facts = disk.facts();
+        let goes = facts.versions.iter().find(|version| version.is_retiring && version.id != id)?;
         let other = disk.snapshots().into_iter().find(|s| s.id == goes.id)?;
         let job = self.deletion_of(disk, &other)?;
         match job.state() {
@@ -288,12 +288,16 @@ impl Manager {
         let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
         let version = entry.version.clone().expect("only versions in a chain are retired");
         // What is not needed any more when it has gone.
-        let left = left_behind(disk, entry.id);
+        let left = disk.facts().left_behind(entry.id);
         let leg = leg_of(disk, entry.id);
         let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
         let work = self.block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
         if work == Outcome::Stopped {
             return Ok(Outcome::Stopped);
+        }
+        // It has left the chain, and takes with it why it broke.
+        if let Some(reason) = entry.version.as_ref().and_then(|version| version.broken()) {
+            locked(&entry.record).broken.get_or_insert_with(|| reason.to_owned());
         }
         // Until the records have forgotten it no other deletion may begin (`DiskEntry::retires`): whatever keeps them from it is
         // waited for.
@@ -333,7 +337,7 @@ impl Manager {
             let record = locked(&entry.record);
             (record.strategy == Strategy::WriteMirroring.to_string(), record.leaves_image())
         };
-        let back = leg.as_ref().filter(|_| is_split && !keep && entry.broken().is_none());
+        let back = leg.as_ref().filter(|_| is_split && !keep && entry.broken(&disk.facts()).is_none());
         // A leg that goes must not be taken for one that comes back, and one that is written again not for a snapshot:
         // whenever the daemon is killed.
         if is_split && back.is_none() {
@@ -370,7 +374,7 @@ impl Manager {
         }
         crash::point("after a snapshot was forgotten");
         if let Some((id, image)) = left {
-            if has_table(&disk.disk.chain(), id) {
+            if disk.facts().version(id).is_some_and(|version| version.layer != LayerKind::Full) {
                 // Its log has gone, it was frozen meanwhile, and the run table is that of what is saved for it now.
                 self.remove_file(&image);
                 self.remove_file(&self.places.log_table(id));
@@ -378,7 +382,7 @@ impl Manager {
                 self.remove_layer(id, &image);
             }
         }
-        let stays = disk.bookmark_of(entry);
+        let stays = DiskEntry::bookmark_of(entry, &disk.facts());
         if let Some(bookmark) = stays {
             locked(&disk.bookmarks).push(bookmark);
             self.bus.publish(Notice::of_snapshot(EventKind::BookmarkCreated, &entry.reference()));
@@ -394,19 +398,13 @@ impl Manager {
 
 /// An older snapshot that reads through it takes its image over: then that does not stay as it is.
 fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(), ApiError> {
-    let chain = disk.disk.chain();
-    let Some(older) = chain.position(entry.id).and_then(|index| chain.heir_of_pivot(index)) else { return Ok(()) };
-    let id = chain.version(older).id;
+    let facts = disk.facts();
+    let Some(older) = facts.heir_of_pivot(entry.id) else { return Ok(()) };
     let older =
-        disk.snapshots().into_iter().find(|s| s.id == id).map_or_else(String::new, |s| s.reference().to_string());
+        disk.snapshots().into_iter().find(|s| s.id == older.id).map_or_else(String::new, |s| s.reference().to_string());
     let message =
         format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference());
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
-}
-
-/// Whether a version has a layer with a table.
-fn has_table(chain: &Chain, id: Uuid) -> bool {
-    chain.position(id).is_some_and(|index| chain.layer(index).table().is_some())
 }
 
 /// The leg that a version has alone, if it has one.
@@ -417,14 +415,4 @@ fn leg_of(disk: &DiskEntry, id: Uuid) -> Option<SharedImage> {
         (None, Backing::One(image), None) => Some(image.clone()),
         _ => None,
     }
-}
-
-/// The layer that is not needed any more when a version has gone: its own, or, when it leaves its full image to a
-/// neighbour, the neighbour's. None if it has a full image that nobody takes over: a disk's own image, or a leg.
-fn left_behind(disk: &DiskEntry, id: Uuid) -> Option<(Uuid, PathBuf)> {
-    let chain = disk.disk.chain();
-    let index = chain.position(id)?;
-    let at = chain.heir_of_pivot(index).unwrap_or(index);
-    let layer = chain.layer(at);
-    layer.table().is_some().then(|| (chain.version(at).id, layer.image.path().to_owned()))
 }

@@ -13,12 +13,11 @@ use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
 use crate::engine::Changed;
 use crate::manager::entry::{DiskEntry, locked};
-use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
 use crate::registry::Command;
-use crate::store::RecordError;
+use crate::store::{ChangedRecord, RecordError};
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
@@ -91,7 +90,7 @@ impl Manager {
         crash::point("before a volume is begun anew");
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));
-        record.live_changed = recording::of_changed(Some(&changed));
+        record.live_changed = Some(ChangedRecord::default());
         (record.own_image, record.work) = (false, None);
         if let Err(e) = self.records.put(&[&record]) {
             return Err(match e {

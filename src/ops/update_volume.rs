@@ -281,7 +281,7 @@ impl Manager {
         (relations.volume, relations.stood_on, relations.next_live) = (Some(volume), None, None);
         relations.own_image = path == self.places.own_image(disk.id);
         relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
-        let mut record = recording::updated(disk.to_record(), live, &path, &from, &changed);
+        let mut record = recording::updated(disk.to_record(), live, &path, &from);
         relations.put_into(&mut record);
         crash::point("before a volume is recorded as updated");
         if let Err(e) = self.records.put(&[&record]) {
@@ -404,17 +404,18 @@ impl Manager {
                 is_done.set(false);
                 log::debug!("{reference}, which was taken for an update, stays for now: {}", e.message);
             };
+            let facts = disk.facts();
             for snapshot in disk.snapshots() {
                 let taken_for = locked(&snapshot.record).taken_for;
                 let Some(volume) = taken_for.filter(is_settled) else { continue };
                 let (stands, stood) = needs(volume, snapshot.id);
                 if !stands {
-                    let keep_bookmark = stood && snapshot.broken().or_else(|| disk.disk.base_broken()).is_none();
+                    let keep_bookmark = stood && snapshot.unreadable(&facts).is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
                     let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());
                 }
             }
-            for bookmark in disk.bookmarks() {
+            for bookmark in disk.bookmarks(&disk.facts()) {
                 let Some(volume) = bookmark.taken_for.filter(is_settled) else { continue };
                 let is_there = disk.snapshots().iter().any(|s| s.id == bookmark.id);
                 let Ok(name) = bookmark.name.parse() else { continue };
@@ -430,7 +431,7 @@ impl Manager {
 
 /// A name that no snapshot or bookmark of the source has.
 fn name_for(volume: &Name, source: &DiskEntry) -> Result<Name, ApiError> {
-    let bookmarks = source.bookmarks();
+    let bookmarks = source.bookmarks(&source.facts());
     let is_free = |name: &Name| {
         source.snapshot(name).is_none() && !bookmarks.iter().any(|bookmark| bookmark.name == name.as_str())
     };

@@ -692,6 +692,6 @@ fn reads_wait_where_what_they_show_is_not_known_yet_and_fail_when_it_is_lost() {
     assert!(done.take().unwrap().unwrap_err().to_string().contains("the volume is gone"));
     assert!(bench.request(&bench.ticket(), write_of(0..8, 2)).is_err());
     assert!(bench.request(&bench.ticket(), Request::Flush).is_err());
-    assert_eq!(bench.disk.restore_lost().as_deref(), Some("the volume is gone"));
+    assert_eq!(bench.disk.chain().restore_lost(), Some("the volume is gone"));
     assert_eq!(bench.live(), vec![1; bench.sectors()]);
 }
