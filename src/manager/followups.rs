@@ -6,7 +6,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use uuid::Uuid;
+
 use crate::control::Name;
+use crate::control::api::DeleteSnapshotOptions;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::registry::ClaimKey;
@@ -31,6 +34,8 @@ pub(crate) enum FollowUp {
     Stay(Arc<DiskEntry>),
     /// Go on with the restore of a disk that somebody else was changing.
     Restore(Arc<DiskEntry>),
+    /// Delete a snapshot that nobody is to have.
+    LetGo(Uuid),
     /// Let go of what was taken for updates and is not needed any more.
     Tidy,
 }
@@ -82,9 +87,15 @@ impl Manager {
     }
 
     /// Returns whether it is over.
-    fn try_now(&self, what: &FollowUp) -> bool {
+    pub(crate) fn try_now(&self, what: &FollowUp) -> bool {
         match what {
             FollowUp::Tidy => self.tidy_moments(),
+            FollowUp::LetGo(id) => {
+                let options = DeleteSnapshotOptions { force: true, ..DeleteSnapshotOptions::default() };
+                self.delete_by_id(*id, options)
+                    .inspect_err(|e| log::warn!("snapshot {id} does not go yet: {e}"))
+                    .is_ok()
+            }
             FollowUp::Serve(name) => self.serve_again_if_possible(name),
             FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
             FollowUp::Open(disk, entry) => {

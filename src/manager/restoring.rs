@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobState};
+use crate::control::api::{self, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::crash;
 use crate::door::DiskFacts;
@@ -49,10 +49,11 @@ impl Manager {
         })
     }
 
-    /// Deletes a snapshot that was taken for a restore, whatever its disk is called by now.
+    /// Deletes a snapshot that was taken for a restore, whatever its disk is called by now; if it cannot go yet, later.
     pub(crate) fn let_snapshot_go(&self, id: Uuid) {
-        if let Err(e) = self.delete_by_id(id, DeleteSnapshotOptions { force: true, ..Default::default() }) {
-            log::warn!("snapshot {id}, which was taken for a restore, stays: {}", e.message);
+        let what = FollowUp::LetGo(id);
+        if !self.try_now(&what) {
+            self.follow_up(what);
         }
     }
 

@@ -131,6 +131,7 @@ impl Manager {
         for ((disk, entry), version) in entries.iter().zip(&cut.frozen) {
             if recorded.is_err() {
                 disk.disk.break_version(version, "the cut could not be recorded");
+                self.follow_up(FollowUp::LetGo(entry.id));
             }
             if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
                 Manager::check_split(disk, entry, version);
@@ -139,7 +140,7 @@ impl Manager {
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(&disk.facts())).collect();
-        // Also when they could not be recorded: they must be quiesced to be deleted.
+        // Also when they could not be recorded: they are deleted when they are quiesced.
         let (me, ended) = (self.me.clone(), cut.ended);
         let mut waits = Ok(());
         for (disk, entry) in entries {
