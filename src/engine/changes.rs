@@ -210,6 +210,16 @@ impl VersionIn<'_> {
 }
 
 impl ChainEditor {
+    /// Notes what was noted for a mark for the next newer one, too: it may go from the records then, and from here
+    /// ([`ChainEditor::forget_mark`]). If it stays after all, more is reported than was changed.
+    pub fn hand_on_mark(&self, disk: &Disk, id: VersionId) {
+        let _editing = self.begin();
+        let marks = disk.marks.load_full();
+        if let Some(mark) = marks.iter().find(|mark| mark.id == id) {
+            hand_on(&disk.chain(), &marks, mark.began);
+        }
+    }
+
     /// Takes a mark away; what was noted for it goes to the next newer one.
     pub fn forget_mark(&self, disk: &Disk, id: VersionId) {
         let _editing = self.begin();

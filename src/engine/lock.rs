@@ -193,9 +193,7 @@ impl BlockLocks {
             let wanted = next.unwrap_or(state | one.all(QUEUED));
             match word.compare_exchange(state, wanted, Ordering::SeqCst, Ordering::SeqCst) {
                 Ok(_) if next.is_some() => {
-                    if queue.is_empty() {
-                        shard.remove(&slot);
-                    }
+                    shard.remove(&slot); // Nobody is queued.
                     return None;
                 }
                 Ok(_) => break,

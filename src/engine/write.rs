@@ -167,6 +167,7 @@ impl Disk {
             if plans.any(|plan| excludes(&chain, &plan)) { Mode::Exclusive } else { Mode::Shared }
         };
         let mut will_copy = mode == Mode::Exclusive;
+        let is_copy = share.is_some();
         loop {
             if will_copy && share.is_none() {
                 share = Some(queue.copies().take(self.copied_by(&part)).await);
@@ -176,6 +177,8 @@ impl Disk {
             let chain = self.chain();
             if let Some(gate) = chain.restore().gate() {
                 drop(guard);
+                // Reads go on meanwhile, and may need it.
+                share = share.filter(|_| is_copy);
                 gate.opened().await;
                 continue;
             }

@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// The alignment of [`AlignedBuf`]: a page, which satisfies every `O_DIRECT` device seen so far.
-const PAGE_BYTES: usize = 4096;
+pub const PAGE_BYTES: u32 = 4096;
 
 /// What a thread keeps of the memory that it is done with, in bytes and in pieces.
 const KEPT_BYTES_MAX: usize = 512 << 10;
@@ -72,7 +72,7 @@ impl AlignedBuf {
     }
 
     fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len.max(1), PAGE_BYTES).expect("a buffer is far smaller than isize::MAX")
+        Layout::from_size_align(len.max(1), PAGE_BYTES as usize).expect("a buffer is far smaller than isize::MAX")
     }
 }
 
@@ -126,6 +126,8 @@ pub struct GuestBuf {
     segments: Segments,
     len: usize,
     pin: GuestPin,
+    /// Whether it is memory of our own.
+    is_owned: bool,
 }
 
 #[derive(Clone)]
@@ -153,17 +155,23 @@ impl GuestBuf {
             [one] => Segments::One(*one),
             many => Segments::Many(many.into()),
         };
-        GuestBuf { segments, len, pin }
+        GuestBuf { segments, len, pin, is_owned: false }
     }
 
-    /// A buffer over `memory`, for tests and tools that act as their own guest.
+    /// A buffer over `memory`: of a copy that is used as the guest's would be.
     #[must_use]
     pub fn from_owned(memory: AlignedBuf) -> (GuestBuf, Arc<OwnedGuest>) {
         let owned = Arc::new(OwnedGuest { memory });
         let segment = IoSegment { address: owned.memory.base.as_ptr(), len: owned.memory.len };
         // SAFETY: the memory lives as long as the pin, and OwnedGuest gives out copies only.
         let buf = unsafe { GuestBuf::new(&[segment], owned.clone()) };
-        (buf, owned)
+        (GuestBuf { is_owned: true, ..buf }, owned)
+    }
+
+    /// Whether it is memory of our own: whoever made it has counted it.
+    #[must_use]
+    pub fn is_owned(&self) -> bool {
+        self.is_owned
     }
 
     /// The length in bytes.
@@ -215,7 +223,8 @@ impl GuestBuf {
             at += s.len;
         }
         // SAFETY: sub-ranges of segments that this buffer's pin already keeps mapped.
-        unsafe { GuestBuf::new(&out, self.pin.clone()) }
+        let part = unsafe { GuestBuf::new(&out, self.pin.clone()) };
+        GuestBuf { is_owned: self.is_owned, ..part }
     }
 
     /// Copies the guest's bytes out, once. What the guest changes afterwards is not seen.

@@ -24,7 +24,7 @@ mod unsynced;
 
 pub use bell::Bell;
 pub use budget::{Budget, Share};
-pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment};
+pub use buffer::{AlignedBuf, GuestBuf, GuestPin, IoBuf, IoSegment, PAGE_BYTES};
 pub use error::{ImageError, ImageErrorKind, ImageOp};
 pub use executor::{Executor, RemoteWaker, block_on};
 pub use file::{Direct, FileImage, ImageOptions};

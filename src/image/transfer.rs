@@ -6,7 +6,8 @@
 use std::io;
 
 use super::{
-    AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind, Unsynced,
+    AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind, Share,
+    Unsynced,
 };
 
 /// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
@@ -53,7 +54,7 @@ pub async fn read_by_copy(
         let here = at.add(piece.start as u64);
         let from = here.0 / unit * unit;
         let len = (here.0 + piece.len() as u64).next_multiple_of(unit) - from;
-        let _share = queue.copies().take(len).await;
+        let _share = share_for(queue, guest, len).await;
         let len = usize::try_from(len).expect("a piece and two units of alignment");
         let cover = IoBuf::Owned(AlignedBuf::scratch(len));
         let IoBuf::Owned(cover) = transfer(image, queue, OpKind::Read, ByteOffset(from), cover).await? else {
@@ -75,13 +76,22 @@ async fn write_by_copy(
 ) -> Result<(), ImageError> {
     for piece in pieces(guest.len()) {
         let here = at.add(piece.start as u64);
-        let _share = queue.copies().take(piece.len() as u64).await;
+        let _share = share_for(queue, guest, piece.len() as u64).await;
         let copy = IoBuf::Owned(guest.slice(piece).copy_out());
         if let IoBuf::Owned(copy) = transfer(image, queue, OpKind::Write { durable }, here, copy).await? {
             copy.recycle();
         }
     }
     Ok(())
+}
+
+/// A share of the queue's budget for a copy of a guest's bytes. Who copies memory of our own may hold one already, and waits
+/// for no other; so much of it is in use no more than twice.
+async fn share_for(queue: &IoQueue, guest: &GuestBuf, len: u64) -> Option<Share> {
+    match guest.is_owned() {
+        true => None,
+        false => Some(queue.copies().take(len).await),
+    }
 }
 
 /// Ranges of `len` bytes, each short enough to be copied at once.
@@ -300,5 +310,25 @@ fn poisoned(image: &dyn Image, op: ImageOp) -> ImageError {
 impl From<GuestBuf> for IoBuf {
     fn from(guest: GuestBuf) -> IoBuf {
         IoBuf::Guest(guest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    #[test]
+    fn who_copies_memory_of_our_own_waits_for_no_share() {
+        let queue = IoQueue::simulated();
+        let budget = queue.copies();
+        let mut all = pin!(budget.take(u64::MAX));
+        let cx = &mut Context::from_waker(Waker::noop());
+        let all = all.as_mut().poll(cx);
+        assert!(all.is_ready() && budget.left() == 0);
+        let ours = GuestBuf::from_owned(AlignedBuf::zeroed(512)).0;
+        assert!(pin!(share_for(&queue, &ours.slice(1..2), 1)).poll(cx).is_ready());
     }
 }

@@ -61,7 +61,10 @@ impl Manager {
         // The newest word on a thing counts.
         follow_ups.0.retain(|(.., other)| match (other, &what) {
             (FollowUp::Serve(other), FollowUp::Serve(name)) => other != name,
-            (FollowUp::Restore(other), FollowUp::Restore(disk)) => !Arc::ptr_eq(other, disk),
+            (FollowUp::Restore(other), FollowUp::Restore(disk))
+            | (FollowUp::Record(other), FollowUp::Record(disk))
+            | (FollowUp::Stay(other), FollowUp::Stay(disk)) => !Arc::ptr_eq(other, disk),
+            (FollowUp::LetGo(other), FollowUp::LetGo(id)) => other != id,
             (FollowUp::Tidy, FollowUp::Tidy) => false,
             _ => true,
         });

@@ -217,30 +217,28 @@ impl Manager {
     /// What a mirrored disk does once it is served: legs that are behind are brought up to date.
     pub(crate) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
         self.watch_legs(disk);
-        let behind: Option<(Arc<Pair>, Option<LegImage>)> = locked(&disk.mirror).as_ref().and_then(|mirror| {
-            // If no snapshot holds it, it is a split that never came to be.
-            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(engine::LegState::Split);
-            let split = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path));
-            if let Some((leg, image)) = split {
-                return image.clone().map(|image| (mirror.pair.clone(), Some(LegImage { id: leg.id, image })));
-            }
-            let resyncs = |(leg, _): &&(LegRecord, Option<SharedImage>)| {
-                mirror.state_of(leg.id) == Some(engine::LegState::Resynchronising)
-            };
-            mirror.legs.iter().find(resyncs).map(|_| (mirror.pair.clone(), None))
-        });
-        let Some((pair, back)) = behind else { return };
-        if let Some(leg) = back {
-            let of = pair.clone();
-            if let Err(e) = self.in_ring(async move |queue| of.attach(&queue, leg, false).await) {
-                return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
-            }
+        if let Err(e) = self.take_unheld_leg_back(disk) {
+            return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
         }
+        let pair = locked(&disk.mirror).as_ref().map(|mirror| mirror.pair.clone());
+        let Some(pair) = pair.filter(|_| disk.has_leg_behind()) else { return };
         if locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.is_stopped) {
             let job = self.new_job(JobKind::Mirror, disk, None);
             return self.end_job(&job, JobState::Stopped, None);
         }
         self.start_resync(disk, pair);
+    }
+
+    /// A split leg that no snapshot holds, of a split that never came to be or of a snapshot that has gone, is one that is to
+    /// be synchronised.
+    pub(crate) fn take_unheld_leg_back(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+        let unheld = locked(&disk.mirror).as_ref().and_then(|mirror| {
+            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(engine::LegState::Split);
+            let (leg, image) = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path))?;
+            Some((mirror.pair.clone(), LegImage { id: leg.id, image: image.clone()? }))
+        });
+        let Some((pair, leg)) = unheld else { return Ok(()) };
+        self.in_ring(async move |queue| pair.attach(&queue, leg, false).await)
     }
 
     pub(crate) fn watch_legs(&self, disk: &Arc<DiskEntry>) {
@@ -286,10 +284,14 @@ impl Manager {
     pub(crate) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
         let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
         let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-        if let Some(mirror) = locked(&disk.mirror).as_mut() {
-            mirror.is_stopped = false;
+        let set_stopped = |is_stopped| {
+            locked(&disk.mirror).as_mut().is_some_and(|mirror| std::mem::replace(&mut mirror.is_stopped, is_stopped))
+        };
+        let was_stopped = set_stopped(false);
+        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
+            set_stopped(was_stopped);
+            return Err(e);
         }
-        self.persist(std::slice::from_ref(disk))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_resync(disk, pair, job);

@@ -114,8 +114,9 @@ impl Manager {
 
     /// Goes on with a restore that was stopped or has failed.
     pub(crate) fn go_on_with_restore(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
+        let was = locked(&disk.restore).clone();
         disk.set_restore_phase(RestorePhase::Active);
-        self.persist(std::slice::from_ref(disk)).inspect_err(|_| disk.set_restore_phase(RestorePhase::Stopped))?;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| *locked(&disk.restore) = was)?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_restore(disk, job);

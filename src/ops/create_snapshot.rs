@@ -21,7 +21,7 @@ use crate::manager::followups::FollowUp;
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
 use crate::registry::{ClaimKey, Command};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::{DiskRecord, RecordError, SnapshotRecord};
 
 /// How often a thread that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
@@ -75,7 +75,7 @@ impl Manager {
         for disk in &disks {
             match self.prepare(disk, request, group, volume) {
                 Ok(one) => ready.push(one),
-                Err(e) => return Err(self.undo(&ready, e)),
+                Err(e) => return Err(self.undo(ready, e)),
             }
         }
         // Older ones may read through what is not to outlive a power cut, also if this comes to nothing in the middle.
@@ -92,7 +92,13 @@ impl Manager {
         request: &SnapshotRequest,
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         if let Err(e) = self.records.put(&ready.iter().map(|one| &one.pending).collect::<Vec<_>>()) {
-            return Err(self.undo(&ready, record_error(e)));
+            if matches!(e, RecordError::Unknown(_)) {
+                // They may name what was made.
+                disks.iter().for_each(|disk| self.resume_mirror(disk));
+                disks.iter().for_each(|disk| self.persist_later(disk));
+                return Err(record_error(e));
+            }
+            return Err(self.undo(ready, record_error(e)));
         }
         self.cut(ready, disks, request.writers)
     }
@@ -119,7 +125,7 @@ impl Manager {
         // A cut is refused before it changes anything; the entries then go as in undo().
         crash::point("before the cut");
         let cut = self.editor.cut(prepared, writers).map_err(|e| {
-            self.take_back(&entries, &made);
+            self.take_back(&entries, made);
             ApiError::new(ErrorCode::Unavailable, e.to_string())
         })?;
         crash::point("after the cut");
@@ -275,15 +281,14 @@ impl Manager {
         }
     }
 
-    /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images.
+    /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images,
+    /// and what is there already may be known to the records.
     fn free_snapshot_image(&self, reference: &SnapshotRef, frozen: Uuid) -> PathBuf {
         let usual = reference.to_string();
         let is_taken = self.all_disks().iter().any(|disk| disk.to_record().names().contains(&usual))
             || locked(&self.unserved).values().filter_map(|u| u.record.as_ref()).any(|r| r.names().contains(&usual));
-        match is_taken {
-            false => self.places.snapshot_image(&usual),
-            true => self.places.snapshot_image(&frozen),
-        }
+        let place = self.places.snapshot_image(&usual);
+        if is_taken || self.host.is_there(&place) { self.places.snapshot_image(&frozen) } else { place }
     }
 
     /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
@@ -314,27 +319,30 @@ impl Manager {
         Ok(())
     }
 
-    fn undo(&self, ready: &[Ready], error: ApiError) -> ApiError {
-        let entries: Vec<_> = ready.iter().map(|r| (r.disk.clone(), r.entry.clone())).collect();
-        self.take_back(&entries, &Made::of(ready));
+    /// What was made for snapshots that no record knows of goes.
+    fn undo(&self, ready: Vec<Ready>, error: ApiError) -> ApiError {
+        // A leg that was split for nothing comes back.
+        ready.iter().for_each(|one| self.resume_mirror(&one.disk));
+        self.remove_made(Made::of(&ready));
         error
     }
 
-    /// Takes snapshots that never came to be out of everything.
-    fn take_back(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: &Made) {
+    fn remove_made(&self, made: Made) {
+        made.layers.iter().for_each(|(id, image)| self.remove_layer(*id, image));
+        made.changed.iter().for_each(|id| self.remove_changed_table(*id));
+    }
+
+    /// Takes out of everything what a refused cut was to make.
+    fn take_back(&self, entries: &[(Arc<DiskEntry>, Arc<SnapshotEntry>)], made: Made) {
         let disks: Vec<_> = entries.iter().map(|(disk, _)| disk.clone()).collect();
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
-        // A leg that was split for nothing comes back.
         disks.iter().for_each(|disk| self.resume_mirror(disk));
         match self.persist(&disks) {
-            Ok(()) => {
-                made.layers.iter().for_each(|(id, image)| self.remove_layer(*id, image));
-                made.changed.iter().for_each(|id| self.remove_changed_table(*id));
-            }
-            // The records still name the files.
-            Err(e) => log::error!("cannot forget an unfinished snapshot: {e}"),
+            Ok(()) => self.remove_made(made),
+            // The records still name what was made.
+            Err(_) => disks.iter().for_each(|disk| self.persist_later(disk)),
         }
     }
 

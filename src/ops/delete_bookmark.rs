@@ -12,6 +12,8 @@ impl Manager {
         let disk = self.disk(&reference.disk)?;
         let id = disk.bookmarks(&disk.facts()).iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.ok_or_else(|| self.no_bookmark(reference))?;
+        // Before the records forget it: a start knows of no other place where it stands.
+        self.editor.hand_on_mark(&disk.disk, id);
         crash::point("before a bookmark is forgotten");
         let mut record = disk.to_record();
         record.bookmarks.retain(|b| b.id != id);

@@ -224,9 +224,9 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         job: Arc<JobEntry>,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        entry.change_deletion(|deletion| deletion.stopped = false);
+        let was_stopped = entry.change_deletion(|deletion| std::mem::take(&mut deletion.stopped));
         self.persist(std::slice::from_ref(disk))
-            .inspect_err(|_| entry.change_deletion(|deletion| deletion.stopped = true))?;
+            .inspect_err(|_| entry.change_deletion(|deletion| deletion.stopped = was_stopped))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_deletion(disk, entry, job.clone());

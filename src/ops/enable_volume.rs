@@ -54,7 +54,8 @@ impl Manager {
         match serve_live(&*self.host, name, &disk.config(), &disk.disk, &disk.frontends) {
             Ok(server) => *locked(&disk.server) = Some(server),
             Err(e) => {
-                self.record_disabled(&disk, true)?;
+                locked(&disk.relations).disabled = true;
+                self.persist_later(&disk);
                 let socket = disk.socket();
                 let message = in_volume(name, &format!("cannot serve {}: {e}", socket.display()));
                 return Err(ApiError::new(ErrorCode::Conflict, message)

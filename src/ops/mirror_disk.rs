@@ -70,6 +70,7 @@ impl Manager {
             opened = Some(image);
             self.make_mirror(disk)?;
         }
+        self.take_unheld_leg_back(disk)?;
         let job = self.job_on(disk, |job| job.kind == JobKind::Mirror);
         let (pair, failed, again) = {
             let mirror = locked(&disk.mirror);
@@ -229,6 +230,7 @@ impl Manager {
             let goes = (legs.len() > 1).then(|| legs.remove(goes).0);
             (goes, legs.remove(0))
         };
+        self.take_unheld_leg_back(&disk)?;
         let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
         if let Some(goes) = goes.as_ref().filter(|goes| state(goes.id) == Some(engine::LegState::Split)) {
             let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.path);

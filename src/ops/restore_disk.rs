@@ -202,17 +202,19 @@ impl Manager {
                     let is_alike = volume.geometry().block_bytes == of.geometry().block_bytes;
                     is_alike.then_some(both)
                 };
-                let done = find_pending(&of, &from, changed, &pending, &queue).await;
-                if done.is_err() {
-                    forget_pending(&pending, &queue).await?;
-                }
-                done.map(|()| pending)
+                find_pending(&of, &from, changed, &pending, &queue).await.map(|()| pending)
             })
         };
         // Once before requests wait: what is found again then costs little.
         let pending = find(pending)?;
         let closed = self.editor.close(&disk.disk, false);
         let pending = find(pending)?;
+        // What its source could not save since it was quiesced is in no table, and would be shown as it is now. From here on
+        // nothing is written that it would have to save.
+        if let Some(why) = broken(disk, &restored) {
+            let message = format!("disk {}: {} broke while it was made ready: {why}", disk.name, record.from);
+            return Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("restore from another one"));
+        }
         crash::point("before a restore is recorded");
         let active = RestoreRecord { phase: RestorePhase::Active, ..record.clone() };
         let recorded = self.records.put(&[&DiskRecord { restore: Some(active.clone()), ..disk.to_record() }]);
@@ -279,6 +281,18 @@ impl Manager {
             of.changes_passed().await;
             of.make_durable(&queue, version).await
         })
+    }
+}
+
+/// Why what is to be restored cannot be vouched for, if so.
+fn broken(disk: &DiskEntry, restored: &RestoreSource) -> Option<String> {
+    match restored {
+        RestoreSource::View(view) => view.broken(),
+        RestoreSource::Own(id) => {
+            let chain = disk.disk.chain();
+            let Some(index) = chain.position(*id) else { return Some("it is gone".to_owned()) };
+            chain.version(index).broken().map(str::to_owned)
+        }
     }
 }
 

@@ -15,7 +15,8 @@ use super::state::{Leg, LegImage, LegState, LegStatus, Shape, State};
 use super::{Core, Pair, PairError, REGION_BYTES_MIN, image_of};
 use crate::engine::lock::{BlockLocks, Mode};
 use crate::image::{
-    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, SharedImage, join_all, read_exact_at, write_all_at,
+    AlignedBuf, Alignment, ByteOffset, ImageError, IoBuf, IoQueue, PAGE_BYTES, SharedImage, join_all, read_exact_at,
+    write_all_at,
 };
 use crate::store::{BlockIndex, BlockRange, DurableTable, Table};
 use crate::sync::{AtomicU64, Mutex};
@@ -121,7 +122,8 @@ impl Pair {
     fn with(shape: Shape, block_bytes: u32, durable: DurableTable, state: State) -> Result<Arc<Pair>, PairError> {
         let images: Vec<&SharedImage> = state.legs.iter().flatten().filter_map(|leg| leg.image.as_ref()).collect();
         let alignments = images.iter().map(|image| image.alignment());
-        let alignment = alignments.fold(Alignment { offset_bytes: 1, memory_bytes: 1 }, |a, b| Alignment {
+        // Any leg that comes later takes a page; whatever is copied for it is copied before the locks are taken.
+        let alignment = alignments.fold(Alignment { offset_bytes: 1, memory_bytes: PAGE_BYTES }, |a, b| Alignment {
             offset_bytes: a.offset_bytes.max(b.offset_bytes),
             memory_bytes: a.memory_bytes.max(b.memory_bytes),
         });

@@ -21,6 +21,11 @@ thread_local! {
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Whether a thread runs, and not work on a ring.
+pub fn is_running() -> bool {
+    !RUNNING.get().is_null()
+}
+
 /// Lets others go on until `what` is over.
 pub fn wait_for(what: Wait) {
     let running = RUNNING.get();

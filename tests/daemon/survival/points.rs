@@ -73,12 +73,13 @@ fn restores(strategy: &'static str) -> Vec<Step> {
         Step::Write("vm0"),
         gone("vm0@b", true),
         Step::Write("vm0"),
+        // Before a restore, which notes all that differs: what was noted for it alone must still be told.
+        Step::Do(Op::DeleteBookmark("vm0@b".to_owned())),
         restore("vm0@a"),
         volume("clone", "vm0@a"),
         Step::Write("clone"),
         Step::Write("vm0"),
         restore("clone"),
-        Step::Do(Op::DeleteBookmark("vm0@b".to_owned())),
         Step::Do(Op::DeleteVolume("clone".to_owned())),
         gone("vm0@a", true),
     ]
