@@ -1,13 +1,14 @@
 //! Descriptor chains: from a head in the ring to lists of guest addresses, read once.
 //!
 //! What always holds: every descriptor is copied out of guest memory exactly once and only the copy is looked at; the
-//! walk ends after a bounded number of steps whatever the guest wrote; a chain whose end cannot be found has no status.
+//! walk ends after a bounded number of steps whatever the guest wrote, which is what its ring or indirect table can hold; a
+//! chain whose end cannot be found has no status.
 //!
 //! It does not know what the bytes mean; that is [`super::request`]. Addresses are not yet checked against memory.
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
-use super::features::{RING_ENTRIES_MAX, SEGMENTS_MAX};
+use super::features::RING_ENTRIES_MAX;
 use super::memory::GuestAddress;
 use super::ring::{RawDescriptor, Ring};
 
@@ -15,9 +16,6 @@ const NEXT: u32 = VRING_DESC_F_NEXT;
 const WRITE: u32 = VRING_DESC_F_WRITE;
 const INDIRECT: u32 = VRING_DESC_F_INDIRECT;
 const DESCRIPTOR_BYTES: u32 = 16;
-
-/// Descriptors of a valid chain: header, data, status.
-const CHAIN_MAX: usize = SEGMENTS_MAX as usize + 2;
 
 /// A piece of guest memory, not yet checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,8 +45,6 @@ pub(super) enum ChainFault {
     Empty,
     #[error("a readable descriptor after a writable one")]
     Order,
-    #[error("more than {SEGMENTS_MAX} data segments")]
-    TooLong,
 }
 
 /// A chain as the guest wrote it: unvalidated pieces. Reused from request to request.
@@ -56,6 +52,7 @@ pub(super) enum ChainFault {
 pub(super) struct RawChain {
     pieces: Vec<Piece>,
     readable: usize,
+    steps: usize,
     table: Vec<u8>,
     status: Option<GuestAddress>,
 }
@@ -77,6 +74,11 @@ impl RawChain {
         self.status
     }
 
+    /// How many descriptors were read.
+    pub(super) fn steps(&self) -> usize {
+        self.steps
+    }
+
     /// Reads the chain that starts at `head`.
     ///
     /// # Errors
@@ -84,6 +86,7 @@ impl RawChain {
     pub(super) fn read(&mut self, ring: &Ring, head: u16) -> Result<(), ChainFault> {
         self.pieces.clear();
         self.readable = 0;
+        self.steps = 0;
         self.status = None;
         let mut flaw = None;
         let walked = self.walk(ring, head, &mut flaw);
@@ -155,13 +158,12 @@ impl RawChain {
 
     /// Adds a descriptor. What is wrong with it alone is kept in `flaw`, so that the walk can go on to the status.
     fn add(&mut self, d: &RawDescriptor, flaw: &mut Option<ChainFault>) {
+        self.steps += 1;
         let is_writable = u32::from(d.flags) & WRITE != 0;
         let found = if d.len == 0 {
             Some(ChainFault::Empty)
         } else if !is_writable && self.pieces.len() > self.readable {
             Some(ChainFault::Order)
-        } else if self.pieces.len() >= CHAIN_MAX {
-            Some(ChainFault::TooLong)
         } else {
             None
         };

@@ -1,7 +1,8 @@
 //! What is offered to frontends: virtio features, vhost-user protocol features, limits and the config space.
 //!
-//! What always holds: nothing is accepted that was not offered, and the limits in the config space are the ones that
-//! [`super::request`] enforces. The config space is the kernel's own struct, so offsets cannot drift.
+//! What always holds: no feature is accepted that was not offered. The limits in the config space are hints: a request that
+//! goes beyond them is carried out in parts by [`super::request`]. SIZE_MAX is not among them: FreeBSD does not attach a
+//! disk whose segments are short. The config space is the kernel's own struct, so offsets cannot drift.
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::{virtio_blk as blk, virtio_config, virtio_ring};
@@ -10,24 +11,21 @@ use crate::engine::Geometry;
 
 /// Bytes of a virtio-blk sector, the unit of all positions (virtio 1.2, 5.2.4), whatever the block size.
 pub(super) const SECTOR_BYTES: u64 = 512;
-/// Data segments of one request. With header and status a chain has at most two descriptors more.
-pub(super) const SEGMENTS_MAX: u32 = 126;
-/// Bytes of one data segment.
-pub(super) const SEGMENT_BYTES_MAX: u32 = 256 << 10;
-/// Bytes of the data of one request.
-pub(super) const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
-/// Sectors of one discard or write-zeroes segment: 1 GiB.
-pub(super) const RANGE_SECTORS_MAX: u32 = (1 << 30) / 512;
-/// Segments of one discard or write-zeroes request.
-pub(super) const RANGE_SEGMENTS_MAX: u32 = 32;
-/// Entries of a ring. QEMU's own limit too.
-pub(super) const RING_ENTRIES_MAX: u16 = 1024;
+/// Data segments of one request that are offered; a ring of 128 entries has room for header and status beside them.
+/// More are carried out in parts.
+pub(super) const SEGMENTS_OFFERED: u32 = 126;
+/// Sectors of one discard or write-zeroes segment that are offered: 1 GiB.
+pub(super) const RANGE_SECTORS_OFFERED: u32 = (1 << 30) / 512;
+/// Segments of one discard or write-zeroes request that are offered.
+pub(super) const RANGE_SEGMENTS_OFFERED: u32 = 32;
+/// Segments that one discard or write-zeroes request may have.
+pub(super) const RANGE_SEGMENTS_MAX: usize = 4096;
+/// Entries of a ring, and of an indirect table (virtio 1.2, 2.7).
+pub(super) const RING_ENTRIES_MAX: u16 = 32768;
 /// Queues of a disk.
 pub const QUEUES_MAX: u16 = 16;
 /// Memory regions of a frontend; what the kernel's own vhost allows.
 pub(super) const MEMORY_SLOTS_MAX: usize = 509;
-
-const _: () = assert!(REQUEST_BYTES_MAX <= 32 << 20);
 
 const fn bit(number: u32) -> u64 {
     1 << number
@@ -39,8 +37,6 @@ pub(super) const READ_ONLY: u64 = bit(blk::VIRTIO_BLK_F_RO);
 pub(super) const FLUSH: u64 = bit(blk::VIRTIO_BLK_F_FLUSH);
 /// The driver may switch between writeback and writethrough.
 pub(super) const CONFIG_WCE: u64 = bit(blk::VIRTIO_BLK_F_CONFIG_WCE);
-/// The driver knows how long a segment may be.
-pub(super) const SIZE_MAX: u64 = bit(blk::VIRTIO_BLK_F_SIZE_MAX);
 /// Discard requests.
 pub(super) const DISCARD: u64 = bit(blk::VIRTIO_BLK_F_DISCARD);
 /// Write-zeroes requests.
@@ -60,7 +56,6 @@ pub(super) fn offered(read_only: bool) -> u64 {
         | INDIRECT_DESC
         | FLUSH
         | CONFIG_WCE
-        | SIZE_MAX
         | bit(blk::VIRTIO_BLK_F_SEG_MAX)
         | bit(blk::VIRTIO_BLK_F_BLK_SIZE)
         | bit(blk::VIRTIO_BLK_F_TOPOLOGY)
@@ -84,8 +79,13 @@ pub(super) struct ConfigSpace {
     config: blk::virtio_blk_config,
 }
 
-/// The size of the config space in bytes; what lies behind the fields of the offered features reads as zeros.
-pub(super) const CONFIG_BYTES: usize = size_of::<blk::virtio_blk_config>();
+/// The size of the struct in bytes; what lies behind the fields of the offered features reads as zeros.
+const CONFIG_BYTES: usize = size_of::<blk::virtio_blk_config>();
+/// Where the config space ends that frontends may ask for (vhost-user's own bound); what is behind the struct reads as
+/// zeros.
+const SPACE_BYTES: usize = 256;
+/// Where some frontends take the device's part of the config space to begin: as of a PCI device.
+const SPACE_OFFSET: usize = 0x100;
 /// Where the one writable byte lies.
 pub(super) const WRITEBACK_OFFSET: usize = std::mem::offset_of!(blk::virtio_blk_config, wce);
 
@@ -102,8 +102,7 @@ impl ConfigSpace {
         let alignment_sectors = (geometry.block_bytes / 512).max(1);
         let mut config = blk::virtio_blk_config {
             capacity: (geometry.size_bytes / SECTOR_BYTES).to_le(),
-            size_max: SEGMENT_BYTES_MAX.to_le(),
-            seg_max: SEGMENTS_MAX.to_le(),
+            seg_max: SEGMENTS_OFFERED.to_le(),
             blk_size: logical.to_le(),
             physical_block_exp: u8::try_from(per_block.ilog2()).unwrap_or(0),
             min_io_size: u16::try_from(per_block).unwrap_or(1).to_le(),
@@ -112,27 +111,30 @@ impl ConfigSpace {
             ..blk::virtio_blk_config::default()
         };
         if !read_only {
-            config.max_discard_sectors = RANGE_SECTORS_MAX.to_le();
-            config.max_discard_seg = RANGE_SEGMENTS_MAX.to_le();
+            config.max_discard_sectors = RANGE_SECTORS_OFFERED.to_le();
+            config.max_discard_seg = RANGE_SEGMENTS_OFFERED.to_le();
             config.discard_sector_alignment = alignment_sectors.to_le();
-            config.max_write_zeroes_sectors = RANGE_SECTORS_MAX.to_le();
-            config.max_write_zeroes_seg = RANGE_SEGMENTS_MAX.to_le();
+            config.max_write_zeroes_sectors = RANGE_SECTORS_OFFERED.to_le();
+            config.max_write_zeroes_seg = RANGE_SEGMENTS_OFFERED.to_le();
             config.write_zeroes_may_unmap = 1;
         }
         ConfigSpace { config }
     }
 
-    /// `size` bytes from `offset` on, or nothing when they leave the config space.
+    /// `size` bytes from `offset` on, or nothing when they leave the config space. Offsets from [`SPACE_OFFSET`] on name the
+    /// same bytes as those from 0 on.
     pub(super) fn read(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
-        let from = usize::try_from(offset).ok()?;
-        let to = from.checked_add(usize::try_from(size).ok()?)?;
-        self.as_bytes().get(from..to).map(<[u8]>::to_vec)
+        let from = place(offset)?;
+        let to = from.checked_add(usize::try_from(size).ok()?).filter(|to| *to <= SPACE_BYTES)?;
+        let mut space = [0; SPACE_BYTES];
+        space[..CONFIG_BYTES].copy_from_slice(self.as_bytes());
+        Some(space[from..to].to_vec())
     }
 
     /// Writes the writeback byte. False for any other place or value.
     pub(super) fn write(&mut self, offset: u32, bytes: &[u8]) -> bool {
         match bytes {
-            [value @ 0..=1] if usize::try_from(offset) == Ok(WRITEBACK_OFFSET) => {
+            [value @ 0..=1] if place(offset) == Some(WRITEBACK_OFFSET) => {
                 self.config.wce = *value;
                 true
             }
@@ -161,6 +163,12 @@ impl ConfigSpace {
     }
 }
 
+/// Where an offset of a message points to in the config space.
+fn place(offset: u32) -> Option<usize> {
+    let offset = usize::try_from(offset).ok()?;
+    Some(offset.checked_sub(SPACE_OFFSET).unwrap_or(offset))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,8 +182,8 @@ mod tests {
     fn fields_are_where_the_specification_has_them() {
         let c = space(false).read(0, 60).unwrap();
         assert_eq!(c[0..8], 2048u64.to_le_bytes());
-        assert_eq!(c[8..12], SEGMENT_BYTES_MAX.to_le_bytes());
-        assert_eq!(c[12..16], SEGMENTS_MAX.to_le_bytes());
+        assert_eq!(c[8..12], [0; 4]);
+        assert_eq!(c[12..16], SEGMENTS_OFFERED.to_le_bytes());
         assert_eq!(c[20..24], 512u32.to_le_bytes());
         assert_eq!((c[24], c[32]), (3, 1));
         assert_eq!(c[34..36], 3u16.to_le_bytes());
@@ -186,12 +194,24 @@ mod tests {
     #[test]
     fn ranges_are_checked() {
         let mut s = space(false);
-        for (offset, size, ok) in [(0, 96, true), (95, 1, true), (96, 1, false), (0, 97, false), (u32::MAX, 2, false)] {
+        for (offset, size, ok) in
+            [(0, 96, true), (0, 256, true), (255, 1, true), (256, 256, true), (250, 10, false), (u32::MAX, 2, false)]
+        {
             assert_eq!(s.read(offset, size).is_some(), ok, "{offset}+{size}");
         }
-        for (offset, bytes, ok) in
-            [(32, &[0u8][..], true), (32, &[2], false), (32, &[0, 0], false), (31, &[0], false), (32, &[], false)]
-        {
+        let whole = s.read(0, 256).unwrap();
+        assert_eq!(whole[CONFIG_BYTES..], [0; SPACE_BYTES - CONFIG_BYTES]);
+        assert_eq!(s.read(0x100, 60).unwrap(), whole[..60]);
+        assert_eq!(s.read(0x100 + 32, 1).unwrap(), [1]);
+        for (offset, bytes, ok) in [
+            (32, &[0u8][..], true),
+            (0x120, &[1], true),
+            (32, &[2], false),
+            (32, &[0, 0], false),
+            (31, &[0], false),
+            (32, &[], false),
+            (32, &[0], true),
+        ] {
             assert_eq!(s.write(offset, bytes), ok, "{offset} {bytes:?}");
         }
         assert!(!s.is_writeback());

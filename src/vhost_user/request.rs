@@ -12,10 +12,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_blk as blk;
 
 use super::chain::{ChainFault, Piece, RawChain};
-use super::features::{
-    DISCARD, RANGE_SECTORS_MAX, RANGE_SEGMENTS_MAX, REQUEST_BYTES_MAX, SECTOR_BYTES, SEGMENT_BYTES_MAX, SEGMENTS_MAX,
-    SIZE_MAX, WRITE_ZEROES,
-};
+use super::features::{DISCARD, RANGE_SEGMENTS_MAX, SECTOR_BYTES, WRITE_ZEROES};
 use super::memory::{GuestAddress, MemoryMap, Segments};
 use super::stats::Direction;
 use crate::engine::Request;
@@ -26,6 +23,26 @@ const STATUS_BYTES: u64 = 1;
 const RANGE_BYTES: usize = 16;
 /// The size of the answer to GET_ID.
 pub(super) const SERIAL_BYTES: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
+
+/// Legacy drivers set it on requests that later ones must not overtake. It was not offered, and means nothing, as to QEMU.
+const BARRIER: u32 = blk::VIRTIO_BLK_T_BARRIER;
+/// Says that data goes to the device, and is a part of the types of writes, discards and zeroes.
+const OUT: u32 = blk::VIRTIO_BLK_T_OUT;
+
+/// A flush of drivers of the first hour.
+const FLUSH_OUT: u32 = blk::VIRTIO_BLK_T_FLUSH | OUT;
+
+/// The bytes of a chain (virtio 1.2, 2.7.4); with a sector less, so that what was written can be told in 32 bits.
+const CHAIN_BYTES_MAX: u64 = u32::MAX as u64 - SECTOR_BYTES;
+
+/// What a part of a transfer has at most: segments as many as one system call takes (`UIO_MAXIOV`), and bytes.
+const PART_SEGMENTS_MAX: usize = 1024;
+const PART_BYTES_MAX: usize = 32 << 20;
+/// Where parts end if they can: units of images are not split then.
+const PART_UNIT_BYTES: usize = 4096;
+const SECTOR: usize = 512;
+
+const _: () = assert!(SECTOR as u64 == SECTOR_BYTES);
 
 /// The status byte of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +75,10 @@ pub(super) struct Rules {
 pub(super) struct Job {
     pub(super) direction: Direction,
     pub(super) first: Request,
-    /// Further segments of a discard or write-zeroes request.
+    /// What follows it: further parts of a transfer, or segments of a discard or write-zeroes request.
     pub(super) rest: Vec<Request>,
+    /// How many pieces of memory or segments its parts have together: what it costs to keep.
+    pub(super) pieces: usize,
     /// Bytes for the statistics.
     pub(super) bytes: u64,
     /// Bytes written into the chain when it succeeds, status included.
@@ -141,34 +160,48 @@ pub(super) fn parse(
         readable_bytes: readable - HEADER_BYTES,
         writable_bytes: writable - STATUS_BYTES,
     };
-    match header.kind {
-        blk::VIRTIO_BLK_T_IN => transfer(&header, &body, memory, rules, false),
-        blk::VIRTIO_BLK_T_OUT if rules.read_only => Err(Refusal::Request("a write to a read-only disk")),
-        blk::VIRTIO_BLK_T_OUT => transfer(&header, &body, memory, rules, true),
+    if readable + writable > CHAIN_BYTES_MAX {
+        return Err(Refusal::Request("more bytes than a chain may have"));
+    }
+    match direction_of(header.kind) {
+        Some(Direction::Read) => transfer(&header, &body, memory, rules, false),
+        Some(Direction::Write) if rules.read_only => Err(Refusal::Request("a write to a read-only disk")),
+        Some(Direction::Write) => transfer(&header, &body, memory, rules, true),
         // Data with a flush means nothing and is left alone.
-        blk::VIRTIO_BLK_T_FLUSH => Ok(Parsed::Execute(job(Direction::Flush, Request::Flush, 0, 1))),
-        blk::VIRTIO_BLK_T_GET_ID => get_id(&body, memory, rules),
-        blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES => ranges(&header, &body, memory, rules),
-        other => Err(Refusal::Type(other)),
+        Some(direction @ Direction::Flush) => Ok(Parsed::Execute(Job {
+            direction,
+            first: Request::Flush,
+            rest: Vec::new(),
+            pieces: 0,
+            bytes: 0,
+            written: 1,
+        })),
+        Some(direction @ (Direction::Discard | Direction::WriteZeroes)) => {
+            ranges(direction, header.kind, &body, memory, rules)
+        }
+        None if header.kind & !(OUT | BARRIER) == blk::VIRTIO_BLK_T_GET_ID => get_id(&body, memory, rules),
+        None => Err(Refusal::Type(header.kind)),
     }
 }
 
-fn job(direction: Direction, first: Request, bytes: u64, written: u32) -> Job {
-    Job { direction, first, rest: Vec::new(), bytes, written }
+/// What a request of this type does, if it is counted. As QEMU has it, the barrier bit means nothing and
+/// `VIRTIO_BLK_T_FLUSH_OUT` is a flush, while discards and zeroes must say that their segments go to the device.
+fn direction_of(kind: u32) -> Option<Direction> {
+    match kind & !BARRIER {
+        blk::VIRTIO_BLK_T_IN => Some(Direction::Read),
+        blk::VIRTIO_BLK_T_OUT => Some(Direction::Write),
+        blk::VIRTIO_BLK_T_FLUSH | FLUSH_OUT => Some(Direction::Flush),
+        blk::VIRTIO_BLK_T_DISCARD => Some(Direction::Discard),
+        blk::VIRTIO_BLK_T_WRITE_ZEROES => Some(Direction::WriteZeroes),
+        _ => None,
+    }
 }
 
 /// What a refused request asked for, as far as that can be told. For the statistics only: the guest may have changed
 /// the header since it was refused.
 pub(super) fn direction_asked(chain: &RawChain, memory: &MemoryMap) -> Option<Direction> {
     let readable = chain.readable().iter().map(|p| u64::from(p.len)).sum();
-    match read_header(chain.readable(), readable, memory).ok()?.kind {
-        blk::VIRTIO_BLK_T_IN => Some(Direction::Read),
-        blk::VIRTIO_BLK_T_OUT => Some(Direction::Write),
-        blk::VIRTIO_BLK_T_FLUSH => Some(Direction::Flush),
-        blk::VIRTIO_BLK_T_DISCARD => Some(Direction::Discard),
-        blk::VIRTIO_BLK_T_WRITE_ZEROES => Some(Direction::WriteZeroes),
-        _ => None,
-    }
+    direction_of(read_header(chain.readable(), readable, memory).ok()?.kind)
 }
 
 fn read_header(readable: &[Piece], total: u64, memory: &MemoryMap) -> Result<Header, Refusal> {
@@ -240,32 +273,64 @@ fn transfer(
     if !len.is_multiple_of(SECTOR_BYTES) {
         return Err(Refusal::Request("a length that is not a multiple of a sector"));
     }
-    if len > REQUEST_BYTES_MAX {
-        return Err(Refusal::Request("more bytes than a request may have"));
-    }
     let at = check_range(header.sector, len, rules)?;
     let mut segments = Segments::new();
-    let mut count = 0;
     for piece in window(pieces, skip, len) {
-        count += 1;
-        if rules.features & SIZE_MAX != 0 && piece.len > SEGMENT_BYTES_MAX {
-            return Err(Refusal::Request("a segment longer than offered"));
-        }
         if !memory.translate(piece.at, u64::from(piece.len), &mut segments) {
             return Err(Refusal::Memory);
         }
     }
-    if count > SEGMENTS_MAX {
-        return Err(Refusal::Chain(ChainFault::TooLong));
-    }
-    let buf = guest_buf(&segments, memory);
-    let written = if is_write { 1 } else { u32::try_from(len).unwrap_or(0) + 1 };
-    let (direction, request) = if is_write {
-        (Direction::Write, Request::Write { at, from: buf, durable: rules.durable })
-    } else {
-        (Direction::Read, Request::Read { at, into: buf })
+    let request = |(at, buf)| match is_write {
+        true => Request::Write { at, from: buf, durable: rules.durable },
+        false => Request::Read { at, into: buf },
     };
-    Ok(Parsed::Execute(job(direction, request, len, written)))
+    let is_one = segments.len() <= PART_SEGMENTS_MAX && len <= PART_BYTES_MAX as u64;
+    let (first, rest, pieces) = if is_one {
+        (request((at, guest_buf(&segments, memory))), Vec::new(), segments.len())
+    } else {
+        let mut parts = parts(at, &segments, memory).into_iter().map(request);
+        (parts.next().ok_or(Refusal::Request("no data"))?, parts.collect(), 2 * segments.len())
+    };
+    Ok(Parsed::Execute(Job {
+        direction: if is_write { Direction::Write } else { Direction::Read },
+        pieces: pieces.max(rest.len()),
+        first,
+        rest,
+        bytes: len,
+        written: if is_write { 1 } else { u32::try_from(len).unwrap_or(0) + 1 },
+    }))
+}
+
+/// Cuts a transfer of whole sectors into parts of whole sectors that can each be carried out at once, whatever the
+/// segments that it came in.
+fn parts(mut at: ByteOffset, segments: &[IoSegment], memory: &Arc<MemoryMap>) -> Vec<(ByteOffset, GuestBuf)> {
+    let mut parts = Vec::new();
+    // Of the first one left, so many bytes are in parts already.
+    let (mut left, mut taken) = (segments, 0);
+    while !left.is_empty() {
+        let ahead = left.iter().take(PART_SEGMENTS_MAX).map(|s| s.len).sum::<usize>() - taken;
+        let mut part_bytes = ahead.min(PART_BYTES_MAX);
+        if part_bytes < ahead || left.len() > PART_SEGMENTS_MAX {
+            // Each segment has a byte at least, so there are two sectors and more.
+            let unit = if part_bytes >= 2 * PART_UNIT_BYTES { PART_UNIT_BYTES } else { SECTOR };
+            let over = usize::try_from(at.0 % unit as u64).unwrap_or(0);
+            part_bytes = (over + part_bytes) / unit * unit - over;
+        }
+        let mut part = Segments::new();
+        let mut rest = part_bytes;
+        while rest > 0 {
+            let len = rest.min(left[0].len - taken);
+            part.push(IoSegment { address: left[0].address.wrapping_add(taken), len });
+            rest -= len;
+            taken += len;
+            if taken == left[0].len {
+                (left, taken) = (&left[1..], 0);
+            }
+        }
+        parts.push((at, guest_buf(&part, memory)));
+        at = at.add(part_bytes as u64);
+    }
+    parts
 }
 
 fn guest_buf(segments: &[IoSegment], memory: &Arc<MemoryMap>) -> GuestBuf {
@@ -292,32 +357,36 @@ fn get_id(body: &Body<'_>, memory: &MemoryMap, rules: &Rules) -> Result<Parsed, 
 }
 
 /// Discard and write-zeroes: all segments are validated before the first one is executed.
-fn ranges(header: &Header, body: &Body<'_>, memory: &MemoryMap, rules: &Rules) -> Result<Parsed, Refusal> {
-    let is_discard = header.kind == blk::VIRTIO_BLK_T_DISCARD;
+fn ranges(
+    direction: Direction,
+    kind: u32,
+    body: &Body<'_>,
+    memory: &MemoryMap,
+    rules: &Rules,
+) -> Result<Parsed, Refusal> {
+    let is_discard = direction == Direction::Discard;
     if rules.read_only {
         return Err(Refusal::Request("a discard or write-zeroes request to a read-only disk"));
     }
     if rules.features & if is_discard { DISCARD } else { WRITE_ZEROES } == 0 {
-        return Err(Refusal::Type(header.kind));
+        return Err(Refusal::Type(kind));
     }
     let len = usize::try_from(body.readable_bytes).unwrap_or(usize::MAX);
-    let segments_max = RANGE_SEGMENTS_MAX as usize;
-    if len == 0 || !len.is_multiple_of(RANGE_BYTES) || len / RANGE_BYTES > segments_max || body.writable_bytes > 0 {
-        return Err(Refusal::Request("a discard or write-zeroes request without 1 to 32 whole segments"));
+    let count = len / RANGE_BYTES;
+    if count == 0 || !len.is_multiple_of(RANGE_BYTES) || count > RANGE_SEGMENTS_MAX || body.writable_bytes > 0 {
+        return Err(Refusal::Request("a discard or write-zeroes request without 1 to 4096 whole segments"));
     }
-    let mut bytes = [0u8; RANGE_BYTES * RANGE_SEGMENTS_MAX as usize];
-    copy_from(body.readable, HEADER_BYTES, &mut bytes[..len], memory)?;
+    let mut bytes: smallvec::SmallVec<[u8; 32 * RANGE_BYTES]> = smallvec::smallvec![0; len];
+    copy_from(body.readable, HEADER_BYTES, &mut bytes, memory)?;
     let mut total = 0;
-    let mut requests = Vec::with_capacity(len / RANGE_BYTES);
-    for segment in bytes[..len].chunks_exact(RANGE_BYTES) {
+    let mut range_of = |segment: &[u8]| {
         let (request, len) = range(segment, is_discard, rules)?;
         total += len;
-        requests.push(request);
-    }
-    let direction = if is_discard { Direction::Discard } else { Direction::WriteZeroes };
-    let mut rest = requests.into_iter();
-    let first = rest.next().ok_or(Refusal::Request("no segment"))?;
-    Ok(Parsed::Execute(Job { direction, first, rest: rest.collect(), bytes: total, written: 1 }))
+        Ok::<Request, Refusal>(request)
+    };
+    let first = range_of(&bytes[..RANGE_BYTES])?;
+    let rest: Vec<Request> = bytes[RANGE_BYTES..].chunks_exact(RANGE_BYTES).map(range_of).collect::<Result<_, _>>()?;
+    Ok(Parsed::Execute(Job { direction, first, rest, pieces: count, bytes: total, written: 1 }))
 }
 
 fn range(segment: &[u8], is_discard: bool, rules: &Rules) -> Result<(Request, u64), Refusal> {
@@ -329,8 +398,8 @@ fn range(segment: &[u8], is_discard: bool, rules: &Rules) -> Result<(Request, u6
     if flags & !known != 0 {
         return Err(Refusal::Flags(flags));
     }
-    if sectors == 0 || sectors > RANGE_SECTORS_MAX {
-        return Err(Refusal::Request("a segment of no sectors, or of more than offered"));
+    if sectors == 0 {
+        return Err(Refusal::Request("a segment of no sectors"));
     }
     let len = u64::from(sectors) * SECTOR_BYTES;
     let at = check_range(sector, len, rules)?;

@@ -92,6 +92,8 @@ pub(super) struct Ring {
     inflight: Option<InflightQueue>,
     // Whether the driver is to kick. True at first: another backend may have left it so.
     is_armed: bool,
+    // Whether no more is taken of what was loaded.
+    is_paused: bool,
     // Heads whose used entries wait to be published.
     batch: Vec<u16>,
     fault: Option<RingFault>,
@@ -144,6 +146,7 @@ impl Ring {
             heads: vec![0; usize::from(setup.entries).div_ceil(64)],
             inflight,
             is_armed: true,
+            is_paused: false,
             batch: Vec::new(),
             fault: None,
         };
@@ -265,6 +268,11 @@ impl Ring {
         self.places.is_some_and(|places| self.load(places.avail, INDEX, Ordering::Relaxed) != self.next_avail)
     }
 
+    /// Leaves what is announced in the ring until it is looked at again.
+    pub(super) fn pause(&mut self) {
+        self.is_paused = true;
+    }
+
     /// Asks not to be kicked: the ring is being looked at. A driver with event indices does not kick again by itself.
     pub(super) fn disarm(&mut self) {
         if let Some(places) = self.places.filter(|_| self.is_armed) {
@@ -306,6 +314,7 @@ impl AvailSource for Ring {
 
     fn load_avail(&mut self) -> bool {
         let Some(places) = self.places.filter(|_| self.fault.is_none()) else { return false };
+        self.is_paused = false;
         let to = self.load(places.avail, INDEX, Ordering::Acquire);
         let from = self.next_avail;
         if to.wrapping_sub(from) > self.setup.entries {
@@ -317,7 +326,8 @@ impl AvailSource for Ring {
     }
 
     fn pop(&mut self) -> Option<u16> {
-        let places = self.places.filter(|_| self.fault.is_none() && self.next_avail != self.loaded_avail)?;
+        let is_more = self.fault.is_none() && self.next_avail != self.loaded_avail && !self.is_paused;
+        let places = self.places.filter(|_| is_more)?;
         let entry = ENTRIES + usize::from(self.next_avail % self.setup.entries);
         let head = self.load(places.avail, entry, Ordering::Relaxed);
         if head >= self.setup.entries {

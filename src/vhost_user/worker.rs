@@ -48,6 +48,11 @@ const LOOK_FOR_REQUESTS_MAX: Duration = Duration::from_micros(50);
 const LOOK_FOR_ANSWERS_MAX: Duration = Duration::from_micros(80);
 /// With more requests in flight than this nobody looks: a deeper queue hides a wake-up.
 const IN_FLIGHT_LOOK_MAX: usize = 2;
+/// Descriptors that are read before anything else gets its turn, and pieces of memory that the requests in flight may
+/// have: beyond that the rest stays in the ring until some are done.
+const PIECES_MAX: usize = 64 << 10;
+/// What a request costs that has no piece, in pieces.
+const REQUEST_PIECES: usize = 16;
 /// Answers that are known while requests are still being taken become visible in groups of this many, so that the driver
 /// has something to do meanwhile.
 const ANSWERS_AT_ONCE: usize = 8;
@@ -184,6 +189,8 @@ struct Shared {
     queue: IoQueue,
     done: RefCell<Vec<Done>>,
     in_flight: Cell<usize>,
+    // What the requests in flight have, all together.
+    pieces: Cell<usize>,
     limits: Arc<Limits>,
 }
 
@@ -238,6 +245,7 @@ impl Loop {
             queue: executor.queue().clone(),
             done: RefCell::new(Vec::new()),
             in_flight: Cell::new(0),
+            pieces: Cell::new(0),
             limits: context.limits.clone(),
         });
         let rules = Rules { capacity_bytes: 0, features: 0, durable: true, read_only: true, serial: [0; 20] };
@@ -402,8 +410,14 @@ impl Loop {
             if !self.enabled || self.stopping.is_some() || self.kick.is_none() {
                 return false;
             }
+            if self.shared.pieces.get() > PIECES_MAX {
+                // There is more to do when some of them are done.
+                return false;
+            }
             self.rules.durable = self.context.durable.load(Ordering::Acquire);
-            self.begin_unanswered();
+            if !self.begin_unanswered() {
+                return false;
+            }
             let Some(mut ring) = self.ring.take() else { return false };
             let started = Instant::now();
             let lane = self.lane.clone();
@@ -414,9 +428,13 @@ impl Loop {
                 }
                 self.taken_at = Some(started);
             }
-            let mut told = false;
+            let (mut told, mut read) = (false, 0);
             let taken = intake(&lane, &mut ring, |ring, head, ticket| {
                 self.begin(ring, head, ticket, started);
+                read += self.chain.steps();
+                if read > PIECES_MAX || self.shared.pieces.get() > PIECES_MAX {
+                    ring.pause();
+                }
                 if self.shared.done.borrow().len() >= ANSWERS_AT_ONCE {
                     self.answer(ring);
                     if !std::mem::replace(&mut told, true) {
@@ -486,14 +504,20 @@ impl Loop {
         }
     }
 
-    /// Starts again what an earlier daemon took and did not answer, in its order.
-    fn begin_unanswered(&mut self) {
-        let Some(ring) = self.ring.take_if(|_| !self.unanswered.is_empty()) else { return };
+    /// Starts again what an earlier daemon took and did not answer, in its order. Returns whether nothing of it is left;
+    /// otherwise there is more to do when some of what is in flight is done.
+    fn begin_unanswered(&mut self) -> bool {
+        let Some(ring) = self.ring.take_if(|_| !self.unanswered.is_empty()) else { return true };
         let (lane, started) = (self.lane.clone(), Instant::now());
-        for head in std::mem::take(&mut self.unanswered) {
+        let mut heads = std::mem::take(&mut self.unanswered).into_iter();
+        while self.shared.pieces.get() <= PIECES_MAX
+            && let Some(head) = heads.next()
+        {
             self.begin(&ring, head, lane.enter(), started);
         }
+        self.unanswered = heads.collect();
         self.ring = Some(ring);
+        self.unanswered.is_empty()
     }
 
     /// Reads and validates one request, and starts it.
@@ -533,11 +557,14 @@ impl Loop {
             guest.begins();
         }
         let shared = self.shared.clone();
+        let pieces = job.pieces + REQUEST_PIECES;
         shared.in_flight.set(shared.in_flight.get() + 1);
+        shared.pieces.set(shared.pieces.get() + pieces);
         self.executor.spawn(async move {
             if !execute(&shared, &done.ticket, job).await {
                 (done.status, done.written) = (Status::IoError, 1);
             }
+            shared.pieces.set(shared.pieces.get() - pieces);
             shared.in_flight.set(shared.in_flight.get() - 1);
             shared.done.borrow_mut().push(done);
         });
@@ -617,9 +644,9 @@ impl Loop {
     }
 
     fn finish_stop(&mut self) {
-        if self.stopping.is_some() {
-            // They are behind the base that is told, even if the ring is stopped before it was served.
-            self.begin_unanswered();
+        // They are behind the base that is told, even if the ring is stopped before it was served.
+        if self.stopping.is_some() && !self.begin_unanswered() {
+            return;
         }
         let drains = self.shared.in_flight.get() > 0;
         if drains || self.waiting.is_some() || self.stopping.is_none() {

@@ -12,7 +12,7 @@ use super::support::*;
 
 const BUFFER: usize = 16 << 10;
 
-fn connect(socket: &Path, queues: i32, read_only: bool) -> (Blkio, Vec<Blkioq>) {
+pub fn connect(socket: &Path, queues: i32, read_only: bool) -> (Blkio, Vec<Blkioq>) {
     let mut blkio = Blkio::new("virtio-blk-vhost-user").unwrap();
     blkio.set_str("path", socket.to_str().unwrap()).unwrap();
     blkio.set_bool("read-only", read_only).unwrap();

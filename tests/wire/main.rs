@@ -9,6 +9,7 @@ mod blkio_client;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_requests;
+mod forms;
 mod inflight;
 mod program;
 mod ring;

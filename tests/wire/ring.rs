@@ -44,8 +44,9 @@ pub const STATUS: u64 = GUEST_BASE + 0x20_1000;
 pub const TABLE: u64 = GUEST_BASE + 0x20_2000;
 pub const DATA: u64 = GUEST_BASE + 0x30_0000;
 const QUEUE_STRIDE: u64 = 0x1_0000;
+/// The parts of a ring of up to 2048 entries, behind its descriptors. Larger ones have room for one queue.
 const AVAIL: u64 = 0x8000;
-const USED: u64 = 0xa000;
+const USED: u64 = 0x2000;
 
 /// Memory that guest and backend share.
 pub struct GuestMemory {
@@ -110,6 +111,16 @@ pub struct Queue {
     pub err: EventFd,
 }
 
+impl Queue {
+    fn avail(&self) -> u64 {
+        self.at + AVAIL.max(u64::from(self.entries) * 16)
+    }
+
+    fn used(&self) -> u64 {
+        self.avail() + USED.max(u64::from(self.entries) * 2 + 0x1000)
+    }
+}
+
 /// A frontend with a guest of its own.
 pub struct Guest {
     pub frontend: Frontend,
@@ -164,8 +175,8 @@ impl Guest {
             queue_size: q.entries,
             flags: 0,
             desc_table_addr: self.memory.user(q.at),
-            used_ring_addr: self.memory.user(q.at + USED),
-            avail_ring_addr: self.memory.user(q.at + AVAIL),
+            used_ring_addr: self.memory.user(q.used()),
+            avail_ring_addr: self.memory.user(q.avail()),
             log_addr: None,
         }
     }
@@ -213,14 +224,14 @@ impl Guest {
     /// Puts a head on the avail ring, without a kick.
     pub fn announce(&mut self, queue: usize, head: u16) {
         let q = &mut self.queues[queue];
-        let entry = q.at + AVAIL + 4 + u64::from(q.next_avail % q.entries) * 2;
+        let entry = q.avail() + 4 + u64::from(q.next_avail % q.entries) * 2;
         self.memory.word(entry).store(head, Ordering::Relaxed);
         q.next_avail = q.next_avail.wrapping_add(1);
-        self.memory.word(q.at + AVAIL + 2).store(q.next_avail, Ordering::Release);
+        self.memory.word(q.avail() + 2).store(q.next_avail, Ordering::Release);
     }
 
     pub fn set_avail_index(&self, queue: usize, value: u16) {
-        self.memory.word(self.queues[queue].at + AVAIL + 2).store(value, Ordering::Release);
+        self.memory.word(self.queues[queue].avail() + 2).store(value, Ordering::Release);
     }
 
     pub fn kick(&self, queue: usize) {
@@ -235,36 +246,36 @@ impl Guest {
     /// Asks to be called when the used index passes `index`.
     pub fn set_used_event(&self, queue: usize, index: u16) {
         let q = &self.queues[queue];
-        self.memory.word(q.at + AVAIL + 4 + u64::from(q.entries) * 2).store(index, Ordering::SeqCst);
+        self.memory.word(q.avail() + 4 + u64::from(q.entries) * 2).store(index, Ordering::SeqCst);
     }
 
     /// Asks not to be called, or to be called, without event indices.
     pub fn set_avail_flags(&self, queue: usize, flags: u16) {
-        self.memory.word(self.queues[queue].at + AVAIL).store(flags, Ordering::SeqCst);
+        self.memory.word(self.queues[queue].avail()).store(flags, Ordering::SeqCst);
     }
 
     /// Whether the device asks not to be kicked, without event indices.
     pub fn used_flags(&self, queue: usize) -> u16 {
-        self.memory.word(self.queues[queue].at + USED).load(Ordering::SeqCst)
+        self.memory.word(self.queues[queue].used()).load(Ordering::SeqCst)
     }
 
     /// What the device asks to be kicked for.
     pub fn avail_event(&self, queue: usize) -> u16 {
         let q = &self.queues[queue];
         fence(Ordering::SeqCst);
-        self.memory.word(q.at + USED + 4 + u64::from(q.entries) * 8).load(Ordering::SeqCst)
+        self.memory.word(q.used() + 4 + u64::from(q.entries) * 8).load(Ordering::SeqCst)
     }
 
     pub fn used_index(&self, queue: usize) -> u16 {
-        self.memory.word(self.queues[queue].at + USED + 2).load(Ordering::Acquire)
+        self.memory.word(self.queues[queue].used() + 2).load(Ordering::Acquire)
     }
 
     pub fn used_at(&self, queue: usize) -> u64 {
-        self.queues[queue].at + USED + 2
+        self.queues[queue].used() + 2
     }
 
     pub fn avail_index(&self, queue: usize) -> u16 {
-        self.memory.word(self.queues[queue].at + AVAIL + 2).load(Ordering::Acquire)
+        self.memory.word(self.queues[queue].avail() + 2).load(Ordering::Acquire)
     }
 
     /// The next used entry, if there is one.
@@ -274,7 +285,7 @@ impl Guest {
         if index == q.last_used {
             return None;
         }
-        let entry = self.memory.read(q.at + USED + 4 + u64::from(q.last_used % q.entries) * 8, 8);
+        let entry = self.memory.read(q.used() + 4 + u64::from(q.last_used % q.entries) * 8, 8);
         q.last_used = q.last_used.wrapping_add(1);
         let part = |i: usize| u32::from_le_bytes(entry[i..i + 4].try_into().unwrap());
         Some((part(0), part(4)))

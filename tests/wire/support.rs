@@ -56,6 +56,8 @@ pub struct MemImage {
     pub durable_writes: AtomicUsize,
     pub plain_writes: AtomicUsize,
     pub syncs: AtomicUsize,
+    /// Transfers that reach this position fail.
+    pub fails_from: AtomicU64,
     poisoned: AtomicBool,
 }
 
@@ -70,6 +72,7 @@ impl MemImage {
             durable_writes: AtomicUsize::new(0),
             plain_writes: AtomicUsize::new(0),
             syncs: AtomicUsize::new(0),
+            fails_from: AtomicU64::new(u64::MAX),
             poisoned: AtomicBool::new(false),
         })
     }
@@ -80,6 +83,10 @@ impl MemImage {
 
     fn carry_out(&self, ticket: OpTicket) {
         let at = ticket.at().0 as usize;
+        if (at + ticket.len()) as u64 > self.fails_from.load(Ordering::SeqCst) {
+            self.running.fetch_sub(1, Ordering::SeqCst);
+            return ticket.finish(Err(std::io::Error::from_raw_os_error(libc::EIO)));
+        }
         let mut bytes = self.bytes.lock().unwrap();
         let n = match ticket.kind() {
             OpKind::Read => {
@@ -200,8 +207,11 @@ impl TestServer {
 
     /// One to which several frontends may be connected at once.
     pub fn shared(queues: u16, read_only: bool, frontends_max: usize) -> TestServer {
+        TestServer::on(MemImage::new(DISK_BYTES), queues, read_only, frontends_max)
+    }
+
+    pub fn on(image: Arc<MemImage>, queues: u16, read_only: bool, frontends_max: usize) -> TestServer {
         let dir = tempfile::tempdir().unwrap();
-        let image = MemImage::new(DISK_BYTES);
         let observer = Arc::new(Counting::default());
         let clock = EpochClock::new(Epoch(0));
         let disk = Disk::plain(clock.clone(), image.clone(), read_only).unwrap();
