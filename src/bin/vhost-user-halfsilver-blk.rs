@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{ArgGroup, Parser};
 use halfsilver::engine::{Attachment, Disk, Epoch, EpochClock};
 use halfsilver::image::{Direct, FileImage, ImageErrorKind, ImageOptions};
-use halfsilver::vhost_user::{NoObserver, ServeOptions, Server, ServerHandle, SocketSource, serve};
+use halfsilver::vhost_user::{Hints, NoObserver, ServeOptions, Server, ServerHandle, SocketSource, serve};
 
 /// Serves a raw file or block device as a vhost-user-blk disk.
 #[derive(Parser, Debug)]
@@ -76,6 +76,7 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         queues: QUEUES,
         serial: "halfsilver".to_owned(),
         frontends_max: 1,
+        hints: Hints::default(),
         observer: Arc::new(NoObserver),
         once,
     })?);

@@ -255,6 +255,18 @@ pub(super) struct DiskAddArgs {
     /// The size of the blocks that tables count in, 4K to 1M
     #[arg(long, value_name = "SIZE")]
     pub(super) block_size: Option<String>,
+    /// The size of the sectors that guests see for the life of the disk, 512 or 4096 [default: 512]
+    #[arg(long, value_name = "512|4096")]
+    pub(super) logical_block_size: Option<String>,
+    /// How many data segments a request is told to have, for guests with small rings [default: 126]
+    #[arg(long, value_name = "N")]
+    pub(super) segments_max: Option<String>,
+    /// What guests' discards are best multiples of [default: 32K]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) discard_granularity: Option<String>,
+    /// What one range of a guest's discard is told to have at most [default: 1024M]
+    #[arg(long, value_name = "SIZE")]
+    pub(super) discard_max: Option<String>,
     /// The most that backups and jobs have in flight while the guest is at work; off for no limit [default: 128K]
     #[arg(long, value_name = "SIZE|off")]
     pub(super) background: Option<String>,

@@ -138,6 +138,10 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
         ("durability", args.durability),
         ("serial", args.serial),
         ("block-size", args.block_size),
+        ("logical-block-size", args.logical_block_size),
+        ("segments-max", args.segments_max),
+        ("discard-granularity", args.discard_granularity),
+        ("discard-max", args.discard_max),
         ("background", args.background),
     ];
     for (key, value) in options {

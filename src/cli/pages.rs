@@ -74,6 +74,9 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         ("size", size(disk.size_bytes)),
         ("allocated", size(disk.allocated_bytes)),
         ("block size", size(disk.block_size.into())),
+        ("sectors", format!("{} bytes", disk.logical_block_size)),
+        ("segments", disk.segments_max.to_string()),
+        ("discards", format!("{} or more, up to {}", size(disk.discard_granularity.into()), size(disk.discard_max))),
         ("queues", disk.queues.to_string()),
         ("direct", disk.direct.to_string()),
         ("readonly", disk.readonly.to_string()),
@@ -81,7 +84,7 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         ("durability", disk.durability.to_string()),
         ("background", if disk.background_bytes == 0 { "off".to_owned() } else { size(disk.background_bytes.into()) }),
         ("serial", text(Some(&disk.serial))),
-        ("frontends", disk.frontends.to_string()),
+        ("frontends", frontends_text(disk)),
         ("epoch", disk.epoch.to_string()),
         ("snapshots", disk.snapshots.to_string()),
     ]);
@@ -96,6 +99,15 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         page.push_str(&table(["LEG", "STATE", "REMAINING", "REASON"], rows));
     }
     page
+}
+
+/// How many there are, and in which processes.
+fn frontends_text(disk: &Disk) -> String {
+    let pids: Vec<String> = disk.frontend_pids.iter().map(u32::to_string).collect();
+    match pids.is_empty() {
+        true => disk.frontends.to_string(),
+        false => format!("{} (process {})", disk.frontends, pids.join(", ")),
+    }
 }
 
 fn leg_of_disk((disk, leg): (&Disk, &Leg)) -> [String; 5] {

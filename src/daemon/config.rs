@@ -19,8 +19,8 @@ use crate::control::Name;
 use crate::control::api::{DiskConfig, Durability};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 
-const KEYS: &str =
-    "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size, background";
+const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size, logical-block-size, \
+     segments-max, discard-granularity, discard-max, background";
 
 /// Everything the daemon needs to know to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -239,6 +239,10 @@ pub struct RawDisk {
     durability: Option<Durability>,
     serial: Option<String>,
     block_size: Option<Size>,
+    logical_block_size: Option<Size>,
+    segments_max: Option<u16>,
+    discard_granularity: Option<Size>,
+    discard_max: Option<Size>,
     background: Option<Window>,
 }
 
@@ -262,6 +266,10 @@ impl RawDisk {
         config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
         config.durability = self.durability;
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
+        config.logical_block_size = self.logical_block_size.map(|Size(bytes)| bytes);
+        config.segments_max = self.segments_max;
+        config.discard_granularity = self.discard_granularity.map(|Size(bytes)| bytes);
+        config.discard_max = self.discard_max.map(|Size(bytes)| bytes.into());
         config.background_bytes = self.background.map(|Window(Size(bytes))| bytes);
         config.serial = self.serial;
         config.check().map_err(|error| error.message)?;
@@ -291,6 +299,13 @@ impl RawDisk {
             "durability" => value.parse().and_then(|durability| once(&mut self.durability, durability)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
+            "logical-block-size" => value.parse().and_then(|size| once(&mut self.logical_block_size, size)),
+            "segments-max" => match value.parse() {
+                Ok(segments) => once(&mut self.segments_max, segments),
+                Err(_) => Err(format!("{value:?} is not a number from 1 to 32766")),
+            },
+            "discard-granularity" => value.parse().and_then(|size| once(&mut self.discard_granularity, size)),
+            "discard-max" => value.parse().and_then(|size| once(&mut self.discard_max, size)),
             "background" => value.parse().and_then(|window| once(&mut self.background, window)),
             _ => return Err(format!("{key:?} is not a key; the keys are {KEYS}")),
         };

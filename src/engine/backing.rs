@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::geometry::LOGICAL_BLOCK_BYTES;
 use super::{Geometry, Pair, View};
 use crate::image::{
     Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, needs_sync, read_exact_at, release_range,
@@ -204,13 +205,14 @@ impl Backing {
 }
 
 impl Geometry {
-    /// The geometry of a disk on this image.
+    /// The geometry of a disk on this image. Its logical blocks are sectors, whatever the image is written in, but those of
+    /// a volume are those of the disk that it stands on.
     #[must_use]
     pub fn of(image: &Backing, block_bytes: u32) -> Geometry {
-        Geometry {
-            size_bytes: image.size_bytes(),
-            logical_block_bytes: image.alignment().offset_bytes.max(512),
-            block_bytes,
-        }
+        let logical_block_bytes = match image {
+            Backing::View(view) => view.logical_block_bytes(),
+            Backing::One(_) | Backing::Pair(_) | Backing::Packed(_) => LOGICAL_BLOCK_BYTES,
+        };
+        Geometry { size_bytes: image.size_bytes(), logical_block_bytes, block_bytes }
     }
 }

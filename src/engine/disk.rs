@@ -89,7 +89,7 @@ impl Disk {
         Disk::announcing(None, clock, options, links)
     }
 
-    /// The same, for guests that have always seen these logical blocks, whatever the image has now.
+    /// The same, with logical blocks of this size.
     #[must_use]
     pub fn announcing(
         logical_block_bytes: Option<u32>,

@@ -11,12 +11,15 @@ const PART_BYTES_MAX: u64 = 4 << 20;
 /// takes little longer than that of one.
 const RUN_BYTES_MAX: u64 = 64 << 10;
 
+/// The logical blocks of a disk of which nothing else is said.
+pub(super) const LOGICAL_BLOCK_BYTES: u32 = 512;
+
 /// What frontends see of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Size in bytes; a multiple of 512.
     pub size_bytes: u64,
-    /// Logical block size to announce (512 or 4096).
+    /// Logical block size to announce (512 or 4096). It is a property of the disk, and not of where the disk is stored.
     pub logical_block_bytes: u32,
     /// The block size of tables and locks: what discards and zeroes are best aligned to.
     pub block_bytes: u32,

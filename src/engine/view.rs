@@ -18,6 +18,9 @@ use crate::store::Table;
 /// How many volumes may stand on each other: each is one more step of a read.
 pub const VOLUMES_DEEP_MAX: usize = 32;
 
+/// What any version can be read in.
+const SECTOR_BYTES: u32 = 512;
+
 /// The disk that has a view's version, as the view knows it.
 pub trait VersionSource: Send + Sync {
     /// Its size and block sizes.
@@ -60,24 +63,22 @@ pub struct View {
     version: VersionId,
     name: PathBuf,
     size_bytes: u64,
-    alignment: Alignment,
+    logical_block_bytes: u32,
 }
 
 impl View {
     /// A quiesced version of a disk; `name` is for messages.
     #[must_use]
     pub fn of(disk: Arc<dyn VersionSource>, version: VersionId, name: &str) -> Arc<View> {
-        let geometry = disk.geometry();
-        let alignment = Alignment { offset_bytes: geometry.logical_block_bytes, memory_bytes: 1 };
-        let size_bytes = geometry.size_bytes;
-        Arc::new(View { source: Ok(disk), version, name: name.into(), size_bytes, alignment })
+        let Geometry { size_bytes, logical_block_bytes, .. } = *disk.geometry();
+        Arc::new(View { source: Ok(disk), version, name: name.into(), size_bytes, logical_block_bytes })
     }
 
     /// A version that is lost, and why.
     #[must_use]
     pub fn lost(reason: &str, version: VersionId, name: &str, size_bytes: u64) -> Arc<View> {
-        let alignment = Alignment { offset_bytes: 512, memory_bytes: 1 };
-        Arc::new(View { source: Err(reason.to_owned()), version, name: name.into(), size_bytes, alignment })
+        let source = Err(reason.to_owned());
+        Arc::new(View { source, version, name: name.into(), size_bytes, logical_block_bytes: SECTOR_BYTES })
     }
 
     /// Why it cannot be read, if so.
@@ -115,7 +116,12 @@ impl View {
     }
 
     pub(super) fn alignment(&self) -> Alignment {
-        self.alignment
+        Alignment { offset_bytes: SECTOR_BYTES, memory_bytes: 1 }
+    }
+
+    /// The logical blocks that its disk shows.
+    pub(super) fn logical_block_bytes(&self) -> u32 {
+        self.logical_block_bytes
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -62,7 +62,7 @@ impl FileImage {
     ///
     /// # Errors
     /// When it cannot be opened, is in use, is neither file nor block device, has a size that is not a
-    /// multiple of a sector, or lies on a file system without `O_DIRECT` (the message says `direct=off`).
+    /// multiple of 512, or lies on a file system without `O_DIRECT` (the message says `direct=off`).
     pub fn open(path: &Path, options: ImageOptions) -> Result<FileImage, ImageError> {
         let meta = std::fs::metadata(path).map_err(|e| open_error(path, &e))?;
         let is_block = meta.file_type().is_block_device();
@@ -146,20 +146,29 @@ impl FileImage {
             _ => open_error(path, &e),
         })?;
         let size_bytes = size_of_container(&file, is_block).map_err(|e| open_error(path, &e))?;
-        let alignment = match options.direct {
-            Direct::On => direct_alignment(&file).map_err(|e| open_error(path, &e))?,
-            Direct::Off => Alignment { offset_bytes: 1, memory_bytes: 1 },
-        };
-        let unit = SECTOR_BYTES.max(u64::from(alignment.offset_bytes));
-        if size_bytes == 0 || !size_bytes.is_multiple_of(unit) {
+        if size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) {
             let message = if size_bytes == 0 {
                 "it is empty; give it the size of the disk, for example with truncate -s 10G".to_owned()
             } else {
-                format!("its size of {size_bytes} bytes is not a multiple of {unit}; grow it with truncate -s %{unit}")
+                format!("its size of {size_bytes} bytes is not a multiple of 512; grow it with truncate -s %512")
             };
             return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, message));
         }
         let is_in_memory = inline::is_in_memory(file.as_fd()).map_err(|e| open_error(path, &e))?;
+        let mut alignment = Alignment { offset_bytes: 1, memory_bytes: 1 };
+        if options.direct == Direct::On {
+            let direct = direct_alignment(&file).map_err(|e| open_error(path, &e))?;
+            match size_bytes.is_multiple_of(direct.offset_bytes.into()) {
+                // There is nothing that transfers could go around.
+                _ if is_in_memory => use_page_cache(&file).map_err(|e| open_error(path, &e))?,
+                true => alignment = direct,
+                false => {
+                    let (shown, unit) = (path.display(), direct.offset_bytes);
+                    log::info!("{shown}: its end is no whole unit of {unit} bytes; it is used through the page cache");
+                    use_page_cache(&file).map_err(|e| open_error(path, &e))?;
+                }
+            }
+        }
         let poisoned = AtomicBool::new(false);
         Ok(FileImage {
             file: Arc::new(file),
@@ -278,6 +287,12 @@ fn size_of_container(file: &File, is_block: bool) -> io::Result<u64> {
     }
     use std::io::{Seek, SeekFrom};
     (&*file).seek(SeekFrom::End(0))
+}
+
+/// Takes `O_DIRECT` off.
+fn use_page_cache(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags & !rustix::fs::OFlags::DIRECT)?)
 }
 
 /// What `O_DIRECT` asks for, from statx (Linux 6.1), else the safe answer.

@@ -81,7 +81,8 @@ impl Manager {
         if unit_bytes > block_bytes {
             return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
         }
-        let geometry = Geometry::of(&backing, config.block_size);
+        let logical_block_bytes = config.logical_block_size();
+        let geometry = Geometry { logical_block_bytes, ..Geometry::of(&backing, config.block_size) };
         let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
         let boot = self.host.boot().map_err(table_error)?;
         let discards = self.make_run_table(id, &geometry).map_err(table_error)?;
@@ -102,7 +103,7 @@ impl Manager {
         };
         let options =
             DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
-        let disk = Disk::announcing(relations.logical_block_bytes, self.clock.clone(), options, taken.links);
+        let disk = Disk::announcing(Some(logical_block_bytes), self.clock.clone(), options, taken.links);
         disk.observe(Arc::new(BrokenVersions {
             tell: self.house.clone(),
             host: self.host.clone(),

@@ -11,7 +11,7 @@ use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::registry::{Command, decide};
 use crate::store::SnapshotRecord;
-use crate::vhost_user::{FRONTENDS_MAX, ServeOptions, Server, SocketSource};
+use crate::vhost_user::{FRONTENDS_MAX, Hints, ServeOptions, Server, SocketSource};
 
 impl Manager {
     /// Opens a snapshot's socket. Returns whether it is open.
@@ -22,8 +22,9 @@ impl Manager {
             socket: SocketSource::Path(socket.clone()),
             attachment: disk.disk.attach_frozen(entry.id),
             queues: disk.config().queues(),
-            serial: entry.name.as_str().chars().take(20).collect(),
+            serial: serial_of(&entry.reference().to_string()),
             frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
+            hints: hints_of(&disk.config()),
             observer: entry.frontends.clone(),
             once: false,
         });
@@ -98,6 +99,7 @@ pub(crate) fn serve_live(
         attachment: disk.attach_live(),
         queues: config.queues(),
         serial: config.serial.clone().unwrap_or_default(),
+        hints: hints_of(config),
         observer: frontends.clone(),
         once: false,
         frontends_max: if config.shared { FRONTENDS_MAX } else { 1 },
@@ -105,9 +107,52 @@ pub(crate) fn serve_live(
     .map_err(|e| e.to_string())
 }
 
+/// What a guest sees as the serial of something that is called so: the name, if it fits; otherwise its beginning and what
+/// tells it from others that begin so.
+pub(crate) fn serial_of(name: &str) -> String {
+    const LEN_MAX: usize = 20;
+    match name.len() <= LEN_MAX {
+        true => name.to_owned(),
+        // No name has an underscore.
+        false => format!("{:.11}_{:08x}", name, crc32fast::hash(name.as_bytes())),
+    }
+}
+
+/// What the drivers of its guests are told.
+pub(crate) fn hints_of(config: &DiskConfig) -> Hints {
+    Hints {
+        segments: config.segments_max(),
+        discard_granularity: config.discard_granularity(),
+        discard_max: config.discard_max(),
+    }
+}
+
 /// Removes the socket that a killed daemon left of a snapshot that is not served any more.
 pub(crate) fn clear_socket(host: &dyn Host, record: &SnapshotRecord) {
     if let Err(e) = host.clear_socket(&record.socket) {
         log::warn!("the socket of a snapshot that is not served stays: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn serials_tell_disks_and_snapshots_apart() {
+        let names = [
+            "vm1",
+            "vm1@daily",
+            "vm2@daily",
+            "exactly-20-letters-x",
+            "exactly-20-letters-xy",
+            "exactly-20-letters-xz",
+            "a-disk-with-a-long-name@daily",
+            "a-disk-with-a-long-name@weekly",
+        ];
+        let serials: std::collections::BTreeSet<String> = names.iter().map(|name| serial_of(name)).collect();
+        assert_eq!(serials.len(), names.len());
+        assert!(serials.iter().all(|serial| serial.len() <= 20 && serial.is_ascii()));
+        assert!(serials.contains("vm1@daily") && serials.contains("exactly-20-letters-x"));
     }
 }

@@ -15,6 +15,7 @@ use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::planned::Planned;
 use crate::manager::relations::set_of;
+use crate::manager::sockets::serial_of;
 use crate::manager::unserved::Unserved;
 use crate::registry::{ClaimKey, Wanted};
 use crate::store::{DiskRecord, SnapshotRecord};
@@ -78,18 +79,21 @@ impl Manager {
         let record = served.or_else(|| self.remembered(name).ok().flatten());
         let path = record.as_ref().and_then(|r| r.config.get("path")?.as_str()).map(PathBuf::from);
         let set = record.as_ref().map(set_of).unwrap_or_default();
+        let logical = record.as_ref().and_then(|r| r.config.get("logical_block_size")?.as_u64());
+        let logical = logical.and_then(|size| u32::try_from(size).ok());
         let legs = record.and_then(|r| r.mirror).map(|m| m.legs).unwrap_or_default();
         let is_leg = legs.iter().any(|leg| leg.path == config.path);
         let mut config = config.clone();
         if is_leg || path.as_ref() == Some(&config.path) {
             config = config.or_set(&set);
+            config.logical_block_size = config.logical_block_size.or(logical);
         }
         if is_leg && config.mirror.is_none() {
             config.mirror = legs.into_iter().map(|leg| leg.path).find(|path| *path != config.path);
         }
         config = config.filled();
         config.socket = Some(config.socket_or_default(self.places.run_dir(), name));
-        config.serial.get_or_insert_with(|| name.as_str().chars().take(20).collect());
+        config.serial.get_or_insert_with(|| serial_of(name.as_str()));
         config
     }
 
@@ -107,7 +111,8 @@ impl Manager {
             true => old.as_ref().is_some_and(|o| o.path == *path),
             false => legs.contains(&path),
         };
-        let same = |old: &DiskConfig| is_known(&config.path) && old.block_size == config.block_size;
+        let sizes = |config: &DiskConfig| (config.block_size, config.logical_block_size());
+        let same = |old: &DiskConfig| is_known(&config.path) && sizes(old) == sizes(config);
         let now = old.as_ref().map(|o| o.path.display().to_string()).unwrap_or_default();
         if record.former_legs.contains(&config.path) {
             let message = format!(
@@ -131,8 +136,10 @@ impl Manager {
         if with.is_empty() {
             return Ok(None); // Another image under an old name: a new disk.
         }
-        let was =
-            old.map_or_else(String::new, |o| format!(" of {} with block size {}", o.path.display(), o.block_size));
+        let was = old.map_or_else(String::new, |o| {
+            let (path, block, logical) = (o.path.display(), o.block_size, o.logical_block_size());
+            format!(" of {path} with block size {block} and logical block size {logical}")
+        });
         let message = format!("disk {name} is remembered{was}, with {}", with.join(", "));
         Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
             "serve it as it was, or use another name, or give up what is remembered: halfsilver disk forget {name}"

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::control::api::{self, DiskConfig, DiskPatch};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::sockets::hints_of;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
 use crate::vhost_user::Offer;
@@ -58,5 +59,6 @@ fn offer_of(name: String, config: &DiskConfig) -> Offer {
         queues: config.queues(),
         serial: config.serial.clone().unwrap_or_default(),
         read_only: config.readonly(),
+        hints: hints_of(config),
     }
 }

@@ -11,10 +11,7 @@ use crate::engine::Geometry;
 
 /// Bytes of a virtio-blk sector, the unit of all positions (virtio 1.2, 5.2.4), whatever the block size.
 pub(super) const SECTOR_BYTES: u64 = 512;
-/// Data segments of one request that are offered; a ring of 128 entries has room for header and status beside them.
-/// More are carried out in parts.
-pub(super) const SEGMENTS_OFFERED: u32 = 126;
-/// Sectors of one discard or write-zeroes segment that are offered: 1 GiB.
+/// Sectors of one write-zeroes segment that are offered: 1 GiB.
 pub(super) const RANGE_SECTORS_OFFERED: u32 = (1 << 30) / 512;
 /// Segments of one discard or write-zeroes request that are offered.
 pub(super) const RANGE_SEGMENTS_OFFERED: u32 = 32;
@@ -68,9 +65,32 @@ pub(super) fn protocol_offered() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+}
+
+/// The largest physical sector to show.
+const PHYSICAL_BYTES_MAX: u32 = 4096;
+
+/// What a driver is told of requests that suit the disk. A request that goes beyond it is carried out all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hints {
+    /// Data segments of one request. A ring without indirect descriptors must have room for two descriptors more.
+    pub segments: u16,
+    /// What discards are best multiples of, in bytes; shown as at least the size of the tables' blocks.
+    pub discard_granularity: u32,
+    /// The bytes of one segment of a discard.
+    pub discard_max: u64,
+}
+
+impl Default for Hints {
+    /// What a ring of 128 entries holds; the discards that Windows takes (it finds the device unable to discard when the
+    /// granularity is smaller); and 1 GiB at once.
+    fn default() -> Hints {
+        Hints { segments: 126, discard_granularity: 32 << 10, discard_max: 1 << 30 }
+    }
 }
 
 /// The config space of one session.
@@ -95,25 +115,28 @@ const _: () = assert!(std::mem::offset_of!(blk::virtio_blk_config, max_discard_s
 const _: () = assert!(std::mem::offset_of!(blk::virtio_blk_config, write_zeroes_may_unmap) == 56);
 
 impl ConfigSpace {
-    /// The config space of a disk of this geometry with `queues` queues, writeback on.
-    pub(super) fn new(geometry: &Geometry, read_only: bool, queues: u16) -> ConfigSpace {
+    /// The config space of a disk of this geometry with `queues` queues, writeback on. The size of the tables' blocks shows
+    /// as what transfers are best aligned to, and not as that of physical sectors, which some systems refuse above 4096.
+    pub(super) fn new(geometry: &Geometry, read_only: bool, queues: u16, hints: Hints) -> ConfigSpace {
         let logical = geometry.logical_block_bytes.max(512);
         let per_block = (geometry.block_bytes / logical).max(1);
-        let alignment_sectors = (geometry.block_bytes / 512).max(1);
+        let physical = geometry.block_bytes.clamp(logical, PHYSICAL_BYTES_MAX.max(logical));
+        let granularity = hints.discard_granularity.max(geometry.block_bytes);
         let mut config = blk::virtio_blk_config {
             capacity: (geometry.size_bytes / SECTOR_BYTES).to_le(),
-            seg_max: SEGMENTS_OFFERED.to_le(),
+            seg_max: u32::from(hints.segments).to_le(),
             blk_size: logical.to_le(),
-            physical_block_exp: u8::try_from(per_block.ilog2()).unwrap_or(0),
-            min_io_size: u16::try_from(per_block).unwrap_or(1).to_le(),
+            physical_block_exp: u8::try_from((physical / logical).ilog2()).unwrap_or(0),
+            min_io_size: u16::try_from(per_block).unwrap_or(u16::MAX).to_le(),
+            opt_io_size: per_block.to_le(),
             wce: 1,
             num_queues: queues.to_le(),
             ..blk::virtio_blk_config::default()
         };
         if !read_only {
-            config.max_discard_sectors = RANGE_SECTORS_OFFERED.to_le();
+            config.max_discard_sectors = u32::try_from(hints.discard_max / SECTOR_BYTES).unwrap_or(u32::MAX).to_le();
             config.max_discard_seg = RANGE_SEGMENTS_OFFERED.to_le();
-            config.discard_sector_alignment = alignment_sectors.to_le();
+            config.discard_sector_alignment = (granularity / 512).to_le();
             config.max_write_zeroes_sectors = RANGE_SECTORS_OFFERED.to_le();
             config.max_write_zeroes_seg = RANGE_SEGMENTS_OFFERED.to_le();
             config.write_zeroes_may_unmap = 1;
@@ -175,7 +198,7 @@ mod tests {
 
     fn space(read_only: bool) -> ConfigSpace {
         let geometry = Geometry { size_bytes: 1 << 20, logical_block_bytes: 512, block_bytes: 4096 };
-        ConfigSpace::new(&geometry, read_only, 3)
+        ConfigSpace::new(&geometry, read_only, 3, Hints::default())
     }
 
     #[test]
@@ -183,12 +206,27 @@ mod tests {
         let c = space(false).read(0, 60).unwrap();
         assert_eq!(c[0..8], 2048u64.to_le_bytes());
         assert_eq!(c[8..12], [0; 4]);
-        assert_eq!(c[12..16], SEGMENTS_OFFERED.to_le_bytes());
+        assert_eq!(c[12..16], 126u32.to_le_bytes());
         assert_eq!(c[20..24], 512u32.to_le_bytes());
         assert_eq!((c[24], c[32]), (3, 1));
+        assert_eq!((&c[26..28], &c[28..32]), (&8u16.to_le_bytes()[..], &8u32.to_le_bytes()[..]));
         assert_eq!(c[34..36], 3u16.to_le_bytes());
-        assert_eq!(c[44..48], 8u32.to_le_bytes());
+        assert_eq!(c[44..48], 64u32.to_le_bytes());
         assert_eq!(space(true).read(36, 21).unwrap(), vec![0; 21]);
+    }
+
+    #[test]
+    fn large_blocks_are_no_physical_sectors() {
+        for (logical, block, exponent) in
+            [(512u32, 1u32 << 20, 3u8), (4096, 1 << 20, 0), (4096, 4096, 0), (512, 65536, 3)]
+        {
+            let geometry = Geometry { size_bytes: 1 << 30, logical_block_bytes: logical, block_bytes: block };
+            let hints = Hints { segments: 2, discard_granularity: 4096, discard_max: 64 << 20 };
+            let c = ConfigSpace::new(&geometry, false, 1, hints).read(0, 60).unwrap();
+            let word = |at: usize| u32::from_le_bytes(c[at..at + 4].try_into().unwrap());
+            assert_eq!((word(12), word(20), c[24], word(28)), (2, logical, exponent, block / logical));
+            assert_eq!((word(36), word(44)), ((64 << 20) / 512, block / 512));
+        }
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!   connection it came by.
 //! - Each socket has a share of its own that no other one can take; what goes beyond comes from a part that all share.
 //!   So who takes much keeps others from taking much, and from nothing else.
-//! - What they can cause to be logged is some lines at once and one a second. Nothing is left out silently.
+//! - What they can cause to be logged is some lines at once and one a second, and the same line once a minute. Nothing is
+//!   left out silently.
 //!
 //! Memory for copies is bounded by socket only: what all shared could be held by one whose storage hangs.
 
@@ -35,6 +36,9 @@ const COPIES_BYTES: u64 = 32 << 20;
 /// Lines at once, and the time until there may be another one.
 const LINES_AT_ONCE: u32 = 8;
 const LINE_EVERY: Duration = Duration::from_secs(1);
+/// The time until the same is said again, if it is among the last things said.
+const SAME_EVERY: Duration = Duration::from_secs(60);
+const RECENT_MAX: usize = 8;
 
 /// The limits of one socket.
 pub(super) struct Limits {
@@ -74,6 +78,8 @@ struct Lines {
     left: u32,
     since: Instant,
     left_out: u64,
+    /// What was said last, and when.
+    recent: Vec<(String, Instant)>,
 }
 
 /// Something that is mapped for a socket. Dropping it says that it is not any more.
@@ -101,7 +107,7 @@ pub(super) fn frontend_bytes_max() -> u64 {
 impl Limits {
     /// The limits of a socket of which nobody has taken anything yet.
     pub(super) fn new() -> Arc<Limits> {
-        let lines = Lines { left: LINES_AT_ONCE, since: Instant::now(), left_out: 0 };
+        let lines = Lines { left: LINES_AT_ONCE, since: Instant::now(), left_out: 0, recent: Vec::new() };
         let copies = Budget::new(COPIES_BYTES);
         Arc::new(Limits { mapped: Mutex::default(), lines: Mutex::new(lines), copies })
     }
@@ -137,7 +143,8 @@ impl Limits {
     }
 
     fn say(&self, level: log::Level, what: fmt::Arguments<'_>) {
-        let left_out = self.lines.lock().unwrap_or_else(PoisonError::into_inner).take(Instant::now());
+        let left_out =
+            self.lines.lock().unwrap_or_else(PoisonError::into_inner).take(&what.to_string(), Instant::now());
         match left_out {
             None => {}
             Some(0) => log::log!(level, "{what}"),
@@ -148,7 +155,12 @@ impl Limits {
 
 impl Lines {
     /// Whether there may be a line now, and how many there were that might not.
-    fn take(&mut self, now: Instant) -> Option<u64> {
+    fn take(&mut self, text: &str, now: Instant) -> Option<u64> {
+        self.recent.retain(|(_, said)| now.saturating_duration_since(*said) < SAME_EVERY);
+        if self.recent.iter().any(|(recent, _)| recent == text) {
+            self.left_out += 1;
+            return None;
+        }
         let more = now.saturating_duration_since(self.since).as_nanos() / LINE_EVERY.as_nanos();
         if let Some(more) = u32::try_from(more).ok().filter(|more| self.left.saturating_add(*more) < LINES_AT_ONCE) {
             self.left += more;
@@ -161,6 +173,10 @@ impl Lines {
             return None;
         }
         self.left -= 1;
+        if self.recent.len() == RECENT_MAX {
+            self.recent.remove(0);
+        }
+        self.recent.push((text.to_owned(), now));
         Some(std::mem::take(&mut self.left_out))
     }
 }
@@ -182,15 +198,29 @@ mod tests {
     #[test]
     fn lines_come_one_a_second_after_the_first_ones() {
         let begin = Instant::now();
-        let mut lines = Lines { left: LINES_AT_ONCE, since: begin, left_out: 0 };
-        let shown = |lines: &mut Lines, ms: u64, tries: usize| {
-            (0..tries).filter_map(|_| lines.take(begin + Duration::from_millis(ms))).collect::<Vec<_>>()
+        let mut lines = Lines { left: LINES_AT_ONCE, since: begin, left_out: 0, recent: Vec::new() };
+        let mut number = 0;
+        let mut shown = |lines: &mut Lines, ms: u64, tries: usize| {
+            let mut text = || {
+                number += 1;
+                number.to_string()
+            };
+            (0..tries).filter_map(|_| lines.take(&text(), begin + Duration::from_millis(ms))).collect::<Vec<_>>()
         };
         assert_eq!(shown(&mut lines, 0, 1000), [0; 8]);
         assert_eq!(shown(&mut lines, 900, 10), [0; 0]);
         assert_eq!(shown(&mut lines, 1900, 10), [1002]);
         assert_eq!(shown(&mut lines, 2100, 10), [9]);
         assert_eq!(shown(&mut lines, 60_000, 100).len(), 8);
+    }
+
+    #[test]
+    fn the_same_line_comes_once_a_minute() {
+        let begin = Instant::now();
+        let mut lines = Lines { left: LINES_AT_ONCE, since: begin, left_out: 0, recent: Vec::new() };
+        let mut shown = |text: &str, s: u64| lines.take(text, begin + Duration::from_secs(s));
+        assert_eq!((shown("a", 0), shown("b", 1), shown("a", 2), shown("b", 3)), (Some(0), Some(0), None, None));
+        assert_eq!((shown("c", 4), shown("a", 59), shown("a", 60), shown("a", 61)), (Some(2), None, Some(1), None));
     }
 
     /// The only test of this process that goes beyond a socket's own share.

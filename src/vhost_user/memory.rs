@@ -144,6 +144,11 @@ impl MemoryMap {
         Ok(MemoryMap { regions })
     }
 
+    /// How many regions there are.
+    pub(super) fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
     /// Whether a region's memory was found missing (see [`super::sigbus`]).
     pub(super) fn is_poisoned(&self) -> bool {
         self.regions.iter().any(|r| r.mapping.is_poisoned())

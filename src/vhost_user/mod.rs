@@ -9,16 +9,19 @@
 //! What this room does not know: versions, strategies, where bytes are. It hands [`crate::engine::Request`]s on.
 
 mod chain;
-mod eventfd;
+mod event;
 mod features;
 mod inflight;
 mod intake;
 mod limits;
 mod mapping;
 mod memory;
+mod message;
+mod places;
 mod polling;
 mod request;
 mod ring;
+mod seat;
 mod server;
 mod session;
 mod sigbus;
@@ -26,9 +29,10 @@ mod socket;
 mod stats;
 mod worker;
 
-pub use features::QUEUES_MAX;
+pub use features::{Hints, QUEUES_MAX};
 pub use intake::{AvailSource, intake};
-pub use server::{FRONTENDS_MAX, Offer, ServeOptions, Server, ServerHandle, SocketSource, serve};
+pub use seat::Offer;
+pub use server::{FRONTENDS_MAX, ServeOptions, Server, ServerHandle, SocketSource, serve};
 pub use socket::clear_stale;
 pub use stats::{Direction, DirectionStats, LATENCY_BUCKETS, QueueStats, bucket_bound};
 

@@ -1,9 +1,10 @@
 //! A socket and the frontends that connect to it.
 //!
 //! What always holds:
-//! - At most [`ServeOptions::frontends_max`] sessions run; each has its own thread, state and connection to the disk. A
-//!   frontend that comes when all places are taken is refused with a log line; one that comes while an old one is
-//!   hanging up gets its turn.
+//! - At most [`ServeOptions::frontends_max`] frontends have running rings ([`Places`]); each has its own thread, state and
+//!   connection to the disk. A frontend that comes when all places are taken is refused with a log line; one that comes
+//!   while an old one is hanging up gets its turn. Some more may be connected that have not started yet.
+//! - Who connects gets a session with its first message. Who says nothing is not counted, and in nobody's way.
 //! - After [`ServerHandle::stop`] every request is done, no thread is left, and the socket is gone.
 //! - A frontend gets a session at the door and nowhere else. Who holds it ([`Server::hold`]), finds nobody connected and says
 //!   that the server stops ([`Server::begin_to_stop`]) cuts nobody off.
@@ -14,23 +15,27 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Observer;
-use super::features::QUEUES_MAX;
+use super::features::{Hints, QUEUES_MAX};
 use super::limits::Limits;
+use super::places::has_hung_up;
 use super::request::SERIAL_BYTES;
-use super::session::{self, SessionContext};
-use super::socket::{BoundSocket, SocketName};
+use super::seat::{Offer, Seat, SessionContext, Shared};
+use super::session;
+use super::socket::BoundSocket;
 use super::stats::{QueueCounters, QueueStats};
 use crate::engine::Attachment;
 
 /// The most frontends that one socket may be asked to serve at once. Each may have a thread and an io_uring for each
 /// queue, and some hundred mappings.
 pub const FRONTENDS_MAX: usize = 16;
+/// How many may be connected beside those that have places. One more, and the first that has none makes room.
+const WITHOUT_PLACE_MAX: usize = 16;
 /// How long a message that is being handled may take to end by itself when the server stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to leave the socket alone when the system has no descriptors left.
@@ -59,43 +64,19 @@ pub struct ServeOptions {
     pub serial: String,
     /// How many frontends may be connected at once: 1, or up to [`FRONTENDS_MAX`] if they know of each other.
     pub frontends_max: usize,
+    /// What drivers are told.
+    pub hints: Hints,
     /// Who is told.
     pub observer: Arc<dyn Observer>,
     /// Whether to end when the first frontend has left, and nobody else is connected.
     pub once: bool,
 }
 
-/// What the next frontends get that connect; those that are connected keep what they have.
-#[derive(Clone, Debug)]
-pub struct Offer {
-    /// The disk's name, for the log.
-    pub name: String,
-    /// How many queues they may use: 1 to [`QUEUES_MAX`].
-    pub queues: u16,
-    /// The serial number that the guest can ask for; up to 20 bytes, longer ones are cut.
-    pub serial: String,
-    /// Whether they may only read.
-    pub read_only: bool,
-}
-
 impl Offer {
     fn first(options: &ServeOptions) -> Offer {
-        Offer { name: options.name.clone(), queues: options.queues, serial: options.serial.clone(), read_only: false }
+        let ServeOptions { name, queues, serial, hints, .. } = options;
+        Offer { name: name.clone(), queues: *queues, serial: serial.clone(), read_only: false, hints: *hints }
     }
-}
-
-struct Shared {
-    stop: AtomicBool,
-    connected: AtomicUsize,
-    wake: OwnedFd,
-    offer: Mutex<Offer>,
-    /// None for a socket that somebody else made.
-    place: Option<Arc<SocketName>>,
-    /// As many as any frontend was ever offered.
-    counters: Mutex<Vec<Arc<QueueCounters>>>,
-    ended: (Mutex<bool>, Condvar),
-    /// Held while a frontend gets its session, or while none is to get one.
-    door: Mutex<()>,
 }
 
 /// A socket that is being served.
@@ -113,6 +94,12 @@ pub trait Server: Send + Sync {
 
     /// How many frontends are connected.
     fn frontends(&self) -> usize;
+
+    /// The processes of those that are connected, as far as the system tells.
+    fn frontend_pids(&self) -> Vec<u32>;
+
+    /// Tells those that are connected, and can be told, that the config space has changed. Waits for nobody.
+    fn config_changed(&self);
 
     /// What was done since the server began, all queues and connections together.
     fn stats(&self) -> QueueStats;
@@ -158,19 +145,26 @@ pub fn serve(options: ServeOptions) -> io::Result<ServerHandle> {
     // What is offered is put in when a frontend comes.
     let (serial, counters) = ([0; SERIAL_BYTES], Vec::new());
     let (name_of_thread, limits) = (format!("serve-{name}"), Limits::new());
-    let context = SessionContext { name, attachment, serial, counters, read_only: false, observer, limits };
+    let context = SessionContext {
+        name,
+        attachment,
+        serial,
+        counters,
+        read_only: false,
+        hints: Hints::default(),
+        number: None,
+        observer,
+        limits,
+    };
     let place = bound.as_ref().and_then(BoundSocket::name);
-    let shared = Arc::new(Shared::new(offer, place, usize::from(first.is_some()))?);
-    let once = once || bound.is_none();
-    let mut server = Acceptor::new(shared.clone(), context, bound, frontends_max, once)?;
+    let shared = Arc::new(Shared::new(offer, place, frontends_max)?);
+    let mut server = Acceptor::new(shared.clone(), context, bound, once)?;
     let ended = Ended(shared.clone());
     let thread = std::thread::Builder::new().name(name_of_thread).spawn(move || {
         // Moved in, so that waiters are told even if the thread panics.
         let _ended = ended;
         if let Some(stream) = first {
             server.start(stream);
-            // It was counted before it had a session of its own.
-            server.shared.connected.fetch_sub(1, Ordering::AcqRel);
         }
         if let Err(e) = server.run() {
             log::error!("{}: the socket cannot be served any more: {e}", server.context.name);
@@ -253,7 +247,19 @@ impl Server for ServerHandle {
     }
 
     fn frontends(&self) -> usize {
-        self.shared.connected.load(Ordering::Acquire)
+        self.shared.connected().len()
+    }
+
+    fn frontend_pids(&self) -> Vec<u32> {
+        self.shared.connected().iter().filter_map(|frontend| frontend.pid).collect()
+    }
+
+    fn config_changed(&self) {
+        for backchannel in self.shared.connected().iter().filter_map(|frontend| frontend.backchannel.as_ref()) {
+            if let Err(e) = backchannel.config_changed() {
+                log::debug!("a frontend is not told of a change of its disk: {e}");
+            }
+        }
     }
 
     fn stats(&self) -> QueueStats {
@@ -291,50 +297,6 @@ impl Drop for ServerHandle {
     }
 }
 
-impl Shared {
-    fn new(offer: Offer, place: Option<Arc<SocketName>>, connected: usize) -> io::Result<Shared> {
-        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
-        Ok(Shared {
-            stop: AtomicBool::new(false),
-            connected: AtomicUsize::new(connected),
-            wake: rustix::event::eventfd(0, flags)?,
-            offer: Mutex::new(offer),
-            place,
-            counters: Mutex::default(),
-            ended: (Mutex::new(false), Condvar::new()),
-            door: Mutex::new(()),
-        })
-    }
-
-    fn counters(&self) -> MutexGuard<'_, Vec<Arc<QueueCounters>>> {
-        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Gives a frontend what is offered now.
-    fn make_offer(&self, context: &mut SessionContext) {
-        let offer = self.offer.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let len = offer.serial.len().min(SERIAL_BYTES);
-        context.name = offer.name;
-        context.serial = [0; SERIAL_BYTES];
-        context.serial[..len].copy_from_slice(&offer.serial.as_bytes()[..len]);
-        context.read_only = offer.read_only;
-        let queues = usize::from(offer.queues);
-        let mut counters = self.counters();
-        if counters.len() < queues {
-            counters.resize_with(queues, Arc::default);
-        }
-        context.counters = counters[..queues].to_vec();
-    }
-
-    fn wake(&self) {
-        if let Err(e) = rustix::io::write(&self.wake, &1u64.to_ne_bytes())
-            && e != rustix::io::Errno::AGAIN
-        {
-            log::error!("cannot wake a server: {e}");
-        }
-    }
-}
-
 /// Tells waiters that the server has ended.
 struct Ended(Arc<Shared>);
 
@@ -345,19 +307,18 @@ impl Drop for Ended {
     }
 }
 
-/// One frontend's session.
+/// Somebody who has connected.
 struct Connection {
-    stream: UnixStream,
+    id: u64,
+    stream: Arc<UnixStream>,
     thread: JoinHandle<()>,
+    has_spoken: Arc<AtomicBool>,
     done: Arc<AtomicBool>,
 }
 
 impl Connection {
-    /// Whether the frontend has hung up or its session is over.
     fn is_leaving(&self) -> bool {
-        let mut poll = [rustix::event::PollFd::new(&self.stream, rustix::event::PollFlags::RDHUP)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        self.done.load(Ordering::Acquire) || !matches!(rustix::event::poll(&mut poll, Some(&now)), Ok(0))
+        self.done.load(Ordering::Acquire) || has_hung_up(&self.stream)
     }
 
     fn shut(&self, how: std::net::Shutdown) {
@@ -371,13 +332,14 @@ struct Acceptor {
     shared: Arc<Shared>,
     context: SessionContext,
     socket: Option<BoundSocket>,
-    frontends_max: usize,
     once: bool,
     epoll: OwnedFd,
     active: Vec<Connection>,
     // A frontend that waits for one that is hanging up; those behind it stay in the socket's backlog.
     waiting: Option<UnixStream>,
-    served: usize,
+    // How many have come, and whether any of those that have left had said something.
+    came: u64,
+    has_served: bool,
 }
 
 impl Acceptor {
@@ -385,7 +347,6 @@ impl Acceptor {
         shared: Arc<Shared>,
         context: SessionContext,
         socket: Option<BoundSocket>,
-        frontends_max: usize,
         once: bool,
     ) -> io::Result<Acceptor> {
         let raw = epoll::create(true)?;
@@ -395,12 +356,12 @@ impl Acceptor {
             shared,
             context,
             socket,
-            frontends_max,
             once,
             epoll,
             active: Vec::new(),
             waiting: None,
-            served: 0,
+            came: 0,
+            has_served: false,
         };
         server.watch(server.shared.wake.as_raw_fd())?;
         if let Some(socket) = &server.socket {
@@ -423,13 +384,12 @@ impl Acceptor {
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
-            if self.once && self.served > 0 && self.active.is_empty() {
+            let is_over = (self.once && self.has_served) || self.socket.is_none();
+            if is_over && self.active.is_empty() {
                 return Ok(());
             }
-            if self.active.len() < self.frontends_max
-                && let Some(stream) = self.waiting.take()
-            {
-                self.start(stream);
+            if let Some(stream) = self.waiting.take() {
+                self.admit(stream);
             }
             timeout_ms = if self.accept_all() { -1 } else { PAUSE_MS };
         }
@@ -467,15 +427,27 @@ impl Acceptor {
 
     fn admit(&mut self, stream: UnixStream) {
         self.reap();
-        if self.active.len() < self.frontends_max {
-            self.start(stream);
+        let places = self.shared.places.clone();
+        if places.are_taken() {
+            let pids =
+                self.shared.connected().iter().filter_map(|f| f.pid).map(|pid| pid.to_string()).collect::<Vec<_>>();
+            let by = if pids.is_empty() { String::new() } else { format!(" (process {})", pids.join(", ")) };
+            match places.most() {
+                1 => self.complain(format_args!("refused a frontend: another one is connected{by}")),
+                all => self.complain(format_args!("refused a frontend: {all} others are connected{by}")),
+            }
         } else if self.active.iter().any(Connection::is_leaving) {
             self.waiting = Some(stream);
+        } else if self.active.len() < places.most() + WITHOUT_PLACE_MAX {
+            self.start(stream);
         } else {
-            match self.frontends_max {
-                1 => self.complain(format_args!("refused a frontend: another one is connected")),
-                all => self.complain(format_args!("refused a frontend: {all} others are connected")),
+            // Those that wait longest without having started anything.
+            let mut idle = self.active.iter().filter(|c| !places.are_held_by(c.id));
+            if let Some(first) = idle.clone().find(|c| !c.has_spoken.load(Ordering::Acquire)).or_else(|| idle.next()) {
+                self.complain(format_args!("closed a connection that has started nothing: too many others wait"));
+                first.shut(std::net::Shutdown::Both);
             }
+            self.waiting = Some(stream);
         }
     }
 
@@ -484,27 +456,20 @@ impl Acceptor {
     }
 
     fn start(&mut self, stream: UnixStream) {
-        let shared = self.shared.clone();
-        let _door = shared.door.lock().unwrap_or_else(PoisonError::into_inner);
-        if shared.stop.load(Ordering::Acquire) {
-            // Whoever held the door has found that nobody is here.
-            return;
-        }
-        self.served += 1;
+        self.came += 1;
         let mut context = self.context.clone();
-        self.shared.make_offer(&mut context);
-        if self.frontends_max > 1 {
+        if self.shared.places.most() > 1 {
             // Several may have something to complain about.
-            context.name = format!("{} frontend {}", context.name, self.served);
+            context.number = Some(self.came);
         }
         let started = stream.set_nonblocking(false).and_then(|()| stream.try_clone()).and_then(|clone| {
-            let guard = SessionGuard::new(&self.shared, &context.observer);
-            let done = guard.done.clone();
-            let thread = std::thread::Builder::new().name(format!("vu-{}", self.context.name)).spawn(move || {
-                session::run(context, clone, &guard.shared.stop);
-                drop(guard);
-            })?;
-            Ok(Connection { stream, thread, done })
+            let stream = Arc::new(stream);
+            let seat = Seat::new(self.came, &self.shared, &stream, &context.observer);
+            let (has_spoken, done) = (seat.has_spoken.clone(), seat.done.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vu-{}", self.context.name))
+                .spawn(move || session::run(context, clone, &seat))?;
+            Ok(Connection { id: self.came, stream, thread, has_spoken, done })
         });
         match started {
             Ok(connection) => self.active.push(connection),
@@ -519,6 +484,7 @@ impl Acceptor {
     fn reap(&mut self) {
         let over = |c: &mut Connection| c.done.load(Ordering::Acquire);
         for connection in self.active.extract_if(.., over) {
+            self.has_served |= connection.has_spoken.load(Ordering::Acquire);
             if connection.thread.join().is_err() {
                 log::error!("{}: a session panicked", self.context.name);
             }
@@ -544,30 +510,5 @@ impl Acceptor {
             }
             self.reap();
         }
-    }
-}
-
-/// Says that a session begins, and that it is over, however it ended.
-struct SessionGuard {
-    shared: Arc<Shared>,
-    observer: Arc<dyn Observer>,
-    done: Arc<AtomicBool>,
-}
-
-impl SessionGuard {
-    fn new(shared: &Arc<Shared>, observer: &Arc<dyn Observer>) -> SessionGuard {
-        shared.connected.fetch_add(1, Ordering::AcqRel);
-        observer.connected();
-        let (shared, observer) = (shared.clone(), observer.clone());
-        SessionGuard { shared, observer, done: Arc::new(AtomicBool::new(false)) }
-    }
-}
-
-impl Drop for SessionGuard {
-    fn drop(&mut self) {
-        self.shared.connected.fetch_sub(1, Ordering::AcqRel);
-        self.observer.disconnected();
-        self.done.store(true, Ordering::Release);
-        self.shared.wake();
     }
 }

@@ -4,7 +4,7 @@
 //! queue has counters of its own, which one worker of each frontend writes. A snapshot is not one instant: a request that
 //! completes meanwhile may be in one number and not yet in another.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What a request does, as it is counted.
@@ -132,6 +132,20 @@ impl QueueStats {
     #[must_use]
     pub fn of(&self, direction: Direction) -> &DirectionStats {
         &self.directions[direction as usize]
+    }
+}
+
+/// What has come of a connection's rings.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    pub(super) is_kicked: AtomicBool,
+    pub(super) is_taken: AtomicBool,
+}
+
+impl Traffic {
+    /// Whether there were kicks, and nothing was ever announced.
+    pub(super) fn is_one_sided(&self) -> bool {
+        self.is_kicked.load(Ordering::Acquire) && !self.is_taken.load(Ordering::Acquire)
     }
 }
 

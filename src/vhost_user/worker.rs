@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::Observer;
 use super::chain::RawChain;
-use super::eventfd::EventFd;
+use super::event::Event;
 use super::inflight::InflightQueue;
 use super::intake::intake;
 use super::limits::Limits;
@@ -29,7 +29,7 @@ use super::memory::{GuestAddress, MemoryMap};
 use super::polling::Polling;
 use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
 use super::ring::{Ring, RingFault, RingSetup};
-use super::stats::{Direction, QueueCounters};
+use super::stats::{Direction, QueueCounters, Traffic};
 use crate::engine::{Attachment, EpochLane, GuestQueue, Ticket};
 use crate::image::{Bell, Completion, Executor, IoQueue, RemoteWaker, RingOptions};
 
@@ -60,8 +60,8 @@ const ANSWERS_AT_ONCE: usize = 8;
 /// How the driver says that there is something in the ring.
 #[derive(Clone, Debug)]
 pub(super) enum Kick {
-    /// By an eventfd.
-    Event(EventFd),
+    /// By a descriptor.
+    Event(Event),
     /// Not at all: look.
     Poll,
 }
@@ -86,9 +86,9 @@ pub(super) enum Command {
     /// Another way to be kicked.
     Kick(Kick),
     /// Where to tell the driver of answers.
-    Call(Option<EventFd>),
+    Call(Option<Event>),
     /// Where to tell the frontend that the ring broke.
-    Err(Option<EventFd>),
+    Err(Option<Event>),
     /// End the thread. Only after a stop.
     Exit,
 }
@@ -104,6 +104,7 @@ pub(super) struct WorkerContext {
     pub(super) limits: Arc<Limits>,
     /// Whether writes must be durable now; the session changes it when the guest does.
     pub(super) durable: Arc<AtomicBool>,
+    pub(super) traffic: Arc<Traffic>,
     /// Closes the connection, giving the reason.
     pub(super) close: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -211,8 +212,9 @@ struct Loop {
     kick: Option<Kick>,
     // Kicks since there was a request.
     in_vain: u32,
-    call: Option<EventFd>,
-    err: Option<EventFd>,
+    has_taken: bool,
+    call: Option<Event>,
+    err: Option<Event>,
     // None until somebody is to be told.
     bell: Option<Bell>,
     enabled: bool,
@@ -256,6 +258,7 @@ impl Loop {
             rules,
             kick: None,
             in_vain: 0,
+            has_taken: false,
             call: None,
             err: None,
             bell: None,
@@ -380,7 +383,8 @@ impl Loop {
             let Poll::Ready(done) = Pin::new(waiting).poll(&mut Context::from_waker(Waker::noop())) else { return };
             self.waiting = None;
             match done.result {
-                Ok(8) => {
+                Ok(1..) => {
+                    self.context.traffic.is_kicked.store(true, Ordering::Release);
                     self.in_vain = self.in_vain.saturating_add(1);
                     rests = (self.in_vain / IN_VAIN_MAX).min(RESTS_MAX);
                 }
@@ -443,6 +447,9 @@ impl Loop {
                 }
             });
             if taken > 0 {
+                if !std::mem::replace(&mut self.has_taken, true) {
+                    self.context.traffic.is_taken.store(true, Ordering::Release);
+                }
                 self.in_vain = 0;
             }
             let fault = ring.take_fault();
@@ -665,12 +672,8 @@ impl Loop {
 }
 
 /// Tells the frontend, whatever it does with the descriptor meanwhile.
-fn signal(bell: &mut Option<Bell>, event: &EventFd) {
-    let rung = match bell {
-        Some(bell) => bell.ring(event.file()),
-        None => Bell::new().and_then(|new| bell.insert(new).ring(event.file())),
-    };
-    if let Err(e) = rung {
+fn signal(bell: &mut Option<Bell>, event: &Event) {
+    if let Err(e) = event.signal(bell) {
         log::debug!("cannot signal the frontend: {e}");
     }
 }

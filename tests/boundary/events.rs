@@ -99,14 +99,15 @@ fn what_is_no_event_is_refused() {
         )
     };
     let (read, write) = std::io::pipe().unwrap();
-    let socket = std::os::unix::net::UnixStream::pair().unwrap().0;
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let _ends = (read.try_clone().unwrap(), write.try_clone().unwrap());
     let rows = [
         ("a file", as_event(file(path.to_str().unwrap()))),
         ("/dev/zero", as_event(file("/dev/zero"))),
         ("/dev/null", as_event(file("/dev/null"))),
         ("a pipe to read", as_event(read)),
         ("a pipe to write", as_event(write)),
-        ("a socket", as_event(socket)),
+        ("a socket of another kind", as_event(socket)),
         ("a timer", as_event(timer)),
         ("signals", as_event(signal)),
         ("an epoll", as_event(poll)),
@@ -123,7 +124,10 @@ fn what_is_no_event_is_refused() {
                 "call" => guest.frontend.set_vring_call(0, fd).is_ok(),
                 _ => guest.frontend.set_vring_err(0, fd).is_ok(),
             };
-            assert!(!taken, "{name} was taken as {what}");
+            // Each end of a pipe is good for one thing.
+            let is_right =
+                (what == "kick" && *name == "a pipe to read") || (what != "kick" && *name == "a pipe to write");
+            assert_eq!(taken, is_right, "{name} as {what}");
         }
     }
     assert_eq!(std::fs::read(&path).unwrap(), vec![1; 4096], "the file was written to");

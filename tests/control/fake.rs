@@ -193,27 +193,14 @@ impl Service for Fake {
         let in_sync = |path: &PathBuf| leg(path, LegState::InSync, 0);
         let served = Disk {
             id: Some(Uuid::new_v4()),
-            name: disk.clone(),
-            path: Some(config.path.clone()),
             socket: Some(config.socket_or_default(Path::new("/run/fake"), disk)),
             size_bytes: 1 << 30,
-            block_size: config.block_size,
-            queues: config.queues(),
-            direct: config.direct,
-            readonly: config.readonly(),
             serial: config.serial.clone().unwrap_or_else(|| disk.to_string()),
             state: DiskState::Serving,
             reason: None,
-            connected: false,
-            frontends: 0,
             epoch: 1,
-            snapshots: 0,
-            allocated_bytes: 0,
-            shared: config.shared,
-            durability: config.durability(),
-            background_bytes: config.background_bytes(),
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
-            restoring: None,
+            ..Disk::unserved(disk.clone(), String::new()).with_config(config)
         };
         state.disks.push((config.clone(), served.clone()));
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, disk));

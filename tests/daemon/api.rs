@@ -40,7 +40,7 @@ fn settings_count_for_what_comes_next_and_are_remembered() {
     assert_eq!(daemon.show_disk("vm0"), {
         let mut disk = disk.clone();
         (disk["snapshots"], disk["epoch"]) = (json!(1), daemon.show_disk("vm0")["epoch"].clone());
-        (disk["connected"], disk["frontends"]) = (json!(false), json!(0));
+        (disk["connected"], disk["frontends"], disk["frontend_pids"]) = (json!(false), json!(0), json!([]));
         disk["allocated_bytes"] = daemon.show_disk("vm0")["allocated_bytes"].clone();
         disk
     });

@@ -259,16 +259,16 @@ fn block_devices_of_either_sector_size() {
     if !can_mount("block_devices_of_either_sector_size") {
         return;
     }
-    for (sector_bytes, options) in [(512, ""), (4096, ""), (4096, "direct=off")] {
+    let rows = [(512, "", 512), (4096, "", 512), (4096, "direct=off", 512), (4096, "logical-block-size=4096", 4096)];
+    for (sector_bytes, options, shown) in rows.into_iter().chain([(512, "logical-block-size=4096", 4096)]) {
         let mut daemon = Daemon::place();
         let file = daemon.make_image("backing", SIZE);
         let device = Loop::new(&file, sector_bytes);
         daemon.arg_disk_at("vm0", &device.device, options);
         daemon.start();
         assert_eq!(daemon.show_disk("vm0")["size_bytes"], SIZE);
-        if options.is_empty() {
-            assert_eq!(daemon.reader("vm0").request_alignment(), sector_bytes as i32, "the guest sees its sectors");
-        }
+        assert_eq!(daemon.reader("vm0").request_alignment(), shown, "the guest sees the disk's sectors");
+        assert_eq!(daemon.show_disk("vm0")["logical_block_size"], shown);
         let path = device.device.clone();
         random_writes_with_snapshots(&mut daemon, &path, seeds("block devices", 1)[0]);
     }

@@ -35,8 +35,11 @@ fn run_indirect(guest: &mut Guest, kind: u32, sector: u64, data: &[(u64, u32, u1
     pieces.push((STATUS, 1, WRITE));
     let last = pieces.len() - 1;
     let link = |i: usize| if i < last { (NEXT, i as u16 + 1) } else { (0, 0) };
-    let table: Vec<u8> =
-        pieces.iter().enumerate().flat_map(|(i, &(at, len, flags))| encode((at, len, flags | link(i).0, link(i).1))).collect();
+    let table: Vec<u8> = pieces
+        .iter()
+        .enumerate()
+        .flat_map(|(i, &(at, len, flags))| encode((at, len, flags | link(i).0, link(i).1)))
+        .collect();
     guest.memory.write(table_at, &table);
     guest.descriptor(0, 0, (table_at, table.len() as u32, INDIRECT, 0));
     guest.submit(0, 0);

@@ -28,6 +28,7 @@ const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
+const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_CONFIG: u32 = 24;
 const SET_CONFIG: u32 = 25;
 const GET_INFLIGHT_FD: u32 = 31;
@@ -41,9 +42,9 @@ const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 8;
 
 /// A message: request, flags, the size its header claims (or its own), body, how many descriptors of /dev/null.
-struct Message(u32, u32, Option<u32>, Vec<u8>, usize);
+pub struct Message(pub u32, pub u32, pub Option<u32>, pub Vec<u8>, pub usize);
 
-fn send(stream: &UnixStream, message: &Message, files: &[File]) {
+pub fn send(stream: &UnixStream, message: &Message, files: &[File]) {
     let Message(code, flags, size, body, _) = message;
     let mut bytes = Vec::new();
     for word in [*code, *flags, size.unwrap_or(body.len() as u32)] {
@@ -57,11 +58,11 @@ fn send(stream: &UnixStream, message: &Message, files: &[File]) {
     }
 }
 
-fn u64s(values: &[u64]) -> Vec<u8> {
+pub fn u64s(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-fn u32s(values: &[u32]) -> Vec<u8> {
+pub fn u32s(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
@@ -72,6 +73,11 @@ pub fn send_vring_fd(guest: &Guest, code: u32, value: u64, file: Option<&File>) 
     send(&stream, &Message(code, VERSION | NEED_REPLY, None, u64s(&[value]), 0), &files);
     let mut reply = [0; 20];
     (&stream).read_exact(&mut reply).is_ok() && reply[12..20] == [0; 8]
+}
+
+/// The first thing that frontends ask for.
+pub fn send_get_features(stream: &UnixStream) {
+    send(stream, &message(GET_FEATURES, vec![]), &[]);
 }
 
 fn socket_of(guest: &Guest) -> UnixStream {
@@ -160,7 +166,11 @@ fn rows() -> Vec<(&'static str, Message)> {
         ("SET_MEM_TABLE without descriptors", message(SET_MEM_TABLE, table(1, 0, &[0, 4096, 0, 0]))),
         ("SET_MEM_TABLE with too many descriptors", with(message(SET_MEM_TABLE, table(1, 0, &[0, 4096, 0, 0])), 2)),
         ("SET_MEM_TABLE of /dev/null", with(message(SET_MEM_TABLE, table(1, 0, &[0, 4096, 0, 0])), 1)),
-        ("SET_MEM_TABLE with padding", with(message(SET_MEM_TABLE, table(1, 1, &[0, 4096, 0, 0])), 1)),
+        ("SET_MEM_TABLE with padding of /dev/null", with(message(SET_MEM_TABLE, table(1, 1, &[0, 4096, 0, 0])), 1)),
+        ("SET_BACKEND_REQ_FD of /dev/null", with(message(SET_BACKEND_REQ_FD, vec![]), 1)),
+        ("SET_BACKEND_REQ_FD without a descriptor", message(SET_BACKEND_REQ_FD, vec![])),
+        ("SET_OWNER with descriptors", with(message(SET_OWNER, vec![]), 1)),
+        ("more descriptors than there is room for", with(message(SET_MEM_TABLE, vec![0; 40]), 100)),
         ("SET_MEM_TABLE cut short", with(message(SET_MEM_TABLE, table(2, 0, &[0, 4096, 0, 0])), 2)),
         ("SET_MEM_TABLE of 2 bytes", message(SET_MEM_TABLE, vec![0; 2])),
         ("ADD_MEM_REG without a descriptor", message(ADD_MEM_REG, region(0, 4096, 0, 0))),
@@ -200,8 +210,8 @@ fn messages() {
         send(&stream, message, &files);
         // What waits for more bytes than come is ended by the hang-up.
         let waits_for_more = message.2.is_some_and(|size| size as usize > message.3.len());
-        if *name == "GET_CONFIG out of range" {
-            // The protocol has an answer for this one: a reply of no bytes. The connection goes on.
+        if matches!(*name, "GET_CONFIG out of range" | "GET_CONFIG overflow") {
+            // The protocol has an answer for these: a reply of no bytes. The connection goes on.
             let mut reply = [0; 24];
             (&stream).read_exact(&mut reply).unwrap();
             assert_eq!(reply[16..20], [0; 4], "{name}: bytes from outside the config space");

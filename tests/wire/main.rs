@@ -6,11 +6,14 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs, unreachable_pub)]
 
 mod blkio_client;
+mod events;
+mod forms;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_requests;
-mod forms;
 mod inflight;
+mod orders;
+mod places;
 mod program;
 mod ring;
 mod session;

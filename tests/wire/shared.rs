@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use halfsilver::engine::{Backing, ChainEditor, Cut, Disk, Layer, NewLayer, PreparedSnapshot, Writers};
-use halfsilver::vhost_user::{Direction, FRONTENDS_MAX, NoObserver, ServeOptions, SocketSource, serve};
+use halfsilver::vhost_user::{Direction, FRONTENDS_MAX, Hints, NoObserver, ServeOptions, SocketSource, serve};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::ring::*;
@@ -196,6 +196,7 @@ fn as_many_as_make_sense() {
             frontends_max,
             observer: Arc::new(NoObserver),
             once: false,
+            hints: Hints::default(),
         });
         assert_eq!(served.is_ok(), ok, "{frontends_max}");
     }
@@ -256,6 +257,7 @@ fn who_is_connected_at_a_cut_stays_with_the_frozen_version() {
         frontends_max: 2,
         observer: Arc::new(NoObserver),
         once: false,
+        hints: Hints::default(),
     })
     .unwrap();
     let mut readers = [Guest::new(&dir.path().join("sock"), 1), Guest::new(&dir.path().join("sock"), 1)];

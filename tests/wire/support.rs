@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use halfsilver::engine::{Disk, Epoch, EpochClock};
 use halfsilver::image::{Alignment, Completion, Image, IoQueue, OpKind, OpTicket};
-use halfsilver::vhost_user::{Direction, Observer, ServeOptions, ServerHandle, SocketSource, serve};
+use halfsilver::vhost_user::{Direction, Hints, Observer, ServeOptions, ServerHandle, SocketSource, serve};
 
 /// Tests count this process's descriptors and threads, so they run one at a time.
 pub fn alone() -> MutexGuard<'static, ()> {
@@ -224,6 +224,7 @@ impl TestServer {
             frontends_max,
             observer: observer.clone(),
             once: false,
+            hints: Hints::default(),
         })
         .unwrap();
         TestServer { handle, disk, image, observer, clock, dir }

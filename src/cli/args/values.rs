@@ -101,12 +101,30 @@ pub(in crate::cli) struct SetArgs {
     /// What the next frontend sees as the serial
     #[arg(long)]
     serial: Option<String>,
+    /// How many data segments a request of the next frontend is told to have, for guests with small rings
+    #[arg(long, value_name = "N")]
+    segments_max: Option<u16>,
+    /// What discards of the next frontend are best multiples of
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
+    discard_granularity: Option<u32>,
+    /// What one range of a discard of the next frontend is told to have at most
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    discard_max: Option<u64>,
 }
 
 impl SetArgs {
     pub(in crate::cli) fn patch(self, readonly: Option<bool>) -> DiskPatch {
-        let Self { durability, background, queues, serial } = self;
-        DiskPatch { durability, background_bytes: background, queues, readonly, serial }
+        let Self { durability, background, queues, serial, segments_max, discard_granularity, discard_max } = self;
+        DiskPatch {
+            durability,
+            background_bytes: background,
+            queues,
+            readonly,
+            serial,
+            segments_max,
+            discard_granularity,
+            discard_max,
+        }
     }
 }
 

@@ -21,6 +21,15 @@ const BACKGROUND_BYTES_MAX: u32 = 1 << 30;
 /// What the transfers of any device are multiples of.
 const BACKGROUND_BYTES_UNIT: u32 = 4096;
 
+/// [`DiskConfig::logical_block_size`] when nothing was ever said.
+const LOGICAL_BLOCK_SIZE: u32 = 512;
+/// [`DiskConfig::segments_max`] when nothing is said, and at most: what the largest ring holds.
+const SEGMENTS_MAX: (u16, u16) = (126, 32766);
+/// [`DiskConfig::discard_granularity`] when nothing is said, at least and at most.
+const DISCARD_GRANULARITY: (u32, u32, u32) = (32 << 10, 4096, 1 << 30);
+/// [`DiskConfig::discard_max`] when nothing is said, and at most: what the config space can say.
+const DISCARD_MAX: (u64, u64) = (1 << 30, (u32::MAX as u64) << 9);
+
 /// How a disk is served: what `--disk` and `PUT /v1/disks/{disk}` say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +61,25 @@ pub struct DiskConfig {
     /// The size of the blocks that tables count in: a power of two from 4096 to 1048576.
     #[serde(default = "block_size_min")]
     pub block_size: u32,
+    /// The size of the sectors that guests see, 512 or 4096, which stays the same for the life of the disk, wherever its
+    /// image is; what was said when it was added or 512 when absent.
+    #[serde(default)]
+    #[schema(minimum = 512, maximum = 4096)]
+    pub logical_block_size: Option<u32>,
+    /// How many data segments a request may have that suits the disk, 1 to 32766; what was set or 126 when absent. A request
+    /// with more is served too. A guest whose rings have fewer entries than two more, and no indirect descriptors, needs it
+    /// smaller: 6 for a queue size of 8.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 32766)]
+    pub segments_max: Option<u16>,
+    /// What guests' discards are best multiples of: a power of two from 4096 to 1073741824; what was set or 32768, below which
+    /// Windows discards nothing, when absent.
+    #[serde(default)]
+    pub discard_granularity: Option<u32>,
+    /// The most bytes of one range of a discard that suits the disk, a multiple of 512; what was set or 1073741824 when
+    /// absent. A larger one is served too.
+    #[serde(default)]
+    pub discard_max: Option<u64>,
     /// Whether several frontends may be connected at the same time.
     #[serde(default)]
     pub shared: bool,
@@ -97,6 +125,10 @@ impl DiskConfig {
             readonly: None,
             serial: None,
             block_size: block_size_min(),
+            logical_block_size: None,
+            segments_max: None,
+            discard_granularity: None,
+            discard_max: None,
             shared: false,
             durability: None,
             background_bytes: None,
@@ -118,6 +150,26 @@ impl DiskConfig {
         self.durability.unwrap_or(Durability::Process)
     }
 
+    /// The size of the sectors that guests see.
+    pub fn logical_block_size(&self) -> u32 {
+        self.logical_block_size.unwrap_or(LOGICAL_BLOCK_SIZE)
+    }
+
+    /// How many data segments a request may have that suits the disk.
+    pub fn segments_max(&self) -> u16 {
+        self.segments_max.unwrap_or(SEGMENTS_MAX.0)
+    }
+
+    /// What guests' discards are best multiples of.
+    pub fn discard_granularity(&self) -> u32 {
+        self.discard_granularity.unwrap_or(DISCARD_GRANULARITY.0)
+    }
+
+    /// The most bytes of one range of a discard that suits the disk.
+    pub fn discard_max(&self) -> u64 {
+        self.discard_max.unwrap_or(DISCARD_MAX.0)
+    }
+
     /// The most bytes that backups and jobs have in flight while the guest is at work; 0 for no limit.
     pub fn background_bytes(&self) -> u32 {
         self.background_bytes.unwrap_or(BACKGROUND_BYTES)
@@ -131,6 +183,10 @@ impl DiskConfig {
             readonly: Some(self.readonly()),
             durability: Some(self.durability()),
             background_bytes: Some(self.background_bytes()),
+            logical_block_size: Some(self.logical_block_size()),
+            segments_max: Some(self.segments_max()),
+            discard_granularity: Some(self.discard_granularity()),
+            discard_max: Some(self.discard_max()),
             ..self
         }
     }
@@ -143,13 +199,16 @@ impl DiskConfig {
         self.serial = self.serial.or_else(|| set.serial.clone());
         self.durability = self.durability.or(set.durability);
         self.background_bytes = self.background_bytes.or(set.background_bytes);
+        self.segments_max = self.segments_max.or(set.segments_max);
+        self.discard_granularity = self.discard_granularity.or(set.discard_granularity);
+        self.discard_max = self.discard_max.or(set.discard_max);
         self
     }
 
     /// With what a patch says in the place of what is said here.
     #[must_use]
     pub fn patched(&self, patch: &DiskPatch) -> Self {
-        let Self { path, mirror, socket, direct, block_size, shared, .. } = self.clone();
+        let Self { path, mirror, socket, direct, block_size, logical_block_size, shared, .. } = self.clone();
         let said = patch.clone();
         let said = Self {
             path,
@@ -157,7 +216,11 @@ impl DiskConfig {
             socket,
             direct,
             block_size,
+            logical_block_size,
             shared,
+            segments_max: said.segments_max,
+            discard_granularity: said.discard_granularity,
+            discard_max: said.discard_max,
             queues: said.queues,
             readonly: said.readonly,
             serial: said.serial,
@@ -188,6 +251,9 @@ impl DiskConfig {
             check_socket("socket", socket)?;
         }
         check_block_size("block-size", self.block_size)?;
+        if let Some(size) = self.logical_block_size.filter(|size| ![512, 4096].contains(size)) {
+            return Err(invalid(format!("logical-block-size: {size} is neither 512 nor 4096")));
+        }
         DiskPatch::of(self).check()
     }
 
@@ -219,13 +285,25 @@ pub struct DiskPatch {
     /// What the next frontend sees as the serial, up to 20 printable ASCII characters.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// How many data segments a request of the next frontend may have that suits the disk, 1 to 32766.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32766)]
+    pub segments_max: Option<u16>,
+    /// What discards of the next frontend are best multiples of: a power of two from 4096 to 1073741824.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discard_granularity: Option<u32>,
+    /// The most bytes of one range of a discard of the next frontend that suits the disk, a multiple of 512.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discard_max: Option<u64>,
 }
 
 impl DiskPatch {
     /// What a configuration says of what can be changed.
     pub fn of(config: &DiskConfig) -> Self {
         let DiskConfig { durability, background_bytes, queues, readonly, ref serial, .. } = *config;
-        Self { durability, background_bytes, queues, readonly, serial: serial.clone() }
+        let DiskConfig { segments_max, discard_granularity, discard_max, .. } = *config;
+        let serial = serial.clone();
+        Self { durability, background_bytes, queues, readonly, serial, segments_max, discard_granularity, discard_max }
     }
 
     /// What was set before and what is set now.
@@ -237,6 +315,9 @@ impl DiskPatch {
             queues: newer.queues.or(self.queues),
             readonly: newer.readonly.or(self.readonly),
             serial: newer.serial.clone().or(self.serial),
+            segments_max: newer.segments_max.or(self.segments_max),
+            discard_granularity: newer.discard_granularity.or(self.discard_granularity),
+            discard_max: newer.discard_max.or(self.discard_max),
         }
     }
 
@@ -249,6 +330,11 @@ impl DiskPatch {
             queues: self.queues.filter(|_| self.queues == config.queues),
             readonly: self.readonly.filter(|_| self.readonly == config.readonly),
             serial: self.serial.filter(|serial| Some(serial) == config.serial.as_ref()),
+            segments_max: self.segments_max.filter(|_| self.segments_max == config.segments_max),
+            discard_granularity: self
+                .discard_granularity
+                .filter(|_| self.discard_granularity == config.discard_granularity),
+            discard_max: self.discard_max.filter(|_| self.discard_max == config.discard_max),
         }
     }
 
@@ -263,6 +349,18 @@ impl DiskPatch {
         let fits = |window: u32| window <= BACKGROUND_BYTES_MAX && window.is_multiple_of(BACKGROUND_BYTES_UNIT);
         if let Some(window) = self.background_bytes.filter(|window| !fits(*window)) {
             return Err(invalid(format!("background: {window} is neither off nor a multiple of 4K up to 1024M")));
+        }
+        let (segments, (least, most)) = (1..=SEGMENTS_MAX.1, (DISCARD_GRANULARITY.1, DISCARD_GRANULARITY.2));
+        if let Some(wrong) = self.segments_max.filter(|n| !segments.contains(n)) {
+            return Err(invalid(format!("segments-max: {wrong} is not from 1 to {}", SEGMENTS_MAX.1)));
+        }
+        let suits = |bytes: u32| bytes.is_power_of_two() && (least..=most).contains(&bytes);
+        if let Some(wrong) = self.discard_granularity.filter(|bytes| !suits(*bytes)) {
+            return Err(invalid(format!("discard-granularity: {wrong} is not a power of two from 4K to 1024M")));
+        }
+        let suits = |bytes: u64| bytes > 0 && bytes.is_multiple_of(512) && bytes <= DISCARD_MAX.1;
+        if let Some(wrong) = self.discard_max.filter(|bytes| !suits(*bytes)) {
+            return Err(invalid(format!("discard-max: {wrong} is not a multiple of 512 up to {}", DISCARD_MAX.1)));
         }
         match &self.serial {
             Some(serial) if serial.len() > SERIAL_LEN_MAX || serial.is_empty() => {
@@ -281,7 +379,8 @@ impl DiskPatch {
     /// `invalid-request`.
     pub fn check_change(&self) -> Result<(), ApiError> {
         if *self == Self::default() {
-            let message = "none of durability, background_bytes, queues, readonly and serial is there";
+            let message = "none of durability, background_bytes, queues, readonly, serial, segments_max, \
+                           discard_granularity and discard_max is there";
             return Err(invalid(message.to_owned()));
         }
         self.check()
@@ -329,6 +428,18 @@ pub struct Disk {
     pub size_bytes: u64,
     /// The size of the blocks that tables count in.
     pub block_size: u32,
+    /// The size of the sectors that guests see.
+    #[serde(default)]
+    pub logical_block_size: u32,
+    /// How many data segments a request may have that suits the disk.
+    #[serde(default)]
+    pub segments_max: u16,
+    /// What guests' discards are best multiples of.
+    #[serde(default)]
+    pub discard_granularity: u32,
+    /// The most bytes of one range of a discard that suits the disk.
+    #[serde(default)]
+    pub discard_max: u64,
     /// The most virtqueues a frontend may use.
     pub queues: u16,
     /// Whether the image is opened with O_DIRECT.
@@ -345,6 +456,9 @@ pub struct Disk {
     pub connected: bool,
     /// How many frontends are connected.
     pub frontends: u32,
+    /// The processes of those, as far as the system tells.
+    #[serde(default)]
+    pub frontend_pids: Vec<u32>,
     /// The epoch in which its live version began.
     pub epoch: u64,
     /// How many snapshots it has.
@@ -375,6 +489,10 @@ impl Disk {
             socket: None,
             size_bytes: 0,
             block_size: 0,
+            logical_block_size: 0,
+            segments_max: 0,
+            discard_granularity: 0,
+            discard_max: 0,
             queues: 0,
             direct: false,
             readonly: false,
@@ -383,6 +501,7 @@ impl Disk {
             reason: Some(reason),
             connected: false,
             frontends: 0,
+            frontend_pids: Vec::new(),
             epoch: 0,
             snapshots: 0,
             allocated_bytes: 0,
@@ -401,6 +520,10 @@ impl Disk {
             path: Some(config.path.clone()),
             socket: config.socket.clone(),
             block_size: config.block_size,
+            logical_block_size: config.logical_block_size(),
+            segments_max: config.segments_max(),
+            discard_granularity: config.discard_granularity(),
+            discard_max: config.discard_max(),
             queues: config.queues(),
             direct: config.direct,
             readonly: config.readonly(),

@@ -84,6 +84,12 @@ impl Server for Listening {
         0
     }
 
+    fn frontend_pids(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
+    fn config_changed(&self) {}
+
     fn stats(&self) -> QueueStats {
         QueueStats::default()
     }
