@@ -32,13 +32,42 @@ const UNSAFE_FILES: &[&str] = &[
 ];
 
 /// Rooms in which no files use each other in a circle.
-const WITHOUT_CIRCLES: &[&str] = &["image", "store", "engine", "job", "vhost_user", "host", "recovery", "ops"];
+const WITHOUT_CIRCLES: &[&str] = &["image", "store", "engine", "job", "door", "vhost_user", "host", "recovery", "ops"];
 
 /// Rooms that touch the world by the host alone, but for the file that makes and locks our directories; and what would go
 /// around it.
 const ON_A_HOST: &[&str] = &["src/manager", "src/ops", "src/recovery"];
 const MAKES_DIRECTORIES: &str = "src/manager/places.rs";
 const AROUND_THE_HOST: &[&str] = &["std::fs", "std::thread", "Instant::now", "new_v4", "FileImage", "SystemTime"];
+
+/// Rooms that hold what the engine is made of. All others ask at the door.
+const BEHIND_THE_DOOR: &[&str] = &["engine", "job"];
+const AT_THE_ENGINE: &[&str] = &["engine", "job", "door", "vhost_user"];
+/// What the engine is made of, and never leaves it: nothing that the door shows to all names one.
+const HANDLES: &[&str] = &[
+    "Background",
+    "Backing",
+    "BlockLocks",
+    "Chain",
+    "ChainEditor",
+    "Changes",
+    "ClosedDisk",
+    "Connection",
+    "Connections",
+    "EpochClock",
+    "EpochLane",
+    "Layer",
+    "Link",
+    "Log",
+    "Pair",
+    "Restoring",
+    "RestoreSource",
+    "Saved",
+    "Ticket",
+    "Version",
+    "VersionIn",
+    "View",
+];
 
 /// Lines of a file's header, rows of tables not counted.
 const HEADER_LINES_MAX: usize = 12;
@@ -300,6 +329,44 @@ fn room_complaints(rooms: &Rooms, room: &str, text: &str) -> Vec<String> {
     wrong
 }
 
+/// Rooms that may use what only the door may.
+fn ways_around_the_door(rooms: &Rooms) -> Vec<String> {
+    let others = rooms.iter().filter(|(room, _)| !AT_THE_ENGINE.contains(&room.as_str()));
+    let found = others.flat_map(|(room, uses)| {
+        BEHIND_THE_DOOR.iter().filter(|held| uses.contains(**held)).map(move |held| (room, held))
+    });
+    found.map(|(room, held)| format!("{room} may use {held}, and is to ask at the door")).collect()
+}
+
+/// Lines of a file of the door that show a handle to all: in what is `pub`, or is taken from the engine to be.
+fn handles_shown(text: &str) -> Vec<(usize, &'static str)> {
+    let code = code_of(text);
+    let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+    let mut found = Vec::new();
+    for at in words(code, "pub").filter(|at| !code[at + 3..].starts_with('(')) {
+        let rest = &code[at..];
+        let is = |kind: &str| rest[3..].trim_start().starts_with(kind);
+        let len = match () {
+            () if is("enum ") => rest.find("\n}"),
+            () if is("use ") || is("type ") => rest.find(';'),
+            () if is("fn ") || is("async ") || is("trait ") || is("struct ") => rest.find(['{', ';']),
+            () => rest.find('\n'), // A field.
+        };
+        let item = &rest[..len.unwrap_or(rest.len())];
+        let named = HANDLES.iter().flat_map(|handle| words(item, handle).map(move |inside| (inside, *handle)));
+        // The engine's disk, and no other.
+        let disks = item.match_indices("engine::Disk").map(|(inside, _)| (inside, "engine::Disk"));
+        // The name of a variant, and a path through one, is no handle.
+        let begins_line = |inside: usize| item[..inside].trim_end_matches(' ').ends_with('\n');
+        let is_type = |inside: usize, handle: &str| {
+            !(is("enum ") && begins_line(inside)) && !item[inside + handle.len()..].starts_with("::")
+        };
+        let handles = named.filter(|(inside, handle)| is_type(*inside, handle)).chain(disks);
+        found.extend(handles.map(|(inside, handle)| (line_of(code, at + inside), handle)));
+    }
+    found
+}
+
 /// What is wrong with any file's form.
 fn form_complaints(text: &str) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -375,6 +442,19 @@ fn rooms_use_only_what_their_row_allows() {
         .flat_map(|(path, found)| found.into_iter().map(move |what| format!("{path}: {what}")))
         .collect();
     wrong.extend(rooms.keys().filter(|room| !seen.contains(room.as_str())).map(|room| format!("no file is in {room}")));
+    assert_none(&wrong);
+}
+
+#[test]
+fn the_engine_is_asked_at_its_door_by_values() {
+    let mut wrong =
+        ways_around_the_door(&parse_rooms(&fs::read_to_string(root().join("src/lib.rs")).unwrap()).unwrap());
+    let files = rust_files("src/door");
+    assert!(!files.is_empty(), "there is no door");
+    for (path, text) in files {
+        let found = handles_shown(&text).into_iter();
+        wrong.extend(found.map(|(line, handle)| format!("{path}: line {line}: {handle} is shown to all")));
+    }
     assert_none(&wrong);
 }
 
@@ -509,6 +589,36 @@ fn a_forbidden_use_is_found_however_it_is_written() {
     assert_eq!(room_complaints(&rooms, "kitchen", "use crate::cellar;"), Vec::<String>::new());
     assert_eq!(room_complaints(&rooms, "attic", "").len(), 1, "a room without a row");
     assert_eq!(room_complaints(&rooms, "cellar", "\n\ncrate::hall::go()"), ["line 3: cellar may not use hall"]);
+}
+
+#[test]
+fn what_goes_around_the_door_is_found() {
+    let rooms = |uses: &str| {
+        let table = "//! | `engine` | x | – |\n//! | `job` | x | engine |\n//! | `door` | x | engine, job |\n";
+        parse_rooms(&format!("{table}//! | `manager` | x | {uses} |")).unwrap()
+    };
+    assert_eq!(ways_around_the_door(&rooms("door")), Vec::<String>::new());
+    assert_eq!(ways_around_the_door(&rooms("door, engine")).len(), 1);
+    assert_eq!(ways_around_the_door(&rooms("all")).len(), 2);
+    for bad in [
+        "pub fn chain(&self) -> Arc<Chain> {",
+        "pub fn f(\n    &self,\n    of: &engine::Disk,\n) {",
+        "pub use crate::engine::{Epoch, Pair};",
+        "pub struct S {\n    pub image: Backing,\n}",
+        "pub enum E {\n    One(u64),\n    Two(Arc<Version>),\n}",
+        "pub type Old = engine::Disk;",
+    ] {
+        assert_eq!(handles_shown(bad).len(), 1, "{bad}");
+    }
+    for good in [
+        "pub(super) fn chain(&self) -> Arc<Chain> {",
+        "/// [`Chain`]\npub fn f(id: VersionId) -> VersionFacts { Chain::new() }",
+        "pub struct S {\n    image: Backing,\n}",
+        "pub enum E {\n    Log(Bytes, DurableTable),\n    Saved,\n}",
+        "pub enum E {\n    One,\n}\nfn f() -> Chain {}",
+    ] {
+        assert_eq!(handles_shown(good), [], "{good}");
+    }
 }
 
 #[test]

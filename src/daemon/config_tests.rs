@@ -58,7 +58,7 @@ fn values_of_each_kind() {
     // What an older version has written down has none.
     let old: DiskConfig = serde_json::from_str(r#"{"path": "/p"}"#).unwrap();
     assert_eq!(old.background_bytes(), 128 << 10);
-    assert_eq!(u64::from(old.background_bytes()), crate::engine::WINDOW_BYTES);
+    assert_eq!(u64::from(old.background_bytes()), crate::door::WINDOW_BYTES);
     assert_eq!(disk("name=a,path=p,mirror=m").unwrap().config.mirror.as_deref(), Some(Path::new("/images/m")));
     assert!(!disk("name=a,path=p,shared=off").unwrap().config.shared);
     assert_eq!(disk("name=a,path=x,,y,,,,z").unwrap().config.path, Path::new("/images/x,y,,z"));

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::control::api::{ByteRange, DiffSource, VolumeMap, VolumeStatus};
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
-use crate::engine::{ChangeSource, Changes, NoChanges};
+use crate::door::{ChangeSource, NoChanges, Runs};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::store::{BlockRange, VolumeRecord};
@@ -45,9 +45,9 @@ impl Manager {
 
     pub(crate) fn map_of_volume(&self, name: &Name) -> Result<FoundMap, ApiError> {
         let (disk, volume) = self.served_volume(name)?;
-        let geometry = disk.disk.geometry();
-        let (changed, reason) = match since(&disk, volume.origin) {
-            Ok(changes) => (Some(changes), None),
+        let geometry = disk.facts().geometry;
+        let (changed, reason) = match disk.disk.written_since(volume.origin) {
+            Ok(runs) => (Some(runs), None),
             Err(why) => (None, Some(why)),
         };
         let head = VolumeMap {
@@ -59,30 +59,27 @@ impl Manager {
             owned: Vec::new(),
             changed: None,
         };
-        let runs = |changes: Changes| Box::new(changes.into_runs().map(|run| (run.start.0, run.count()))) as _;
+        let runs = |runs: Runs| Box::new(runs.map(|run| (run.start.0, run.count()))) as _;
         let all = || Box::new(std::iter::once((0_u64, geometry.blocks()))) as _;
         Ok(FoundMap { head, owned: disk.disk.owned_by_volume().map_or_else(all, runs), changed: changed.map(runs) })
     }
 
     pub(crate) fn status_of_volume(&self, name: &Name) -> Result<VolumeStatus, ApiError> {
         let (disk, volume) = self.served_volume(name)?;
-        let geometry = disk.disk.geometry();
+        let geometry = disk.facts().geometry;
         let from = self.name_now(volume.snapshot, &volume.from);
         let source = self.all_disks().into_iter().find(|d| d.snapshots().iter().any(|s| s.id == volume.snapshot));
-        let changed = since(&disk, volume.origin);
-        let source_changed = match &source {
-            Some(source) => source
-                .disk
-                .changes(volume.snapshot, None)
-                .map_err(|e| format!("it is not known what was written to {} since {from}: {e}", source.name)),
-            None => Err(format!("{from} is not there")),
+        let at = source.as_ref().map(|source| (source.id, volume.snapshot));
+        let counts = disk.disk.volume_counts(volume.origin, at);
+        let source_changed = match (&source, counts.source_changed) {
+            (Some(source), Err(e)) => {
+                Err(format!("it is not known what was written to {} since {from}: {e}", source.name))
+            }
+            (Some(_), known) => known,
+            (None, _) => Err(format!("{from} is not there")),
         };
-        let differing = match (&changed, &source_changed) {
-            (Ok(ours), Ok(theirs)) if ours.blocks() == theirs.blocks() => Some(ours.count_with(theirs)),
-            _ => None,
-        };
+        let (differing, owned) = (counts.differing, counts.owned);
         let blocks = geometry.blocks();
-        let owned = disk.disk.owned_by_volume().map_or(blocks, |owned| owned.count());
         Ok(VolumeStatus {
             id: disk.id,
             name: disk.name.get(),
@@ -91,22 +88,13 @@ impl Manager {
             block_size: geometry.block_bytes,
             blocks,
             owned_blocks: owned,
-            changed_blocks: changed.as_ref().ok().map(Changes::count),
-            source_changed_blocks: source_changed.as_ref().ok().map(Changes::count),
+            changed_blocks: counts.changed.as_ref().ok().copied(),
+            source_changed_blocks: source_changed.as_ref().ok().copied(),
             differing_blocks: differing,
             percent_differing: differing.map(|part| VolumeStatus::percent(part, blocks)),
             percent_complete: VolumeStatus::percent(owned, blocks),
-            reason: changed.err().or(source_changed.err()),
+            reason: counts.changed.err().or(source_changed.err()),
         })
-    }
-}
-
-/// What was written to a volume since it was made.
-fn since(disk: &DiskEntry, origin: Uuid) -> Result<Changes, String> {
-    match disk.disk.changes(origin, None) {
-        Ok(changes) if changes.source() == ChangeSource::Changed => Ok(changes),
-        Ok(_) => Err("what was noted of its changes is lost; what it owns is known".to_owned()),
-        Err(e) => Err(e.to_string()),
     }
 }
 
@@ -120,12 +108,13 @@ fn diff(
         let message = format!("to: {to} is not of {}", disk.name);
         return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name two moments of one disk"));
     }
-    if let Some(reason) = disk.disk.base_broken() {
+    let facts = disk.facts();
+    if let Some(reason) = &facts.base_broken {
         return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("{}: {reason}", disk.name)));
     }
     let last = to.map(|to| disk.moment(to)).transpose()?;
     let until = to.map_or_else(|| "the present".to_owned(), ToString::to_string);
-    let changes = disk.disk.changes(first, last).map_err(|e| match e {
+    let (source, runs) = disk.disk.changes(first, last).map_err(|e| match e {
         NoChanges::Gone => ApiError::snapshot_not_found(from),
         NoChanges::Order => ApiError::new(ErrorCode::InvalidRequest, format!("{from} is newer than {until}"))
             .with_action("name the older one first"),
@@ -137,8 +126,8 @@ fn diff(
             format!("everything may have changed between {from} and {until}: {why}"),
         ),
     })?;
-    let geometry = disk.disk.geometry().clone();
-    let source = match changes.source() {
+    let geometry = facts.geometry;
+    let source = match source {
         ChangeSource::Changed => DiffSource::ChangedTables,
         ChangeSource::Owned => DiffSource::OwnedTables,
     };
@@ -146,5 +135,5 @@ fn diff(
         let (at, length) = geometry.bytes(run);
         ByteRange { offset: at.0, length }
     };
-    Ok(Diff { source, ranges: Box::new(changes.into_runs().map(range)) })
+    Ok(Diff { source, ranges: Box::new(runs.map(range)) })
 }

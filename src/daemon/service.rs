@@ -15,7 +15,6 @@ use crate::control::{ApiError, Deletion, ErrorCode, EventBus, JobDeletion, Name,
 use crate::manager::Manager;
 use crate::manager::entry::is_id;
 use crate::manager::entry::locked;
-use crate::manager::legs::Mirror;
 use crate::vhost_user::DirectionStats;
 
 impl Service for Manager {
@@ -227,7 +226,7 @@ impl Service for Manager {
                 frontends_connected: u64::from(disk.frontends.count()),
                 directions: std::array::from_fn(|i| direction(&stats.directions[i])),
                 background_wait_seconds: facts.background_waited.as_secs_f64(),
-                legs: locked(&disk.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
+                legs: locked(&disk.mirror).as_ref().map(|m| m.legs_to_api(&facts)).unwrap_or_default(),
             });
             for snapshot in disk.snapshots() {
                 let preserved = facts.version(snapshot.id).map_or((0, 0), |version| version.preserved);

@@ -43,10 +43,7 @@ impl Manager {
         let disks = self.all_disks();
         let ended = self.for_each_disk(&disks, self.host.now() + REQUESTS_WAIT, |_, disk| {
             // Requests may still wait for a volume, when the start ends half way.
-            let suspended = locked(&disk.suspended).take();
-            if let Some(suspended) = suspended {
-                suspended.lose("the daemon is going down".to_owned());
-            }
+            disk.disk.lose_restore("the daemon is going down");
             disk.stop_server();
             for snapshot in disk.snapshots() {
                 let server = locked(&snapshot.server).take();
@@ -69,7 +66,7 @@ impl Manager {
         let quiet: Vec<Arc<DiskEntry>> = disks.iter().filter(is_ended).cloned().collect();
         let saved = self.for_each_disk(&quiet, deadline, |manager, disk| {
             // No request is left, so every version is quiesced.
-            for snapshot in disk.snapshots().iter().filter(|s| s.version.is_some()) {
+            for snapshot in disk.snapshots().iter().filter(|s| !s.is_lost) {
                 manager.store_and_record_quiesced(disk, snapshot);
             }
             manager.save(disk)

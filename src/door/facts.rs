@@ -6,8 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use crate::engine::{
-    Backing, Changed, Disk, Epoch, Geometry, Layer, Segment, VersionId, VersionIn, VersionIndex, VersionSource,
+    Backing, Changed, Disk, Epoch, Geometry, Layer, LegStatus, Pair, Segment, VersionId, VersionIn, VersionIndex,
+    VersionSource,
 };
 
 /// A disk at one moment.
@@ -29,6 +32,12 @@ pub struct DiskFacts {
     pub unit_bytes: u32,
     /// How far a restore in place is.
     pub restore: RestoreFacts,
+    /// Whether a restore waits for the volume that it goes back to, also if every request fails meanwhile.
+    pub restore_waits: bool,
+    /// The legs of its mirror, in the order of their places.
+    pub legs: Vec<LegStatus>,
+    /// How many bytes lie where the legs may differ after a crash.
+    pub marked_bytes: u64,
     /// How many bytes a volume still lacks of what it stands on, about.
     pub bytes_to_fill: u64,
     /// Blocks whose discard waits for a version to go.
@@ -132,7 +141,7 @@ pub enum RestoreFacts {
 
 impl DiskFacts {
     /// What is told of a disk.
-    pub(crate) fn of(disk: &Disk) -> DiskFacts {
+    pub(super) fn of(disk: &Disk, mirror: Option<&Pair>) -> DiskFacts {
         // In this order: what leaves the chain is a mark, or merged, before.
         let chain = disk.chain();
         let marks = disk.marks();
@@ -160,6 +169,9 @@ impl DiskFacts {
             depth: VersionSource::base(disk).map_or(0, |view| view.depth()),
             unit_bytes: full.alignment().offset_bytes,
             restore,
+            restore_waits: false,
+            legs: mirror.map(Pair::status).unwrap_or_default(),
+            marked_bytes: mirror.map_or(0, Pair::marked_bytes),
             bytes_to_fill: disk.bytes_to_fill(),
             discarded_blocks: disk.discards().count(),
             background_waited: disk.background().waited(),
@@ -182,6 +194,12 @@ impl DiskFacts {
     #[must_use]
     pub fn mark(&self, id: VersionId) -> Option<&MarkFacts> {
         self.marks.iter().find(|mark| mark.id == id)
+    }
+
+    /// The leg with this name, if it is one.
+    #[must_use]
+    pub fn leg(&self, id: Uuid) -> Option<&LegStatus> {
+        self.legs.iter().find(|leg| leg.id == id)
     }
 
     /// The live version.
@@ -302,6 +320,17 @@ impl DiskFacts {
         (is_simple && self.live().has_image()).then_some(&self.live().image)
     }
 
+    /// The oldest log of a volume that stands on something, if it is one image: its version and that image.
+    #[must_use]
+    pub fn oldest_log(&self) -> Option<(VersionId, &Path)> {
+        match &self.versions[..] {
+            [origin, log, ..] if origin.stored == Stored::Base && log.has_image() && log.layer != LayerKind::Full => {
+                Some((log.id, &log.image))
+            }
+            _ => None,
+        }
+    }
+
     /// The first image of which a sync has failed.
     #[must_use]
     pub fn poisoned(&self) -> Option<&Path> {
@@ -391,6 +420,9 @@ mod tests {
             depth: 0,
             unit_bytes: 512,
             restore: RestoreFacts::None,
+            restore_waits: false,
+            legs: Vec::new(),
+            marked_bytes: 0,
             bytes_to_fill: 0,
             discarded_blocks: 0,
             background_waited: Duration::ZERO,
@@ -398,7 +430,7 @@ mod tests {
     }
 
     fn id(at: usize) -> VersionId {
-        uuid::Uuid::from_u128(at as u128 + 1)
+        Uuid::from_u128(at as u128 + 1)
     }
 
     fn image(at: usize) -> PathBuf {

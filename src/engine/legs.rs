@@ -54,8 +54,8 @@ pub enum PairError {
 
 /// Who is told what happens to legs. Called on data-path threads: be quick.
 pub trait PairObserver: Send + Sync {
-    /// A leg was dropped, and why. It gets no more writes. If it was split, what was frozen on it is broken.
-    fn leg_dropped(&self, leg: Uuid, reason: &str);
+    /// A leg was dropped, where its image is, and why. It gets no more writes. If it was split, what was frozen on it is broken.
+    fn leg_dropped(&self, leg: Uuid, path: &Path, reason: &str);
 }
 
 /// What several views of the same legs share.
@@ -118,6 +118,12 @@ impl Pair {
         let state = self.core.state.load();
         let place = state.in_sync().next()?;
         image_of(&state, place).allocated_bytes()
+    }
+
+    /// The image of a leg, whatever its state, if it is there.
+    #[must_use]
+    pub fn image_of(&self, leg: Uuid) -> Option<SharedImage> {
+        self.core.state.load().legs.iter().flatten().find(|l| l.id == leg).and_then(|l| l.image.clone())
     }
 
     /// How many bytes one bit of the bitmap stands for.
@@ -310,7 +316,8 @@ impl Pair {
         for (leg, reason) in dropped {
             log::error!("a leg of the mirror is dropped: {reason}");
             if let Some(observer) = self.core.observer.get() {
-                observer.leg_dropped(leg, &reason);
+                let path = went_to.legs.iter().flatten().find(|l| l.id == leg).and_then(|l| l.image.as_ref());
+                observer.leg_dropped(leg, path.map_or(Path::new(""), |image| image.path()), &reason);
             }
         }
         (version, carried)

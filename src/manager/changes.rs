@@ -13,15 +13,11 @@ use uuid::Uuid;
 use crate::control::api::{Bookmark, BookmarkState, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, SnapshotRef};
-use crate::door::DiskFacts;
-use crate::engine::{Changed, Disk};
+use crate::door::{Disk, DiskFacts};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::recording;
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
-
-/// What a clean stop saved of dirty bitmaps: the seal of each, or why there is none.
-pub(crate) type SavedChanges = BTreeMap<Uuid, ChangedRecord>;
 
 /// Bookmarks with what is known now of their tables.
 pub(crate) fn with_tables(bookmarks: &[BookmarkRecord], facts: &DiskFacts) -> Vec<BookmarkRecord> {
@@ -36,10 +32,10 @@ pub(crate) fn ids_of_changes(record: &DiskRecord) -> impl Iterator<Item = Uuid> 
 }
 
 /// Puts into the record what a clean stop has saved.
-pub(crate) fn seal_changes(record: &mut DiskRecord, saved: &SavedChanges) {
+pub(crate) fn seal_changes(record: &mut DiskRecord, saved: &BTreeMap<Uuid, Result<Uuid, String>>) {
     let seal = |id: Uuid, changed: &mut Option<ChangedRecord>| {
         if let (Some(changed), Some(saved)) = (changed, saved.get(&id)) {
-            changed.clone_from(saved);
+            *changed = ChangedRecord { saved: saved.as_ref().ok().copied(), lost: saved.as_ref().err().cloned() };
         }
     };
     seal(record.live, &mut record.live_changed);
@@ -48,37 +44,15 @@ pub(crate) fn seal_changes(record: &mut DiskRecord, saved: &SavedChanges) {
 }
 
 impl Manager {
-    /// Saves all dirty bitmaps of a disk of which no request is left.
-    pub(crate) fn save_changes(&self, disk: &Disk) -> SavedChanges {
-        let (chain, marks) = (disk.chain(), disk.marks());
-        let versions = chain.links().iter().filter_map(|l| Some((l.version.id, l.version.changed()?)));
-        let marks = marks.iter().filter_map(|m| Some((m.id, m.changed.as_ref()?)));
-        let save = |(id, changed): (Uuid, &Changed)| {
-            let saved = match changed.known() {
-                Ok(table) => {
-                    let saved = self.host.save_table(table, &self.places.saved_changes(id));
-                    saved.map_err(|e| format!("it was not saved: {e}"))
-                }
-                Err(why) => Err(why.to_owned()),
-            };
-            let (saved, lost) = match saved {
-                Ok(seal) => (Some(seal), None),
-                Err(why) => (None, Some(why)),
-            };
-            (id, ChangedRecord { saved, lost })
-        };
-        versions.chain(marks).map(save).collect()
-    }
-
     /// What becomes of the mark of a snapshot that was on its way out when its content was lost. Its files are let go with
     /// the record.
-    pub(crate) fn settle_mark(&self, disk: &Disk, gone: &SnapshotRecord, bookmarks: &mut Vec<BookmarkRecord>) {
-        match DiskFacts::of(disk).mark(gone.id) {
+    pub(crate) fn settle_mark(disk: &Disk, gone: &SnapshotRecord, bookmarks: &mut Vec<BookmarkRecord>) {
+        match disk.facts().mark(gone.id) {
             Some(mark) if gone.leaves_bookmark() => {
                 bookmarks.push(recording::of_bookmark(gone, mark));
                 bookmarks.sort_by_key(|b| b.began);
             }
-            _ => self.editor.forget_mark(disk, gone.id),
+            _ => disk.forget_mark(gone.id),
         }
     }
 

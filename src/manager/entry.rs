@@ -11,15 +11,13 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::door::DiskFacts;
-use crate::engine::{Backing, Disk, Version};
+use crate::door::{Disk, DiskFacts};
 use crate::host::{Host, receive};
 use crate::manager::Manager;
 use crate::manager::legs::Mirror;
 use crate::manager::names::CurrentName;
 use crate::manager::recording;
 use crate::manager::relations::Relations;
-use crate::manager::restoring::SuspendedRestore;
 use crate::store::{BookmarkRecord, DeletionRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, Server};
 
@@ -71,13 +69,14 @@ impl Observer for Frontends {
     }
 }
 
-/// A snapshot. Without a version it is only a record: of content that was lost.
+/// A snapshot.
 pub(crate) struct SnapshotEntry {
     pub(crate) disk: CurrentName,
     pub(crate) name: Name,
     pub(crate) id: Uuid,
     pub(crate) record: Mutex<SnapshotRecord>,
-    pub(crate) version: Option<Arc<Version>>,
+    /// Whether it is only a record: of content that was lost.
+    pub(crate) is_lost: bool,
     pub(crate) server: Mutex<Option<Arc<dyn Server>>>,
     pub(crate) frontends: Arc<Frontends>,
     /// Why there is no socket although the content is whole.
@@ -139,7 +138,7 @@ impl SnapshotEntry {
             return None;
         }
         let record = locked(&self.record).clone();
-        if self.version.is_none() { Some(record) } else { recording::of_snapshot(record, facts) }
+        if self.is_lost { Some(record) } else { recording::of_snapshot(record, facts) }
     }
 
     pub(crate) fn to_api(&self, facts: &DiskFacts) -> api::Snapshot {
@@ -202,10 +201,6 @@ pub(crate) struct DiskEntry {
     pub(crate) former_legs: Mutex<Vec<PathBuf>>,
     /// Its restore in place, if one is under way.
     pub(crate) restore: Mutex<Option<RestoreRecord>>,
-    /// What a restore needs that waits for its volume to be served.
-    pub(crate) suspended: Mutex<Option<SuspendedRestore>>,
-    /// Where legs are, for messages.
-    pub(crate) leg_paths: Arc<Mutex<Vec<(Uuid, PathBuf)>>>,
     /// Whether a snapshot is on its way out. Until the records have forgotten one, the next one may not begin: its blocks
     /// would be folded below a log that a restart still finds.
     pub(crate) retires: AtomicBool,
@@ -233,11 +228,12 @@ struct Looked {
 
 impl Allocated {
     /// What is known now, which is what was known before if the image does not answer at once.
-    fn look(&self, host: &dyn Host, image: &Backing) -> Option<u64> {
+    fn look(&self, host: &dyn Host, disk: &Arc<Disk>) -> Option<u64> {
         if !self.0.is_looking.swap(true, Ordering::SeqCst) {
-            let (of, image, (tell, told)) = (self.0.clone(), image.clone(), channel());
+            let (of, disk, (tell, told)) = (self.0.clone(), disk.clone(), channel());
             let look = move || {
-                *locked(&of.last) = image.allocated_bytes();
+                *locked(&of.last) = disk.allocated_bytes();
+                drop(disk);
                 of.is_looking.store(false, Ordering::SeqCst);
                 drop(tell);
             };
@@ -254,7 +250,7 @@ impl Allocated {
 impl DiskEntry {
     /// What its versions are like now.
     pub(crate) fn facts(&self) -> DiskFacts {
-        DiskFacts::of(&self.disk)
+        self.disk.facts()
     }
 
     pub(crate) fn snapshots(&self) -> Vec<Arc<SnapshotEntry>> {
@@ -297,12 +293,6 @@ impl DiskEntry {
         self.facts().frozen().iter().any(|version| version.has_image() && version.image == path)
     }
 
-    /// The backing of its full image.
-    pub(crate) fn base(&self) -> Backing {
-        let chain = self.disk.chain();
-        chain.layer(chain.pivot_of(chain.live())).image.clone()
-    }
-
     /// Why it cannot be used: what it is restored from or stands on is lost, or a sync of its image, of a volume that of any
     /// of its logs, has failed.
     pub(crate) fn failure(&self, facts: &DiskFacts) -> Option<String> {
@@ -324,7 +314,7 @@ impl DiskEntry {
         let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager, &facts));
         let (size_bytes, block_size) = (facts.geometry.size_bytes, facts.geometry.block_bytes);
         // Not below, where locks are held until all of it is there: the image may keep it waiting.
-        let allocated_bytes = self.allocated.look(&*manager.host, &self.base()).unwrap_or(size_bytes);
+        let allocated_bytes = self.allocated.look(&*manager.host, &self.disk).unwrap_or(size_bytes);
         api::Disk {
             id: Some(self.id),
             name: self.name.get(),
@@ -332,7 +322,7 @@ impl DiskEntry {
             socket: config.socket.clone(),
             size_bytes,
             block_size,
-            logical_block_size: self.disk.geometry().logical_block_bytes,
+            logical_block_size: facts.geometry.logical_block_bytes,
             segments_max: config.segments_max(),
             discard_granularity: config.discard_granularity(),
             discard_max: config.discard_max(),
@@ -351,7 +341,7 @@ impl DiskEntry {
             shared: config.shared,
             durability: config.durability(),
             background_bytes: config.background_bytes(),
-            legs: locked(&self.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default(),
+            legs: locked(&self.mirror).as_ref().map(|m| m.legs_to_api(&facts)).unwrap_or_default(),
             restoring,
         }
     }

@@ -2,7 +2,6 @@
 //!
 //! What always holds: what is made here is ours to remove; a disk's own image and the legs of its mirror never are.
 
-use crate::engine::{Disk, Version};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +11,7 @@ use uuid::Uuid;
 use crate::control::ApiError;
 use crate::control::api::{DiskConfig, Durability};
 use crate::crash;
-use crate::engine::{Backing, Geometry, Layer, Log, Revoke, Saved};
+use crate::door::{Bytes, Geometry, LayerSpec};
 use crate::host::Host;
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::manager::{Manager, image_error, table_error};
@@ -43,13 +42,11 @@ impl Manager {
         id: Uuid,
         config: &DiskConfig,
         geometry: &Geometry,
-    ) -> Result<Layer, ApiError> {
-        let image = Backing::One(self.make_image(path, config, geometry)?);
+    ) -> Result<LayerSpec, ApiError> {
+        let image = Bytes::Image(self.make_image(path, config, geometry)?);
         let made = match config.durability() {
-            Durability::Process => self.make_run_table(id, geometry).map(|table| Layer::of(image, table)),
-            Durability::Power => self
-                .make_saved_table(id, geometry)
-                .map(|table| Layer::saved(image, Arc::new(Saved { table, revoke: self.revoke(id) }))),
+            Durability::Process => self.make_run_table(id, geometry).map(|table| LayerSpec::Table(image, table)),
+            Durability::Power => self.make_saved_table(id, geometry).map(|table| LayerSpec::Saved(image, table)),
         };
         made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
     }
@@ -61,13 +58,11 @@ impl Manager {
         id: Uuid,
         config: &DiskConfig,
         geometry: &Geometry,
-    ) -> Result<Layer, ApiError> {
-        let image = self.make_image(path, config, geometry)?;
-        let made = self
-            .make_durable_table(&self.places.log_table(id), id, geometry)
-            .and_then(|table| Ok(Log { table, freed: Table::in_memory(geometry.blocks())? }));
-        let log = made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)?;
-        Ok(Layer::logged(Backing::One(image), Arc::new(log)))
+    ) -> Result<LayerSpec, ApiError> {
+        let image = Bytes::Image(self.make_image(path, config, geometry)?);
+        let made = self.make_durable_table(&self.places.log_table(id), id, geometry);
+        let made = made.and_then(|table| LayerSpec::log(image, table));
+        made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
     }
 
     fn make_saved_table(&self, id: Uuid, geometry: &Geometry) -> Result<DurableTable, TableError> {
@@ -83,38 +78,25 @@ impl Manager {
         id: Uuid,
         geometry: &Geometry,
     ) -> Result<DurableTable, TableError> {
-        self.make_durable_copy(path, id, self.make_run_table(id, geometry)?)
-    }
-
-    /// The durable copy of a table that is there, on a new file.
-    pub(crate) fn make_durable_copy(
-        &self,
-        path: &Path,
-        id: Uuid,
-        table: Arc<Table>,
-    ) -> Result<DurableTable, TableError> {
-        let (path, size) = (path.to_owned(), DurableTable::image_bytes(table.blocks()));
-        let image = self.host.create_image(&path, size, Direct::Off).map_err(|e| in_table(&path, &e))?;
+        let table = self.make_run_table(id, geometry)?;
+        let image = self.make_durable_image(path, geometry)?;
         let made =
             self.block_on(async move |queue| DurableTable::create(image, id, table, [0; PAYLOAD_BYTES], &queue).await);
-        let table = made.map_err(|message| TableError::Io { path: path.clone(), message })??;
-        self.host
-            .sync_directory_of(&path)
-            .map_err(|e| TableError::Io { path: path.clone(), message: e.to_string() })?;
+        let table = made.map_err(|message| TableError::Io { path: path.to_owned(), message })??;
+        self.store_name(path)?;
         Ok(table)
     }
 
-    /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
-    /// needs no room, unlike writing the word "broken" where there is none.
-    pub(crate) fn revoke(&self, id: Uuid) -> Revoke {
-        let (path, given_up, host) = (self.places.saved_table(id), self.places.given_up_table(id), self.host.clone());
-        Box::new(move || {
-            let renamed = match host.rename(&path, &given_up) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-                _ => host.sync_directory_of(&path),
-            };
-            renamed.map_err(|e| format!("{} cannot be renamed: {e}", path.display()))
-        })
+    /// An image of zeros for the durable copy of a table.
+    pub(crate) fn make_durable_image(&self, path: &Path, geometry: &Geometry) -> Result<SharedImage, TableError> {
+        let size = DurableTable::image_bytes(geometry.blocks());
+        self.host.create_image(path, size, Direct::Off).map_err(|e| in_table(path, &e))
+    }
+
+    /// A new file is there with its name, also after a power cut.
+    pub(crate) fn store_name(&self, path: &Path) -> Result<(), TableError> {
+        let failed = |e: std::io::Error| TableError::Io { path: path.to_owned(), message: e.to_string() };
+        self.host.sync_directory_of(path).map_err(failed)
     }
 
     pub(crate) fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
@@ -156,16 +138,7 @@ impl Manager {
         let failed = |message: String| TableError::Io { path: path.clone(), message };
         let synced = self.block_on(async move |queue| crate::image::sync(&*of, &queue).await);
         synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
-        self.host.sync_directory_of(&path).map_err(|e| failed(e.to_string()))
-    }
-
-    /// What a version shows outlives a power cut from now on, if it is one of those that do.
-    pub(crate) fn store_shown(&self, disk: &Arc<Disk>, version: &Arc<Version>) {
-        let (of, id) = (disk.clone(), version.id);
-        let done = self.block_on(async move |queue| of.make_durable(&queue, id).await);
-        if let Err(e) = done.and_then(|done| done) {
-            disk.break_version(version, &format!("it could not be stored: {e}"));
-        }
+        self.store_name(&path)
     }
 
     /// Removes the dirty bitmap of a version or bookmark that is not remembered any more.
@@ -263,26 +236,25 @@ impl LayerSource for DiskLayers<'_> {
         self.open_whole(image)
     }
 
-    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
-        let image = Backing::One(self.open_whole(image)?);
+    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
+        let image = Bytes::Image(self.open_whole(image)?);
         if how.durable.is_none() {
-            return Ok(Layer::of(image, self.left_table(id, how)?));
+            return Ok(LayerSpec::Table(image, self.left_table(id, how)?));
         }
-        let saved = Saved { table: self.open_table(id, how)?, revoke: self.manager.revoke(id) };
+        let table = self.open_table(id, how)?;
         // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
         // over, may not be durable yet.
         let bytes = image.clone();
-        let committed = self.manager.host.block_on(async move |queue| {
-            saved.table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| saved)
-        })??;
-        Ok(Layer::saved(image, Arc::new(committed)))
+        let committed = self
+            .manager
+            .host
+            .block_on(async move |queue| table.commit_after(&queue, || bytes.sync(&queue)).await.map(|()| table))??;
+        Ok(LayerSpec::Saved(image, committed))
     }
 
-    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<Layer, NotCarriedOut> {
+    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
         let table = self.open_table(id, how)?;
-        let image = self.open_whole(image)?;
-        let freed = Table::in_memory(self.geometry.blocks())?;
-        Ok(Layer::logged(Backing::One(image), Arc::new(Log { table, freed })))
+        Ok(LayerSpec::log(Bytes::Image(self.open_whole(image)?), table)?)
     }
 
     fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {

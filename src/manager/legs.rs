@@ -5,97 +5,51 @@
 //! remembered as such, so that it is not served as the disk by mistake.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::control::api::{self, DiskConfig, JobKind, JobState, LegState};
-use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Notice};
-use crate::engine::{self, Backing, Disk, LegImage, Pair, PairError, PairObserver};
-use crate::image::{Direct, ImageOptions, IoQueue, SharedImage};
-use crate::job::{self, Outcome};
+use crate::control::{ApiError, ErrorCode, EventKind, Notice};
+use crate::door::{self, DiskFacts, ImageSpec, LegImage, Outcome, Work};
+use crate::image::{Direct, ImageOptions, SharedImage};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::{open_image, open_made_here};
-use crate::manager::names::CurrentName;
-use crate::manager::{Manager, image_error, table_error};
+use crate::manager::{Manager, engine_error, image_error, table_error};
 use crate::recovery::{LegUse, Recovery};
 use crate::store::{LegRecord, MirrorRecord};
 
-/// The mirror of a served disk.
+/// The mirror of a served disk: where its legs are, in the order of their places. How they are is told by the engine.
+#[derive(Clone)]
 pub(crate) struct Mirror {
     pub(crate) bitmap: Uuid,
-    /// What the live version writes by.
-    pub(crate) pair: Arc<Pair>,
-    pub(crate) legs: Vec<(LegRecord, Option<SharedImage>)>,
+    pub(crate) legs: Vec<LegRecord>,
     /// Whether its synchronisation was stopped by the user, and waits to be resumed.
     pub(crate) is_stopped: bool,
 }
 
 impl Mirror {
     pub(crate) fn to_record(&self) -> MirrorRecord {
-        let legs = self.legs.iter().map(|(leg, _)| LegRecord { saved: None, ..leg.clone() }).collect();
+        let legs = self.legs.iter().map(|leg| LegRecord { saved: None, ..leg.clone() }).collect();
         MirrorRecord { bitmap: self.bitmap, legs, stopped: self.is_stopped }
     }
 
-    pub(crate) fn state_of(&self, id: Uuid) -> Option<engine::LegState> {
-        self.pair.status().into_iter().find(|leg| leg.id == id).map(|leg| leg.state)
-    }
-
-    pub(crate) fn legs_to_api(&self) -> Vec<api::Leg> {
-        let status = self.pair.status();
-        let leg = |(record, _): &(LegRecord, Option<SharedImage>)| {
-            let found = status.iter().find(|leg| leg.id == record.id);
+    pub(crate) fn legs_to_api(&self, facts: &DiskFacts) -> Vec<api::Leg> {
+        let leg = |record: &LegRecord| {
+            let found = facts.leg(record.id);
             let (state, reason) = match found.map(|leg| leg.state.clone()) {
-                Some(engine::LegState::InSync) => (LegState::InSync, None),
-                Some(engine::LegState::Resynchronising) => (LegState::Resynchronising, None),
-                Some(engine::LegState::Split) => (LegState::Split, None),
-                Some(engine::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
+                Some(door::LegState::InSync) => (LegState::InSync, None),
+                Some(door::LegState::Resynchronising) => (LegState::Resynchronising, None),
+                Some(door::LegState::Split) => (LegState::Split, None),
+                Some(door::LegState::Failed(reason)) => (LegState::Failed, Some(reason)),
                 None => (LegState::Failed, Some("it is not in use".to_owned())),
             };
             let remaining_bytes = found.map_or(0, |leg| leg.left_bytes);
             api::Leg { path: record.path.clone(), state, reason, remaining_bytes }
         };
         self.legs.iter().map(leg).collect()
-    }
-}
-
-/// Tells of dropped legs, and breaks what was frozen on one.
-struct Legs {
-    disk: CurrentName,
-    bus: Arc<EventBus>,
-    of: Weak<Disk>,
-    /// Where the legs are, also those that come later.
-    paths: Arc<std::sync::Mutex<Vec<(Uuid, PathBuf)>>>,
-}
-
-impl PairObserver for Legs {
-    fn leg_dropped(&self, leg: Uuid, reason: &str) {
-        let path = locked(&self.paths).iter().find(|(id, _)| *id == leg).map(|(_, path)| path.clone());
-        let path = path.unwrap_or_default();
-        if let Some(disk) = self.of.upgrade() {
-            let chain = disk.chain();
-            for link in &chain.links()[..chain.live()] {
-                if link.layer.image.path() == path && matches!(link.layer.image, Backing::One(_)) {
-                    disk.break_version(&link.version, reason);
-                }
-            }
-        }
-        self.bus.publish(Notice::of_disk(EventKind::LegFailed, &self.disk.get()).with_leg(&path).because(reason));
-    }
-}
-
-/// The full image of a disk as it is opened, and its mirror.
-pub(crate) struct Base {
-    pub(crate) backing: Backing,
-    pub(crate) mirror: Option<Mirror>,
-}
-
-pub(crate) fn pair_error(e: PairError) -> ApiError {
-    match e {
-        PairError::Image(e) => image_error(e),
-        e => ApiError::new(ErrorCode::MirrorNotInSync, e.to_string()),
     }
 }
 
@@ -109,14 +63,6 @@ pub(crate) fn check_units(path: &Path, leg: &SharedImage, other_bytes: u32) -> R
 }
 
 impl Manager {
-    pub(crate) fn in_ring<T: 'static>(
-        &self,
-        work: impl AsyncFnOnce(IoQueue) -> Result<T, PairError> + 'static,
-    ) -> Result<T, ApiError> {
-        let done = self.host.block_on(work).map_err(|e| ApiError::new(ErrorCode::Io, format!("no ring: {e}")))?;
-        done.map_err(pair_error)
-    }
-
     /// The image of a leg, made if there is none.
     pub(crate) fn leg_image(&self, path: &Path, size_bytes: u64, config: &DiskConfig) -> Result<SharedImage, ApiError> {
         if self.host.is_free(path) {
@@ -145,7 +91,7 @@ impl Manager {
     }
 
     /// Whether an image can become a second leg of a disk that is about to be served. It is not made yet.
-    pub(crate) fn check_new_leg(&self, path: &Path, config: &DiskConfig, disk: &Disk) -> Result<(), ApiError> {
+    pub(crate) fn check_new_leg(&self, path: &Path, config: &DiskConfig, disk: &DiskFacts) -> Result<(), ApiError> {
         if self.host.is_free(path) {
             let parent = path.parent().filter(|dir| !self.host.is_directory(dir));
             return parent.map_or(Ok(()), |dir| {
@@ -154,22 +100,21 @@ impl Manager {
                     .with_action("make it first, or name another image"))
             });
         }
-        let image = self.leg_image(path, disk.geometry().size_bytes, config)?;
-        let chain = disk.chain();
-        check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)
+        let image = self.leg_image(path, disk.geometry.size_bytes, config)?;
+        check_units(path, &image, disk.unit_bytes)
     }
 
     pub(crate) fn bitmap_path(&self, id: Uuid) -> PathBuf {
         self.places.log_table(id)
     }
 
-    /// Opens the full image of a disk: its one image, or the legs of its mirror that are to be used.
+    /// Opens the images of a disk: its one image, or the legs of its mirror that are to be used.
     pub(crate) fn open_base(
         &self,
         config: &DiskConfig,
         recovery: Option<&Recovery>,
         options: ImageOptions,
-    ) -> Result<Base, ApiError> {
+    ) -> Result<(ImageSpec, Option<Mirror>), ApiError> {
         let open = |path: &Path| self.host.open_image(path, options);
         let mirrored = recovery.and_then(|r| Some((r.record.mirror.as_ref()?, r.mirror.as_ref()?)));
         let Some((mirror, decided)) = mirrored else {
@@ -178,7 +123,7 @@ impl Manager {
                 true => open_made_here(&*self.host, &config.path, config, options),
                 false => open(&config.path),
             };
-            return Ok(Base { backing: Backing::One(image.map_err(image_error)?), mirror: None });
+            return Ok((ImageSpec::Image(image.map_err(image_error)?), None));
         };
         let (mut legs, mut images) = (Vec::new(), Vec::new());
         for (leg, (_, what)) in mirror.legs.iter().zip(&decided.legs) {
@@ -190,71 +135,48 @@ impl Manager {
                     None
                 }
             };
-            images.extend(image.clone().map(|image| LegImage { id: leg.id, image }));
+            images.extend(image.map(|image| LegImage { id: leg.id, image }));
             if *what != LegUse::Forgotten {
-                legs.push((leg.clone(), image));
+                legs.push(leg.clone());
             }
         }
-        let (id, block_bytes) = (mirror.bitmap, config.block_size);
+        let id = mirror.bitmap;
         let bitmap = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: options.lock_wait };
         let bitmap = self.host.open_image(&self.bitmap_path(id), bitmap).map_err(image_error)?;
         let unused = mirror.legs.iter().zip(&decided.legs).filter(|(_, (_, what))| matches!(what, LegUse::Unused(_)));
         let unused: Vec<Uuid> = unused.map(|(leg, _)| leg.id).collect();
-        let pair = self.in_ring(async move |queue| {
-            let pair = Pair::open(&images, bitmap, id, block_bytes, &queue).await?;
-            // That of a split that never came to be: no snapshot has it, so no deletion brings it back.
-            for leg in pair.status().into_iter().filter(|leg| leg.state == engine::LegState::Split) {
-                if unused.contains(&leg.id) {
-                    pair.forget(&queue, leg.id).await?;
-                }
-            }
-            Ok(pair)
-        })?;
-        let mirror = Mirror { bitmap: id, pair: pair.clone(), legs, is_stopped: mirror.stopped };
-        Ok(Base { backing: Backing::Pair(pair), mirror: Some(mirror) })
+        let mirror = Mirror { bitmap: id, legs, is_stopped: mirror.stopped };
+        Ok((ImageSpec::Mirror { id, bitmap, legs: images, unused }, Some(mirror)))
     }
 
     /// What a mirrored disk does once it is served: legs that are behind are brought up to date.
     pub(crate) fn resume_mirror(&self, disk: &Arc<DiskEntry>) {
-        self.watch_legs(disk);
         if let Err(e) = self.take_unheld_leg_back(disk) {
             return log::error!("disk {}: a leg does not come back: {}", disk.name, e.message);
         }
-        let pair = locked(&disk.mirror).as_ref().map(|mirror| mirror.pair.clone());
-        let Some(pair) = pair.filter(|_| disk.has_leg_behind()) else { return };
+        if locked(&disk.mirror).is_none() || !disk.has_leg_behind() {
+            return;
+        }
         if locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.is_stopped) {
             let job = self.new_job(JobKind::Mirror, disk, None);
             return self.end_job(&job, JobState::Stopped, None);
         }
-        self.start_resync(disk, pair);
+        self.start_resync(disk);
     }
 
     /// A split leg that no snapshot holds, of a split that never came to be or of a snapshot that has gone, is one that is to
     /// be synchronised.
     pub(crate) fn take_unheld_leg_back(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+        let facts = disk.facts();
         let unheld = locked(&disk.mirror).as_ref().and_then(|mirror| {
-            let is_split = |leg: &LegRecord| mirror.state_of(leg.id) == Some(engine::LegState::Split);
-            let (leg, image) = mirror.legs.iter().find(|(leg, _)| is_split(leg) && !disk.holds_leg(&leg.path))?;
-            Some((mirror.pair.clone(), LegImage { id: leg.id, image: image.clone()? }))
+            let is_split = |leg: &LegRecord| facts.leg(leg.id).is_some_and(|leg| leg.state == door::LegState::Split);
+            mirror.legs.iter().find(|leg| is_split(leg) && !disk.holds_leg(&leg.path)).map(|leg| leg.id)
         });
-        let Some((pair, leg)) = unheld else { return Ok(()) };
-        self.in_ring(async move |queue| pair.attach(&queue, leg, false).await)
+        let is_there = |leg: &Uuid| facts.leg(*leg).is_some_and(|leg| leg.path.is_some());
+        unheld.filter(is_there).map_or(Ok(()), |leg| disk.disk.bring_leg_back(leg, None)).map_err(engine_error)
     }
 
-    pub(crate) fn watch_legs(&self, disk: &Arc<DiskEntry>) {
-        let mirror = locked(&disk.mirror);
-        let Some(mirror) = mirror.as_ref() else { return };
-        let paths: Vec<_> = mirror.legs.iter().map(|(leg, _)| (leg.id, leg.path.clone())).collect();
-        locked(&disk.leg_paths).extend(paths);
-        mirror.pair.observe(Arc::new(Legs {
-            disk: disk.name.clone(),
-            bus: self.bus.clone(),
-            of: Arc::downgrade(&disk.disk),
-            paths: disk.leg_paths.clone(),
-        }));
-    }
-
-    pub(crate) fn start_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>) {
+    pub(crate) fn start_resync(&self, disk: &Arc<DiskEntry>) {
         if self.is_stopping() {
             return; // The next start goes on with it.
         }
@@ -264,11 +186,11 @@ impl Manager {
             Some(job) => {
                 job.begin_again();
                 self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
-                self.run_resync(disk, pair, job);
+                self.run_resync(disk, job);
             }
             None => {
                 let job = self.new_job(JobKind::Mirror, disk, None);
-                self.run_resync(disk, pair, job);
+                self.run_resync(disk, job);
             }
         }
     }
@@ -282,34 +204,31 @@ impl Manager {
 
     /// Goes on with a synchronisation that was stopped or failed.
     pub(crate) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
-        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
-        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         let set_stopped = |is_stopped| {
-            locked(&disk.mirror).as_mut().is_some_and(|mirror| std::mem::replace(&mut mirror.is_stopped, is_stopped))
+            let mut mirror = locked(&disk.mirror);
+            mirror.as_mut().map(|mirror| std::mem::replace(&mut mirror.is_stopped, is_stopped))
         };
-        let was_stopped = set_stopped(false);
+        let was_stopped = set_stopped(false).ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             set_stopped(was_stopped);
             return Err(e);
         }
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
-        self.run_resync(disk, pair, job);
+        self.run_resync(disk, job);
         Ok(())
     }
 
-    pub(crate) fn run_resync(&self, disk: &Arc<DiskEntry>, pair: Arc<Pair>, job: Arc<JobEntry>) {
+    pub(crate) fn run_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) {
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
             mirror.is_stopped = false;
         }
         let (on, of, ours, again) = (disk.clone(), disk.clone(), job.clone(), disk.clone());
         let copied = disk.legs_behind();
         let run = move |manager: &Manager| {
-            let (disk, pace) = (on.disk.clone(), ours.pace.clone());
-            let done = manager.block_on(async move |queue| job::resync(queue, disk, pair, pace).await)?;
-            let outcome = done.map_err(|e| e.to_string())?;
-            let legs = locked(&on.mirror).as_ref().map(Mirror::legs_to_api).unwrap_or_default();
-            if let (Outcome::Done, Some(leg)) = (outcome, legs.last()) {
+            let outcome = on.disk.run(Work::Resync, &ours.pace)?;
+            let leg = locked(&on.mirror).as_ref().and_then(|mirror| mirror.legs.last().cloned());
+            if let (Outcome::Done, Some(leg)) = (outcome, leg) {
                 manager.bus.publish(Notice::of_disk(EventKind::LegInSync, &on.name.get()).with_leg(&leg.path));
             }
             Ok(outcome)
@@ -322,9 +241,8 @@ impl Manager {
         // A leg that took the place of the one that failed found a job that was still running.
         let after = move |manager: &Manager, state| {
             let is_new = again.legs_behind().iter().any(|leg| !copied.contains(leg));
-            let pair = locked(&again.mirror).as_ref().map(|mirror| mirror.pair.clone());
-            if let (JobState::Failed, true, Some(pair)) = (state, is_new, pair) {
-                manager.start_resync(&again, pair);
+            if (state, is_new) == (JobState::Failed, true) {
+                manager.start_resync(&again);
             }
         };
         self.run_job("mirror", &job, run, mark_stopped, after);
@@ -333,16 +251,15 @@ impl Manager {
     /// Clears what the bitmaps need not remember any more, now and then.
     pub(crate) fn clean_mirrors(&self) {
         for disk in self.all_disks() {
-            let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
-            let Some(pair) = pair.filter(|p| p.marked_bytes() > 0) else { continue };
+            if locked(&disk.mirror).is_none() || disk.facts().marked_bytes == 0 {
+                continue;
+            }
             if disk.cleaning.swap(true, std::sync::atomic::Ordering::AcqRel) {
                 continue;
             }
-            let (of, host) = (disk.clone(), self.host.clone());
+            let of = disk.clone();
             let started = self.start_thread("clean", move || {
-                let disk = of.disk.clone();
-                let done = host.block_on(async move |queue| pair.clean(&queue, disk.block_locks()).await);
-                if let Err(e) = done.map_err(|e| e.to_string()).and_then(|d| d.map_err(|e| e.to_string())) {
+                if let Err(e) = of.disk.clean_mirror() {
                     log::warn!("disk {}: the write-intent bitmap is not cleaned: {e}", of.name);
                 }
                 of.cleaning.store(false, std::sync::atomic::Ordering::Release);
@@ -357,9 +274,8 @@ impl Manager {
 impl DiskEntry {
     /// The legs of it that are to be synchronised.
     fn legs_behind(&self) -> Vec<Uuid> {
-        let mirror = locked(&self.mirror);
-        let status = mirror.as_ref().map(|mirror| mirror.pair.status()).unwrap_or_default();
-        status.iter().filter(|leg| leg.state == engine::LegState::Resynchronising).map(|leg| leg.id).collect()
+        let legs = self.facts().legs.into_iter();
+        legs.filter(|leg| leg.state == door::LegState::Resynchronising).map(|leg| leg.id).collect()
     }
 
     /// Whether a leg of it is to be synchronised.

@@ -40,7 +40,7 @@ use uuid::Uuid;
 
 use crate::control::{ApiError, ErrorCode, EventBus, EventKind, Name, Notice};
 use crate::crash;
-use crate::engine::{Attachment, ChainEditor, DiskObserver, Epoch, EpochClock, VersionId};
+use crate::door::{Attachment, Engine, Epoch, Event, Supervisor, VersionId};
 use crate::host::{Host, Running, receive};
 use crate::image::{ImageError, ImageErrorKind};
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -73,8 +73,7 @@ pub struct Manager {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) places: Arc<Places>,
     pub(crate) records: Box<dyn RecordStore>,
-    pub(crate) clock: EpochClock,
-    pub(crate) editor: Arc<ChainEditor>,
+    pub(crate) engine: Arc<Engine>,
     pub(crate) bus: Arc<EventBus>,
     pub(crate) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
     /// What is remembered or configured and cannot be served.
@@ -100,21 +99,27 @@ pub struct Manager {
 
 /// What the housekeeper is told.
 pub(crate) enum HouseNews {
-    /// A data-path thread found that a version is broken.
-    Broken(VersionId),
+    /// The engine has noticed something of a disk.
+    Engine(Uuid, Event),
     /// The daemon is going down.
     Stopping,
 }
 
-/// Passes broken versions on from data-path threads to the housekeeper.
-pub(crate) struct BrokenVersions {
-    pub(crate) tell: Sender<HouseNews>,
-    pub(crate) host: Arc<dyn Host>,
-    pub(crate) places: Arc<Places>,
+/// What the engine asks for and tells, on data-path threads: files are written at once, all else is the housekeeper's.
+struct EngineRoom {
+    tell: Sender<HouseNews>,
+    host: Arc<dyn Host>,
+    places: Arc<Places>,
 }
 
-impl DiskObserver for BrokenVersions {
-    fn version_breaks(&self, version: VersionId, reason: &str) {
+impl Supervisor for EngineRoom {
+    fn told(&self, disk: Uuid, event: Event) {
+        if self.tell.send(HouseNews::Engine(disk, event)).is_err() {
+            log::debug!("something happened to a disk while the daemon ends");
+        }
+    }
+
+    fn breaks(&self, version: VersionId, reason: &str) {
         let mark = self.places.broken_mark(version);
         if let Err(e) = self.host.write_note(&mark, reason) {
             log::error!(
@@ -124,10 +129,15 @@ impl DiskObserver for BrokenVersions {
         }
     }
 
-    fn version_broken(&self, version: VersionId, _reason: &str) {
-        if self.tell.send(HouseNews::Broken(version)).is_err() {
-            log::debug!("a version broke while the daemon ends");
-        }
+    /// A version below the pivot is not believed after a power cut unless its durable table has its name. Changing a name
+    /// needs no room, unlike writing the word "broken" where there is none.
+    fn give_up(&self, version: VersionId) -> Result<(), String> {
+        let (path, given_up) = (self.places.saved_table(version), self.places.given_up_table(version));
+        let renamed = match self.host.rename(&path, &given_up) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => self.host.sync_directory_of(&path),
+        };
+        renamed.map_err(|e| format!("{} cannot be renamed: {e}", path.display()))
     }
 }
 
@@ -146,14 +156,14 @@ impl Manager {
         if !dropped.is_empty() && remembered.unreadable.is_empty() {
             records.forget_dropped()?;
         }
-        let clock = EpochClock::new(first_epoch(&remembered.disks));
-        let (house, inbox) = channel();
+        let ((house, inbox), places) = (channel(), Arc::new(places));
+        let room = EngineRoom { tell: house.clone(), host: host.clone(), places: places.clone() };
+        let engine = Engine::new(host.clone(), Arc::new(room), first_epoch(&remembered.disks));
         let manager = Arc::new_cyclic(|me| Manager {
             host,
-            places: Arc::new(places),
+            places,
             records,
-            editor: Arc::new(ChainEditor::new(clock.clone())),
-            clock,
+            engine,
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
             unserved: Mutex::default(),
@@ -184,13 +194,13 @@ impl Manager {
     /// The epoch that requests enter now.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
-        self.clock.current()
+        self.engine.epoch()
     }
 
     /// The disk or volume that is served so.
     #[must_use]
     pub fn disk_at(&self, attachment: &Attachment) -> Option<Uuid> {
-        self.all_disks().into_iter().find(|entry| Arc::ptr_eq(&entry.disk, attachment.disk())).map(|entry| entry.id)
+        self.engine.disk_at(attachment).filter(|id| self.all_disks().iter().any(|disk| disk.id == *id))
     }
 
     /// A number that no job had before.
@@ -269,9 +279,19 @@ impl Manager {
         }
     }
 
-    fn tell_broken(&self, id: Uuid) {
-        for disk in self.all_disks() {
-            let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) else { continue };
+    /// Tells what the engine has noticed of a disk.
+    fn tell(&self, id: Uuid, event: Event) {
+        let Some(disk) = self.all_disks().into_iter().find(|disk| disk.id == id) else { return };
+        match event {
+            Event::VersionBroken(version) => self.tell_broken(disk, version),
+            Event::LegOut(path, why) => {
+                self.bus.publish(Notice::of_disk(EventKind::LegFailed, &disk.name.get()).with_leg(&path).because(why));
+            }
+        }
+    }
+
+    fn tell_broken(&self, disk: Arc<DiskEntry>, id: Uuid) {
+        if let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) {
             let reason = snapshot.broken(&disk.facts()).unwrap_or_default();
             log::error!("snapshot {} is broken: {reason}", snapshot.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference()).because(reason));
@@ -306,7 +326,7 @@ fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
         let news = receive(&*host, inbox, Duration::from_millis(500));
         let Some(manager) = manager.upgrade() else { return };
         match news {
-            Ok(HouseNews::Broken(version)) => manager.tell_broken(version),
+            Ok(HouseNews::Engine(disk, event)) => manager.tell(disk, event),
             // Guests wait for the next daemon; what is still to be told is in the records that are saved.
             Ok(HouseNews::Stopping) => return,
             Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
@@ -332,6 +352,18 @@ fn first_epoch(disks: &[DiskRecord]) -> Epoch {
 
 pub(crate) fn record_error(e: RecordError) -> ApiError {
     let code = if matches!(e, RecordError::NoSpace(_)) { ErrorCode::NoSpace } else { ErrorCode::Io };
+    ApiError::new(code, e.to_string())
+}
+
+pub(crate) fn engine_error(e: crate::door::Error) -> ApiError {
+    use crate::door::Error;
+    let code = match e {
+        Error::Image(e) => return image_error(e),
+        Error::Mirror(_) => ErrorCode::MirrorNotInSync,
+        Error::Broken(_) => ErrorCode::SnapshotBroken,
+        Error::Busy(_) => ErrorCode::Unavailable,
+        Error::Io(_) => ErrorCode::Io,
+    };
     ApiError::new(code, e.to_string())
 }
 

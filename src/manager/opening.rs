@@ -10,20 +10,18 @@ use uuid::Uuid;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
-use crate::door::DiskFacts;
-use crate::engine::{Disk, DiskOptions, Geometry, Version};
+use crate::door::{Disk, DiskSpec, Geometry, ImageSpec};
 use crate::image::ImageOptions;
 use crate::manager::changes::with_tables;
 use crate::manager::entry::{Allocated, DiskEntry, Frontends, SnapshotEntry, locked, record_of};
 use crate::manager::layers::{DiskLayers, direct_of};
-use crate::manager::legs::{Base, Mirror};
+use crate::manager::legs::Mirror;
 use crate::manager::names::CurrentName;
 use crate::manager::planned::{Planned, lock_wait_after_decision, unserved};
 use crate::manager::relations::Relations;
-use crate::manager::restoring::SuspendedRestore;
 use crate::manager::sockets::{clear_socket, serve_live};
 use crate::manager::unserved::Unserved;
-use crate::manager::{BrokenVersions, Manager, record_error, table_error};
+use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::recovery::{LegUse, Recovery, Taken, Why, carry_out};
 use crate::store::{BookmarkRecord, DiskRecord, RestoreRecord, SnapshotRecord};
 
@@ -33,12 +31,11 @@ pub(crate) struct Opened<'a> {
     pub(crate) id: Uuid,
     pub(crate) boot: Uuid,
     pub(crate) config: DiskConfig,
-    pub(crate) disk: Arc<Disk>,
+    pub(crate) disk: Disk,
     pub(crate) mirror: Option<Mirror>,
     pub(crate) former_legs: Vec<PathBuf>,
     pub(crate) relations: Relations,
     pub(crate) restore: Option<RestoreRecord>,
-    pub(crate) suspended: Option<SuspendedRestore>,
     pub(crate) snapshots: Vec<Arc<SnapshotEntry>>,
     pub(crate) bookmarks: Vec<BookmarkRecord>,
     /// What the records have said of it.
@@ -69,20 +66,20 @@ impl Manager {
         let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
         let mut relations = record.as_ref().map(Relations::of).unwrap_or_default();
         relations.set = relations.set.still_in(config);
-        let Base { backing, mirror } = match &relations.volume {
+        let (image, mirror) = match &relations.volume {
             Some(volume) => {
                 let lost = recovery.as_ref().and_then(Recovery::why_hollow);
-                Base { backing: self.base_of(volume, lost), mirror: None }
+                (ImageSpec::Base(self.base_of(volume, lost)), None)
             }
             None => self.open_base(config, recovery.as_ref(), options).map_err(in_disk)?,
         };
         let (path, block_bytes) = (config.path.clone(), config.block_size);
-        let unit_bytes = backing.alignment().offset_bytes;
+        let unit_bytes = image.unit_bytes();
         if unit_bytes > block_bytes {
             return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
         }
         let logical_block_bytes = config.logical_block_size();
-        let geometry = Geometry { logical_block_bytes, ..Geometry::of(&backing, config.block_size) };
+        let geometry = Geometry { logical_block_bytes, ..image.geometry(block_bytes) };
         let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
         let boot = self.host.boot().map_err(table_error)?;
         let discards = self.make_run_table(id, &geometry).map_err(table_error)?;
@@ -97,31 +94,28 @@ impl Manager {
         }
         let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
         let taken = match &recovery {
-            None => Taken::of_new_disk(self.host.new_id(), backing.clone()),
-            Some(recovery) => carry_out(recovery, &backing, self.host.unix_ms(), &layers)
+            None => Taken::of_new_disk(self.host.new_id()),
+            Some(recovery) => carry_out(recovery, self.host.unix_ms(), &layers)
                 .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
         };
-        let options =
-            DiskOptions { image: backing, block_bytes: config.block_size, read_only: config.readonly(), discards };
-        let disk = Disk::announcing(Some(logical_block_bytes), self.clock.clone(), options, taken.links);
-        disk.observe(Arc::new(BrokenVersions {
-            tell: self.house.clone(),
-            host: self.host.clone(),
-            places: self.places.clone(),
-        }));
-        disk.remember_marks(taken.marks);
-        let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
-        let (restore, mut suspended) = match &recovery {
+        let (restore, begun) = match &recovery {
             None => (None, None),
-            Some(recovery) => self.take_up_restore(&disk, recovery, &layers).map_err(in_disk)?,
+            Some(recovery) => self.take_up_restore(recovery, &layers).map_err(in_disk)?.unzip(),
         };
-        if let Some(why) = recovery.as_ref().and_then(Recovery::why_hollow)
-            && let Some(SuspendedRestore { closed: Some(closed), pending }) = suspended.take()
-        {
-            closed.lose(why.to_string());
-            // What it waits for may come back.
-            suspended = Some(SuspendedRestore { closed: None, pending });
-        }
+        let spec = DiskSpec {
+            id,
+            image,
+            block_bytes,
+            logical_block_bytes: Some(logical_block_bytes),
+            read_only: config.readonly(),
+            window_bytes: config.background_bytes().into(),
+            discards,
+            versions: taken.versions,
+            marks: taken.marks,
+            restore: begun,
+        };
+        let disk = self.engine.open(spec).map_err(engine_error).map_err(in_disk)?;
+        let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
             return Err(ApiError::new(ErrorCode::DiskBusy, message)
@@ -133,12 +127,12 @@ impl Manager {
             let gone = decided.legs.iter().filter(|(_, leg)| *leg == LegUse::Forgotten).map(|(path, _)| path.clone());
             former_legs.extend(gone);
             if decided.legs.iter().any(|(_, leg)| *leg == LegUse::Forgotten) {
-                config.path.clone_from(&mirror.legs[0].0.path);
-                config.mirror = mirror.legs.get(1).map(|(leg, _)| leg.path.clone());
+                config.path.clone_from(&mirror.legs[0].path);
+                config.mirror = mirror.legs.get(1).map(|leg| leg.path.clone());
             }
         }
-        for (gone, _) in taken.snapshots.iter().filter(|(s, version)| version.is_none() && s.deletion.is_some()) {
-            self.settle_mark(&disk, gone, &mut bookmarks);
+        for (gone, _) in taken.snapshots.iter().filter(|(s, has_version)| !has_version && s.deletion.is_some()) {
+            Manager::settle_mark(&disk, gone, &mut bookmarks);
         }
         let current = CurrentName::new(name.clone());
         let snapshots: Vec<_> = taken.snapshots.into_iter().filter_map(|t| self.entry_of(&current, t)).collect();
@@ -146,14 +140,14 @@ impl Manager {
         // power cut believes it.
         let drained = record.iter().flat_map(|r| &r.snapshots).filter(|s| s.quiesced_ms.is_none());
         for drained in drained {
-            if let Some(version) = snapshots.iter().find(|s| s.id == drained.id).and_then(|s| s.version.as_ref()) {
-                self.store_shown(&disk, version);
+            if snapshots.iter().any(|s| s.id == drained.id && !s.is_lost) {
+                disk.store_shown(drained.id);
             }
         }
         let leg = config.mirror.clone().filter(|_| mirror.is_none());
         if let Some(path) = &leg {
             // What is wrong with it is said before the record says that the disk may have changed.
-            self.check_new_leg(path, &config, &disk).map_err(in_disk)?;
+            self.check_new_leg(path, &config, &disk.facts()).map_err(in_disk)?;
         }
         let opened = Opened {
             name: current,
@@ -165,7 +159,6 @@ impl Manager {
             former_legs,
             relations,
             restore,
-            suspended,
             snapshots,
             bookmarks,
             record: record.as_ref(),
@@ -214,15 +207,13 @@ impl Manager {
             former_legs,
             relations,
             restore,
-            suspended,
             snapshots,
             bookmarks,
             record,
         } = opened;
         let name = &current.get();
-        disk.background().set_window(config.background_bytes().into());
         // From here on the disk may change: the record must not say "saved" any more.
-        let facts = DiskFacts::of(&disk);
+        let facts = disk.facts();
         let mut unsaved = record_of((id, name, boot), &config, &facts, &snapshots);
         unsaved.mirror = mirror.as_ref().map(Mirror::to_record);
         relations.put_into(&mut unsaved);
@@ -259,13 +250,11 @@ impl Manager {
             path: Mutex::new(config.path.clone()),
             socket: Mutex::new(socket.clone()),
             config,
-            disk,
+            disk: Arc::new(disk),
             relations: Mutex::new(relations),
             mirror: Mutex::new(mirror),
             former_legs: Mutex::new(former_legs),
             restore: Mutex::new(restore),
-            suspended: Mutex::new(suspended),
-            leg_paths: Arc::default(),
             retires: AtomicBool::new(false),
             cleaning: AtomicBool::new(false),
             server: Mutex::new(server),
@@ -303,11 +292,11 @@ impl Manager {
     pub(crate) fn entry_of(
         &self,
         disk: &CurrentName,
-        (record, version): (SnapshotRecord, Option<Arc<Version>>),
+        (record, has_version): (SnapshotRecord, bool),
     ) -> Option<Arc<SnapshotEntry>> {
         let name: Name = record.name.parse().ok()?;
         let reference = SnapshotRef { disk: disk.get(), name: name.clone() };
-        if version.is_none() && record.deletion.is_some() {
+        if !has_version && record.deletion.is_some() {
             // Never announced, or on its way out: nobody misses it.
             log::info!("snapshot {reference}: removing what an unfinished operation left");
             clear_socket(&*self.host, &record);
@@ -325,7 +314,7 @@ impl Manager {
             disk: disk.clone(),
             name,
             record: Mutex::new(record),
-            version,
+            is_lost: !has_version,
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),

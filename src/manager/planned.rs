@@ -82,7 +82,7 @@ impl Manager {
         let of_disk = |disk: &std::sync::Arc<crate::manager::entry::DiskEntry>| {
             let facts = disk.facts();
             let version = |entry: std::sync::Arc<crate::manager::entry::SnapshotEntry>| {
-                let is_going = facts.version(entry.id).map_or(entry.version.is_some(), |v| v.is_retiring);
+                let is_going = facts.version(entry.id).map_or(!entry.is_lost, |version| version.is_retiring);
                 let why = entry.unreadable(&facts).map(Why::Said);
                 let size_bytes = facts.geometry.size_bytes;
                 ServedVersion { id: entry.id, size_bytes, broken: why.or(is_going.then_some(Why::Deleting)) }

@@ -37,7 +37,7 @@ impl Manager {
             let busy = |what: &str| ApiError::new(ErrorCode::SnapshotBusy, format!("snapshot {from} {what}"));
             let facts = disk.facts();
             match entry.state(&facts) {
-                SnapshotState::Quiesced if entry.version.is_some() => return begin(&disk, &entry),
+                SnapshotState::Quiesced if !entry.is_lost => return begin(&disk, &entry),
                 SnapshotState::Quiesced | SnapshotState::Broken => {
                     let why = entry.unreadable(&facts).unwrap_or_default();
                     return Err(ApiError::new(ErrorCode::SnapshotBroken, format!("snapshot {from} is broken: {why}")));

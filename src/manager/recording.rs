@@ -9,8 +9,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::door::{ChangedFacts, DiskFacts, LayerKind, MarkFacts};
-use crate::engine::NewLayer;
+use crate::door::{ChangedFacts, DiskFacts, LayerKind, LayerSpec, MarkFacts, NewLayer};
 use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
@@ -100,7 +99,7 @@ pub(crate) fn updated(mut record: DiskRecord, live: Uuid, path: &Path, from: &st
 }
 
 /// What the records say after a cut of the disk that `record` and `facts` describe, but for its epoch, which is 0: nobody
-/// has been told of the snapshot.
+/// has been told of the snapshot. The file that was made for `snapshot`, or the leg that it takes, is its image.
 #[must_use]
 pub(crate) fn before_cut(
     mut record: DiskRecord,
@@ -110,19 +109,17 @@ pub(crate) fn before_cut(
     new_live: Uuid,
 ) -> DiskRecord {
     match layer {
-        NewLayer::Frozen { layer } => {
-            layer.image.path().clone_into(&mut snapshot.image);
-            snapshot.durable = layer.saved_durably().is_some();
+        NewLayer::Frozen(layer) => {
+            snapshot.durable = matches!(layer, LayerSpec::Saved(..));
             snapshot.splits = std::mem::take(&mut record.live_splits);
         }
-        NewLayer::Live { layer } => {
+        NewLayer::Live(layer) => {
             snapshot.image.clone_from(&facts.live().image);
             snapshot.owns_all = record.live_log.is_none();
             snapshot.splits = std::mem::take(&mut record.live_splits);
-            record.live_log = Some(layer.image.path().to_owned());
+            record.live_log = layer.path().map(Path::to_owned);
         }
-        NewLayer::Split { frozen, .. } => {
-            frozen.path().clone_into(&mut snapshot.image);
+        NewLayer::Split => {
             snapshot.owns_all = true;
             snapshot.splits = std::mem::replace(&mut record.live_splits, true);
         }

@@ -11,35 +11,17 @@ use uuid::Uuid;
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Notice};
 use crate::crash;
-use crate::door::DiskFacts;
-use crate::engine::{ClosedDisk, Disk, RestoreSource, Restoring, View};
-use crate::job::{self, Outcome};
+use crate::door::{BaseSpec, DiskFacts, Outcome, RestoreSpec, Work};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::layers::DiskLayers;
 use crate::recovery::Recovery;
-use crate::store::{BlockIndex, DiskRecord, DurableTable, RestorePhase, RestoreRecord, RestoreSourceKind};
-
-/// A disk that waits for the volume that it is restored from.
-pub(crate) struct SuspendedRestore {
-    /// None when its requests fail meanwhile.
-    pub(crate) closed: Option<ClosedDisk>,
-    pub(crate) pending: DurableTable,
-}
+use crate::store::{DiskRecord, RestorePhase, RestoreRecord, RestoreSourceKind};
 
 /// How often it is looked whether another thread has looked through the restores.
 const LOOK: Duration = Duration::from_millis(1);
-
-impl SuspendedRestore {
-    /// Every request on the disk fails from here on.
-    pub(crate) fn lose(self, reason: String) {
-        if let Some(closed) = self.closed {
-            closed.lose(reason);
-        }
-    }
-}
 
 impl Manager {
     pub(crate) fn holder_of(&self, version: Uuid) -> Option<(Arc<DiskEntry>, Arc<SnapshotEntry>)> {
@@ -84,23 +66,18 @@ impl Manager {
 
     /// The job of a restore, on a thread and ring of its own.
     pub(crate) fn bring_back(&self, disk: &Arc<DiskEntry>, job: &JobEntry) -> Result<Outcome, String> {
-        let (of, pace) = (disk.disk.clone(), job.pace.clone());
-        let done = self.block_on(async move |queue| job::restore(queue, of, pace).await)?.map_err(|e| e.to_string())?;
+        let done = disk.disk.run(Work::Restore, &job.pace)?;
         if done == Outcome::Stopped {
             return Ok(done);
         }
         let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
-        let is_over = |of: &Restoring| of.pending().table().next_set(BlockIndex(0)).is_none();
-        if !disk.disk.chain().restoring().is_some_and(|restoring| is_over(restoring)) {
-            return Err("some blocks are not brought back yet; resume it".to_owned());
-        }
         let record = locked(&disk.restore).take();
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             *locked(&disk.restore) = record;
             return Err(e.to_string());
         }
         crash::point("after a restore was forgotten");
-        if !self.editor.end_restore(&disk.disk) {
+        if !disk.disk.end_restore() {
             return Err(
                 "it is recorded as ended, and some blocks are not brought back; start the daemon anew".to_owned()
             );
@@ -123,27 +100,20 @@ impl Manager {
         Ok(())
     }
 
-    /// Puts a restore that is to go on into the disk's chain, before the disk is served. One from a volume waits until that
-    /// is served.
+    /// Opens what a restore needs that is to go on. One from a volume waits until that is served.
     pub(crate) fn take_up_restore(
         &self,
-        disk: &Arc<Disk>,
         recovery: &Recovery,
         layers: &DiskLayers,
-    ) -> Result<(Option<RestoreRecord>, Option<SuspendedRestore>), ApiError> {
+    ) -> Result<Option<(RestoreRecord, RestoreSpec)>, ApiError> {
         let restores = recovery.record.restore.clone().zip(recovery.restore.as_ref());
-        let Some((restore, decided)) = restores else { return Ok((None, None)) };
-        let lost = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
-        let pending = decided.pending.as_ref().map_err(|why| lost(why))?;
-        let pending = layers.open_table(restore.id, pending).map_err(|e| lost(&e))?;
-        if !restore.is_own() {
-            return Ok((
-                Some(restore),
-                Some(SuspendedRestore { closed: Some(self.editor.close(disk, true)), pending }),
-            ));
-        }
-        self.editor.resume_restore(disk, Restoring::new(pending, RestoreSource::Own(restore.source)));
-        Ok((Some(restore), None))
+        let Some((restore, decided)) = restores else { return Ok(None) };
+        let failed = |why: &dyn std::fmt::Display| ApiError::new(ErrorCode::DiskFailed, why.to_string());
+        let pending = decided.pending.as_ref().map_err(|why| failed(why))?;
+        let pending = layers.open_table(restore.id, pending).map_err(|e| failed(&e))?;
+        let own = restore.is_own().then_some(restore.source);
+        let spec = RestoreSpec { pending, own, lost: recovery.why_hollow().map(ToString::to_string) };
+        Ok(Some((restore, spec)))
     }
 
     /// Goes on with the restores of disks that are served, and whose volumes are.
@@ -159,36 +129,32 @@ impl Manager {
         for disk in self.all_disks() {
             let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_shown()) else { continue };
             if own != Some(disk.id) && self.is_being_changed(disk.id) {
-                if locked(&disk.suspended).is_some() {
+                if disk.facts().restore_waits {
                     self.follow_up(FollowUp::Restore(disk));
                 }
                 continue;
             }
-            let suspended = locked(&disk.suspended).take();
-            if let Some(SuspendedRestore { closed, pending }) = suspended {
-                match self.view_of(&record) {
-                    Ok(view) => {
-                        let closed = closed.unwrap_or_else(|| self.editor.close(&disk.disk, true));
-                        closed.begin(Restoring::new(pending, RestoreSource::View(view)));
-                        disk.failure_told.store(false, Ordering::SeqCst);
-                    }
+            let facts = disk.facts();
+            if facts.restore_waits {
+                match self.base_to_restore(&record).and_then(|base| disk.disk.go_on_restoring(&base)) {
+                    Ok(()) => disk.failure_told.store(false, Ordering::SeqCst),
                     Err(why) => {
-                        if let Some(closed) = closed {
+                        if facts.restore_lost().is_none() {
                             let from = self.name_now(record.source, &record.from);
                             let reason = format!("it is being restored from {from}, which cannot be had: {why}");
                             log::error!("disk {}: {reason}; put back what is missing, and it goes on", disk.name);
                             self.bus.publish(Notice::of_disk(EventKind::DiskFailed, &disk.name.get()).because(&reason));
                             disk.failure_told.store(true, Ordering::SeqCst);
-                            closed.lose(reason);
+                            disk.disk.lose_restore(&reason);
                         }
                         // What it waits for may come back.
-                        *locked(&disk.suspended) = Some(SuspendedRestore { closed: None, pending });
                         continue;
                     }
                 }
+            } else if facts.restore_lost().is_some() {
+                continue;
             }
-            if disk.facts().restore_lost().is_some() || self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some()
-            {
+            if self.job_on(&disk, |job| job.kind == JobKind::Restore).is_some() {
                 continue;
             }
             let job = self.restore_job(&disk);
@@ -199,13 +165,12 @@ impl Manager {
         }
     }
 
-    pub(crate) fn view_of(&self, record: &RestoreRecord) -> Result<Arc<View>, String> {
+    fn base_to_restore(&self, record: &RestoreRecord) -> Result<BaseSpec, String> {
         let (disk, entry) = self.holder_of(record.source).ok_or("its volume is not served")?;
-        if entry.version.is_none() {
+        if entry.is_lost {
             return Err(entry.broken(&disk.facts()).unwrap_or_default());
         }
-        let view = View::of(disk.disk.clone(), record.source, &entry.reference().to_string());
-        view.broken().map_or(Ok(view), Err)
+        Ok(disk.disk.base(record.source, &entry.reference().to_string()))
     }
 
     pub(crate) fn remove_restore_files(&self, id: Uuid) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, Name};
-use crate::engine::Disk;
+use crate::door::Disk;
 use crate::host::Host;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
@@ -20,7 +20,7 @@ impl Manager {
         let server = self.host.serve(ServeOptions {
             name: entry.reference().to_string(),
             socket: SocketSource::Path(socket.clone()),
-            attachment: disk.disk.attach_frozen(entry.id),
+            attachment: disk.disk.attach(Some(entry.id)),
             queues: disk.config().queues(),
             serial: serial_of(&entry.reference().to_string()),
             frontends_max: if disk.config.shared { FRONTENDS_MAX } else { 1 },
@@ -55,7 +55,7 @@ impl Manager {
     pub(crate) fn open_sockets_of_snapshots(&self, entry: &Arc<DiskEntry>) {
         let can_be_read = |s: &&Arc<SnapshotEntry>| {
             let record = locked(&s.record);
-            s.version.is_some() && record.deletion.is_none() && record.quiesced_ms.is_some()
+            !s.is_lost && record.deletion.is_none() && record.quiesced_ms.is_some()
         };
         let facts = entry.facts();
         let is_due = |s: &&Arc<SnapshotEntry>| s.broken(&facts).is_none() && !s.is_open();
@@ -90,13 +90,13 @@ pub(crate) fn serve_live(
     host: &dyn Host,
     name: &Name,
     config: &DiskConfig,
-    disk: &Arc<Disk>,
+    disk: &Disk,
     frontends: &Arc<Frontends>,
 ) -> Result<Arc<dyn Server>, String> {
     host.serve(ServeOptions {
         name: name.to_string(),
         socket: SocketSource::Path(config.socket.clone().unwrap_or_default()),
-        attachment: disk.attach_live(),
+        attachment: disk.attach(None),
         queues: config.queues(),
         serial: config.serial.clone().unwrap_or_default(),
         hints: hints_of(config),

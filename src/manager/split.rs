@@ -1,69 +1,39 @@
 //! The leg that a write-mirroring snapshot takes, and what becomes of it when the snapshot goes (source 002; figures 9 to 14).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::control::ApiError;
 use crate::control::api::Strategy;
-use crate::engine::{self, Backing, LegImage};
-use crate::image::SharedImage;
-use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
-use crate::manager::legs::pair_error;
+use crate::manager::{Manager, engine_error};
 
 impl Manager {
-    /// What a write-mirroring snapshot needs: the leg that it takes, and what the live version goes on with.
-    pub(crate) fn split(&self, disk: &DiskEntry) -> Result<(Backing, Backing), ApiError> {
-        let pair = locked(&disk.mirror).as_ref().filter(|m| m.legs.len() == 2).map(|m| m.pair.clone());
-        let pair = pair.ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-        let of = pair.clone();
-        self.in_ring(async move |queue| of.prepare_split(&queue).await)
-            .map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })?;
-        let frozen = pair.second().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-        let live = pair.detached().map_err(pair_error)?;
-        if let Some(mirror) = locked(&disk.mirror).as_mut() {
-            mirror.pair = live.clone();
+    /// Prepares the split of a mirror. Returns where the leg is that the snapshot takes.
+    pub(crate) fn split(&self, disk: &DiskEntry) -> Result<PathBuf, ApiError> {
+        if locked(&disk.mirror).as_ref().is_none_or(|mirror| mirror.legs.len() != 2) {
+            return Err(ApiError::no_second_leg(&disk.name));
         }
-        Ok((Backing::One(frozen.image), Backing::Pair(live)))
+        let split = disk.disk.split().map_err(engine_error);
+        split.map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })
     }
 
-    /// A leg that failed after its split was prepared and before the cut: nothing was frozen on it yet.
-    pub(crate) fn check_split(disk: &DiskEntry, entry: &SnapshotEntry, version: &engine::Version) {
-        let path = locked(&entry.record).image.clone();
-        let state = locked(&disk.mirror).as_ref().and_then(|mirror| {
-            let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path)?;
-            mirror.state_of(leg.id)
-        });
-        if let Some(engine::LegState::Failed(reason)) = state {
-            disk.disk.break_version(version, &reason);
-        }
-    }
-
-    /// A leg comes back to the mirror, with what was written since it was split.
-    pub(crate) fn rejoin(&self, disk: &Arc<DiskEntry>, path: &Path, image: SharedImage) -> Result<(), String> {
-        let (pair, id) = {
+    /// The leg of a snapshot that has gone comes back to the mirror, with what was written since it was split.
+    pub(crate) fn rejoin(&self, disk: &Arc<DiskEntry>, snapshot: &SnapshotEntry, path: &Path) -> Result<(), String> {
+        let leg = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().ok_or("the disk has no mirror any more")?;
-            let (leg, _) = mirror.legs.iter().find(|(leg, _)| leg.path == path).ok_or("it is no leg any more")?;
-            (mirror.pair.clone(), leg.id)
+            mirror.legs.iter().find(|leg| leg.path == path).ok_or("it is no leg any more")?.id
         };
-        let (of, leg) = (pair.clone(), LegImage { id, image: image.clone() });
-        self.in_ring(async move |queue| of.attach(&queue, leg, false).await).map_err(|e| e.message)?;
-        if let Some(mirror) = locked(&disk.mirror).as_mut()
-            && let Some((_, place)) = mirror.legs.iter_mut().find(|(leg, _)| leg.id == id)
-        {
-            *place = Some(image);
-        }
-        self.start_resync(disk, pair);
+        disk.disk.bring_leg_back(leg, Some(snapshot.id)).map_err(|e| e.to_string())?;
+        self.start_resync(disk);
         Ok(())
     }
 
     /// Lets a leg go that does not come back, if there is one at `path`: by the bitmap alone nobody can tell any more what
     /// it holds. Its file stays.
     pub(crate) fn lose_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
-        let leg = locked(&disk.mirror)
-            .as_ref()
-            .and_then(|m| m.legs.iter().find(|(leg, _)| leg.path == path).map(|(leg, _)| leg.clone()));
+        let leg = locked(&disk.mirror).as_ref().and_then(|m| m.legs.iter().find(|leg| leg.path == path).cloned());
         leg.map_or(Ok(()), |leg| self.let_leg_go(disk, &leg))
     }
 

@@ -70,8 +70,8 @@ fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
 
 fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (facts, places): (&DiskFacts, &Places)) -> Snapshot {
     let record = locked(&entry.record).clone();
-    let phase = match (&entry.version, record.deletion, record.quiesced_ms) {
-        (None, ..) => SnapshotPhase::Lost,
+    let phase = match (entry.is_lost, record.deletion, record.quiesced_ms) {
+        (true, ..) => SnapshotPhase::Lost,
         (_, Some(_), _) => SnapshotPhase::Going,
         (_, _, None) => SnapshotPhase::Draining,
         (_, _, Some(_)) => SnapshotPhase::Quiesced,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::control::api::{self, DiskConfig, VolumeState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name};
-use crate::engine::{Backing, View};
+use crate::door::BaseSpec;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::recovery::Why;
@@ -30,24 +30,24 @@ impl Manager {
     }
 
     /// What a volume stands on, as it is now. One that is lost, by what was decided too, says why at each request.
-    pub(crate) fn base_of(&self, volume: &VolumeRecord, decided: Option<&Why>) -> Backing {
+    pub(crate) fn base_of(&self, volume: &VolumeRecord, decided: Option<&Why>) -> BaseSpec {
         let found = self.all_disks().into_iter().find_map(|disk| {
             let entry = disk.snapshots().into_iter().find(|s| s.id == volume.snapshot)?;
             Some((disk, entry))
         });
         let from = self.name_now(volume.snapshot, &volume.from);
-        let lost = |why: &str| View::lost(why, volume.snapshot, &from, volume.size_bytes);
+        let lost = |why: &str| BaseSpec::lost(why, volume.snapshot, &from, volume.size_bytes);
         if let Some(Why::BaseLost { why, .. }) = decided {
-            return Backing::View(lost(&why.to_string()));
+            return lost(&why.to_string());
         }
-        Backing::View(match found {
+        match found {
             None => lost("its disk is not served"),
-            Some((disk, entry)) if entry.version.is_none() => lost(&entry.broken(&disk.facts()).unwrap_or_default()),
-            Some((disk, _)) if disk.disk.geometry().size_bytes != volume.size_bytes => {
+            Some((disk, entry)) if entry.is_lost => lost(&entry.broken(&disk.facts()).unwrap_or_default()),
+            Some((disk, _)) if disk.facts().geometry.size_bytes != volume.size_bytes => {
                 lost("its disk has another size now")
             }
-            Some((disk, _)) => View::of(disk.disk.clone(), volume.snapshot, &from),
-        })
+            Some((disk, _)) => disk.disk.base(volume.snapshot, &from),
+        }
     }
 
     /// All volumes by name, also those that are not served.

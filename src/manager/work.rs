@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use crate::control::api::{JobKind, JobPatch, JobState};
 use crate::control::{ApiError, ErrorCode, EventKind, Notice};
-use crate::job::{Outcome, Pace};
+use crate::door::{Outcome, Pace};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;

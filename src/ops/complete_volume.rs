@@ -13,15 +13,14 @@ use std::sync::atomic::Ordering;
 use crate::control::api::{self, JobKind, JobPatch, JobState};
 use crate::control::{ApiError, EventKind, Name, Notice};
 use crate::crash;
-use crate::engine::Backing;
-use crate::job::{self, Outcome};
+use crate::door::{Outcome, Work};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::entry::{RETIRE_LOOK, RetireTurn};
 use crate::manager::jobs::JobEntry;
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
-use crate::store::{Work, WorkRecord};
+use crate::store::{self, WorkRecord};
 
 impl Manager {
     /// Begins to make a volume independent, or goes on with it (source 004: forced migration).
@@ -36,7 +35,7 @@ impl Manager {
             return Ok(job.to_api());
         }
         let record = WorkRecord {
-            work: Work::Complete,
+            work: store::Work::Complete,
             stopped: false,
             delay_ms: pacing.delay_ms.unwrap_or(0),
             bytes_per_second: pacing.bytes_per_second.unwrap_or(0),
@@ -54,16 +53,11 @@ impl Manager {
                 None => self.host.pause(RETIRE_LOOK),
             }
         };
-        let geometry = disk.disk.geometry();
+        let facts = disk.facts();
         let is_update = job.kind == JobKind::Update;
-        let total = if is_update { job.pace.total_bytes.load(Ordering::Relaxed) } else { geometry.size_bytes };
-        job.begins_with(total.saturating_sub(disk.disk.bytes_to_fill()));
-        let (of, pace) = (disk.disk.clone(), job.pace.clone());
-        let work = async move |queue| match is_update {
-            true => job::update(queue, of, pace).await,
-            false => job::complete(queue, of, pace).await,
-        };
-        let done = self.block_on(work)??;
+        let total = if is_update { job.pace.total_bytes.load(Ordering::Relaxed) } else { facts.geometry.size_bytes };
+        job.begins_with(total.saturating_sub(facts.bytes_to_fill));
+        let done = disk.disk.run(if is_update { Work::Update } else { Work::Complete }, &job.pace)?;
         if done == Outcome::Done {
             let Some(_claim) = self.claim_for_job(job) else {
                 return Ok(Outcome::Stopped); // A restart finds nothing left to copy.
@@ -77,13 +71,11 @@ impl Manager {
 
     /// One record, one chain. The volume is claimed.
     fn make_independent(&self, disk: &Arc<DiskEntry>) -> Result<(), String> {
-        let Some((oldest, Backing::One(image))) = disk.disk.oldest_log() else {
+        let facts = disk.facts();
+        let Some((oldest, old)) = facts.oldest_log() else {
             return Err("it has no log that could be its full image".to_owned());
         };
-        if disk.disk.chain().without_origin().is_none() {
-            return Err("some blocks are still missing; resume it".to_owned());
-        }
-        let old = image.path().to_owned();
+        let old = old.to_owned();
         let path = match old == self.places.log_image(oldest) {
             true => {
                 self.link_own_image(disk, &old).map_err(|e| format!("{} gets no other name: {e}", old.display()))?
@@ -94,17 +86,14 @@ impl Manager {
         let mut relations = locked(&disk.relations).clone();
         relations.stood_on = relations.volume.take();
         (relations.work, relations.own_image) = (None, path == self.places.own_image(disk.id));
-        relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        relations.logical_block_bytes.get_or_insert(facts.geometry.logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
         relations.put_into(&mut record);
         self.records.put(&[&record]).map_err(|e| record_error(e).message)?;
         crash::point("after a volume was recorded as independent");
-        if !self.editor.make_independent(&disk.disk) {
+        if !disk.disk.make_independent(&path) {
             // A start takes it as it is recorded.
             return Err("its chain has changed since; start the daemon anew".to_owned());
-        }
-        if path != old {
-            image.moved(&path);
         }
         let from = relations.relation().map(|v| v.from.clone()).unwrap_or_default();
         *locked(&disk.relations) = relations;
@@ -149,7 +138,7 @@ impl Manager {
         }
         crash::point("after a volume was promoted");
         if let Some(volume) = &old.stood_on {
-            self.editor.forget_mark(&disk.disk, volume.origin);
+            disk.disk.forget_mark(volume.origin);
             // It may have forgotten its own table with that. The records first: while they name it, it must be there.
             match self.persist(std::slice::from_ref(&disk)) {
                 Ok(()) => self.remove_changes_of_gone(&disk, volume.origin),

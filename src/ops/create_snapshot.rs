@@ -14,12 +14,12 @@ use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writer
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::engine::{self, Epoch, NewLayer, PreparedSnapshot};
+use crate::door::{self, DiskFacts, Epoch, NewLayer, SnapshotSpec};
 use crate::host::FileKind;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::recording;
-use crate::manager::{Manager, record_error};
+use crate::manager::{Manager, engine_error, record_error};
 use crate::registry::{ClaimKey, Command};
 use crate::store::{DiskRecord, RecordError, SnapshotRecord};
 
@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_millis(200);
 struct Ready {
     disk: Arc<DiskEntry>,
     entry: Arc<SnapshotEntry>,
-    prepared: PreparedSnapshot,
+    prepared: SnapshotSpec,
     /// What the records say after the cut, but for its epoch.
     pending: DiskRecord,
     /// The layer that was made for it.
@@ -119,35 +119,32 @@ impl Manager {
             entries.push((one.disk, one.entry));
         }
         let writers = match writers {
-            Writers::Request => engine::Writers::Request,
-            Writers::Connection => engine::Writers::Connection,
+            Writers::Request => door::Writers::Request,
+            Writers::Connection => door::Writers::Connection,
         };
         // A cut is refused before it changes anything; the entries then go as in undo().
         crash::point("before the cut");
-        let cut = self.editor.cut(prepared, writers).map_err(|e| {
+        let ended = self.engine.cut(prepared, writers).map_err(|e| {
             self.take_back(&entries, made);
-            ApiError::new(ErrorCode::Unavailable, e.to_string())
+            engine_error(e)
         })?;
         crash::point("after the cut");
         let at = self.host.now();
         for (_, entry) in &entries {
-            locked(&entry.record).ended = cut.ended.0;
+            locked(&entry.record).ended = ended.0;
         }
         let recorded = self.persist(disks);
-        for ((disk, entry), version) in entries.iter().zip(&cut.frozen) {
+        for (disk, entry) in &entries {
             if recorded.is_err() {
-                disk.disk.break_version(version, "the cut could not be recorded");
+                disk.disk.break_version(entry.id, "the cut could not be recorded");
                 self.follow_up(FollowUp::LetGo(entry.id));
             }
-            if locked(&entry.record).strategy == Strategy::WriteMirroring.to_string() {
-                Manager::check_split(disk, entry, version);
-            }
-            log::info!("snapshot {}: taken at epoch {}", entry.reference(), cut.ended);
+            log::info!("snapshot {}: taken at epoch {ended}", entry.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(&disk.facts())).collect();
         // Also when they could not be recorded: they are deleted when they are quiesced.
-        let (me, ended) = (self.me.clone(), cut.ended);
+        let me = self.me.clone();
         let mut waits = Ok(());
         for (disk, entry) in entries {
             let me = me.clone();
@@ -155,8 +152,7 @@ impl Manager {
             let started = self.start_thread("drain", move || {
                 loop {
                     let Some(manager) = me.upgrade() else { return };
-                    let free = disk.disk.connections().wait_free(ended, manager.host.patience(LOOK));
-                    if free.is_some_and(|last| manager.clock.wait_drained(last, manager.host.patience(LOOK))) {
+                    if disk.disk.wait_quiet(ended, LOOK) {
                         let drain = manager.host.now() - at;
                         if !manager.quiesced(&disk, &entry, drain) {
                             manager.follow_up(FollowUp::Quiesce(disk, entry, drain));
@@ -185,23 +181,23 @@ impl Manager {
     ) -> Result<Ready, ApiError> {
         let reference = SnapshotRef { disk: disk.name.get(), name: request.name.clone() };
         let socket = request.socket.clone().unwrap_or_else(|| self.places.snapshot_socket(&reference));
-        let chain = disk.disk.chain();
-        let live = chain.version(chain.live()).clone();
+        let facts = disk.facts();
+        let live = facts.live();
         let in_snapshot = |e: ApiError| ApiError { message: format!("snapshot {reference}: {}", e.message), ..e };
         self.check_place(&socket).map_err(in_snapshot)?;
 
         let asked = request.strategy.unwrap_or(Strategy::CopyOnWrite);
         // Just before a log is forgotten that has been folded, the records still name it, and by the name of the version
         // that is to be frozen: whatever is made under that name would be in its place.
-        let has_log = !disk.disk.can_move_pivot() || self.host.is_there(&self.places.log_table(live.id));
+        let has_log = !facts.can_move_pivot() || self.host.is_there(&self.places.log_table(live.id));
         let strategy = if has_log { Strategy::WriteLogging } else { asked };
         if strategy != asked {
             log::info!("snapshot {reference}: {strategy}, not {asked}: the disk's log is not folded yet");
         }
         let new_live = self.host.new_id();
         let table_error = |e| in_snapshot(crate::manager::table_error(e));
-        let changed = self.make_changed_table(new_live, disk.disk.geometry()).map_err(table_error)?;
-        let prepared = self.prepare_layer(disk, request, strategy, new_live);
+        let changed = self.make_changed_table(new_live, &facts.geometry).map_err(table_error)?;
+        let prepared = self.prepare_layer((disk, &facts), request, strategy, new_live);
         let (layer, made) = prepared.inspect_err(|_| self.remove_changed_table(new_live)).map_err(in_snapshot)?;
         let record = SnapshotRecord {
             id: live.id,
@@ -232,13 +228,13 @@ impl Manager {
             disk: disk.name.clone(),
             name: request.name.clone(),
             record: Mutex::new(record),
-            version: Some(live),
+            is_lost: false,
             server: Mutex::new(None),
             socket_error: Mutex::new(None),
             drain: Mutex::new(None),
             is_forgotten: AtomicBool::new(false),
         });
-        let prepared = PreparedSnapshot { disk: disk.disk.clone(), layer, new_live, changed: Some(changed) };
+        let prepared = SnapshotSpec { disk: disk.id, layer, new_live, changed };
         let made = match strategy {
             Strategy::CopyOnWrite => Some((entry.id, made)),
             Strategy::WriteLogging => Some((new_live, made)),
@@ -250,34 +246,29 @@ impl Manager {
     /// What the strategy needs, and the file that was made for it.
     fn prepare_layer(
         &self,
-        disk: &DiskEntry,
+        (disk, facts): (&DiskEntry, &DiskFacts),
         request: &SnapshotRequest,
         strategy: Strategy,
         new_live: Uuid,
     ) -> Result<(NewLayer, PathBuf), ApiError> {
-        let (geometry, chain) = (disk.disk.geometry(), disk.disk.chain());
-        let frozen = chain.version(chain.live()).id;
+        let (geometry, frozen) = (&facts.geometry, facts.live().id);
         match strategy {
             Strategy::CopyOnWrite => {
                 let reference = SnapshotRef { disk: disk.name.get(), name: request.name.clone() };
                 let path = request.image.clone().unwrap_or_else(|| self.free_snapshot_image(&reference, frozen));
                 let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
-                Ok((NewLayer::Frozen { layer }, path))
+                Ok((NewLayer::Frozen(layer), path))
             }
             Strategy::WriteLogging => {
                 let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
                 let layer = self.make_log(&path, new_live, &disk.config(), geometry)?;
-                Ok((NewLayer::Live { layer }, path))
+                Ok((NewLayer::Live(layer), path))
             }
             Strategy::WriteMirroring if request.image.is_some() => {
                 let message = "image: a write-mirroring snapshot takes the disk's second leg, no other image";
                 Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("leave --image out"))
             }
-            Strategy::WriteMirroring => {
-                let (frozen, live) = self.split(disk)?;
-                let path = frozen.path().to_owned();
-                Ok((NewLayer::Split { frozen, live }, path))
-            }
+            Strategy::WriteMirroring => Ok((NewLayer::Split, self.split(disk)?)),
         }
     }
 
@@ -349,8 +340,8 @@ impl Manager {
     /// All requests of its epoch are done: this snapshot never changes again. Returns whether that could be recorded; before
     /// it is, nobody is told.
     pub(crate) fn quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
-        if let Some(version) = &entry.version {
-            self.store_shown(&disk.disk, version);
+        if !entry.is_lost {
+            disk.disk.store_shown(entry.id);
         }
         let key = ClaimKey::Entity(disk.id);
         let operation = format!("quiesce {}", entry.reference());
@@ -365,8 +356,8 @@ impl Manager {
         if locked(&entry.record).quiesced_ms.is_some() {
             return;
         }
-        if let Some(version) = &entry.version {
-            self.store_shown(&disk.disk, version);
+        if !entry.is_lost {
+            disk.disk.store_shown(entry.id);
         }
         if !self.record_quiesced(disk, entry, Duration::ZERO) {
             log::error!("snapshot {}: a start finds it as it drained", entry.reference());
@@ -375,9 +366,7 @@ impl Manager {
 
     /// The same, with the disk claimed.
     fn record_quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
-        if let Some(version) = &entry.version {
-            version.set_quiesced();
-        }
+        disk.disk.set_quiesced(entry.id);
         if !disk.snapshots().iter().any(|s| Arc::ptr_eq(s, entry)) {
             return true; // Its disk has been removed, and must not come back with it.
         }
@@ -427,14 +416,14 @@ impl Manager {
             let record = locked(&entry.record);
             (record.group, record.ended)
         };
-        if ended == 0 || entry.version.is_none() {
+        if ended == 0 || entry.is_lost {
             return Ok(());
         }
         let of_group = |d: &Arc<DiskEntry>| d.snapshots().iter().any(|s| locked(&s.record).group == group);
         let disks: Vec<_> = self.all_disks().into_iter().filter(of_group).collect();
-        let all: Vec<_> = disks.iter().map(|d| &*d.disk).collect();
+        let all: Vec<Uuid> = disks.iter().map(|d| d.id).collect();
         let moved = self
-            .editor
+            .engine
             .cut_over(&all, Epoch(ended))
             .map_err(|e| ApiError::new(ErrorCode::Unavailable, e.to_string()))?;
         if moved > 0 {

@@ -17,12 +17,12 @@ use crate::control::api::{
 };
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
-use crate::engine::{Backing, Disk, DiskOptions, Geometry, VOLUMES_DEEP_MAX, View};
+use crate::door::{BaseSpec, Changed, DiskSpec, Epoch, ImageSpec, LayerSpec, VOLUMES_DEEP_MAX, VersionSpec};
 use crate::manager::entry::{DiskEntry, SnapshotEntry};
 use crate::manager::names::CurrentName;
 use crate::manager::opening::Opened;
 use crate::manager::relations::Relations;
-use crate::manager::{BrokenVersions, Manager, table_error};
+use crate::manager::{Manager, engine_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, decide};
 use crate::store::VolumeRecord;
 
@@ -129,14 +129,14 @@ impl Manager {
         let in_volume = |e: ApiError| ApiError { message: format!("volume {name}: {}", e.message), ..e };
         let mut config = self.check_volume(request, &disk.config())?;
         config.path = PathBuf::from(&from);
-        let view = View::of(disk.disk.clone(), entry.id, &from);
-        if view.depth() > VOLUMES_DEEP_MAX {
+        let base = disk.disk.base(entry.id, &from);
+        if disk.facts().depth >= VOLUMES_DEEP_MAX {
             let message = format!("volume {name}: {VOLUMES_DEEP_MAX} volumes stand on each other below it");
             return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("make it off an older snapshot"));
         }
-        let image = Backing::View(view);
-        fits(request, &image).map_err(in_volume)?;
-        let geometry = Geometry::of(&image, config.block_size);
+        fits(request, &base).map_err(in_volume)?;
+        let image = ImageSpec::Base(base);
+        let geometry = image.geometry(config.block_size);
         let logical = geometry.logical_block_bytes;
         let [id, origin, live] = [(); 3].map(|()| self.host.new_id());
         let path = request.image.clone().unwrap_or_else(|| self.places.log_image(live));
@@ -158,13 +158,25 @@ impl Manager {
             size_bytes: geometry.size_bytes,
             created_ms: self.host.unix_ms(),
         };
-        let options = DiskOptions { image, block_bytes: config.block_size, read_only: false, discards };
-        let made = Disk::noting_volume(self.clock.clone(), options, origin, (live, layer), Some(changed));
-        made.observe(Arc::new(BrokenVersions {
-            tell: self.house.clone(),
-            host: self.host.clone(),
-            places: self.places.clone(),
-        }));
+        let version =
+            |id, began, layer, changed| VersionSpec { id, began, splits: false, layer, broken: None, changed };
+        let spec = DiskSpec {
+            id,
+            image,
+            block_bytes: config.block_size,
+            logical_block_bytes: None,
+            read_only: false,
+            window_bytes: config.background_bytes().into(),
+            discards,
+            // No request on it can be older.
+            versions: vec![
+                version(origin, Epoch(0), LayerSpec::Base, None),
+                version(live, self.engine.epoch(), layer, Some(Changed::Noted(changed))),
+            ],
+            marks: Vec::new(),
+            restore: None,
+        };
+        let made = self.engine.open(spec).map_err(engine_error).map_err(undo)?;
         let opened = Opened {
             name: CurrentName::new(name.clone()),
             id,
@@ -175,7 +187,6 @@ impl Manager {
             former_legs: Vec::new(),
             relations: Relations { volume: Some(volume), logical_block_bytes: Some(logical), ..Relations::default() },
             restore: None,
-            suspended: None,
             snapshots: Vec::new(),
             bookmarks: Vec::new(),
             record: None,
@@ -194,9 +205,9 @@ impl Manager {
 }
 
 /// Whether tables of blocks of the size that was asked for can tell of such an image.
-fn fits(request: &VolumeRequest, image: &Backing) -> Result<(), ApiError> {
+fn fits(request: &VolumeRequest, base: &BaseSpec) -> Result<(), ApiError> {
     let Some(size) = request.block_size else { return Ok(()) };
-    let (unit, bytes) = (image.alignment().offset_bytes, image.size_bytes());
+    let (unit, bytes) = (base.logical_block_bytes, base.size_bytes);
     if size < unit {
         let message = format!("block_size: the logical blocks of {} have {unit} bytes, more than {size}", request.from);
         return Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action(format!("use at least {unit}")));

@@ -13,13 +13,13 @@ impl Manager {
         let id = disk.bookmarks(&disk.facts()).iter().find(|b| b.name == reference.name.as_str()).map(|b| b.id);
         let id = id.ok_or_else(|| self.no_bookmark(reference))?;
         // Before the records forget it: a start knows of no other place where it stands.
-        self.editor.hand_on_mark(&disk.disk, id);
+        disk.disk.hand_on_mark(id);
         crash::point("before a bookmark is forgotten");
         let mut record = disk.to_record();
         record.bookmarks.retain(|b| b.id != id);
         self.records.put(&[&record]).map_err(record_error)?;
         crash::point("after a bookmark was forgotten");
-        self.editor.forget_mark(&disk.disk, id);
+        disk.disk.forget_mark(id);
         locked(&disk.bookmarks).retain(|b| b.id != id);
         // The live version may have nothing to note any more.
         self.persist_later(&disk);

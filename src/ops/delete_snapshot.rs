@@ -3,7 +3,7 @@
 //! What always holds: the records forget a layer before its files are removed, and remember where everything is before
 //! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,10 +13,7 @@ use uuid::Uuid;
 use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::door::LayerKind;
-use crate::engine::{Backing, Epoch, RetireError};
-use crate::image::SharedImage;
-use crate::job::{self, Outcome};
+use crate::door::{Epoch, LayerKind, Outcome, RetireError, Retired, Work};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, RETIRE_LOOK, RetireTurn, SnapshotEntry, locked};
 use crate::manager::jobs::JobEntry;
@@ -31,12 +28,12 @@ const RECORD_PAUSE: Duration = Duration::from_millis(500);
 impl Manager {
     /// Goes on with a snapshot after a restart.
     pub(crate) fn resume_snapshot(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>) {
-        let is_served = entry.version.is_some() && entry.unreadable(&disk.facts()).is_none();
+        let is_served = !entry.is_lost && entry.unreadable(&disk.facts()).is_none();
         let deletion = locked(&entry.record).deletion;
         if !is_served || deletion.is_some() {
             crate::manager::sockets::clear_socket(&*self.host, &locked(&entry.record));
         }
-        if entry.version.is_none() {
+        if entry.is_lost {
             return;
         }
         if let Some(deletion) = deletion {
@@ -94,7 +91,7 @@ impl Manager {
             if !Arc::ptr_eq(waits_for.get_or_insert_with(|| entry.clone()), &entry) {
                 return Err(ApiError::snapshot_not_found(reference));
             }
-            if entry.version.is_none() {
+            if entry.is_lost {
                 // Its image is ours to remove only if it was made for it.
                 let record = locked(&entry.record).clone();
                 if record.owns_all {
@@ -187,16 +184,10 @@ impl Manager {
         let server = locked(&entry.server).clone();
         let job = self.stop_servers(server.as_slice(), command, || {
             locked(&entry.record).deletion = Some(deletion);
-            if let Some(version) = &entry.version {
-                version.set_leaves_mark(deletion.keep_bookmark);
-            }
             let loses_leg = deletion.keep_image || entry.broken(&disk.facts()).is_some();
             let begun = self.persist(std::slice::from_ref(disk));
             if let Err(e) = begun.and_then(|()| if loses_leg { self.lose_leg_of(disk, entry) } else { Ok(()) }) {
                 locked(&entry.record).deletion = None;
-                if let Some(version) = &entry.version {
-                    version.set_leaves_mark(false);
-                }
                 self.persist_later(disk);
                 return Err(e);
             }
@@ -250,10 +241,10 @@ impl Manager {
         entry: &SnapshotEntry,
         job: &JobEntry,
     ) -> Result<Option<(Epoch, RetireTurn<'a>)>, String> {
-        let version = entry.version.as_ref().expect("only versions in a chain are retired");
+        let leaves_bookmark = locked(&entry.record).leaves_bookmark();
         loop {
             let turn = RetireTurn::take(&disk.retires);
-            match turn.as_ref().map(|_| self.editor.begin_retire(&disk.disk, version)) {
+            match turn.as_ref().map(|_| disk.disk.begin_retire(entry.id, leaves_bookmark)) {
                 Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
                 None | Some(Err(RetireError::TooManyDraining(_))) => {}
                 Some(Err(RetireError::Busy)) => {
@@ -286,18 +277,15 @@ impl Manager {
     /// The job of a deletion, on a thread and ring of its own.
     fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
         let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
-        let version = entry.version.clone().expect("only versions in a chain are retired");
         // What is not needed any more when it has gone.
-        let left = disk.facts().left_behind(entry.id);
-        let leg = leg_of(disk, entry.id);
-        let (editor, of, pace) = (self.editor.clone(), disk.disk.clone(), job.pace.clone());
-        let work = self.block_on(async move |queue| job::retire(queue, editor, of, version, grace, pace).await)??;
-        if work == Outcome::Stopped {
+        let facts = disk.facts();
+        let (left, leg) = (facts.left_behind(entry.id), facts.leg_of(entry.id).map(Path::to_owned));
+        let Retired::Gone(broken) = disk.disk.retire(entry.id, grace, &job.pace)? else {
             return Ok(Outcome::Stopped);
-        }
-        // It has left the chain, and takes with it why it broke.
-        if let Some(reason) = entry.version.as_ref().and_then(|version| version.broken()) {
-            locked(&entry.record).broken.get_or_insert_with(|| reason.to_owned());
+        };
+        // Only here is still known why it broke.
+        if let Some(reason) = broken {
+            locked(&entry.record).broken.get_or_insert(reason);
         }
         // Until the records have forgotten it no other deletion may begin (`DiskEntry::retires`): whatever keeps them from it is
         // waited for.
@@ -315,13 +303,11 @@ impl Manager {
             self.host.pause(RECORD_PAUSE);
         }
         drop(turn);
-        if disk.disk.discards().count() > 0 {
-            let (of, pace) = (disk.disk.clone(), job.pace.clone());
-            match self.block_on(async move |queue| job::carry_out_discards(queue, of, pace).await)? {
-                Ok(_) => {}
-                // The snapshot is gone all the same; the storage comes back with a later discard.
-                Err(e) => log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name),
-            }
+        if disk.facts().discarded_blocks > 0
+            && let Err(e) = disk.disk.run(Work::Discards, &job.pace)
+        {
+            // The snapshot is gone all the same; the storage comes back with a later discard.
+            log::warn!("disk {}: discards that were put off cannot be carried out: {e}", disk.name);
         }
         Ok(Outcome::Done)
     }
@@ -331,7 +317,7 @@ impl Manager {
         &self,
         disk: &Arc<DiskEntry>,
         entry: &Arc<SnapshotEntry>,
-        (left, leg): (&Option<(Uuid, PathBuf)>, &Option<SharedImage>),
+        (left, leg): (&Option<(Uuid, PathBuf)>, &Option<PathBuf>),
     ) -> Result<(), ApiError> {
         let (is_split, keep) = {
             let record = locked(&entry.record);
@@ -345,11 +331,10 @@ impl Manager {
         }
         self.gone(disk, entry, left.clone())?;
         disk.disk.durability_recorded();
-        if let Some(leg) = back {
-            let (snapshot, path) = (entry.reference(), leg.path().to_owned());
-            if let Err(e) = self.rejoin(disk, &path, leg.clone()) {
-                log::error!("snapshot {snapshot}: {} does not come back as a leg: {e}", path.display());
-            }
+        if let Some(leg) = back
+            && let Err(e) = self.rejoin(disk, entry, leg)
+        {
+            log::error!("snapshot {}: {} does not come back as a leg: {e}", entry.reference(), leg.display());
         }
         Ok(())
     }
@@ -361,8 +346,8 @@ impl Manager {
         entry: &Arc<SnapshotEntry>,
         left: Option<(Uuid, PathBuf)>,
     ) -> Result<(), ApiError> {
-        if entry.version.is_none() {
-            self.editor.forget_mark(&disk.disk, entry.id);
+        if entry.is_lost {
+            disk.disk.forget_mark(entry.id);
             // Others are left out of the records as soon as they have left the chain.
             entry.is_forgotten.store(true, Ordering::SeqCst);
         }
@@ -405,14 +390,4 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
     let message =
         format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference());
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
-}
-
-/// The leg that a version has alone, if it has one.
-fn leg_of(disk: &DiskEntry, id: Uuid) -> Option<SharedImage> {
-    let chain = disk.disk.chain();
-    let index = chain.position(id)?;
-    match (chain.layer(index).table(), &chain.layer(index).image, chain.heir_of_pivot(index)) {
-        (None, Backing::One(image), None) => Some(image.clone()),
-        _ => None,
-    }
 }

@@ -11,7 +11,6 @@ use uuid::Uuid;
 use crate::control::api;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
-use crate::engine::Changed;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
@@ -75,19 +74,17 @@ impl Manager {
     /// Drops what was written to a disabled volume. It is claimed.
     fn begin_anew(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
         let name = &disk.name.get();
-        let chain = disk.disk.chain();
-        let (old, live) = (chain.version(chain.live()).id, self.host.new_id());
-        let was = chain.layer(chain.live()).image.path().to_owned();
+        let facts = disk.facts();
+        let (old, live, was) = (facts.live().id, self.host.new_id(), facts.live().image.clone());
         let path = self.path_beside(&was, old, live);
         let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
-        let layer = self.make_log(&path, live, &disk.config(), disk.disk.geometry()).map_err(named)?;
+        let layer = self.make_log(&path, live, &disk.config(), &facts.geometry).map_err(named)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
             self.remove_changed_table(live);
             named(e)
         };
-        let changed = self.make_changed_table(live, disk.disk.geometry()).map_err(table_error).map_err(undo)?;
-        let changed = Changed::Noted(changed);
+        let changed = self.make_changed_table(live, &facts.geometry).map_err(table_error).map_err(undo)?;
         crash::point("before a volume is begun anew");
         let mut record = disk.to_record();
         (record.live, record.live_log) = (live, Some(path.clone()));
@@ -101,7 +98,7 @@ impl Manager {
             });
         }
         crash::point("after a volume was begun anew");
-        self.editor.begin_anew(&disk.disk, live, layer, changed);
+        disk.disk.begin_anew(live, layer, changed);
         {
             // What a stopped job had copied is dropped with the rest.
             let mut relations = locked(&disk.relations);

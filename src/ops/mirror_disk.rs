@@ -8,14 +8,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uuid::Uuid;
-
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::{ApiError, ErrorCode, Name};
-use crate::engine::{self, Backing, LegImage, Pair};
+use crate::door::{self, LegImage, bitmap_bytes};
 use crate::image::{Direct, SharedImage};
 use crate::manager::entry::{DiskEntry, locked};
-use crate::manager::{Manager, image_error};
+use crate::manager::{Manager, engine_error, image_error, table_error};
 use crate::registry::{ClaimKey, Command};
 use crate::store::LegRecord;
 
@@ -31,22 +29,7 @@ impl Manager {
                 ApiError::new(ErrorCode::Conflict, message).with_action("name another image for the second leg")
             );
         }
-        self.leg_image(path, disk.disk.geometry().size_bytes, &disk.config)
-    }
-
-    /// A pair of one leg; the other is attached later.
-    fn make_pair(&self, first: LegImage, block_bytes: u32) -> Result<(Uuid, Arc<Pair>), ApiError> {
-        let id = self.host.new_id();
-        let path = self.bitmap_path(id);
-        let bytes = Pair::bitmap_bytes(first.image.size_bytes(), block_bytes);
-        let bitmap = self.host.create_image(&path, bytes, Direct::Off).map_err(image_error)?;
-        let made = self
-            .in_ring(async move |queue| Pair::create(first, bitmap, id, block_bytes, &queue).await)
-            .and_then(|pair| match self.host.sync_directory_of(&path) {
-                Ok(()) => Ok(pair),
-                Err(e) => Err(ApiError::new(ErrorCode::Io, format!("{}: {e}", path.display()))),
-            });
-        made.map(|pair| (id, pair)).inspect_err(|_| self.remove_file(&path))
+        self.leg_image(path, disk.facts().geometry.size_bytes, &disk.config)
     }
 
     /// Gives a disk a second leg, or puts one in the place of a failed one.
@@ -65,28 +48,28 @@ impl Manager {
         let mut opened = None;
         if locked(&disk.mirror).is_none() {
             let image = self.new_leg(disk, path)?;
-            let chain = disk.disk.chain();
-            check_units(path, &image, chain.layer(chain.pivot_of(chain.live())).image.alignment().offset_bytes)?;
+            check_units(path, &image, disk.facts().unit_bytes)?;
             opened = Some(image);
             self.make_mirror(disk)?;
         }
         self.take_unheld_leg_back(disk)?;
         let job = self.job_on(disk, |job| job.kind == JobKind::Mirror);
-        let (pair, failed, again) = {
+        let facts = disk.facts();
+        let (failed, again) = {
             let mirror = locked(&disk.mirror);
             let mirror = mirror.as_ref().expect("just made");
-            let (mut failed, mut again) = (None, None);
-            for (leg, _) in &mirror.legs {
-                match (mirror.state_of(leg.id), leg.path == path) {
-                    (Some(engine::LegState::InSync), true) => return Ok(()),
+            let (mut failed, mut again) = (None, false);
+            for leg in &mirror.legs {
+                match (facts.leg(leg.id).map(|leg| leg.state.clone()), leg.path == path) {
+                    (Some(door::LegState::InSync), true) => return Ok(()),
                     // Whoever asks again wants it to go on.
-                    (Some(engine::LegState::Resynchronising), true) => again = Some(mirror.pair.clone()),
-                    (Some(engine::LegState::Split), _) => {
+                    (Some(door::LegState::Resynchronising), true) => again = true,
+                    (Some(door::LegState::Split), _) => {
                         let message = format!("its leg {} is held by a snapshot", leg.path.display());
                         return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
                             .with_action("delete that snapshot first; its leg then comes back by itself"));
                     }
-                    (Some(engine::LegState::Resynchronising), false) => match &job {
+                    (Some(door::LegState::Resynchronising), false) => match &job {
                         Some(job) if job.state() == JobState::Running => {
                             let message =
                                 format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
@@ -98,18 +81,18 @@ impl Manager {
                         // One that nobody goes on with gives way.
                         _ => failed = Some(leg.clone()),
                     },
-                    (Some(engine::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
-                    (Some(engine::LegState::InSync), false) => {}
+                    (Some(door::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
+                    (Some(door::LegState::InSync), false) => {}
                 }
             }
-            if failed.is_none() && again.is_none() && mirror.legs.len() > 1 {
+            if failed.is_none() && !again && mirror.legs.len() > 1 {
                 return Err(ApiError::new(ErrorCode::Conflict, "it has two good legs")
                     .with_action(format!("let one go first: halfsilver disk unmirror {}", disk.name)));
             }
-            (mirror.pair.clone(), failed, again)
+            (failed, again)
         };
-        if let Some(pair) = again {
-            self.start_resync(disk, pair);
+        if again {
+            self.start_resync(disk);
             return Ok(());
         }
         // What worked on a leg that goes has nothing to go on with.
@@ -122,76 +105,60 @@ impl Manager {
             self.let_leg_go(disk, &failed)?;
         }
         // Also when it was tried before: a leg that is added must miss no write.
-        self.swap(disk, Backing::Pair(pair.clone()))?;
+        disk.disk.write_by_mirror(DRAIN_WAIT).map_err(engine_error)?;
         let leg = LegRecord { id: self.host.new_id(), path: path.to_owned(), saved: None };
         let image = match opened {
             Some(image) => image,
             None => self.new_leg(disk, path)?,
         };
-        check_units(path, &image, pair.alignment().offset_bytes)?;
+        check_units(path, &image, disk.facts().unit_bytes)?;
         if let Some(mirror) = locked(&disk.mirror).as_mut() {
-            mirror.legs.push((leg.clone(), Some(image.clone())));
+            mirror.legs.push(leg.clone());
         }
         locked(&disk.former_legs).retain(|former| former != path);
-        let attached = self.persist(std::slice::from_ref(disk)).and_then(|()| {
-            let (of, leg) = (pair.clone(), LegImage { id: leg.id, image });
-            self.in_ring(async move |queue| of.attach(&queue, leg, true).await)
-        });
+        let attached = self
+            .persist(std::slice::from_ref(disk))
+            .and_then(|()| disk.disk.add_leg(LegImage { id: leg.id, image }).map_err(engine_error));
         if let Err(e) = attached {
             if let Some(mirror) = locked(&disk.mirror).as_mut() {
-                mirror.legs.retain(|(l, _)| l.id != leg.id);
+                mirror.legs.retain(|l| l.id != leg.id);
             }
             // It may have been one until now, and have missed what was written since; or it may have got some of it.
             locked(&disk.former_legs).push(leg.path);
             self.persist_later(disk);
             return Err(e);
         }
-        locked(&disk.leg_paths).push((leg.id, leg.path));
-        self.start_resync(disk, pair);
+        self.start_resync(disk);
         Ok(())
     }
 
-    /// Makes a pair with the disk's one image as its only leg.
+    /// Makes a mirror with the disk's one image as its only leg.
     fn make_mirror(&self, disk: &Arc<DiskEntry>) -> Result<(), ApiError> {
-        let chain = disk.disk.chain();
-        let Backing::One(image) = chain.layer(chain.pivot_of(chain.live())).image.clone() else {
-            return Err(ApiError::new(ErrorCode::Internal, "it is mirrored already"));
-        };
         let leg = LegRecord { id: self.host.new_id(), path: locked(&disk.path).clone(), saved: None };
-        let first = LegImage { id: leg.id, image: image.clone() };
-        let (bitmap, pair) = self.make_pair(first, disk.config.block_size)?;
-        *locked(&disk.mirror) =
-            Some(Mirror { bitmap, pair: pair.clone(), legs: vec![(leg, Some(image))], is_stopped: false });
-        self.watch_legs(disk);
+        let (id, geometry) = (self.host.new_id(), disk.facts().geometry);
+        let path = self.bitmap_path(id);
+        let bytes = bitmap_bytes(geometry.size_bytes, geometry.block_bytes);
+        let bitmap = self.host.create_image(&path, bytes, Direct::Off).map_err(image_error)?;
+        let named = self.store_name(&path).map_err(table_error);
+        let made = named.and_then(|()| disk.disk.make_mirror(leg.id, (bitmap, id)).map_err(engine_error));
+        made.inspect_err(|_| self.remove_file(&path))?;
+        *locked(&disk.mirror) = Some(Mirror { bitmap: id, legs: vec![leg], is_stopped: false });
         Ok(())
-    }
-
-    /// Swaps the view of the full image, and waits until nobody goes by the old one.
-    fn swap(&self, disk: &DiskEntry, image: Backing) -> Result<(), ApiError> {
-        let busy = |what: String| ApiError::new(ErrorCode::Unavailable, what);
-        let grace = self.editor.replace_full_image(&disk.disk, image).map_err(|e| busy(e.to_string()))?;
-        let deadline = self.host.now() + DRAIN_WAIT;
-        while self.host.now() < deadline {
-            if self.clock.wait_drained(grace, self.host.patience(DRAIN_WAIT)) {
-                return Ok(());
-            }
-        }
-        Err(busy("requests are in flight that do not end; try again later".to_owned()))
     }
 
     pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
-        let (pair, is_in_use, legs, path) = {
+        let is_in_use = disk.facts().leg(leg.id).is_some_and(|leg| leg.state == door::LegState::Resynchronising);
+        let (legs, path) = {
             let mut mirror = locked(&disk.mirror);
             let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-            let is_in_use = mirror.state_of(leg.id) == Some(engine::LegState::Resynchronising);
             let (legs, path) = (mirror.legs.clone(), locked(&disk.path).clone());
-            mirror.legs.retain(|(l, _)| l.id != leg.id);
-            if let Some((stays, _)) = mirror.legs.first()
+            mirror.legs.retain(|l| l.id != leg.id);
+            if let Some(stays) = mirror.legs.first()
                 && *locked(&disk.path) == leg.path
             {
                 locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
             }
-            (mirror.pair.clone(), is_in_use, legs, path)
+            (legs, path)
         };
         locked(&disk.former_legs).push(leg.path.clone());
         // Remembered as no leg any more before the pair forgets that it was one.
@@ -203,13 +170,7 @@ impl Manager {
             locked(&disk.former_legs).pop();
             return Err(e);
         }
-        let id = leg.id;
-        self.in_ring(async move |queue| {
-            if is_in_use {
-                pair.let_go(&queue, id).await?;
-            }
-            pair.forget(&queue, id).await
-        })
+        disk.disk.forget_leg(leg.id, is_in_use).map_err(engine_error)
     }
 
     /// Lets a leg go; its file stays.
@@ -223,16 +184,17 @@ impl Manager {
             let goes = match path {
                 // One that has a single leg is no mirror afterwards, either.
                 None => legs.len() - 1,
-                Some(path) => legs.iter().position(|(leg, _)| leg.path == path).ok_or_else(|| {
+                Some(path) => legs.iter().position(|leg| leg.path == path).ok_or_else(|| {
                     ApiError::new(ErrorCode::InvalidRequest, format!("disk {name} has no leg {}", path.display()))
                 })?,
             };
-            let goes = (legs.len() > 1).then(|| legs.remove(goes).0);
+            let goes = (legs.len() > 1).then(|| legs.remove(goes));
             (goes, legs.remove(0))
         };
         self.take_unheld_leg_back(&disk)?;
-        let state = |id| locked(&disk.mirror).as_ref().and_then(|m| m.state_of(id));
-        if let Some(goes) = goes.as_ref().filter(|goes| state(goes.id) == Some(engine::LegState::Split)) {
+        let facts = disk.facts();
+        let is = |leg: &LegRecord, state| facts.leg(leg.id).is_some_and(|leg| leg.state == state);
+        if let Some(goes) = goes.as_ref().filter(|goes| is(goes, door::LegState::Split)) {
             let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.path);
             let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference().to_string());
             let message = format!("disk {name}: {} is held by snapshot {holder}", goes.path.display());
@@ -240,13 +202,13 @@ impl Manager {
                 "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
             )));
         }
-        let Some(image) = stays.1.filter(|_| state(stays.0.id) == Some(engine::LegState::InSync)) else {
+        if !is(&stays, door::LegState::InSync) {
             let message = match &goes {
                 Some(goes) => format!("disk {name}: {} is its only good leg", goes.path.display()),
-                None => format!("disk {name}: {} is its only leg, and not good", stays.0.path.display()),
+                None => format!("disk {name}: {} is its only leg, and not good", stays.path.display()),
             };
             return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
-        };
+        }
         if let Some(job) = self.job_on(&disk, |j| j.kind == JobKind::Mirror && j.state() == JobState::Running)
             && !job.abandon(DRAIN_WAIT)
         {
@@ -257,24 +219,22 @@ impl Manager {
             )));
         }
         // Before the record says so nothing may count on the leg that goes: the other one alone must have everything.
-        let pair = locked(&disk.mirror).as_ref().map(|m| m.pair.clone());
-        if let (Some(pair), Some(id)) = (pair, goes.as_ref().map(|goes| goes.id)) {
-            self.in_ring(async move |queue| pair.let_go(&queue, id).await)?;
-        }
         // If this is refused from here on, the leg that goes is one that has failed: this can be asked for again, and so can
         // a mirror.
-        self.swap(&disk, Backing::One(image))?;
+        let goes_id = goes.as_ref().map(|goes| goes.id);
+        disk.disk.write_by_leg(stays.id, goes_id, DRAIN_WAIT).map_err(engine_error)?;
         // From here on only the leg that stays is the disk.
         let old = locked(&disk.mirror).take();
         let former = locked(&disk.former_legs).clone();
         locked(&disk.former_legs).extend(goes.map(|goes| goes.path));
-        let path = std::mem::replace(&mut *locked(&disk.path), stays.0.path);
+        let path = std::mem::replace(&mut *locked(&disk.path), stays.path);
         if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
             *locked(&disk.mirror) = old;
             *locked(&disk.path) = path;
             *locked(&disk.former_legs) = former;
             return Err(e);
         }
+        disk.disk.forget_mirror();
         if let Some(old) = old {
             self.remove_file(&self.bitmap_path(old.bitmap));
         }

@@ -15,29 +15,18 @@ use uuid::Uuid;
 use crate::control::api::{self, RestoreRequest, SnapshotRequest, VolumeSource, Writers};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
 use crate::crash;
-use crate::engine::{Changes, Disk, RestoreSource, Restoring, Saved, View};
-use crate::host::Host;
-use crate::image::IoQueue;
+use crate::door::{self, LayerKind, Parted, RestoreFrom};
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
-use crate::manager::{Manager, record_error, table_error};
+use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::registry::{Command, Registry, decide};
 use crate::store::{
-    BlockIndex, BlockRange, DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind,
-    VolumeRecord,
+    DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind, TableError, VolumeRecord,
 };
 
 fn io_error(what: impl std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::Io, what.to_string())
-}
-
-/// Runs engine work on a ring of its own.
-fn in_ring<T: 'static>(
-    host: &dyn Host,
-    work: impl AsyncFnOnce(IoQueue) -> Result<T, String> + 'static,
-) -> Result<T, ApiError> {
-    host.block_on(work).map_err(|e| format!("no ring: {e}")).and_then(|done| done).map_err(io_error)
 }
 
 impl Manager {
@@ -138,17 +127,15 @@ impl Manager {
         record: RestoreRecord,
         command: &Command,
     ) -> Result<Arc<JobEntry>, ApiError> {
-        let geometry = disk.disk.geometry();
-        if source.disk.geometry().size_bytes != geometry.size_bytes {
+        let geometry = disk.facts().geometry;
+        if source.facts().geometry.size_bytes != geometry.size_bytes {
             let message = format!("{} has another size than disk {}", record.from, disk.name);
             return Err(ApiError::new(ErrorCode::InvalidRequest, message));
         }
         self.make_outlive_power_cuts(source, record.source)?;
-        let of = disk.disk.clone();
-        // What is long is done before requests wait.
-        in_ring(&*self.host, async move |queue| of.store_brought_back(&queue).await.map_err(|e| e.to_string()))?;
+        disk.disk.store_live().map_err(engine_error)?;
         let id = record.id;
-        let pending = self.make_durable_table(&self.places.log_table(id), id, geometry).map_err(table_error)?;
+        let pending = self.make_durable_table(&self.places.log_table(id), id, &geometry).map_err(table_error)?;
         *locked(&disk.restore) = Some(record);
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             *locked(&disk.restore) = None;
@@ -185,67 +172,57 @@ impl Manager {
     /// after a kill or a power cut.
     fn activate(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>, pending: DurableTable) -> Result<(), ApiError> {
         let Some(record) = locked(&disk.restore).clone() else { return Err(io_error("a restore without a record")) };
-        let restored = match record.is_own() {
-            true => RestoreSource::Own(record.source),
-            false => RestoreSource::View(View::of(source.disk.clone(), record.source, &record.from)),
+        let from = match record.is_own() {
+            true => RestoreFrom::Own(record.source),
+            false => RestoreFrom::Base(source.disk.base(record.source, &record.from)),
         };
-        // An independent volume shares no place with the disk, but it may be known what both have changed since they did.
         let relation = locked(&source.relations).stood_on.clone().filter(|_| !record.is_own());
-        let origin = relation.map(|was| (source.disk.clone(), was.origin, was.snapshot));
-        let version = record.source;
-        let find = |pending: DurableTable| {
-            let (of, from, origin) = (disk.disk.clone(), restored.clone(), origin.clone());
-            in_ring(&*self.host, async move |queue: IoQueue| {
-                let changed = || {
-                    let (volume, origin, snapshot) = origin?;
-                    let both = [volume.changes(origin, Some(version)).ok()?, of.changes(snapshot, None).ok()?];
-                    let is_alike = volume.geometry().block_bytes == of.geometry().block_bytes;
-                    is_alike.then_some(both)
-                };
-                find_pending(&of, &from, changed, &pending, &queue).await.map(|()| pending)
-            })
-        };
-        // Once before requests wait: what is found again then costs little.
-        let pending = find(pending)?;
-        let closed = self.editor.close(&disk.disk, false);
-        let pending = find(pending)?;
-        // What its source could not save since it was quiesced is in no table, and would be shown as it is now. From here on
-        // nothing is written that it would have to save.
-        if let Some(why) = broken(disk, &restored) {
-            let message = format!("disk {}: {} broke while it was made ready: {why}", disk.name, record.from);
-            return Err(ApiError::new(ErrorCode::SnapshotBroken, message).with_action("restore from another one"));
-        }
+        let parted = relation.map(|was| Parted {
+            volume: source.id,
+            origin: was.origin,
+            stood_on: was.snapshot,
+            restored: record.source,
+        });
+        disk.disk.prepare_restore(pending, from, parted).map_err(|e| match e {
+            door::Error::Broken(why) => {
+                let message = format!("disk {}: {} broke while it was made ready: {why}", disk.name, record.from);
+                ApiError::new(ErrorCode::SnapshotBroken, message).with_action("restore from another one")
+            }
+            e => engine_error(e),
+        })?;
         crash::point("before a restore is recorded");
         let active = RestoreRecord { phase: RestorePhase::Active, ..record.clone() };
         let recorded = self.records.put(&[&DiskRecord { restore: Some(active.clone()), ..disk.to_record() }]);
         if let Err(e) = recorded {
-            let is_unknown = matches!(e, RecordError::Unknown(_));
-            let forgotten = in_ring(&*self.host, async move |queue| forget_pending(&pending, &queue).await);
-            // A start may take it for active then, over what guests write from now on.
-            if let (true, Err(why)) = (is_unknown, &forgotten) {
-                closed.lose(format!(
-                    "it is not known whether a restore has begun: {}; start the daemon anew",
-                    why.message
-                ));
-            }
+            disk.disk.give_restore_up(matches!(e, RecordError::Unknown(_)));
             return Err(record_error(e));
         }
         *locked(&disk.restore) = Some(active);
         crash::point("after a restore was recorded");
-        closed.begin(Restoring::new(pending, restored));
+        disk.disk.begin_restore();
         Ok(())
     }
 
     /// From now on what is saved for the versions that `version` reads through outlives a power cut, also below a volume.
     fn make_outlive_power_cuts(&self, disk: &Arc<DiskEntry>, version: Uuid) -> Result<(), ApiError> {
+        let facts = disk.facts();
+        if facts.position(version).is_none() {
+            return Err(io_error("the snapshot is gone"));
+        }
+        let kept = facts.version(version).into_iter().chain(facts.way_of(version));
         let mut made = Vec::new();
-        disk.disk.durability_changes();
-        if let Err(e) = self.save_durably(disk, version, &mut made) {
-            for id in made {
-                self.editor.save_durably(&disk.disk, id, None);
-                self.remove_file(&self.places.saved_table(id));
-            }
-            disk.disk.durability_recorded();
+        let images = kept.filter(|kept| kept.layer == LayerKind::Table).map(|kept| {
+            made.push(kept.id);
+            let path = self.places.saved_table(kept.id);
+            self.remove_file(&path); // Of an attempt that came to nothing.
+            let image = self.make_durable_image(&path, &facts.geometry)?;
+            self.store_name(&path)?;
+            Ok((kept.id, image))
+        });
+        let images = images.collect::<Result<Vec<_>, TableError>>().map_err(table_error);
+        let saved = images.and_then(|images| disk.disk.save_durably(version, images).map_err(engine_error));
+        if let Err(e) = saved {
+            made.iter().for_each(|id| self.remove_file(&self.places.saved_table(*id)));
             return Err(e);
         }
         crash::point("before it is recorded that a layer outlives power cuts");
@@ -261,64 +238,6 @@ impl Manager {
             },
         }
     }
-
-    fn save_durably(&self, disk: &Arc<DiskEntry>, version: Uuid, made: &mut Vec<Uuid>) -> Result<(), ApiError> {
-        let chain = disk.disk.chain();
-        let Some(index) = chain.position(version) else { return Err(io_error("the snapshot is gone")) };
-        for at in index..chain.pivot_of(index) {
-            let layer = chain.layer(at);
-            let (Some(table), None) = (layer.table(), layer.saved_durably()) else { continue };
-            let id = chain.version(at).id;
-            let path = self.places.saved_table(id);
-            self.remove_file(&path); // Of an attempt that came to nothing.
-            let table = self.make_durable_copy(&path, id, table.clone()).map_err(table_error)?;
-            self.editor.save_durably(&disk.disk, id, Some(Arc::new(Saved { table, revoke: self.revoke(id) })));
-            made.push(id);
-        }
-        let of = disk.disk.clone();
-        in_ring(&*self.host, async move |queue| {
-            // Whoever was decided before saves without making that durable.
-            of.changes_passed().await;
-            of.make_durable(&queue, version).await
-        })
-    }
-}
-
-/// Why what is to be restored cannot be vouched for, if so.
-fn broken(disk: &DiskEntry, restored: &RestoreSource) -> Option<String> {
-    match restored {
-        RestoreSource::View(view) => view.broken(),
-        RestoreSource::Own(id) => {
-            let chain = disk.disk.chain();
-            let Some(index) = chain.position(*id) else { return Some("it is gone".to_owned()) };
-            chain.version(index).broken().map(str::to_owned)
-        }
-    }
-}
-
-/// Finds what differs and makes it durable. Changes of the disk are held up.
-async fn find_pending(
-    disk: &Disk,
-    source: &RestoreSource,
-    changed: impl FnOnce() -> Option<[Changes; 2]>,
-    pending: &DurableTable,
-    queue: &IoQueue,
-) -> Result<(), String> {
-    disk.changes_passed().await;
-    // What is not pending is shown as it is now, after a power cut too.
-    disk.store_brought_back(queue).await.map_err(|e| e.to_string())?;
-    let found = match changed() {
-        Some(changed) => disk.add_changes(&changed, pending.table()),
-        None => disk.find_differences(source, pending.table()),
-    };
-    found.map_err(|e| e.to_string())?;
-    pending.commit(queue).await.map_err(|e| e.to_string())
-}
-
-/// Makes a table say nothing, whether it is believed or not.
-async fn forget_pending(pending: &DurableTable, queue: &IoQueue) -> Result<(), String> {
-    pending.table().clear(BlockRange { start: BlockIndex(0), end: BlockIndex(pending.table().blocks()) });
-    pending.commit(queue).await.map_err(|e| e.to_string())
 }
 
 fn short(id: Uuid) -> String {

@@ -17,7 +17,7 @@ impl Manager {
     pub(crate) fn set_plain_disk(&self, name: &Name, patch: &DiskPatch) -> Result<api::Disk, ApiError> {
         let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
         let disk = self.plain_disk(name)?;
-        if patch.readonly == Some(false) && disk.disk.is_read_only() {
+        if patch.readonly == Some(false) && disk.facts().is_read_only {
             let message = format!("disk {name}: its image was opened to be read only");
             return Err(ApiError::new(ErrorCode::Unsupported, message).with_action(
                 "say readonly=off in its --disk or in the configuration file, and start the daemon anew",
@@ -42,7 +42,7 @@ impl Manager {
         record.config = serde_json::to_value(&config).expect("a configuration is plain data");
         self.records.put(&[&record]).map_err(record_error)?;
         locked(&disk.relations).set = set;
-        disk.disk.background().set_window(config.background_bytes().into());
+        disk.disk.set_window(config.background_bytes().into());
         if let Some(server) = &*locked(&disk.server) {
             server.offer(offer_of(disk.name.get().to_string(), &config));
         }

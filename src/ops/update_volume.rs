@@ -9,7 +9,7 @@
 //! - What is not known to be alike is copied.
 
 use std::cell::Cell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -18,26 +18,24 @@ use uuid::Uuid;
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, Writers};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
-use crate::engine::{Backing, Changed, Geometry, Layer, Log, VOLUMES_DEEP_MAX, View};
-use crate::image::SharedImage;
+use crate::door::{BaseSpec, VOLUMES_DEEP_MAX};
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
-use crate::manager::{Manager, record_error, table_error};
+use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, Wanted};
-use crate::store::{DurableTable, RecordError, Table, VolumeRecord, Work, WorkRecord};
+use crate::store::{RecordError, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
 struct Next {
-    view: Arc<View>,
+    base: BaseSpec,
     volume: VolumeRecord,
     live: Uuid,
     path: PathBuf,
-    layer: Layer,
-    changed: Changed,
+    changed: Arc<Table>,
     /// Why nothing is kept, if so.
     copies_all: Option<String>,
 }
@@ -81,13 +79,14 @@ impl Manager {
     /// A volume that can be updated now, as far as its images go.
     fn volume_to_update(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         let disk = self.volume(name)?;
-        let Some(image) = disk.disk.only_image() else {
+        let facts = disk.facts();
+        let Some(image) = facts.only_image() else {
             let message = in_volume(name, "its content is in more than one image");
             let action = format!("see 'halfsilver volume show {name}'");
             return Err(ApiError::new(ErrorCode::VolumeBusy, message).with_action(action));
         };
-        if image.is_poisoned() {
-            let message = in_volume(name, &format!("a sync of {} failed", image.path().display()));
+        if facts.live().is_poisoned {
+            let message = in_volume(name, &format!("a sync of {} failed", image.display()));
             return Err(ApiError::new(ErrorCode::DiskFailed, message)
                 .with_action("check the storage, then start the daemon anew"));
         }
@@ -116,7 +115,7 @@ impl Manager {
         if of.source != source.id {
             return other("is another disk than the one that it was made off");
         }
-        if source.disk.geometry().size_bytes != volume.disk.geometry().size_bytes {
+        if source.facts().geometry.size_bytes != volume.facts().geometry.size_bytes {
             return other("has another size now");
         }
         Ok(source)
@@ -188,37 +187,36 @@ impl Manager {
     ) -> Result<Next, ApiError> {
         let unsupported = |what: String| Err(ApiError::new(ErrorCode::Unsupported, what));
         let from = entry.reference().to_string();
-        let view = View::of(source.disk.clone(), entry.id, &from);
-        if view.depth() > VOLUMES_DEEP_MAX {
+        let (facts, base) = (disk.facts(), source.disk.base(entry.id, &from));
+        if source.facts().depth >= VOLUMES_DEEP_MAX {
             return unsupported(format!("{VOLUMES_DEEP_MAX} volumes would stand on each other below it"));
         }
-        let (unit, block) = (Backing::View(view.clone()).alignment().offset_bytes, disk.disk.geometry().block_bytes);
+        let (unit, block) = (base.logical_block_bytes, facts.geometry.block_bytes);
         if unit > block {
             return unsupported(format!(
                 "the logical blocks of {} have {unit} bytes, more than its {block}",
                 source.name
             ));
         }
-        let Some(image) = disk.disk.only_image() else {
+        let Some(old) = facts.only_image().map(Path::to_owned) else {
             return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
         };
         let Some(was) = locked(&disk.relations).relation().cloned() else {
             return Err(ApiError::volume_not_found(&disk.name));
         };
-        let kept = match disk.disk.base_broken() {
-            None => disk.disk.blocks_to_keep(was.origin, &source.disk, (was.snapshot, entry.id)),
-            Some(why) => Err(format!("it was broken: {why}")),
-        };
         let undo = |e: ApiError| {
             self.remove_next(live);
             e
         };
-        let geometry = disk.disk.geometry();
-        let layer = self.make_next_log(live, geometry, &image, kept.as_ref().ok()).map_err(undo)?;
+        let geometry = &facts.geometry;
+        let table = self.make_durable_table(&self.places.log_table(live), live, geometry).map_err(table_error);
+        let prepared = table.and_then(|table| {
+            let update = disk.disk.prepare_update(was.origin, source.id, (was.snapshot, entry.id), table);
+            update.map_err(engine_error)
+        });
+        let copies_all = prepared.map_err(undo)?;
         let changed = self.make_changed_table(live, geometry).map_err(table_error).map_err(undo)?;
-        let old = image.path().to_owned();
-        let chain = disk.disk.chain();
-        let path = match old == self.places.log_image(chain.version(chain.live()).id) {
+        let path = match old == self.places.log_image(facts.live().id) {
             true => self.link_own_image(disk, &old).map_err(|e| {
                 undo(ApiError::new(ErrorCode::Io, format!("{} gets no other name: {e}", old.display())))
             })?,
@@ -232,7 +230,7 @@ impl Manager {
             size_bytes: was.size_bytes,
             created_ms: was.created_ms,
         };
-        Ok(Next { view, volume, live, path, layer, changed: Changed::Noted(changed), copies_all: kept.err() })
+        Ok(Next { base, volume, live, path, changed, copies_all })
     }
 
     /// The files of a live version that never came to be.
@@ -243,32 +241,10 @@ impl Manager {
         self.remove_changed_table(live);
     }
 
-    /// A log on the image that is there already, with a durable table of what is kept.
-    fn make_next_log(
-        &self,
-        live: Uuid,
-        geometry: &Geometry,
-        image: &SharedImage,
-        kept: Option<&Table>,
-    ) -> Result<Layer, ApiError> {
-        let table = self.make_durable_table(&self.places.log_table(live), live, geometry).map_err(table_error)?;
-        let failed = |e: String| ApiError::new(ErrorCode::Io, e);
-        if let Some(kept) = kept {
-            table.take_in(kept).map_err(|e| failed(format!("its table cannot grow: {e}")))?;
-        }
-        let bytes = Backing::One(image.clone());
-        let stored = self.block_on(async move |queue| -> Result<DurableTable, String> {
-            crate::job::store_kept(&queue, &table, &bytes).await.map(|()| table).map_err(|e| e.to_string())
-        });
-        let table = stored.and_then(|stored| stored).map_err(failed)?;
-        let freed = Table::in_memory(geometry.blocks()).map_err(table_error)?;
-        Ok(Layer::logged(Backing::One(image.clone()), Arc::new(Log { table, freed })))
-    }
-
     fn put_in_place(&self, disk: &Arc<DiskEntry>, next: Next, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
-        let Next { view, volume, live, path, layer, changed, copies_all } = next;
-        let chain = disk.disk.chain();
-        let (old_live, old_path) = (chain.version(chain.live()).id, chain.layer(chain.live()).image.path().to_owned());
+        let Next { base, volume, live, path, changed, copies_all } = next;
+        let facts = disk.facts();
+        let (old_live, old_path) = (facts.live().id, facts.live().image.clone());
         let (origin, from) = (volume.origin, volume.from.clone());
         let old = locked(&disk.relations).clone();
         let mut relations = old.clone();
@@ -280,7 +256,7 @@ impl Manager {
         });
         (relations.volume, relations.stood_on, relations.next_live) = (Some(volume), None, None);
         relations.own_image = path == self.places.own_image(disk.id);
-        relations.logical_block_bytes.get_or_insert(disk.disk.geometry().logical_block_bytes);
+        relations.logical_block_bytes.get_or_insert(facts.geometry.logical_block_bytes);
         let mut record = recording::updated(disk.to_record(), live, &path, &from);
         relations.put_into(&mut record);
         crash::point("before a volume is recorded as updated");
@@ -288,16 +264,12 @@ impl Manager {
             return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), e));
         }
         crash::point("after a volume was recorded as updated");
-        let image = disk.disk.only_image();
-        self.editor.move_base(&disk.disk, view, (origin, live), layer, changed);
+        disk.disk.move_base(&base, (origin, live), changed, &path);
         let work = relations.work.clone();
         *locked(&disk.relations) = relations;
         *locked(&disk.path) = PathBuf::from(&from);
         disk.failure_told.store(false, Ordering::SeqCst);
         if path != old_path {
-            if let Some(image) = image {
-                image.moved(&path);
-            }
             self.remove_file(&old_path);
         }
         let tables = [self.places.log_table(old_live), self.places.run_table(old_live)];
@@ -344,7 +316,7 @@ impl Manager {
         match work {
             Some(work) => {
                 let job = self.job_of(disk, &work);
-                job.pace.total_bytes.store(disk.disk.bytes_to_fill(), Ordering::Relaxed);
+                job.pace.total_bytes.store(disk.facts().bytes_to_fill, Ordering::Relaxed);
                 self.run_work(disk, &work.work, job.clone());
                 job
             }

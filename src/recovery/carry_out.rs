@@ -9,7 +9,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::{ChangedUse, LayerUse, Recovery, Role, TableUse, VersionRecovery, Why};
-use crate::engine::{Backing, Changed, Epoch, Layer, Link, Mark, Version};
+use crate::door::{Changed, Epoch, LayerSpec, Mark, VersionSpec};
 use crate::image::{ImageError, SharedImage};
 use crate::store::{SnapshotRecord, Table, TableError};
 
@@ -54,13 +54,13 @@ pub trait LayerSource {
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_saved(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<Layer, NotCarriedOut>;
+    fn open_saved(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The log of a version.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_log(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<Layer, NotCarriedOut>;
+    fn open_log(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The dirty bitmap of a version or bookmark.
     ///
@@ -72,9 +72,9 @@ pub trait LayerSource {
 /// What is taken up of a disk.
 pub struct Taken {
     /// Oldest first; the last one is live.
-    pub links: Vec<Link>,
-    /// Oldest first. Those without a version are lost.
-    pub snapshots: Vec<(SnapshotRecord, Option<Arc<Version>>)>,
+    pub versions: Vec<VersionSpec>,
+    /// Oldest first, and whether they have a version. Those without are lost.
+    pub snapshots: Vec<(SnapshotRecord, bool)>,
     /// What is known of changes up to bookmarks and to snapshots without a version.
     pub marks: Vec<Mark>,
 }
@@ -82,30 +82,26 @@ pub struct Taken {
 impl Taken {
     /// A disk of which nothing is remembered; `live` becomes the name of its live version.
     #[must_use]
-    pub fn of_new_disk(live: Uuid, base: Backing) -> Taken {
-        let link = Link { version: Version::new(live, Epoch(0)), layer: Layer::full(base), splits: false };
-        Taken { links: vec![link], snapshots: Vec::new(), marks: Vec::new() }
+    pub fn of_new_disk(live: Uuid) -> Taken {
+        let (layer, began) = (LayerSpec::Base, Epoch(0));
+        let live = VersionSpec { id: live, began, splits: false, layer, broken: None, changed: None };
+        Taken { versions: vec![live], snapshots: Vec::new(), marks: Vec::new() }
     }
 }
 
-/// Opens the versions of a disk whose full image is `base`; of a volume that is what it stands on. Snapshots that drained when
-/// the daemon ended never change again: they are quiesced at `now_ms`.
+/// Opens the versions of a disk. Snapshots that drained when the daemon ended never change again: they are quiesced at
+/// `now_ms`.
 ///
 /// # Errors
 /// When the decision is not to serve the disk, or something that was to be opened cannot be.
-pub fn carry_out(
-    recovery: &Recovery,
-    base: &Backing,
-    now_ms: u64,
-    source: &dyn LayerSource,
-) -> Result<Taken, NotCarriedOut> {
+pub fn carry_out(recovery: &Recovery, now_ms: u64, source: &dyn LayerSource) -> Result<Taken, NotCarriedOut> {
     if let Some(why) = recovery.why_unserved() {
         return Err(why.clone().into());
     }
     let record = &recovery.record;
     // An independent volume still knows what was written since it was made.
     let origin = record.stood_on.as_ref().map(|volume| Mark { id: volume.origin, began: Epoch(0), changed: None });
-    let mut taken = Taken { links: Vec::new(), snapshots: Vec::new(), marks: origin.into_iter().collect() };
+    let mut taken = Taken { versions: Vec::new(), snapshots: Vec::new(), marks: origin.into_iter().collect() };
     for (bookmark, changed) in record.bookmarks.iter().zip(&recovery.bookmarks) {
         let changed = open_changed(bookmark.id, changed.as_ref(), source)?;
         taken.marks.push(Mark { id: bookmark.id, began: Epoch(bookmark.began), changed });
@@ -122,26 +118,18 @@ pub fn carry_out(
             snapshot.broken = why.map(Why::in_record);
             snapshot.splits = version.splits;
             taken.marks.push(Mark { id: version.id, began: Epoch(version.began), changed });
-            taken.snapshots.push((snapshot, None));
+            taken.snapshots.push((snapshot, false));
             continue;
         };
-        let layer = open_layer(version, layer, base, source)?;
-        let is_live = version.role == Role::Live;
-        let opened = Version::noting(version.id, Epoch(version.began), changed);
-        if !is_live {
-            // Of what a volume stands on too: nobody is left who could change it.
-            opened.set_quiesced();
-        }
+        let layer = open_layer(version, layer, source)?;
         if let Some(snapshot) = &mut snapshot {
-            opened.set_leaves_mark(snapshot.leaves_bookmark());
             snapshot.quiesced_ms.get_or_insert(now_ms);
             snapshot.broken = version.broken.as_ref().map(Why::in_record);
-            if let Some(reason) = &snapshot.broken {
-                opened.set_broken(reason.clone());
-            }
         }
-        taken.snapshots.extend(snapshot.map(|snapshot| (snapshot, Some(opened.clone()))));
-        taken.links.push(Link { version: opened, layer, splits: version.splits });
+        let broken = snapshot.as_ref().and_then(|snapshot| snapshot.broken.clone());
+        let (id, began, splits) = (version.id, Epoch(version.began), version.splits);
+        taken.versions.push(VersionSpec { id, began, splits, layer, broken, changed });
+        taken.snapshots.extend(snapshot.map(|snapshot| (snapshot, true)));
     }
     Ok(taken)
 }
@@ -149,12 +137,11 @@ pub fn carry_out(
 fn open_layer(
     version: &VersionRecovery,
     layer: &LayerUse,
-    base: &Backing,
     source: &dyn LayerSource,
-) -> Result<Layer, NotCarriedOut> {
+) -> Result<LayerSpec, NotCarriedOut> {
     match layer {
-        LayerUse::Base => Ok(Layer::full(base.clone())),
-        LayerUse::Full(image) => Ok(Layer::full(Backing::One(source.open_full(image)?))),
+        LayerUse::Base => Ok(LayerSpec::Base),
+        LayerUse::Full(image) => Ok(LayerSpec::Full(source.open_full(image)?)),
         LayerUse::Log(image, table) => source.open_log(version.id, image, table),
         LayerUse::Saved(image, table) => source.open_saved(version.id, image, table),
     }

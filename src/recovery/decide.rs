@@ -11,7 +11,7 @@ use super::{
     ChangedUse, Content, Durable, Evidence, ImageFacts, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery,
     Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
-use crate::engine::LegState;
+use crate::door::LegState;
 use crate::store::{ChangedRecord, DiskRecord, LegRecord, MirrorRecord, SnapshotRecord};
 
 /// Decides, as if whatever a volume stands on and a disk is restored from were there; [`super::settle`] looks at that.

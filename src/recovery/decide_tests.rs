@@ -7,7 +7,7 @@ use super::{
     ChangedUse, Content, JobKind, LegUse, Recovery, Role, ServedVersion, Shutdown, SnapshotFate, TableSource, Why,
     decide, settle,
 };
-use crate::engine::LegState;
+use crate::door::LegState;
 use crate::store::{DeletionRecord, DiskRecord, RestorePhase, Work, WorkRecord};
 
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::evidence::Durable;
 use super::{Shutdown, Why};
-use crate::engine::{LegState, PairFacts};
+use crate::door::{LegState, PairFacts};
 use crate::store::{DiskRecord, RestorePhase, SnapshotRecord, Work};
 
 /// What a start makes of a disk.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use crate::engine::{PairError, PairFacts};
+use crate::door::{PairError, PairFacts};
 use crate::image::ImageError;
 use crate::store::{BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
-use crate::engine::{LegImage, Pair, PairError, PairFacts};
+use crate::door::{LegImage, PairError, PairFacts, examine_mirror};
 use crate::host::{FileKind, Host};
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::store::{
@@ -106,7 +106,7 @@ impl Evidence for Files<'_> {
         let bitmap = self.shared(&self.tables.log(id))?;
         let facts = self
             .host
-            .block_on(async move |queue| Pair::examine(&images, bitmap, id, size_bytes, block_bytes, &queue).await);
+            .block_on(async move |queue| examine_mirror(&images, (bitmap, id), size_bytes, block_bytes, &queue).await);
         facts.map_err(|e| no_ring(&self.tables.log(id), &e))?
     }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
-use crate::engine::{LegState, PairError, PairFacts};
+use crate::door::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
 use crate::store::{
     BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase, RestoreRecord,

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::DurableFacts;
-use crate::engine::PairError;
+use crate::door::PairError;
 use crate::image::{ImageError, ImageErrorKind};
 use crate::store::TableError;
 

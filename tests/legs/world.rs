@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
@@ -33,7 +34,7 @@ pub fn leg_id(place: usize) -> Uuid {
 pub struct Observer(Mutex<Vec<(Uuid, String)>>);
 
 impl PairObserver for Observer {
-    fn leg_dropped(&self, leg: Uuid, reason: &str) {
+    fn leg_dropped(&self, leg: Uuid, _path: &Path, reason: &str) {
         self.0.lock().unwrap().push((leg, reason.to_owned()));
     }
 }

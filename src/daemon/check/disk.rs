@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{CheckedBookmark, CheckedDisk, CheckedJob, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::api::DiskConfig;
-use crate::engine::{LegState, PairFacts};
+use crate::door::{LegState, PairFacts};
 use crate::recovery::{
     Content, Durable, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, Shutdown, SnapshotFate, TableSource,
     TableUse, Why,
