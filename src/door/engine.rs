@@ -64,8 +64,8 @@ pub(super) struct Open {
     pub(super) disk: Arc<engine::Disk>,
     /// The legs by which the live version writes, or is about to.
     pub(super) mirror: Mutex<Option<Arc<Pair>>>,
-    /// The leg that a version had alone which has left the chain.
-    pub(super) left_leg: Mutex<Option<(VersionId, SharedImage)>>,
+    /// The leg that a version has alone which is about to leave the chain, or has.
+    pub(super) left_leg: Mutex<Option<SharedImage>>,
     pub(super) restore: Mutex<Option<Pending>>,
     /// The log that a volume gets with its next base.
     pub(super) next_log: Mutex<Option<Layer>>,

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::engine::{Disk, Engine, Event, Supervisor, locked};
 use super::error::{Error, no_mirror};
 use super::spec::ImageSpec;
-use crate::engine::{self, Backing, LegImage, LegState, Pair, PairError, PairFacts, PairObserver, VersionId};
+use crate::engine::{self, Backing, LegImage, LegState, Pair, PairError, PairFacts, PairObserver};
 use crate::image::{IoQueue, SharedImage};
 
 /// Tells of legs that are out, and breaks what was frozen on one.
@@ -149,18 +149,26 @@ impl Disk {
         self.attach_leg(leg, true)
     }
 
-    /// Brings the leg back that was split: for nothing, or with the version that had it, which has left the chain.
+    /// Brings a leg back that was split for nothing.
     ///
     /// # Errors
     /// When it is not that leg, or its image is not known; or the bitmap cannot be stored.
-    pub fn bring_leg_back(&self, id: Uuid, of: Option<VersionId>) -> Result<(), Error> {
-        let left = locked(&self.open().left_leg).take_if(|(version, _)| Some(*version) == of);
-        let image = match (left, of) {
-            (Some((_, image)), _) => Some(image),
-            (None, None) => self.mirror()?.image_of(id),
-            (None, Some(_)) => None,
-        };
-        self.attach_leg(LegImage { id, image: image.ok_or_else(no_mirror)? }, false)
+    pub fn bring_leg_back(&self, id: Uuid) -> Result<(), Error> {
+        let image = self.mirror()?.image_of(id).ok_or_else(no_mirror)?;
+        self.attach_leg(LegImage { id, image }, false)
+    }
+
+    /// The records have forgotten the version that has left the chain ([`Disk::retire`]). The leg that it had alone comes
+    /// back, if it is named, or is closed.
+    ///
+    /// # Errors
+    /// As [`Disk::bring_leg_back`].
+    pub fn retired_forgotten(&self, back: Option<Uuid>) -> Result<(), Error> {
+        let open = self.open();
+        open.disk.durability_recorded();
+        let left = locked(&open.left_leg).take();
+        let Some(id) = back else { return Ok(()) };
+        self.attach_leg(LegImage { id, image: left.ok_or_else(no_mirror)? }, false)
     }
 
     fn attach_leg(&self, leg: LegImage, full: bool) -> Result<(), Error> {

@@ -27,7 +27,9 @@ impl Disk {
         let disk = self.open().disk.clone();
         let log = disk.oldest_log();
         let is_done = self.engine.editor.make_independent(&disk);
-        if let (true, Some((_, Backing::One(image)))) = (is_done, log) {
+        if let (true, Some((_, Backing::One(image)))) = (is_done, log)
+            && image.path() != path
+        {
             image.moved(path);
         }
         is_done
@@ -85,7 +87,7 @@ impl Disk {
         let image = open.disk.only_image();
         let view = self.engine.view(base);
         self.engine.editor.move_base(&open.disk, view, (origin, live), log, Changed::Noted(changed));
-        if let Some(image) = image {
+        if let Some(image) = image.filter(|image| image.path() != path) {
             image.moved(path);
         }
     }

@@ -75,7 +75,7 @@ impl Disk {
         if let (true, Backing::One(image), None) =
             (chain.layer(index).is_full(), &chain.layer(index).image, chain.heir_of_pivot(index))
         {
-            *locked(&open.left_leg) = Some((id, image.clone()));
+            *locked(&open.left_leg) = Some(image.clone());
         }
         let (disk, of) = (open.disk.clone(), version.clone());
         let done = self.engine.on_ring(async move |queue| job::retire(queue, editor, disk, of, grace, pace).await);

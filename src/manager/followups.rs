@@ -101,24 +101,14 @@ impl Manager {
             }
             FollowUp::Serve(name) => self.serve_again_if_possible(name),
             FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
-            FollowUp::Open(disk, entry) => {
-                let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("open a socket", disk.name.get().as_str(), key) else {
-                    return true;
-                };
+            FollowUp::Open(disk, entry) => self.claimed("open a socket", disk, || {
                 !self.is_there(disk, entry) || entry.is_open() || self.open_socket(disk, entry)
-            }
-            FollowUp::Restore(disk) => {
-                let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("restore", disk.name.get().as_str(), key) else { return true };
+            }),
+            FollowUp::Restore(disk) => self.claimed("restore", disk, || {
                 self.resume_restores(Some(disk.id));
                 true
-            }
-            FollowUp::Stay(disk) => {
-                let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("serve again", disk.name.get().as_str(), key) else {
-                    return true;
-                };
+            }),
+            FollowUp::Stay(disk) => self.claimed("serve again", disk, || {
                 if !self.is_served(disk) {
                     return true;
                 }
@@ -127,15 +117,17 @@ impl Manager {
                     self.serve_what_stays(disk);
                 }
                 is_known
-            }
-            FollowUp::Record(disk) => {
-                let key = ClaimKey::Entity(disk.id);
-                let Some(_claim) = self.claim_patiently("store a record", disk.name.get().as_str(), key) else {
-                    return true;
-                };
+            }),
+            FollowUp::Record(disk) => self.claimed("store a record", disk, || {
                 !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok()
-            }
+            }),
         }
+    }
+
+    /// Does something with a disk claimed. Returns whether it is over, as it is when the daemon goes down before.
+    pub(crate) fn claimed(&self, operation: &str, disk: &DiskEntry, work: impl FnOnce() -> bool) -> bool {
+        let claim = self.claim_patiently(operation, disk.name.get().as_str(), ClaimKey::Entity(disk.id));
+        claim.is_none_or(|_claim| work())
     }
 }
 

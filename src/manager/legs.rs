@@ -173,7 +173,7 @@ impl Manager {
             mirror.legs.iter().find(|leg| is_split(leg) && !disk.holds_leg(&leg.path)).map(|leg| leg.id)
         });
         let is_there = |leg: &Uuid| facts.leg(*leg).is_some_and(|leg| leg.path.is_some());
-        unheld.filter(is_there).map_or(Ok(()), |leg| disk.disk.bring_leg_back(leg, None)).map_err(engine_error)
+        unheld.filter(is_there).map_or(Ok(()), |leg| disk.disk.bring_leg_back(leg)).map_err(engine_error)
     }
 
     pub(crate) fn start_resync(&self, disk: &Arc<DiskEntry>) {

@@ -9,8 +9,28 @@ use std::path::Path;
 
 use uuid::Uuid;
 
+use crate::control::api;
 use crate::door::{ChangedFacts, DiskFacts, LayerKind, LayerSpec, MarkFacts, NewLayer};
-use crate::store::{BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
+use crate::store::{self, BookmarkRecord, ChangedRecord, DiskRecord, SnapshotRecord};
+
+/// Words of the API and of the records for the same thing.
+macro_rules! same {
+    ($word:ident: $($variant:ident),+) => {
+        impl From<api::$word> for store::$word {
+            fn from(word: api::$word) -> store::$word {
+                match word { $(api::$word::$variant => store::$word::$variant),+ }
+            }
+        }
+
+        impl From<store::$word> for api::$word {
+            fn from(word: store::$word) -> api::$word {
+                match word { $(store::$word::$variant => api::$word::$variant),+ }
+            }
+        }
+    };
+}
+same!(Strategy: CopyOnWrite, WriteLogging, WriteMirroring);
+same!(Writers: Request, Connection);
 
 /// What is remembered of a disk that is served: its identifier, name and boot, its configuration, and where the versions
 /// are in this moment's chain. Without a mirror, and not a volume.

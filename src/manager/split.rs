@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::control::ApiError;
-use crate::control::api::Strategy;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::legs::Mirror;
 use crate::manager::{Manager, engine_error};
+use crate::store::Strategy;
 
 impl Manager {
     /// Prepares the split of a mirror. Returns where the leg is that the snapshot takes.
@@ -18,16 +19,20 @@ impl Manager {
         split.map_err(|e| ApiError { message: format!("disk {}: {}", disk.name, e.message), ..e })
     }
 
-    /// The leg of a snapshot that has gone comes back to the mirror, with what was written since it was split.
-    pub(crate) fn rejoin(&self, disk: &Arc<DiskEntry>, snapshot: &SnapshotEntry, path: &Path) -> Result<(), String> {
-        let leg = {
-            let mirror = locked(&disk.mirror);
-            let mirror = mirror.as_ref().ok_or("the disk has no mirror any more")?;
-            mirror.legs.iter().find(|leg| leg.path == path).ok_or("it is no leg any more")?.id
-        };
-        disk.disk.bring_leg_back(leg, Some(snapshot.id)).map_err(|e| e.to_string())?;
-        self.start_resync(disk);
-        Ok(())
+    /// The records have forgotten a snapshot that has left the chain. The leg at `path`, if it had one that comes back, does so
+    /// with what was written since it was split.
+    pub(crate) fn rejoin(&self, disk: &Arc<DiskEntry>, path: Option<&Path>) -> Result<(), String> {
+        let named = |mirror: &Mirror| mirror.legs.iter().find(|leg| Some(&*leg.path) == path).map(|leg| leg.id);
+        let leg = locked(&disk.mirror).as_ref().and_then(named);
+        disk.disk.retired_forgotten(leg).map_err(|e| e.to_string())?;
+        match (path, leg) {
+            (None, _) => Ok(()),
+            (Some(_), None) => Err("it is no leg any more".to_owned()),
+            (Some(_), Some(_)) => {
+                self.start_resync(disk);
+                Ok(())
+            }
+        }
     }
 
     /// Lets a leg go that does not come back, if there is one at `path`: by the bitmap alone nobody can tell any more what
@@ -42,7 +47,7 @@ impl Manager {
     pub(crate) fn lose_leg_of(&self, disk: &Arc<DiskEntry>, entry: &SnapshotEntry) -> Result<(), ApiError> {
         let (is_split, path) = {
             let record = locked(&entry.record);
-            (record.strategy == Strategy::WriteMirroring.to_string(), record.image.clone())
+            (record.strategy == Strategy::WriteMirroring, record.image.clone())
         };
         if is_split { self.lose_leg(disk, &path) } else { Ok(()) }
     }

@@ -203,8 +203,8 @@ impl Manager {
             id: live.id,
             group,
             name: request.name.to_string(),
-            strategy: strategy.to_string(),
-            writers: request.writers.to_string(),
+            strategy: strategy.into(),
+            writers: request.writers.into(),
             began: live.began.0,
             ended: 0,
             image: made.clone(),
@@ -343,12 +343,8 @@ impl Manager {
         if !entry.is_lost {
             disk.disk.store_shown(entry.id);
         }
-        let key = ClaimKey::Entity(disk.id);
-        let operation = format!("quiesce {}", entry.reference());
-        let Some(_claim) = self.claim_patiently(&operation, disk.name.get().as_str(), key) else {
-            return true; // The end of the daemon records it.
-        };
-        self.record_quiesced(disk, entry, drain)
+        // If nobody gets the claim the end of the daemon records it.
+        self.claimed(&format!("quiesce {}", entry.reference()), disk, || self.record_quiesced(disk, entry, drain))
     }
 
     /// The same at the end of the daemon, when nobody is left who could claim anything.

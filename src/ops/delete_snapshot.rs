@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState, Strategy};
+use crate::control::api::{DeleteSnapshotOptions, JobKind, JobState, SnapshotState};
 use crate::control::{ApiError, Deletion, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
 use crate::door::{Epoch, LayerKind, Outcome, RetireError, Retired, Work};
@@ -18,7 +18,7 @@ use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, RETIRE_LOOK, RetireTurn, SnapshotEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::registry::Command;
-use crate::store::DeletionRecord;
+use crate::store::{DeletionRecord, Strategy};
 
 /// How long a deletion waits for a snapshot to be quiesced, and for its own job, before it answers.
 const DELETION_WAIT: Duration = Duration::from_secs(60);
@@ -321,7 +321,7 @@ impl Manager {
     ) -> Result<(), ApiError> {
         let (is_split, keep) = {
             let record = locked(&entry.record);
-            (record.strategy == Strategy::WriteMirroring.to_string(), record.leaves_image())
+            (record.strategy == Strategy::WriteMirroring, record.leaves_image())
         };
         let back = leg.as_ref().filter(|_| is_split && !keep && entry.broken(&disk.facts()).is_none());
         // A leg that goes must not be taken for one that comes back, and one that is written again not for a snapshot:
@@ -330,11 +330,8 @@ impl Manager {
             self.lose_leg_of(disk, entry)?;
         }
         self.gone(disk, entry, left.clone())?;
-        disk.disk.durability_recorded();
-        if let Some(leg) = back
-            && let Err(e) = self.rejoin(disk, entry, leg)
-        {
-            log::error!("snapshot {}: {} does not come back as a leg: {e}", entry.reference(), leg.display());
+        if let Err(e) = self.rejoin(disk, back.map(|leg| &**leg)) {
+            log::error!("snapshot {}: its leg does not come back: {e}", entry.reference());
         }
         Ok(())
     }

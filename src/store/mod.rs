@@ -29,7 +29,7 @@ pub use error::TableError;
 pub use pack::{Believed, Pack};
 pub use record::{
     BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase,
-    RestoreRecord, RestoreSourceKind, SnapshotRecord, VolumeRecord, names_let_go,
+    RestoreRecord, RestoreSourceKind, SnapshotRecord, Strategy, VolumeRecord, Writers, names_let_go,
 };
 pub use record_store::{RecordError, RecordStore, Remembered, UnreadableRecord};
 pub use records::{ExaminedRecords, Records};

@@ -21,6 +21,28 @@ pub struct Fingerprint {
     pub modified_ns: i64,
 }
 
+/// What became of the full image when a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// The live version kept it.
+    CopyOnWrite,
+    /// The snapshot kept it.
+    WriteLogging,
+    /// Each took a leg of it.
+    WriteMirroring,
+}
+
+/// Who stayed with a snapshot when it was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Writers {
+    /// Requests in flight.
+    Request,
+    /// The frontends that were connected.
+    Connection,
+}
+
 /// A snapshot, as it is remembered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,10 +53,10 @@ pub struct SnapshotRecord {
     pub group: Uuid,
     /// The name that the user gave.
     pub name: String,
-    /// `copy-on-write`, `write-logging` or `write-mirroring`.
-    pub strategy: String,
-    /// `request` or `connection`.
-    pub writers: String,
+    /// What became of the full image when it was taken.
+    pub strategy: Strategy,
+    /// Who stayed with it.
+    pub writers: Writers,
     /// The epoch in which the version began.
     pub began: u64,
     /// The last epoch that belongs to it; 0 while the cut is being prepared.

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::*;
 use crate::store::{
     BookmarkRecord, ChangedRecord, Fingerprint, RestorePhase, RestoreRecord, RestoreSourceKind, SnapshotRecord,
-    VolumeRecord, Work, WorkRecord,
+    Strategy, VolumeRecord, Work, WorkRecord, Writers,
 };
 
 thread_local! {
@@ -73,8 +73,8 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         id: Uuid::new_v4(),
         group: Uuid::new_v4(),
         name: name.into(),
-        strategy: "copy-on-write".into(),
-        writers: "request".into(),
+        strategy: Strategy::CopyOnWrite,
+        writers: Writers::Request,
         began: ended,
         ended,
         image: format!("/images/{disk}@{name}.img").into(),
