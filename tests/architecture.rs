@@ -357,9 +357,10 @@ fn handles_shown(text: &str) -> Vec<(usize, &'static str)> {
         // The engine's disk, and no other.
         let disks = item.match_indices("engine::Disk").map(|(inside, _)| (inside, "engine::Disk"));
         // The name of a variant, and a path through one, is no handle.
-        let begins_line = |inside: usize| item[..inside].trim_end_matches(' ').ends_with('\n');
         let is_type = |inside: usize, handle: &str| {
-            !(is("enum ") && begins_line(inside)) && !item[inside + handle.len()..].starts_with("::")
+            let is_name = is("enum ") && item[..inside].trim_end_matches(' ').ends_with('\n');
+            let is_path = item[inside + handle.len()..].starts_with("::");
+            !(is_name || is_path)
         };
         let handles = named.filter(|(inside, handle)| is_type(*inside, handle)).chain(disks);
         found.extend(handles.map(|(inside, handle)| (line_of(code, at + inside), handle)));
