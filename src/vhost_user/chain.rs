@@ -130,6 +130,8 @@ impl RawChain {
         if table.len == 0 || !table.len.is_multiple_of(DESCRIPTOR_BYTES) || table.len / DESCRIPTOR_BYTES > entries_max {
             return Err(ChainFault::IndirectSize(table.len));
         }
+        // All of it is copied, however little of it is used.
+        self.steps += table.len as usize / DESCRIPTOR_BYTES as usize;
         let mut bytes = std::mem::take(&mut self.table);
         bytes.resize(table.len as usize, 0);
         let read = ring.memory().copy_out(GuestAddress(table.address), &mut bytes);

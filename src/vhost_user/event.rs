@@ -1,24 +1,29 @@
 //! What frontends hand over to be kicked by and to be signalled: kick, call and err.
 //!
-//! A frontend can hand over any descriptor. Most are eventfds; Linux' own virtio_uml has pairs of sockets, and others pipes,
-//! of which each kick or call is eight bytes. Everything else is refused: reading `/dev/zero` for kicks would never end, and
-//! writing to a file for calls could destroy something. So is an eventfd that counts as a semaphore: it is ready again after
-//! each read, and its count can keep a thread at work for centuries.
+//! A frontend can hand over any descriptor. Most are eventfds; Linux' own virtio_uml is called by a pair of sockets, and
+//! others by a pipe, of which each call is eight bytes. Everything else is refused: writing to a file for calls could destroy
+//! something. So is an eventfd that counts as a semaphore: it is ready again after each read, and its count can keep a thread
+//! at work for centuries. Kicks come from eventfds only: who reads a pipe or a socket waits, whatever its flags say, while
+//! another one reads it into memory that does not answer.
 //!
-//! What always holds: signalling never waits, and waiting takes no thread. Whether a descriptor blocks is not asked, since
-//! all who share it can change that at any time: an eventfd is signalled by a [`Bell`], a socket by a call that does not
-//! wait, and a pipe is opened anew, so that its flags are ours.
+//! What always holds: waiting takes no thread, and signalling does not wait for room. Whether a descriptor blocks is not
+//! asked, since all who share it can change that at any time: an eventfd is signalled by a [`Bell`], a socket by a call that
+//! does not wait, and a pipe is opened anew, so that its flags are ours. A pipe can still hold up who writes it, as long as
+//! one that reads it has memory that does not answer; that is the frontend's own queue.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SendFlags};
 
 use crate::image::Bell;
+
+/// The name of an eventfd.
+const COUNTER: &str = "anon_inode:[eventfd]";
 
 /// Something that the frontend signals, or that is signalled.
 #[derive(Clone, Debug)]
@@ -38,9 +43,12 @@ impl Event {
     /// Takes a descriptor that kicks come from.
     ///
     /// # Errors
-    /// When it is none that can be waited for, or nobody can tell.
+    /// When it is no eventfd that counts, or nobody can tell.
     pub(super) fn to_wait_for(file: File) -> io::Result<Event> {
-        Event::new(file, false)
+        if name_of(&file)? != COUNTER {
+            return refused("the descriptor is no eventfd");
+        }
+        Event::counter(file)
     }
 
     /// Takes a descriptor that is to be signalled.
@@ -48,27 +56,23 @@ impl Event {
     /// # Errors
     /// When it is none that can be signalled without waiting, or nobody can tell.
     pub(super) fn to_signal(file: File) -> io::Result<Event> {
-        Event::new(file, true)
-    }
-
-    fn new(file: File, is_written: bool) -> io::Result<Event> {
-        let refused = |what| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
-        let is_type = file.metadata()?.file_type();
-        if is_type.is_fifo() {
-            return Ok(Event { file: Arc::new(own_end(&file, is_written)?), kind: Kind::Pipe });
+        // By its name: whoever is asked for more may be a file system that does not answer.
+        let name = name_of(&file)?;
+        if name == COUNTER {
+            return Event::counter(file);
         }
-        if is_type.is_socket() {
-            if rustix::net::sockopt::socket_domain(&file)? != AddressFamily::UNIX {
-                return refused("the descriptor is a socket of another kind than Unix sockets");
-            }
+        if name.starts_with("socket:[") && rustix::net::sockopt::socket_domain(&file)? == AddressFamily::UNIX {
             return Ok(Event { file: Arc::new(file), kind: Kind::Socket });
         }
-        let number = file.as_raw_fd();
-        if std::fs::read_link(format!("/proc/self/fd/{number}"))?.as_os_str() != "anon_inode:[eventfd]" {
-            return refused("the descriptor is neither an eventfd nor a pipe or Unix socket");
+        if name.starts_with("pipe:[") {
+            return Ok(Event { file: Arc::new(own_end(&file)?), kind: Kind::Pipe });
         }
+        refused("the descriptor is neither an eventfd nor a pipe or Unix socket")
+    }
+
+    fn counter(file: File) -> io::Result<Event> {
         // Kernels before 6.5 do not say so; such a kick is found out by its kicks that are in vain.
-        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
         let is_semaphore = |line: &str| line.strip_prefix("eventfd-semaphore:").is_some_and(|is| is.trim() != "0");
         if info.lines().any(is_semaphore) {
             return refused("the descriptor is an eventfd in semaphore mode");
@@ -104,21 +108,21 @@ impl Event {
     }
 }
 
-/// The same end of a pipe with flags of our own: one to read from waits, one to write to does not.
-fn own_end(pipe: &File, is_written: bool) -> io::Result<File> {
-    let mode = rustix::fs::fcntl_getfl(pipe)? & OFlags::ACCMODE;
-    let other = if is_written { OFlags::RDONLY } else { OFlags::WRONLY };
-    if mode == other {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor is the wrong end of a pipe"));
+fn refused<T>(what: &str) -> io::Result<T> {
+    Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+}
+
+/// What the kernel calls a descriptor. A file of this name has a path before it.
+fn name_of(file: &File) -> io::Result<String> {
+    Ok(std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?.to_string_lossy().into_owned())
+}
+
+/// The end of a pipe that is written to, with flags of our own: one that does not wait.
+fn own_end(pipe: &File) -> io::Result<File> {
+    let flags = rustix::fs::fcntl_getfl(pipe)?;
+    if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE == OFlags::RDONLY {
+        return refused("the descriptor is the wrong end of a pipe");
     }
-    // Opened so that it does not wait for somebody at the other end.
-    let own = OpenOptions::new()
-        .read(!is_written)
-        .write(is_written)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(format!("/proc/self/fd/{}", pipe.as_raw_fd()))?;
-    if !is_written {
-        rustix::fs::fcntl_setfl(&own, rustix::fs::fcntl_getfl(&own)? & !OFlags::NONBLOCK)?;
-    }
-    Ok(own)
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    OpenOptions::new().write(true).custom_flags(flags).open(format!("/proc/self/fd/{}", pipe.as_raw_fd()))
 }

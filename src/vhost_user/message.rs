@@ -128,7 +128,7 @@ impl Channel {
                     files.extend(rights.map(File::from));
                 }
             }
-            if got.flags.contains(ReturnFlags::CTRUNC) {
+            if got.flags.contains(ReturnFlags::CTRUNC) || files.len() > FILES_MAX {
                 return Err(refused("more descriptors than there is room for"));
             }
             match got.bytes {

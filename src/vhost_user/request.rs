@@ -12,7 +12,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_blk as blk;
 
 use super::chain::{ChainFault, Piece, RawChain};
-use super::features::{DISCARD, RANGE_SEGMENTS_MAX, SECTOR_BYTES, WRITE_ZEROES};
+use super::features::{DISCARD, RANGE_SEGMENTS_MAX, RING_ENTRIES_MAX, SECTOR_BYTES, WRITE_ZEROES};
 use super::memory::{GuestAddress, MemoryMap, Segments};
 use super::stats::Direction;
 use crate::engine::Request;
@@ -38,6 +38,8 @@ const CHAIN_BYTES_MAX: u64 = u32::MAX as u64 - SECTOR_BYTES;
 /// What a part of a transfer has at most: segments as many as one system call takes (`UIO_MAXIOV`), and bytes.
 const PART_SEGMENTS_MAX: usize = 1024;
 const PART_BYTES_MAX: usize = 32 << 20;
+/// The most pieces of a frontend's memory that one request may touch: two for each descriptor that it can have.
+const REQUEST_SEGMENTS_MAX: usize = 4 * RING_ENTRIES_MAX as usize;
 /// Where parts end if they can: units of images are not split then.
 const PART_UNIT_BYTES: usize = 4096;
 const SECTOR: usize = 512;
@@ -279,6 +281,9 @@ fn transfer(
         if !memory.translate(piece.at, u64::from(piece.len), &mut segments) {
             return Err(Refusal::Memory);
         }
+        if segments.len() > REQUEST_SEGMENTS_MAX {
+            return Err(Refusal::Request("more pieces of memory than a request may have"));
+        }
     }
     let request = |(at, buf)| match is_write {
         true => Request::Write { at, from: buf, durable: rules.durable },
@@ -386,6 +391,10 @@ fn ranges(
     };
     let first = range_of(&bytes[..RANGE_BYTES])?;
     let rest: Vec<Request> = bytes[RANGE_BYTES..].chunks_exact(RANGE_BYTES).map(range_of).collect::<Result<_, _>>()?;
+    // One request is one ticket: as long as it lasts nothing is quiesced.
+    if total > rules.capacity_bytes {
+        return Err(Refusal::Request("segments of more bytes than the disk has"));
+    }
     Ok(Parsed::Execute(Job { direction, first, rest, pieces: count, bytes: total, written: 1 }))
 }
 

@@ -40,6 +40,8 @@ const WITHOUT_PLACE_MAX: usize = 16;
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long to leave the socket alone when the system has no descriptors left.
 const PAUSE_MS: i32 = 100;
+/// How long a frontend waits for one of too many others to end.
+const ROOM_WAIT: Duration = Duration::from_secs(2);
 
 /// Where frontends come from.
 #[derive(Debug)]
@@ -336,7 +338,7 @@ struct Acceptor {
     epoll: OwnedFd,
     active: Vec<Connection>,
     // A frontend that waits for one that is hanging up; those behind it stay in the socket's backlog.
-    waiting: Option<UnixStream>,
+    waiting: Option<(UnixStream, Instant)>,
     // How many have come, and whether any of those that have left had said something.
     came: u64,
     has_served: bool,
@@ -388,10 +390,11 @@ impl Acceptor {
             if is_over && self.active.is_empty() {
                 return Ok(());
             }
-            if let Some(stream) = self.waiting.take() {
-                self.admit(stream);
+            if let Some((stream, came)) = self.waiting.take() {
+                self.admit(stream, came);
             }
-            timeout_ms = if self.accept_all() { -1 } else { PAUSE_MS };
+            // Whom the one that waits made room for may not go.
+            timeout_ms = if self.accept_all() && self.waiting.is_none() { -1 } else { PAUSE_MS };
         }
     }
 
@@ -412,7 +415,7 @@ impl Acceptor {
     fn accept_all(&mut self) -> bool {
         while let Some(socket) = self.socket.as_ref().filter(|_| self.waiting.is_none()) {
             match socket.listener.accept() {
-                Ok((stream, _)) => self.admit(stream),
+                Ok((stream, _)) => self.admit(stream, Instant::now()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
                 Err(e) => {
@@ -425,7 +428,7 @@ impl Acceptor {
         true
     }
 
-    fn admit(&mut self, stream: UnixStream) {
+    fn admit(&mut self, stream: UnixStream, came: Instant) {
         self.reap();
         let places = self.shared.places.clone();
         if places.are_taken() {
@@ -436,18 +439,24 @@ impl Acceptor {
                 1 => self.complain(format_args!("refused a frontend: another one is connected{by}")),
                 all => self.complain(format_args!("refused a frontend: {all} others are connected{by}")),
             }
-        } else if self.active.iter().any(Connection::is_leaving) {
-            self.waiting = Some(stream);
+        } else if self.active.iter().any(|c| c.is_leaving() && places.are_held_by(c.id)) {
+            self.waiting = Some((stream, came));
         } else if self.active.len() < places.most() + WITHOUT_PLACE_MAX {
             self.start(stream);
         } else {
             // Those that wait longest without having started anything.
-            let mut idle = self.active.iter().filter(|c| !places.are_held_by(c.id));
+            let mut idle = self.active.iter().filter(|c| !places.are_held_by(c.id) && !c.is_leaving());
             if let Some(first) = idle.clone().find(|c| !c.has_spoken.load(Ordering::Acquire)).or_else(|| idle.next()) {
                 self.complain(format_args!("closed a connection that has started nothing: too many others wait"));
                 first.shut(std::net::Shutdown::Both);
+                self.waiting = Some((stream, came));
+            } else if came.elapsed() < ROOM_WAIT {
+                self.waiting = Some((stream, came));
+            } else {
+                self.complain(format_args!(
+                    "refused a frontend: too many others have hung up and do not come to an end"
+                ));
             }
-            self.waiting = Some(stream);
         }
     }
 

@@ -44,8 +44,6 @@ pub(super) fn run(mut context: SessionContext, stream: UnixStream, seat: &Seat) 
     if !channel.has_begun() || !seat.enter(&mut context) {
         return;
     }
-    // Whoever is connected at a cut may stay with the version of before. It ends with the session, below.
-    context.attachment = context.attachment.connect();
     let (name, limits) = (context.name.clone(), context.limits.clone());
     let closer = Arc::new(Closer { stream: seat.stream().clone(), reason: Mutex::new(None) });
     let mut session = Session::new(context, closer.clone());
@@ -176,23 +174,21 @@ impl Session {
             .ok_or_else(|| refused(format!("there is no queue {index}, only {queues}")))
     }
 
-    /// A queue whose setup may be changed now. One that is disabled stops for that: there are drivers that disable rings,
-    /// and set them up anew.
+    /// A queue whose setup may be changed now.
     fn resting_vring(&mut self, index: u32, what: &str) -> Result<&mut Vring> {
         let vring = self.vring(index)?;
-        if vring.started && vring.enabled {
+        if vring.started {
             return Err(refused(format!("the {what} of queue {index} changed while it runs")));
         }
-        vring.rest()?;
         Ok(vring)
     }
 
-    /// Has all queues rest that are disabled, so that something may be changed that they all go by.
-    fn rest_all(&mut self, what: &str) -> Result<()> {
-        if self.vrings.iter().any(|v| v.started && v.enabled) {
-            return Err(refused(format!("{what} changed while queues run")));
+    /// Whether something may be changed that all queues go by.
+    fn all_rest(&self, what: &str) -> Result<()> {
+        match self.vrings.iter().any(|v| v.started) {
+            true => Err(refused(format!("{what} changed while queues run"))),
+            false => Ok(()),
         }
-        self.vrings.iter_mut().try_for_each(Vring::rest)
     }
 
     /// Leaves what the guest said of its cache to the next daemon.
@@ -275,6 +271,8 @@ impl Session {
             return Ok(());
         }
         self.place = Some(seat.take_place().ok_or_else(|| refused("another frontend has running queues"))?);
+        // Whoever has running queues at a cut may stay with the version of before. It ends with the session.
+        self.context.attachment = self.context.attachment.connect();
         self.empty_until = Some(Instant::now() + EMPTY_FOR);
         if self.inflight.is_none() && !self.context.is_read_only() {
             self.context.limits.complain(format_args!(
@@ -463,8 +461,12 @@ impl Session {
                 let [index, enable @ 0..=1] = message.words()? else {
                     return Err(refused("a queue is to be enabled or disabled"));
                 };
-                self.vring(index)?.enabled = enable == 1;
-                self.tell(index, Command::Enable(enable == 1))?;
+                let vring = self.vring(index)?;
+                vring.enabled = enable == 1;
+                if !vring.enabled {
+                    // Who disables a ring may give its memory, and that of its buffers, to somebody else.
+                    vring.rest()?;
+                }
             }
             FrontendReq::GET_CONFIG => return self.get_config(message),
             FrontendReq::SET_CONFIG => self.set_config(message)?,
@@ -487,7 +489,7 @@ impl Session {
             return Err(refused(format!("features {:#x} were not offered", features & !self.offered())));
         }
         if features != self.features {
-            self.rest_all("the features")?;
+            self.all_rest("the features")?;
         }
         self.features = features;
         if features & PROTOCOL_FEATURES == 0 {
@@ -579,7 +581,7 @@ impl Session {
     }
 
     fn set_inflight_fd(&mut self, message: &mut Message) -> Result<()> {
-        self.rest_all("the inflight region")?;
+        self.all_rest("the inflight region")?;
         let (bytes, offset, queues, entries) = inflight_of(message)?;
         let file = message.take_file()?;
         let (queues_max, limits) = (self.vrings.len(), &self.context.limits);

@@ -79,8 +79,6 @@ pub(super) enum Command {
     },
     /// Finish what is in flight, and answer with the base.
     Stop,
-    /// Take requests, or leave them in the ring.
-    Enable(bool),
     /// The frontend's memory changed.
     Memory(Arc<MemoryMap>),
     /// Another way to be kicked.
@@ -217,7 +215,6 @@ struct Loop {
     err: Option<Event>,
     // None until somebody is to be told.
     bell: Option<Bell>,
-    enabled: bool,
     stopping: Option<mpsc::SyncSender<Answer>>,
     for_requests: Polling,
     for_answers: Polling,
@@ -262,7 +259,6 @@ impl Loop {
             call: None,
             err: None,
             bell: None,
-            enabled: false,
             stopping: None,
             for_requests: Polling::new(LOOK_FOR_REQUESTS_MAX),
             for_answers: Polling::new(LOOK_FOR_ANSWERS_MAX),
@@ -311,7 +307,6 @@ impl Loop {
                         self.ring = Some(ring);
                         self.unanswered = unanswered;
                         self.rules = *rules;
-                        self.enabled = true;
                         self.set_kick(Some(kick));
                         // An earlier daemon may have died between its last answer and the call that told of it.
                         if let Some(call) = &self.call {
@@ -326,10 +321,6 @@ impl Loop {
                 self.set_kick(None);
                 self.stopping = Some(reply);
                 return;
-            }
-            Command::Enable(enabled) => {
-                self.enabled = enabled;
-                Ok(0)
             }
             Command::Memory(memory) => {
                 if let Some(Err(fault)) = self.ring.as_mut().map(|r| r.remap(memory)) {
@@ -411,7 +402,7 @@ impl Loop {
     fn serve(&mut self) -> bool {
         self.flush();
         for _ in 0..PASSES_MAX {
-            if !self.enabled || self.stopping.is_some() || self.kick.is_none() {
+            if self.stopping.is_some() || self.kick.is_none() {
                 return false;
             }
             if self.shared.pieces.get() > PIECES_MAX {

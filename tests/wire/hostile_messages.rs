@@ -75,6 +75,30 @@ pub fn send_vring_fd(guest: &Guest, code: u32, value: u64, file: Option<&File>) 
     (&stream).read_exact(&mut reply).is_ok() && reply[12..20] == [0; 8]
 }
 
+/// A message has so many descriptors, however many pieces it comes in.
+#[test]
+fn descriptors_do_not_add_up_over_the_pieces_of_a_message() {
+    let _alone = alone();
+    let server = TestServer::new(1, false);
+    let before = settled_descriptors();
+    let stream = UnixStream::connect(server.socket()).unwrap();
+    let file = memfd(4096).unwrap();
+    let files = [file.as_raw_fd(); 64];
+    let header = [u32s(&[SET_MEM_TABLE, VERSION, 4000]), vec![0; 100]].concat();
+    for byte in &header {
+        if stream.send_with_fds(&[std::slice::from_ref(byte)], &files).is_err() {
+            break;
+        }
+    }
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let closed = (&stream).read(&mut [0]);
+    assert!(
+        closed.as_ref().map_or_else(|e| e.kind() == std::io::ErrorKind::ConnectionReset, |n| *n == 0),
+        "{closed:?}"
+    );
+    until("all are closed", || settled_descriptors() <= before + 2);
+}
+
 /// The first thing that frontends ask for.
 pub fn send_get_features(stream: &UnixStream) {
     send(stream, &message(GET_FEATURES, vec![]), &[]);

@@ -261,6 +261,11 @@ pub const REQUESTS: &[Row] = &[
     ("write-zeroes of 4097 segments", |g| ranges(g, T_WRITE_ZEROES, &range(0, 8, 0).repeat(4097)), IOERR),
     ("write-zeroes of too many sectors", |g| ranges(g, T_WRITE_ZEROES, &range(0, u32::MAX, 0)), IOERR),
     ("write-zeroes beyond the end", |g| ranges(g, T_WRITE_ZEROES, &range(LAST_SECTOR + 1, 1, 0)), IOERR),
+    (
+        "write-zeroes of more than the disk has",
+        |g| ranges(g, T_WRITE_ZEROES, &range(0, LAST_SECTOR as u32 + 1, 0).repeat(2)),
+        IOERR,
+    ),
     ("write-zeroes with unknown flags", |g| ranges(g, T_WRITE_ZEROES, &range(0, 8, 2)), UNSUPP),
     (
         "write-zeroes with a good and an unknown segment",

@@ -365,6 +365,27 @@ fn a_disabled_queue_waits_and_goes_on() {
     assert_eq!(guest.wait_used(0), (0, 513));
 }
 
+/// Who disables a queue may give its memory to somebody else: nothing of it is touched from then on.
+#[test]
+fn a_queue_is_drained_before_it_is_disabled() {
+    let _alone = alone();
+    let server = TestServer::new(1, false);
+    server.image.delay_ms.store(80, SeqCst);
+    let mut guest = Guest::new(&server.socket(), 1);
+    guest.header(T_IN, 8);
+    guest.chain(0, 0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+    guest.submit(0, 0);
+    until("the request runs", || server.image.running.load(SeqCst) == 1);
+    guest.frontend.set_vring_enable(0, false).unwrap();
+    assert_eq!((server.image.running.load(SeqCst), guest.used_index(0)), (0, 1));
+    let (ring, others) = (guest.used_at(0), [0xaa; 4 + 8 * 16 + 2]);
+    guest.memory.write(ring, &others);
+    let Guest { memory, frontend, .. } = guest;
+    drop(frontend);
+    server.wait_idle();
+    assert_eq!(memory.read(ring, others.len()), others);
+}
+
 #[test]
 fn disconnect_drains_before_the_next_frontend_is_served() {
     let _alone = alone();
