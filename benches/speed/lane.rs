@@ -26,6 +26,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 pub(crate) enum Op {
     Read,
     Write,
+    /// A write, and a sync before the next one.
+    SyncedWrite,
 }
 
 /// Where the queues of a connection come from.
@@ -170,11 +172,14 @@ impl Lane {
         match (&mut self.inner, op) {
             (Inner::Queue(queue), Op::Read) => queue.read(offset, at, bytes, slot, ReqFlags::empty()),
             (Inner::Queue(queue), Op::Write) => queue.write(offset, at, bytes, slot, ReqFlags::empty()),
+            // The device knows no such flag: blkio sends a flush after the write, and answers when that is done.
+            (Inner::Queue(queue), Op::SyncedWrite) => queue.write(offset, at, bytes, slot, ReqFlags::FUA),
             (Inner::File { file, ring }, op) => {
                 let (fd, len) = (types::Fd(file.as_raw_fd()), u32::try_from(bytes)?);
                 let entry = match op {
                     Op::Read => opcode::Read::new(fd, at, len).offset(offset).build(),
                     Op::Write => opcode::Write::new(fd, at, len).offset(offset).build(),
+                    Op::SyncedWrite => opcode::Write::new(fd, at, len).offset(offset).rw_flags(libc::RWF_DSYNC).build(),
                 };
                 let ring = ring.as_mut().ok_or("the lane was not prepared")?;
                 // SAFETY: the slot's memory outlives the lane, and the caller has no other request on it.

@@ -16,8 +16,8 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub(crate) quick: bool,
     /// The cases to run: 1 plain, 2 first writes, 3 the cut, 4 beside background work, 5 many snapshots, 6 scale,
-    /// 7 restart
-    #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = clap::value_parser!(u32).range(1..=7))]
+    /// 7 restart, 8 layouts
+    #[arg(long, value_delimiter = ',', value_name = "N,...", value_parser = clap::value_parser!(u32).range(1..=8))]
     pub(crate) cases: Vec<u32>,
     /// Where to measure
     #[arg(long, value_enum, default_value = "both")]
@@ -80,7 +80,7 @@ impl Settings {
         let round_ms = arguments.round_ms.unwrap_or(if arguments.quick { 85 } else { 1000 });
         Settings {
             quick: arguments.quick,
-            cases: if arguments.cases.is_empty() { (1..=7).collect() } else { arguments.cases.clone() },
+            cases: if arguments.cases.is_empty() { (1..=8).collect() } else { arguments.cases.clone() },
             devices,
             dir: arguments.dir.clone(),
             rounds: arguments.rounds.unwrap_or(5) as usize,

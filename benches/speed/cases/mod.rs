@@ -3,6 +3,7 @@
 pub(crate) mod background;
 pub(crate) mod cut;
 pub(crate) mod first_writes;
+pub(crate) mod layouts;
 pub(crate) mod many;
 pub(crate) mod plain;
 pub(crate) mod restart;
@@ -15,7 +16,7 @@ use crate::stage::Stage;
 type Run = fn(&mut Stage<'_>, &mut Results) -> Result<()>;
 
 /// All cases in their order.
-pub(crate) const ALL: [(u32, &str, Run); 7] = [
+pub(crate) const ALL: [(u32, &str, Run); 8] = [
     (plain::CASE, "plain", plain::run),
     (first_writes::CASE, "first writes", first_writes::run),
     (cut::CASE, "the cut", cut::run),
@@ -23,4 +24,5 @@ pub(crate) const ALL: [(u32, &str, Run); 7] = [
     (many::CASE, "many snapshots", many::run),
     (scale::CASE, "scale", scale::run),
     (restart::CASE, "restart", restart::run),
+    (layouts::CASE, "layouts", layouts::run),
 ];
