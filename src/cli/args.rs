@@ -12,7 +12,8 @@ use clap_complete::Shell;
 use uuid::Uuid;
 
 use crate::control::api::{
-    BookmarkState, DiskState, Glob, JobKind, JobState, SnapshotState, Strategy, VolumeSource, VolumeState, Writers,
+    BookmarkState, DiskState, Glob, JobKind, JobState, Layout, SnapshotState, Strategy, VolumeSource, VolumeState,
+    Writers,
 };
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
@@ -103,8 +104,8 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) run_dir: Option<PathBuf>,
     /// A disk to serve: name=vm1,path=vm1.raw, and if wanted mirror=other.raw, socket=vm1.sock, queues=2, direct=off,
-    /// readonly=on, shared=on, durability=power, serial=S, block-size=4K and background=128K, all joined by commas; a comma
-    /// inside a value is written twice
+    /// readonly=on, shared=on, durability=power, layout=packed, serial=S, block-size=4K and background=128K, all joined by
+    /// commas; a comma inside a value is written twice
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     pub(super) disks: Vec<RawDisk>,
     /// Take of this disk what was flushed last, as after a power cut, when the run directory was lost with the newest
@@ -151,7 +152,7 @@ pub(super) enum DiskCommand {
     Add(Box<DiskAddArgs>),
     /// Change how a disk is served, now and after the next start of the daemon
     ///
-    /// Durability counts for the next snapshots, background at once; queues, readonly and serial for the next frontend that
+    /// Durability and layout count for the next snapshots, background at once; queues, readonly and serial for the next frontend that
     /// connects. What --disk or the configuration file says of a key beats what was set.
     Set {
         disk: Name,
@@ -249,6 +250,10 @@ pub(super) struct DiskAddArgs {
     /// What snapshots outlive: process, the daemon's end; power, also a power cut, at the price of syncs at first writes
     #[arg(long, value_name = "process|power")]
     pub(super) durability: Option<String>,
+    /// How the blocks of snapshots lie in their images, and those of logs: sparse, each at its own place; packed, one after
+    /// the other as they came [default: auto, the daemon's choice]
+    #[arg(long, value_name = "auto|sparse|packed")]
+    pub(super) layout: Option<String>,
     /// What the guest sees as the serial
     #[arg(long)]
     pub(super) serial: Option<String>,
@@ -363,6 +368,9 @@ pub(super) struct SnapshotCreateArgs {
     /// How it is stored [default: the daemon's choice]
     #[arg(long, value_parser = one_of(Strategy::ALL, Strategy::as_str))]
     pub(super) strategy: Option<Strategy>,
+    /// How its own blocks lie in its image, or those of its log [default: as is set of the disk]
+    #[arg(long, value_parser = one_of(Layout::ALL, Layout::as_str))]
+    pub(super) layout: Option<Layout>,
     /// Which writes belong to it: those of requests, or of connections, from before [default: request]
     #[arg(long, value_parser = one_of(Writers::ALL, Writers::as_str))]
     pub(super) writers: Option<Writers>,

@@ -94,7 +94,7 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
 
 /// Sends what is to be set.
 pub(super) fn send_patch<T: DeserializeOwned>(path: &str, patch: &DiskPatch, client: &Client) -> Result<T, CliError> {
-    let nothing = "give --durability, --background, --queues, --serial or --readonly";
+    let nothing = "give --durability, --layout, --background, --queues, --serial or --readonly";
     patch.check_change().map_err(|error| match *patch == DiskPatch::default() {
         true => CliError::Usage(nothing.to_owned()),
         false => CliError::Usage(error.to_string()),
@@ -136,6 +136,7 @@ fn disk_spec(args: DiskAddArgs, directory: &Path) -> Result<DiskSpec, String> {
         ("readonly", args.readonly),
         ("shared", args.shared),
         ("durability", args.durability),
+        ("layout", args.layout),
         ("serial", args.serial),
         ("block-size", args.block_size),
         ("logical-block-size", args.logical_block_size),

@@ -61,13 +61,14 @@ pub(super) fn run(
 }
 
 fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory: &Path) -> Result<(), CliError> {
-    let SnapshotCreateArgs { name, disks, strategy, writers, socket, image, wait, limit } = args;
+    let SnapshotCreateArgs { name, disks, strategy, layout, writers, socket, image, wait, limit } = args;
     let patience = limit.patience(wait);
     let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
     let request = CreateSnapshots {
         name: name.to_string(),
         disks: disks.iter().map(ToString::to_string).collect(),
         strategy,
+        layout,
         writers,
         socket: absolute(socket),
         image: absolute(image),

@@ -70,6 +70,18 @@ words! {
 }
 
 words! {
+    /// How the blocks of a snapshot lie in its own image, or those of a log. No guest can tell which one it is.
+    Layout {
+        /// The daemon's choice.
+        Auto = "auto",
+        /// Each at its own position, in a sparse file of the disk's size.
+        Sparse = "sparse",
+        /// One after the other in the order in which they were written, behind headers that name them.
+        Packed = "packed",
+    }
+}
+
+words! {
     /// What the content of snapshots outlives. The disk itself outlives both.
     Durability {
         /// The daemon's end, also by a kill. After a power cut a copy-on-write snapshot is broken and says so.
@@ -248,6 +260,8 @@ pub struct Snapshot {
     /// The image that holds its own blocks.
     #[schema(value_type = Option<String>)]
     pub image: Option<PathBuf>,
+    /// How they lie there: `sparse` or `packed`.
+    pub layout: Layout,
     /// The size of the blocks that its table counts in.
     pub block_size: u32,
     /// How much of its content is in its own image.
@@ -281,6 +295,9 @@ pub struct CreateSnapshots {
     /// How to store them; the daemon's choice when absent.
     #[serde(default)]
     pub strategy: Option<Strategy>,
+    /// How their own blocks lie in their images; as is set of each disk when absent. Volumes have sparse ones alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
     /// Which writes belong to them; `request` when absent.
     #[serde(default)]
     pub writers: Option<Writers>,
@@ -309,6 +326,8 @@ pub struct SnapshotRequest {
     pub disks: Vec<Name>,
     /// How to store them; the daemon's choice when absent.
     pub strategy: Option<Strategy>,
+    /// How their own blocks lie in their images; as is set of each disk when absent.
+    pub layout: Option<Layout>,
     /// Which writes belong to them.
     pub writers: Writers,
     /// The vhost-user socket; present only with one disk, absolute.
@@ -345,6 +364,7 @@ impl CreateSnapshots {
             name,
             disks,
             strategy: self.strategy,
+            layout: self.layout,
             writers: self.writers.unwrap_or(Writers::Request),
             socket: self.socket.clone(),
             image: self.image.clone(),

@@ -16,11 +16,11 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::control::Name;
-use crate::control::api::{DiskConfig, Durability};
+use crate::control::api::{DiskConfig, Durability, Layout};
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 
-const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, durability, serial, block-size, logical-block-size, \
-     segments-max, discard-granularity, discard-max, background";
+const KEYS: &str = "name, path, mirror, socket, queues, direct, readonly, shared, durability, layout, serial, block-size, \
+     logical-block-size, segments-max, discard-granularity, discard-max, background";
 
 /// Everything the daemon needs to know to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -237,6 +237,7 @@ pub struct RawDisk {
     readonly: Option<Switch>,
     shared: Option<Switch>,
     durability: Option<Durability>,
+    layout: Option<Layout>,
     serial: Option<String>,
     block_size: Option<Size>,
     logical_block_size: Option<Size>,
@@ -265,6 +266,7 @@ impl RawDisk {
         config.readonly = self.readonly.map(|Switch(on)| on);
         config.shared = self.shared.map_or(config.shared, |Switch(on)| on);
         config.durability = self.durability;
+        config.layout = self.layout;
         config.block_size = self.block_size.map_or(config.block_size, |Size(bytes)| bytes);
         config.logical_block_size = self.logical_block_size.map(|Size(bytes)| bytes);
         config.segments_max = self.segments_max;
@@ -297,6 +299,7 @@ impl RawDisk {
             "readonly" => value.parse().and_then(|switch| once(&mut self.readonly, switch)),
             "shared" => value.parse().and_then(|switch| once(&mut self.shared, switch)),
             "durability" => value.parse().and_then(|durability| once(&mut self.durability, durability)),
+            "layout" => value.parse().and_then(|layout| once(&mut self.layout, layout)),
             "serial" => once(&mut self.serial, value.to_owned()),
             "block-size" => value.parse().and_then(|size| once(&mut self.block_size, size)),
             "logical-block-size" => value.parse().and_then(|size| once(&mut self.logical_block_size, size)),

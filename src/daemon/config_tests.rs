@@ -26,13 +26,14 @@ fn file(text: &str) -> Result<FileConfig, String> {
 
 #[test]
 fn a_disk_with_every_key() {
-    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,durability=power,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K,background=256K";
+    let text = "name=vm1,path=vm1.raw,mirror=/other/vm1.raw,shared=on,durability=power,layout=packed,socket=/s/vm1.sock,queues=2,direct=off,serial=S 1,block-size=64K,background=256K";
     let spec = disk(text).unwrap();
     assert_eq!(spec.name.as_str(), "vm1");
     let mut want = DiskConfig::new("/images/vm1.raw");
     want.socket = Some("/s/vm1.sock".into());
     (want.queues, want.direct, want.shared, want.block_size) = (Some(2), false, true, 65_536);
     want.durability = Some(Durability::Power);
+    want.layout = Some(Layout::Packed);
     want.background_bytes = Some(256 << 10);
     want.mirror = Some("/other/vm1.raw".into());
     want.serial = Some("S 1".to_owned());
@@ -81,6 +82,7 @@ fn each_refusal_names_the_key() {
         ("name=a,path=p,mirror=./p", "mirror: /images/./p is the disk's path already"),
         ("name=a,path=p,mirror=m,readonly=on", "mirror: a disk with readonly=on cannot have one"),
         ("name=a,path=p,shared=1", "shared: \"1\" is neither on nor off"),
+        ("name=a,path=p,layout=dense", "layout: \"dense\" is not one of auto, sparse, packed"),
         ("name=a,path=p,durability=disk", "durability: \"disk\" is not one of process, power"),
         ("name=A,path=p", "name: \"A\" is not a name"),
         ("name=,path=p", "name: a name cannot be empty"),
@@ -146,6 +148,7 @@ path = "vm1.raw"
 mirror = "copy/vm1.raw"
 shared = true
 durability = "power"
+layout = "packed"
 queues = 4
 direct = "off"
 block-size = "8K"
@@ -164,6 +167,7 @@ block-size = 4096
     assert_eq!(vm1.config.mirror.as_deref(), Some(Path::new("/etc/halfsilver/copy/vm1.raw")));
     assert_eq!((vm1.config.queues(), vm1.config.direct, vm1.config.shared), (4, false, true));
     assert_eq!((vm1.config.durability(), vm2.config.durability()), (Durability::Power, Durability::Process));
+    assert_eq!((vm1.config.layout(), vm2.config.layout()), (Layout::Packed, Layout::Auto));
     assert_eq!((vm2.config.readonly(), vm2.config.shared, &vm2.config.mirror), (true, false, &None));
     assert_eq!((vm1.config.block_size, vm2.config.block_size), (8192, 4096));
 }

@@ -12,6 +12,7 @@ use crate::engine::{
     Backing, Changed, Disk, Epoch, Geometry, Layer, LegStatus, Pair, Segment, VersionId, VersionIn, VersionIndex,
     VersionSource,
 };
+use crate::store::Layout;
 
 /// A disk at one moment.
 #[derive(Clone, Debug)]
@@ -281,14 +282,14 @@ impl DiskFacts {
         self.versions[at].segment.heir_of(at).map(|heir| &self.versions[heir])
     }
 
-    /// The file that a version's content takes room in beside the full image: for one whose layer has everything, or that
+    /// The version whose image a version's content takes room in beside the full image: for one whose layer has everything, or that
     /// lies above the pivot, the log of the version above it.
     #[must_use]
-    pub fn space_of(&self, id: VersionId) -> Option<&Path> {
+    pub fn space_of(&self, id: VersionId) -> Option<&VersionFacts> {
         let at = self.position(id)?;
         let segment = self.versions[at].segment;
         let at = if at >= segment.pivot && at < segment.last { at + 1 } else { at };
-        Some(&self.versions[at].image)
+        Some(&self.versions[at])
     }
 
     /// The layer that is not needed any more when a version has gone, by its version and its image: its own, or, when it
@@ -371,6 +372,15 @@ impl VersionFacts {
     #[must_use]
     pub fn has_image(&self) -> bool {
         self.stored == Stored::Image
+    }
+
+    /// How the blocks of its layer lie in its image.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        match self.stored {
+            Stored::Pack => Layout::Packed,
+            Stored::Image | Stored::Mirror | Stored::Base => Layout::Sparse,
+        }
     }
 }
 
@@ -463,7 +473,7 @@ mod tests {
         let facts = segment(4, 1, Stored::Image);
         let way = |at| facts.way_of(id(at)).iter().map(|v| v.id).collect::<Vec<_>>();
         assert_eq!((way(0), way(1), way(3)), (vec![id(1)], vec![], vec![id(1), id(2)]));
-        let space = |at| facts.space_of(id(at)).map(Path::to_owned);
+        let space = |at| facts.space_of(id(at)).map(|version| version.image.clone());
         assert_eq!((space(0), space(1), space(3)), (Some(image(0)), Some(image(2)), Some(image(3))));
         assert!(!facts.can_move_pivot() && segment(2, 1, Stored::Image).can_move_pivot());
     }

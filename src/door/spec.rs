@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::engine::{Backing, Changed, Epoch, Geometry, LegImage, Mark, VersionId};
 use crate::image::{ImageError, IoQueue, SharedImage, sync};
-use crate::store::{DurableTable, Pack, Table, TableError};
+use crate::store::{DurableTable, Layout, Pack, Table, TableError};
 
 /// The least that can be read and written.
 const SECTOR_BYTES: u32 = 512;
@@ -172,9 +172,27 @@ impl LayerSpec {
             LayerSpec::Table(bytes, _) | LayerSpec::Saved(bytes, _) | LayerSpec::Log(bytes, ..) => Some(bytes.path()),
         }
     }
+
+    /// How its blocks lie.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        match self {
+            LayerSpec::Base | LayerSpec::Full(_) => Layout::Sparse,
+            LayerSpec::Table(bytes, _) | LayerSpec::Saved(bytes, _) | LayerSpec::Log(bytes, ..) => bytes.layout(),
+        }
+    }
 }
 
 impl Bytes {
+    /// How they lie.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        match self {
+            Bytes::Image(_) => Layout::Sparse,
+            Bytes::Pack(_) => Layout::Packed,
+        }
+    }
+
     /// Where they are.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -11,7 +11,7 @@ use crate::image::{
     Alignment, ByteOffset, ImageError, ImageOp, IoBuf, IoQueue, SharedImage, needs_sync, read_exact_at, release_range,
     sync, write_all_at, zero_range,
 };
-use crate::store::Pack;
+use crate::store::{Layout, Pack};
 
 const FROZEN: &str = "a frozen version never changes";
 
@@ -41,6 +41,15 @@ impl Backing {
         }
     }
 
+    /// How blocks lie there.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        match self {
+            Backing::One(_) | Backing::Pair(_) | Backing::View(_) => Layout::Sparse,
+            Backing::Packed(_) => Layout::Packed,
+        }
+    }
+
     /// Whether writes must be alone on their blocks.
     #[must_use]
     pub fn excludes(&self) -> bool {
@@ -48,6 +57,12 @@ impl Backing {
             Backing::One(_) | Backing::Packed(_) | Backing::View(_) => false,
             Backing::Pair(_) => true,
         }
+    }
+
+    /// Whether it copies what is written to it.
+    #[must_use]
+    pub fn copies(&self) -> bool {
+        self.layout() == Layout::Packed
     }
 
     /// Its size in bytes.

@@ -187,7 +187,8 @@ impl Disk {
             }
             let plan = decide(&chain);
             let is_alone = plan.runs.iter().any(|run| excludes(&chain, &run.plan));
-            will_copy |= is_alone || plan.single_target().is_none();
+            let is_copied = |to| matches!(data, Data::Guest(_)) && chain.layer(to).image.copies();
+            will_copy |= is_alone || plan.single_target().is_none_or(is_copied);
             if is_alone && guard.mode() == Mode::Shared {
                 mode = Mode::Exclusive;
                 drop(guard);

@@ -18,7 +18,7 @@ use crate::manager::legs::Mirror;
 use crate::manager::names::CurrentName;
 use crate::manager::recording;
 use crate::manager::relations::Relations;
-use crate::store::{BookmarkRecord, DeletionRecord, DiskRecord, RestoreRecord, SnapshotRecord};
+use crate::store::{BookmarkRecord, DeletionRecord, DiskRecord, Layout, RestoreRecord, SnapshotRecord};
 use crate::vhost_user::{Observer, QueueStats, Server};
 
 /// How long it is waited for an image that is asked how much storage it takes.
@@ -146,7 +146,8 @@ impl SnapshotEntry {
         let reason = self.unreadable(facts).or_else(|| locked(&self.socket_error).clone());
         let record = locked(&self.record).clone();
         let (geometry, version) = (&facts.geometry, facts.version(self.id));
-        let image = facts.space_of(self.id).map_or(record.image, Path::to_owned);
+        let space = facts.space_of(self.id).map(|version| (version.image.clone(), version.layout()));
+        let (image, layout) = space.unwrap_or((record.image, record.layout));
         let durable = version.map_or(record.durable, |version| version.outlives_power_cut);
         api::Snapshot {
             id: self.id,
@@ -161,6 +162,10 @@ impl SnapshotEntry {
             epoch: record.ended,
             socket: record.socket,
             image: Some(image),
+            layout: match layout {
+                Layout::Sparse => api::Layout::Sparse,
+                Layout::Packed => api::Layout::Packed,
+            },
             block_size: geometry.block_bytes,
             owned_bytes: version.map_or(0, |version| facts.owned_bytes(version)),
             size_bytes: geometry.size_bytes,
@@ -341,6 +346,7 @@ impl DiskEntry {
             shared: config.shared,
             durability: config.durability(),
             background_bytes: config.background_bytes(),
+            layout: config.layout(),
             legs: locked(&self.mirror).as_ref().map(|m| m.legs_to_api(&facts)).unwrap_or_default(),
             restoring,
         }

@@ -8,15 +8,17 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::control::ApiError;
-use crate::control::api::{DiskConfig, Durability};
+use crate::control::api::{self, DiskConfig, Durability};
+use crate::control::{ApiError, ErrorCode, Name};
 use crate::crash;
 use crate::door::{Bytes, Geometry, LayerSpec};
 use crate::host::Host;
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
+use crate::manager::entry::DiskEntry;
+use crate::manager::relations::in_volume;
 use crate::manager::{Manager, image_error, table_error};
-use crate::recovery::{ChangedUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
-use crate::store::{DurableTable, PAYLOAD_BYTES, Table, TableError};
+use crate::recovery::{ChangedUse, ImageUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
+use crate::store::{DurableTable, Layout, PAYLOAD_BYTES, Pack, Table, TableError};
 
 /// How long a start waits for the transfers of a process that was killed.
 pub(crate) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
@@ -35,15 +37,24 @@ impl Manager {
         remove_file(&*self.host, path);
     }
 
+    /// How the blocks of a layer are to lie that is made for a disk or volume; `asked` beats what is set of it.
+    pub(crate) fn layout_for(&self, disk: &DiskEntry, asked: Option<api::Layout>) -> Result<Layout, ApiError> {
+        match asked.unwrap_or(disk.config().layout()) {
+            api::Layout::Auto | api::Layout::Sparse => Ok(Layout::Sparse),
+            api::Layout::Packed if disk.is_volume() => Err(packed_volume(&disk.name.get())),
+            api::Layout::Packed => Ok(Layout::Packed),
+        }
+    }
+
     /// An empty image and table for what is saved for a frozen version.
     pub(crate) fn make_frozen_layer(
         &self,
-        path: &Path,
+        (path, layout): (&Path, Layout),
         id: Uuid,
         config: &DiskConfig,
         geometry: &Geometry,
     ) -> Result<LayerSpec, ApiError> {
-        let image = Bytes::Image(self.make_image(path, config, geometry)?);
+        let image = self.make_bytes((path, layout), id, config, geometry)?;
         let made = match config.durability() {
             Durability::Process => self.make_run_table(id, geometry).map(|table| LayerSpec::Table(image, table)),
             Durability::Power => self.make_saved_table(id, geometry).map(|table| LayerSpec::Saved(image, table)),
@@ -54,12 +65,12 @@ impl Manager {
     /// An empty log for what is written to a live version, whose table is durable from now on.
     pub(crate) fn make_log(
         &self,
-        path: &Path,
+        (path, layout): (&Path, Layout),
         id: Uuid,
         config: &DiskConfig,
         geometry: &Geometry,
     ) -> Result<LayerSpec, ApiError> {
-        let image = Bytes::Image(self.make_image(path, config, geometry)?);
+        let image = self.make_bytes((path, layout), id, config, geometry)?;
         let made = self.make_durable_table(&self.places.log_table(id), id, geometry);
         let made = made.and_then(|table| LayerSpec::log(image, table));
         made.inspect_err(|_| self.remove_layer(id, path)).map_err(table_error)
@@ -109,15 +120,57 @@ impl Manager {
         self.host.create_table(&path, geometry.blocks(), self.host.table_name(id)?)
     }
 
-    /// A new image as its disk's is opened, through the page cache where that is all there is.
-    fn make_image(&self, path: &Path, config: &DiskConfig, geometry: &Geometry) -> Result<SharedImage, ApiError> {
-        let create = |direct| self.host.create_image(path, geometry.size_bytes, direct);
+    /// An empty layer's bytes, which are there with their name when this returns: the records are about to name them.
+    fn make_bytes(
+        &self,
+        (path, layout): (&Path, Layout),
+        id: Uuid,
+        config: &DiskConfig,
+        geometry: &Geometry,
+    ) -> Result<Bytes, ApiError> {
+        let shape = (geometry.size_bytes, geometry.block_bytes);
+        let (size_bytes, unit_bytes) = match layout {
+            Layout::Sparse => shape,
+            Layout::Packed => {
+                let Some(bytes) = Pack::image_bytes(shape.0, shape.1) else {
+                    let message = "layout: the disk is too large for packed layers with blocks of its size";
+                    return Err(ApiError::new(ErrorCode::Unsupported, message).with_action("ask for sparse ones"));
+                };
+                (bytes, Pack::UNIT_BYTES)
+            }
+        };
+        let image = self.make_image(path, config, size_bytes, unit_bytes)?;
+        let made = match layout {
+            Layout::Sparse => self.store_file(&image).map(|()| Bytes::Image(image)),
+            Layout::Packed => self.make_pack(image, id, shape).map(|pack| Bytes::Pack(Arc::new(pack))),
+        };
+        made.inspect_err(|_| self.remove_file(path)).map_err(table_error)
+    }
+
+    fn make_pack(&self, image: SharedImage, id: Uuid, shape: (u64, u32)) -> Result<Pack, TableError> {
+        let (path, key) = (image.path().to_owned(), self.host.new_id());
+        let failed = |message: String| TableError::Io { path: path.clone(), message };
+        let made = self.block_on(async move |queue| Pack::create(image, (id, key), shape, &queue).await);
+        let pack = made.map_err(failed)??;
+        self.host.sync_directory_of(&path).map_err(|e| failed(e.to_string()))?;
+        Ok(pack)
+    }
+
+    /// A new image as its disk's is opened, through the page cache where that is the only way to move such units.
+    fn make_image(
+        &self,
+        path: &Path,
+        config: &DiskConfig,
+        size_bytes: u64,
+        unit_bytes: u32,
+    ) -> Result<SharedImage, ApiError> {
+        let create = |direct| self.host.create_image(path, size_bytes, direct);
         let created = match create(direct_of(config)) {
             Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => {
                 log::info!("{} is used through the page cache: {e}", path.display());
                 create(Direct::Off)
             }
-            Ok(image) if image.alignment().offset_bytes > geometry.block_bytes => {
+            Ok(image) if image.alignment().offset_bytes > unit_bytes => {
                 drop(image);
                 self.remove_file(path);
                 create(Direct::Off)
@@ -126,8 +179,6 @@ impl Manager {
         };
         let created = created.map_err(image_error)?;
         crash::point("after an image was made");
-        // The records are about to name it.
-        self.store_file(&created).inspect_err(|_| self.remove_file(path)).map_err(table_error)?;
         Ok(created)
     }
 
@@ -224,10 +275,21 @@ impl DiskLayers<'_> {
     /// An image of the disk's size: what is cut off would read as an error, or as zeros.
     fn open_whole(&self, path: &Path) -> Result<SharedImage, NotCarriedOut> {
         let image = open_image(&*self.manager.host, path, self.config, self.lock_wait)?;
-        match image.size_bytes() == self.geometry.size_bytes {
+        let (size_bytes, layout) = (image.size_bytes(), Layout::Sparse);
+        match size_bytes == self.geometry.size_bytes {
             true => Ok(image),
-            false => Err(Why::Size { path: path.to_owned(), size_bytes: image.size_bytes() }.into()),
+            false => Err(Why::Size { path: path.to_owned(), size_bytes, layout }.into()),
         }
+    }
+
+    /// The bytes of the version `id`, as it was decided.
+    fn open_bytes(&self, id: Uuid, image: &ImageUse) -> Result<Bytes, NotCarriedOut> {
+        let Some(believed) = image.pack else { return Ok(Bytes::Image(self.open_whole(&image.path)?)) };
+        let (host, units) = (&*self.manager.host, (self.config, Pack::UNIT_BYTES));
+        let opened = open_made_here(host, &image.path, units, options_of(self.config, self.lock_wait))?;
+        let shape = (self.geometry.size_bytes, self.geometry.block_bytes);
+        let pack = host.block_on(async move |queue| Pack::open(opened, id, shape, believed, &queue).await)??;
+        Ok(Bytes::Pack(Arc::new(pack)))
     }
 }
 
@@ -236,8 +298,8 @@ impl LayerSource for DiskLayers<'_> {
         self.open_whole(image)
     }
 
-    fn open_saved(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
-        let image = Bytes::Image(self.open_whole(image)?);
+    fn open_saved(&self, id: Uuid, image: &ImageUse, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
+        let image = self.open_bytes(id, image)?;
         if how.durable.is_none() {
             return Ok(LayerSpec::Table(image, self.left_table(id, how)?));
         }
@@ -252,9 +314,9 @@ impl LayerSource for DiskLayers<'_> {
         Ok(LayerSpec::Saved(image, committed))
     }
 
-    fn open_log(&self, id: Uuid, image: &Path, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
+    fn open_log(&self, id: Uuid, image: &ImageUse, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
         let table = self.open_table(id, how)?;
-        Ok(LayerSpec::log(Bytes::Image(self.open_whole(image)?), table)?)
+        Ok(LayerSpec::log(self.open_bytes(id, image)?, table)?)
     }
 
     fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
@@ -279,21 +341,25 @@ pub(crate) fn open_image(
     config: &DiskConfig,
     lock_wait: Duration,
 ) -> Result<SharedImage, ImageError> {
-    let options = ImageOptions { direct: direct_of(config), read_only: false, lock_wait };
-    open_made_here(host, path, config, options)
+    open_made_here(host, path, (config, config.block_size), options_of(config, lock_wait))
 }
 
-/// Opens an image that was made here, or like those that were: through the page cache where there is no other way.
+fn options_of(config: &DiskConfig, lock_wait: Duration) -> ImageOptions {
+    ImageOptions { direct: direct_of(config), read_only: false, lock_wait }
+}
+
+/// Opens an image that was made here, or like those that were: through the page cache where there is no other way to move
+/// units of so many bytes.
 pub(crate) fn open_made_here(
     host: &dyn Host,
     path: &Path,
-    config: &DiskConfig,
+    (config, unit_bytes): (&DiskConfig, u32),
     options: ImageOptions,
 ) -> Result<SharedImage, ImageError> {
     let open = |direct| host.open_image(path, ImageOptions { direct, ..options });
     match open(direct_of(config)) {
         Err(e) if config.direct && e.kind == ImageErrorKind::Unsuitable => open(Direct::Off),
-        Ok(image) if image.alignment().offset_bytes > config.block_size => {
+        Ok(image) if image.alignment().offset_bytes > unit_bytes => {
             drop(image);
             open(Direct::Off)
         }
@@ -303,6 +369,15 @@ pub(crate) fn open_made_here(
 
 pub(crate) fn direct_of(config: &DiskConfig) -> Direct {
     if config.direct { Direct::On } else { Direct::Off }
+}
+
+/// Why no layer of a volume is packed, and what to do.
+pub(crate) fn packed_volume(name: &Name) -> ApiError {
+    let why = "the layers of a volume are sparse: any of its logs may become its full image, a plain raw file";
+    ApiError::new(ErrorCode::Unsupported, in_volume(name, why)).with_action(format!(
+        "leave the layout out; or make a disk of it, whose layers may be packed: halfsilver volume complete {name}, then \
+         halfsilver volume promote {name}"
+    ))
 }
 
 fn in_table(path: &Path, e: &ImageError) -> TableError {

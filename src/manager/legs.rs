@@ -120,7 +120,7 @@ impl Manager {
         let Some((mirror, decided)) = mirrored else {
             // That of a volume which became independent was a log, wherever it lies.
             let image = match recovery.is_some_and(|r| r.record.logical_block_bytes.is_some()) {
-                true => open_made_here(&*self.host, &config.path, config, options),
+                true => open_made_here(&*self.host, &config.path, (config, config.block_size), options),
                 false => open(&config.path),
             };
             return Ok((ImageSpec::Image(image.map_err(image_error)?), None));

@@ -11,13 +11,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use crate::control::SnapshotRef;
 use crate::host::Host;
+use crate::image::{Direct, ImageOptions};
 use crate::manager::places::Places;
-use crate::store::DiskRecord;
+use crate::store::{DiskRecord, Pack};
 
 /// Where the content of a saved table, of a durable one and of a mapped one begins.
 const SAVED_TABLE_AT: u64 = 44;
@@ -161,6 +163,14 @@ fn is_of_changes(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "changed" || e == "changes")
 }
 
+/// Whether it is a pack that nothing was written to: it begins with what it is.
+fn is_unwritten_pack(host: &dyn Host, path: &Path) -> bool {
+    let options = ImageOptions { direct: Direct::Off, read_only: true, lock_wait: Duration::ZERO };
+    let Ok(image) = host.probe_image(path, options) else { return false };
+    let found = host.block_on(async move |queue| Pack::is_unwritten(image, &queue).await);
+    matches!(found, Ok(Ok(true)))
+}
+
 /// Whether there is anything in a file that somebody may miss. What cannot be read may be missed.
 fn holds_something(host: &dyn Host, path: &Path) -> bool {
     let is_table = path.parent().is_some_and(|dir| dir.ends_with("tables"));
@@ -172,5 +182,5 @@ fn holds_something(host: &dyn Host, path: &Path) -> bool {
         Some("bits") => RUN_TABLE_AT,
         _ => 0,
     };
-    host.holds_bytes(path, from).unwrap_or(true)
+    host.holds_bytes(path, from).unwrap_or(true) && (is_table || !is_unwritten_pack(host, path))
 }

@@ -50,6 +50,7 @@ pub(crate) fn of_disk(
         live: live.id,
         live_began: live.began.0,
         live_log,
+        live_layout: live.layout(),
         live_saved_table: None,
         live_saved: None,
         live_splits: live.splits,
@@ -78,6 +79,7 @@ pub(crate) fn of_disk(
 pub(crate) fn of_snapshot(mut record: SnapshotRecord, facts: &DiskFacts) -> Option<SnapshotRecord> {
     let version = facts.frozen().iter().find(|version| version.id == record.id)?;
     record.image.clone_from(&version.image);
+    record.layout = version.layout();
     record.owns_all = version.layer == LayerKind::Full;
     record.splits = version.splits;
     record.changed = of_changed(version.changed.as_ref());
@@ -130,12 +132,14 @@ pub(crate) fn before_cut(
 ) -> DiskRecord {
     match layer {
         NewLayer::Frozen(layer) => {
+            snapshot.layout = layer.layout();
             snapshot.durable = matches!(layer, LayerSpec::Saved(..));
             snapshot.splits = std::mem::take(&mut record.live_splits);
         }
         NewLayer::Live(layer) => {
             snapshot.image.clone_from(&facts.live().image);
             snapshot.owns_all = record.live_log.is_none();
+            snapshot.layout = std::mem::replace(&mut record.live_layout, layer.layout());
             snapshot.splits = std::mem::take(&mut record.live_splits);
             record.live_log = layer.path().map(Path::to_owned);
         }

@@ -21,7 +21,7 @@ use crate::manager::followups::FollowUp;
 use crate::manager::recording;
 use crate::manager::{Manager, engine_error, record_error};
 use crate::registry::{ClaimKey, Command};
-use crate::store::{DiskRecord, RecordError, SnapshotRecord};
+use crate::store::{DiskRecord, Layout, RecordError, SnapshotRecord};
 
 /// How often a thread that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
@@ -208,6 +208,7 @@ impl Manager {
             began: live.began.0,
             ended: 0,
             image: made.clone(),
+            layout: Layout::Sparse,
             owns_all: false,
             splits: false,
             durable: false,
@@ -252,21 +253,27 @@ impl Manager {
         new_live: Uuid,
     ) -> Result<(NewLayer, PathBuf), ApiError> {
         let (geometry, frozen) = (&facts.geometry, facts.live().id);
+        let layout = self.layout_for(disk, request.layout)?;
         match strategy {
             Strategy::CopyOnWrite => {
                 let reference = SnapshotRef { disk: disk.name.get(), name: request.name.clone() };
                 let path = request.image.clone().unwrap_or_else(|| self.free_snapshot_image(&reference, frozen));
-                let layer = self.make_frozen_layer(&path, frozen, &disk.config(), geometry)?;
+                let layer = self.make_frozen_layer((&path, layout), frozen, &disk.config(), geometry)?;
                 Ok((NewLayer::Frozen(layer), path))
             }
             Strategy::WriteLogging => {
                 let path = request.image.clone().unwrap_or_else(|| self.places.log_image(new_live));
-                let layer = self.make_log(&path, new_live, &disk.config(), geometry)?;
+                let layer = self.make_log((&path, layout), new_live, &disk.config(), geometry)?;
                 Ok((NewLayer::Live(layer), path))
             }
             Strategy::WriteMirroring if request.image.is_some() => {
                 let message = "image: a write-mirroring snapshot takes the disk's second leg, no other image";
                 Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("leave --image out"))
+            }
+            Strategy::WriteMirroring if request.layout == Some(api::Layout::Packed) => {
+                let message =
+                    "layout: a write-mirroring snapshot has the disk's second leg, a full image, which is sparse";
+                Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("leave --layout out"))
             }
             Strategy::WriteMirroring => Ok((NewLayer::Split, self.split(disk)?)),
         }

@@ -24,7 +24,7 @@ use crate::manager::opening::Opened;
 use crate::manager::relations::Relations;
 use crate::manager::{Manager, engine_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, decide};
-use crate::store::VolumeRecord;
+use crate::store::{Layout, VolumeRecord};
 
 impl Manager {
     pub(crate) fn make_volume(&self, request: &VolumeRequest) -> Result<api::Volume, ApiError> {
@@ -53,6 +53,7 @@ impl Manager {
             name: name.clone(),
             disks,
             strategy: None,
+            layout: None,
             writers: Writers::Request,
             socket: None,
             image: None,
@@ -93,6 +94,7 @@ impl Manager {
             serial: None,
             readonly: None,
             shared: false,
+            layout: None,
             ..like.clone()
         };
         config.block_size = request.block_size.unwrap_or(config.block_size);
@@ -140,7 +142,7 @@ impl Manager {
         let logical = geometry.logical_block_bytes;
         let [id, origin, live] = [(); 3].map(|()| self.host.new_id());
         let path = request.image.clone().unwrap_or_else(|| self.places.log_image(live));
-        let layer = self.make_log(&path, live, &config, &geometry).map_err(in_volume)?;
+        let layer = self.make_log((&path, Layout::Sparse), live, &config, &geometry).map_err(in_volume)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
             self.remove_changed_table(live);

@@ -16,7 +16,7 @@ use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, record_error, table_error};
 use crate::registry::Command;
-use crate::store::{ChangedRecord, RecordError};
+use crate::store::{ChangedRecord, Layout, RecordError};
 
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
@@ -78,7 +78,7 @@ impl Manager {
         let (old, live, was) = (facts.live().id, self.host.new_id(), facts.live().image.clone());
         let path = self.path_beside(&was, old, live);
         let named = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
-        let layer = self.make_log(&path, live, &disk.config(), &facts.geometry).map_err(named)?;
+        let layer = self.make_log((&path, Layout::Sparse), live, &disk.config(), &facts.geometry).map_err(named)?;
         let undo = |e: ApiError| {
             self.remove_layer(live, &path);
             self.remove_changed_table(live);

@@ -62,6 +62,7 @@ impl Manager {
             name: reference.name.clone(),
             disks: vec![volume.clone()],
             strategy: None,
+            layout: None,
             writers: Writers::Request,
             socket: None,
             image: None,

@@ -5,9 +5,10 @@
 
 use std::sync::Arc;
 
-use crate::control::api::{self, DiskConfig, DiskPatch};
+use crate::control::api::{self, DiskConfig, DiskPatch, Layout};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::layers::packed_volume;
 use crate::manager::sockets::hints_of;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
@@ -30,6 +31,9 @@ impl Manager {
     pub(crate) fn set_served_volume(&self, name: &Name, patch: &DiskPatch) -> Result<api::Volume, ApiError> {
         let _claim = self.claim(&Command::Set { disk: name.clone(), readonly: patch.readonly })?;
         let volume = self.volume(name)?;
+        if patch.layout == Some(Layout::Packed) {
+            return Err(packed_volume(name));
+        }
         self.set(&volume, patch)?;
         Ok(volume.to_volume(self))
     }

@@ -60,6 +60,7 @@ impl Manager {
             name: reference.name.clone(),
             disks: vec![reference.disk.clone()],
             strategy: None,
+            layout: None,
             writers: Writers::Request,
             socket: None,
             image: None,

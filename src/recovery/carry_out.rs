@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{ChangedUse, LayerUse, Recovery, Role, TableUse, VersionRecovery, Why};
+use super::{ChangedUse, ImageUse, LayerUse, Recovery, Role, TableUse, VersionRecovery, Why};
 use crate::door::{Changed, Epoch, LayerSpec, Mark, VersionSpec};
 use crate::image::{ImageError, SharedImage};
 use crate::store::{SnapshotRecord, Table, TableError};
@@ -54,13 +54,13 @@ pub trait LayerSource {
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_saved(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
+    fn open_saved(&self, id: Uuid, image: &ImageUse, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The log of a version.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_log(&self, id: Uuid, image: &Path, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
+    fn open_log(&self, id: Uuid, image: &ImageUse, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The dirty bitmap of a version or bookmark.
     ///

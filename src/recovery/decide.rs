@@ -8,11 +8,11 @@ use uuid::Uuid;
 
 use super::record::{Remembered, contradictions, settle_pending, take_newest_segment, versions_of};
 use super::{
-    ChangedUse, Content, Durable, Evidence, ImageFacts, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery,
-    Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
+    ChangedUse, Content, Durable, Evidence, ImageFacts, ImageUse, LayerUse, LegUse, MirrorRecovery, Recovery,
+    RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
 use crate::door::LegState;
-use crate::store::{ChangedRecord, DiskRecord, LegRecord, MirrorRecord, SnapshotRecord};
+use crate::store::{ChangedRecord, DiskRecord, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord};
 
 /// Decides, as if whatever a volume stands on and a disk is restored from were there; [`super::settle`] looks at that.
 #[must_use]
@@ -234,19 +234,32 @@ impl Decision<'_> {
             return Err(Why::ImageChanged(image));
         }
         let found = self.evidence.layer_image(&image)?;
-        if found.size_bytes != self.size_bytes {
-            return Err(Why::Size { path: image, size_bytes: found.size_bytes });
+        let (block_bytes, is_packed) = (self.evidence.block_bytes(), version.layout == Layout::Packed);
+        let size_bytes = match version.layout {
+            Layout::Sparse => Some(self.size_bytes),
+            Layout::Packed => Pack::image_bytes(self.size_bytes, block_bytes),
+        };
+        if Some(found.size_bytes) != size_bytes {
+            return Err(Why::Size { path: image, size_bytes: found.size_bytes, layout: version.layout });
         }
         if version.owns_all {
             return Ok(LayerUse::Full(image));
         }
-        if place.is_at_or_above {
-            let table = self.log_table(version, &image)?;
-            return Ok(LayerUse::Log(image, table));
+        let pack = is_packed.then(|| self.shutdown.of_packs());
+        let image = ImageUse { path: image, pack };
+        // The table says whether it is asked for at all.
+        let layer = if place.is_at_or_above {
+            let table = self.log_table(version, &image.path)?;
+            LayerUse::Log(image.clone(), table)
+        } else {
+            let Role::Frozen(at) = version.role else { return Err(Why::NoFullImage) };
+            let table = self.table_of_saved(version, &record.snapshots[at])?;
+            LayerUse::Saved(image.clone(), table)
+        };
+        if let Some(believed) = image.pack {
+            self.evidence.pack(&image.path, version.id, self.size_bytes, believed)?;
         }
-        let Role::Frozen(at) = version.role else { return Err(Why::NoFullImage) };
-        let table = self.table_of_saved(version, &record.snapshots[at])?;
-        Ok(LayerUse::Saved(image, table))
+        Ok(layer)
     }
 
     /// The table of a version as it was left, and whether it says that the version is broken.

@@ -8,7 +8,7 @@ use super::{
     decide, settle,
 };
 use crate::door::LegState;
-use crate::store::{DeletionRecord, DiskRecord, RestorePhase, Work, WorkRecord};
+use crate::store::{Believed, DeletionRecord, DiskRecord, Layout, Pack, RestorePhase, Work, WorkRecord};
 
 const ENDS: [Shutdown; 4] = [Shutdown::Clean, Shutdown::Killed, Shutdown::PowerCut, Shutdown::Changed];
 
@@ -223,6 +223,57 @@ fn logs_above_a_full_image() {
             |_, r| r.snapshots[2].quiesced_ms = None,
             [("whole", "kkk"), ("whole", "kkk"), ("flushed", "bbb"), unserved],
         ),
+    ]);
+}
+
+/// The newer of two snapshots, and of [`logged`] the log too, are packed.
+fn packed(mut record: DiskRecord, found: &mut Found) -> DiskRecord {
+    let bytes = Pack::image_bytes(SIZE, 4096).unwrap();
+    record.snapshots[1].layout = Layout::Packed;
+    set(&mut found.sizes, "/b.img", bytes);
+    if record.live_log.is_some() {
+        record.live_layout = Layout::Packed;
+        set(&mut found.sizes, "/live.log", bytes);
+    }
+    record
+}
+
+type PackRow = (&'static str, fn(&mut Found, &mut DiskRecord), [(&'static str, &'static str); 4]);
+
+fn packs(rows: &[PackRow]) {
+    for (what, change, expected) in rows {
+        for (shutdown, expected) in ENDS.into_iter().zip(expected) {
+            let mut found = Found::default();
+            let mut record = packed(logged(), &mut found);
+            record.snapshots.iter_mut().for_each(|s| s.durable = true);
+            change(&mut found, &mut record);
+            let recovery = decide(&record, shutdown, &found);
+            assert_eq!((content(&recovery), fates(&recovery).as_str()), *expected, "{what}, after {shutdown:?}");
+        }
+    }
+}
+
+#[test]
+fn packs_are_believed_by_how_the_daemon_ended() {
+    use Believed::{Arrived, Synced};
+    let (whole, flushed, unserved) = (("whole", "kkk"), ("flushed", "kkk"), ("unserved", "bbb"));
+    let waits = ("unserved", "www");
+    packs(&[
+        ("all is there", |_, _| {}, [whole, whole, flushed, unserved]),
+        ("what had arrived is not", |f, _| f.no_packs.push((id(9), Arrived)), [waits, waits, flushed, unserved]),
+        ("what was synced is not", |f, _| f.no_packs.push((id(9), Synced)), [whole, whole, waits, unserved]),
+        (
+            "of what was saved, what had arrived is not",
+            |f, _| f.no_packs.push((id(3), Arrived)),
+            [("whole", "bbk"), ("whole", "bbk"), flushed, unserved],
+        ),
+        (
+            "of what was saved, what was synced is not",
+            |f, _| f.no_packs.push((id(3), Synced)),
+            [whole, whole, ("flushed", "bbk"), unserved],
+        ),
+        ("a log of the disk's size", |f, _| set(&mut f.sizes, "/live.log", SIZE), [waits, waits, waits, unserved]),
+        ("a full image", |_, r| r.snapshots[2].layout = Layout::Packed, [waits, waits, waits, waits]),
     ]);
 }
 

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::evidence::Durable;
 use super::{Shutdown, Why};
 use crate::door::{LegState, PairFacts};
-use crate::store::{DiskRecord, RestorePhase, SnapshotRecord, Work};
+use crate::store::{Believed, DiskRecord, RestorePhase, SnapshotRecord, Work};
 
 /// What a start makes of a disk.
 #[derive(Debug)]
@@ -83,9 +83,18 @@ pub enum LayerUse {
     /// A full image beside that: a leg that a snapshot has for itself, or that of a volume that became independent.
     Full(PathBuf),
     /// A log, with its durable table.
-    Log(PathBuf, TableUse),
+    Log(ImageUse, TableUse),
     /// What is saved for a frozen version.
-    Saved(PathBuf, TableUse),
+    Saved(ImageUse, TableUse),
+}
+
+/// How the image of a layer is taken up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageUse {
+    /// Where it is.
+    pub path: PathBuf,
+    /// If it is a pack: what is believed of it.
+    pub pack: Option<Believed>,
 }
 
 /// Which copy of a table is right.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::door::{PairError, PairFacts};
 use crate::image::ImageError;
-use crate::store::{BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
+use crate::store::{Believed, BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
 
 /// The durable copies of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,12 @@ pub trait Evidence {
     /// # Errors
     /// When it could not be opened.
     fn layer_image(&self, path: &Path) -> Result<ImageFacts, ImageError>;
+
+    /// An image beside the full one that is the pack of the version `id` of a disk of `size_bytes`.
+    ///
+    /// # Errors
+    /// When it would not be taken up as it is believed.
+    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<(), TableError>;
 
     /// What the bitmap says of a mirror of which these legs can be used. Their size is `size_bytes`.
     ///

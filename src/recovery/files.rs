@@ -11,7 +11,8 @@ use crate::door::{LegImage, PairError, PairFacts, examine_mirror};
 use crate::host::{FileKind, Host};
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::store::{
-    DurableTable, Fingerprint, LoadReport, MirrorRecord, RunTableFacts, Table, TableError, TableFiles, TableName,
+    Believed, DurableTable, Fingerprint, LoadReport, MirrorRecord, Pack, RunTableFacts, Table, TableError, TableFiles,
+    TableName,
 };
 
 /// How a disk's images are opened.
@@ -47,12 +48,12 @@ impl Files<'_> {
         self.host.probe_image(path, ImageOptions { direct, read_only, lock_wait: self.lock_wait })
     }
 
-    /// Through the page cache where there is no other way.
-    fn probe_made_here(&self, path: &Path, read_only: bool) -> Result<SharedImage, ImageError> {
+    /// Through the page cache where there is no other way to move units of so many bytes.
+    fn probe_made_here(&self, path: &Path, read_only: bool, unit_bytes: u32) -> Result<SharedImage, ImageError> {
         let is_direct = self.setup.direct == Direct::On;
         match self.probe(path, read_only, self.setup.direct) {
             Err(e) if is_direct && e.kind == ImageErrorKind::Unsuitable => self.probe(path, read_only, Direct::Off),
-            Ok(image) if image.alignment().offset_bytes > self.setup.block_bytes => {
+            Ok(image) if image.alignment().offset_bytes > unit_bytes => {
                 drop(image);
                 self.probe(path, read_only, Direct::Off)
             }
@@ -82,7 +83,7 @@ impl Evidence for Files<'_> {
     fn full_image(&self, made_here: bool) -> Result<ImageFacts, ImageError> {
         let (path, read_only) = (&self.setup.path, self.setup.read_only);
         let image = match made_here {
-            true => self.probe_made_here(path, read_only),
+            true => self.probe_made_here(path, read_only, self.setup.block_bytes),
             false => self.probe(path, read_only, self.setup.direct),
         };
         image.map(|image| facts_of(&image))
@@ -93,7 +94,15 @@ impl Evidence for Files<'_> {
     }
 
     fn layer_image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
-        self.probe_made_here(path, false).map(|image| facts_of(&image))
+        self.probe_made_here(path, false, self.setup.block_bytes).map(|image| facts_of(&image))
+    }
+
+    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<(), TableError> {
+        let image = self.probe_made_here(path, false, Pack::UNIT_BYTES);
+        let image = image.map_err(|e| TableError::Io { path: path.to_owned(), message: e.to_string() })?;
+        let shape = (size_bytes, self.setup.block_bytes);
+        let found = self.host.block_on(async move |queue| Pack::examine(image, id, shape, believed, &queue).await);
+        found.map_err(|e| TableError::Io { path: path.to_owned(), message: e.to_string() })?
     }
 
     fn mirror(&self, mirror: &MirrorRecord, usable: &[Uuid], size_bytes: u64) -> Result<PairFacts, PairError> {

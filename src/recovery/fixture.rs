@@ -10,7 +10,7 @@ use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::door::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
 use crate::store::{
-    BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase, RestoreRecord,
+    Believed, BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase, RestoreRecord,
     RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
 };
 
@@ -33,6 +33,8 @@ pub(super) struct Found {
     pub(super) no_changes: BTreeSet<Uuid>,
     pub(super) marks: BTreeMap<Uuid, String>,
     pub(super) legs: Vec<(Uuid, LegState)>,
+    /// Packs that are not whole, by what is believed of them.
+    pub(super) no_packs: Vec<(Uuid, Believed)>,
 }
 
 pub(super) fn put<T: Ord>(of: &mut BTreeSet<T>, one: impl Into<T>) {
@@ -84,6 +86,10 @@ impl Evidence for Found {
 
     fn layer_image(&self, path: &Path) -> Result<ImageFacts, ImageError> {
         self.image(path)
+    }
+
+    fn pack(&self, _path: &Path, id: Uuid, _size: u64, believed: Believed) -> Result<(), TableError> {
+        if self.no_packs.contains(&(id, believed)) { Err(no_table(id)) } else { Ok(()) }
     }
 
     fn mirror(&self, _mirror: &MirrorRecord, usable: &[Uuid], _size: u64) -> Result<PairFacts, PairError> {
@@ -150,7 +156,7 @@ pub(super) fn id(n: u128) -> Uuid {
 pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
     serde_json::from_value(json!({
         "id": id(n), "group": id(n), "name": name, "strategy": "copy-on-write", "writers": "request", "began": began,
-        "ended": began + 1, "image": format!("/{name}.img"), "owns_all": false, "splits": false, "durable": false,
+        "ended": began + 1, "image": format!("/{name}.img"), "layout": "sparse", "owns_all": false, "splits": false, "durable": false,
         "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deletion": null,
         "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
         "taken_for": null,
@@ -162,7 +168,7 @@ pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
 pub(super) fn record() -> DiskRecord {
     serde_json::from_value(json!({
         "id": id(100), "name": "vm1", "config": {}, "set": null, "live": id(9), "live_began": 20, "live_log": null,
-        "live_saved_table": null, "live_saved": null, "live_splits": false,
+        "live_layout": "sparse", "live_saved_table": null, "live_saved": null, "live_splits": false,
         "live_changed": { "saved": id(99), "lost": null },
         "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
             "quiesced_ms": 2, "changed": null, "taken_for": null }],

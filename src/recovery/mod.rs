@@ -20,8 +20,8 @@ mod why;
 pub use carry_out::{LayerSource, NotCarriedOut, Taken, carry_out};
 pub use decide::decide;
 pub use decision::{
-    ChangedUse, Content, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role, SnapshotFate,
-    TableSource, TableUse, VersionRecovery,
+    ChangedUse, Content, ImageUse, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role,
+    SnapshotFate, TableSource, TableUse, VersionRecovery,
 };
 pub use evidence::{Durable, DurableFacts, Evidence, ImageFacts};
 pub use files::{Files, ImageSetup};
@@ -30,7 +30,7 @@ pub use why::Why;
 
 use uuid::Uuid;
 
-use crate::store::DiskRecord;
+use crate::store::{Believed, DiskRecord};
 
 /// How the daemon ended the last time, and so what is believed of what it left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,6 +60,15 @@ impl Shutdown {
             Some(_) => Shutdown::Changed,
             None if record.boot == Some(boot) => Shutdown::Killed,
             None => Shutdown::PowerCut,
+        }
+    }
+
+    /// What is believed of packs.
+    #[must_use]
+    pub fn of_packs(self) -> Believed {
+        match self {
+            Shutdown::Clean | Shutdown::Killed => Believed::Arrived,
+            Shutdown::PowerCut | Shutdown::Changed => Believed::Synced,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::Role;
-use crate::store::{ChangedRecord, DeletionRecord, DiskRecord, Fingerprint};
+use crate::store::{ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, Layout};
 
 /// A version as it is remembered.
 pub(super) struct Remembered {
@@ -14,6 +14,7 @@ pub(super) struct Remembered {
     pub(super) began: u64,
     /// Where its layer is; nowhere if that is the disk's full image.
     pub(super) image: Option<PathBuf>,
+    pub(super) layout: Layout,
     pub(super) owns_all: bool,
     pub(super) splits: bool,
     /// The seal of its table at a clean stop.
@@ -31,6 +32,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         began: record.live_began,
         owns_all: record.live_log.is_none(),
         image: record.live_log.clone(),
+        layout: record.live_layout,
         splits: record.live_splits,
         saved_table: record.live_saved_table,
         saved: record.live_saved,
@@ -41,6 +43,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         role: Role::Frozen(at),
         began: s.began,
         image: Some(s.image.clone()),
+        layout: s.layout,
         owns_all: s.owns_all,
         splits: s.splits,
         saved_table: s.saved_table,
@@ -53,6 +56,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         role: Role::Origin,
         began: 0,
         image: None,
+        layout: Layout::Sparse,
         owns_all: true,
         splits: false,
         saved_table: None,
@@ -137,6 +141,9 @@ pub(super) fn contradictions(record: &DiskRecord) -> Vec<String> {
         wrong.push("it is being completed, and stands on nothing".to_owned());
     }
     let mut versions = versions_of(record);
+    if versions.iter().any(|v| v.owns_all && v.layout == Layout::Packed) {
+        wrong.push("a full image of it is packed".to_owned());
+    }
     while !versions.is_empty() {
         // None at all is what a snapshot has that is lost: it is by itself, and says why it is broken.
         match take_newest_segment(&mut versions).iter().filter(|v| v.owns_all).count() {

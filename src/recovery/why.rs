@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::DurableFacts;
 use crate::door::PairError;
 use crate::image::{ImageError, ImageErrorKind};
-use crate::store::TableError;
+use crate::store::{Layout, TableError};
 
 /// See above. The text says what is the matter; [`Why::advice`] what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,12 +38,17 @@ pub enum Why {
     #[error("its image {} is missing or is not a file", _0.display())]
     Missing(PathBuf),
     /// A layer's image has another size.
-    #[error("its image {} has {size_bytes} bytes, not the disk's", path.display())]
+    #[error("its image {} has {size_bytes} bytes, not {}", path.display(), match layout {
+        Layout::Sparse => "the disk's",
+        Layout::Packed => "those of a pack of such a disk",
+    })]
     Size {
         /// The image.
         path: PathBuf,
         /// What it has.
         size_bytes: u64,
+        /// How blocks lie in it.
+        layout: Layout,
     },
     /// A full image cannot be written in blocks of the disk's size.
     #[error("{} takes units of {unit_bytes} bytes, more than its block size of {block_bytes}", path.display())]

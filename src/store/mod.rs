@@ -28,8 +28,8 @@ pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use error::TableError;
 pub use pack::{Believed, Pack};
 pub use record::{
-    BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase,
-    RestoreRecord, RestoreSourceKind, SnapshotRecord, Strategy, VolumeRecord, Writers, names_let_go,
+    BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord,
+    RestorePhase, RestoreRecord, RestoreSourceKind, SnapshotRecord, Strategy, VolumeRecord, Writers, names_let_go,
 };
 pub use record_store::{RecordError, RecordStore, Remembered, UnreadableRecord};
 pub use records::{ExaminedRecords, Records};

@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use self::format::{Identity, Place, UNIT_BYTES};
 use self::gather::{Bytes, Gathered};
-use self::places::{Places, Units};
+use self::places::{Places, Syncing, Units};
 use self::replay::{io_error, replay};
 use super::TableError;
 use crate::image::{
@@ -72,6 +72,9 @@ fn units_of(size_bytes: u64, block_bytes: u32) -> Option<u32> {
 }
 
 impl Pack {
+    /// What its image's transfers are multiples of.
+    pub const UNIT_BYTES: u32 = 4096;
+
     /// How many bytes the image of a pack for such a disk has; most of them are never written. None if there cannot be one.
     #[must_use]
     pub fn image_bytes(size_bytes: u64, block_bytes: u32) -> Option<u64> {
@@ -100,7 +103,8 @@ impl Pack {
         let written = write_all_at(&*image, queue, ByteOffset(0), IoBuf::Owned(first), false).await;
         written.map_err(|e| io_error(&path, &e))?;
         sync(&*image, queue).await.map_err(|e| io_error(&path, &e))?;
-        Ok(Pack::with(image, identity, Places::new(identity.block_units(), units)))
+        let blocks = u32::try_from(identity.blocks()).expect("fewer than units");
+        Ok(Pack::with(image, identity, Places::new(identity.block_units(), blocks, units)))
     }
 
     /// Takes a pack up, as it was left.
@@ -124,8 +128,8 @@ impl Pack {
         }
         if !found.torn.is_empty() {
             log::info!("{}: {} writes had not arrived", path.display(), found.torn.len());
-            sync(&*image, queue).await.map_err(|e| io_error(&path, &e))?;
         }
+        sync(&*image, queue).await.map_err(|e| io_error(&path, &e))?;
         log::debug!("{}: {} blocks", path.display(), found.places.count());
         Ok(Pack::with(image, found.identity, found.places))
     }
@@ -143,6 +147,18 @@ impl Pack {
     ) -> Result<(), TableError> {
         let found = replay(&image, believed, queue).await?;
         check_identity(&image, &found.identity, id, shape)
+    }
+
+    /// Whether an image is a pack in which nothing was written, whatever it is the pack of.
+    ///
+    /// # Errors
+    /// When the image refuses.
+    pub async fn is_unwritten(image: SharedImage, queue: &IoQueue) -> Result<bool, TableError> {
+        match replay(&image, Believed::Synced, queue).await {
+            Ok(found) => Ok(found.is_unwritten),
+            Err(TableError::Damaged { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     fn with(image: SharedImage, identity: Identity, places: Places) -> Pack {
@@ -285,7 +301,7 @@ impl Pack {
         let end = first + len.div_ceil(u64::from(self.identity.block_bytes));
         let known: Vec<u64> = {
             let places = self.lock();
-            (first..end).filter(|&block| places.knows(block)).collect()
+            (first..end).filter(|&block| !places.is_zeros(block)).collect()
         };
         let most = self.gathered.blocks_max();
         let runs = known.chunk_by(|a, b| a + 1 == *b).flat_map(|run| run.chunks(most));
@@ -315,18 +331,21 @@ impl Pack {
     /// # Errors
     /// When the image refuses; it is failed then.
     pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
-        let syncing = self.lock().begin_sync();
+        let mut syncing = SyncUnderWay { pack: self, syncing: Some(self.lock().begin_sync()) };
         sync(&*self.image, queue).await?;
-        let surplus = {
+        let runs = {
             let mut places = self.lock();
-            places.end_sync(syncing);
+            places.end_sync(syncing.syncing.take().expect("it has begun"));
             places.take_surplus()
         };
-        for units in surplus {
+        let mut surplus = Surplus { pack: self, runs, released: None };
+        while let Some(units) = surplus.runs.pop() {
+            surplus.released = Some(units);
             let at = position(Place(units.start));
             if let Err(e) = release_range(&*self.image, queue, at, bytes_of(units.count)).await {
                 log::warn!("the space of superseded blocks is not given back: {e}");
             }
+            surplus.released = None;
             self.lock().put_back(units);
         }
         Ok(())
@@ -349,6 +368,35 @@ fn check_identity(
             let what = "it is the pack of something else".to_owned();
             Err(TableError::Damaged { path: image.path().to_owned(), what })
         }
+    }
+}
+
+/// A sync, which may be abandoned or fail.
+struct SyncUnderWay<'a> {
+    pack: &'a Pack,
+    syncing: Option<Syncing>,
+}
+
+impl Drop for SyncUnderWay<'_> {
+    fn drop(&mut self) {
+        if let Some(syncing) = self.syncing.take() {
+            self.pack.lock().abandon_sync(syncing);
+        }
+    }
+}
+
+/// Free units that are given back one after the other, which may be abandoned.
+struct Surplus<'a> {
+    pack: &'a Pack,
+    runs: Vec<Units>,
+    released: Option<Units>,
+}
+
+impl Drop for Surplus<'_> {
+    fn drop(&mut self) {
+        let mut places = self.pack.lock();
+        self.runs.drain(..).for_each(|units| places.put_back(units));
+        self.released.take().into_iter().for_each(|units| places.give_up(units));
     }
 }
 

@@ -105,7 +105,7 @@ fn every_flipped_bit_of_a_header_is_found() {
 fn a_million_blocks_of_a_large_disk_take_little_memory() {
     const BLOCKS: u64 = 1 << 28;
     let units = units_of(BLOCKS * 4096, 4096).unwrap();
-    let mut places = Places::new(1, units);
+    let mut places = Places::new(1, 1 << 28, units);
     for first in (0..1_000_000u64).step_by(32) {
         let grant = places.grant(32).unwrap();
         let entry = |i: u64| {

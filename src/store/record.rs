@@ -43,6 +43,16 @@ pub enum Writers {
     Connection,
 }
 
+/// How the blocks of a layer lie in its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Layout {
+    /// Each at its own position, in an image of the disk's size. A full image has no other.
+    Sparse,
+    /// As they came: a pack ([`super::Pack`]).
+    Packed,
+}
+
 /// A snapshot, as it is remembered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,6 +73,8 @@ pub struct SnapshotRecord {
     pub ended: u64,
     /// The image of its layer.
     pub image: PathBuf,
+    /// How blocks lie in that image.
+    pub layout: Layout,
     /// Whether that image has everything: it is the pivot, or a leg that a split left to it.
     pub owns_all: bool,
     /// Whether the mirror was split when it began, so that it shares no bytes with older ones.
@@ -254,6 +266,8 @@ pub struct DiskRecord {
     /// The log in which the live version is stored, above the full image of an older one. None while the live
     /// version has the full image.
     pub live_log: Option<PathBuf>,
+    /// How blocks lie in the live version's image.
+    pub live_layout: Layout,
     /// The seal of the durable copy of the log's table, at a clean stop.
     pub live_saved_table: Option<Uuid>,
     /// How the log looked at the last clean stop.

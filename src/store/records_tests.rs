@@ -13,6 +13,7 @@ use redb::backends::FileBackend;
 use uuid::Uuid;
 
 use super::*;
+use crate::store::Layout;
 use crate::store::{
     BookmarkRecord, ChangedRecord, Fingerprint, RestorePhase, RestoreRecord, RestoreSourceKind, SnapshotRecord,
     Strategy, VolumeRecord, Work, WorkRecord, Writers,
@@ -78,6 +79,7 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         began: ended,
         ended,
         image: format!("/images/{disk}@{name}.img").into(),
+        layout: Layout::Packed,
         owns_all: false,
         splits: false,
         durable: false,
@@ -118,6 +120,7 @@ fn disk(name: &str) -> DiskRecord {
         live: Uuid::new_v4(),
         live_began: 7,
         live_log: None,
+        live_layout: Layout::Packed,
         live_saved_table: None,
         live_saved: None,
         live_splits: false,

@@ -1,5 +1,7 @@
 //! Memory that requests cost the daemon.
 
+use serde_json::json;
+
 use crate::ring::{GUEST_BASE, Guest, HEADER, INDIRECT, S_OK, STATUS, T_IN, T_OUT, WRITE, encode};
 use crate::scene::Scene;
 
@@ -51,6 +53,26 @@ fn large_requests_are_copied_piece_by_piece() {
     assert_eq!(guest.read_sectors(0, 512), [9; 512]);
     assert_eq!(guest.read_sectors((30 << 20) / 512, 512), [8; 512]);
     assert!(more < MORE_BYTES, "{more} bytes more");
+    scene.others_go_on();
+    drop(guest);
+    scene.end();
+}
+
+/// What goes to a pack is copied there.
+#[test]
+fn writes_to_a_packed_log_have_a_budget() {
+    let mut scene = Scene::new();
+    let mut guest = Guest::new(&scene.socket(), 1);
+    let logged = json!({ "strategy": "write-logging", "layout": "packed", "wait": true });
+    scene.daemon.api().create("old", &["vm0"], &logged).ok();
+    guest.memory.write(BUFFER, &vec![5; 31 << 20]);
+    scene.forget_peak();
+    let before = scene.peak();
+    large_requests(&mut guest, T_OUT, 0);
+    let more = scene.peak() - before;
+    println!("{} MiB more", more >> 20);
+    assert!(more < MORE_BYTES, "{more} bytes more");
+    assert_eq!(guest.read_sectors(0, 512), [5; 512]);
     scene.others_go_on();
     drop(guest);
     scene.end();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use halfsilver::image::{Alignment, Image, IoQueue, OpKind, OpTicket, Unsynced};
+use halfsilver::image::{Alignment, ByteOffset, Image, IoQueue, OpKind, OpTicket, Unsynced};
 
 use crate::schedule::{Device, Rng};
 
@@ -28,10 +28,49 @@ pub enum Op {
     Sync,
 }
 
+/// Bytes of which those behind the last one that was ever written are zeros, and take no memory: a pack has many.
+#[derive(Clone, Default)]
+struct Bytes {
+    size: usize,
+    begun: Vec<u8>,
+}
+
+impl Bytes {
+    fn of(bytes: Vec<u8>) -> Bytes {
+        let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let mut begun = bytes;
+        let size = begun.len();
+        begun.truncate(end.next_multiple_of(SECTOR));
+        Bytes { size, begun }
+    }
+
+    fn all(&self) -> Vec<u8> {
+        let mut bytes = self.begun.clone();
+        bytes.resize(self.size, 0);
+        bytes
+    }
+
+    fn sector(&self, sector: usize) -> Sector {
+        let at = sector * SECTOR;
+        self.begun.get(at..at + SECTOR).map_or([0; SECTOR], |bytes| bytes.try_into().unwrap())
+    }
+
+    fn put(&mut self, sector: usize, bytes: &Sector) {
+        let end = (sector + 1) * SECTOR;
+        if end > self.begun.len() {
+            if bytes.iter().all(|byte| *byte == 0) {
+                return;
+            }
+            self.begun.resize(end, 0);
+        }
+        self.begun[end - SECTOR..end].copy_from_slice(bytes);
+    }
+}
+
 #[derive(Default)]
 struct State {
-    now: Vec<u8>,
-    stored: Vec<u8>,
+    now: Bytes,
+    stored: Bytes,
     /// What was written to a sector since it was stored, oldest first, with when.
     unsynced: BTreeMap<usize, Vec<(u64, Sector)>>,
     clock: u64,
@@ -75,11 +114,15 @@ thread_local! {
 
 impl Medium {
     pub fn new(name: &str, size: usize) -> Medium {
-        Medium::with(name, vec![0; size])
+        Medium::holding(name, Bytes { size, begun: Vec::new() })
     }
 
     /// A medium with these bytes on stable storage.
     pub fn with(name: &str, bytes: Vec<u8>) -> Medium {
+        Medium::holding(name, Bytes::of(bytes))
+    }
+
+    fn holding(name: &str, bytes: Bytes) -> Medium {
         let state = State { now: bytes.clone(), stored: bytes, ..State::default() };
         Medium {
             state: Arc::new(Mutex::new(state)),
@@ -124,7 +167,7 @@ impl Medium {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        self.lock().now.clone()
+        self.lock().now.all()
     }
     pub fn written(&self) -> usize {
         self.lock().written
@@ -139,8 +182,12 @@ impl Medium {
     /// Changes a byte on stable storage, as a bad medium does.
     pub fn damage(&self, at: usize) {
         let mut state = self.lock();
-        state.now[at] ^= 0x10;
-        state.stored[at] ^= 0x10;
+        let State { now, stored, .. } = &mut *state;
+        for bytes in [now, stored] {
+            let mut sector = bytes.sector(at / SECTOR);
+            sector[at % SECTOR] ^= 0x10;
+            bytes.put(at / SECTOR, &sector);
+        }
     }
 
     /// What a power cut leaves: each sector as stored, or as some write since made it.
@@ -156,10 +203,10 @@ impl Medium {
         for (sector, versions) in &state.unsynced {
             let picked = pick(versions.len());
             if picked > 0 {
-                bytes[sector * SECTOR..][..SECTOR].copy_from_slice(&versions[picked - 1].1);
+                bytes.put(*sector, &versions[picked - 1].1);
             }
         }
-        Medium::with(&self.path.display().to_string(), bytes)
+        Medium::holding(&self.path.display().to_string(), bytes)
     }
 
     /// What a kill of the process leaves: everything that was written, stored or not. Each transfer in flight has still
@@ -234,7 +281,7 @@ pub fn count_change() {
 
 impl State {
     fn put(&mut self, sector: usize, bytes: Sector) {
-        self.now[sector * SECTOR..][..SECTOR].copy_from_slice(&bytes);
+        self.now.put(sector, &bytes);
         count_change();
         self.clock += 1;
         let clock = self.clock;
@@ -264,16 +311,16 @@ impl State {
     }
 }
 
-fn store_one(stored: &mut [u8], sector: usize, versions: &mut Vec<(u64, Sector)>, clock: u64) {
+fn store_one(stored: &mut Bytes, sector: usize, versions: &mut Vec<(u64, Sector)>, clock: u64) {
     let upto = versions.iter().take_while(|(at, _)| *at <= clock).count();
     if let Some((_, bytes)) = versions.drain(..upto).next_back() {
-        stored[sector * SECTOR..][..SECTOR].copy_from_slice(&bytes);
+        stored.put(sector, &bytes);
     }
 }
 
 impl Image for Medium {
     fn size_bytes(&self) -> u64 {
-        self.lock().now.len() as u64
+        self.lock().now.size as u64
     }
     fn alignment(&self) -> Alignment {
         Alignment { offset_bytes: 512, memory_bytes: 1 }
@@ -289,12 +336,17 @@ impl Image for Medium {
         assert!(at.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR), "misaligned transfer of {len} at {at}");
         let began = {
             let state = self.lock();
-            assert!(at + len <= state.now.len(), "outside the image");
+            assert!(at + len <= state.now.size, "outside the image");
             state.clock
         };
         let (left, moved) = ((0..len / SECTOR).collect(), Vec::new());
         let pending = Pending { medium: self.clone(), ticket, began, left, moved, data, len };
         PENDING.with_borrow_mut(|p| p.push(pending));
+    }
+    fn next_data(&self, from: ByteOffset) -> Option<ByteOffset> {
+        let state = self.lock();
+        let (begun, size) = (state.now.begun.len() as u64, state.now.size as u64);
+        (!state.no_holes).then_some(ByteOffset(if from.0 < begun { from.0 } else { size }))
     }
     fn path(&self) -> &Path {
         self.moved.get().unwrap_or(&self.path)
@@ -362,8 +414,7 @@ fn step_io(rng: &mut Rng) {
     let moved: Vec<usize> = op.left.drain(offset..offset + moves).collect();
     for sector in moved {
         if class == Op::Read {
-            let place = (at + sector) * SECTOR;
-            op.data[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(&state.now[place..place + SECTOR]);
+            op.data[sector * SECTOR..(sector + 1) * SECTOR].copy_from_slice(&state.now.sector(at + sector));
         } else {
             op.put(&mut state, sector);
             op.moved.push((at + sector, state.clock));

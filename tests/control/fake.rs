@@ -362,6 +362,7 @@ impl Service for Fake {
                 epoch: 1,
                 socket: request.socket.clone().unwrap_or_else(|| format!("/run/fake/{reference}.sock").into()),
                 image: request.image.clone(),
+                layout: request.layout.unwrap_or(served.layout),
                 block_size: 4096,
                 owned_bytes: 0,
                 size_bytes: served.size_bytes,

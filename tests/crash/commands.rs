@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use halfsilver::control::api::{
-    DeleteSnapshotOptions, DeletionState, DiskPatch, Durability, JobPatch, RestoreRequest, SnapshotRequest,
+    DeleteSnapshotOptions, DeletionState, DiskPatch, Durability, JobPatch, Layout, RestoreRequest, SnapshotRequest,
     SnapshotState, Strategy, UpdateQuery, VolumeRequest, VolumeSource, Writers,
 };
 use halfsilver::control::{ApiError, Deletion, ErrorCode, Service, SnapshotRef};
@@ -63,6 +63,12 @@ impl World {
         of[self.rng.below(of.len())]
     }
 
+    /// What is said of a layout: nothing, unless chains are to be mixed.
+    fn some_layout(&mut self) -> Option<Layout> {
+        let is_said = self.shape.layout == Layout::Auto && self.rng.chance(50);
+        is_said.then(|| [Layout::Sparse, Layout::Packed][self.rng.below(2)])
+    }
+
     fn some_disk(&mut self) -> Option<(Uuid, String)> {
         self.line_where(|line| line.from.is_none())
     }
@@ -113,7 +119,8 @@ impl World {
                 });
                 let (disks, name) = (disks.iter().map(|d| name(d)).collect(), name(snapshot));
                 let writers = Writers::Request;
-                let request = SnapshotRequest { name, disks, strategy, writers, socket: None, image: None };
+                let layout = self.some_layout();
+                let request = SnapshotRequest { name, disks, strategy, layout, writers, socket: None, image: None };
                 Box::new(move || of.create(&request))
             }
             Command::Delete => {
@@ -202,7 +209,8 @@ impl World {
                 let (id, disk) = self.line_where(|_| true)?;
                 let is_volume = self.spec.borrow().lines[&id].from.is_some();
                 let durability = if self.rng.chance(50) { Durability::Power } else { Durability::Process };
-                let patch = DiskPatch { durability: Some(durability), ..DiskPatch::default() };
+                let layout = self.some_layout();
+                let patch = DiskPatch { durability: Some(durability), layout, ..DiskPatch::default() };
                 Box::new(move || match is_volume {
                     true => of.manager.set_volume(&name(&disk), &patch).map(drop),
                     false => of.manager.set_disk(&name(&disk), &patch).map(drop),

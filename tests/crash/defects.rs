@@ -60,13 +60,15 @@ fn score(found: &[(String, Option<(u64, String)>)]) {
 
 #[test]
 fn every_defect_is_noticed() {
-    const DEFECTS: [Defect; 41] = [
+    const DEFECTS: [Defect; 43] = [
         Defect::IndependentBeforeStored,
         Defect::KeptBeforeBytes,
         Defect::SettledBeforeSync,
         Defect::SettledNotStored,
         Defect::NoPendingRecord,
         Defect::ImageNotStored,
+        Defect::PackNotNamed,
+        Defect::LayoutNotNoted,
         Defect::SavedNotCommitted,
         Defect::TableNotNamed,
         Defect::LegNotNamed,

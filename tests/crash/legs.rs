@@ -77,6 +77,7 @@ fn a_split_that_never_came_to_be_holds_no_leg_that_is_gone() {
                 name: name("s"),
                 disks: vec![name("a")],
                 strategy: Some(Strategy::WriteMirroring),
+                layout: None,
                 writers: Writers::Request,
                 socket: None,
                 image: None,

@@ -80,6 +80,7 @@ fn snapshot(named: &str) -> SnapshotRequest {
         name: named.parse().unwrap(),
         disks: vec![name("a")],
         strategy: None,
+        layout: None,
         writers: Writers::Request,
         socket: None,
         image: None,

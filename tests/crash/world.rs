@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use halfsilver::control::api::{DiskConfig, Durability, Snapshot, Volume};
+use halfsilver::control::api::{DiskConfig, Durability, Layout, Snapshot, Volume};
 use halfsilver::control::{ApiError, Name, Service};
 use halfsilver::daemon::Given;
 use halfsilver::daemon::config::DiskSpec;
@@ -47,6 +47,8 @@ pub struct Shape {
     pub weights: [usize; COMMANDS.len()],
     /// Whether the records refuse changes now and then.
     pub refuses: bool,
+    /// How the layers of disks lie unless something else is asked for, which it is half the time if this is `auto`.
+    pub layout: Layout,
     /// How often each strategy is asked for: copy-on-write, write logging, write mirroring.
     pub strategies: [usize; 3],
 }
@@ -116,7 +118,8 @@ impl Shape {
         let weights = [OF_SNAPSHOTS, OF_VOLUMES, OF_RESTORES, mirrors, all][usize::try_from(seed % 5).unwrap()];
         let is_mirrored = seed % 5 == 3 && rng.chance(70);
         let (sectors, disks, power) = (blocks * 8 + tail, 1 + rng.below(2), seed % 3 == 1);
-        Shape { sectors, disks, is_mirrored, power, weights, refuses: seed % 4 == 2, strategies: [40, 40, 20] }
+        let layout = Layout::ALL[rng.below(Layout::ALL.len())];
+        Shape { sectors, disks, is_mirrored, power, weights, refuses: seed % 4 == 2, layout, strategies: [40, 40, 20] }
     }
 
     /// Logs on a disk of two blocks: what needs many changes of one block.
@@ -215,6 +218,7 @@ pub fn run(seed: u64, shape: Shape, actions: usize, counts: &Rc<RefCell<Counts>>
         sim.put_image(&path, spec::initial(shape.sectors));
         let mut config = DiskConfig::new(&path);
         config.durability = Some(if shape.power { Durability::Power } else { Durability::Process });
+        config.layout = Some(shape.layout);
         if *disk == "a" && shape.is_mirrored {
             config.mirror = Some(Path::new(DISKS).join("a.leg"));
         }

@@ -30,6 +30,7 @@ mod load;
 mod mirror;
 mod mirror_jobs;
 mod oracle;
+mod packed;
 #[cfg(feature = "planted")]
 mod planted;
 mod points;

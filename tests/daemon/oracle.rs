@@ -276,7 +276,8 @@ impl Run {
         // One size is not a multiple of the block size.
         let sizes = [(1 << 20) + SECTOR as u64, (512 << 10) + 4096 * rng.below(9) as u64];
         let block = ["block-size=4K", "block-size=4K", "block-size=16K"][rng.below(3)];
-        let daemon = Daemon::with_disks(&sizes, &format!("queues=3,{block}"));
+        let layout = ["sparse", "packed"][rng.below(2)];
+        let daemon = Daemon::with_disks(&sizes, &format!("queues=3,{block},layout={layout}"));
         let (orders, inbox) = channel();
         let (outbox, news) = channel();
         let api = daemon.api();

@@ -315,6 +315,14 @@ fn mixed_durable_chains_survive_whatever_comes() {
     mixed_chains(&["mixed durable chains", "durability=power"], &[End::Kill, End::PowerCut, End::PowerCut]);
 }
 
+/// The same over packed layers.
+#[test]
+fn mixed_packed_chains_survive_whatever_comes() {
+    mixed_chains(&["mixed packed chains", "layout=packed"], &[End::Stop, End::Kill, End::Kill]);
+    let options = "durability=power,layout=packed";
+    mixed_chains(&["mixed packed durable chains", options], &[End::Kill, End::PowerCut, End::PowerCut]);
+}
+
 fn mixed_chains([name, options]: &[&str; 2], ends: &[End; 3]) {
     for seed in seeds(name, 2) {
         let mut rng = Rng::new(seed);

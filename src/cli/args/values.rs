@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::cli::wait::Patience;
 use crate::control::SnapshotRef;
-use crate::control::api::{DiskPatch, Durability, JOB_DELAY_MS_MAX, JobPatch, QUEUES_MAX};
+use crate::control::api::{DiskPatch, Durability, JOB_DELAY_MS_MAX, JobPatch, Layout, QUEUES_MAX};
 use crate::control::name::NameError;
 
 /// How long a command waits that waits.
@@ -92,6 +92,9 @@ pub(in crate::cli) struct SetArgs {
     /// What the next snapshots outlive: process, the daemon's end; power, also a power cut
     #[arg(long, value_parser = one_of(Durability::ALL, Durability::as_str))]
     durability: Option<Durability>,
+    /// How the blocks of the next snapshots lie in their images, and those of logs: at their own places, or as they came
+    #[arg(long, value_parser = one_of(Layout::ALL, Layout::as_str))]
+    layout: Option<Layout>,
     /// The most that backups and jobs have in flight while the guest is at work; off for no limit
     #[arg(long, value_name = "SIZE|off", value_parser = window)]
     background: Option<u32>,
@@ -114,7 +117,8 @@ pub(in crate::cli) struct SetArgs {
 
 impl SetArgs {
     pub(in crate::cli) fn patch(self, readonly: Option<bool>) -> DiskPatch {
-        let Self { durability, background, queues, serial, segments_max, discard_granularity, discard_max } = self;
+        let Self { durability, layout, background, queues, serial, segments_max, discard_granularity, discard_max } =
+            self;
         DiskPatch {
             durability,
             background_bytes: background,
@@ -124,6 +128,7 @@ impl SetArgs {
             segments_max,
             discard_granularity,
             discard_max,
+            layout,
         }
     }
 }

@@ -9,7 +9,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::{
-    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, LegState, QUEUES_MAX, RestoreStatus, SERIAL_LEN_MAX,
+    BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, Layout, LegState, QUEUES_MAX, RestoreStatus, SERIAL_LEN_MAX,
     check_absolute, check_socket, invalid,
 };
 use crate::control::error::ApiError;
@@ -91,6 +91,9 @@ pub struct DiskConfig {
     #[serde(default)]
     #[schema(maximum = 1_073_741_824)]
     pub background_bytes: Option<u32>,
+    /// How the blocks of snapshots lie that are taken from now on; what was set or `auto` when absent.
+    #[serde(default)]
+    pub layout: Option<Layout>,
 }
 
 fn yes() -> bool {
@@ -132,6 +135,7 @@ impl DiskConfig {
             shared: false,
             durability: None,
             background_bytes: None,
+            layout: None,
         }
     }
 
@@ -165,6 +169,11 @@ impl DiskConfig {
         self.discard_granularity.unwrap_or(DISCARD_GRANULARITY.0)
     }
 
+    /// How the blocks of snapshots lie.
+    pub fn layout(&self) -> Layout {
+        self.layout.unwrap_or(Layout::Auto)
+    }
+
     /// The most bytes of one range of a discard that suits the disk.
     pub fn discard_max(&self) -> u64 {
         self.discard_max.unwrap_or(DISCARD_MAX.0)
@@ -187,6 +196,7 @@ impl DiskConfig {
             segments_max: Some(self.segments_max()),
             discard_granularity: Some(self.discard_granularity()),
             discard_max: Some(self.discard_max()),
+            layout: Some(self.layout()),
             ..self
         }
     }
@@ -202,6 +212,7 @@ impl DiskConfig {
         self.segments_max = self.segments_max.or(set.segments_max);
         self.discard_granularity = self.discard_granularity.or(set.discard_granularity);
         self.discard_max = self.discard_max.or(set.discard_max);
+        self.layout = self.layout.or(set.layout);
         self
     }
 
@@ -226,6 +237,7 @@ impl DiskConfig {
             serial: said.serial,
             durability: said.durability,
             background_bytes: said.background_bytes,
+            layout: said.layout,
         };
         said.or_set(&DiskPatch::of(self))
     }
@@ -295,15 +307,28 @@ pub struct DiskPatch {
     /// The most bytes of one range of a discard of the next frontend that suits the disk, a multiple of 512.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discard_max: Option<u64>,
+    /// How the blocks of snapshots lie that are taken from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
 }
 
 impl DiskPatch {
     /// What a configuration says of what can be changed.
     pub fn of(config: &DiskConfig) -> Self {
-        let DiskConfig { durability, background_bytes, queues, readonly, ref serial, .. } = *config;
+        let DiskConfig { durability, background_bytes, queues, readonly, layout, ref serial, .. } = *config;
         let DiskConfig { segments_max, discard_granularity, discard_max, .. } = *config;
         let serial = serial.clone();
-        Self { durability, background_bytes, queues, readonly, serial, segments_max, discard_granularity, discard_max }
+        Self {
+            durability,
+            background_bytes,
+            queues,
+            readonly,
+            serial,
+            segments_max,
+            discard_granularity,
+            discard_max,
+            layout,
+        }
     }
 
     /// What was set before and what is set now.
@@ -318,6 +343,7 @@ impl DiskPatch {
             segments_max: newer.segments_max.or(self.segments_max),
             discard_granularity: newer.discard_granularity.or(self.discard_granularity),
             discard_max: newer.discard_max.or(self.discard_max),
+            layout: newer.layout.or(self.layout),
         }
     }
 
@@ -335,6 +361,7 @@ impl DiskPatch {
                 .discard_granularity
                 .filter(|_| self.discard_granularity == config.discard_granularity),
             discard_max: self.discard_max.filter(|_| self.discard_max == config.discard_max),
+            layout: self.layout.filter(|_| self.layout == config.layout),
         }
     }
 
@@ -379,7 +406,7 @@ impl DiskPatch {
     /// `invalid-request`.
     pub fn check_change(&self) -> Result<(), ApiError> {
         if *self == Self::default() {
-            let message = "none of durability, background_bytes, queues, readonly, serial, segments_max, \
+            let message = "none of durability, layout, background_bytes, queues, readonly, serial, segments_max, \
                            discard_granularity and discard_max is there";
             return Err(invalid(message.to_owned()));
         }
@@ -472,6 +499,8 @@ pub struct Disk {
     /// The most bytes that backups and jobs have in flight while the guest is at work; 0 for no limit.
     #[serde(default = "background_bytes")]
     pub background_bytes: u32,
+    /// How the blocks of snapshots lie that are taken from now on.
+    pub layout: Layout,
     /// The images that are kept equal; empty when the disk has no mirror.
     pub legs: Vec<Leg>,
     /// The restore in place that is under way.
@@ -508,6 +537,7 @@ impl Disk {
             shared: false,
             durability: Durability::Process,
             background_bytes: 0,
+            layout: Layout::Auto,
             legs: Vec::new(),
             restoring: None,
         }
@@ -531,6 +561,7 @@ impl Disk {
             shared: config.shared,
             durability: config.durability(),
             background_bytes: config.background_bytes(),
+            layout: config.layout(),
             ..self
         }
     }

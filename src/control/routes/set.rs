@@ -10,7 +10,7 @@ use crate::control::error::ApiError;
 use crate::control::extract::JsonBody;
 use crate::control::name::Name;
 
-/// Changes how a disk is served, and remembers it: `durability` counts for the next snapshots, `background_bytes` at once,
+/// Changes how a disk is served, and remembers it: `durability` and `layout` count for the next snapshots, `background_bytes` at once,
 /// `queues`, `readonly` and `serial` for the next frontend that connects.
 #[utoipa::path(patch, path = "/v1/disks/{disk}", tag = "disks", params(("disk" = Name, Path)), request_body = DiskPatch,
     responses((status = 200, description = "The disk as it is set now", body = Disk), Refused))]

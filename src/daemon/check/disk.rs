@@ -179,7 +179,7 @@ fn findings(of: &mut Examination, recovery: &Recovery) {
         }
         if let (true, TableSource::Committed(Some(why))) = (is_log, &table.source) {
             let what = format!("the log's newest table is lost: {why}");
-            of.problem(image, what, "put it back before the next start, which takes what was flushed last");
+            of.problem(&image.path, what, "put it back before the next start, which takes what was flushed last");
         }
     }
     let of_versions = recovery.versions.iter().map(|v| (v.id, v.changed.as_ref()));

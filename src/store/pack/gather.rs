@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use super::format::{ENTRIES_MAX, Entry, Header, Place, UNIT_BYTES};
-use super::places::Grant;
+use super::places::{Grant, Relief};
 use super::{Pack, Units, bytes_of, position};
+use crate::crash;
 use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, write_all_at, zero_range,
 };
@@ -169,44 +170,58 @@ impl Pack {
         let grant = self.grant(queue, u32::try_from(blocks).expect("few")).await?;
         let mut buf = AlignedBuf::scratch(UNIT_BYTES + blocks * block_bytes);
         let entries = self.lay_out(&grant, items, &mut buf);
+        let mut granted = Granted { pack: self, grant, entries, is_over: false };
+        let (grant, entries) = (&granted.grant, &granted.entries);
         let header = Header {
             sequence: grant.sequence,
             arrived: grant.arrived,
             synced: grant.synced,
             span: grant.span,
-            entries,
+            entries: entries.clone(),
         };
         header.encode(self.identity.key, grant.header, &mut buf[..UNIT_BYTES]);
-        let written = self.write_granted(queue, &grant, buf).await;
+        crash::point("before a pack is written");
+        let written = self.write_granted(queue, grant, buf).await;
+        crash::point("after a pack was written");
         match written {
-            Ok(()) => self.lock().arrive(&grant, &header.entries),
+            Ok(()) => self.lock().arrive(grant, entries),
             Err(_) => {
                 // What may have arrived of the header must not count some day.
                 let at = position(grant.header);
                 let voided = zero_range(&*self.image, queue, at, UNIT_BYTES as u64, true).await;
-                self.lock().fail(&grant, voided.is_ok());
+                self.lock().fail(grant, entries, voided.is_ok());
             }
         }
+        granted.is_over = true;
         written
     }
 
-    /// Units for so many blocks. If there are none, a sync may free some.
+    /// Units for so many blocks. If there are none, a sync or the end of what others do may free some.
     async fn grant(&self, queue: &IoQueue, blocks: u32) -> Result<Grant, ImageError> {
         loop {
-            let gains = {
+            let granted = poll_fn(|cx| {
                 let mut places = self.lock();
                 if let Some(grant) = places.grant(blocks) {
-                    return Ok(grant);
+                    return Poll::Ready(Ok(grant));
                 }
-                places.gains_by_sync()
-            };
-            if !gains {
-                let what = "there is no room in the pack";
-                let mut error = ImageError::new(ImageErrorKind::Io, ImageOp::Write, self.image.path(), what);
-                error.errno = Some(libc::ENOSPC);
-                return Err(error);
+                match places.relief() {
+                    Relief::Wait => {
+                        places.wait(cx.waker());
+                        Poll::Pending
+                    }
+                    relief => Poll::Ready(Err(relief)),
+                }
+            });
+            match granted.await {
+                Ok(grant) => return Ok(grant),
+                Err(Relief::Sync | Relief::Wait) => self.sync(queue).await?,
+                Err(Relief::Never) => {
+                    let what = "there is no room in the pack";
+                    let mut error = ImageError::new(ImageErrorKind::Io, ImageOp::Write, self.image.path(), what);
+                    error.errno = Some(libc::ENOSPC);
+                    return Err(error);
+                }
             }
-            self.sync(queue).await?;
         }
     }
 
@@ -274,6 +289,22 @@ async fn others_first() {
         Poll::Pending
     })
     .await;
+}
+
+/// What is written to units that were granted. If that is abandoned, nobody knows what arrives of it.
+struct Granted<'a> {
+    pack: &'a Pack,
+    grant: Grant,
+    entries: Vec<Entry>,
+    is_over: bool,
+}
+
+impl Drop for Granted<'_> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.pack.lock().fail(&self.grant, &self.entries, false);
+        }
+    }
 }
 
 /// The one who carries a batch out. Whatever becomes of it, those who wait go on.

@@ -9,11 +9,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, hash_map};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::task::Waker;
 
 use super::format::{Entry, Place};
 
 /// Free units that are kept to be written again; others are given back to the file system, if that can be done.
 const KEPT_UNITS_MAX: u32 = 4096;
+/// Runs of units that one sync gives back at most, and that are looked at for one that is long enough.
+const RUNS_MAX: usize = 64;
 
 /// A run of units.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -84,22 +87,107 @@ pub(super) struct Syncing {
     freed: Freed,
 }
 
+/// What can be done when there is no room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Relief {
+    /// A sync makes units free.
+    Sync,
+    /// Units become free when what others do ends.
+    Wait,
+    /// There is none.
+    Never,
+}
+
+/// Runs of free units.
+struct FreeRuns {
+    block_units: u32,
+    runs: BTreeMap<u32, u32>,
+    units: u32,
+    /// Those of them that blocks can have: a block lies in one run.
+    usable: u32,
+}
+
+impl FreeRuns {
+    fn whole(&self, count: u32) -> u32 {
+        count / self.block_units * self.block_units
+    }
+
+    fn remove(&mut self, start: u32) -> Option<u32> {
+        let count = self.runs.remove(&start)?;
+        self.units -= count;
+        self.usable -= self.whole(count);
+        Some(count)
+    }
+
+    /// Adds a run, which is joined with its neighbours.
+    fn add(&mut self, units: Units) {
+        let Units { mut start, mut count } = units;
+        if let Some((&before, &len)) = self.runs.range(..start).next_back()
+            && before + len == start
+        {
+            self.remove(before);
+            (start, count) = (before, len + count);
+        }
+        count += self.remove(start + count).unwrap_or(0);
+        self.runs.insert(start, count);
+        self.units += count;
+        self.usable += self.whole(count);
+    }
+
+    /// Takes the beginning of a run.
+    fn split(&mut self, start: u32, used: u32) -> Units {
+        let count = self.remove(start).expect("it was found");
+        if used < count {
+            self.add(Units { start: start + used, count: count - used });
+        }
+        Units { start, count: used }
+    }
+
+    /// So many units in one run, if one of the first ones is long enough.
+    fn take_one(&mut self, need: u32) -> Option<Units> {
+        let start = self.runs.iter().take(RUNS_MAX).find(|(_, count)| **count >= need).map(|(&start, _)| start)?;
+        Some(self.split(start, need))
+    }
+
+    /// As many units as can be had, `need` at most.
+    fn take_pieces(&mut self, need: u32) -> Vec<Units> {
+        let (mut left, mut taken, mut from) = (need, Vec::new(), 0);
+        while left > 0
+            && let Some((&start, &count)) = self.runs.range(from..).find(|(_, count)| **count >= self.block_units)
+        {
+            let used = self.whole(count).min(left);
+            taken.push(self.split(start, used));
+            left -= used;
+            from = start + used;
+        }
+        taken
+    }
+}
+
 /// The places of a pack.
 pub(super) struct Places {
     block_units: u32,
+    /// How many blocks the disk has.
+    disk_blocks: u32,
     units: u32,
     /// From here on nothing was ever written.
     high: u32,
     blocks: ByBlock<Held>,
     slots: Vec<Slot>,
     free_slots: Vec<u32>,
-    free: BTreeMap<u32, u32>,
-    free_units: u32,
+    free: FreeRuns,
     /// Free too, and given back to the file system.
     holes: Vec<Units>,
+    /// Units that are being given back.
+    releasing: u32,
     next_sequence: u64,
     in_flight: BTreeSet<u64>,
+    /// Those of which nobody knows what has arrived, and blocks that one of them names: it may count some day.
+    unknown: BTreeSet<u64>,
+    unknown_blocks: BTreeSet<u32>,
     synced: u64,
+    /// Syncs that are under way.
+    syncing: u32,
     /// What became free since a sync began last.
     superseded: Freed,
     superseded_units: u32,
@@ -107,30 +195,43 @@ pub(super) struct Places {
     leaving: VecDeque<(u64, Freed)>,
     generation: u64,
     reads: BTreeMap<u64, u32>,
+    /// Who waits for room.
+    waiting: Vec<Waker>,
 }
 
 impl Places {
     /// Of an empty pack of so many units, the first of which is not given out.
-    pub(super) fn new(block_units: u32, units: u32) -> Places {
+    pub(super) fn new(block_units: u32, disk_blocks: u32, units: u32) -> Places {
         Places {
             block_units,
+            disk_blocks,
             units,
             high: 1,
             blocks: HashMap::default(),
             slots: Vec::new(),
             free_slots: Vec::new(),
-            free: BTreeMap::new(),
-            free_units: 0,
+            free: FreeRuns { block_units, runs: BTreeMap::new(), units: 0, usable: 0 },
             holes: Vec::new(),
+            releasing: 0,
             next_sequence: 1,
             in_flight: BTreeSet::new(),
+            unknown: BTreeSet::new(),
+            unknown_blocks: BTreeSet::new(),
             synced: 0,
+            syncing: 0,
             superseded: Freed::default(),
             superseded_units: 0,
             leaving: VecDeque::new(),
             generation: 0,
             reads: BTreeMap::new(),
+            waiting: Vec::new(),
         }
+    }
+
+    /// Units beyond those that a full disk with a header for each block takes.
+    fn slack(&self) -> u32 {
+        let full = u64::from(self.disk_blocks) * u64::from(self.block_units + 1);
+        u32::try_from(u64::from(self.units - 1).saturating_sub(full)).expect("fewer than units")
     }
 
     /// Takes a header up, after all those with higher sequences.
@@ -150,30 +251,66 @@ impl Places {
         }
     }
 
-    /// Ends the taking up: what no header names is free once that is synced. `end` is where nothing was ever written.
-    pub(super) fn taken_up(&mut self, end: u32) {
+    /// The place of a header that does not count: one can be written there again.
+    pub(super) fn take_up_place(&mut self, place: Place, span: u32) {
+        self.high = self.high.max(place.0 + span);
+        self.slots.push(Slot { place: place.0, span, sequence: 0, live: 0 });
+    }
+
+    /// Ends the taking up: what no header names is free once that is synced. `end` is where nothing was ever written. False
+    /// if two things are said to be in the same place.
+    #[must_use]
+    pub(super) fn taken_up(&mut self, end: u32) -> bool {
         self.high = self.high.max(end.min(self.units));
-        let mut used: Vec<Units> = self.slots.iter().map(|slot| Units { start: slot.place, count: 1 }).collect();
+        let mut used: Vec<(u32, u32, u32)> = self.slots.iter().map(|slot| (slot.place, 1, slot.span)).collect();
         let held = self.blocks.values().filter(|held| held.place > 0);
-        used.extend(held.map(|held| Units { start: held.place, count: self.block_units }));
-        used.sort_unstable_by_key(|units| units.start);
-        let mut next = 1;
-        for units in used {
-            if units.start > next {
-                self.supersede(Units { start: next, count: units.start - next });
-            }
-            next = next.max(units.start + units.count);
-        }
-        if self.high > next {
-            self.supersede(Units { start: next, count: self.high - next });
-        }
+        used.extend(held.map(|held| (held.place, self.block_units, self.block_units)));
+        used.sort_unstable();
         let dead = (0u32..).zip(&self.slots).filter(|(_, slot)| slot.live == 0).map(|(at, _)| at);
-        self.superseded.slots.extend(dead);
+        let dead: Vec<u32> = dead.collect();
+        dead.into_iter().for_each(|slot| self.supersede_slot(slot));
+        let (mut next, mut covered) = (1, 1);
+        for (start, count, span) in used {
+            if start < next {
+                return false;
+            }
+            self.take_up_gap(next, start, covered);
+            next = start + count;
+            covered = covered.max(start + span);
+        }
+        self.take_up_gap(next, self.high, covered);
+        true
+    }
+
+    /// Units that nothing is in. Behind `covered` no header's span leads over them, so that headers can be there again: as
+    /// many as a header for each block takes, or each power cut would leave fewer places for headers.
+    fn take_up_gap(&mut self, start: u32, end: u32, covered: u32) {
+        let mut from = covered.clamp(start, end);
+        let (open, wanted) = (end - from, self.disk_blocks + self.slack() / 2);
+        let missing = wanted.saturating_sub(self.slots_len());
+        let headers = open.div_ceil(self.block_units + 1).min(missing);
+        let odd = (open - headers) % self.block_units;
+        for _ in 0..headers + odd {
+            let slot = self.add_slot(from, 1);
+            self.supersede_slot(slot);
+            from += 1;
+        }
+        for (start, end) in [(start, covered.clamp(start, end)), (from, end)] {
+            if end > start {
+                self.supersede(Units { start, count: end - start });
+            }
+        }
     }
 
     /// Whether a header that was taken up, or has arrived, names the block.
     pub(super) fn knows(&self, block: u64) -> bool {
         self.blocks.contains_key(&number(block))
+    }
+
+    /// Whether a block is zeros, and is found as zeros by whoever takes the pack up.
+    pub(super) fn is_zeros(&self, block: u64) -> bool {
+        let block = number(block);
+        self.blocks.get(&block).is_none_or(|held| held.place == 0) && !self.unknown_blocks.contains(&block)
     }
 
     /// How many blocks it has, zeros too.
@@ -205,16 +342,7 @@ impl Places {
 
     /// Units for a header and the bytes of so many blocks. None if there is no room.
     pub(super) fn grant(&mut self, blocks: u32) -> Option<Grant> {
-        let need = blocks * self.block_units;
-        let kept = (self.units / 64).clamp(1, KEPT_UNITS_MAX);
-        let reuses = self.free_units >= need.max(kept);
-        let (slot, units) = match reuses {
-            true => self.grant_again(need).or_else(|| self.grant_new(need)),
-            false => self.grant_new(need).or_else(|| {
-                std::mem::take(&mut self.holes).into_iter().for_each(|units| self.add_free(units));
-                self.grant_again(need)
-            }),
-        }?;
+        let (slot, units) = self.grant_units(blocks * self.block_units)?;
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let Slot { place, span, .. } = self.slots[slot as usize];
@@ -227,61 +355,77 @@ impl Places {
 
     /// The highest sequence of which all up to it have arrived.
     fn arrived(&self) -> u64 {
-        self.in_flight.first().map_or(self.next_sequence, |first| *first) - 1
+        let open = [self.in_flight.first(), self.unknown.first()].into_iter().flatten().min();
+        open.map_or(self.next_sequence, |first| *first) - 1
     }
 
-    fn grant_new(&mut self, need: u32) -> Option<(u32, Vec<Units>)> {
-        let (place, span) = (self.high, need + 1);
-        if self.units - self.high < span {
+    fn slots_len(&self) -> u32 {
+        u32::try_from(self.slots.len()).expect("fewer than units")
+    }
+
+    fn kept(&self) -> u32 {
+        (self.units / 64).clamp(1, KEPT_UNITS_MAX)
+    }
+
+    /// Whether enough new units are left after a header and so many behind it: for the places of headers and blocks that a
+    /// full disk with a header for each block takes and that are not there yet, and for what waits for a sync.
+    fn may_grow(&self, need: u32) -> bool {
+        let Some(left) = (self.units - self.high).checked_sub(need + 1) else { return false };
+        let (headers, data) = (self.slots_len() + 1, self.high - 1 - self.slots_len() + need);
+        let all = u64::from(self.disk_blocks) * u64::from(self.block_units);
+        let missing = u64::from(self.disk_blocks.saturating_sub(headers)) + all.saturating_sub(u64::from(data));
+        u64::from(left) >= missing + u64::from(self.slack() / 2)
+    }
+
+    fn grant_units(&mut self, need: u32) -> Option<(u32, Vec<Units>)> {
+        if need == 0 {
+            return Some((self.take_slot()?, Vec::new()));
+        }
+        let grows = self.may_grow(need);
+        if grows {
+            // At the end all of it is one transfer. Otherwise it should be few.
+            let is_plenty = self.free.units >= need.max(self.kept());
+            let again = if is_plenty && !self.free_slots.is_empty() { self.free.take_one(need) } else { None };
+            return Some(match again {
+                Some(units) => (self.take_slot()?, vec![units]),
+                None => (self.add_slot(self.high, need + 1), vec![self.take_new(need)]),
+            });
+        }
+        while self.free.usable < need
+            && let Some(hole) = self.holes.pop()
+        {
+            self.free.add(hole);
+        }
+        let new = need.saturating_sub(self.free.usable);
+        if self.units - self.high < new + u32::from(self.free_slots.is_empty()) {
             return None;
         }
-        self.high += span;
-        let units = Units { start: place + 1, count: need };
-        Some((self.add_slot(place, span), Some(units).filter(|units| units.count > 0).into_iter().collect()))
+        let slot = self.take_slot()?;
+        let mut units = match self.free.take_one(need) {
+            Some(one) => vec![one],
+            None => self.free.take_pieces(need),
+        };
+        if new > 0 {
+            units.push(self.take_new(new));
+        }
+        Some((slot, units))
+    }
+
+    /// A place for a header.
+    fn take_slot(&mut self) -> Option<u32> {
+        self.free_slots.pop().or_else(|| (self.high < self.units).then(|| self.add_slot(self.high, 1)))
     }
 
     fn add_slot(&mut self, place: u32, span: u32) -> u32 {
         self.slots.push(Slot { place, span, sequence: 0, live: 0 });
-        u32::try_from(self.slots.len() - 1).expect("fewer than units")
+        self.high = self.high.max(place + 1);
+        self.slots_len() - 1
     }
 
-    fn grant_again(&mut self, need: u32) -> Option<(u32, Vec<Units>)> {
-        if self.free_slots.is_empty() && self.high == self.units {
-            return None;
-        }
-        let units = self.take_free(need)?;
-        let slot = self.free_slots.pop().unwrap_or_else(|| {
-            self.high += 1;
-            self.add_slot(self.high - 1, 1)
-        });
-        Some((slot, units))
-    }
-
-    /// Free units, in one run if there is one that is long enough.
-    fn take_free(&mut self, need: u32) -> Option<Vec<Units>> {
-        let block = self.block_units;
-        let whole = |count: u32| count / block * block;
-        let one = self.free.iter().find(|(_, count)| **count >= need).map(|(&start, _)| start);
-        let starts: Vec<u32> = match one {
-            Some(start) => vec![start],
-            None if self.free.values().map(|&count| whole(count)).sum::<u32>() < need => return None,
-            None => self.free.iter().filter(|(_, count)| **count >= block).map(|(&start, _)| start).collect(),
-        };
-        let (mut left, mut taken) = (need, Vec::new());
-        for start in starts {
-            if left == 0 {
-                break;
-            }
-            let count = self.free.remove(&start).expect("it was found");
-            let used = whole(count).min(left);
-            taken.push(Units { start, count: used });
-            if used < count {
-                self.free.insert(start + used, count - used);
-            }
-            left -= used;
-        }
-        self.free_units -= need;
-        Some(taken)
+    fn take_new(&mut self, count: u32) -> Units {
+        let start = self.high;
+        self.high += count;
+        Units { start, count }
     }
 
     /// What was granted has arrived.
@@ -298,8 +442,7 @@ impl Places {
                     let slot = &mut self.slots[was.header as usize];
                     slot.live -= 1;
                     if slot.live == 0 && was.header != grant.slot {
-                        self.superseded.slots.push(was.header);
-                        self.superseded_units += 1;
+                        self.supersede_slot(was.header);
                     }
                     was.place
                 }
@@ -314,9 +457,9 @@ impl Places {
             }
         }
         if self.slots[grant.slot as usize].live == 0 {
-            self.superseded.slots.push(grant.slot);
-            self.superseded_units += 1;
+            self.supersede_slot(grant.slot);
         }
+        self.wake();
     }
 
     fn supersede(&mut self, units: Units) {
@@ -324,38 +467,75 @@ impl Places {
         self.superseded.units.push(units);
     }
 
+    fn supersede_slot(&mut self, slot: u32) {
+        self.superseded_units += 1;
+        self.superseded.slots.push(slot);
+    }
+
     /// What was granted has failed. With `is_void`, what may have arrived of the header is gone; otherwise nobody knows
     /// what is there, and it is never given out again, nor do headers say that all have arrived.
-    pub(super) fn fail(&mut self, grant: &Grant, is_void: bool) {
+    pub(super) fn fail(&mut self, grant: &Grant, entries: &[Entry], is_void: bool) {
+        self.in_flight.remove(&grant.sequence);
         if is_void {
-            self.in_flight.remove(&grant.sequence);
             grant.units.iter().for_each(|&units| self.supersede(units));
-            self.superseded.slots.push(grant.slot);
+            self.supersede_slot(grant.slot);
+        } else {
+            self.unknown.insert(grant.sequence);
+            self.unknown_blocks.extend(entries.iter().map(|entry| number(entry.block)));
         }
+        self.wake();
     }
 
     /// Whether so much waits for a sync that one should be made.
     pub(super) fn wants_sync(&self) -> bool {
-        self.superseded_units > (self.units / 8).clamp(16, 16 * KEPT_UNITS_MAX)
+        self.syncing == 0 && self.superseded_units > (self.slack() / 4).clamp(1, 16 * KEPT_UNITS_MAX)
     }
 
-    /// Whether a sync would make any unit free.
-    pub(super) fn gains_by_sync(&self) -> bool {
-        self.superseded_units > 0
+    /// What can be done when there is no room.
+    pub(super) fn relief(&self) -> Relief {
+        if self.syncing > 0 || self.releasing > 0 || !self.in_flight.is_empty() {
+            return Relief::Wait;
+        }
+        match (self.superseded_units > 0, self.leaving.is_empty()) {
+            (true, _) => Relief::Sync,
+            (false, false) => Relief::Wait,
+            (false, true) => Relief::Never,
+        }
+    }
+
+    /// Who waits for room is woken when there may be some.
+    pub(super) fn wait(&mut self, waker: &Waker) {
+        if !self.waiting.iter().any(|w| w.will_wake(waker)) {
+            self.waiting.push(waker.clone());
+        }
+    }
+
+    fn wake(&mut self) {
+        self.waiting.drain(..).for_each(Waker::wake);
     }
 
     /// Before a sync begins.
     pub(super) fn begin_sync(&mut self) -> Syncing {
+        self.syncing += 1;
         self.superseded_units = 0;
         Syncing { arrived: self.arrived(), freed: std::mem::take(&mut self.superseded) }
     }
 
     /// After it was done.
     pub(super) fn end_sync(&mut self, syncing: Syncing) {
+        self.syncing -= 1;
         self.synced = self.synced.max(syncing.arrived);
         self.leaving.push_back((self.generation, syncing.freed));
         self.generation += 1;
         self.let_go();
+    }
+
+    /// After it was not.
+    pub(super) fn abandon_sync(&mut self, syncing: Syncing) {
+        self.syncing -= 1;
+        syncing.freed.units.into_iter().for_each(|units| self.supersede(units));
+        syncing.freed.slots.into_iter().for_each(|slot| self.supersede_slot(slot));
+        self.wake();
     }
 
     fn let_go(&mut self) {
@@ -364,43 +544,43 @@ impl Places {
             && oldest_read.is_none_or(|oldest| oldest > *generation)
         {
             let (_, freed) = self.leaving.pop_front().expect("it is there");
-            freed.slots.into_iter().for_each(|slot| self.free_slots.push(slot));
-            freed.units.into_iter().for_each(|units| self.add_free(units));
+            self.free_slots.extend(freed.slots);
+            freed.units.into_iter().for_each(|units| self.free.add(units));
+            self.wake();
         }
-    }
-
-    fn add_free(&mut self, units: Units) {
-        self.free_units += units.count;
-        let Units { mut start, mut count } = units;
-        if let Some((&before, &len)) = self.free.range(..start).next_back()
-            && before + len == start
-        {
-            self.free.remove(&before);
-            (start, count) = (before, len + count);
-        }
-        if let Some(len) = self.free.remove(&(start + count)) {
-            count += len;
-        }
-        self.free.insert(start, count);
     }
 
     /// Free units that are not kept, and are to be given back to the file system: taken out until that is done
     /// ([`Places::put_back`]).
     pub(super) fn take_surplus(&mut self) -> Vec<Units> {
-        let kept = (self.units / 64).clamp(1, KEPT_UNITS_MAX);
-        let mut surplus = Vec::new();
-        while self.free_units > 2 * kept
-            && let Some((start, count)) = self.free.pop_last()
+        let (kept, mut surplus) = (self.kept(), Vec::new());
+        while surplus.len() < RUNS_MAX
+            && let Some(excess) =
+                self.free.units.checked_sub(2 * kept).map(|units| self.free.whole(units)).filter(|&u| u > 0)
+            && let Some((&start, &count)) = self.free.runs.last_key_value()
         {
-            self.free_units -= count;
-            surplus.push(Units { start, count });
+            let units = Units { start: start + count.saturating_sub(excess), count: count.min(excess) };
+            self.free.remove(start);
+            if units.start > start {
+                self.free.add(Units { start, count: units.start - start });
+            }
+            self.releasing += units.count;
+            surplus.push(units);
         }
         surplus
     }
 
     /// Puts back what was taken out by [`Places::take_surplus`].
     pub(super) fn put_back(&mut self, units: Units) {
+        self.releasing -= units.count;
         self.holes.push(units);
+        self.wake();
+    }
+
+    /// Of what was taken out nobody knows whether it is being given back: it is not used again.
+    pub(super) fn give_up(&mut self, units: Units) {
+        self.releasing -= units.count;
+        self.wake();
     }
 
     /// Bytes of memory that this takes, about.
@@ -409,7 +589,7 @@ impl Places {
         // One control byte an entry, and room for one in eight more.
         self.blocks.capacity() * 8 / 7 * (size_of::<(u32, Held)>() + 1)
             + self.slots.capacity() * size_of::<Slot>()
-            + self.free.len() * 16
+            + self.free.runs.len() * 16
     }
 }
 
@@ -417,3 +597,7 @@ impl Places {
 fn number(block: u64) -> u32 {
     u32::try_from(block).expect("a pack has fewer than 2^32 blocks")
 }
+
+#[cfg(test)]
+#[path = "places_tests.rs"]
+mod tests;

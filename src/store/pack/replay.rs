@@ -27,6 +27,8 @@ pub(super) struct Found {
     pub(super) places: Places,
     /// Headers that do not count.
     pub(super) torn: Vec<Place>,
+    /// Whether there is nothing behind its first unit.
+    pub(super) is_unwritten: bool,
 }
 
 /// Reads a pack.
@@ -52,7 +54,8 @@ pub(super) async fn replay(image: &SharedImage, believed: Believed, queue: &IoQu
     let mut in_order = headers;
     in_order.sort_unstable_by_key(|(_, header)| std::cmp::Reverse(header.sequence));
     let (blocks, block_units) = (identity.blocks(), identity.block_units());
-    let (mut places, mut torn) = (Places::new(block_units, units), Vec::new());
+    let disk_blocks = u32::try_from(blocks).expect("fewer than units");
+    let (mut places, mut torn) = (Places::new(block_units, disk_blocks, units), Vec::new());
     for (place, header) in in_order {
         let fits = header.entries.iter().all(|entry| {
             let end = entry.bytes.map_or(0, |(place, _)| u64::from(place.0) + u64::from(block_units));
@@ -63,12 +66,15 @@ pub(super) async fn replay(image: &SharedImage, believed: Believed, queue: &IoQu
         }
         if header.sequence > trusted && !is_whole(&mut reader, &places, &header, block_units).await? {
             torn.push(place);
+            places.take_up_place(place, header.span);
             continue;
         }
         places.take_up(place, header.span, header.sequence, &header.entries);
     }
-    places.taken_up(end);
-    Ok(Found { identity, places, torn })
+    if !places.taken_up(end) {
+        return Err(damaged("two blocks are said to be in the same place"));
+    }
+    Ok(Found { identity, places, torn, is_unwritten: end == 1 })
 }
 
 /// All headers, and where nothing was ever written.

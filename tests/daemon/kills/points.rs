@@ -11,7 +11,7 @@ use super::vm::Vm;
 use crate::harness::seeds;
 
 /// The points that a sweep must have come to.
-const POINTS: [&str; 19] = [
+const POINTS: [&str; 21] = [
     "before records are committed",
     "after records were committed",
     "before a saved table is synced",
@@ -25,6 +25,8 @@ const POINTS: [&str; 19] = [
     "between two blocks of a deletion",
     "after the last block of a deletion",
     "after an image was made",
+    "before a pack is written",
+    "after a pack was written",
     "before a file is removed",
     "before the cut",
     "after the cut",

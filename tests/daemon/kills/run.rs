@@ -118,9 +118,12 @@ impl Run {
         for (i, disk) in DISKS.iter().enumerate() {
             daemon.make_image(disk, SIZES[i]);
         }
-        daemon.arg_disk(DISKS[0], &format!("queues=2,block-size={block}"));
+        // One of the two has packed layers.
+        let layout = |disk: u64| ["sparse", "packed"][usize::try_from((seed + disk) % 2).unwrap()];
+        daemon.arg_disk(DISKS[0], &format!("queues=2,block-size={block},layout={}", layout(0)));
         let leg = daemon.path("leg.raw");
-        daemon.arg_disk(DISKS[1], &format!("queues=2,block-size={block},mirror={}", leg.display()));
+        let mirrored = format!("queues=2,block-size={block},layout={},mirror={}", layout(1), leg.display());
+        daemon.arg_disk(DISKS[1], &mirrored);
         let began = Instant::now();
         daemon.start();
         let start_took = began.elapsed();
