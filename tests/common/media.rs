@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -77,6 +77,8 @@ struct State {
     fail: Option<(Op, usize, i32)>,
     /// Whether that is over after the first one.
     fails_once: bool,
+    /// Sectors that cannot be read.
+    rotten: BTreeSet<usize>,
     no_holes: bool,
     written: usize,
     read: usize,
@@ -177,6 +179,11 @@ impl Medium {
     }
     pub fn syncs(&self) -> usize {
         self.lock().syncs
+    }
+
+    /// A sector cannot be read any more.
+    pub fn rot(&self, sector: usize) {
+        self.lock().rotten.insert(sector);
     }
 
     /// Changes a byte on stable storage, as a bad medium does.
@@ -408,6 +415,11 @@ fn step_io(rng: &mut Rng) {
             }
             state.fail = Some((fails, after - 1, errno));
         }
+    }
+    if class == Op::Read && state.rotten.range(at..at + op.len / SECTOR).next().is_some() {
+        drop(state);
+        op.ticket.finish(Err(io::Error::from_raw_os_error(libc::EIO)));
+        return;
     }
     let moves = if rng.chance(60) { op.left.len() } else { rng.below(op.left.len() + 1) };
     let offset = if moves == op.left.len() { 0 } else { rng.below(op.left.len() - moves) };

@@ -203,3 +203,34 @@ fn a_pack_shrinks_when_its_blocks_go() {
     everything_is("vm0", 0);
     everything_is("vm0@a", 1);
 }
+
+#[test]
+fn a_pack_that_is_not_whole_is_not_believed_and_check_says_so() {
+    for strategy in STRATEGIES {
+        let mut daemon = Daemon::with_disks(&[SIZE], "layout=packed");
+        let pack = image(&take(&daemon, "a", &json!({ "strategy": strategy, "wait": true })));
+        daemon.client("vm0").write(0..64, 5);
+        daemon.kill();
+        let mut bytes = std::fs::read(&pack).unwrap();
+        bytes[20] ^= 1;
+        std::fs::write(&pack, &bytes).unwrap();
+        let said = daemon.check(&[]);
+        let says = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert!(!said.status.success() && says.contains("does not match its checksum"), "{says}");
+        daemon.start();
+        if strategy == "copy-on-write" {
+            daemon.assert_broken("vm0@a", "does not match its checksum");
+            assert_eq!(shows(&daemon, "vm0")[..64], [5; 64], "the disk does not need it");
+            continue;
+        }
+        // The newest content is in the log.
+        let disk = daemon.show_disk("vm0");
+        assert_eq!(disk["state"], "unserved");
+        assert!(disk["reason"].as_str().unwrap().contains("does not match its checksum"), "{disk}");
+        bytes[20] ^= 1;
+        std::fs::write(&pack, &bytes).unwrap();
+        crate::harness::wait_until("the disk to be served again", || daemon.show_disk("vm0")["state"] == "serving");
+        assert_eq!(shows(&daemon, "vm0")[..64], [5; 64]);
+        assert_eq!(shows(&daemon, "vm0@a")[..64], [0; 64]);
+    }
+}

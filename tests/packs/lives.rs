@@ -334,3 +334,34 @@ fn a_pack_is_recognised_and_its_damage_found() {
         }
     });
 }
+
+#[test]
+fn a_sector_that_cannot_be_read_takes_nothing_else_with_it() {
+    const BLOCKS: usize = 64;
+    let mut rng = Rng::new(1);
+    let shape = ((BLOCKS * 4096) as u64, 4096);
+    let medium = Medium::new("pack", usize::try_from(Pack::image_bytes(shape.0, shape.1).unwrap()).unwrap());
+    let (image, queue): (Arc<dyn Image>, _) = (Arc::new(medium.clone()), IoQueue::simulated());
+    media::run(&mut rng, async move {
+        let pack = Pack::create(image.clone(), (ID, KEY), shape, &queue).await.unwrap();
+        for block in 0..BLOCKS {
+            let buf = IoBuf::Owned(filled(4096, &[(block as u64 + 1, 4096)]));
+            pack.write(&queue, ByteOffset((block * 4096) as u64), buf, true).await.unwrap();
+        }
+        drop(pack);
+        // The first block lies behind the first header.
+        medium.rot(2 * 8 + 3);
+        let pack = Pack::open(image.clone(), ID, shape, Believed::Synced, &queue).await.unwrap();
+        for block in 0..BLOCKS {
+            let into = IoBuf::Owned(AlignedBuf::zeroed(4096));
+            let read = pack.read(&queue, ByteOffset((block * 4096) as u64), into).await;
+            match read {
+                Ok(IoBuf::Owned(bytes)) => assert_eq!(tag_of(&bytes), Some(block as u64 + 1)),
+                other => assert!(block == 0 && other.is_err(), "block {block}"),
+            }
+        }
+        medium.rot(3 * 8);
+        let opened = Pack::open(image, ID, shape, Believed::Synced, &queue).await;
+        assert!(opened.is_err(), "where a header can be, nobody knows what it said");
+    });
+}

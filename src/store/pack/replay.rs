@@ -146,7 +146,12 @@ impl Reader<'_> {
             (*from..from + count).contains(&at)
         });
         if !is_there {
-            self.load(at, ahead.min(units - at).max(1)).await?;
+            let count = ahead.min(units - at).max(1);
+            match self.load(at, count).await {
+                // Something behind it that nobody asked for, perhaps.
+                Err(_) if count > 1 => self.load(at, 1).await?,
+                loaded => loaded?,
+            }
         }
         let (from, bytes) = self.window.as_ref().expect("it was just read");
         let skip = (at - from) as usize * UNIT_BYTES;
