@@ -192,7 +192,7 @@ impl Disk {
     pub fn wait_quiet(&self, ended: Epoch, time: Duration) -> bool {
         let (open, host) = (self.open(), &self.engine.host);
         let free = open.disk.connections().wait_free(ended, host.patience(time));
-        free.is_some_and(|last| self.engine.clock.wait_drained(last, host.patience(time)))
+        free.is_some_and(|last| open.disk.clock().wait_drained(last, host.patience(time)))
     }
 
     /// What a version shows outlives a power cut from now on, if it is one of those that do. Otherwise it is broken.

@@ -123,11 +123,12 @@ impl Disk {
     }
 
     fn write_by(&self, image: Backing, time: Duration) -> Result<(), Error> {
-        let grace = self.engine.editor.replace_full_image(&self.open().disk, image)?;
+        let open = self.open();
+        let grace = self.engine.editor.replace_full_image(&open.disk, image)?;
         let host = &self.engine.host;
         let deadline = host.now() + time;
         while host.now() < deadline {
-            if self.engine.clock.wait_drained(grace, host.patience(time)) {
+            if open.disk.clock().wait_drained(grace, host.patience(time)) {
                 return Ok(());
             }
         }

@@ -99,8 +99,12 @@ impl Disk {
     ) -> Arc<Disk> {
         let mut geometry = Geometry::of(&options.image, options.block_bytes);
         geometry.logical_block_bytes = logical_block_bytes.unwrap_or(geometry.logical_block_bytes);
+        let clock = clock.of_disk();
         let base = match options.image {
-            Backing::View(view) => OnceLock::from(ArcSwapOption::from(Some(view))),
+            Backing::View(view) => {
+                view.join(&clock);
+                OnceLock::from(ArcSwapOption::from(Some(view)))
+            }
             Backing::One(_) | Backing::Pair(_) | Backing::Packed(_) => OnceLock::new(),
         };
         Arc::new(Disk {

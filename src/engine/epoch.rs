@@ -4,9 +4,11 @@
 //! - There is one counter, moved once for a whole group of disks (rule 3).
 //! - A count's slot is used again only when nobody is inside the epoch that had it.
 //! - Nobody ever waits to enter. Only [`EpochClock::wait_drained`] waits, and guests do not call it.
+//! - A disk waits for the requests of its family: its own, and those of the disks that read its versions or have done so, which
+//!   are the volumes on it and what is restored from them. Families only grow, so nobody is ever left out who reads there.
 
 use std::future::poll_fn;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -53,19 +55,33 @@ fn slot(epoch: Epoch) -> usize {
 #[repr(align(128))]
 struct Lane {
     inside: [AtomicU32; SLOTS],
+    /// None if it may be at any disk.
+    family: Option<Arc<Family>>,
+}
+
+/// The family that a disk belongs to, by a number. Changed under the lock of the lanes alone.
+struct Family(std::sync::atomic::AtomicU64);
+
+impl Family {
+    fn number(&self) -> u64 {
+        self.0.load(std::sync::atomic::Ordering::SeqCst)
+    }
 }
 
 struct Shared {
     current: AtomicU64,
     lanes: RwLock<Vec<Arc<Lane>>>,
+    /// Those of all disks that go by this counter, and the next number.
+    families: Mutex<(Vec<Weak<Family>>, u64)>,
     // Who waits for an epoch to drain sleeps here; leavers of old epochs knock.
     drained: (Mutex<Vec<Waker>>, Condvar),
 }
 
-/// The daemon's one epoch counter.
+/// The daemon's one epoch counter, as all disks go by it or as one of them does.
 #[derive(Clone)]
 pub struct EpochClock {
     shared: Arc<Shared>,
+    family: Option<Arc<Family>>,
 }
 
 /// One worker's way into epochs: what it and its tickets share, one reference for each of them to count. When the last of
@@ -83,8 +99,32 @@ impl EpochClock {
             shared: Arc::new(Shared {
                 current: AtomicU64::new(start.0),
                 lanes: RwLock::new(Vec::new()),
+                families: Mutex::new((Vec::new(), 0)),
                 drained: (Mutex::new(Vec::new()), Condvar::new()),
             }),
+            family: None,
+        }
+    }
+
+    /// The same counter for one more disk, which waits for its own requests alone.
+    #[must_use]
+    pub(super) fn of_disk(&self) -> EpochClock {
+        let (families, next) = &mut *lock(&self.shared.families);
+        *next += 1;
+        let family = Arc::new(Family(std::sync::atomic::AtomicU64::new(*next)));
+        families.retain(|family| family.strong_count() > 0);
+        families.push(Arc::downgrade(&family));
+        EpochClock { shared: self.shared.clone(), family: Some(family) }
+    }
+
+    /// From now on two disks wait for each other's requests, and for those of all whom they waited for.
+    pub(super) fn join(&self, other: &EpochClock) {
+        let (Some(one), Some(other)) = (&self.family, &other.family) else { return };
+        // Whoever looks whether an epoch has drained sees the one or the other.
+        let _lanes = self.shared.lanes.write().unwrap_or_else(PoisonError::into_inner);
+        let (from, to) = (other.number(), one.number());
+        for family in lock(&self.shared.families).0.iter().filter_map(Weak::upgrade).filter(|f| f.number() == from) {
+            family.0.store(to, std::sync::atomic::Ordering::SeqCst);
         }
     }
 
@@ -96,7 +136,7 @@ impl EpochClock {
 
     /// Counts for one more worker.
     pub(super) fn way(&self) -> Arc<Way> {
-        let lane = Arc::new(Lane { inside: std::array::from_fn(|_| AtomicU32::new(0)) });
+        let lane = Arc::new(Lane { inside: std::array::from_fn(|_| AtomicU32::new(0)), family: self.family.clone() });
         self.shared.lanes.write().unwrap_or_else(PoisonError::into_inner).push(lane.clone());
         Arc::new(Way { shared: self.shared.clone(), lane })
     }
@@ -119,10 +159,12 @@ impl EpochClock {
     #[must_use]
     pub fn can_advance(&self) -> bool {
         let now = self.current();
-        now.0 < EPOCHS_DRAINING_MAX || self.is_drained(Epoch(now.0 - EPOCHS_DRAINING_MAX))
+        let all = EpochClock { shared: self.shared.clone(), family: None };
+        now.0 < EPOCHS_DRAINING_MAX || all.is_drained(Epoch(now.0 - EPOCHS_DRAINING_MAX))
     }
 
-    /// Whether nobody is inside `epoch` or an older one, and nobody can enter any more. False for the current epoch.
+    /// Whether nobody is inside `epoch` or an older one, and nobody can enter any more; of the disk's family, if this is the
+    /// counter of a disk. False for the current epoch.
     #[must_use]
     pub fn is_drained(&self, epoch: Epoch) -> bool {
         let current = self.current();
@@ -131,7 +173,14 @@ impl EpochClock {
         }
         let oldest = (current.0).saturating_sub(EPOCHS_DRAINING_MAX);
         let lanes = self.shared.lanes.read().unwrap_or_else(PoisonError::into_inner);
-        lanes.iter().all(|lane| (oldest..=epoch.0).all(|e| lane.inside[slot(Epoch(e))].load(Ordering::SeqCst) == 0))
+        let ours = self.family.as_ref().map(|family| family.number());
+        let counts = |lane: &&Arc<Lane>| match (ours, &lane.family) {
+            (Some(ours), Some(family)) => family.number() == ours,
+            _ => true,
+        };
+        let is_empty =
+            |lane: &Arc<Lane>| (oldest..=epoch.0).all(|e| lane.inside[slot(Epoch(e))].load(Ordering::SeqCst) == 0);
+        lanes.iter().filter(counts).all(is_empty)
     }
 
     /// Waits until `epoch` and all older ones have drained.

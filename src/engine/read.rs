@@ -17,7 +17,8 @@ use super::restoring::Restore;
 use super::runs::alike;
 use super::view::ViewRead;
 use super::{
-    Background, Backing, Chain, Disk, Epoch, Geometry, RequestError, RestoreSource, VersionId, VersionSource, View,
+    Background, Backing, Chain, Disk, Epoch, EpochClock, Geometry, RequestError, RestoreSource, VersionId,
+    VersionSource, View,
 };
 use crate::image::{ByteOffset, GuestBuf, ImageOp, IoBuf, IoQueue, join_all};
 use crate::store::{BlockRange, Table};
@@ -181,6 +182,10 @@ fn is_same(now: &[Extent], before: &[Extent]) -> bool {
 impl VersionSource for Disk {
     fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    fn clock(&self) -> &EpochClock {
+        &self.clock
     }
 
     fn why_unreadable(&self, version: VersionId) -> Option<String> {

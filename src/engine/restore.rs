@@ -71,6 +71,11 @@ impl ChainEditor {
     }
 
     fn publish(&self, disk: &Disk, restore: Restore) {
+        if let Restore::Active(restoring) = &restore
+            && let RestoreSource::View(view) = restoring.source()
+        {
+            view.join(&disk.clock);
+        }
         let _editing = self.begin();
         disk.chain.store(Arc::new(disk.chain().with_restore(restore)));
     }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use super::{Background, Geometry, VersionId};
+use super::{Background, EpochClock, Geometry, VersionId};
 use crate::image::{Alignment, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue};
 use crate::store::Table;
 
@@ -44,6 +44,9 @@ pub trait VersionSource: Send + Sync {
 
     /// What it stands on, if it is a volume that is not independent.
     fn base(&self) -> Option<Arc<View>>;
+
+    /// The counter by which its requests go.
+    fn clock(&self) -> &EpochClock;
 
     /// Its guest, and who has to yield to it.
     fn background(&self) -> &Arc<Background>;
@@ -79,6 +82,13 @@ impl View {
     pub fn lost(reason: &str, version: VersionId, name: &str, size_bytes: u64) -> Arc<View> {
         let source = Err(reason.to_owned());
         Arc::new(View { source, version, name: name.into(), size_bytes, logical_block_bytes: SECTOR_BYTES })
+    }
+
+    /// Before the requests of a disk read it: those of the disk that has it are waited for together with them from then on.
+    pub(super) fn join(&self, clock: &EpochClock) {
+        if let Ok(source) = &self.source {
+            source.clock().join(clock);
+        }
     }
 
     /// Why it cannot be read, if so.

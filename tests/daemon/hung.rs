@@ -51,15 +51,6 @@ fn answers(daemon: &Daemon, request: Request, bound: Duration) -> (Answer, Durat
     (answer, took)
 }
 
-/// How far others must get.
-#[derive(Clone, Copy, PartialEq)]
-enum Far {
-    /// To the answer at the cut: a request that a guest has in flight is one from before it.
-    Cut,
-    /// To the end.
-    End,
-}
-
 /// Everything that only reads is answered, whatever hangs.
 #[track_caller]
 fn reading_goes_on(daemon: &Daemon) {
@@ -77,9 +68,9 @@ fn reading_goes_on(daemon: &Daemon) {
 
 /// Reading goes on, and so does what others do; `round` keeps the names apart.
 #[track_caller]
-fn others_go_on(daemon: &Daemon, round: &str, far: Far) {
+fn others_go_on(daemon: &Daemon, round: &str) {
     reading_goes_on(daemon);
-    let create = json!({ "name": round, "disks": ["vm0"], "wait": far == Far::End }).to_string();
+    let create = json!({ "name": round, "disks": ["vm0"], "wait": true }).to_string();
     let (answer, _) = answers(daemon, ("POST", "/v1/snapshots", &create), CHANGE);
     assert_eq!(answer.status, 201, "{}", answer.body);
     let image = daemon.make_image(&format!("more-{round}"), SIZE);
@@ -90,9 +81,6 @@ fn others_go_on(daemon: &Daemon, round: &str, far: Far) {
     let mut client = daemon.client("vm0");
     client.write(0..64, 3);
     assert_eq!(client.tag(63), 3);
-    if far == Far::Cut {
-        return;
-    }
     assert_eq!(answer.json()[0]["state"], "quiesced");
     let volume = json!({ "name": format!("v-{round}"), "from": format!("vm0@{round}") }).to_string();
     assert_eq!(answers(daemon, ("POST", "/v1/volumes", &volume), CHANGE).0.status, 201);
@@ -197,7 +185,7 @@ fn a_removal_of_a_disk_that_hangs_holds_up_itself_only() {
     slow.stand_still_with_a_write();
     let removal = ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
     at_work(&slow.daemon, "slow");
-    others_go_on(&slow.daemon, "a", Far::Cut);
+    others_go_on(&slow.daemon, "a");
     assert_claimed(&slow.daemon, "slow");
     // Another one on the same disk is refused, or waits with a bound; it says who has it.
     let (answer, _) = answers(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""), Duration::from_secs(60));
@@ -219,9 +207,9 @@ fn many_calls_that_hang_hold_up_no_other() {
     let calls: Vec<_> =
         (0..CALLS).map(|_| ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""))).collect();
     at_work(&slow.daemon, "slow");
-    others_go_on(&slow.daemon, "a", Far::Cut);
+    others_go_on(&slow.daemon, "a");
     assert_claimed(&slow.daemon, "slow");
-    others_go_on(&slow.daemon, "b", Far::Cut);
+    others_go_on(&slow.daemon, "b");
     drop(slow.standstill.take());
     let answered = calls.into_iter().map(|call| call.join().unwrap().status).filter(|s| (200..300).contains(s)).count();
     assert_eq!(answered, 1, "one of them has removed it");
@@ -252,13 +240,12 @@ fn what_is_made_where_all_stands_still_holds_up_itself_only() {
         let directory = slow.daemon.dir.path().to_str().unwrap().to_owned();
         let body = body.replace("$SLOW", &format!("{directory}/slow")).replace("$DIR", &directory);
         let call = ask_in_vain(&slow.daemon, (method, path, &body));
-        let far = if what == IN_FLIGHT { Far::Cut } else { Far::End };
-        others_go_on(&slow.daemon, "a", far);
+        others_go_on(&slow.daemon, "a");
         drop(slow.standstill.take());
         let answer = call.join().unwrap();
         println!("{what}: {} in the end", answer.status);
         assert_ne!(answer.status, 599, "{what}: {}", answer.body);
-        others_go_on(&slow.daemon, "b", Far::End);
+        others_go_on(&slow.daemon, "b");
     }
 }
 
@@ -344,11 +331,11 @@ fn a_socket_that_nobody_accepts_at_is_in_use() {
         let is_told = answer.body.contains("deaf.sock");
         assert!(is_told, "{method} {path}: {} {}", answer.status, answer.body);
         assert!(answer.status >= 400 || path == "/v1/snapshots", "{method} {path}: {}", answer.body);
-        others_go_on(&daemon, "a", Far::End);
+        others_go_on(&daemon, "a");
     }
     // Many at once.
     let calls: Vec<_> = (0..CALLS).map(|_| ask_in_vain(&daemon, ("PUT", "/v1/disks/vm9", &disk_at(&daemon)))).collect();
-    others_go_on(&daemon, "b", Far::End);
+    others_go_on(&daemon, "b");
     for call in calls {
         assert!(call.join().unwrap().status >= 400);
     }
@@ -369,7 +356,7 @@ fn enabling_where_nobody_accepts_is_refused() {
     let deaf = Deaf::listen(daemon.socket("v"));
     let (refused, _) = answers(&daemon, ("POST", "/v1/volumes/v/enable", ""), CHANGE);
     assert!(refused.status >= 400 && refused.body.contains("v.sock"), "{} {}", refused.status, refused.body);
-    others_go_on(&daemon, "a", Far::End);
+    others_go_on(&daemon, "a");
     let path = deaf.path.clone();
     drop(deaf);
     std::fs::remove_file(path).unwrap();
@@ -406,7 +393,7 @@ fn a_full_state_directory_refuses_and_holds_nothing_up() {
         daemon.client("vm0").write(0..64, 5);
     }
     std::fs::remove_file(filler).unwrap();
-    others_go_on(&daemon, "later", Far::End);
+    others_go_on(&daemon, "later");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
@@ -422,10 +409,10 @@ fn adding_an_image_that_never_answers_holds_up_itself_only() {
     let add = json!({ "path": silent.path() }).to_string();
     let first = ask_in_vain(&daemon, ("PUT", "/v1/disks/slow", &add));
     at_work(&daemon, "slow");
-    others_go_on(&daemon, "a", Far::End);
+    others_go_on(&daemon, "a");
     assert_claimed(&daemon, "slow");
     let more: Vec<_> = (0..CALLS).map(|_| ask_in_vain(&daemon, ("PUT", "/v1/disks/slow", &add))).collect();
-    others_go_on(&daemon, "b", Far::End);
+    others_go_on(&daemon, "b");
     let began = Instant::now();
     daemon.terminate();
     let ended = std::iter::from_fn(|| {
@@ -460,7 +447,7 @@ fn a_start_waits_for_no_image_that_never_answers() {
     let disk = daemon.show_disk("slow");
     assert_eq!(disk["state"], "unserved", "{disk}");
     assert!(disk["reason"].is_string(), "{disk}");
-    others_go_on(&daemon, "b", Far::End);
+    others_go_on(&daemon, "b");
 }
 
 /// A disk whose image falls silent while a guest reads it: its removal hangs by itself, and the daemon ends.
@@ -478,7 +465,7 @@ fn a_disk_that_falls_silent_holds_up_itself_only() {
     guest.queues[0].submit_read(0, 0..8);
     let removal = ask_in_vain(&daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
     at_work(&daemon, "slow");
-    others_go_on(&daemon, "a", Far::Cut);
+    others_go_on(&daemon, "a");
     assert_claimed(&daemon, "slow");
     let in_time = ends_in_time(&mut daemon);
     silent.end();
@@ -501,7 +488,7 @@ fn events_go_on_while_a_disk_hangs() {
     let events: Events = slow.daemon.events();
     let removal = ask_in_vain(&slow.daemon, ("DELETE", "/v1/disks/slow?force=true", ""));
     at_work(&slow.daemon, "slow");
-    others_go_on(&slow.daemon, "a", Far::Cut);
+    others_go_on(&slow.daemon, "a");
     assert_claimed(&slow.daemon, "slow");
     events.wait_for("SNAPSHOT_CREATED", "vm0@a");
     events.wait_for("DISK_REMOVED", "more-a");

@@ -371,3 +371,24 @@ fn a_group_that_cannot_be_cut_changes_no_disk() {
     assert_eq!(bench.disk.chain().live(), 0, "the first one has a version of an epoch that never came");
     assert_eq!(bench.editor.cut(vec![prepared(&bench.disk, to_frozen)], Writers::Request).unwrap().frozen.len(), 1);
 }
+
+/// A disk waits for the requests of its family and of nobody else: who reads its versions, or did so, belongs to it.
+#[test]
+fn a_disk_waits_for_its_family_alone() {
+    let bench = Bench::new();
+    let one = bench.disk.clone();
+    let other = Disk::plain(bench.clock.clone(), Arc::new(bench.empty_image("other")), false).unwrap();
+    let hangs = other.clock().lane().enter();
+    let (cut, _) = bench.cut();
+    assert!(one.clock().is_drained(cut.ended), "nobody is at work on it");
+    assert!(!other.clock().is_drained(cut.ended) && !bench.clock.is_drained(cut.ended));
+    let (volume, _) = crate::volumes::volume_of(&bench, &one, &cut.frozen[0]);
+    assert!(one.clock().is_drained(cut.ended));
+    let reads = volume.clock().lane().enter();
+    let (next, _) = bench.cut();
+    assert!(!one.clock().is_drained(next.ended), "a volume on it is at work");
+    drop(reads);
+    assert!(one.clock().is_drained(next.ended) && volume.clock().is_drained(next.ended));
+    drop(hangs);
+    assert!(bench.clock.is_drained(next.ended));
+}
