@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::control::Name;
 use crate::control::api::DiskConfig;
 use crate::daemon::ServeError;
-use crate::host::{Host, Machine};
+use crate::host::{Host, Machine, SYSCTL, probe_ring};
 use crate::manager::places::{self, PlaceError, Places};
 use crate::manager::planned::recovery_of;
 use crate::recovery::{Recovery, duplicates, settle};
@@ -188,6 +188,7 @@ pub fn check(options: &CheckOptions) -> Result<CheckReport, ServeError> {
     };
     let look = || -> Result<Examination, ServeError> {
         let mut examined = Examination::of(&Machine, &places)?;
+        examined.look_at_ring();
         examined.look_at_directories();
         examined.look_at_records();
         Ok(examined)
@@ -289,6 +290,13 @@ impl<'a> Examination<'a> {
 
     fn note(&mut self, path: &Path, what: impl Into<String>, action: impl Into<String>) {
         self.found(Severity::Note, path, what, action);
+    }
+
+    /// Whether a start could serve anything.
+    fn look_at_ring(&mut self) {
+        if let Err(why) = probe_ring() {
+            self.problem(Path::new(SYSCTL), why, "allow io_uring, or no disk is served");
+        }
     }
 
     /// Modes and owners of what the daemon made, by the rules of [`Places::open`].

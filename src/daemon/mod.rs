@@ -15,7 +15,7 @@ use std::sync::Arc;
 use config::ServeConfig;
 
 use crate::control::{ApiError, Server, ServerError};
-use crate::host::Machine;
+use crate::host::{Machine, probe_ring};
 use crate::manager::{Manager, OpenError, PlaceError, Places};
 use crate::store::RecordError;
 pub use start::Given;
@@ -59,6 +59,8 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
     // Before any thread starts, so that none of them is interrupted.
     let signals = Signals::block()?;
     raise_descriptor_limit();
+    // Before anything is looked at: without it every disk would seem to be broken.
+    probe_ring().map_err(ServeError::System)?;
     let places = Places::open(&config.state_dir, &config.run_dir)?;
     let manager = Manager::open(Arc::new(Machine), places)?;
     let served = start(&manager, &config);

@@ -51,6 +51,8 @@ impl Manager {
             }
             Ok(())
         });
+        let abandoned = std::mem::take(&mut *locked(&self.abandoned));
+        drop(abandoned);
         if self.house.send(HouseNews::Stopping).is_err() {
             log::debug!("the housekeeper has left already");
         }

@@ -10,10 +10,10 @@
 
 use std::sync::Arc;
 
+use super::geometry::BLOCKS_PER_PART_MAX;
 use super::runs::those;
 use super::{
-    BLOCKS_PER_GUARD_MAX, Backing, Chain, ChainEditor, Changed, Copied, Copy, Disk, Layer, Link, Mark, Ticket,
-    VersionId, VersionIndex,
+    Backing, Chain, ChainEditor, Changed, Copied, Copy, Disk, Layer, Link, Mark, Ticket, VersionId, VersionIndex,
 };
 use crate::image::{IoQueue, join_all};
 use crate::store::{BlockIndex, BlockRange, Table};
@@ -49,7 +49,7 @@ impl Disk {
     /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
     /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
     fn fill_zeros(&self, first: BlockIndex) -> Option<Copied> {
-        let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_GUARD_MAX);
+        let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_PART_MAX);
         let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
         let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
         let _guard = self.locks.try_exclusive(run)?;

@@ -47,7 +47,7 @@ impl Disk {
                     continue;
                 }
             }
-            let until = BlockIndex(looked_until.min(next.0 + self.geometry.blocks_per_part()));
+            let until = BlockIndex(looked_until.min(next.0 + self.geometry.blocks_per_discard()));
             self.discard_part(queue, epoch, BlockRange { start: next, end: until }).await?;
             next = until;
         }
@@ -65,6 +65,8 @@ impl Disk {
     }
 
     async fn discard_part(&self, queue: &IoQueue, epoch: Epoch, blocks: BlockRange) -> Result<(), RequestError> {
+        // Others get at the image in between, and at the locks, which only so many can share.
+        let _turn = self.discarding.take(1).await;
         let excludes = |chain: &Chain| chain.links().iter().any(|l| l.layer.image.excludes());
         let mut mode = if excludes(&self.chain()) { Mode::Exclusive } else { Mode::Shared };
         let (_guard, chain) = loop {

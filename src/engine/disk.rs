@@ -16,8 +16,11 @@ use super::{
     Background, Backing, BlockLocks, Chain, Changed, Connections, EpochClock, Geometry, Layer, Link, Mark, Turn,
     Version, VersionId, VersionIn, View,
 };
-use crate::image::{ImageError, ImageErrorKind, ImageOp, SharedImage};
+use crate::image::{Budget, ImageError, ImageErrorKind, ImageOp, SharedImage};
 use crate::store::{Table, TableError};
+
+/// How many parts of discards are carried out at the same time.
+const DISCARDS_AT_ONCE: u64 = 2;
 
 /// Who is told what happens to a disk's versions. Called on data-path threads: be quick.
 pub trait DiskObserver: Send + Sync {
@@ -52,6 +55,8 @@ pub struct Disk {
     pub(super) marks: ArcSwap<Vec<Arc<Mark>>>,
     /// Blocks that a guest discarded while some version still read them.
     pub(super) discards: Arc<Table>,
+    /// Turns of discards that are carried out.
+    pub(super) discarding: Arc<Budget>,
     pub(super) observer: OnceLock<Arc<dyn DiskObserver>>,
     /// What a volume stands on. Other disks have no place for it, and never look.
     pub(super) base: OnceLock<ArcSwapOption<View>>,
@@ -115,6 +120,7 @@ impl Disk {
             locks: BlockLocks::new(),
             marks: ArcSwap::default(),
             discards: options.discards,
+            discarding: Budget::new(DISCARDS_AT_ONCE),
             observer: OnceLock::new(),
             base,
             background: Arc::default(),

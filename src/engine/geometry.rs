@@ -7,9 +7,15 @@ use crate::store::BlockRange;
 /// What a part of a request copies at most, if its blocks are not larger.
 const PART_BYTES_MAX: u64 = 4 << 20;
 
+/// What one call gives back at most: for so long a file may keep its readers waiting.
+const DISCARD_BYTES_MAX: u64 = 256 << 20;
+
 /// The most bytes of a run: a guest's write to one of its blocks may wait for the copy of all of them, which at this size
 /// takes little longer than that of one.
 const RUN_BYTES_MAX: u64 = 64 << 10;
+
+/// The most blocks of a part: what is planned at once.
+pub(super) const BLOCKS_PER_PART_MAX: u64 = 1024;
 
 /// The logical blocks of a disk of which nothing else is said.
 pub(super) const LOGICAL_BLOCK_BYTES: u32 = 512;
@@ -32,11 +38,17 @@ impl Geometry {
         self.size_bytes.div_ceil(u64::from(self.block_bytes))
     }
 
-    /// How many blocks a part of a request may have: as many as one guard holds, but no more bytes than can be copied
+    /// How many blocks a part of a request may have: not too many to be planned at once, and no more bytes than can be copied
     /// in memory of our own for each request of each queue.
     #[must_use]
     pub fn blocks_per_part(&self) -> u64 {
-        (PART_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
+        (PART_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_PART_MAX)
+    }
+
+    /// How many blocks of a discard are given back at once. Nothing is copied, so it is the locks that bound it.
+    #[must_use]
+    pub fn blocks_per_discard(&self) -> u64 {
+        (DISCARD_BYTES_MAX / u64::from(self.block_bytes)).clamp(1, BLOCKS_PER_GUARD_MAX)
     }
 
     /// The blocks that some bytes touch.

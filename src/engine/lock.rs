@@ -39,9 +39,7 @@ const SLOTS: usize = 1 << 14;
 const SHARDS: usize = 16;
 
 /// The most blocks that one guard may hold. Longer requests go in parts.
-pub const BLOCKS_PER_GUARD_MAX: u64 = 1024;
-
-const _: () = assert!(BLOCKS_PER_GUARD_MAX <= SLOTS as u64);
+pub const BLOCKS_PER_GUARD_MAX: u64 = SLOTS as u64;
 
 struct Waiter {
     mode: Mode,

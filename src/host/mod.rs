@@ -23,6 +23,7 @@ use crate::store::{
 };
 use crate::vhost_user::{ServeOptions, Server};
 
+pub use crate::image::{SYSCTL, probe_ring};
 pub use machine::Machine;
 pub use wait::receive;
 

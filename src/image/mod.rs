@@ -18,6 +18,7 @@ mod file;
 mod inline;
 mod join;
 mod lock;
+mod probe;
 mod queue;
 mod transfer;
 mod unsynced;
@@ -30,6 +31,7 @@ pub use executor::{Executor, RemoteWaker, block_on};
 pub use file::{Direct, FileImage, ImageOptions};
 pub use join::join_all;
 pub use lock::LockMode;
+pub use probe::{SYSCTL, probe_ring};
 pub use queue::{Completed, Completion, IoQueue, OpKind, OpTicket, RingOptions};
 pub use transfer::{
     needs_sync, read_by_copy, read_exact_at, release_range, sync, try_release_range, write_all_at, zero_range,

@@ -50,6 +50,7 @@ pub use crate::manager::places::{PlaceError, Places};
 use crate::manager::unserved::Unserved;
 use crate::registry::Claims;
 use crate::store::{DiskRecord, RecordError, RecordStore, TableError};
+use crate::vhost_user::Server;
 
 /// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
 const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
@@ -81,6 +82,8 @@ pub struct Manager {
     pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     /// The number that a job got last by the clock.
     pub(crate) last_by_clock: Mutex<u64>,
+    /// Servers of snapshots that were deleted under their readers.
+    pub(crate) abandoned: Mutex<Vec<Arc<dyn Server>>>,
     /// Who is changing what.
     pub(crate) claims: Mutex<Claims>,
     /// Rings when a claim was let go.
@@ -169,6 +172,7 @@ impl Manager {
             unserved: Mutex::default(),
             jobs: Mutex::default(),
             last_by_clock: Mutex::default(),
+            abandoned: Mutex::default(),
             claims: Mutex::default(),
             released: Condvar::new(),
             follow_ups: Mutex::default(),

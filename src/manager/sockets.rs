@@ -66,7 +66,8 @@ impl Manager {
 
     /// Stops servers for a command that was decided: `record` is called while nobody can connect, and requests have ended
     /// when this returns. A frontend that came after the decision refuses the command, unless that is forced; one that
-    /// comes later finds nobody. None is cut off.
+    /// comes later finds nobody. None is cut off. Those who read a snapshot that is deleted under them stay connected, and are
+    /// answered with errors.
     pub(crate) fn stop_servers<T>(
         &self,
         servers: &[Arc<dyn Server>],
@@ -78,6 +79,14 @@ impl Manager {
             decide(&self.registry(), command)?;
         }
         let recorded = record()?;
+        if matches!(command, Command::DeleteSnapshot { force: true, .. }) {
+            drop(away);
+            servers.iter().for_each(|server| server.abandon());
+            let mut abandoned = locked(&self.abandoned);
+            abandoned.retain(|server| server.frontends() > 0);
+            abandoned.extend(servers.iter().cloned());
+            return Ok(recorded);
+        }
         servers.iter().for_each(|server| server.begin_to_stop());
         drop(away);
         servers.iter().for_each(|server| server.stop());

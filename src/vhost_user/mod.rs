@@ -9,6 +9,7 @@
 //! What this room does not know: versions, strategies, where bytes are. It hands [`crate::engine::Request`]s on.
 
 mod chain;
+mod command;
 mod event;
 mod features;
 mod inflight;

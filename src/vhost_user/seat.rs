@@ -6,7 +6,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::Observer;
@@ -63,6 +63,7 @@ impl SessionContext {
 pub(super) struct Shared {
     pub(super) stop: AtomicBool,
     pub(super) places: Arc<Places>,
+    pub(super) readers: Arc<Readers>,
     /// Those that have said something.
     pub(super) connected: Mutex<Vec<Frontend>>,
     pub(super) wake: OwnedFd,
@@ -74,6 +75,51 @@ pub(super) struct Shared {
     pub(super) ended: (Mutex<bool>, Condvar),
     /// Held while a frontend gets its session, or while none is to get one.
     pub(super) door: Mutex<()>,
+}
+
+/// The readers of something that never changes. It can go while they are connected: each request is answered with an error
+/// from then on, since a guest whose disk hangs up waits for it for ever.
+#[derive(Debug, Default)]
+pub(super) struct Readers {
+    is_gone: AtomicBool,
+    is_closed: AtomicBool,
+    in_flight: AtomicUsize,
+}
+
+impl Readers {
+    /// Begins a request. False when there is nothing to be read any more.
+    pub(super) fn begin(&self) -> bool {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        let is_there = !self.is_gone.load(Ordering::SeqCst);
+        if !is_there {
+            self.end();
+        }
+        is_there
+    }
+
+    /// Ends a request that began.
+    pub(super) fn end(&self) {
+        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::SeqCst)
+    }
+
+    /// Lets no request begin any more.
+    pub(super) fn go(&self) {
+        self.is_gone.store(true, Ordering::SeqCst);
+    }
+
+    /// Nobody can connect any more.
+    pub(super) fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether nobody can connect, and no request is in flight.
+    pub(super) fn are_done(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst) && self.in_flight.load(Ordering::SeqCst) == 0
+    }
 }
 
 /// A frontend that has said something.
@@ -89,6 +135,7 @@ impl Shared {
         Ok(Shared {
             stop: AtomicBool::new(false),
             places: Places::new(frontends_max),
+            readers: Arc::default(),
             connected: Mutex::default(),
             wake: rustix::event::eventfd(0, flags)?,
             offer: Mutex::new(offer),
@@ -178,6 +225,17 @@ impl Seat {
         if let Some(frontend) = self.shared.connected().iter_mut().find(|f| f.connection == self.id) {
             frontend.backchannel = Some(backchannel);
         }
+    }
+
+    /// Offers no more segments than these to the frontends that come next.
+    pub(super) fn offer_segments(&self, segments: u16) {
+        let hints = &mut self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner).hints;
+        hints.segments = hints.segments.min(segments);
+    }
+
+    /// Those who read what it reads.
+    pub(super) fn readers(&self) -> &Arc<Readers> {
+        &self.shared.readers
     }
 
     /// The connection.

@@ -38,6 +38,8 @@ pub const FRONTENDS_MAX: usize = 16;
 const WITHOUT_PLACE_MAX: usize = 16;
 /// How long a message that is being handled may take to end by itself when the server stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
+/// How often who abandons a server looks whether its requests are done.
+const ABANDON_LOOK: Duration = Duration::from_millis(1);
 /// How long to leave the socket alone when the system has no descriptors left.
 const PAUSE_MS: i32 = 100;
 /// How long a frontend waits for one of too many others to end.
@@ -93,6 +95,10 @@ pub trait Server: Send + Sync {
 
     /// Serves nobody who comes from now on, also who waits at a door that is held. Waits for nothing; [`Server::stop`] does.
     fn begin_to_stop(&self);
+
+    /// Ends the serving of something that is only read, without hanging up on its readers: the socket goes, and when this
+    /// returns no request is in flight; each that comes is answered with an error. It ends when the last reader has left.
+    fn abandon(&self);
 
     /// How many frontends are connected.
     fn frontends(&self) -> usize;
@@ -248,6 +254,14 @@ impl Server for ServerHandle {
         self.shared.wake();
     }
 
+    fn abandon(&self) {
+        self.shared.readers.go();
+        self.shared.wake();
+        while !self.shared.readers.are_done() {
+            std::thread::sleep(ABANDON_LOOK);
+        }
+    }
+
     fn frontends(&self) -> usize {
         self.shared.connected().len()
     }
@@ -386,6 +400,9 @@ impl Acceptor {
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
+            if self.shared.readers.is_gone() {
+                self.close();
+            }
             let is_over = (self.once && self.has_served) || self.socket.is_none();
             if is_over && self.active.is_empty() {
                 return Ok(());
@@ -500,10 +517,15 @@ impl Acceptor {
         }
     }
 
+    /// Lets nobody in any more.
+    fn close(&mut self) {
+        (self.socket, self.waiting) = (None, None);
+        self.shared.readers.close();
+    }
+
     /// Ends all sessions, as gently as they let us.
     fn finish(&mut self) {
-        self.socket = None;
-        self.waiting = None;
+        self.close();
         // No further message is read, but the answer to one that is being handled still goes out.
         self.active.iter().for_each(|c| c.shut(std::net::Shutdown::Read));
         let patience = Instant::now() + STOP_PATIENCE;

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::FrontendReq;
 
+use super::command::{Command, Kick};
 use super::event::Event;
 use super::features::{self, ConfigSpace, EVENT_IDX, INDIRECT_DESC, MEMORY_SLOTS_MAX, PROTOCOL_FEATURES};
 use super::inflight::InflightRegion;
@@ -28,9 +29,9 @@ use super::message::{
 use super::places::Place;
 use super::request::Rules;
 use super::ring::{Ring, RingAddresses, RingSetup};
-use super::seat::{Seat, SessionContext};
+use super::seat::{Readers, Seat, SessionContext};
 use super::stats::Traffic;
-use super::worker::{Command, Kick, Worker, WorkerContext};
+use super::worker::{Worker, WorkerContext};
 
 /// How long after its first kick a guest may have announced nothing before that is worth a line.
 const EMPTY_FOR: Duration = Duration::from_secs(5);
@@ -46,7 +47,8 @@ pub(super) fn run(mut context: SessionContext, stream: UnixStream, seat: &Seat) 
     }
     let (name, limits) = (context.name.clone(), context.limits.clone());
     let closer = Arc::new(Closer { stream: seat.stream().clone(), reason: Mutex::new(None) });
-    let mut session = Session::new(context, closer.clone());
+    let readers = context.attachment.is_read_only().then(|| seat.readers().clone());
+    let mut session = Session::new(context, closer.clone(), readers);
     let ended = loop {
         session.wait(&channel);
         if let Err(e) = channel.receive().and_then(|message| session.handle(&channel, message, seat)) {
@@ -123,6 +125,7 @@ struct Session {
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
     traffic: Arc<Traffic>,
+    readers: Option<Arc<Readers>>,
     /// Until when the guest may have announced nothing. None before the first ring runs, and after it was looked at.
     empty_until: Option<Instant>,
     vrings: Vec<Vring>,
@@ -143,7 +146,7 @@ fn failed(e: impl Into<io::Error>) -> Ended {
 }
 
 impl Session {
-    fn new(context: SessionContext, closer: Arc<Closer>) -> Session {
+    fn new(context: SessionContext, closer: Arc<Closer>, readers: Option<Arc<Readers>>) -> Session {
         let queues = context.counters.len();
         let read_only = context.is_read_only();
         let queues_offered = u16::try_from(queues).unwrap_or(features::QUEUES_MAX);
@@ -156,6 +159,7 @@ impl Session {
             memory: Arc::new(MemoryMap::default()),
             inflight: None,
             traffic: Arc::default(),
+            readers,
             empty_until: None,
             place: None,
             vrings: std::iter::repeat_with(Vring::default).take(queues).collect(),
@@ -228,7 +232,7 @@ impl Session {
         };
         let (call, err) = (vring.call.clone(), vring.err.clone());
         self.take_place(seat)?;
-        self.look_at_size(index, &setup);
+        self.look_at_size(index, &setup, seat);
         let rules = Box::new(Rules {
             capacity_bytes: self.context.attachment.geometry().size_bytes,
             features,
@@ -251,16 +255,17 @@ impl Session {
     }
 
     /// A driver that believes the config space waits for ever for room in a ring that is too small for it.
-    fn look_at_size(&self, index: u32, setup: &RingSetup) {
+    /// What the config space says was read before the ring's size was known, so the next frontend is told better.
+    fn look_at_size(&self, index: u32, setup: &RingSetup, seat: &Seat) {
         let room = setup.entries.saturating_sub(2);
         if !setup.indirect && room < self.context.hints.segments {
+            seat.offer_segments(room.max(1));
             self.context.limits.complain(format_args!(
                 "{}: queue {index} has {} entries and no indirect descriptors, and requests are told to have up to {} \
-                 segments: a guest that does so hangs; set segments-max={}",
+                 segments: a guest that does so hangs. Who connects next is told {room}; set segments-max={room} to keep it so",
                 self.context.name,
                 setup.entries,
-                self.context.hints.segments,
-                room.max(1)
+                self.context.hints.segments
             ));
         }
     }
@@ -315,6 +320,7 @@ impl Session {
             limits: self.context.limits.clone(),
             durable: self.durable.clone(),
             traffic: self.traffic.clone(),
+            readers: self.readers.clone(),
             close: Arc::new(move |reason| closer.close(reason)),
         };
         let slot = &mut self.vring(index)?.worker;

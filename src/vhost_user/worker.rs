@@ -21,14 +21,15 @@ use std::time::{Duration, Instant};
 
 use super::Observer;
 use super::chain::RawChain;
+use super::command::{Command, Kick};
 use super::event::Event;
-use super::inflight::InflightQueue;
 use super::intake::intake;
 use super::limits::Limits;
 use super::memory::{GuestAddress, MemoryMap};
 use super::polling::Polling;
 use super::request::{Job, Parsed, Refusal, Rules, Status, direction_asked, parse};
-use super::ring::{Ring, RingFault, RingSetup};
+use super::ring::{Ring, RingFault};
+use super::seat::Readers;
 use super::stats::{Direction, QueueCounters, Traffic};
 use crate::engine::{Attachment, EpochLane, GuestQueue, Ticket};
 use crate::image::{Bell, Completion, Executor, IoQueue, RemoteWaker, RingOptions};
@@ -57,40 +58,6 @@ const REQUEST_PIECES: usize = 16;
 /// has something to do meanwhile.
 const ANSWERS_AT_ONCE: usize = 8;
 
-/// How the driver says that there is something in the ring.
-#[derive(Clone, Debug)]
-pub(super) enum Kick {
-    /// By a descriptor.
-    Event(Event),
-    /// Not at all: look.
-    Poll,
-}
-
-/// What a session tells a worker to do.
-pub(super) enum Command {
-    /// Serve this ring from `base` on.
-    Start {
-        setup: RingSetup,
-        memory: Arc<MemoryMap>,
-        base: u16,
-        inflight: Option<InflightQueue>,
-        kick: Kick,
-        rules: Box<Rules>,
-    },
-    /// Finish what is in flight, and answer with the base.
-    Stop,
-    /// The frontend's memory changed.
-    Memory(Arc<MemoryMap>),
-    /// Another way to be kicked.
-    Kick(Kick),
-    /// Where to tell the driver of answers.
-    Call(Option<Event>),
-    /// Where to tell the frontend that the ring broke.
-    Err(Option<Event>),
-    /// End the thread. Only after a stop.
-    Exit,
-}
-
 /// What the worker is for.
 pub(super) struct WorkerContext {
     /// For the log: disk and queue.
@@ -103,6 +70,8 @@ pub(super) struct WorkerContext {
     /// Whether writes must be durable now; the session changes it when the guest does.
     pub(super) durable: Arc<AtomicBool>,
     pub(super) traffic: Arc<Traffic>,
+    /// Of something that is only read.
+    pub(super) readers: Option<Arc<Readers>>,
     /// Closes the connection, giving the reason.
     pub(super) close: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -551,6 +520,11 @@ impl Loop {
             self.shared.done.borrow_mut().push(done);
             return;
         };
+        let readers = self.context.readers.clone();
+        if !readers.as_ref().is_none_or(|readers| readers.begin()) {
+            (done.status, done.written) = (Status::IoError, 1);
+            return self.shared.done.borrow_mut().push(done);
+        }
         if let Some(guest) = &self.guest {
             guest.begins();
         }
@@ -563,6 +537,7 @@ impl Loop {
                 (done.status, done.written) = (Status::IoError, 1);
             }
             shared.pieces.set(shared.pieces.get() - pieces);
+            readers.inspect(|readers| readers.end());
             shared.in_flight.set(shared.in_flight.get() - 1);
             shared.done.borrow_mut().push(done);
         });

@@ -94,6 +94,8 @@ pub struct Medium {
     path: PathBuf,
     /// What it is called since it was opened, if that has changed.
     moved: OnceLock<PathBuf>,
+    /// What transfers are multiples of, in bytes.
+    unit: u32,
     /// What goes when nobody has it open any more, and no transfer to it is in flight.
     lock: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -110,6 +112,7 @@ struct Pending {
 }
 
 thread_local! {
+    static UNIT: Cell<u32> = const { Cell::new(512) };
     static CHANGES: Cell<u64> = const { Cell::new(0) };
     static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
 }
@@ -132,14 +135,18 @@ impl Medium {
             unsynced: Arc::default(),
             path: name.into(),
             moved: OnceLock::new(),
+            unit: 512,
             lock: None,
         }
     }
 
-    /// The same medium, opened under a name. `lock` goes when it is closed.
-    pub fn opened_at(&self, path: &Path, lock: impl Any + Send + Sync) -> Medium {
+    /// The same medium, opened under a name, in larger units if it is direct and has whole ones. `lock` goes when it is
+    /// closed.
+    pub fn opened_at(&self, path: &Path, is_direct: bool, lock: impl Any + Send + Sync) -> Medium {
+        let larger = Some(UNIT.get()).filter(|unit| is_direct && self.size_bytes().is_multiple_of((*unit).into()));
+        let unit = larger.unwrap_or(512);
         let (moved, unsynced, lock) = (OnceLock::new(), Arc::default(), Some(Arc::new(lock) as Arc<_>));
-        Medium { path: path.to_owned(), moved, unsynced, lock, ..self.clone() }
+        Medium { path: path.to_owned(), moved, unsynced, unit, lock, ..self.clone() }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -238,7 +245,7 @@ impl Medium {
         });
         let (state, path) = (Arc::new(Mutex::new(left)), self.path().to_owned());
         let (poisoned, unsynced, moved) = Default::default();
-        Medium { state, poisoned, unsynced, path, moved, lock: None }
+        Medium { state, poisoned, unsynced, path, moved, unit: 512, lock: None }
     }
 
     /// How many sectors were written and are not on stable storage.
@@ -274,6 +281,11 @@ impl Drop for Aside {
         PENDING.with_borrow_mut(|p| std::mem::swap(p, &mut back));
         drop(back);
     }
+}
+
+/// The units of what is opened directly from now on, in bytes.
+pub fn set_unit(bytes: u32) {
+    UNIT.set(bytes);
 }
 
 /// Grows with everything that changes what a power cut could leave.
@@ -330,7 +342,7 @@ impl Image for Medium {
         self.lock().now.size as u64
     }
     fn alignment(&self) -> Alignment {
-        Alignment { offset_bytes: 512, memory_bytes: 1 }
+        Alignment { offset_bytes: self.unit, memory_bytes: 1 }
     }
     fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
         let (data, len) = match ticket.kind() {
@@ -340,7 +352,8 @@ impl Image for Medium {
             _ => (Vec::new(), 0),
         };
         let at = usize::try_from(ticket.at().0).unwrap();
-        assert!(at.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR), "misaligned transfer of {len} at {at}");
+        let unit = usize::try_from(self.unit).unwrap();
+        assert!(at.is_multiple_of(unit) && len.is_multiple_of(unit), "misaligned transfer of {len} at {at}");
         let began = {
             let state = self.lock();
             assert!(at + len <= state.now.size, "outside the image");

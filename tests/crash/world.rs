@@ -212,6 +212,8 @@ fn start(sim: &Arc<Sim>, specs: &[DiskSpec], opened: &RefCell<Option<Arc<Manager
 /// A seed's run from the beginning.
 pub fn run(seed: u64, shape: Shape, actions: usize, counts: &Rc<RefCell<Counts>>) -> Result<(), String> {
     let (sim, mut rng) = (Sim::new(), Rng::new(seed));
+    // Disks have sectors of 512 bytes whatever their images are written in.
+    media::set_unit(if (seed / 7).is_multiple_of(2) { 512 } else { 4096 });
     let mut specs = Vec::new();
     for disk in ["a", "b"].iter().take(shape.disks) {
         let path = Path::new(DISKS).join(format!("{disk}.raw"));

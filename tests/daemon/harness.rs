@@ -169,7 +169,7 @@ impl Daemon {
     }
 
     /// The program, in the boot of the machine that the daemon finds itself in.
-    fn program(&self) -> Command {
+    pub(crate) fn program(&self) -> Command {
         let boot_id = self.boot_id();
         if !boot_id.exists() {
             return command(env!("CARGO_BIN_EXE_halfsilver"));
@@ -183,7 +183,7 @@ impl Daemon {
         unshare
     }
 
-    fn serve_command(&self) -> Command {
+    pub(crate) fn serve_command(&self) -> Command {
         let log = File::options().create(true).append(true).open(self.log()).unwrap();
         let mut command = self.program();
         command.args(["serve", "--state-dir"]).arg(self.state_dir()).arg("--run-dir").arg(self.run_dir());

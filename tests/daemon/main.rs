@@ -18,6 +18,7 @@ mod client;
 mod doors;
 mod durability;
 mod faults;
+mod forms;
 mod golden;
 mod guards;
 mod harness;

@@ -180,6 +180,59 @@ fn more_ranges_than_offered() {
     assert!(server.image.content() == expected);
 }
 
+/// A large discard is a call or few, also where there is something, and readers go on beside many of them.
+#[test]
+fn large_discards_cost_few_calls_and_hold_up_no_reader() {
+    let _alone = alone();
+    let server = large_server();
+    let mut guest = guest_with_ring(&server, 256, 0);
+    guest.memory.write(DATA, &range(0, 40 << 11, 0));
+    assert_eq!(guest.run(T_DISCARD, 0, &[(DATA, 16, 0)]), (S_OK, 1));
+    assert_eq!(server.image.zeroes.load(SeqCst), 1);
+    assert!(server.image.content()[..40 << 20].iter().all(|&b| b == 0));
+    server.image.delay_ms.store(100, SeqCst);
+    guest.header(T_DISCARD, 0);
+    for i in 0..64u16 {
+        guest.chain(0, i * 3, &[(HEADER, 16, 0), (DATA, 16, 0), (STATUS, 1, WRITE)]);
+        guest.announce(0, i * 3);
+    }
+    guest.kick(0);
+    until("the discards run", || server.image.running.load(SeqCst) > 0);
+    // No more of them than leave room for others.
+    assert!(server.image.running.load(SeqCst) <= 2, "{} at once", server.image.running.load(SeqCst));
+    let header = HEADER + 64;
+    guest.header_at(header, T_IN, 47 << 11);
+    guest.chain(0, 200, &[(header, 16, 0), (DATA + 4096, 512, WRITE), (STATUS + 1, 1, WRITE)]);
+    guest.submit(0, 200);
+    let before = std::iter::from_fn(|| Some(guest.wait_used(0).0)).take_while(|head| *head != 200).count();
+    assert!(before < 16, "{before} of the discards were answered before the read");
+    for _ in before..64 {
+        guest.wait_used(0);
+    }
+    server.image.delay_ms.store(0, SeqCst);
+}
+
+/// The size of a ring is known after the config space was read: the next one is told what such a ring holds.
+#[test]
+fn a_ring_that_is_too_small_is_found_out() {
+    let _alone = alone();
+    let server = TestServer::new(1, false);
+    let segments = |guest: &mut Guest| {
+        use vhost::vhost_user::VhostUserFrontend;
+        let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+        let config = guest.frontend.get_config(12, 4, flags, &[0; 4]).unwrap().1;
+        u32::from_le_bytes(config[..4].try_into().unwrap())
+    };
+    for (entries, without, told) in [(8, 0, 126), (256, F_INDIRECT, 126), (8, F_INDIRECT, 6), (4, F_INDIRECT, 2)] {
+        let mut guest = guest_with_ring(&server, entries, without);
+        guest.read_sectors(0, 512);
+        drop(guest);
+        server.wait_idle();
+        assert_eq!(segments(&mut Guest::connect(&server.socket(), 0)), told);
+        server.wait_idle();
+    }
+}
+
 /// What drivers of virtio 0.9 send, and how QEMU takes it.
 #[test]
 fn request_types_of_the_first_drivers() {

@@ -93,3 +93,27 @@ fn a_place_is_taken_over_when_its_holder_has_finished() {
     assert_eq!(server.image.running.load(SeqCst), 0, "both had running requests");
     assert_eq!(next.read_sectors(8, 512), [9; 512]);
 }
+
+/// What is read goes under its readers: they get errors, not a disk that never answers.
+#[test]
+fn an_abandoned_server_answers_its_readers_with_errors() {
+    let _alone = alone();
+    let server = TestServer::new(1, true);
+    let mut reader = Guest::new(&server.socket(), 1);
+    reader.read_sectors(0, 512);
+    server.image.delay_ms.store(50, SeqCst);
+    reader.header(T_IN, 0);
+    reader.chain(0, 0, &[(HEADER, 16, 0), (DATA, 512, WRITE), (STATUS, 1, WRITE)]);
+    reader.submit(0, 0);
+    until("the read runs", || server.image.running.load(SeqCst) == 1);
+    server.handle.abandon();
+    assert_eq!(server.image.running.load(SeqCst), 0, "a read is in flight");
+    assert_eq!((reader.wait_used(0), reader.status()), ((0, 513), S_OK));
+    assert!(!server.socket().exists() && UnixStream::connect(server.socket()).is_err());
+    for _ in 0..3 {
+        assert_eq!(reader.run(T_IN, 0, &[(DATA, 512, WRITE)]), (S_IOERR, 1));
+    }
+    assert_eq!(server.handle.frontends(), 1);
+    drop(reader);
+    until("it ends with its last reader", || server.handle.is_ended());
+}

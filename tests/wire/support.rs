@@ -56,6 +56,7 @@ pub struct MemImage {
     pub durable_writes: AtomicUsize,
     pub plain_writes: AtomicUsize,
     pub syncs: AtomicUsize,
+    pub zeroes: AtomicUsize,
     /// Transfers that reach this position fail.
     pub fails_from: AtomicU64,
     poisoned: AtomicBool,
@@ -72,6 +73,7 @@ impl MemImage {
             durable_writes: AtomicUsize::new(0),
             plain_writes: AtomicUsize::new(0),
             syncs: AtomicUsize::new(0),
+            zeroes: AtomicUsize::new(0),
             fails_from: AtomicU64::new(u64::MAX),
             poisoned: AtomicBool::new(false),
         })
@@ -102,6 +104,7 @@ impl MemImage {
             }
             OpKind::Zero { len, .. } => {
                 bytes[at..at + len as usize].fill(0);
+                self.zeroes.fetch_add(1, Ordering::SeqCst);
                 0
             }
             OpKind::Sync => {

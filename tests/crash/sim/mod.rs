@@ -307,7 +307,7 @@ impl Sim {
                     return Err(ImageError::new(ImageErrorKind::InUse, ImageOp::Open, path, "it is in use"));
                 }
                 Some((medium, Some(lock))) if medium.size_bytes() > 0 => {
-                    return Ok(Arc::new(medium.opened_at(path, lock)));
+                    return Ok(Arc::new(medium.opened_at(path, options.direct == Direct::On, lock)));
                 }
                 _ => return Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, path, "it is empty")),
             }

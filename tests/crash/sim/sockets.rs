@@ -84,6 +84,10 @@ impl Server for Listening {
         0
     }
 
+    fn abandon(&self) {
+        self.stop();
+    }
+
     fn frontend_pids(&self) -> Vec<u32> {
         Vec::new()
     }
