@@ -33,8 +33,16 @@ pub enum NewLayer {
     Split,
 }
 
+/// What a cut came to.
+pub struct Cut {
+    /// The epoch that ended with it.
+    pub ended: Epoch,
+    /// Frozen versions whose leg failed after its split was prepared and before the cut, and why: nothing was frozen on it.
+    pub lost: Vec<(VersionId, String)>,
+}
+
 impl Engine {
-    /// Freezes the live versions of a group of disks at one cut. Returns the epoch that ended with it.
+    /// Freezes the live versions of a group of disks at one cut.
     ///
     /// # Errors
     /// When too many older cuts still drain, or a disk has no mirror to be split; nothing has changed then.
@@ -42,7 +50,7 @@ impl Engine {
     /// # Panics
     /// When a disk's full image is to be moved while a log lies above it, or a disk is being restored. Nothing has changed
     /// then.
-    pub fn cut(&self, group: Vec<SnapshotSpec>, writers: Writers) -> Result<Epoch, Error> {
+    pub fn cut(&self, group: Vec<SnapshotSpec>, writers: Writers) -> Result<Cut, Error> {
         let (mut prepared, mut splits) = (Vec::new(), Vec::new());
         for SnapshotSpec { disk, layer, new_live, changed } in group {
             let open = self.find(disk).ok_or_else(|| Error::Io("a disk is not served any more".to_owned()))?;
@@ -54,23 +62,20 @@ impl Engine {
                     let live = locked(&open.mirror).clone();
                     let (live, leg) =
                         live.and_then(|pair| Some((pair.clone(), pair.second()?))).ok_or_else(no_mirror)?;
-                    splits.push((open.disk.clone(), frozen, live.clone(), leg.id));
+                    splits.push((frozen, live.clone(), leg.id));
                     engine::NewLayer::Split { frozen: Backing::One(leg.image), live: Backing::Pair(live) }
                 }
             };
             prepared.push(PreparedSnapshot { disk: open.disk.clone(), layer, new_live, changed: Some(changed) });
         }
         let cut = self.editor.cut(prepared, writers)?;
-        // A leg that failed after its split was prepared and before the cut: nothing was frozen on it yet.
-        for (disk, frozen, pair, leg) in splits {
-            let failed = pair.status().into_iter().find(|status| status.id == leg).map(|status| status.state);
-            if let (Some(engine::LegState::Failed(reason)), chain) = (failed, disk.chain())
-                && let Some(index) = chain.position(frozen)
-            {
-                disk.break_version(chain.version(index), &reason);
+        let lost = splits.into_iter().filter_map(|(frozen, pair, leg)| {
+            match pair.status().into_iter().find(|status| status.id == leg)?.state {
+                engine::LegState::Failed(reason) => Some((frozen, reason)),
+                _ => None,
             }
-        }
-        Ok(cut.ended)
+        });
+        Ok(Cut { ended: cut.ended, lost: lost.collect() })
     }
 
     /// Moves the frontends that still write what ended with `ended`, or before, over to the live versions of these disks.

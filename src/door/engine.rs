@@ -22,8 +22,8 @@ use crate::store::DurableTable;
 /// What the engine has noticed by itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
-    /// A frozen version is broken.
-    VersionBroken(VersionId),
+    /// A frozen version is broken, and why.
+    VersionBroken(VersionId, String),
     /// A leg is out of its mirror: its image, and why.
     LegOut(PathBuf, String),
 }
@@ -67,7 +67,8 @@ pub(super) struct Open {
     /// The leg that a version has alone which is about to leave the chain, or has.
     pub(super) left_leg: Mutex<Option<SharedImage>>,
     pub(super) restore: Mutex<Option<Pending>>,
-    /// The log that a volume gets with its next base.
+    /// The log that a volume gets with its next base, from [`Disk::prepare_update`] until [`Disk::move_base`] takes it, or it
+    /// is given up.
     pub(super) next_log: Mutex<Option<Layer>>,
 }
 
@@ -96,8 +97,8 @@ impl DiskObserver for Watch {
         self.supervisor.breaks(version, reason);
     }
 
-    fn version_broken(&self, version: VersionId, _reason: &str) {
-        self.supervisor.told(self.id, Event::VersionBroken(version));
+    fn version_broken(&self, version: VersionId, reason: &str) {
+        self.supervisor.told(self.id, Event::VersionBroken(version, reason.to_owned()));
     }
 }
 

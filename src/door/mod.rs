@@ -21,7 +21,7 @@ mod volume;
 mod work;
 
 pub use changes::{Runs, VolumeCounts};
-pub use cut::{NewLayer, SnapshotSpec};
+pub use cut::{Cut, NewLayer, SnapshotSpec};
 pub use engine::{Disk, Engine, Event, Supervisor};
 pub use error::Error;
 pub use facts::{ChangedFacts, DiskFacts, LayerKind, MarkFacts, RestoreFacts, Stored, VersionFacts};

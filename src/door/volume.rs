@@ -76,6 +76,11 @@ impl Disk {
         Ok(kept.err())
     }
 
+    /// Closes the log of an update that does not come to be.
+    pub fn give_update_up(&self) {
+        *locked(&self.open().next_log) = None;
+    }
+
     /// Puts a volume on another version, with the log that is prepared ([`Disk::prepare_update`]), and its image at `path`
     /// now. Nobody may be at work on it.
     ///

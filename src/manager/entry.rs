@@ -268,9 +268,14 @@ impl DiskEntry {
 
     /// What is remembered of it while it is served.
     pub(crate) fn to_record(&self) -> DiskRecord {
-        let (of, facts) = ((self.id, &self.name.get(), self.boot), self.facts());
-        let mut record = record_of(of, &self.config(), &facts, &self.snapshots());
-        record.bookmarks = self.bookmarks(&facts);
+        self.record_by(&self.facts())
+    }
+
+    /// The same, as its chain was at one look.
+    pub(crate) fn record_by(&self, facts: &DiskFacts) -> DiskRecord {
+        let of = (self.id, &self.name.get(), self.boot);
+        let mut record = record_of(of, &self.config(), facts, &self.snapshots());
+        record.bookmarks = self.bookmarks(facts);
         locked(&self.relations).put_into(&mut record);
         record.mirror = locked(&self.mirror).as_ref().map(Mirror::to_record);
         record.former_legs = locked(&self.former_legs).clone();

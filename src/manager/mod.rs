@@ -287,16 +287,15 @@ impl Manager {
     fn tell(&self, id: Uuid, event: Event) {
         let Some(disk) = self.all_disks().into_iter().find(|disk| disk.id == id) else { return };
         match event {
-            Event::VersionBroken(version) => self.tell_broken(disk, version),
+            Event::VersionBroken(version, why) => self.tell_broken(disk, version, why),
             Event::LegOut(path, why) => {
                 self.bus.publish(Notice::of_disk(EventKind::LegFailed, &disk.name.get()).with_leg(&path).because(why));
             }
         }
     }
 
-    fn tell_broken(&self, disk: Arc<DiskEntry>, id: Uuid) {
+    fn tell_broken(&self, disk: Arc<DiskEntry>, id: Uuid, reason: String) {
         if let Some(snapshot) = disk.snapshots().into_iter().find(|s| s.id == id) {
-            let reason = snapshot.broken(&disk.facts()).unwrap_or_default();
             log::error!("snapshot {} is broken: {reason}", snapshot.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotBroken, &snapshot.reference()).because(reason));
             // Its old frontends go on with the live version, which has all that they wrote.

@@ -126,7 +126,8 @@ impl Manager {
                 Err(TryLockError::WouldBlock) => self.host.pause(LOOK),
             }
         };
-        for disk in self.all_disks() {
+        // What a stop has closed stays so.
+        for disk in self.all_disks().into_iter().filter(|_| !self.is_stopping()) {
             let Some(record) = locked(&disk.restore).clone().filter(|r| r.is_shown()) else { continue };
             if own != Some(disk.id) && self.is_being_changed(disk.id) {
                 if disk.facts().restore_waits {

@@ -14,7 +14,7 @@ use crate::control::api::{self, SnapshotRequest, SnapshotState, Strategy, Writer
 use crate::control::socket::SOCKET_PATH_LEN_MAX;
 use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
-use crate::door::{self, DiskFacts, Epoch, NewLayer, SnapshotSpec};
+use crate::door::{self, Cut, DiskFacts, Epoch, NewLayer, SnapshotSpec};
 use crate::host::FileKind;
 use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
@@ -124,7 +124,7 @@ impl Manager {
         };
         // A cut is refused before it changes anything; the entries then go as in undo().
         crash::point("before the cut");
-        let ended = self.engine.cut(prepared, writers).map_err(|e| {
+        let Cut { ended, lost } = self.engine.cut(prepared, writers).map_err(|e| {
             self.take_back(&entries, made);
             engine_error(e)
         })?;
@@ -138,6 +138,9 @@ impl Manager {
             if recorded.is_err() {
                 disk.disk.break_version(entry.id, "the cut could not be recorded");
                 self.follow_up(FollowUp::LetGo(entry.id));
+            }
+            if let Some((_, why)) = lost.iter().find(|(version, _)| *version == entry.id) {
+                disk.disk.break_version(entry.id, why);
             }
             log::info!("snapshot {}: taken at epoch {ended}", entry.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
@@ -222,7 +225,7 @@ impl Manager {
             changed: None,
             taken_for,
         };
-        let pending = recording::before_cut(disk.to_record(), &disk.facts(), record.clone(), &layer, new_live);
+        let pending = recording::before_cut(disk.record_by(&facts), &facts, record.clone(), &layer, new_live);
         let entry = Arc::new(SnapshotEntry {
             id: live.id,
             frontends: Frontends::new(&disk.name, Some(&request.name), &self.bus),
@@ -395,7 +398,7 @@ impl Manager {
             self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
         }
         locked(&entry.record).quiesced_ms = quiesced_ms;
-        if is_whole {
+        if entry.broken(&disk.facts()).is_none() {
             log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference()));
         }

@@ -4,11 +4,13 @@
 //! record is before the files that it names, which the next start removes if this is cut off; a disk's own image and the legs
 //! of its mirror are the user's and stay.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::control::{ApiError, EventKind, Name, Notice};
+use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
 use crate::crash;
+use crate::image::{Direct, ImageErrorKind, ImageOptions};
 use crate::manager::changes::ids_of_changes;
 use crate::manager::claims::Held;
 use crate::manager::entry::{DiskEntry, locked};
@@ -60,7 +62,10 @@ impl Manager {
         let is_served = locked(&self.disks).contains_key(name);
         if let Some(unserved) = unserved.filter(|_| !is_served) {
             match &unserved.record {
-                Some(record) => self.forget_record(record)?,
+                Some(record) => {
+                    self.refuse_what_is_in_use(record)?;
+                    self.forget_record(record)?;
+                }
                 None => self.records.remove(name.as_str()).map_err(record_error)?,
             }
             locked(&self.unserved).remove(name);
@@ -107,6 +112,22 @@ impl Manager {
         self.open_sockets_of_snapshots(entry);
     }
 
+    /// What goes with the record of a disk that is not served may have become the image of one that is, by whatever name.
+    fn refuse_what_is_in_use(&self, record: &DiskRecord) -> Result<(), ApiError> {
+        let logs = record.live_log.iter().chain(record.snapshots.iter().filter(|s| !s.owns_all).map(|s| &s.image));
+        let options = ImageOptions { direct: Direct::Off, read_only: false, lock_wait: Duration::ZERO };
+        for path in logs.cloned().chain(full_image(record)) {
+            if let Err(e) = self.host.probe_image(&path, options)
+                && e.kind == ImageErrorKind::InUse
+            {
+                let message = format!("{}: its image goes with it, and is in use: {e}", record.name);
+                return Err(ApiError::new(ErrorCode::Conflict, message)
+                    .with_action("remove the disk that has it, or stop the program"));
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets a record, and removes what it names.
     pub(crate) fn forget_record(&self, record: &DiskRecord) -> Result<(), ApiError> {
         self.records.remove(&record.name).map_err(record_error)?;
@@ -134,15 +155,13 @@ impl Manager {
         if record.is_volume() {
             // A second name of a log, that was about to be its only one.
             self.remove_file(&self.places.own_image(record.id));
-            self.remove_full_image(record);
+            full_image(record).iter().for_each(|path| self.remove_file(path));
         }
     }
+}
 
-    /// Removes the full image of a volume that became independent: it is what was written to the volume.
-    fn remove_full_image(&self, record: &DiskRecord) {
-        let path = record.config.get("path").and_then(|path| path.as_str());
-        if let (Some(_), Some(path)) = (&record.stood_on, path) {
-            self.remove_file(Path::new(path));
-        }
-    }
+/// The full image of a volume that became independent: it is what was written to the volume.
+fn full_image(record: &DiskRecord) -> Option<PathBuf> {
+    record.stood_on.as_ref()?;
+    Some(PathBuf::from(record.config.get("path")?.as_str()?))
 }

@@ -206,7 +206,7 @@ impl Manager {
             return Err(ApiError::volume_not_found(&disk.name));
         };
         let undo = |e: ApiError| {
-            self.remove_next(live);
+            self.remove_next(disk, live);
             e
         };
         let geometry = &facts.geometry;
@@ -235,7 +235,8 @@ impl Manager {
     }
 
     /// The files of a live version that never came to be.
-    fn remove_next(&self, live: Uuid) {
+    fn remove_next(&self, disk: &DiskEntry, live: Uuid) {
+        disk.disk.give_update_up();
         for table in [self.places.log_table(live), self.places.run_table(live)] {
             self.remove_file(&table);
         }
@@ -301,10 +302,11 @@ impl Manager {
         let e = record_error(e);
         if is_unknown {
             log::error!("volume {}: it is disabled until its record can be stored", disk.name);
+            disk.disk.give_update_up();
             locked(&disk.relations).disabled = true;
             return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
         }
-        self.remove_next(live);
+        self.remove_next(disk, live);
         second_name.into_iter().for_each(|path| self.remove_file(path));
         e
     }

@@ -55,7 +55,12 @@ fn size_of(recovery: &mut Recovery, evidence: &dyn Evidence) -> Result<u64, Why>
     let Some(mirror) = record.mirror.clone() else {
         // That of a volume which became independent was a log, wherever it lies.
         let image = evidence.full_image(record.logical_block_bytes.is_some())?;
-        return size_of_full(&image, evidence.block_bytes());
+        let size_bytes = size_of_full(&image, evidence.block_bytes())?;
+        let before_bytes = record.saved.map_or(0, |looks| looks.size_bytes);
+        return match size_bytes < before_bytes {
+            true => Err(Why::Shrunk { path: image.path, size_bytes, before_bytes }),
+            false => Ok(size_bytes),
+        };
     };
     let (legs, size) = decide_mirror(record, &mirror, evidence);
     recovery.mirror = Some(legs);

@@ -428,6 +428,18 @@ fn both(change: Change) -> [Recovery; 2] {
     [disk, clone]
 }
 
+/// What is smaller than it was is not the disk, or not yet all of it; what has grown is.
+#[test]
+fn a_disk_whose_image_has_become_smaller_is_not_served() {
+    let of = |size| {
+        let found = Found { sizes: [("/vm1.raw".into(), size)].into(), ..Found::default() };
+        decide(&record(), Shutdown::Clean, &found)
+    };
+    let why = Why::Shrunk { path: "/vm1.raw".into(), size_bytes: SIZE / 2, before_bytes: SIZE };
+    assert_eq!(of(SIZE / 2).disk, Content::Unserved(why));
+    assert_eq!(content(&of(2 * SIZE)), "whole");
+}
+
 #[test]
 fn what_volumes_stand_on() {
     let [disk, clone] = both(|_, _, _| {});

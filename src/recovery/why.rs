@@ -50,6 +50,16 @@ pub enum Why {
         /// How blocks lie in it.
         layout: Layout,
     },
+    /// A full image has become smaller: what was behind its end is gone, or it is another one.
+    #[error("its image {} has {size_bytes} bytes, and had {before_bytes} when the daemon was stopped", path.display())]
+    Shrunk {
+        /// The image.
+        path: PathBuf,
+        /// What it has.
+        size_bytes: u64,
+        /// What it had.
+        before_bytes: u64,
+    },
     /// A full image cannot be written in blocks of the disk's size.
     #[error("{} takes units of {unit_bytes} bytes, more than its block size of {block_bytes}", path.display())]
     Unit {

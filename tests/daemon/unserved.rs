@@ -359,6 +359,41 @@ fn a_lost_volume_is_never_served_and_lost_at_once() {
     assert_eq!(shows(&daemon, "v"), expect(&[(0..8, 4), (8..16, 5)]));
 }
 
+/// What is forgotten takes no image along that another disk serves by now, whatever it was called when that was added.
+#[test]
+fn what_is_forgotten_takes_no_image_along_that_is_served() {
+    let (daemon, _taken, image) = lost_volume();
+    let aside = daemon.path("aside.raw");
+    std::fs::rename(&image, &aside).unwrap();
+    daemon.send("PUT", "/v1/disks/n", &json!({ "path": aside }).to_string()).ok();
+    std::fs::rename(&aside, &image).unwrap();
+    let refused = daemon.send("POST", "/v1/disks/v/forget", "");
+    assert_eq!(refused.refused(), "conflict", "{}", refused.body);
+    assert!(image.exists());
+    assert_eq!(daemon.client("n").tag(0), 4);
+    daemon.send("DELETE", "/v1/disks/n?force=true", "").ok();
+    daemon.send("POST", "/v1/disks/v/forget", "").ok();
+    assert!(!image.exists());
+}
+
+/// An image that is only half there is waited for, and what is known of it stays known.
+#[test]
+fn an_image_that_comes_back_in_pieces_is_served_when_all_of_it_is_there() {
+    let mut daemon = two_remembered();
+    let image = daemon.image("vm0");
+    let looked = std::fs::metadata(&image).unwrap().modified().unwrap();
+    let whole = std::fs::read(&image).unwrap();
+    std::fs::write(&image, &whole[..whole.len() / 2]).unwrap();
+    daemon.start();
+    let shown = daemon.get("/v1/disks/vm0").json();
+    assert_ne!(shown["state"], "serving", "{shown}");
+    assert!(shown["reason"].as_str().unwrap().contains("bytes, and had"), "{shown}");
+    std::fs::write(&image, &whole).unwrap();
+    std::fs::File::options().write(true).open(&image).unwrap().set_modified(looked).unwrap();
+    wait_until("it to be served", || daemon.get("/v1/disks/vm0").json()["state"] == "serving");
+    assert_whole(&daemon, "vm0");
+}
+
 /// What is not served is remembered all the same: its image is no disk, no leg and no other thing's image.
 #[test]
 fn the_image_of_what_is_lost_is_nothing_else() {
