@@ -282,14 +282,15 @@ impl Manager {
         }
     }
 
-    /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images,
-    /// and what is there already may be known to the records.
+    /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images.
     fn free_snapshot_image(&self, reference: &SnapshotRef, frozen: Uuid) -> PathBuf {
         let usual = reference.to_string();
         let is_taken = self.all_disks().iter().any(|disk| disk.to_record().names().contains(&usual))
             || locked(&self.unserved).values().filter_map(|u| u.record.as_ref()).any(|r| r.names().contains(&usual));
-        let place = self.places.snapshot_image(&usual);
-        if is_taken || self.host.is_there(&place) { self.places.snapshot_image(&frozen) } else { place }
+        match is_taken {
+            false => self.places.snapshot_image(&usual),
+            true => self.places.snapshot_image(&frozen),
+        }
     }
 
     /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.

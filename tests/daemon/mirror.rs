@@ -242,8 +242,8 @@ fn a_refused_snapshot_leaves_a_split_leg_alone() {
     client.write(ALL, 1);
     split(&daemon, "a");
     client.write(0..100, 2);
-    std::fs::write(daemon.socket("vm1@b"), "in the way").unwrap();
-    assert_eq!(daemon.api().create("b", &["vm0", "vm1"], &json!({})).status, 400);
+    std::fs::write(daemon.snapshot_image("vm1@b"), "in the way").unwrap();
+    assert_eq!(daemon.api().create("b", &["vm0", "vm1"], &json!({})).status, 409);
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert_eq!(legs(&daemon)[1].1, "split");
     assert_eq!(raw(&leg), vec![1; ALL.end]);
