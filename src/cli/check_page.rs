@@ -72,6 +72,7 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
     for snapshot in &disk.snapshots {
         let verdict = match snapshot.verdict {
             SnapshotVerdict::Kept => "would be kept",
+            SnapshotVerdict::Deleting if snapshot.leaves_bookmark => "its deletion would go on, and leave a bookmark",
             SnapshotVerdict::Deleting => "its deletion would go on",
             SnapshotVerdict::Broken => "is broken",
             SnapshotVerdict::Waits => "stays as it is until its disk is served",

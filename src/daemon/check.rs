@@ -136,6 +136,8 @@ pub struct CheckedSnapshot {
     pub snapshot: String,
     /// What a start would do.
     pub verdict: SnapshotVerdict,
+    /// Whether its deletion leaves a bookmark.
+    pub leaves_bookmark: bool,
     /// Why, if it is not kept.
     pub reason: Option<String>,
     /// What to do then.

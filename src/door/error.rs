@@ -10,6 +10,9 @@ pub enum Error {
     /// An image refused.
     #[error(transparent)]
     Image(ImageError),
+    /// A table refused.
+    #[error(transparent)]
+    Table(TableError),
     /// A mirror cannot be used so.
     #[error("{0}")]
     Mirror(String),
@@ -28,6 +31,7 @@ impl From<PairError> for Error {
     fn from(e: PairError) -> Error {
         match e {
             PairError::Image(e) => Error::Image(e),
+            PairError::Bitmap(e @ TableError::NoSpace { .. }) => Error::Table(e),
             e => Error::Mirror(e.to_string()),
         }
     }
@@ -47,7 +51,7 @@ impl From<RequestError> for Error {
 
 impl From<TableError> for Error {
     fn from(e: TableError) -> Error {
-        Error::Io(e.to_string())
+        Error::Table(e)
     }
 }
 

@@ -101,13 +101,12 @@ impl Manager {
     /// An image of zeros for the durable copy of a table.
     pub(crate) fn make_durable_image(&self, path: &Path, geometry: &Geometry) -> Result<SharedImage, TableError> {
         let size = DurableTable::image_bytes(geometry.blocks());
-        self.host.create_image(path, size, Direct::Off).map_err(|e| in_table(path, &e))
+        self.host.create_image(path, size, Direct::Off).map_err(|e| TableError::image(path, &e))
     }
 
     /// A new file is there with its name, also after a power cut.
     pub(crate) fn store_name(&self, path: &Path) -> Result<(), TableError> {
-        let failed = |e: std::io::Error| TableError::Io { path: path.to_owned(), message: e.to_string() };
-        self.host.sync_directory_of(path).map_err(failed)
+        self.host.sync_directory_of(path).map_err(|e| TableError::io(path, &e))
     }
 
     pub(crate) fn make_run_table(&self, id: Uuid, geometry: &Geometry) -> Result<Arc<Table>, TableError> {
@@ -152,7 +151,7 @@ impl Manager {
         let failed = |message: String| TableError::Io { path: path.clone(), message };
         let made = self.block_on(async move |queue| Pack::create(image, (id, key), shape, &queue).await);
         let pack = made.map_err(failed)??;
-        self.host.sync_directory_of(&path).map_err(|e| failed(e.to_string()))?;
+        self.host.sync_directory_of(&path).map_err(|e| TableError::io(&path, &e))?;
         Ok(pack)
     }
 
@@ -188,7 +187,7 @@ impl Manager {
         let of = image.clone();
         let failed = |message: String| TableError::Io { path: path.clone(), message };
         let synced = self.block_on(async move |queue| crate::image::sync(&*of, &queue).await);
-        synced.and_then(|done| done.map_err(|e| e.to_string())).map_err(failed)?;
+        synced.map_err(failed)?.map_err(|e| TableError::image(&path, &e))?;
         self.store_name(&path)
     }
 
@@ -378,10 +377,6 @@ pub(crate) fn packed_volume(name: &Name) -> ApiError {
         "leave the layout out; or make a disk of it, whose layers may be packed: halfsilver volume complete {name}, then \
          halfsilver volume promote {name}"
     ))
-}
-
-fn in_table(path: &Path, e: &ImageError) -> TableError {
-    TableError::Io { path: path.to_owned(), message: e.to_string() }
 }
 
 /// Removes a file that is ours. That it is gone already is fine.

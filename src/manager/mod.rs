@@ -362,6 +362,7 @@ pub(crate) fn engine_error(e: crate::door::Error) -> ApiError {
     use crate::door::Error;
     let code = match e {
         Error::Image(e) => return image_error(e),
+        Error::Table(e) => return table_error(e),
         Error::Mirror(_) => ErrorCode::MirrorNotInSync,
         Error::Broken(_) => ErrorCode::SnapshotBroken,
         Error::Busy(_) => ErrorCode::Unavailable,
@@ -371,7 +372,8 @@ pub(crate) fn engine_error(e: crate::door::Error) -> ApiError {
 }
 
 pub(crate) fn table_error(e: TableError) -> ApiError {
-    ApiError::new(ErrorCode::Io, e.to_string())
+    let code = if matches!(e, TableError::NoSpace { .. }) { ErrorCode::NoSpace } else { ErrorCode::Io };
+    ApiError::new(code, e.to_string())
 }
 
 pub(crate) fn image_error(e: ImageError) -> ApiError {

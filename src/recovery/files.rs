@@ -99,10 +99,10 @@ impl Evidence for Files<'_> {
 
     fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<(), TableError> {
         let image = self.probe_made_here(path, false, Pack::UNIT_BYTES);
-        let image = image.map_err(|e| TableError::Io { path: path.to_owned(), message: e.to_string() })?;
+        let image = image.map_err(|e| TableError::image(path, &e))?;
         let shape = (size_bytes, self.setup.block_bytes);
         let found = self.host.block_on(async move |queue| Pack::examine(image, id, shape, believed, &queue).await);
-        found.map_err(|e| TableError::Io { path: path.to_owned(), message: e.to_string() })?
+        found.map_err(|e| TableError::io(path, &e))?
     }
 
     fn mirror(&self, mirror: &MirrorRecord, usable: &[Uuid], size_bytes: u64) -> Result<PairFacts, PairError> {
@@ -137,7 +137,7 @@ impl Evidence for Files<'_> {
 
     fn durable_table(&self, which: Durable, id: Uuid, blocks: u64) -> Result<DurableFacts, TableError> {
         let place = which.place(self.tables, id);
-        let image = self.shared(&place).map_err(|e| TableError::Io { path: place.clone(), message: e.to_string() })?;
+        let image = self.shared(&place).map_err(|e| TableError::image(&place, &e))?;
         let table = Arc::new(Table::in_memory(blocks)?);
         let loaded = self.host.block_on(async move |queue| -> Result<LoadReport, TableError> {
             Ok(DurableTable::load(image, id, table, &queue).await?.1)

@@ -118,7 +118,7 @@ impl DurableTable {
             durable.table.note_change(BlockRange::one(block));
             at = BlockIndex((block.0 / SECTOR_BITS + 1) * SECTOR_BITS);
         }
-        durable.commit(queue).await.map_err(|e| io_error(&path, &e))?;
+        durable.commit(queue).await.map_err(|e| TableError::image(&path, &e))?;
         Ok(durable)
     }
 
@@ -443,8 +443,7 @@ async fn scan(
                     _ => report.damaged.push(range),
                 }
             }
-            take(sector, words)
-                .map_err(|e| TableError::Io { path: image.path().to_owned(), message: e.to_string() })?;
+            take(sector, words).map_err(|e| TableError::io(image.path(), &e))?;
         }
     }
     Ok(report)
@@ -456,7 +455,7 @@ async fn read(image: &SharedImage, queue: &IoQueue, at: ByteOffset, sectors: u64
     match read_exact_at(&**image, queue, at, into).await {
         Ok(IoBuf::Owned(bytes)) => Ok(bytes),
         Ok(_) => unreachable!("a transfer gives back the buffer it was given"),
-        Err(e) => Err(io_error(image.path(), &e)),
+        Err(e) => Err(TableError::image(image.path(), &e)),
     }
 }
 
@@ -566,10 +565,6 @@ fn check_size(image: &SharedImage, blocks: u64) -> Result<(), TableError> {
 
 fn damaged(path: &Path, what: &str) -> TableError {
     TableError::Damaged { path: path.to_owned(), what: what.to_owned() }
-}
-
-fn io_error(path: &Path, e: &ImageError) -> TableError {
-    TableError::Io { path: path.to_owned(), message: e.to_string() }
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use self::format::{Identity, Place, UNIT_BYTES};
 use self::gather::{Bytes, Gathered};
 use self::places::{Places, Syncing, Units};
-use self::replay::{io_error, replay};
+use self::replay::replay;
 use super::TableError;
 use crate::image::{
     AlignedBuf, ByteOffset, GuestBuf, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, SharedImage, join_all,
@@ -101,8 +101,8 @@ impl Pack {
         let mut first = AlignedBuf::zeroed(UNIT_BYTES);
         identity.encode(&mut first);
         let written = write_all_at(&*image, queue, ByteOffset(0), IoBuf::Owned(first), false).await;
-        written.map_err(|e| io_error(&path, &e))?;
-        sync(&*image, queue).await.map_err(|e| io_error(&path, &e))?;
+        written.map_err(|e| TableError::image(&path, &e))?;
+        sync(&*image, queue).await.map_err(|e| TableError::image(&path, &e))?;
         let blocks = u32::try_from(identity.blocks()).expect("fewer than units");
         Ok(Pack::with(image, identity, Places::new(identity.block_units(), blocks, units)))
     }
@@ -124,12 +124,12 @@ impl Pack {
         // Later headers will say that everything up to them had arrived.
         for &torn in &found.torn {
             let done = zero_range(&*image, queue, position(torn), UNIT, false).await;
-            done.map_err(|e| io_error(&path, &e))?;
+            done.map_err(|e| TableError::image(&path, &e))?;
         }
         if !found.torn.is_empty() {
             log::info!("{}: {} writes had not arrived", path.display(), found.torn.len());
         }
-        sync(&*image, queue).await.map_err(|e| io_error(&path, &e))?;
+        sync(&*image, queue).await.map_err(|e| TableError::image(&path, &e))?;
         log::debug!("{}: {} blocks", path.display(), found.places.count());
         Ok(Pack::with(image, found.identity, found.places))
     }

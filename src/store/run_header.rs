@@ -130,7 +130,7 @@ pub struct RunTableFacts {
 /// # Errors
 /// As there.
 pub fn examine_run_table(path: &Path, blocks: u64, name: TableName) -> Result<RunTableFacts, TableError> {
-    let error = |e: io::Error| TableError::Io { path: path.to_owned(), message: e.to_string() };
+    let error = |e: io::Error| TableError::io(path, &e);
     let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(error)?;

@@ -77,7 +77,7 @@ impl Table {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         };
-        Ok(Self::from_mapping(raw.map_err(|e| io_error(Path::new("(memory)"), &e.into()))?, blocks))
+        Ok(Self::from_mapping(raw.map_err(|e| TableError::io(Path::new("(memory)"), &e.into()))?, blocks))
     }
 
     /// An empty table for `blocks` blocks, mapped from a new file at `path` (mode 0600; an old one is replaced).
@@ -85,7 +85,7 @@ impl Table {
     /// # Errors
     /// When the file cannot be made.
     pub fn create(path: &Path, blocks: u64, name: TableName) -> Result<Table, TableError> {
-        let error = |e: io::Error| io_error(path, &e);
+        let error = |e: io::Error| TableError::io(path, &e);
         match std::fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error(e)),
             _ => {}
@@ -105,7 +105,7 @@ impl Table {
     /// # Errors
     /// `Damaged` when it is another one or anything about it does not fit; `Io` when it is missing or cannot be mapped.
     pub fn open(path: &Path, blocks: u64, name: TableName) -> Result<Table, TableError> {
-        let error = |e: io::Error| io_error(path, &e);
+        let error = |e: io::Error| TableError::io(path, &e);
         let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(error)?;
@@ -132,14 +132,14 @@ impl Table {
     }
 
     fn map(path: &Path, file: &File, blocks: u64) -> Result<Table, TableError> {
-        let error = |e: rustix::io::Errno| io_error(path, &e.into());
+        let error = |e: rustix::io::Errno| TableError::io(path, &e.into());
         let (len, access) = (Self::mapping_bytes(blocks), ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: a new shared mapping at an address of the kernel's choice, of a file that has that length.
         // The run directory is ours alone (mode 0700), so nobody shortens the file.
         let raw = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, 0) };
         let table = Self::from_mapping(raw.map_err(error)?, blocks);
         // The flags are stored without a system call and must find their page.
-        table.populate_at(0, 1).map_err(|e| io_error(path, &e))?;
+        table.populate_at(0, 1).map_err(|e| TableError::io(path, &e))?;
         Ok(table)
     }
 
@@ -385,7 +385,7 @@ impl Table {
     /// When the copy cannot be made durable.
     pub fn save(&self, path: &Path) -> Result<Uuid, TableError> {
         let seal = Uuid::new_v4();
-        let error = |e: io::Error| io_error(path, &e);
+        let error = |e: io::Error| TableError::io(path, &e);
         let beside = path.with_extension("new");
         let file = OpenOptions::new()
             .write(true)
@@ -429,7 +429,7 @@ impl Table {
     /// # Errors
     /// When the copy is missing, damaged, another one, or for another number of blocks.
     pub fn load(&self, path: &Path, seal: Uuid) -> Result<(), TableError> {
-        let error = |e: io::Error| io_error(path, &e);
+        let error = |e: io::Error| TableError::io(path, &e);
         let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
         // A copy is a file that was made here: not a link, and not a pipe that would keep us waiting.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -528,10 +528,6 @@ fn words_of(range: BlockRange) -> impl Iterator<Item = (u64, u64)> {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
-}
-
-fn io_error(path: &Path, e: &io::Error) -> TableError {
-    TableError::Io { path: path.to_owned(), message: e.to_string() }
 }
 
 /// Makes a rename or an unlink in `path`'s directory durable.

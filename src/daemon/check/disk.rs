@@ -113,9 +113,11 @@ fn snapshot(disk: &DiskRecord, name: &str, fate: SnapshotFate, is_unserved: bool
         SnapshotFate::Broken(why) => (SnapshotVerdict::Broken, Some(why)),
         SnapshotFate::Waits => (SnapshotVerdict::Waits, None),
     };
+    let leaves_bookmark = disk.snapshots.iter().any(|s| s.name == name && s.leaves_bookmark());
     CheckedSnapshot {
         snapshot: format!("{}@{name}", disk.name),
         verdict,
+        leaves_bookmark,
         action: why.as_ref().map(|why| why.advice().to_owned()),
         reason: why.as_ref().map(Why::to_string),
         // While its disk is not served nothing happens to a snapshot.

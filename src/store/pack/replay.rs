@@ -8,7 +8,6 @@
 //! - Nothing is changed here. Headers that do not count are named, so that they can be taken away before later ones say
 //!   that everything up to them had arrived.
 
-use std::path::Path;
 
 use super::format::{Header, Identity, Place, UNIT_BYTES};
 use super::places::Places;
@@ -174,7 +173,7 @@ impl Reader<'_> {
         match read_exact_at(&**self.image, self.queue, from, IoBuf::Owned(into)).await {
             Ok(IoBuf::Owned(bytes)) => self.window = Some((at, bytes)),
             Ok(_) => unreachable!("a transfer gives back the buffer it was given"),
-            Err(e) => return Err(io_error(self.image.path(), &e)),
+            Err(e) => return Err(TableError::image(self.image.path(), &e)),
         }
         Ok(())
     }
@@ -187,8 +186,4 @@ impl Reader<'_> {
             None => Some(at),
         }
     }
-}
-
-pub(super) fn io_error(path: &Path, e: &crate::image::ImageError) -> TableError {
-    TableError::Io { path: path.to_owned(), message: e.to_string() }
 }
