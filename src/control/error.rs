@@ -173,7 +173,7 @@ impl ApiError {
 
     /// The job has ended, so there is nothing to go on with.
     pub fn job_ended(id: impl fmt::Display, state: impl fmt::Display) -> Self {
-        Self::new(ErrorCode::Conflict, format!("job {id} is {state}, so there is nothing to resume"))
+        Self::new(ErrorCode::Conflict, format!("job {id} is {state}, so there is nothing to resume or stop"))
             .with_action("'halfsilver job list' shows the jobs")
     }
 

@@ -141,7 +141,7 @@ impl FileImage {
                 ImageErrorKind::InUse,
                 ImageOp::Open,
                 path,
-                "it is in use by another process (QEMU, qemu-img or another halfsilver); stop that first",
+                "it is in use, by another disk or leg of this daemon, or by QEMU, qemu-img or another halfsilver; end that first",
             ),
             _ => open_error(path, &e),
         })?;

@@ -75,7 +75,7 @@ impl Refusal {
         }
         let mut shown: Vec<String> = self.steps.iter().take(STEPS_SHOWN_MAX).map(Step::to_string).collect();
         if self.steps.len() > STEPS_SHOWN_MAX {
-            shown.push(format!("and {} more; ask again then", self.steps.len() - STEPS_SHOWN_MAX));
+            shown.push(format!("ask again, for {} more", self.steps.len() - STEPS_SHOWN_MAX));
         }
         let advice = if shown.is_empty() { self.code.action().to_owned() } else { shown.join("; then ") };
         match &self.forced {

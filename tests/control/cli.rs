@@ -324,7 +324,7 @@ fn waiting_for_a_job() {
     assert!(rig.fails("job stop 3").contains("job 3 is stopped and still has work to do; resume it"));
     assert!(rig.done("job resume 3").contains("running"));
     rig.fake.set_job(3, JobState::Done, None);
-    assert!(rig.fails("job resume 3").contains("job 3 is done, so there is nothing to resume; "));
+    assert!(rig.fails("job resume 3").contains("job 3 is done, so there is nothing to resume or stop; "));
     assert_eq!(rig.done("job stop 3"), "job 3 had ended, and is off the list\n");
 }
 
