@@ -8,7 +8,6 @@
 //! - Nothing is changed here. Headers that do not count are named, so that they can be taken away before later ones say
 //!   that everything up to them had arrived.
 
-
 use super::format::{Header, Identity, Place, UNIT_BYTES};
 use super::places::Places;
 use super::{Believed, units_of};
