@@ -73,6 +73,7 @@ fn writes_to_a_packed_log_have_a_budget() {
     println!("{} MiB more", more >> 20);
     assert!(more < MORE_BYTES, "{more} bytes more");
     assert_eq!(guest.read_sectors(0, 512), [5; 512]);
+    scene.daemon.delete("vm0@old");
     scene.others_go_on();
     drop(guest);
     scene.end();
