@@ -78,7 +78,7 @@ fn put(path: &Path, name: &str, value: &[u8]) {
 fn spoil(path: &Path, name: &str, how: &str) {
     let mut value = value_of(path, name);
     if how == "newer" {
-        let rest = [b"2 ", &value[11..]].concat();
+        let rest = [b"9 ", &value[11..]].concat();
         let crc = crc32fast::hash(&[name.as_bytes(), &[0], &rest].concat());
         value = [format!("{crc:08x} ").as_bytes(), &rest].concat();
     } else {
