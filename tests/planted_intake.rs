@@ -17,7 +17,7 @@ impl AvailSource for LateRing {
     type Item = ();
 
     fn load_avail(&mut self) -> bool {
-        self.clock.advance().expect("few epochs");
+        self.clock.advance(self.clock.room().expect("few epochs"));
         self.announced = true;
         true
     }

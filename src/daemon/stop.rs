@@ -4,7 +4,6 @@
 //! it takes [`STOP_WAIT`] at most, which is less than a service manager waits. What hangs by then is as after a kill.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -34,7 +33,7 @@ impl Manager {
         let deadline = self.host.now() + STOP_WAIT;
         self.going_down();
         for job in self.running_jobs() {
-            job.pace.stop.store(true, Ordering::Release);
+            job.pace.stop();
         }
         // Whatever is being changed is changed now, and nothing is after this.
         for left in self.wait_unclaimed(CLAIMS_WAIT) {
@@ -45,14 +44,13 @@ impl Manager {
             // Requests may still wait for a volume, when the start ends half way.
             disk.disk.lose_restore("the daemon is going down");
             disk.stop_server();
+            disk.stop_abandoned();
             for snapshot in disk.snapshots() {
                 let server = locked(&snapshot.server).take();
                 drop(server);
             }
             Ok(())
         });
-        let abandoned = std::mem::take(&mut *locked(&self.abandoned));
-        drop(abandoned);
         if self.house.send(HouseNews::Stopping).is_err() {
             log::debug!("the housekeeper has left already");
         }

@@ -174,6 +174,11 @@ impl Disk {
         frozen.map_or_else(|| disk.attach_live(), |version| disk.attach_frozen(version))
     }
 
+    /// Lets background work go on that waits behind a holder of a turn that hangs; to be called now and then.
+    pub fn relieve_background(&self) {
+        self.open().disk.background().relieve();
+    }
+
     /// What background work may have in flight beside an active guest; 0 for as much as it wants.
     pub fn set_window(&self, bytes: u64) {
         self.open().disk.background().set_window(bytes);
@@ -193,7 +198,7 @@ impl Disk {
     pub fn wait_quiet(&self, ended: Epoch, time: Duration) -> bool {
         let (open, host) = (self.open(), &self.engine.host);
         let free = open.disk.connections().wait_free(ended, host.patience(time));
-        free.is_some_and(|last| open.disk.clock().wait_drained(last, host.patience(time)))
+        free.is_some_and(|last| open.disk.clock().wait_quiet(last, host.patience(time)))
     }
 
     /// What a version shows outlives a power cut from now on, if it is one of those that do. Otherwise it is broken.

@@ -5,6 +5,8 @@
 //! - While it is active, the turns that are given have at most the window together; or it is one turn alone, so that there
 //!   is progress however small the window and however large a block is. Who waits is served in order of arrival.
 //! - Who waits, waits for a turn that is held: the drop of each gives all that can be given then. Nobody is left behind.
+//! - A holder may hang, with the storage of a volume on this disk say. When no turn has been given or given back for
+//!   [`STALL`], who waits gets its least beside it, uncounted, until one is given back ([`Background::relieve`]).
 //! - No deadlock: a turn is taken before epochs and block locks, but for the ticket of a frozen version's reader, for whose
 //!   end no holder of a turn waits. Several are taken from a volume downwards to what it stands on.
 //!
@@ -29,6 +31,9 @@ const PIECE_BYTES_MAX: u64 = 64 << 10;
 /// before it goes on pauses about as long as the disk takes.
 const LINGER: Duration = Duration::from_millis(10);
 
+/// Turns that nobody gives back for so long are held by who hangs.
+const STALL: Duration = Duration::from_secs(5);
+
 /// One disk's guest, and the turns of those who work in the background.
 pub struct Background {
     /// The most bytes in flight beside an active guest; 0 for as many as are wanted.
@@ -46,10 +51,15 @@ pub struct Background {
     turns: Mutex<Turns>,
 }
 
-#[derive(Default)]
+/// The turns that are held and count.
+struct InFlight {
+    bytes: u64,
+    /// When one was last given or given back.
+    moved: Instant,
+}
+
 struct Turns {
-    /// Of the turns that are counted.
-    in_flight_bytes: u64,
+    in_flight: InFlight,
     /// Only while a counted turn is held: looked at and changed under the same lock.
     waiting: VecDeque<Arc<Waiter>>,
 }
@@ -106,7 +116,10 @@ impl Default for Background {
             left_at_ms: AtomicU64::new(0),
             waited_us: AtomicU64::new(0),
             born: Instant::now(),
-            turns: Mutex::default(),
+            turns: Mutex::new(Turns {
+                in_flight: InFlight { bytes: 0, moved: Instant::now() },
+                waiting: VecDeque::new(),
+            }),
         }
     }
 }
@@ -144,7 +157,7 @@ impl Background {
     /// The bytes of the turns that are held and count.
     #[must_use]
     pub fn in_flight_bytes(&self) -> u64 {
-        lock(&self.turns).in_flight_bytes
+        lock(&self.turns).in_flight.bytes
     }
 
     /// How many wait for a turn.
@@ -182,9 +195,8 @@ impl Background {
         let waiter = {
             let mut turns = lock(&self.turns);
             if turns.waiting.is_empty()
-                && let Some(share) = share_of(Some(window), turns.in_flight_bytes, wish)
+                && let Some(share) = turns.in_flight.give(Some(window), wish, Instant::now())
             {
-                turns.in_flight_bytes += share.counted;
                 return share;
             }
             let waiter = Arc::new(Waiter { wish, state: Mutex::new(WaiterState::Waiting(None)) });
@@ -203,21 +215,28 @@ impl Background {
     fn release(&self, counted: u64) {
         let wakers = {
             let mut turns = lock(&self.turns);
-            turns.in_flight_bytes -= counted;
+            if counted > 0 {
+                turns.in_flight = InFlight { bytes: turns.in_flight.bytes - counted, moved: Instant::now() };
+            }
             self.grant(&mut turns)
         };
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Gives turns to those who wait behind a holder that hangs, or for a guest that has gone. Called now and then.
+    pub fn relieve(&self) {
+        let wakers = self.grant(&mut lock(&self.turns));
         wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Gives turns to those at the head of the queue, as far as the window goes.
     fn grant(&self, turns: &mut Turns) -> Vec<Waker> {
         let mut wakers = Vec::new();
-        let window = self.window();
+        let (window, now) = (self.window(), Instant::now());
         while let Some(first) = turns.waiting.front() {
             let mut waiter = lock(&first.state);
             if !matches!(*waiter, WaiterState::GaveUp) {
-                let Some(share) = share_of(window, turns.in_flight_bytes, first.wish) else { break };
-                turns.in_flight_bytes += share.counted;
+                let Some(share) = turns.in_flight.give(window, first.wish, now) else { break };
                 if let WaiterState::Waiting(Some(waker)) = std::mem::replace(&mut *waiter, WaiterState::Granted(share))
                 {
                     wakers.push(waker);
@@ -232,6 +251,19 @@ impl Background {
     fn ms_of(&self, now: Instant) -> u64 {
         // Never 0, which says that there is none.
         u64::try_from(now.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+impl InFlight {
+    /// What can be given now; None if one has to wait.
+    fn give(&mut self, window: Option<u64>, wish: Wish, now: Instant) -> Option<Share> {
+        let share = share_of(window, self.bytes, wish);
+        if let Some(Share { counted: counted @ 1.., .. }) = share {
+            *self = InFlight { bytes: self.bytes + counted, moved: now };
+        }
+        let is_stalled = now.saturating_duration_since(self.moved) >= STALL;
+        let beside = Share { bytes: wish.most.min(PIECE_BYTES_MAX).max(wish.least), counted: 0 };
+        share.or_else(|| is_stalled.then_some(beside))
     }
 }
 

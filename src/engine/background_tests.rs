@@ -189,3 +189,42 @@ fn a_guest_is_active_until_a_moment_after_its_last_queue_ended() {
         std::thread::yield_now();
     }
 }
+
+/// A holder hangs: who waits goes on beside it after a while, and so does who comes then, until it gives its turn back.
+#[test]
+fn who_waits_behind_a_holder_that_hangs_goes_on_beside_it() {
+    let (background, guest) = with_window(64 * K);
+    guest.begins();
+    let hangs = now(&background, 64 * K, 1);
+    let woken = Arc::new(Woken::default());
+    let mut waits = pin!(background.turn(1 << 20, 4 * K));
+    assert!(look(waits.as_mut(), &woken).is_none());
+    background.relieve();
+    assert!(look(waits.as_mut(), &woken).is_none(), "that turn was given just now");
+    lock(&background.turns).in_flight.moved -= STALL;
+    background.relieve();
+    assert_eq!(woken.0.load(std::sync::atomic::Ordering::SeqCst), 1);
+    let beside = look(waits.as_mut(), &woken).expect("it goes on beside the one that hangs");
+    assert_eq!((beside.bytes(), background.in_flight_bytes()), (64 * K, 64 * K));
+    assert_eq!(now(&background, 1 << 20, 128 * K).bytes(), 128 * K);
+    drop((hangs, beside));
+    let next = now(&background, 64 * K, 1);
+    assert_waits(&background, K, 1);
+    drop(next);
+}
+
+/// The guest has gone, and whoever holds a turn hangs: nobody else has to wait for anything.
+#[test]
+fn who_waited_for_a_guest_that_has_gone_goes_on() {
+    let (background, guest) = with_window(64 * K);
+    guest.begins();
+    let _hangs = now(&background, 64 * K, 1);
+    let mut waits = pin!(background.turn(1 << 20, 1));
+    assert!(look(waits.as_mut(), &Arc::default()).is_none());
+    drop(guest);
+    while background.guest_is_active() {
+        std::thread::yield_now();
+    }
+    background.relieve();
+    assert_eq!(look(waits.as_mut(), &Arc::default()).expect("nobody is in its way").bytes(), 1 << 20);
+}

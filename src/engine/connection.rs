@@ -119,8 +119,8 @@ impl Connections {
     }
 
     /// Blocks the thread until no connection acts in `epoch` or an older one any more, whatever it enters, at most for
-    /// `timeout`. Returns the last epoch whose requests may: once that has drained
-    /// ([`EpochClock::is_drained`]), the version that ended with `epoch` never changes again.
+    /// `timeout`. Returns the last epoch whose requests may: once that is quiet
+    /// ([`EpochClock::is_quiet`]), the version that ended with `epoch` never changes again.
     #[must_use]
     pub fn wait_free(&self, epoch: Epoch, timeout: Duration) -> Option<Epoch> {
         let deadline = Instant::now() + timeout;
@@ -139,7 +139,7 @@ impl Connections {
     fn tidied(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
         let members = lock(&self.shared.members);
         for member in members.iter() {
-            let is_over = |pin: &mut Pin| pin.until.is_some_and(|until| self.clock.is_drained(until.previous()));
+            let is_over = |pin: &mut Pin| pin.until.is_some_and(|until| self.clock.is_quiet(until.previous()));
             lock(&member.pins).extract_if(.., is_over).for_each(drop);
         }
         members
@@ -214,7 +214,7 @@ mod tests {
     /// A cut that pins everybody; returns the epoch that ended.
     fn cut(clock: &EpochClock, connections: &Connections) -> Epoch {
         let change = connections.pin(clock.current());
-        let ended = clock.advance().expect("few epochs").previous();
+        let ended = clock.advance(clock.room().expect("few epochs")).previous();
         drop(change);
         ended
     }
@@ -222,7 +222,7 @@ mod tests {
     /// A cutover; returns the first epoch in which it counts.
     fn cut_over(clock: &EpochClock, connections: &Connections, up_to: Epoch) -> Epoch {
         let change = connections.release(up_to, clock.current().next());
-        let from = clock.advance().expect("few epochs");
+        let from = clock.advance(clock.room().expect("few epochs"));
         drop(change);
         from
     }
@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(old_lane.enter().again().epoch(), Epoch(1));
         assert_eq!(acts(&new.lane()), (Epoch(2), Epoch(2)));
         assert_eq!(acts(&nobody), (Epoch(2), Epoch(2)));
-        clock.advance().expect("few epochs");
+        clock.advance(clock.room().expect("few epochs"));
         assert_eq!(acts(&old_lane), (Epoch(1), Epoch(3)), "a cut that is not by connection changes nothing");
         assert_eq!((connections.holders(Epoch(1)), connections.holders(Epoch(0))), (1, 0));
         assert_eq!(connections.count(), 2);
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(change.count(), 1);
         assert_eq!(lane.enter().epoch(), ended, "the counter has not moved");
         assert_eq!(old.lane().enter().epoch(), ended, "nor for a lane that looks at the pins only now");
-        clock.advance().expect("few epochs");
+        clock.advance(clock.room().expect("few epochs"));
         drop(change);
         assert_eq!(lane.enter().epoch(), Epoch(3));
         assert_eq!(connections.holders(ended), 0);
@@ -333,11 +333,11 @@ mod tests {
         let (clock, connections) = clock_and_connections();
         let old = connections.join();
         drop(connections.pin(Epoch(1)));
-        clock.advance().expect("few epochs");
+        clock.advance(clock.room().expect("few epochs"));
         assert_eq!((old.lane().enter().epoch(), connections.holders(Epoch(9))), (Epoch(2), 0));
         let ended = cut(&clock, &connections);
         drop(connections.release(ended, clock.current().next()));
-        clock.advance().expect("few epochs");
+        clock.advance(clock.room().expect("few epochs"));
         assert_eq!((old.lane().enter().epoch(), connections.holders(ended)), (ended, 1));
     }
 
@@ -349,7 +349,7 @@ mod tests {
             let joins = scope.spawn(|| connections.join().lane().enter().epoch());
             std::thread::sleep(Duration::from_millis(20));
             assert!(!joins.is_finished(), "joined between the pins and the counter");
-            clock.advance().expect("few epochs");
+            clock.advance(clock.room().expect("few epochs"));
             drop(change);
             assert_eq!(joins.join().ok(), Some(Epoch(2)));
         });

@@ -85,12 +85,10 @@ impl ChainEditor {
     /// is being restored. Nothing has changed then.
     pub fn cut(&self, group: Vec<PreparedSnapshot>, writers: Writers) -> Result<Cut, TooManyDraining> {
         let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
+        let room = self.clock.room()?;
         // All of them first: half a group that is published would have a version of an epoch that never comes.
         group.iter().for_each(PreparedSnapshot::assert_fits);
-        let coming = self.clock.current().next();
+        let coming = room.coming();
         let disks: Vec<_> = group.iter().map(|prepared| prepared.disk.clone()).collect();
         let pin = || match writers {
             Writers::Request => Vec::new(),
@@ -104,7 +102,7 @@ impl ChainEditor {
             frozen.push(disk.publish(prepared, began));
         }
         let pins = pin();
-        self.clock.advance()?;
+        self.clock.advance(room);
         drop(pins);
         Ok(Cut { ended: coming.previous(), frozen })
     }
@@ -116,12 +114,10 @@ impl ChainEditor {
     /// When too many older cuts still drain; nothing has changed then.
     pub fn cut_over(&self, disks: &[&Disk], ended: Epoch) -> Result<usize, TooManyDraining> {
         let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
-        let coming = self.clock.current().next();
+        let room = self.clock.room()?;
+        let coming = room.coming();
         let changes: Vec<_> = disks.iter().map(|disk| disk.connections.release(ended, coming)).collect();
-        self.clock.advance()?;
+        self.clock.advance(room);
         Ok(changes.iter().map(PinChange::count).sum())
     }
 
@@ -132,14 +128,12 @@ impl ChainEditor {
     /// When too many older cuts still drain; nothing has changed then.
     pub fn replace_full_image(&self, disk: &Disk, image: Backing) -> Result<Epoch, TooManyDraining> {
         let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(TooManyDraining);
-        }
+        let room = self.clock.room()?;
         let chain = disk.chain();
         let mut links = chain.links().to_vec();
         links[chain.pivot_of(chain.live())].layer.image = image;
         disk.chain.store(Arc::new(chain.with_links(links)));
-        Ok(self.clock.advance()?.previous())
+        Ok(self.clock.advance(room).previous())
     }
 }
 

@@ -107,7 +107,7 @@ impl Disk {
         let clock = clock.of_disk();
         let base = match options.image {
             Backing::View(view) => {
-                view.join(&clock);
+                view.read_by(&clock);
                 OnceLock::from(ArcSwapOption::from(Some(view)))
             }
             Backing::One(_) | Backing::Pair(_) | Backing::Packed(_) => OnceLock::new(),

@@ -47,7 +47,7 @@ pub use connection::{Connection, Connections, PinChange};
 pub use cut::{Cut, NewLayer, PreparedSnapshot, Writers};
 pub use disk::{Disk, DiskObserver, DiskOptions};
 pub use editor::ChainEditor;
-pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, TooManyDraining};
+pub use epoch::{EPOCHS_DRAINING_MAX, Epoch, EpochClock, Room, TooManyDraining};
 pub use geometry::Geometry;
 pub use layer::{Layer, Log, Revoke, Saved};
 pub use legs::{CopyCursor, LegImage, LegState, LegStatus, Pair, PairError, PairFacts, PairObserver, REGION_BYTES_MIN};

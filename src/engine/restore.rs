@@ -74,7 +74,7 @@ impl ChainEditor {
         if let Restore::Active(restoring) = &restore
             && let RestoreSource::View(view) = restoring.source()
         {
-            view.join(&disk.clock);
+            view.read_by(&disk.clock);
         }
         let _editing = self.begin();
         disk.chain.store(Arc::new(disk.chain().with_restore(restore)));

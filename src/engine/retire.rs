@@ -38,9 +38,7 @@ impl ChainEditor {
     /// When too many older cuts still drain, or another version of this disk is on its way out.
     pub fn begin_retire(&self, disk: &Disk, version: &Version) -> Result<Epoch, RetireError> {
         let _editing = self.begin();
-        if !self.clock.can_advance() {
-            return Err(RetireError::TooManyDraining(TooManyDraining));
-        }
+        let room = self.clock.room().map_err(RetireError::TooManyDraining)?;
         // Two at once would each go by a neighbour that the other takes away.
         let other = |l: &Link| l.version.is_retiring() && l.version.id != version.id;
         if disk.chain().links().iter().any(other) {
@@ -48,7 +46,7 @@ impl ChainEditor {
         }
         version.set_retiring();
         // An epoch without a version of its own: a grace period.
-        Ok(self.clock.advance()?.previous())
+        Ok(self.clock.advance(room).previous())
     }
 
     /// Takes a version whose blocks have been handed over out of its chain. A pivot leaves its image to the neighbour

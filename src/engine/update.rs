@@ -82,7 +82,7 @@ impl ChainEditor {
         layer: Layer,
         changed: Changed,
     ) {
-        view.join(&disk.clock);
+        view.read_by(&disk.clock);
         let _editing = self.begin();
         assert!(disk.only_image().is_some(), "a volume with snapshots is not put on another one");
         let chain = disk.chain();

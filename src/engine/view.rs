@@ -4,7 +4,7 @@
 //! What always holds:
 //! - It is only read. A volume's writes go to its log, and nothing is ever folded into a frozen version.
 //! - What it shows never changes: it goes by the version's name, and each read resolves its blocks anew as any reader of
-//!   the snapshot does. The epochs of a daemon are one counter, so the reader's ticket holds up the version's deletion.
+//!   the snapshot does. The disk that has it waits for who reads it before it lets it go ([`View::read_by`]).
 //! - When the version is broken, going or gone, every read says so, and so does the volume ([`View::broken`]).
 
 use std::path::{Path, PathBuf};
@@ -85,9 +85,9 @@ impl View {
     }
 
     /// Before the requests of a disk read it: those of the disk that has it are waited for together with them from then on.
-    pub(super) fn join(&self, clock: &EpochClock) {
+    pub(super) fn read_by(&self, reader: &EpochClock) {
         if let Ok(source) = &self.source {
-            source.clock().join(clock);
+            source.clock().read_by(reader);
         }
     }
 

@@ -4,6 +4,7 @@
 //! guest decides how much memory its requests cost.
 
 use std::io;
+use std::sync::{Arc, LazyLock};
 
 use super::{
     AlignedBuf, ByteOffset, GuestBuf, Image, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, OpKind, Share,
@@ -11,7 +12,7 @@ use super::{
 };
 
 /// Zeros are written from a buffer of at most this many bytes where the container cannot zero a range itself.
-const ZERO_CHUNK_BYTES: u64 = 1 << 20;
+const ZERO_CHUNK_BYTES: usize = 1 << 20;
 
 /// The most bytes of a guest that are copied at once.
 const COPY_BYTES_MAX: usize = 1 << 20;
@@ -272,13 +273,12 @@ async fn begin_zero(
 
 async fn write_zeros(image: &dyn Image, queue: &IoQueue, at: ByteOffset, len: u64) -> Result<(), ImageError> {
     let _changed = Changed(image);
-    let zeros = std::sync::Arc::new(AlignedBuf::zeroed(
-        usize::try_from(len.min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory"),
-    ));
+    // The same for all that are in flight.
+    static ZEROS: LazyLock<Arc<AlignedBuf>> = LazyLock::new(|| Arc::new(AlignedBuf::zeroed(ZERO_CHUNK_BYTES)));
     let mut done = 0;
     while done < len {
-        let n = usize::try_from((len - done).min(ZERO_CHUNK_BYTES)).expect("a chunk fits in memory");
-        let buf = IoBuf::Shared(zeros.clone(), 0..n);
+        let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(ZERO_CHUNK_BYTES);
+        let buf = IoBuf::Shared(ZEROS.clone(), 0..n);
         transfer(image, queue, OpKind::Write { durable: false }, at.add(done), buf).await?;
         done += n as u64;
     }

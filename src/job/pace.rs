@@ -1,7 +1,10 @@
 //! How fast a job goes, how far it is, and whether it should stop.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::engine::{Disk, Turn};
@@ -20,8 +23,9 @@ pub struct Pace {
     pub delay_ms: AtomicU32,
     /// The most bytes that it does in a second; 0 for as many as it can.
     pub bytes_per_second: AtomicU64,
-    /// Whether to stop before the next block.
-    pub stop: AtomicBool,
+    stop: AtomicBool,
+    /// The job, while it waits for what may hang.
+    waits: Mutex<Option<Waker>>,
     /// Bytes done.
     pub done_bytes: AtomicU64,
     /// Bytes to do in all, as far as known.
@@ -31,10 +35,22 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// Has it stop before the next block.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner).take();
+        waits.into_iter().for_each(Waker::wake);
+    }
+
+    /// Lets it go on when it begins anew.
+    pub fn go_on(&self) {
+        self.stop.store(false, Ordering::SeqCst);
+    }
+
     /// Whether it should stop.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
+        self.stop.load(Ordering::SeqCst)
     }
 
     /// Counts a step of `bytes`, pauses as long as asked for, and says whether to go on.
@@ -42,7 +58,7 @@ impl Pace {
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
         let (mut paused, mut more) = (Duration::ZERO, bytes);
         loop {
-            if self.stop.load(Ordering::Acquire) {
+            if self.is_stopped() {
                 return false;
             }
             // Looked at anew in each slice: a pause of an hour can be shortened.
@@ -55,6 +71,19 @@ impl Pace {
             drop(queue.sleep(slice).await);
             paused += slice;
         }
+    }
+
+    /// The answer of a future, or None when it is to stop first: what that waits for may hang.
+    pub(super) async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            if let Poll::Ready(answer) = future.as_mut().poll(cx) {
+                return Poll::Ready(Some(answer));
+            }
+            *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+            if self.is_stopped() { Poll::Ready(None) } else { Poll::Pending }
+        })
+        .await
     }
 
     /// Adds what was done to what is beyond the limit, and says how long it takes until nothing is.

@@ -64,7 +64,9 @@ pub async fn retire(
     grace: Epoch,
     pace: Arc<Pace>,
 ) -> Result<Outcome, String> {
-    disk.clock().drained(grace).await;
+    if pace.unless_stopped(disk.clock().drained(grace)).await.is_none() {
+        return Ok(Outcome::Stopped);
+    }
     // Of a job that goes on, some is done already.
     let done = pace.done_bytes.load(Ordering::Relaxed);
     let total = done + disk.blocks_to_let_go(version.id) * u64::from(disk.geometry().block_bytes);

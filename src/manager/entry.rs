@@ -218,6 +218,8 @@ pub(crate) struct DiskEntry {
     /// What is known of bookmarks but for their tables, oldest first.
     pub(crate) bookmarks: Mutex<Vec<BookmarkRecord>>,
     pub(crate) failure_told: AtomicBool,
+    /// Servers of snapshots that were deleted under their readers.
+    pub(crate) abandoned: Mutex<Vec<Arc<dyn Server>>>,
     pub(crate) allocated: Allocated,
 }
 
@@ -367,6 +369,12 @@ impl DiskEntry {
         if let Some(server) = server {
             server.stop();
         }
+    }
+
+    /// Hangs up on those who read a snapshot that was deleted under them. They have the disk's images.
+    pub(crate) fn stop_abandoned(&self) {
+        let servers = std::mem::take(&mut *locked(&self.abandoned));
+        servers.iter().for_each(|server| server.stop());
     }
 }
 

@@ -74,7 +74,7 @@ impl JobEntry {
     /// It runs again, after it was stopped or has failed.
     pub(crate) fn begin_again(&self) {
         self.is_abandoned.store(false, Ordering::Release);
-        self.pace.stop.store(false, Ordering::Release);
+        self.pace.go_on();
         *locked(&self.running_since) = (self.host.now(), self.pace.done_bytes.load(Ordering::Relaxed));
         *locked(&self.state) = (JobState::Running, None);
     }
@@ -96,7 +96,7 @@ impl JobEntry {
     /// Stops it because what it works on goes. Returns whether it has ended in time.
     pub(crate) fn abandon(&self, timeout: Duration) -> bool {
         self.is_abandoned.store(true, Ordering::Release);
-        self.pace.stop.store(true, Ordering::Release);
+        self.pace.stop();
         self.wait(timeout)
     }
 
@@ -243,7 +243,7 @@ impl Manager {
         let job = self.job(id)?;
         match job.state() {
             JobState::Running => {
-                job.pace.stop.store(true, Ordering::Release);
+                job.pace.stop();
                 if !job.wait(STOP_WAIT) {
                     let message =
                         format!("job {id} has not stopped yet: it waits for a block, or for requests in flight");

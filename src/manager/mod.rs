@@ -50,7 +50,6 @@ pub use crate::manager::places::{PlaceError, Places};
 use crate::manager::unserved::Unserved;
 use crate::registry::Claims;
 use crate::store::{DiskRecord, RecordError, RecordStore, TableError};
-use crate::vhost_user::Server;
 
 /// How often write-intent bitmaps are cleaned: regions that were written in between stay marked.
 const CLEAN_INTERVAL: Duration = Duration::from_secs(5);
@@ -82,8 +81,6 @@ pub struct Manager {
     pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     /// The number that a job got last by the clock.
     pub(crate) last_by_clock: Mutex<u64>,
-    /// Servers of snapshots that were deleted under their readers.
-    pub(crate) abandoned: Mutex<Vec<Arc<dyn Server>>>,
     /// Who is changing what.
     pub(crate) claims: Mutex<Claims>,
     /// Rings when a claim was let go.
@@ -172,7 +169,6 @@ impl Manager {
             unserved: Mutex::default(),
             jobs: Mutex::default(),
             last_by_clock: Mutex::default(),
-            abandoned: Mutex::default(),
             claims: Mutex::default(),
             released: Condvar::new(),
             follow_ups: Mutex::default(),
@@ -335,6 +331,7 @@ fn keep_house(manager: &Weak<Manager>, inbox: &Receiver<HouseNews>) {
             Err(RecvTimeoutError::Timeout) if manager.is_stopping() => return,
             Err(RecvTimeoutError::Timeout) => {
                 manager.tell_failures();
+                manager.all_disks().iter().for_each(|disk| disk.disk.relieve_background());
                 manager.try_follow_ups();
                 if host.now() - last_clean >= CLEAN_INTERVAL {
                     last_clean = host.now();

@@ -262,6 +262,7 @@ impl Manager {
             snapshots: Mutex::new(snapshots),
             bookmarks: Mutex::new(bookmarks),
             failure_told: AtomicBool::new(false),
+            abandoned: Mutex::default(),
             allocated: Allocated::default(),
         });
         {

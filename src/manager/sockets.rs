@@ -70,6 +70,7 @@ impl Manager {
     /// answered with errors.
     pub(crate) fn stop_servers<T>(
         &self,
+        disk: &DiskEntry,
         servers: &[Arc<dyn Server>],
         command: &Command,
         record: impl FnOnce() -> Result<T, ApiError>,
@@ -82,7 +83,7 @@ impl Manager {
         if matches!(command, Command::DeleteSnapshot { force: true, .. }) {
             drop(away);
             servers.iter().for_each(|server| server.abandon());
-            let mut abandoned = locked(&self.abandoned);
+            let mut abandoned = locked(&disk.abandoned);
             abandoned.retain(|server| server.frontends() > 0);
             abandoned.extend(servers.iter().cloned());
             return Ok(recorded);

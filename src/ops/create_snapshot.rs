@@ -162,8 +162,9 @@ impl Manager {
                         }
                         return;
                     }
-                    if manager.is_stopping() {
-                        return; // The end of the daemon drains everything itself.
+                    // The end of the daemon drains everything itself; a disk that was removed is let go.
+                    if manager.is_stopping() || !manager.is_there(&disk, &entry) {
+                        return;
                     }
                 }
             });

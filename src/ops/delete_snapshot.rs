@@ -182,7 +182,7 @@ impl Manager {
             refuse_if_read_through(disk, entry)?;
         }
         let server = locked(&entry.server).clone();
-        let job = self.stop_servers(server.as_slice(), command, || {
+        let job = self.stop_servers(disk, server.as_slice(), command, || {
             locked(&entry.record).deletion = Some(deletion);
             let loses_leg = deletion.keep_image || entry.broken(&disk.facts()).is_some();
             let begun = self.persist(std::slice::from_ref(disk));

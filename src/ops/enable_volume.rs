@@ -27,7 +27,7 @@ impl Manager {
             return Ok(disk.to_volume(self));
         }
         let server = locked(&disk.server).clone();
-        self.stop_servers(server.as_slice(), &command, || {
+        self.stop_servers(&disk, server.as_slice(), &command, || {
             self.record_disabled(&disk, true)?;
             crash::point("after a volume was recorded as disabled");
             claim.waits_for(Some("its requests in flight".to_owned()));

@@ -76,7 +76,8 @@ impl Manager {
         let places = || std::iter::once(&entry.server).chain(snapshots.iter().map(|snapshot| &snapshot.server));
         let servers: Vec<_> = places().filter_map(|server| locked(server).clone()).collect();
         held.waits_for(Some("its requests in flight".to_owned()));
-        self.stop_servers(&servers, command, || Ok(()))?;
+        self.stop_servers(&entry, &servers, command, || Ok(()))?;
+        entry.stop_abandoned();
         held.waits_for(None);
         places().for_each(|server| *locked(server) = None);
         let record = entry.to_record();

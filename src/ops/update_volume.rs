@@ -132,7 +132,7 @@ impl Manager {
     ) -> Result<Arc<JobEntry>, ApiError> {
         // From here on nobody writes it, and nobody connects. A frontend may have come meanwhile.
         let server = locked(&disk.server).clone();
-        self.stop_servers(server.as_slice(), command, || Ok(()))?;
+        self.stop_servers(disk, server.as_slice(), command, || Ok(()))?;
         *locked(&disk.server) = None;
         let was_served = server.is_some();
         drop(server);

@@ -175,11 +175,6 @@ impl ConfigSpace {
         self.config.wce = u8::from(writeback);
     }
 
-    /// Back to writeback, as at the start.
-    pub(super) fn reset(&mut self) {
-        self.config.wce = 1;
-    }
-
     fn as_bytes(&self) -> &[u8; CONFIG_BYTES] {
         // SAFETY: a packed struct of integers without padding, borrowed for as long as the bytes are.
         unsafe { &*(&raw const self.config).cast::<[u8; CONFIG_BYTES]>() }

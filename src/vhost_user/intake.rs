@@ -73,7 +73,7 @@ mod tests {
         let clock = EpochClock::new(Epoch(5));
         let lane = clock.lane();
         let cut = clock.clone();
-        let on_load = Box::new(move || assert_eq!(cut.advance(), Ok(Epoch(6))));
+        let on_load = Box::new(move || assert_eq!(cut.advance(cut.room().unwrap()), Epoch(6)));
         let mut ring = FakeRing { announced: 3, next: 0, loaded: 0, on_load };
         let mut tickets = Vec::new();
         let taken = intake(&lane, &mut ring, |_, item, ticket| tickets.push((item, ticket)));

@@ -47,6 +47,8 @@ unsafe impl Sync for Memory {}
 pub(super) enum MapError {
     #[error("it is neither a memory file nor another regular file")]
     Kind,
+    #[error("its file is on FUSE, where a server that falls silent holds up whoever touches the memory")]
+    Fuse,
     #[error("its file has only {0} bytes")]
     Short(u64),
     #[error("its offset is not a multiple of its file's pages of {0} bytes")]
@@ -73,7 +75,7 @@ impl Mapping {
         if offset.checked_add(len).is_none_or(|end| meta.len() < end) {
             return Err(MapError::Short(meta.len()));
         }
-        let page_bytes = page_bytes(file)?;
+        let page_bytes = page_bytes(&rustix::fs::fstatfs(file).map_err(io::Error::from)?)?;
         if !offset.is_multiple_of(page_bytes) {
             return Err(MapError::Misaligned(page_bytes));
         }
@@ -118,13 +120,20 @@ impl Drop for Memory {
     }
 }
 
-/// The size of the pages that a file is mapped in.
-fn page_bytes(file: &File) -> io::Result<u64> {
+/// The size of the pages that a file on such a file system is mapped in.
+///
+/// # Errors
+/// When touching a page may take for ever: a thread that hangs in a fault, or in an unmapping, has what all other threads of the
+/// process need for theirs.
+fn page_bytes(system: &rustix::fs::StatFs) -> Result<u64, MapError> {
     const HUGETLBFS_MAGIC: libc::__fsword_t = 0x9584_58f6;
-    let system = rustix::fs::fstatfs(file)?;
+    const FUSE_MAGIC: libc::__fsword_t = 0x6573_5546;
+    if system.f_type == FUSE_MAGIC {
+        return Err(MapError::Fuse);
+    }
     if system.f_type != HUGETLBFS_MAGIC {
         return Ok(PAGE_BYTES);
     }
     let sized = u64::try_from(system.f_bsize).ok().filter(|bytes| bytes.is_power_of_two() && *bytes >= PAGE_BYTES);
-    sized.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the pages of its file system have no size"))
+    Ok(sized.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the pages of its file system have no size"))?)
 }

@@ -43,6 +43,8 @@ const REQUEST_SEGMENTS_MAX: usize = 4 * RING_ENTRIES_MAX as usize;
 /// Where parts end if they can: units of images are not split then.
 const PART_UNIT_BYTES: usize = 4096;
 const SECTOR: usize = 512;
+/// The smallest blocks that disks have: what one request reads is never in more places than it has blocks.
+const BLOCK_BYTES_MIN: u64 = 4096;
 
 const _: () = assert!(SECTOR as u64 == SECTOR_BYTES);
 
@@ -298,7 +300,8 @@ fn transfer(
     };
     Ok(Parsed::Execute(Job {
         direction: if is_write { Direction::Write } else { Direction::Read },
-        pieces: pieces.max(rest.len()),
+        // It may be read from as many places, each by an operation of its own.
+        pieces: pieces.max(rest.len()).max(usize::try_from(len / BLOCK_BYTES_MIN).unwrap_or(usize::MAX)),
         first,
         rest,
         bytes: len,

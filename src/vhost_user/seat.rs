@@ -87,19 +87,11 @@ pub(super) struct Readers {
 }
 
 impl Readers {
-    /// Begins a request. False when there is nothing to be read any more.
-    pub(super) fn begin(&self) -> bool {
+    /// Begins a request, which ends when the answer is dropped. None when there is nothing to be read any more.
+    pub(super) fn begin(self: &Arc<Self>) -> Option<Reading> {
         self.in_flight.fetch_add(1, Ordering::SeqCst);
-        let is_there = !self.is_gone.load(Ordering::SeqCst);
-        if !is_there {
-            self.end();
-        }
-        is_there
-    }
-
-    /// Ends a request that began.
-    pub(super) fn end(&self) {
-        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+        let reading = Reading(self.clone());
+        (!self.is_gone.load(Ordering::SeqCst)).then_some(reading)
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -119,6 +111,15 @@ impl Readers {
     /// Whether nobody can connect, and no request is in flight.
     pub(super) fn are_done(&self) -> bool {
         self.is_closed.load(Ordering::SeqCst) && self.in_flight.load(Ordering::SeqCst) == 0
+    }
+}
+
+/// A request of a reader, however it ends.
+pub(super) struct Reading(Arc<Readers>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

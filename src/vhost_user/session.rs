@@ -347,8 +347,7 @@ impl Session {
             *vring = Vring { call, err, enabled, ..Vring::default() };
         }
         self.inflight = None;
-        self.config.reset();
-        self.update_durable();
+        // The word on the cache stays: QEMU keeps its own copy over a reset and tells only what differs from that.
     }
 
     /// Tells a running worker of a change.

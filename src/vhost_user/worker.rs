@@ -520,8 +520,8 @@ impl Loop {
             self.shared.done.borrow_mut().push(done);
             return;
         };
-        let readers = self.context.readers.clone();
-        if !readers.as_ref().is_none_or(|readers| readers.begin()) {
+        let reading = self.context.readers.as_ref().map(Readers::begin);
+        if matches!(reading, Some(None)) {
             (done.status, done.written) = (Status::IoError, 1);
             return self.shared.done.borrow_mut().push(done);
         }
@@ -537,7 +537,7 @@ impl Loop {
                 (done.status, done.written) = (Status::IoError, 1);
             }
             shared.pieces.set(shared.pieces.get() - pieces);
-            readers.inspect(|readers| readers.end());
+            drop(reading);
             shared.in_flight.set(shared.in_flight.get() - 1);
             shared.done.borrow_mut().push(done);
         });

@@ -25,3 +25,6 @@ mod random;
 #[path = "../wire/ring.rs"]
 mod ring;
 mod scene;
+#[allow(dead_code, reason = "shared with the tests of the daemon")]
+#[path = "../daemon/silent.rs"]
+mod silent;

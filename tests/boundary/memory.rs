@@ -12,9 +12,10 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::harness::{PATIENCE, wait_until};
+use crate::harness::{PATIENCE, can_mount, wait_until};
 use crate::ring::{DATA, GUEST_BASE, Guest, GuestMemory, HEADER, MEMORY_BYTES, S_OK, STATUS, T_IN, WRITE, memfd};
 use crate::scene::Scene;
+use crate::silent::SilentFile;
 
 const LARGE_PAGE: u64 = 2 << 20;
 const TIB: u64 = 1 << 40;
@@ -40,6 +41,27 @@ fn region(file: &File, at: u64, len: u64, offset: u64) -> VhostUserMemoryRegionI
 /// Whether the daemon has hung up.
 fn is_closed(guest: &mut Guest) -> bool {
     guest.frontend.get_features().is_err()
+}
+
+/// Whoever touches such memory, or lets it go, may hang with what every other thread needs for its own.
+#[test]
+fn memory_whose_server_may_fall_silent_is_refused() {
+    if !can_mount("memory_whose_server_may_fall_silent_is_refused") {
+        return;
+    }
+    let mut scene = Scene::new();
+    let silent = SilentFile::mount(&scene.daemon.path("silent"), 1 << 20);
+    let file = File::options().read(true).write(true).open(silent.path()).unwrap();
+    let mut guest = Guest::connect(&scene.socket(), 0);
+    guest.frontend.add_mem_region(&region(&file, GUEST_BASE, 1 << 20, 0)).ok();
+    assert!(is_closed(&mut guest), "memory on FUSE was taken");
+    drop(guest);
+    let mut guest = Guest::connect(&scene.socket(), 0);
+    guest.frontend.set_inflight_fd(&VhostUserInflight::new(16 << 10, 0, 1, 128), file.as_raw_fd()).ok();
+    assert!(is_closed(&mut guest), "an inflight region on FUSE was taken");
+    drop(guest);
+    scene.others_go_on();
+    scene.end();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use halfsilver::control::{EventKind, Service};
 use serde_json::{Value, json};
 
 use crate::fake::name;
-use crate::rig::Rig;
+use crate::rig::{Rig, dead_socket};
 
 fn halfsilver() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_halfsilver"));
@@ -238,7 +238,7 @@ fn without_a_daemon_status_says_where_it_looked() {
     let path = directory.path().join("control.sock");
     let status = |path: &Path| one_line(&halfsilver().args(["status", "--control"]).arg(path).output().unwrap());
     for stderr in [status(&path), {
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        dead_socket(&path);
         status(&path)
     }] {
         assert!(stderr.contains(path.to_str().unwrap()) && stderr.contains("halfsilver serve"), "{stderr}");

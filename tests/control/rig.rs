@@ -1,6 +1,7 @@
 //! A control server with the fake service behind it.
 
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,5 +72,14 @@ impl Rig {
             assert!(problem[key].as_str().is_some_and(|text| !text.is_empty()), "{key} in {problem}");
         }
         problem
+    }
+}
+
+/// The socket of a listener that is gone. A child that another test just made has a copy of what listens until its program
+/// begins, so it may answer for a moment yet.
+pub(crate) fn dead_socket(path: &Path) {
+    drop(UnixListener::bind(path).unwrap());
+    while UnixStream::connect(path).is_ok() {
+        std::thread::yield_now();
     }
 }

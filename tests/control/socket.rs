@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Barrier};
@@ -15,7 +15,7 @@ use halfsilver::control::{Server, ServerError};
 
 use crate::exchange::{exchange, listen, read_until, request};
 use crate::fake::Fake;
-use crate::rig::Rig;
+use crate::rig::{Rig, dead_socket};
 
 fn start(path: &Path) -> Result<Server, ServerError> {
     Server::start(path, Arc::new(Fake::default()))
@@ -37,7 +37,7 @@ fn the_mode_is_0600_and_the_file_goes_at_the_end() {
 fn a_dead_socket_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
-    drop(UnixListener::bind(&path).unwrap());
+    dead_socket(&path);
     assert!(path.exists());
     let server = start(&path).unwrap();
     assert_eq!(exchange(&path, "GET", "/v1/version", b"").status, 200);
@@ -62,7 +62,7 @@ fn only_a_socket_is_replaced() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
     let dead = directory.path().join("dead.sock");
-    drop(UnixListener::bind(&dead).unwrap());
+    dead_socket(&dead);
     let precious = |path: &Path| fs::write(path, "precious").unwrap();
     let make: [(&str, &dyn Fn()); 4] = [
         ("a file", &|| precious(&path)),
@@ -95,7 +95,7 @@ fn only_one_of_many_starts_wins() {
     // The window is narrow, so it is tried often: without the lock about one round in a hundred goes wrong.
     for round in 0..400 {
         let path = directory.path().join(format!("{round}.sock"));
-        drop(UnixListener::bind(&path).unwrap());
+        dead_socket(&path);
         let together = Barrier::new(STARTS);
         let start_together = || {
             together.wait();
@@ -114,7 +114,7 @@ fn only_one_of_many_starts_wins() {
 fn listeners_and_silent_clients_do_not_hold_up_the_end() {
     let rig = Rig::new();
     let mut listener = listen(&rig.path);
-    let _silent = std::os::unix::net::UnixStream::connect(&rig.path).unwrap();
+    let _silent = UnixStream::connect(&rig.path).unwrap();
     let mut half = request(&rig.path, "GET", "/v1/version", b"");
     read_until(&mut half, "{");
     let start = Instant::now();
@@ -130,7 +130,7 @@ fn listeners_and_silent_clients_do_not_hold_up_the_end() {
 fn a_client_that_never_finishes_is_cut_off_at_the_end() {
     use std::io::Write;
     let rig = Rig::new();
-    let mut slow = std::os::unix::net::UnixStream::connect(&rig.path).unwrap();
+    let mut slow = UnixStream::connect(&rig.path).unwrap();
     slow.write_all(b"PUT /v1/disks/vm1 HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{").unwrap();
     assert_eq!(rig.get("/v1/version").status, 200);
     let start = Instant::now();

@@ -103,6 +103,15 @@ fn a_snapshot_that_is_deleted_under_its_reader_answers_with_errors() {
     drop(reader);
     daemon.start();
     let _: Client = daemon.client("vm0");
+    // Who still reads what is gone does not keep its disk.
+    let mut reader = Guest::new(&daemon.socket("vm0@a"), 1);
+    daemon.send("DELETE", "/v1/snapshots/vm0@a?force=true", "").ok();
+    daemon.api().wait_gone("vm0@a");
+    assert_eq!(reader.run(T_IN, 0, &[(DATA, 512, WRITE)]), (1, 1));
+    let image = daemon.image("vm0");
+    daemon.send("DELETE", "/v1/disks/vm0", "").ok();
+    daemon.send("PUT", "/v1/disks/vm0", &json!({ "path": image }).to_string()).ok();
+    drop(reader);
 }
 
 /// A filter as that of a container: io_uring_setup is not permitted.

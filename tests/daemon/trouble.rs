@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::client::tags;
 use crate::harness::{Daemon, can_mount, run, wait_until};
+use crate::hung::has_hanging_thread;
 
 const SIZE: u64 = 4 << 20;
 const SECTORS: usize = 8192;
@@ -329,7 +330,7 @@ fn a_write_that_hangs_holds_up_its_snapshots_only() {
     daemon.snapshot("before", &["vm1"]);
     let standstill = Standstill::begin(&daemon.path("slow"));
     slow.queues[0].submit_write(0, 0..8, 2, false);
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    wait_until("the write to hang", || has_hanging_thread(daemon.pid()));
     daemon.api().create("a", &["vm0", "vm1"], &json!({})).ok();
     assert_eq!((daemon.state("vm0@a"), daemon.state("vm1@a")), ("draining".to_owned(), "draining".to_owned()));
     assert!(!daemon.socket("vm0@a").exists() && !daemon.socket("vm1@a").exists());

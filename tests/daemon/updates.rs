@@ -338,6 +338,11 @@ fn planted_death_while_a_volume_is_updated() {
                     taken.iter().all(|name| name == "daily" || from == format!("vm0@{name}"))
                 });
                 wait_until("the guests to leave", || show(&daemon, "clone")["connected"] == false);
+                // What has gone from the lists may not have ended yet.
+                wait_until("jobs to end", || {
+                    let jobs = daemon.get("/v1/jobs").json();
+                    jobs.as_array().unwrap().iter().all(|job| job["state"] != "running")
+                });
                 update(&daemon, "clone", "");
                 assert_eq!(shows(&daemon, "clone"), source, "{what}: again");
                 if is_over {

@@ -261,7 +261,7 @@ fn jobs_that_wait_for_a_turn_hold_no_epoch_and_no_block() {
         let turn = take_all(&bench, &disk);
         assert!(!job.settle(&mut Rng::new(9)), "{what}: it does not wait");
         let epoch = bench.clock.current();
-        bench.clock.advance().unwrap();
+        bench.clock.advance(bench.clock.room().unwrap());
         assert!(bench.clock.is_drained(epoch), "{what}: it holds its epoch");
         bench.write(&bench.ticket(), 0..bench.sectors(), 9);
         drop(turn);

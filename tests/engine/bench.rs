@@ -235,7 +235,11 @@ impl Bench {
         let (queue, editor, disk) = (self.queue.clone(), self.editor.clone(), self.disk.clone());
         let job = job::retire(queue, editor, disk, version.clone(), grace, pace.clone());
         let mut scheduler = Scheduler::default();
-        scheduler.spawn(async move { assert_eq!(job.await, Ok(Outcome::Done)) });
+        let told = pace.clone();
+        scheduler.spawn(async move {
+            let ended = job.await.unwrap();
+            assert_eq!(ended, if told.is_stopped() { Outcome::Stopped } else { Outcome::Done });
+        });
         (scheduler, pace)
     }
 

@@ -224,7 +224,7 @@ impl World {
     }
 
     fn snapshot(&mut self) {
-        if self.is_restored() || self.frozen.len() > 4 || !self.clock.can_advance() {
+        if self.is_restored() || self.frozen.len() > 4 || self.clock.room().is_err() {
             return;
         }
         let frozen = self.cut(&self.disk.clone());
@@ -273,7 +273,7 @@ impl World {
         self.start(&mut scheduler, disk.attach_live(), write);
         assert!(scheduler.settle(&mut self.rng));
         self.volumes[which].live[sectors].fill(tag);
-        if self.volumes[which].frozen.len() < 3 && self.clock.can_advance() && self.rng.chance(50) {
+        if self.volumes[which].frozen.len() < 3 && self.clock.room().is_ok() && self.rng.chance(50) {
             let frozen = self.cut(&disk);
             self.volumes[which].frozen.push(frozen);
         }
@@ -391,7 +391,9 @@ impl World {
             }
         }
         if let Some(pace) = &pace {
-            pace.stop.store(self.rng.chance(70), Ordering::Release);
+            if self.rng.chance(70) {
+                pace.stop();
+            }
         }
         assert!(scheduler.settle(&mut self.rng), "something hangs");
         if pace.is_some() {

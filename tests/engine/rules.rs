@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use halfsilver::engine::{
-    Backing, BlockPlan, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, RestoreSource, VersionId,
-    Writers,
+    Backing, BlockPlan, Changed, Copy, Disk, Layer, NewLayer, PreparedSnapshot, Request, RequestError, RestoreSource,
+    Version, VersionId, View, Writers,
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, OpKind};
 use halfsilver::store::BlockIndex;
@@ -372,23 +372,100 @@ fn a_group_that_cannot_be_cut_changes_no_disk() {
     assert_eq!(bench.editor.cut(vec![prepared(&bench.disk, to_frozen)], Writers::Request).unwrap().frozen.len(), 1);
 }
 
-/// A disk waits for the requests of its family and of nobody else: who reads its versions, or did so, belongs to it.
+/// What a disk's requests of its own have left is quiet; what goes waits for whoever reads its versions too, and for nobody else.
 #[test]
-fn a_disk_waits_for_its_family_alone() {
+fn a_disk_waits_for_itself_and_what_goes_for_its_readers() {
     let bench = Bench::new();
     let one = bench.disk.clone();
     let other = Disk::plain(bench.clock.clone(), Arc::new(bench.empty_image("other")), false).unwrap();
-    let hangs = other.clock().lane().enter();
+    let elsewhere = other.clock().lane().enter();
     let (cut, _) = bench.cut();
     assert!(one.clock().is_drained(cut.ended), "nobody is at work on it");
-    assert!(!other.clock().is_drained(cut.ended) && !bench.clock.is_drained(cut.ended));
+    assert!(!other.clock().is_quiet(cut.ended) && !bench.clock.is_drained(cut.ended));
     let (volume, _) = crate::volumes::volume_of(&bench, &one, &cut.frozen[0]);
+    let (sibling, _) = crate::volumes::volume_of(&bench, &one, &cut.frozen[0]);
     assert!(one.clock().is_drained(cut.ended));
     let reads = volume.clock().lane().enter();
     let (next, _) = bench.cut();
     assert!(!one.clock().is_drained(next.ended), "a volume on it is at work");
+    assert!(one.clock().is_quiet(next.ended), "a volume writes nothing there");
+    assert!(sibling.clock().is_drained(next.ended), "they do not read each other");
     drop(reads);
     assert!(one.clock().is_drained(next.ended) && volume.clock().is_drained(next.ended));
+    let writes = one.clock().lane().enter();
+    let (last, _) = bench.cut();
+    assert!(!one.clock().is_quiet(last.ended));
+    assert!(volume.clock().is_drained(last.ended), "what it stands on reads nothing of it");
+    drop((writes, elsewhere));
+    assert!(bench.clock.is_drained(last.ended));
+}
+
+/// Who reads a volume reads what that stands on.
+#[test]
+fn what_goes_waits_for_the_readers_of_its_readers() {
+    let bench = Bench::new();
+    let (cut, _) = bench.cut();
+    cut.frozen[0].set_quiesced();
+    let (volume, _) = crate::volumes::volume_of(&bench, &bench.disk, &cut.frozen[0]);
+    let (_, version) = cut_beside(&bench, &volume, &bench.disk);
+    let (upper, _) = crate::volumes::volume_of(&bench, &volume, &version);
+    assert!(cut_beside(&bench, &bench.disk, &upper).0);
+    // Also when the one between is not open any more.
+    drop(volume);
+    assert!(cut_beside(&bench, &bench.disk, &upper).0);
+}
+
+/// Who waits for requests that may hang, of a volume's storage say, ends when it is told to, and the next one goes on.
+#[test]
+fn a_deletion_that_waits_for_requests_stops_when_it_is_to() {
+    let bench = Bench::new();
+    let (cut, _) = bench.cut();
+    let hangs = bench.ticket();
+    let (mut deletion, pace) = bench.start_retiring(&cut.frozen[0]);
+    deletion.poll();
+    pace.stop();
+    assert!(deletion.settle(&mut Rng::new(11)), "it waits for requests");
+    assert_eq!(bench.disk.chain().links().len(), 2, "it has not waited for them");
     drop(hangs);
-    assert!(bench.clock.is_drained(next.ended));
+    bench.retire(&cut.frozen[0]);
+    assert_eq!(bench.disk.chain().links().len(), 1);
+}
+
+/// Cuts a disk while a request of another one is under way, and returns whether it waits for that, and the frozen version.
+fn cut_beside(bench: &Bench, disk: &Arc<Disk>, other: &Arc<Disk>) -> (bool, Arc<Version>) {
+    let under_way = other.clock().lane().enter();
+    let layer = Layer::of(Backing::One(Arc::new(bench.empty_image("log"))), bench.table());
+    let prepared = PreparedSnapshot {
+        disk: disk.clone(),
+        layer: NewLayer::Live { layer },
+        new_live: VersionId::new_v4(),
+        changed: None,
+    };
+    let cut = bench.editor.cut(vec![prepared], Writers::Request).unwrap();
+    let waits = !disk.clock().is_drained(cut.ended);
+    drop(under_way);
+    assert!(disk.clock().is_drained(cut.ended));
+    cut.frozen[0].set_quiesced();
+    (waits, cut.frozen[0].clone())
+}
+
+/// What is restored from another disk is one of its readers, and so is a volume that is put on it.
+#[test]
+fn who_is_restored_from_a_disk_or_put_on_it_reads_there() {
+    let bench = Bench::new();
+    let disk = || Disk::plain(bench.clock.clone(), Arc::new(bench.empty_image("other")), false).unwrap();
+    let (source, next) = (disk(), disk());
+    let (waits, version) = cut_beside(&bench, &source, &bench.disk);
+    assert!(!waits, "nothing of it is read there yet");
+    crate::restore::restore(&bench, RestoreSource::View(View::of(source.clone(), version.id, "source@a")));
+    assert!(cut_beside(&bench, &source, &bench.disk).0, "what is restored from it is at work");
+
+    let (volume, image) = crate::volumes::volume_of(&bench, &source, &version);
+    let (waits, version) = cut_beside(&bench, &next, &volume);
+    assert!(!waits, "the volume is on another disk yet");
+    let ids = (VersionId::new_v4(), VersionId::new_v4());
+    let layer = Layer::of(Backing::One(Arc::new(image)), bench.table());
+    let view = View::of(next.clone(), version.id, "next@a");
+    bench.editor.move_base(&volume, view, ids, layer, Changed::unknown("nobody noted it"));
+    assert!(cut_beside(&bench, &next, &volume).0, "the volume on it is at work");
 }

@@ -429,14 +429,14 @@ impl Run {
 
     /// Each epoch has a slot for those inside; requests that stay for long must let go of theirs some time.
     pub fn make_room_in_the_clock(&mut self) {
-        if !self.clock.can_advance() {
+        if self.clock.room().is_err() {
             self.held.clear();
         }
     }
 
     fn cut_over(&mut self) {
         self.make_room_in_the_clock();
-        if !self.cuts.is_empty() && self.clock.can_advance() {
+        if !self.cuts.is_empty() && self.clock.room().is_ok() {
             let ended = self.cuts[self.rng.below(self.cuts.len())].0;
             let moved = self.editor.cut_over(&[&self.disk], ended).unwrap();
             self.world.borrow_mut().counts.moved += moved as u64;
@@ -546,7 +546,7 @@ impl Run {
         }
         let (index, version) = candidates[self.rng.below(candidates.len())].clone();
         self.make_room_in_the_clock();
-        if !self.clock.can_advance() {
+        if self.clock.room().is_err() {
             return;
         }
         self.leave_mark(&version);

@@ -221,7 +221,7 @@ impl Tree {
     }
 
     fn cut(&mut self, at: usize) {
-        if !self.clock.can_advance() || self.nodes[at].frozen.len() > 4 {
+        if self.clock.room().is_err() || self.nodes[at].frozen.len() > 4 {
             return;
         }
         let disk = self.nodes[at].disk.clone();
@@ -357,7 +357,7 @@ impl Tree {
             if self.rng.chance(10)
                 && let Some((pace, _)) = self.nodes.iter().find_map(|n| n.filling.as_ref())
             {
-                pace.stop.store(true, Ordering::Release);
+                pace.stop();
             }
         }
         assert!(scheduler.settle(&mut self.rng), "something hangs");

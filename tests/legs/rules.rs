@@ -323,7 +323,7 @@ fn a_stopped_copy_goes_on_where_it_was_also_after_a_power_cut() {
     while pace.done_bytes.load(Ordering::Relaxed) < REGION as u64 - 8 * u64::from(BLOCK) {
         assert!(scheduler.step(&mut rng));
     }
-    pace.stop.store(true, Ordering::Release);
+    pace.stop();
     assert!(scheduler.settle(&mut rng), "it hangs");
     assert_eq!(mirror.pair.status()[1].left_bytes, REGION as u64, "the region that is short counts as one");
     assert_eq!(mirror.pair.marked_bytes(), REGION as u64, "what was copied is struck off");

@@ -6,7 +6,6 @@
 //! it if the frontend left), nothing of what the frontend wrote that came after the cut, and must never change again.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Cut, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, NewLayer,
@@ -19,7 +18,7 @@ use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex};
 use shuttle::{future::block_on, thread};
 
-use crate::cut::{DISK_BYTES, SECTOR, memory};
+use crate::cut::{DISK_BYTES, FOREVER, SECTOR, memory};
 use crate::{alone, explore, is_noticed};
 
 /// Links of the chain: link i goes through queue i % 2 to sector i.
@@ -139,8 +138,8 @@ fn one_order(end: End) {
         kept = turns.acknowledged.load(Ordering::SeqCst);
         editor.cut_over(&[&disk], ended).unwrap();
     }
-    let last = disk.connections().wait_free(ended, Duration::from_secs(3600)).expect("nobody holds it for ever");
-    block_on(clock.drained(last));
+    let last = disk.connections().wait_free(ended, FOREVER).expect("nobody holds it for ever");
+    assert!(disk.clock().wait_quiet(last, FOREVER));
     frozen[0].set_quiesced();
 
     let (view, lane) = (disk.attach_frozen(frozen[0].id), clock.lane());
