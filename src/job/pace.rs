@@ -76,14 +76,18 @@ impl Pace {
     /// The answer of a future, or None when it is to stop first: what that waits for may hang.
     pub(super) async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
-        poll_fn(|cx| {
+        let waits = || self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = poll_fn(|cx| {
             if let Poll::Ready(answer) = future.as_mut().poll(cx) {
                 return Poll::Ready(Some(answer));
             }
-            *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(cx.waker().clone());
+            *waits() = Some(cx.waker().clone());
             if self.is_stopped() { Poll::Ready(None) } else { Poll::Pending }
         })
-        .await
+        .await;
+        // A waker keeps what it wakes, and a pace is remembered longer than its job.
+        *waits() = None;
+        answer
     }
 
     /// Adds what was done to what is beyond the limit, and says how long it takes until nothing is.
