@@ -390,10 +390,10 @@ impl World {
                 scheduler.step(&mut self.rng);
             }
         }
-        if let Some(pace) = &pace {
-            if self.rng.chance(70) {
-                pace.stop();
-            }
+        if let Some(pace) = &pace
+            && self.rng.chance(70)
+        {
+            pace.stop();
         }
         assert!(scheduler.settle(&mut self.rng), "something hangs");
         if pace.is_some() {
