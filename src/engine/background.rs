@@ -5,8 +5,7 @@
 //! - While it is active, the turns that are given have at most the window together; or it is one turn alone, so that there
 //!   is progress however small the window and however large a block is. Who waits is served in order of arrival.
 //! - Who waits, waits for a turn that is held: the drop of each gives all that can be given then. Nobody is left behind.
-//! - A holder may hang, with the storage of a volume on this disk say. When no turn has been given or given back for
-//!   [`STALL`], who waits gets its least beside it, uncounted, until one is given back ([`Background::relieve`]).
+//! - A holder may hang, with a volume's storage say. After [`STALL`] who waits goes on beside it ([`Background::relieve`]).
 //! - No deadlock: a turn is taken before epochs and block locks, but for the ticket of a frozen version's reader, for whose
 //!   end no holder of a turn waits. Several are taken from a volume downwards to what it stands on.
 //!
