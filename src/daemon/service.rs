@@ -34,8 +34,9 @@ impl Service for Manager {
     }
 
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
-        let mut disks: Vec<_> = self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api(self)).collect();
-        disks.extend(self.unserved_disks());
+        let (served, unserved) = self.all_there();
+        let mut disks: Vec<_> = served.iter().filter(|d| !d.is_volume()).map(|d| d.to_api(self)).collect();
+        disks.extend(unserved.iter().filter(|u| !u.is_volume()).map(|u| self.unserved_to_api(u)));
         disks.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(disks)
     }

@@ -195,7 +195,7 @@ impl Manager {
         let started = self.start_thread("open", move || {
             let Some(manager) = me.upgrade() else { return };
             let name = of.name.clone();
-            let held = manager.claim_to_add("start", &name, &of.config);
+            let held = manager.claim_to_add("start", &name, &of.config, of.record.as_ref());
             let added = held.and_then(|_claim| manager.add_planned(of, recovery).map(drop));
             let is_added = added.is_ok();
             if tell.send(added).is_err() && is_added {

@@ -113,6 +113,11 @@ impl SnapshotEntry {
         self.broken(facts).or_else(|| facts.base_broken.clone())
     }
 
+    /// Whether it is there for readers, as soon as it is quiesced: it is whole, and stays.
+    pub(crate) fn may_be_read(&self, facts: &DiskFacts) -> bool {
+        !self.is_lost && locked(&self.record).deletion.is_none() && self.broken(facts).is_none()
+    }
+
     /// How many frontends still write it rather than the live version.
     pub(crate) fn old_frontends(&self, facts: &DiskFacts) -> u32 {
         let drains = locked(&self.record).quiesced_ms.is_none();
@@ -174,6 +179,12 @@ impl SnapshotEntry {
             old_frontends,
         }
     }
+}
+
+/// What was made for snapshots: layers, and dirty bitmaps by their versions.
+pub(crate) struct Made {
+    pub(crate) layers: Vec<(Uuid, PathBuf)>,
+    pub(crate) changed: Vec<Uuid>,
 }
 
 /// What is remembered of a disk while it is served: where its versions are at this moment.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::control::Name;
 use crate::control::api::DeleteSnapshotOptions;
 use crate::manager::Manager;
-use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::entry::{DiskEntry, Made, SnapshotEntry, locked};
 use crate::registry::ClaimKey;
 
 /// How long after the first failure it is tried again.
@@ -24,12 +24,16 @@ const PAUSE_MAX: Duration = Duration::from_secs(20);
 pub(crate) enum FollowUp {
     /// Serve a disk or volume that could not be.
     Serve(Name),
-    /// Record that a snapshot is quiesced, and open its socket.
-    Quiesce(Arc<DiskEntry>, Arc<SnapshotEntry>, Duration),
+    /// Record that a snapshot is quiesced, whose cut was at that moment, and open its socket.
+    Quiesce(Arc<DiskEntry>, Arc<SnapshotEntry>, Instant),
     /// Open the socket of a quiesced snapshot.
     Open(Arc<DiskEntry>, Arc<SnapshotEntry>),
     /// Store what a disk's record should say.
     Record(Arc<DiskEntry>),
+    /// The same, and then say what outlives a power cut.
+    Durable(Arc<DiskEntry>),
+    /// Remove what was made for snapshots that are none, once no record of these disks can name it.
+    Unmake(Vec<Arc<DiskEntry>>, Arc<Made>),
     /// Serve again what was to be removed, once its record is known to be there.
     Stay(Arc<DiskEntry>),
     /// Go on with the restore of a disk that somebody else was changing.
@@ -100,9 +104,10 @@ impl Manager {
                     .is_ok()
             }
             FollowUp::Serve(name) => self.serve_again_if_possible(name),
-            FollowUp::Quiesce(disk, entry, drain) => self.quiesced(disk, entry, *drain),
+            FollowUp::Quiesce(disk, entry, at) => !self.is_there(disk, entry) || self.quiesced_since(disk, entry, *at),
             FollowUp::Open(disk, entry) => self.claimed("open a socket", disk, || {
-                !self.is_there(disk, entry) || entry.is_open() || self.open_socket(disk, entry)
+                let is_due = self.is_there(disk, entry) && entry.may_be_read(&disk.facts()) && !entry.is_open();
+                !is_due || self.open_socket(disk, entry)
             }),
             FollowUp::Restore(disk) => self.claimed("restore", disk, || {
                 self.resume_restores(Some(disk.id));
@@ -118,10 +123,29 @@ impl Manager {
                 }
                 is_known
             }),
-            FollowUp::Record(disk) => self.claimed("store a record", disk, || {
-                !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok()
+            FollowUp::Record(disk) => self.is_recorded(disk),
+            FollowUp::Durable(disk) => self.claimed("store a record", disk, || {
+                let is_recorded = !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok();
+                if is_recorded {
+                    disk.disk.durability_recorded();
+                }
+                is_recorded
             }),
+            FollowUp::Unmake(disks, made) => {
+                let is_known = disks.iter().all(|disk| self.is_recorded(disk));
+                if is_known && !self.is_stopping() {
+                    self.remove_made(made);
+                }
+                is_known
+            }
         }
+    }
+
+    /// Stores what the record of a disk should say, if it is there. Returns whether that is over.
+    fn is_recorded(&self, disk: &Arc<DiskEntry>) -> bool {
+        self.claimed("store a record", disk, || {
+            !self.is_served(disk) || self.persist(std::slice::from_ref(disk)).is_ok()
+        })
     }
 
     /// Does something with a disk claimed. Returns whether it is over, as it is when the daemon goes down before.

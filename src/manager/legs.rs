@@ -165,15 +165,16 @@ impl Manager {
     }
 
     /// A split leg that no snapshot holds, of a split that never came to be or of a snapshot that has gone, is one that is to
-    /// be synchronised.
-    pub(crate) fn take_unheld_leg_back(&self, disk: &DiskEntry) -> Result<(), ApiError> {
+    /// be synchronised. Returns whether there is one.
+    pub(crate) fn take_unheld_leg_back(&self, disk: &DiskEntry) -> Result<bool, ApiError> {
         let facts = disk.facts();
         let unheld = locked(&disk.mirror).as_ref().and_then(|mirror| {
             let is_split = |leg: &LegRecord| facts.leg(leg.id).is_some_and(|leg| leg.state == door::LegState::Split);
             mirror.legs.iter().find(|leg| is_split(leg) && !disk.holds_leg(&leg.path)).map(|leg| leg.id)
         });
         let is_there = |leg: &Uuid| facts.leg(*leg).is_some_and(|leg| leg.path.is_some());
-        unheld.filter(is_there).map_or(Ok(()), |leg| disk.disk.bring_leg_back(leg)).map_err(engine_error)
+        let Some(leg) = unheld.filter(is_there) else { return Ok(false) };
+        disk.disk.bring_leg_back(leg).map(|()| true).map_err(engine_error)
     }
 
     pub(crate) fn start_resync(&self, disk: &Arc<DiskEntry>) {

@@ -254,7 +254,9 @@ impl Manager {
     }
 
     pub(crate) fn disk(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
-        if let Some(disk) = locked(&self.disks).get(name) {
+        // At one moment: it may be about to be served.
+        let disks = locked(&self.disks);
+        if let Some(disk) = disks.get(name) {
             return Ok(disk.clone());
         }
         self.refuse_unserved(name)?;

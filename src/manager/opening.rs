@@ -169,8 +169,21 @@ impl Manager {
         if let Some(path) = leg
             && let Err(e) = self.add_leg(&entry, &path)
         {
+            let e = in_disk(e);
+            let noted = was.or_else(|| {
+                record.as_ref().map(|record| Unserved {
+                    name: name.clone(),
+                    id: record.id,
+                    record: None,
+                    config: Some(planned.config.clone()),
+                    why: String::new(),
+                    is_new: false,
+                    takes_flushed: false,
+                })
+            });
+            let left = record.is_some().then(|| entry.to_record());
+            self.not_served_any_more(name, noted.map(|was| Unserved { record: left, why: e.message.clone(), ..was }));
             // It goes as it goes at a stop, so that what was vouched for still is.
-            locked(&self.disks).remove(name);
             entry.stop_server();
             self.forget_jobs_of(&entry);
             let gone = match record.is_some() {
@@ -180,13 +193,9 @@ impl Manager {
             if let Err(e) = gone {
                 log::error!("disk {name}: {e}");
             }
-            let e = in_disk(e);
-            if let Some(was) = was {
-                self.note_unserved(Unserved { why: e.message.clone(), ..was });
-            }
             return Err(e);
         }
-        self.forget_unbegun_restore(record.as_ref());
+        self.forget_ended_restore(&entry, record.as_ref());
         self.resume_mirror(&entry);
         self.resume_work(&entry);
         for snapshot in entry.snapshots() {

@@ -71,18 +71,14 @@ impl Manager {
             return Ok(done);
         }
         let Some(_claim) = self.claim_for_job(job) else { return Ok(Outcome::Stopped) };
-        let record = locked(&disk.restore).take();
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            *locked(&disk.restore) = record;
-            return Err(e.to_string());
-        }
+        // Until that is stored what it is restored from is needed.
+        self.records.put(&[&DiskRecord { restore: None, ..disk.to_record() }]).map_err(|e| e.to_string())?;
         crash::point("after a restore was forgotten");
         if !disk.disk.end_restore() {
-            return Err(
-                "it is recorded as ended, and some blocks are not brought back; start the daemon anew".to_owned()
-            );
+            self.persist_later(disk);
+            return Err("some blocks are not brought back".to_owned());
         }
-        if let Some(record) = record {
+        if let Some(record) = locked(&disk.restore).take() {
             self.remove_restore_files(record.id);
             log::info!("disk {}: all of {} is copied back", disk.name, record.from);
         }
@@ -179,9 +175,9 @@ impl Manager {
         self.remove_file(&self.places.log_table(id));
     }
 
-    /// Removes what a restore left that a kill ended before it began.
-    pub(crate) fn forget_unbegun_restore(&self, record: Option<&DiskRecord>) {
-        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|r| !r.is_shown()) {
+    /// Removes what a restore left of which a start has found that it had not begun, or was over.
+    pub(crate) fn forget_ended_restore(&self, disk: &DiskEntry, record: Option<&DiskRecord>) {
+        if let Some(restore) = record.and_then(|r| r.restore.as_ref()).filter(|_| locked(&disk.restore).is_none()) {
             self.remove_restore_files(restore.id);
         }
     }

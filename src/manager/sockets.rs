@@ -53,13 +53,10 @@ impl Manager {
 
     /// Opens the sockets of all snapshots of a disk that can be read and have none.
     pub(crate) fn open_sockets_of_snapshots(&self, entry: &Arc<DiskEntry>) {
-        let can_be_read = |s: &&Arc<SnapshotEntry>| {
-            let record = locked(&s.record);
-            !s.is_lost && record.deletion.is_none() && record.quiesced_ms.is_some()
-        };
         let facts = entry.facts();
-        let is_due = |s: &&Arc<SnapshotEntry>| s.broken(&facts).is_none() && !s.is_open();
-        for snapshot in entry.snapshots().iter().filter(can_be_read).filter(is_due) {
+        let is_quiesced = |s: &SnapshotEntry| locked(&s.record).quiesced_ms.is_some();
+        let is_due = |s: &&Arc<SnapshotEntry>| is_quiesced(s) && s.may_be_read(&facts) && !s.is_open();
+        for snapshot in entry.snapshots().iter().filter(is_due) {
             self.resume_socket(entry, snapshot);
         }
     }

@@ -55,22 +55,38 @@ impl Manager {
 
     /// Notes that something is not served, and goes on trying.
     pub(crate) fn note_unserved(&self, unserved: Unserved) {
-        let what = if unserved.is_volume() { "volume" } else { "disk" };
-        let name = unserved.name.clone();
         let was = {
             // What was served meanwhile is not unserved.
             let disks = locked(&self.disks);
-            if disks.contains_key(&name) {
+            if disks.contains_key(&unserved.name) {
                 return;
             }
-            locked(&self.unserved).insert(name.clone(), unserved.clone())
+            locked(&self.unserved).insert(unserved.name.clone(), unserved.clone())
         };
+        self.has_been_noted(unserved, was);
+    }
+
+    /// Takes a disk off the list of those that are served. If it is remembered it is noted in the same step that it is not,
+    /// so that what it needs stays needed.
+    pub(crate) fn not_served_any_more(&self, name: &Name, unserved: Option<Unserved>) {
+        let was = {
+            let mut disks = locked(&self.disks);
+            disks.remove(name);
+            unserved.as_ref().and_then(|unserved| locked(&self.unserved).insert(name.clone(), unserved.clone()))
+        };
+        if let Some(unserved) = unserved {
+            self.has_been_noted(unserved, was);
+        }
+    }
+
+    fn has_been_noted(&self, unserved: Unserved, was: Option<Unserved>) {
         if was.is_none_or(|was| was.why != unserved.why) {
-            log::error!("{what} {name} is not served: {}; what is remembered of it is kept", unserved.why);
+            let what = if unserved.is_volume() { "volume" } else { "disk" };
+            log::error!("{what} {} is not served: {}; what is remembered of it is kept", unserved.name, unserved.why);
             self.tell_unserved(&unserved);
         }
         if unserved.config.is_some() {
-            self.follow_up(FollowUp::Serve(name));
+            self.follow_up(FollowUp::Serve(unserved.name));
         }
     }
 
@@ -93,7 +109,9 @@ impl Manager {
     pub(crate) fn serve_again_if_possible(&self, name: &Name) -> bool {
         let Some(unserved) = locked(&self.unserved).get(name).cloned() else { return true };
         let Some(config) = unserved.config.clone() else { return true };
-        let Ok(_claim) = self.claim_to_add("serve again", name, &config) else { return false };
+        let Ok(_claim) = self.claim_to_add("serve again", name, &config, unserved.record.as_ref()) else {
+            return false;
+        };
         {
             let disks = locked(&self.disks);
             let mut unserved = locked(&self.unserved);
@@ -130,13 +148,7 @@ impl Manager {
         names.into_iter().for_each(|name| self.follow_up(FollowUp::Serve(name)));
     }
 
-    /// The disks that are not served, by name.
-    pub(crate) fn unserved_disks(&self) -> Vec<Disk> {
-        let unserved: Vec<Unserved> = locked(&self.unserved).values().filter(|u| !u.is_volume()).cloned().collect();
-        unserved.iter().map(|unserved| self.unserved_to_api(unserved)).collect()
-    }
-
-    fn unserved_to_api(&self, unserved: &Unserved) -> Disk {
+    pub(crate) fn unserved_to_api(&self, unserved: &Unserved) -> Disk {
         let mut disk = Disk::unserved(unserved.name.clone(), unserved.why.clone());
         if let Some(record) = &unserved.record {
             disk.id = Some(record.id);
@@ -155,16 +167,16 @@ impl Manager {
 
     /// A disk that is not served, by its name or id.
     pub(crate) fn unserved_disk(&self, name: &Name) -> Option<Disk> {
-        let found = |disk: &Disk| disk.name == *name || disk.id.is_some_and(|id| is_id(name, id));
-        self.unserved_disks().into_iter().find(found)
+        let id_of = |u: &Unserved| u.record.as_ref().map(|r| r.id);
+        let is_it = |u: &&Unserved| u.name == *name || id_of(u).is_some_and(|id| is_id(name, id));
+        let found = locked(&self.unserved).values().filter(|u| !u.is_volume()).find(is_it).cloned();
+        found.map(|unserved| self.unserved_to_api(&unserved))
     }
 
-    /// The volumes that are not served, by name.
-    pub(crate) fn unserved_volumes(&self) -> Vec<api::Volume> {
-        let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
-        let of = |u: &Unserved| of_lost(&u.name, u.record.as_ref()?, &u.why);
-        let named = |volume: api::Volume| api::Volume { from: self.name_now(volume.from_id, &volume.from), ..volume };
-        unserved.iter().filter_map(of).map(named).collect()
+    /// A volume that is not served. None of what is no volume.
+    pub(crate) fn unserved_to_volume(&self, unserved: &Unserved) -> Option<api::Volume> {
+        let volume = of_lost(&unserved.name, unserved.record.as_ref()?, &unserved.why)?;
+        Some(api::Volume { from: self.name_now(volume.from_id, &volume.from), ..volume })
     }
 
     /// All that is not served, by name.

@@ -14,8 +14,9 @@ use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
 impl Manager {
     /// What there is. Only memory is read for it.
     pub(crate) fn registry(&self) -> Registry {
-        let served = self.all_disks().into_iter().map(|disk| disk_of(&disk, &self.places));
-        let unserved: Vec<Disk> = locked(&self.unserved).values().map(remembered).collect();
+        let (served, unserved) = self.all_there();
+        let served = served.iter().map(|disk| disk_of(disk, &self.places));
+        let unserved = unserved.iter().map(remembered);
         let job = |job: &Arc<crate::manager::jobs::JobEntry>| Job {
             id: job.id,
             kind: job.kind,
@@ -25,7 +26,13 @@ impl Manager {
         };
         let jobs: Vec<Job> = locked(&self.jobs).values().map(job).collect();
         // What is served is what counts.
-        Registry::new(unserved.into_iter().chain(served), jobs).with_ways_of_restores()
+        Registry::new(unserved.chain(served), jobs).with_ways_of_restores()
+    }
+
+    /// What is served and what is not, at one moment: what is remembered is in one of them, also while it becomes the other.
+    pub(crate) fn all_there(&self) -> (Vec<Arc<DiskEntry>>, Vec<Unserved>) {
+        let (disks, unserved) = (locked(&self.disks), locked(&self.unserved));
+        (disks.values().cloned().collect(), unserved.values().cloned().collect())
     }
 }
 
@@ -157,5 +164,50 @@ fn way_of(record: &DiskRecord, at: usize) -> Vec<uuid::Uuid> {
         Some(pivot) => ids(pivot..at),
         None if record.volume.is_some() => ids(first..at),
         None => ids(at + 1..end),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::DiskConfig;
+    use crate::host::Machine;
+
+    /// What is remembered needs what it needs also while it becomes served.
+    #[test]
+    fn what_becomes_served_is_in_every_registry() {
+        const MOVES: usize = 200_000;
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (image, run_dir) = (dir.path().join("a.raw"), dir.path().join("run"));
+        std::fs::write(&image, vec![1; 1 << 16]).unwrap();
+        let places = Places::open(&dir.path().join("state"), &run_dir).unwrap();
+        let manager = Manager::open(Arc::new(Machine), places).unwrap();
+        let name: Name = "a".parse().unwrap();
+        let config = DiskConfig { direct: false, ..DiskConfig::new(&image) };
+        manager.put(&name, &config).unwrap();
+        let entry = manager.disk(&name).unwrap();
+        let unserved = Unserved {
+            name: name.clone(),
+            id: entry.id,
+            record: Some(entry.to_record()),
+            config: None,
+            why: "it moves".to_owned(),
+            is_new: false,
+            takes_flushed: false,
+        };
+        std::thread::scope(|scope| {
+            let moves = scope.spawn(|| {
+                for _ in 0..MOVES {
+                    manager.not_served_any_more(&name, Some(unserved.clone()));
+                    let (mut disks, mut unserved) = (locked(&manager.disks), locked(&manager.unserved));
+                    disks.insert(name.clone(), entry.clone());
+                    unserved.remove(&name);
+                }
+            });
+            while !moves.is_finished() {
+                assert!(manager.registry().disk(entry.id).is_some(), "it is nowhere");
+            }
+        });
+        manager.stop().unwrap();
     }
 }

@@ -52,9 +52,9 @@ impl Manager {
 
     /// All volumes by name, also those that are not served.
     pub(crate) fn all_volumes(&self) -> Vec<api::Volume> {
-        let mut volumes: Vec<_> =
-            self.all_disks().iter().filter(|d| d.is_volume()).map(|d| d.to_volume(self)).collect();
-        volumes.extend(self.unserved_volumes());
+        let (served, unserved) = self.all_there();
+        let mut volumes: Vec<_> = served.iter().filter(|d| d.is_volume()).map(|d| d.to_volume(self)).collect();
+        volumes.extend(unserved.iter().filter_map(|u| self.unserved_to_volume(u)));
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
         volumes
     }

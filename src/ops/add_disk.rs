@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome};
 use crate::host::{Host, receive};
@@ -22,7 +24,7 @@ use crate::store::{DiskRecord, SnapshotRecord};
 
 impl Manager {
     pub(crate) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
-        let _claim = self.claim_to_add("disk add", name, &self.completed(name, config))?;
+        let _claim = self.claim_to_add("disk add", name, &self.completed(name, config), None)?;
         // What was set meanwhile counts.
         let config = self.completed(name, config);
         if let Ok(old) = self.disk(name) {
@@ -44,17 +46,28 @@ impl Manager {
         Ok(PutOutcome::Created(entry.to_api(self)))
     }
 
-    /// What must be nobody else's while a disk is added.
+    /// What must be nobody else's while a disk is added of which this may be remembered, and the disks of what it reads
+    /// through: they stay as they are meanwhile.
     pub(crate) fn claim_to_add(
         &self,
         operation: &str,
         name: &Name,
         config: &DiskConfig,
+        record: Option<&DiskRecord>,
     ) -> Result<crate::manager::claims::Held<'_>, ApiError> {
-        let known = self.registry().named(name).map(|disk| ClaimKey::Entity(disk.id));
-        let places = [&config.socket, &config.mirror].into_iter().flatten().chain([&config.path]);
-        let keys = places.map(|path| ClaimKey::Path(path.clone())).chain([ClaimKey::Name(name.clone())]).chain(known);
-        self.claim_keys(&format!("{operation} {name}"), &[name.as_str()], Wanted::changing(keys))
+        self.claim_decided(&format!("{operation} {name}"), &|registry| {
+            let known = registry.named(name);
+            let id = record.map(|r| r.id).or(known.map(|disk| disk.id));
+            let places = [&config.socket, &config.mirror].into_iter().flatten().chain([&config.path]);
+            let places = places.map(|path| ClaimKey::Path(path.clone()));
+            let mut wanted =
+                Wanted::changing(places.chain([ClaimKey::Name(name.clone())]).chain(id.map(ClaimKey::Entity)));
+            let sources =
+                record.map_or_else(|| known.into_iter().flat_map(|disk| disk.sources()).collect(), sources_of);
+            let holders = sources.into_iter().filter_map(|source| registry.snapshot(source).map(|(disk, _)| disk.id));
+            wanted.needs = holders.filter(|holder| Some(*holder) != id).map(ClaimKey::Entity).collect();
+            Ok(wanted)
+        })
     }
 
     /// Decides about a disk and serves it. It is claimed.
@@ -188,6 +201,12 @@ impl Manager {
             false => Ok(()),
         }
     }
+}
+
+/// The snapshots that a disk or volume reads through of others, and its own one that it is restored from.
+fn sources_of(record: &DiskRecord) -> Vec<Uuid> {
+    let restored = record.restore.as_ref().filter(|r| r.is_shown()).map(|r| r.source);
+    record.volume.as_ref().map(|volume| volume.snapshot).into_iter().chain(restored).collect()
 }
 
 /// How long names may take to be resolved.

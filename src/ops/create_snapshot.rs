@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -16,12 +16,12 @@ use crate::control::{ApiError, ErrorCode, EventKind, Notice, SnapshotRef};
 use crate::crash;
 use crate::door::{self, Cut, DiskFacts, Epoch, NewLayer, SnapshotSpec};
 use crate::host::FileKind;
-use crate::manager::entry::{DiskEntry, Frontends, SnapshotEntry, locked};
+use crate::manager::entry::{DiskEntry, Frontends, Made, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::recording;
 use crate::manager::{Manager, engine_error, record_error};
 use crate::registry::{ClaimKey, Command};
-use crate::store::{DiskRecord, Layout, RecordError, SnapshotRecord};
+use crate::store::{DeletionRecord, DiskRecord, Layout, RecordError, SnapshotRecord};
 
 /// How often a thread that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
@@ -39,17 +39,9 @@ struct Ready {
     new_live: Uuid,
 }
 
-/// What was made for snapshots.
-struct Made {
-    layers: Vec<(Uuid, PathBuf)>,
-    changed: Vec<Uuid>,
-}
-
-impl Made {
-    fn of(ready: &[Ready]) -> Made {
-        let layers = ready.iter().filter_map(|one| one.made.clone()).collect();
-        Made { layers, changed: ready.iter().map(|one| one.new_live).collect() }
-    }
+fn made_for(ready: &[Ready]) -> Made {
+    let layers = ready.iter().filter_map(|one| one.made.clone()).collect();
+    Made { layers, changed: ready.iter().map(|one| one.new_live).collect() }
 }
 
 impl Manager {
@@ -93,9 +85,8 @@ impl Manager {
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         if let Err(e) = self.records.put(&ready.iter().map(|one| &one.pending).collect::<Vec<_>>()) {
             if matches!(e, RecordError::Unknown(_)) {
-                // They may name what was made.
-                disks.iter().for_each(|disk| self.resume_mirror(disk));
-                disks.iter().for_each(|disk| self.persist_later(disk));
+                disks.iter().for_each(|disk| self.undo_split(disk));
+                self.unmake(disks.to_vec(), made_for(&ready));
                 return Err(record_error(e));
             }
             return Err(self.undo(ready, record_error(e)));
@@ -112,7 +103,7 @@ impl Manager {
     ) -> Result<Vec<api::Snapshot>, ApiError> {
         let mut prepared = Vec::new();
         let mut entries = Vec::new();
-        let made = Made::of(&ready);
+        let made = made_for(&ready);
         for one in ready {
             locked(&one.disk.snapshots).push(one.entry.clone());
             prepared.push(one.prepared);
@@ -136,7 +127,8 @@ impl Manager {
         let recorded = self.persist(disks);
         for (disk, entry) in &entries {
             if recorded.is_err() {
-                disk.disk.break_version(entry.id, "the cut could not be recorded");
+                // Nobody is to have it: it goes when it is quiesced, and whatever is recorded of the disk until then says so.
+                locked(&entry.record).deletion = Some(DeletionRecord::default());
                 self.follow_up(FollowUp::LetGo(entry.id));
             }
             if let Some((_, why)) = lost.iter().find(|(version, _)| *version == entry.id) {
@@ -146,33 +138,35 @@ impl Manager {
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotCreated, &entry.reference()));
         }
         let answer = entries.iter().map(|(disk, entry)| entry.to_api(&disk.facts())).collect();
-        // Also when they could not be recorded: they are deleted when they are quiesced.
-        let me = self.me.clone();
-        let mut waits = Ok(());
-        for (disk, entry) in entries {
-            let me = me.clone();
-            // Each for itself: a frontend that stays on one disk does not hold up the other.
-            let started = self.start_thread("drain", move || {
-                loop {
-                    let Some(manager) = me.upgrade() else { return };
-                    if disk.disk.wait_quiet(ended, LOOK) {
-                        let drain = manager.host.now() - at;
-                        if !manager.quiesced(&disk, &entry, drain) {
-                            manager.follow_up(FollowUp::Quiesce(disk, entry, drain));
-                        }
-                        return;
-                    }
-                    // The end of the daemon drains everything itself; a disk that was removed is let go.
-                    if manager.is_stopping() || !manager.is_there(&disk, &entry) {
-                        return;
-                    }
-                }
-            });
-            waits = waits.and(started);
-        }
+        // Each for itself: a frontend that stays on one disk does not hold up the other. Also when they could not be recorded.
+        entries.into_iter().for_each(|(disk, entry)| self.drain(disk, entry, at));
         recorded?;
-        waits.map_err(|e| ApiError::new(ErrorCode::Io, format!("nobody can wait for the snapshot's requests: {e}")))?;
         Ok(answer)
+    }
+
+    /// Waits for the requests of a snapshot whose cut was at that moment, on a thread of its own; if there is none, now and
+    /// then.
+    fn drain(&self, disk: Arc<DiskEntry>, entry: Arc<SnapshotEntry>, at: Instant) {
+        let (me, later) = (self.me.clone(), FollowUp::Quiesce(disk.clone(), entry.clone(), at));
+        let again = later.clone();
+        let started = self.start_thread("drain", move || {
+            loop {
+                let Some(manager) = me.upgrade() else { return };
+                if disk.disk.wait_quiet(ended_of(&entry), LOOK) {
+                    if !manager.quiesced_since(&disk, &entry, at) {
+                        manager.follow_up(again);
+                    }
+                    return;
+                }
+                // The end of the daemon drains everything itself; a disk that was removed is let go.
+                if manager.is_stopping() || !manager.is_there(&disk, &entry) {
+                    return;
+                }
+            }
+        });
+        if started.is_err() {
+            self.follow_up(later);
+        }
     }
 
     /// Makes the layer and the entry of a snapshot.
@@ -286,8 +280,9 @@ impl Manager {
     /// Where the image of a snapshot goes when nothing else is said. A disk that had this one's name before keeps its images.
     fn free_snapshot_image(&self, reference: &SnapshotRef, frozen: Uuid) -> PathBuf {
         let usual = reference.to_string();
-        let is_taken = self.all_disks().iter().any(|disk| disk.to_record().names().contains(&usual))
-            || locked(&self.unserved).values().filter_map(|u| u.record.as_ref()).any(|r| r.names().contains(&usual));
+        let (served, unserved) = self.all_there();
+        let is_taken = served.iter().any(|disk| disk.to_record().names().contains(&usual))
+            || unserved.iter().filter_map(|u| u.record.as_ref()).any(|r| r.names().contains(&usual));
         match is_taken {
             false => self.places.snapshot_image(&usual),
             true => self.places.snapshot_image(&frozen),
@@ -324,13 +319,32 @@ impl Manager {
 
     /// What was made for snapshots that no record knows of goes.
     fn undo(&self, ready: Vec<Ready>, error: ApiError) -> ApiError {
-        // A leg that was split for nothing comes back.
-        ready.iter().for_each(|one| self.resume_mirror(&one.disk));
-        self.remove_made(Made::of(&ready));
+        ready.iter().for_each(|one| self.undo_split(&one.disk));
+        self.remove_made(&made_for(&ready));
         error
     }
 
-    fn remove_made(&self, made: Made) {
+    /// A leg that was split for nothing comes back.
+    fn undo_split(&self, disk: &Arc<DiskEntry>) {
+        match self.take_unheld_leg_back(disk) {
+            Ok(true) => self.start_resync(disk),
+            Ok(false) => {}
+            Err(e) => log::error!("disk {}: a leg does not come back: {}", disk.name, e.message),
+        }
+    }
+
+    /// Removes what was made for snapshots that are none, when no record can name it any more.
+    fn unmake(&self, disks: Vec<Arc<DiskEntry>>, made: Made) {
+        match self.persist(&disks) {
+            Ok(()) => self.remove_made(&made),
+            Err(e) => {
+                log::warn!("what was made for snapshots that were refused is removed later: {e}");
+                self.follow_up(FollowUp::Unmake(disks, Arc::new(made)));
+            }
+        }
+    }
+
+    pub(crate) fn remove_made(&self, made: &Made) {
         made.layers.iter().for_each(|(id, image)| self.remove_layer(*id, image));
         made.changed.iter().for_each(|id| self.remove_changed_table(*id));
     }
@@ -341,17 +355,17 @@ impl Manager {
         for (disk, entry) in entries {
             locked(&disk.snapshots).retain(|s| !Arc::ptr_eq(s, entry));
         }
-        disks.iter().for_each(|disk| self.resume_mirror(disk));
-        match self.persist(&disks) {
-            Ok(()) => self.remove_made(made),
-            // The records still name what was made.
-            Err(_) => disks.iter().for_each(|disk| self.persist_later(disk)),
-        }
+        disks.iter().for_each(|disk| self.undo_split(disk));
+        self.unmake(disks, made);
     }
 
-    /// All requests of its epoch are done: this snapshot never changes again. Returns whether that could be recorded; before
-    /// it is, nobody is told.
-    pub(crate) fn quiesced(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, drain: Duration) -> bool {
+    /// If all requests of its epoch are done a snapshot, whose cut was at that moment, never changes again. Returns whether
+    /// that is so and could be recorded; before it is, nobody is told.
+    pub(crate) fn quiesced_since(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, at: Instant) -> bool {
+        if !disk.disk.wait_quiet(ended_of(entry), LOOK) {
+            return false;
+        }
+        let drain = self.host.now() - at;
         if !entry.is_lost {
             disk.disk.store_shown(entry.id);
         }
@@ -381,7 +395,7 @@ impl Manager {
         if locked(&entry.record).quiesced_ms.is_some() {
             return true;
         }
-        locked(&entry.drain).get_or_insert(drain);
+        let drain = *locked(&entry.drain).get_or_insert(drain);
         // Durable before anybody is told: from then on a power cut must not break it.
         let quiesced_ms = Some(self.host.unix_ms());
         let mut record = disk.to_record();
@@ -395,12 +409,11 @@ impl Manager {
         }
         *locked(&entry.socket_error) = None;
         crash::point("before a snapshot is opened");
-        let is_whole = entry.broken(&disk.facts()).is_none();
-        if is_whole && !self.is_stopping() && !self.open_socket(disk, entry) {
+        if entry.may_be_read(&disk.facts()) && !self.is_stopping() && !self.open_socket(disk, entry) {
             self.follow_up(FollowUp::Open(disk.clone(), entry.clone()));
         }
         locked(&entry.record).quiesced_ms = quiesced_ms;
-        if entry.broken(&disk.facts()).is_none() {
+        if entry.may_be_read(&disk.facts()) {
             log::info!("snapshot {}: quiesced after {drain:.1?}", entry.reference());
             self.bus.publish(Notice::of_snapshot(EventKind::SnapshotQuiesced, &entry.reference()));
         }
@@ -444,4 +457,9 @@ impl Manager {
         }
         Ok(())
     }
+}
+
+/// The epoch that ended with a snapshot.
+fn ended_of(entry: &SnapshotEntry) -> Epoch {
+    Epoch(locked(&entry.record).ended)
 }

@@ -104,9 +104,9 @@ impl Manager {
             }
             let facts = disk.facts();
             let drained = facts.version(entry.id).is_some_and(|version| version.is_quiesced);
-            match entry.state(&facts) {
+            match (entry.state(&facts), self.deletion_of(&disk, &entry)) {
                 // One whose job has failed or was stopped is tried again.
-                SnapshotState::Deleting | SnapshotState::Folding
+                (SnapshotState::Deleting | SnapshotState::Folding, _)
                     if keep_image
                         && entry.change_deletion(|deletion| !std::mem::replace(&mut deletion.keep_image, true)) =>
                 {
@@ -114,10 +114,9 @@ impl Manager {
                     kept.inspect_err(|_| entry.change_deletion(|deletion| deletion.keep_image = false))?;
                     // Then once more, as it was meant.
                 }
-                SnapshotState::Deleting | SnapshotState::Folding => match self.deletion_of(&disk, &entry) {
-                    Some(job) if job.state() == JobState::Running => break job,
-                    Some(job) => break self.resume_deletion(&disk, &entry, job)?,
-                    None => break self.start_deletion(&disk, &entry),
+                (SnapshotState::Deleting | SnapshotState::Folding, Some(job)) => match job.state() {
+                    JobState::Running => break job,
+                    _ => break self.resume_deletion(&disk, &entry, job)?,
                 },
                 // Its requests are still on their way; they must arrive first.
                 _ if !drained => {
@@ -130,6 +129,7 @@ impl Manager {
                         )));
                     }
                 }
+                // Also one that nobody was to have.
                 _ => {
                     break self.begin_deletion(
                         &disk,
@@ -183,11 +183,11 @@ impl Manager {
         }
         let server = locked(&entry.server).clone();
         let job = self.stop_servers(disk, server.as_slice(), command, || {
-            locked(&entry.record).deletion = Some(deletion);
-            let loses_leg = deletion.keep_image || entry.broken(&disk.facts()).is_some();
+            let was = locked(&entry.record).deletion.replace(deletion);
             let begun = self.persist(std::slice::from_ref(disk));
-            if let Err(e) = begun.and_then(|()| if loses_leg { self.lose_leg_of(disk, entry) } else { Ok(()) }) {
-                locked(&entry.record).deletion = None;
+            let loses_leg = || if deletion.keep_image { self.lose_leg_of(disk, entry) } else { Ok(()) };
+            if let Err(e) = begun.and_then(|()| loses_leg()) {
+                locked(&entry.record).deletion = was;
                 self.persist_later(disk);
                 return Err(e);
             }
@@ -276,6 +276,11 @@ impl Manager {
 
     /// The job of a deletion, on a thread and ring of its own.
     fn retire(&self, disk: &Arc<DiskEntry>, entry: &Arc<SnapshotEntry>, job: &JobEntry) -> Result<Outcome, String> {
+        // Nobody knows what the leg of one that is broken has: it does not come back.
+        if entry.broken(&disk.facts()).is_some() {
+            let Some(_claim) = self.claim_to_record(job) else { return Ok(Outcome::Stopped) };
+            self.lose_leg_of(disk, entry).map_err(|e| e.message)?;
+        }
         let Some((grace, turn)) = self.begin_retire(disk, entry, job)? else { return Ok(Outcome::Stopped) };
         // What is not needed any more when it has gone.
         let facts = disk.facts();

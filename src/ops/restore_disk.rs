@@ -20,7 +20,7 @@ use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::{Manager, engine_error, record_error, table_error};
-use crate::registry::{Command, Registry, decide};
+use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
 use crate::store::{
     DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind, TableError, VolumeRecord,
 };
@@ -32,26 +32,37 @@ fn io_error(what: impl std::fmt::Display) -> ApiError {
 impl Manager {
     /// Takes a disk back to what `request` names. The disk shows that when this returns.
     pub(crate) fn restore(&self, name: &Name, request: &RestoreRequest) -> Result<api::Job, ApiError> {
-        let (from, taken) = match &request.from {
-            VolumeSource::Snapshot(snapshot) => (snapshot.clone(), None),
-            VolumeSource::Now(volume) => {
-                let (reference, id) = self.snapshot_to_restore(name, volume, request.force)?;
-                (reference, Some(id))
-            }
+        let begun = match &request.from {
+            VolumeSource::Snapshot(snapshot) => self.restore_when_quiesced(name, snapshot, request, None),
+            VolumeSource::Now(volume) => self.restore_to_now(name, volume, request),
         };
-        let begun = self.restore_when_quiesced(name, &from, request, taken.is_some());
-        if let (Err(_), Some(taken)) = (&begun, taken) {
-            self.let_snapshot_go(taken);
-        }
         Ok(begun?.to_api())
     }
 
-    /// Takes the snapshot of a volume that a disk is restored to.
-    fn snapshot_to_restore(&self, name: &Name, volume: &Name, force: bool) -> Result<(SnapshotRef, Uuid), ApiError> {
+    /// Takes a disk back to the present of a volume. The snapshot that is taken for that says so in its record: it goes when no
+    /// restore needs it, whatever comes in between.
+    fn restore_to_now(&self, name: &Name, volume: &Name, request: &RestoreRequest) -> Result<Arc<JobEntry>, ApiError> {
+        let command = Command::RestoreToNow { disk: name.clone(), volume: volume.clone(), force: request.force };
+        // All that would refuse it is said before a snapshot is taken for its sake, which stays while the disk is claimed.
+        let held = self.claim_decided(&format!("disk restore {name}"), &|registry| {
+            decide(registry, &command)?;
+            Ok(Wanted::changing(registry.named(name).map(|disk| ClaimKey::Entity(disk.id))))
+        })?;
+        let (disk, from, taken) = self.snapshot_to_restore(name, volume)?;
+        held.waits_for(Some(format!("{from} to be quiesced")));
+        let begun = self.restore_when_quiesced(name, &from, request, Some(disk));
+        drop(held);
+        if begun.is_err() {
+            self.let_snapshot_go(taken);
+        }
+        begun
+    }
+
+    /// Takes the snapshot of a volume that a disk, which is claimed, is restored to. Returns the disk's identifier, what the
+    /// snapshot is called, and its own.
+    fn snapshot_to_restore(&self, name: &Name, volume: &Name) -> Result<(Uuid, SnapshotRef, Uuid), ApiError> {
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(self.host.new_id())).parse()? };
-        // All that would refuse it is said before a snapshot is taken for its sake.
-        decide(&self.registry(), &Command::RestoreToNow { disk: name.clone(), volume: volume.clone(), force })?;
         let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
         if self.relation_of(&disk, &source)? {
             let message = format!("disk {name} cannot be restored from itself");
@@ -67,8 +78,8 @@ impl Manager {
             socket: None,
             image: None,
         };
-        let id = self.create(&snapshot)?.first().map(|s| s.id);
-        Ok((reference, id.unwrap_or_default()))
+        let id = self.create_for(&snapshot, Some(disk.id))?.first().map(|s| s.id);
+        Ok((disk.id, reference, id.unwrap_or_default()))
     }
 
     /// Whether what is restored is the disk's own, or else a volume that stands on the disk.
@@ -93,22 +104,27 @@ impl Manager {
         }
     }
 
+    /// `claimed` is the disk if the caller has claimed it, and taken what it is restored from.
     fn restore_when_quiesced(
         &self,
         name: &Name,
         from: &SnapshotRef,
         request: &RestoreRequest,
-        is_taken: bool,
+        claimed: Option<Uuid>,
     ) -> Result<Arc<JobEntry>, ApiError> {
         let command = Command::Restore { disk: name.clone(), from: from.clone(), force: request.force };
-        let wanted = |registry: &Registry| Ok(decide(registry, &command)?.wanted);
+        let wanted = |registry: &Registry| {
+            let mut wanted = decide(registry, &command)?.wanted;
+            wanted.changes.retain(|key| claimed.is_none_or(|disk| *key != ClaimKey::Entity(disk)));
+            Ok(wanted)
+        };
         self.when_quiesced(&format!("disk restore {name}"), from, wanted, |source, entry| {
             let disk = self.disk(name)?;
             let record = RestoreRecord {
                 id: self.host.new_id(),
                 source: entry.id,
                 from: from.to_string(),
-                source_kind: match (self.relation_of(&disk, source)?, is_taken) {
+                source_kind: match (self.relation_of(&disk, source)?, claimed.is_some()) {
                     (true, _) => RestoreSourceKind::Disk,
                     (false, true) => RestoreSourceKind::VolumeNow,
                     (false, false) => RestoreSourceKind::Volume,
@@ -228,7 +244,7 @@ impl Manager {
         }
         crash::point("before it is recorded that a layer outlives power cuts");
         // If that is refused the tables stay in use: the next record says so.
-        self.persist(std::slice::from_ref(disk)).inspect_err(|_| self.follow_up(FollowUp::Record(disk.clone())))?;
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| self.follow_up(FollowUp::Durable(disk.clone())))?;
         disk.disk.durability_recorded();
         let below = locked(&disk.relations).volume.as_ref().map(|volume| volume.snapshot);
         match below {

@@ -27,7 +27,7 @@ use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, Wanted};
-use crate::store::{RecordError, Table, VolumeRecord, Work, WorkRecord};
+use crate::store::{DiskRecord, RecordError, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
 struct Next {
@@ -331,7 +331,7 @@ impl Manager {
         }
     }
 
-    /// Lets go of what was taken for updates and is not needed any more, on a thread of its own.
+    /// Lets go of what was taken for updates and restores and is not needed any more, on a thread of its own.
     pub(crate) fn tidy_moments_later(&self) {
         if self.is_stopping() {
             return; // The next start does it.
@@ -361,30 +361,31 @@ impl Manager {
             }
         };
         let is_done = Cell::new(true);
-        // What a volume goes by: what it stands on, or stood on.
-        let needs = |volume: Uuid, moment: Uuid| {
-            let of = records.iter().find(|r| r.id == volume);
+        // What a volume goes by: what it stands on, or stood on. And what a disk is restored from.
+        let needs = |whose: Uuid, moment: Uuid| {
+            let of = records.iter().find(|r| r.id == whose);
             let is = |of: &Option<VolumeRecord>| of.as_ref().is_some_and(|v| v.snapshot == moment);
-            (of.is_some_and(|r| is(&r.volume)), of.is_some_and(|r| is(&r.stood_on)))
+            let is_restored = |r: &DiskRecord| r.restore.as_ref().is_some_and(|restore| restore.source == moment);
+            (of.is_some_and(|r| is(&r.volume) || is_restored(r)), of.is_some_and(|r| is(&r.stood_on)))
         };
         for disk in self.all_disks() {
-            // What an update that is under way has taken is not needed by any record yet.
-            let is_settled = |volume: &Uuid| {
-                let is_settled = !self.is_being_changed(*volume);
+            // What an update or a restore that is under way has taken is not needed by any record yet.
+            let is_settled = |whose: &Uuid| {
+                let is_settled = !self.is_being_changed(*whose);
                 is_done.set(is_done.get() && is_settled);
                 is_settled
             };
             let let_go = |reference: &SnapshotRef, refused: Option<ApiError>| {
                 let Some(e) = refused else { return };
                 is_done.set(false);
-                log::debug!("{reference}, which was taken for an update, stays for now: {}", e.message);
+                log::debug!("{reference}, which was taken by the daemon, stays for now: {}", e.message);
             };
             let facts = disk.facts();
             for snapshot in disk.snapshots() {
                 let taken_for = locked(&snapshot.record).taken_for;
-                let Some(volume) = taken_for.filter(is_settled) else { continue };
-                let (stands, stood) = needs(volume, snapshot.id);
-                if !stands {
+                let Some(whose) = taken_for.filter(is_settled) else { continue };
+                let (is_needed, stood) = needs(whose, snapshot.id);
+                if !is_needed {
                     let keep_bookmark = stood && snapshot.unreadable(&facts).is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
                     let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());

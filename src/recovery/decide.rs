@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::record::{Remembered, contradictions, settle_pending, take_newest_segment, versions_of};
 use super::{
-    ChangedUse, Content, Durable, Evidence, ImageFacts, ImageUse, LayerUse, LegUse, MirrorRecovery, Recovery,
-    RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
+    ChangedUse, Content, Durable, DurableFacts, Evidence, ImageFacts, ImageUse, LayerUse, LegUse, MirrorRecovery,
+    Recovery, RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
 use crate::door::LegState;
 use crate::store::{ChangedRecord, DiskRecord, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord};
@@ -395,6 +395,14 @@ impl Decision<'_> {
     /// A restore that has begun: the table of pending blocks, and the disk's own snapshot that they show.
     fn decide_restore(&self, recovery: &mut Recovery) {
         let Some(restore) = recovery.record.restore.clone().filter(|r| r.is_shown()) else { return };
+        // All is brought back, durably: only the record does not say so yet. Nothing is needed of the source, which may be gone.
+        let is_over = |facts: DurableFacts| facts.ones == 0 && facts.damaged.is_empty();
+        if self.shutdown != Shutdown::Changed
+            && self.evidence.durable_table(Durable::Log, restore.id, self.blocks).is_ok_and(is_over)
+        {
+            recovery.record.restore = None;
+            return;
+        }
         let pending = self.pending(restore.id);
         let source = recovery.record.snapshots.iter().position(|s| s.id == restore.source);
         let source = source.and_then(|at| recovery.version(Role::Frozen(at)));

@@ -412,6 +412,15 @@ fn a_restore_in_place() {
         assert_ne!(decided(broke, shutdown).0, "unserved", "{shutdown:?}");
     }
     assert_eq!(decided(|f, _| put(&mut f.no_left, id(70)), Shutdown::Killed).0, "unserved");
+    // One that is over, but for its record, needs nothing.
+    let over = |f: &mut Found, r: &mut DiskRecord| {
+        put(&mut f.empty, id(70));
+        r.restore.as_mut().unwrap().source = id(80);
+    };
+    assert_eq!(decided(over, Shutdown::Clean), ("whole", None));
+    assert_eq!(decided(over, Shutdown::Killed), ("whole", None));
+    assert_eq!(decided(over, Shutdown::PowerCut), ("flushed", None));
+    assert_eq!(decided(over, Shutdown::Changed).0, "unserved");
     // What is committed is written anew by what is known better.
     assert_eq!(decided(|f, _| put(&mut f.damaged, id(70)), Shutdown::Killed).0, "whole");
 }
@@ -488,6 +497,13 @@ fn what_disks_are_restored_from() {
         f.missing.insert("/x.img".into());
     });
     assert!(matches!(disk.why_hollow(), Some(Why::RestoreLost { from, .. }) if from == "clone@x"), "{:?}", disk.disk);
+    // One that is over, but for its record, needs nothing.
+    let [disk, _] = both(|f, d, _| {
+        *d = restored(d.clone(), id(62), false);
+        f.missing.insert("/x.img".into());
+        put(&mut f.empty, id(70));
+    });
+    assert_eq!((content(&disk), disk.jobs()), ("whole", Vec::new()));
 }
 
 #[test]
@@ -541,8 +557,11 @@ fn jobs_that_go_on() {
             (record.live_splits, record.snapshots) = (false, Vec::new());
         }
         let found = Found { legs: legs_of(states.clone()), ..Found::default() };
-        let resyncs = vec![(JobKind::Resync, false); expected];
-        assert_eq!(jobs(&decide(&record, Shutdown::Killed, &found)), resyncs, "{states:?}");
+        for is_stopped in [false, true] {
+            record.mirror.as_mut().unwrap().stopped = is_stopped;
+            let resyncs = vec![(JobKind::Resync, is_stopped); expected];
+            assert_eq!(jobs(&decide(&record, Shutdown::Killed, &found)), resyncs, "{states:?}");
+        }
     }
 }
 

@@ -28,7 +28,7 @@ pub struct Recovery {
     pub bookmarks: Vec<Option<Result<ChangedUse, Why>>>,
     /// Discards that were put off at a clean stop: the seal of their table, or why they are forgotten. They are advice.
     pub discards: Option<Result<Uuid, Why>>,
-    /// A restore in place that has begun. One that has not is forgotten.
+    /// A restore in place that goes on. One that has not begun is forgotten, and so is one that is over.
     pub restore: Option<RestoreRecovery>,
 }
 
@@ -217,7 +217,8 @@ impl Recovery {
             .filter(|_| restores)
             .map(|r| job(JobKind::Restore, r.phase == RestorePhase::Stopped));
         let work = self.record.work.iter().map(|w| job(JobKind::Work(w.work.clone()), w.stopped));
-        let resync = self.mirror.iter().filter(|m| m.is_behind()).map(|_| job(JobKind::Resync, false));
+        let is_stopped = self.record.mirror.as_ref().is_some_and(|mirror| mirror.stopped);
+        let resync = self.mirror.iter().filter(|m| m.is_behind()).map(|_| job(JobKind::Resync, is_stopped));
         deletions.chain(restore).chain(work).chain(resync).collect()
     }
 

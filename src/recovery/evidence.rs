@@ -39,6 +39,8 @@ pub struct DurableFacts {
     pub place: PathBuf,
     /// Blocks whose bits cannot be read, in order.
     pub damaged: Vec<BlockRange>,
+    /// How many bits are set of those that can.
+    pub ones: u64,
 }
 
 /// What there is of one disk, with the configuration that it would be served with.

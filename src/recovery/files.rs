@@ -139,11 +139,12 @@ impl Evidence for Files<'_> {
         let place = which.place(self.tables, id);
         let image = self.shared(&place).map_err(|e| TableError::image(&place, &e))?;
         let table = Arc::new(Table::in_memory(blocks)?);
+        let bits = table.clone();
         let loaded = self.host.block_on(async move |queue| -> Result<LoadReport, TableError> {
             Ok(DurableTable::load(image, id, table, &queue).await?.1)
         });
         let report = loaded.map_err(|e| no_ring(&place, &e))??;
-        Ok(DurableFacts { place, damaged: report.damaged })
+        Ok(DurableFacts { place, damaged: report.damaged, ones: bits.count() })
     }
 
     fn is_given_up(&self, id: Uuid) -> bool {

@@ -29,6 +29,8 @@ pub(super) struct Found {
     pub(super) flagged: BTreeSet<Uuid>,
     pub(super) no_durable: BTreeSet<Uuid>,
     pub(super) damaged: BTreeSet<Uuid>,
+    /// Durable copies without a bit that is set.
+    pub(super) empty: BTreeSet<Uuid>,
     pub(super) given_up: BTreeSet<Uuid>,
     pub(super) no_changes: BTreeSet<Uuid>,
     pub(super) marks: BTreeMap<Uuid, String>,
@@ -129,7 +131,8 @@ impl Evidence for Found {
         }
         let damage = BlockRange { start: BlockIndex(3), end: BlockIndex(9) };
         let damaged = if self.damaged.contains(&id) { vec![damage] } else { Vec::new() };
-        Ok(DurableFacts { place: id.to_string().into(), damaged })
+        let ones = u64::from(!self.empty.contains(&id));
+        Ok(DurableFacts { place: id.to_string().into(), damaged, ones })
     }
 
     fn is_given_up(&self, id: Uuid) -> bool {

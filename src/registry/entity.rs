@@ -110,7 +110,7 @@ pub struct Snapshot {
     pub is_socket_named: bool,
     /// How many frontends from before the cut still write it.
     pub old_frontends: u32,
-    /// The volume for whose update it was taken.
+    /// The volume for whose update it was taken, or the disk for whose restore.
     pub taken_for: Option<Uuid>,
     /// Whether it leaves a bookmark when it goes.
     pub keeps_bookmark: bool,
@@ -242,6 +242,15 @@ impl Disk {
     #[must_use]
     pub fn is_volume(&self) -> bool {
         self.kind != Kind::Disk
+    }
+
+    /// The snapshots that it stands on and is restored from.
+    pub fn sources(&self) -> impl Iterator<Item = Uuid> {
+        let on = match self.kind {
+            Kind::Volume { on } => Some(on),
+            Kind::Disk | Kind::Independent { .. } => None,
+        };
+        on.into_iter().chain(self.restore.as_ref().map(|restore| restore.source))
     }
 
     /// Whether it is only remembered.

@@ -97,7 +97,8 @@ pub struct SnapshotRecord {
     pub saved_table: Option<Uuid>,
     /// Its dirty bitmap. None if nothing was noted.
     pub changed: Option<ChangedRecord>,
-    /// The stable name of the volume for whose update it was taken. It goes when that needs it no more.
+    /// The stable name of the volume for whose update it was taken, or of the disk for whose restore. It goes when that
+    /// needs it no more.
     pub taken_for: Option<Uuid>,
 }
 

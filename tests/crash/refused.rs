@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use halfsilver::control::api::{
-    DiskConfig, DiskState, JobState, RestoreRequest, SnapshotRequest, SnapshotState, VolumeSource, Writers,
+    DeleteSnapshotOptions, DiskConfig, DiskState, Durability, Job, JobKind, JobState, LegState, RestoreRequest,
+    SnapshotRequest, SnapshotState, Strategy, VolumeRequest, VolumeSource, Writers,
 };
 use halfsilver::control::{ApiError, Service, SnapshotRef};
 use halfsilver::daemon::config::DiskSpec;
@@ -118,7 +119,11 @@ fn a_refused_snapshot_leaves_its_name_free() {
 
 /// What a guest writes to some blocks that are not zeros.
 fn write(world: &mut World, sectors: std::ops::Range<usize>) {
-    let socket = world.sim.socket(&Path::new(RUN).join("a.sock")).unwrap();
+    write_to(world, "a.sock", sectors);
+}
+
+fn write_to(world: &mut World, socket: &str, sectors: std::ops::Range<usize>) {
+    let socket = world.sim.socket(&Path::new(RUN).join(socket)).unwrap();
     let (at, from) = (ByteOffset((sectors.start * SECTOR) as u64), spec::filled(sectors.start, sectors.len(), 7));
     let host = world.sim.clone();
     // On a thread: a version that cannot be kept is said to be broken on storage, too.
@@ -217,4 +222,333 @@ fn a_snapshot_that_breaks_beside_a_restore_is_not_restored_from() {
         late += usize::from(answered.is_err_and(|e| e.message.contains("while it was made ready")));
     }
     assert!(late > 0, "it broke in time, or too late");
+}
+
+/// Waits until something is so.
+fn wait_until(world: &mut World, what: &str, is_so: impl Fn(&Manager) -> Result<bool, ApiError> + Clone + 'static) {
+    for _ in 0..2000 {
+        let is_so = is_so.clone();
+        if world.ask(move |daemon| is_so(daemon)).unwrap().unwrap() {
+            return;
+        }
+        for _ in 0..20 {
+            world.step_quietly().unwrap();
+        }
+    }
+    panic!("never: {what}");
+}
+
+fn no_snapshot_is_left(world: &mut World) {
+    wait_until(world, "what was refused has gone", |daemon| Ok(daemon.list_snapshots()?.is_empty()));
+}
+
+/// Gives a command on a thread of its own; what it answers is there when it is over.
+fn give(
+    world: &mut World,
+    command: impl FnOnce(&Manager) -> Result<(), ApiError> + 'static,
+) -> Rc<RefCell<Option<Result<(), ApiError>>>> {
+    let answer: Rc<RefCell<Option<Result<(), ApiError>>>> = Rc::default();
+    let (put, daemon) = (answer.clone(), world.manager.borrow().clone().unwrap());
+    world.scheduler.spawn(Thread::new(move || {
+        let done = command(&daemon);
+        drop(daemon);
+        *put.borrow_mut() = Some(done);
+    }));
+    answer
+}
+
+/// Takes a snapshot whose cut comes to be, and is then refused because that cannot be recorded.
+fn refuse_after_the_cut(world: &mut World, request: SnapshotRequest) {
+    let before = world.manager.borrow().as_ref().unwrap().epoch();
+    let answer = give(world, move |daemon| daemon.create_snapshots(&request).map(drop));
+    while world.manager.borrow().as_ref().unwrap().epoch() == before {
+        world.step_quietly().unwrap();
+    }
+    world.sim.refuse_records(1);
+    while answer.borrow().is_none() {
+        world.step_quietly().unwrap();
+    }
+    assert!(answer.take().unwrap().unwrap_err().message.contains("full"));
+    world.sim.refuse_records(0);
+}
+
+/// Disk `a` with the legs `a.raw` and `a.leg`.
+fn mirrored(sectors: usize) -> World {
+    let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+    sim.put_image(&path, spec::initial(sectors));
+    let mut world = serving(sim, &path);
+    let leg = Path::new(DISKS).join("a.leg");
+    done(&mut world, move |daemon| daemon.mirror_disk(&name("a"), &leg).map(drop));
+    world
+}
+
+/// A refused split leaves the mirror as it was: two legs.
+#[test]
+fn the_leg_of_a_refused_split_comes_back() {
+    let _undisturbed = crate::alone::undisturbed();
+    let mut world = mirrored(16);
+    synchronised(&mut world);
+    let request = SnapshotRequest { strategy: Some(Strategy::WriteMirroring), ..snapshot("daily") };
+    refuse_after_the_cut(&mut world, request);
+    write(&mut world, 0..8);
+    no_snapshot_is_left(&mut world);
+    synchronised(&mut world);
+    let disks = world.ask(|daemon| daemon.list_disks()).unwrap().unwrap();
+    let states: Vec<_> = disks[0].legs.iter().map(|leg| leg.state).collect();
+    assert_eq!(states, [LegState::InSync, LegState::InSync]);
+    let bytes = |file: &str| world.sim.bytes_of(&Path::new(DISKS).join(file)).unwrap();
+    assert!(bytes("a.raw") == bytes("a.leg"));
+}
+
+/// What was refused goes by itself, also if the daemon ends before it has gone.
+#[test]
+fn what_was_refused_goes_after_any_end() {
+    for is_killed in [true, false] {
+        let _undisturbed = crate::alone::undisturbed();
+        let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+        sim.put_image(&path, spec::initial(16));
+        let mut world = serving(sim.clone(), &path);
+        // While it is under way nothing goes.
+        let request = sim.socket(&Path::new(RUN).join("a.sock")).unwrap().attachment.lane().enter();
+        refuse_after_the_cut(&mut world, snapshot("daily"));
+        // Something else that is recorded.
+        done(&mut world, |daemon| daemon.set_disk(&name("a"), &Default::default()).map(drop));
+        let listed = world.ask(|daemon| daemon.list_snapshots()).unwrap().unwrap();
+        assert_eq!(listed.len(), 1, "it goes when its requests have ended");
+        if !is_killed {
+            let daemon = world.manager.borrow().clone().unwrap();
+            daemon.going_down();
+            drop(request);
+            world.finish(Thread::new(move || daemon.stop().unwrap())).unwrap();
+        }
+        let left = sim.after(End::Kill, &mut Rng::new(1));
+        drop(world);
+
+        let mut world = serving(left.clone(), &path);
+        no_snapshot_is_left(&mut world);
+        take(&mut world, "daily");
+    }
+}
+
+/// A snapshot of which nobody knows whether it was recorded leaves its name as soon as that is known.
+#[test]
+fn a_snapshot_that_was_in_doubt_leaves_its_name() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+    sim.put_image(&path, spec::initial(16));
+    let mut world = serving(sim.clone(), &path);
+    let before = images(&sim).len();
+    sim.doubt_records(3);
+    let refused = world.ask(|daemon| daemon.create_snapshots(&snapshot("daily")).map(drop)).unwrap();
+    assert!(refused.unwrap_err().contains("not known"));
+    assert!(images(&sim).len() > before, "a record may name it");
+    sim.refuse_records(0);
+    for _ in 0..20_000 {
+        if images(&sim).len() == before {
+            break;
+        }
+        world.step_quietly().unwrap();
+    }
+    take(&mut world, "daily");
+    assert_eq!(images(&sim).len(), before + 1);
+}
+
+fn jobs_of(world: &mut World, kind: JobKind) -> Vec<Job> {
+    let jobs = world.ask(|daemon| daemon.list_jobs()).unwrap().unwrap();
+    jobs.into_iter().filter(|job| job.kind == kind).collect()
+}
+
+/// A synchronisation that was stopped is one job, however many snapshots are refused.
+#[test]
+fn refused_snapshots_leave_a_stopped_synchronisation_alone() {
+    let _undisturbed = crate::alone::undisturbed();
+    let mut world = mirrored(4096);
+    let job = jobs_of(&mut world, JobKind::Mirror).pop().unwrap();
+    done(&mut world, move |daemon| daemon.delete_job(job.id).map(drop));
+    let stopped = jobs_of(&mut world, JobKind::Mirror);
+    assert_eq!(stopped.iter().map(|job| job.state).collect::<Vec<_>>(), [JobState::Stopped]);
+    for refusals in [1, 1, 1000] {
+        world.sim.refuse_records(refusals);
+        let refused = world.ask(|daemon| daemon.create_snapshots(&snapshot("daily")).map(drop)).unwrap();
+        assert!(refused.unwrap_err().contains("full"));
+        world.sim.refuse_records(0);
+    }
+    let now: Vec<_> = jobs_of(&mut world, JobKind::Mirror).iter().map(|job| (job.id, job.state)).collect();
+    assert_eq!(now, [(stopped[0].id, JobState::Stopped)]);
+}
+
+/// That a layer outlives power cuts is said as soon as the record says so, also if that was refused at first.
+#[test]
+fn what_outlives_power_cuts_is_said_when_a_refused_record_is_stored() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+    sim.put_image(&path, spec::initial(16));
+    let mut world = serving(sim.clone(), &path);
+    take(&mut world, "daily");
+    sim.refuse_records(1);
+    let refused = world.ask(|daemon| daemon.restore_disk(&name("a"), &to_daily()).map(drop)).unwrap();
+    assert!(refused.unwrap_err().contains("full"));
+    sim.refuse_records(0);
+    let outlives = |daemon: &Manager| Ok(daemon.list_snapshots()?[0].durability == Durability::Power);
+    wait_until(&mut world, "it outlives power cuts", outlives);
+}
+
+/// Without a thread that waits for its requests a snapshot is quiesced later.
+#[test]
+fn a_snapshot_without_a_thread_is_quiesced_later() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+    sim.put_image(&path, spec::initial(16));
+    let mut world = serving(sim.clone(), &path);
+    let request = sim.socket(&Path::new(RUN).join("a.sock")).unwrap().attachment.lane().enter();
+    sim.refuse_drains(1);
+    done(&mut world, |daemon| daemon.create_snapshots(&snapshot("daily")).map(drop));
+    for _ in 0..2000 {
+        world.step_quietly().unwrap();
+    }
+    let state = |daemon: &Manager| Ok(daemon.list_snapshots()?[0].state);
+    assert_eq!(world.ask(state).unwrap().unwrap(), SnapshotState::Draining);
+    drop(request);
+    wait_until(&mut world, "it is quiesced", move |daemon| Ok(state(daemon)? == SnapshotState::Quiesced));
+    assert!(sim.socket(&Path::new(RUN).join("a@daily.sock")).is_some());
+}
+
+/// Disk `a` with the snapshot `daily`, and the volume `v` on that, to which something was written.
+fn with_volume(sim: &Arc<Sim>, path: &Path) -> World {
+    sim.put_image(path, spec::initial(32));
+    let mut world = serving(sim.clone(), path);
+    take(&mut world, "daily");
+    let from = VolumeSource::Snapshot(SnapshotRef { disk: name("a"), name: name("daily") });
+    let request = VolumeRequest { name: name("v"), from, socket: None, image: None, block_size: None };
+    done(&mut world, move |daemon| daemon.create_volume(&request).map(drop));
+    write_to(&mut world, "v.sock", 0..8);
+    world
+}
+
+fn to_volume() -> RestoreRequest {
+    RestoreRequest { from: VolumeSource::Now(name("v")), force: true, delay_ms: 0, bytes_per_second: 0 }
+}
+
+/// What was taken for a restore goes with it, also if the daemon was killed before the restore began.
+#[test]
+fn what_was_taken_for_a_restore_goes_after_a_kill() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (mut rng, mut begun) = (Rng::new(1), 0);
+    let path = PathBuf::from(DISKS).join("a.raw");
+    for steps in (0..4000).step_by(23) {
+        let sim = Sim::new();
+        let mut world = with_volume(&sim, &path);
+        let answer = give(&mut world, |daemon| daemon.restore_disk(&name("a"), &to_volume()).map(drop));
+        for _ in 0..steps {
+            world.step_quietly().unwrap();
+        }
+        let is_over = answer.borrow().is_some();
+        let left = sim.after(End::Kill, &mut rng);
+        drop(world);
+
+        let mut world = serving(left, &path);
+        begun += usize::from(world.ask(|daemon| Ok(daemon.list_disks()?[0].restoring.is_some())).unwrap().unwrap());
+        let is_left = |s: &halfsilver::control::api::Snapshot| s.name.as_str().starts_with("restore-");
+        wait_until(&mut world, &format!("what was taken has gone, after {steps} steps"), move |daemon| {
+            Ok(!daemon.list_snapshots()?.iter().any(is_left))
+        });
+        if is_over {
+            break;
+        }
+    }
+    assert!(begun > 0, "some of them go on");
+}
+
+/// While it is recorded that a restore has ended, what it is restored from stays: the record may be refused.
+#[test]
+fn what_a_disk_is_restored_from_stays_until_its_end_is_recorded() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (mut rng, mut failed) = (Rng::new(1), 0);
+    let path = PathBuf::from(DISKS).join("a.raw");
+    for steps in 0..400 {
+        let sim = Sim::new();
+        let mut world = with_volume(&sim, &path);
+        let of_volume = || SnapshotRef { disk: name("v"), name: name("now") };
+        done(&mut world, |daemon| {
+            let request = SnapshotRequest { disks: vec![name("v")], ..snapshot("now") };
+            daemon.create_snapshots(&request).map(drop)
+        });
+        let quiesced =
+            |daemon: &Manager| Ok(daemon.list_snapshots()?.iter().all(|s| s.state == SnapshotState::Quiesced));
+        wait_until(&mut world, "all are quiesced", quiesced);
+        let request = RestoreRequest { from: VolumeSource::Snapshot(of_volume()), ..to_volume() };
+        done(&mut world, move |daemon| daemon.restore_disk(&name("a"), &request).map(drop));
+        for _ in 0..steps {
+            world.step_quietly().unwrap();
+        }
+        world.sim.refuse_records(1);
+        let deleted = give(&mut world, move |daemon| {
+            let options = DeleteSnapshotOptions { force: true, ..DeleteSnapshotOptions::default() };
+            let mut last = Ok(());
+            for _ in 0..30 {
+                last = daemon.delete_snapshot(&of_volume(), options).map(drop);
+                if last.is_ok() {
+                    break;
+                }
+                daemon.list_disks()?; // Others go on.
+            }
+            last
+        });
+        while deleted.borrow().is_none() {
+            world.step_quietly().unwrap();
+        }
+        synchronised(&mut world);
+        let state = jobs_of(&mut world, JobKind::Restore).pop().unwrap().state;
+        failed += usize::from(state == JobState::Failed);
+        let left = sim.after(End::Kill, &mut rng);
+        drop(world);
+
+        let mut world = serving(left.clone(), &path);
+        let disks = world.ask(|daemon| daemon.list_disks()).unwrap().unwrap();
+        assert_eq!(disks[0].state, DiskState::Serving, "after {steps} steps: {:?}", disks[0].reason);
+        synchronised(&mut world);
+        let mut wanted = spec::initial(32);
+        spec::fill(&mut wanted[..8 * SECTOR], 0, 7);
+        assert!(left.bytes_of(&path).unwrap() == wanted, "after {steps} steps it is not restored");
+        if state == JobState::Done && failed > 0 {
+            return;
+        }
+    }
+    panic!("the end of the restore must be refused, and come before that");
+}
+
+/// What is not served any more, because its second leg could not be added, is listed at each moment.
+#[test]
+fn a_disk_whose_leg_is_refused_is_there_at_each_moment() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
+    sim.put_image(&path, spec::initial(16));
+    let mut world = serving(sim.clone(), &path);
+    take(&mut world, "daily");
+    let left = sim.after(End::Kill, &mut Rng::new(1));
+    drop(world);
+
+    let mut world = World::on(left, Spec::new(), Rng::new(1), Shape::of(0), 0, Rc::new(RefCell::default()));
+    let mut config = DiskConfig::new(&path);
+    config.mirror = Some("/nowhere/a.leg".into());
+    world.start(vec![DiskSpec { name: name("a"), config: config.clone() }]);
+    while world.manager.borrow().is_none() {
+        world.step_quietly().unwrap();
+    }
+    let daemon = world.manager.borrow().clone().unwrap();
+    assert_eq!(daemon.list_unserved().unwrap().len(), 1);
+    config.mirror = Some(Path::new(DISKS).join("a.leg"));
+    let added = give(&mut world, move |daemon| daemon.put_disk(&name("a"), &config).map(drop));
+    let mut was_served = false;
+    while added.borrow().is_none() {
+        world.step_quietly().unwrap();
+        let is_served = world.sim.socket(&Path::new(RUN).join("a.sock")).is_some();
+        if is_served && !std::mem::replace(&mut was_served, true) {
+            world.sim.refuse_records(1);
+        }
+        let (served, unserved) = (daemon.list_snapshots().unwrap(), daemon.list_unserved().unwrap());
+        assert!(!served.is_empty() || !unserved.is_empty(), "it is nowhere");
+    }
+    assert!(was_served && added.take().unwrap().unwrap_err().message.contains("full"));
+    drop(daemon);
 }

@@ -127,8 +127,11 @@ pub struct Sim {
     began: Instant,
     passed_ns: AtomicU64,
     has_ended: AtomicBool,
-    /// How many changes of the records are refused next.
+    /// How many changes of the records are refused next, and whether it is not known what these leave.
     refusals: AtomicU64,
+    is_in_doubt: AtomicBool,
+    /// How many threads to wait for a snapshot's requests are refused next.
+    no_threads: AtomicU64,
     me: Weak<Sim>,
 }
 
@@ -154,6 +157,8 @@ impl Sim {
             passed_ns: AtomicU64::new(0),
             has_ended: AtomicBool::new(false),
             refusals: AtomicU64::new(0),
+            is_in_doubt: AtomicBool::new(false),
+            no_threads: AtomicU64::new(0),
             me: me.clone(),
         })
     }
@@ -253,7 +258,19 @@ impl Sim {
 
     /// So many of the next changes of the records are refused, as by a full state directory.
     pub fn refuse_records(&self, changes: u64) {
+        self.is_in_doubt.store(false, Ordering::SeqCst);
         self.refusals.store(changes, Ordering::SeqCst);
+    }
+
+    /// The same, and nobody knows whether they were stored before the next one that is not refused.
+    pub fn doubt_records(&self, changes: u64) {
+        self.refuse_records(changes);
+        self.is_in_doubt.store(true, Ordering::SeqCst);
+    }
+
+    /// So many of the next threads that wait for the requests of a snapshot are refused, as by a machine that has no more.
+    pub fn refuse_drains(&self, threads: u64) {
+        self.no_threads.store(threads, Ordering::SeqCst);
     }
 
     /// The process has ended: from now on each call is refused and none waits.
@@ -361,6 +378,10 @@ impl Host for Sim {
 
     fn start_thread(&self, name: &str, run: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Running>> {
         let ended = Arc::new(AtomicBool::new(false));
+        let less = |left: u64| left.checked_sub(1);
+        if name == "drain" && self.no_threads.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
         if !self.has_ended() {
             let tell = ended.clone();
             let thread = Thread::new(move || {

@@ -33,6 +33,9 @@ impl Sim {
         let mut content = self.left().records.clone().unwrap_or_default();
         let less = |left: u64| left.checked_sub(1);
         let done = match self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less) {
+            Ok(_) if self.is_in_doubt.load(Ordering::SeqCst) => {
+                Err(RecordError::Unknown("the state directory is full".to_owned()))
+            }
             Ok(_) => Err(RecordError::NoSpace("the state directory is full".to_owned())),
             Err(_) => change(&mut content),
         };
