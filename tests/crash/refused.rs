@@ -272,13 +272,18 @@ fn refuse_after_the_cut(world: &mut World, request: SnapshotRequest) {
     world.sim.refuse_records(0);
 }
 
-/// Disk `a` with the legs `a.raw` and `a.leg`.
+/// Disk `a` with the legs `a.raw` and `a.leg`, which is being made.
 fn mirrored(sectors: usize) -> World {
     let (sim, path) = (Sim::new(), PathBuf::from(DISKS).join("a.raw"));
     sim.put_image(&path, spec::initial(sectors));
     let mut world = serving(sim, &path);
     let leg = Path::new(DISKS).join("a.leg");
-    done(&mut world, move |daemon| daemon.mirror_disk(&name("a"), &leg).map(drop));
+    let answer = give(&mut world, move |daemon| daemon.mirror_disk(&name("a"), &leg).map(drop));
+    let daemon = world.manager.borrow().clone().unwrap();
+    while daemon.list_jobs().unwrap().is_empty() {
+        assert!(answer.borrow().is_none(), "{answer:?}");
+        world.step_quietly().unwrap();
+    }
     world
 }
 
@@ -362,9 +367,11 @@ fn jobs_of(world: &mut World, kind: JobKind) -> Vec<Job> {
 #[test]
 fn refused_snapshots_leave_a_stopped_synchronisation_alone() {
     let _undisturbed = crate::alone::undisturbed();
-    let mut world = mirrored(4096);
-    let job = jobs_of(&mut world, JobKind::Mirror).pop().unwrap();
-    done(&mut world, move |daemon| daemon.delete_job(job.id).map(drop));
+    let mut world = mirrored(1 << 15);
+    done(&mut world, |daemon| {
+        let job = daemon.list_jobs()?.pop().expect("it is synchronised");
+        daemon.delete_job(job.id).map(drop)
+    });
     let stopped = jobs_of(&mut world, JobKind::Mirror);
     assert_eq!(stopped.iter().map(|job| job.state).collect::<Vec<_>>(), [JobState::Stopped]);
     for refusals in [1, 1, 1000] {

@@ -39,15 +39,18 @@ impl Sim {
             Ok(_) => Err(RecordError::NoSpace("the state directory is full".to_owned())),
             Err(_) => change(&mut content),
         };
+        // One that is refused takes as long.
         if done.is_ok() {
             self.left().putting = Some(content);
             media::count_change();
-            for _ in 0..PUT_STEPS {
-                if let Err(e) = self.step() {
-                    self.process().0.is_putting = false;
-                    return Err(failed(e));
-                }
+        }
+        for _ in 0..PUT_STEPS {
+            if let Err(e) = self.step() {
+                self.process().0.is_putting = false;
+                return Err(failed(e));
             }
+        }
+        if done.is_ok() {
             let mut left = self.left();
             left.records = left.putting.take();
             media::count_change();
