@@ -46,6 +46,8 @@ impl Manager {
     pub fn take_up(&self, given: Given) -> Result<(), ApiError> {
         let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
         refuse_unknown(given, &records, unreadable.keys())?;
+        // Jobs of what is opened first may end before the last one is: what that needs is needed.
+        locked(&self.starting).clone_from(&records);
         for (name, why) in unreadable {
             let Ok(name) = name.parse::<Name>() else {
                 log::error!("the record {name:?} cannot be read: {why}; it is left as it is");
@@ -97,6 +99,7 @@ impl Manager {
             }
         }
         self.open_all(wanted, given)?;
+        locked(&self.starting).clear();
         self.resume_restores(None);
         self.tidy_moments_later();
         Ok(())

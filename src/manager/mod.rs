@@ -78,6 +78,8 @@ pub struct Manager {
     pub(crate) disks: Mutex<BTreeMap<Name, Arc<DiskEntry>>>,
     /// What is remembered or configured and cannot be served.
     pub(crate) unserved: Mutex<BTreeMap<Name, Unserved>>,
+    /// What a start that is under way has found remembered, and may have yet to open.
+    pub(crate) starting: Mutex<Vec<DiskRecord>>,
     pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     /// The number that a job got last by the clock.
     pub(crate) last_by_clock: Mutex<u64>,
@@ -167,6 +169,7 @@ impl Manager {
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
             unserved: Mutex::default(),
+            starting: Mutex::default(),
             jobs: Mutex::default(),
             last_by_clock: Mutex::default(),
             claims: Mutex::default(),

@@ -14,6 +14,7 @@ use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
 impl Manager {
     /// What there is. Only memory is read for it.
     pub(crate) fn registry(&self) -> Registry {
+        let starting: Vec<Disk> = locked(&self.starting).iter().filter_map(starting).collect();
         let (served, unserved) = self.all_there();
         let served = served.iter().map(|disk| disk_of(disk, &self.places));
         let unserved = unserved.iter().map(remembered);
@@ -26,7 +27,7 @@ impl Manager {
         };
         let jobs: Vec<Job> = locked(&self.jobs).values().map(job).collect();
         // What is served is what counts.
-        Registry::new(unserved.chain(served), jobs).with_ways_of_restores()
+        Registry::new(starting.into_iter().chain(unserved).chain(served), jobs).with_ways_of_restores()
     }
 
     /// What is served and what is not, at one moment: what is remembered is in one of them, also while it becomes the other.
@@ -100,6 +101,19 @@ fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (facts, places): (&DiskF
         keeps_bookmark: record.leaves_bookmark(),
         through,
     }
+}
+
+/// What is known of a disk that is about to be opened.
+fn starting(record: &DiskRecord) -> Option<Disk> {
+    Some(remembered(&Unserved {
+        name: record.name.parse().ok()?,
+        id: record.id,
+        record: Some(record.clone()),
+        config: None,
+        why: "it is being opened".to_owned(),
+        is_new: false,
+        takes_flushed: false,
+    }))
 }
 
 /// What is known of a disk that is not served.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use halfsilver::control::api::{
     DeleteSnapshotOptions, DiskConfig, DiskState, Durability, Job, JobKind, JobState, LegState, RestoreRequest,
-    SnapshotRequest, SnapshotState, Strategy, VolumeRequest, VolumeSource, Writers,
+    SnapshotRequest, SnapshotState, Strategy, VolumeRequest, VolumeSource, VolumeState, Writers,
 };
 use halfsilver::control::{ApiError, Service, SnapshotRef};
 use halfsilver::daemon::config::DiskSpec;
@@ -558,4 +558,49 @@ fn a_disk_whose_leg_is_refused_is_there_at_each_moment() {
     }
     assert!(was_served && added.take().unwrap().unwrap_err().message.contains("full"));
     drop(daemon);
+}
+
+/// What a volume stands on stays also while a start has yet to open the volume.
+#[test]
+fn what_a_volume_stands_on_stays_amid_a_start() {
+    let _undisturbed = crate::alone::undisturbed();
+    let (mut rng, mut refused) = (Rng::new(1), 0);
+    let path = PathBuf::from(DISKS).join("a.raw");
+    for steps in 0.. {
+        let sim = Sim::new();
+        let world = with_volume(&sim, &path);
+        let left = sim.after(End::Kill, &mut rng);
+        drop(world);
+
+        let mut world = World::on(left, Spec::new(), Rng::new(1), Shape::of(0), 0, Rc::new(RefCell::default()));
+        world.start(Vec::new());
+        while world.sim.socket(&Path::new(RUN).join("a.sock")).is_none() {
+            world.step_quietly().unwrap();
+        }
+        for _ in 0..steps {
+            world.step_quietly().unwrap();
+        }
+        let is_over = world.manager.borrow().is_some();
+        let daemon = world.opened.borrow().clone().unwrap();
+        let answer: Rc<RefCell<Option<bool>>> = Rc::default();
+        let put = answer.clone();
+        world.scheduler.spawn(Thread::new(move || {
+            let options = DeleteSnapshotOptions { force: true, ..DeleteSnapshotOptions::default() };
+            let daily = SnapshotRef { disk: name("a"), name: name("daily") };
+            let deleted = daemon.delete_snapshot(&daily, options);
+            drop(daemon);
+            *put.borrow_mut() = Some(deleted.is_ok());
+        }));
+        while answer.borrow().is_none() || world.manager.borrow().is_none() {
+            world.step_quietly().unwrap();
+        }
+        assert!(!answer.take().unwrap(), "after {steps} steps it is deleted");
+        let volumes = world.ask(|daemon| daemon.list_volumes()).unwrap().unwrap();
+        assert!(volumes[0].state == VolumeState::Serving, "after {steps} steps: {:?}", volumes[0].reason);
+        refused += 1;
+        if is_over {
+            break;
+        }
+    }
+    assert!(refused > 10, "it must be asked for while the volume is opened");
 }

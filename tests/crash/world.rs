@@ -163,7 +163,7 @@ pub struct World {
     /// What has started.
     pub manager: Rc<RefCell<Option<Arc<Manager>>>>,
     /// The same before it has started.
-    opened: Rc<RefCell<Option<Arc<Manager>>>>,
+    pub(crate) opened: Rc<RefCell<Option<Arc<Manager>>>>,
     pub spec: Rc<RefCell<Spec>>,
     pub(crate) scheduler: Scheduler,
     keepers: usize,
