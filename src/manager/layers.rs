@@ -200,6 +200,10 @@ impl Manager {
     /// Removes a layer that was made here: its image and its tables.
     pub(crate) fn remove_layer(&self, id: Uuid, image: &Path) {
         self.remove_file(image);
+        self.remove_tables_of_layer(id);
+    }
+
+    pub(crate) fn remove_tables_of_layer(&self, id: Uuid) {
         self.remove_file(&self.places.run_table(id));
         self.remove_file(&self.places.broken_mark(id));
         self.remove_file(&self.places.durable_table(id));

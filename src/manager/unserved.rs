@@ -4,6 +4,7 @@
 //! What always holds: nothing of what they have is changed while they are not served, and what others need of them is needed
 //! as if they were.
 
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use uuid::Uuid;
@@ -15,7 +16,7 @@ use crate::manager::entry::locked;
 use crate::manager::followups::FollowUp;
 use crate::manager::volumes::of_lost;
 use crate::manager::{Manager, record_error};
-use crate::store::{DiskRecord, RecordError};
+use crate::store::{DiskRecord, RecordError, SnapshotRecord};
 
 /// A disk or volume that is not served.
 #[derive(Clone)]
@@ -191,6 +192,17 @@ impl Manager {
         let found = locked(&self.unserved).get(name).cloned();
         found.map_or(Ok(()), |unserved| Err(refusal(&unserved)))
     }
+}
+
+/// All images that something has, and whose they are.
+pub(crate) fn images_of(record: &DiskRecord) -> Vec<(PathBuf, String)> {
+    let what = if record.is_volume() { "volume" } else { "disk" };
+    let own = record.config.get("path").and_then(|path| path.as_str()).map(PathBuf::from);
+    let legs = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.clone());
+    let whose = format!("the image of {what} {}", record.name);
+    let own = own.into_iter().chain(record.live_log.clone()).chain(legs).map(|path| (path, whose.clone()));
+    let of_snapshot = |s: &SnapshotRecord| format!("the image of snapshot {}@{}", record.name, s.name);
+    own.chain(record.snapshots.iter().map(|s| (s.image.clone(), of_snapshot(s)))).collect()
 }
 
 fn refusal(unserved: &Unserved) -> ApiError {

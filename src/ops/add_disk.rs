@@ -18,9 +18,9 @@ use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::planned::Planned;
 use crate::manager::relations::set_of;
 use crate::manager::sockets::serial_of;
-use crate::manager::unserved::Unserved;
+use crate::manager::unserved::{Unserved, images_of};
 use crate::registry::{ClaimKey, Wanted};
-use crate::store::{DiskRecord, SnapshotRecord};
+use crate::store::DiskRecord;
 
 impl Manager {
     pub(crate) fn put(&self, name: &Name, config: &DiskConfig) -> Result<PutOutcome, ApiError> {
@@ -175,16 +175,8 @@ impl Manager {
             Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
         };
         let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
-        let mut theirs: Vec<(PathBuf, String)> = Vec::new();
-        for other in unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref()) {
-            let what = if other.is_volume() { "volume" } else { "disk" };
-            let own = other.config.get("path").and_then(|path| path.as_str()).map(PathBuf::from);
-            let legs = other.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.clone());
-            let whose = format!("the image of {what} {}", other.name);
-            theirs.extend(own.into_iter().chain(other.live_log.clone()).chain(legs).map(|path| (path, whose.clone())));
-            let of_snapshot = |s: &SnapshotRecord| format!("the image of snapshot {}@{}", other.name, s.name);
-            theirs.extend(other.snapshots.iter().map(|s| (s.image.clone(), of_snapshot(s))));
-        }
+        let others = unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref());
+        let theirs: Vec<(PathBuf, String)> = others.flat_map(images_of).collect();
         if let Some((_, whose)) = theirs.iter().find(|(its, _)| its == path) {
             return refuse(whose.clone());
         }

@@ -376,6 +376,46 @@ fn what_is_forgotten_takes_no_image_along_that_is_served() {
     assert!(!image.exists());
 }
 
+/// Nor one that another disk waits for, although nobody holds that.
+#[test]
+fn what_is_forgotten_takes_no_image_along_that_is_waited_for() {
+    let (mut daemon, taken, image) = lost_volume();
+    let aside = daemon.path("aside.raw");
+    std::fs::rename(&image, &aside).unwrap();
+    daemon.send("PUT", "/v1/disks/n", &json!({ "path": aside }).to_string()).ok();
+    daemon.stop();
+    std::fs::rename(&aside, &image).unwrap();
+    std::os::unix::fs::symlink(&image, &aside).unwrap();
+    std::fs::write(&taken, "somebody else's").unwrap();
+    daemon.start();
+    assert_ne!(daemon.show_disk("n")["state"], "serving");
+    let refused = daemon.send("POST", "/v1/disks/v/forget", "");
+    assert_eq!(refused.refused(), "conflict", "{}", refused.body);
+    assert!(refused.body.contains("disk n") && image.exists(), "{}", refused.body);
+    daemon.send("POST", "/v1/disks/n/forget", "").ok();
+    assert!(image.exists());
+    daemon.send("POST", "/v1/disks/v/forget", "").ok();
+    assert!(!image.exists());
+}
+
+/// Nor one that has the name which a full image of a volume would have.
+#[test]
+fn what_is_forgotten_takes_no_disk_along_that_has_its_name() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "");
+    daemon.client("vm0").write(ALL, 1);
+    daemon.snap("daily");
+    let volume = made(&daemon, "v", "vm0@daily");
+    daemon.stop();
+    std::fs::write(daemon.socket("v"), "somebody else's").unwrap();
+    daemon.start();
+    let image = daemon.state_dir().join("images").join(format!("{}.raw", volume["id"].as_str().unwrap()));
+    std::fs::File::create(&image).unwrap().set_len(SIZE).unwrap();
+    daemon.send("PUT", "/v1/disks/n", &json!({ "path": image }).to_string()).ok();
+    let refused = daemon.send("POST", "/v1/disks/v/forget", "");
+    assert_eq!(refused.refused(), "conflict", "{}", refused.body);
+    assert!(image.exists());
+}
+
 /// An image that is only half there is waited for, and what is known of it stays known.
 #[test]
 fn an_image_that_comes_back_in_pieces_is_served_when_all_of_it_is_there() {
