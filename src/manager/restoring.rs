@@ -78,7 +78,8 @@ impl Manager {
             self.persist_later(disk);
             return Err("some blocks are not brought back".to_owned());
         }
-        if let Some(record) = locked(&disk.restore).take() {
+        let record = locked(&disk.restore).take();
+        if let Some(record) = record {
             self.remove_restore_files(record.id);
             log::info!("disk {}: all of {} is copied back", disk.name, record.from);
         }
