@@ -33,6 +33,10 @@ impl Service for Manager {
         Ok(self.all_unserved())
     }
 
+    fn problems(&self) -> Vec<String> {
+        locked(&self.problems).clone()
+    }
+
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
         let mut disks: Vec<_> = self.all_disks().iter().filter(|d| !d.is_volume()).map(|d| d.to_api(self)).collect();
         disks.extend(self.unserved_disks());
@@ -74,6 +78,10 @@ impl Service for Manager {
 
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
         self.forget(disk)
+    }
+
+    fn accept_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        self.accept(disk)
     }
 
     fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<api::Disk, ApiError> {

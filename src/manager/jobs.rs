@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Notice};
-use crate::door::{Outcome, Pace};
+use crate::door::{DiskFacts, Outcome, Pace};
 use crate::host::Host;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -121,13 +121,16 @@ impl Manager {
         snapshot: Option<&Arc<SnapshotEntry>>,
     ) -> Arc<JobEntry> {
         let id = self.next_job_id();
+        let pace = Pace::default();
+        // About: it is counted when it runs. One that waits to be resumed has something to do, too.
+        pace.total_bytes.store(left_for(kind, &disk.facts(), snapshot), Ordering::Relaxed);
         let job = Arc::new(JobEntry {
             id,
             host: self.host.clone(),
             kind,
             disk: disk.clone(),
             snapshot: snapshot.cloned(),
-            pace: Arc::new(Pace::default()),
+            pace: Arc::new(pace),
             started_at: Timestamp::from_unix_ms(self.host.unix_ms()),
             running_since: Mutex::new((self.host.now(), 0)),
             state: Mutex::new((JobState::Running, None)),
@@ -284,5 +287,18 @@ impl Manager {
             (JobKind::Migrate | JobKind::Update, _) => self.go_on_with_work(&disk, job.clone())?,
         }
         Ok(job.to_api())
+    }
+}
+
+/// How many bytes a job of this kind would have to do.
+fn left_for(kind: JobKind, disk: &DiskFacts, snapshot: Option<&Arc<SnapshotEntry>>) -> u64 {
+    match kind {
+        JobKind::Fold | JobKind::Merge => {
+            let space = snapshot.and_then(|snapshot| disk.space_of(snapshot.id));
+            space.map_or(0, |version| disk.owned_bytes(version))
+        }
+        JobKind::Restore => disk.bytes_to_bring_back(),
+        JobKind::Migrate | JobKind::Update => disk.bytes_to_fill,
+        JobKind::Mirror => disk.legs.iter().map(|leg| leg.left_bytes).sum(),
     }
 }
