@@ -284,6 +284,15 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
+    /// As a table of the file has it. A message starts with the key.
+    fn read(table: toml::Table) -> Result<RawDisk, String> {
+        for (key, value) in &table {
+            let alone = toml::Table::from_iter([(key.clone(), value.clone())]);
+            RawDisk::deserialize(alone).map_err(|e| format!("{key}: {}", e.message()))?;
+        }
+        RawDisk::deserialize(table).map_err(|e| e.message().to_owned())
+    }
+
     /// The disk, with relative paths starting at `directory` (absolute).
     ///
     /// # Errors
@@ -509,8 +518,8 @@ impl FileConfig {
         for disk in raw.disk {
             let (span, table) = (disk.span(), disk.into_inner());
             let name = table.get("name").and_then(|name| name.as_str()?.parse().ok());
-            let read = RawDisk::deserialize(table).map_err(|e| e.message().to_owned());
-            let added = read.and_then(|raw| raw.check(directory)).and_then(|disk| add(&mut disks, disk));
+            let added =
+                RawDisk::read(table).and_then(|raw| raw.check(directory)).and_then(|disk| add(&mut disks, disk));
             if let Err(message) = added {
                 bad_disks.push(BadDisk { name, why: wrong(Some(span), &message).to_string() });
             }
