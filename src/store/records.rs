@@ -168,7 +168,8 @@ impl Records {
             Ok(Some(intact::Whole { content, is_unclean })) => {
                 return Ok(Some(Found { content, is_unclean, wrong: None }));
             }
-            Ok(None) => ("is missing or empty".to_owned(), copy().filter(|copy| !copy.disks.is_empty())),
+            Ok(None) if path.exists() => ("is empty".to_owned(), copy().filter(|copy| !copy.disks.is_empty())),
+            Ok(None) => ("is missing".to_owned(), copy().filter(|copy| !copy.disks.is_empty())),
             Err(RecordError::Unreadable { path, what }) => match copy() {
                 Some(copy) => (format!("is damaged: {what}"), Some(copy)),
                 None => return Err(RecordError::Unreadable { path, what }),

