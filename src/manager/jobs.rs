@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::control::api::{self, JobKind, JobState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, EventKind, JobDeletion, Notice};
-use crate::door::{DiskFacts, Outcome, Pace};
+use crate::door::{Outcome, Pace};
 use crate::host::Host;
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
@@ -121,16 +121,13 @@ impl Manager {
         snapshot: Option<&Arc<SnapshotEntry>>,
     ) -> Arc<JobEntry> {
         let id = self.next_job_id();
-        let pace = Pace::default();
-        // About: it is counted when it runs. One that waits to be resumed has something to do, too.
-        pace.total_bytes.store(left_for(kind, &disk.facts(), snapshot), Ordering::Relaxed);
         let job = Arc::new(JobEntry {
             id,
             host: self.host.clone(),
             kind,
             disk: disk.clone(),
             snapshot: snapshot.cloned(),
-            pace: Arc::new(pace),
+            pace: Arc::new(Pace::default()),
             started_at: Timestamp::from_unix_ms(self.host.unix_ms()),
             running_since: Mutex::new((self.host.now(), 0)),
             state: Mutex::new((JobState::Running, None)),
@@ -149,6 +146,13 @@ impl Manager {
         drop(jobs);
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(id));
         job
+    }
+
+    /// Of a job that a user had stopped before this start: it waits to be resumed, and says about how much it has left. That is
+    /// counted when it runs.
+    pub(crate) fn leave_stopped(&self, job: &Arc<JobEntry>) {
+        job.pace.total_bytes.store(left_for(job), Ordering::Relaxed);
+        self.end_job(job, JobState::Stopped, None);
     }
 
     /// Carries a job out on a thread of its own: `run`, then how it ended is told, then `after`. Of a job that somebody
@@ -290,11 +294,12 @@ impl Manager {
     }
 }
 
-/// How many bytes a job of this kind would have to do.
-fn left_for(kind: JobKind, disk: &DiskFacts, snapshot: Option<&Arc<SnapshotEntry>>) -> u64 {
-    match kind {
+/// How many bytes a job has to do.
+fn left_for(job: &JobEntry) -> u64 {
+    let disk = job.disk.facts();
+    match job.kind {
         JobKind::Fold | JobKind::Merge => {
-            let space = snapshot.and_then(|snapshot| disk.space_of(snapshot.id));
+            let space = job.snapshot.as_ref().and_then(|snapshot| disk.space_of(snapshot.id));
             space.map_or(0, |version| disk.owned_bytes(version))
         }
         JobKind::Restore => disk.bytes_to_bring_back(),
