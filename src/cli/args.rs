@@ -67,7 +67,7 @@ pub(super) enum Command {
 /// What is asked of a running daemon.
 #[derive(Debug, Subcommand)]
 pub(super) enum ClientCommand {
-    /// List, add, set, rename, mirror, restore, remove and forget disks
+    /// List, add, set, rename, mirror, restore, remove, forget and accept disks
     #[command(subcommand)]
     Disk(DiskCommand),
     /// Take, list, cut over and delete snapshots
@@ -174,6 +174,8 @@ pub(super) enum DiskCommand {
     },
     /// Forget a disk or volume that is not served, with its snapshots and all that was made for it; a disk's image stays
     Forget { disk: Name },
+    /// Serve a disk or volume whose images are others than they were: say that they are copies of those
+    Accept { disk: Name },
     /// Stop serving a disk; its image stays
     Remove {
         disk: Name,

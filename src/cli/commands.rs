@@ -67,6 +67,10 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             client.post_only(&format!("/v1/disks/{disk}/forget"))?;
             output.show(&json!({ "name": disk, "state": "forgotten" }), |_| format!("{disk} forgotten\n"))
         }
+        DiskCommand::Accept { disk } => {
+            client.post_only(&format!("/v1/disks/{disk}/accept"))?;
+            output.show(&json!({ "name": disk, "state": "accepted" }), |_| format!("{disk} accepted\n"))
+        }
         DiskCommand::Remove { disk, force } => {
             let spinner = Spinner::start(format!("removing {disk}"));
             client.delete(&format!("/v1/disks/{disk}?force={force}"))?;

@@ -9,7 +9,8 @@ use crate::control::Event;
 use crate::control::api::{Claim, Disk, Job, Leg, LegState, RestoreStatus, Snapshot, Status, Unserved, Volume};
 
 pub(super) fn status_page(status: &Status) -> String {
-    let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs, claims, unserved } = status;
+    let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs, claims, unserved, problems } =
+        status;
     let mut page = format!("halfsilver {} {state} since {started_at}, pid {pid}\n\n", version.version);
     page.push_str(&disk_table(disks));
     let legs = disks.iter().flat_map(|disk| disk.legs.iter().map(move |leg| (disk, leg)));
@@ -34,6 +35,11 @@ pub(super) fn status_page(status: &Status) -> String {
         let row = |each: &Unserved| [each.name.to_string(), text(Some(&each.reason))];
         page.push('\n');
         page.push_str(&table(["NOT SERVED", "REASON"], unserved.iter().map(row).collect()));
+    }
+    if !problems.is_empty() {
+        let rows = problems.iter().map(|what| [text(Some(what))]);
+        page.push('\n');
+        page.push_str(&table(["PROBLEM"], rows.collect()));
     }
     if !claims.is_empty() {
         let row = |claim: &Claim| {

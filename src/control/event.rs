@@ -80,6 +80,8 @@ words! {
         JobStopped = "JOB_STOPPED",
         /// A job gave up; see the reason.
         JobFailed = "JOB_FAILED",
+        /// Something is wrong that is said of nothing else; see the reason.
+        Problem = "PROBLEM",
         /// This subscriber was too slow and missed events; see the reason for how many.
         Lagged = "LAGGED",
     }
@@ -100,6 +102,12 @@ impl Notice {
     /// Something about a disk.
     pub fn of_disk(kind: EventKind, disk: &Name) -> Self {
         Self { kind, disk: Some(disk.clone()), snapshot: None, job: None, leg: None, reason: None }
+    }
+
+    /// Something that is wrong and is said of nothing that has a name.
+    pub fn of_problem(why: &str) -> Self {
+        let (kind, reason) = (EventKind::Problem, Some(why.to_owned()));
+        Self { kind, disk: None, snapshot: None, job: None, leg: None, reason }
     }
 
     /// Something about a snapshot.

@@ -82,6 +82,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
         .route("/v1/disks/{disk}/rename", post(set::rename_disk))
         .route("/v1/disks/{disk}/forget", post(set::forget_disk))
+        .route("/v1/disks/{disk}/accept", post(set::accept_disk))
         .route("/v1/snapshots", get(lists::list_snapshots).post(create_snapshots).delete(group::delete_group))
         .route("/v1/snapshots/{snapshot}", get(get_snapshot).delete(delete_snapshot))
         .route("/v1/snapshots/{snapshot}/cutover", post(cut_over_snapshot))
@@ -171,6 +172,7 @@ async fn status(State(context): State<Context>) -> Reply<Status> {
             jobs: service.list_jobs()?,
             claims: service.list_claims()?,
             unserved: service.list_unserved()?,
+            problems: service.problems(),
         })
     };
     context.call(work).await.map(Json)
@@ -480,6 +482,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         set::set_disk,
         delete_disk,
         set::forget_disk,
+        set::accept_disk,
         set::rename_disk,
         mirror_disk,
         unmirror_disk,

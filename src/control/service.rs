@@ -67,6 +67,9 @@ pub trait Service: Send + Sync + 'static {
     /// Only if the daemon cannot tell.
     fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError>;
 
+    /// What is wrong and is said of nothing that is listed.
+    fn problems(&self) -> Vec<String>;
+
     /// All disks, by name, also those that are not served.
     ///
     /// # Errors
@@ -121,6 +124,13 @@ pub trait Service: Send + Sync + 'static {
     /// # Errors
     /// `disk-not-found`; `disk-busy` if it is served, or others need its snapshots; `io-error`.
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError>;
+
+    /// Serves a disk or volume that is not served because other images are where its own were: they are to be copies of those.
+    ///
+    /// # Errors
+    /// `disk-not-found`; `disk-busy` if it is served; `conflict` if no image of it is another one; what is wrong with it
+    /// beside that; `io-error`.
+    fn accept_disk(&self, disk: &Name) -> Result<(), ApiError>;
 
     /// Stops serving a disk; its image stays. With `force` also when frontends are connected or snapshots exist. One that is
     /// not served is forgotten.

@@ -358,6 +358,10 @@ impl<'a> Examination<'a> {
             }
             Err(e) => return self.problem(&path, format!("a start would refuse: {e}"), restore),
         };
+        if let Some(wrong) = &examined.wrong {
+            self.recovers = true;
+            self.problem(&path, wrong, "nothing: the next start, or a repair, makes it anew from its second copy");
+        }
         if examined.is_unclean {
             self.recovers = true;
             self.note(&path, "its last writer was killed", "nothing: the next start puts it in order");

@@ -2,7 +2,8 @@
 //!
 //! Invariants: unknown and repeated keys are refused, so that a misspelt option is never silently ignored; every error
 //! is one line that names the key, and for a file the line; the command line beats the file and the file the defaults;
-//! all paths of a [`ServeConfig`] are absolute. It opens no image and makes no directory.
+//! all paths of a [`ServeConfig`] are absolute. One disk of the file that is wrong takes no other with it: it is
+//! [`BadDisk`]. It opens no image and makes no directory.
 
 use std::env;
 use std::fmt;
@@ -33,6 +34,8 @@ pub struct ServeConfig {
     pub run_dir: PathBuf,
     /// The disks, those of the file first; no two share a name or a socket. Their `socket` is always set.
     pub disks: Vec<DiskSpec>,
+    /// Disks of the file that are left out, because what is said of them is wrong.
+    pub bad_disks: Vec<BadDisk>,
     /// Disks of which what was flushed last is taken, as if the machine had gone down.
     pub take_flushed: Vec<Name>,
     /// Whether a disk of the configuration that cannot be served ends the start.
@@ -46,6 +49,15 @@ pub struct DiskSpec {
     pub name: Name,
     /// How it is served.
     pub config: DiskConfig,
+}
+
+/// A disk of the file that cannot be served as it is described.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadDisk {
+    /// Its name, if it has one that a disk can have.
+    pub name: Option<Name>,
+    /// What is wrong, and where.
+    pub why: String,
 }
 
 /// Why a configuration is refused.
@@ -75,6 +87,9 @@ pub enum ConfigError {
         /// What is wrong there.
         message: String,
     },
+    /// A disk of the file is wrong, and all or none are to be served.
+    #[error("{0}")]
+    Disk(String),
     /// No default could be made.
     #[error("{0}")]
     NoDefault(&'static str),
@@ -165,7 +180,8 @@ impl ServeOptions {
     /// Options, file and defaults together.
     ///
     /// # Errors
-    /// If any of them is wrong, or two disks share a name or a socket.
+    /// If any of them is wrong, or two disks of the command line share a name or a socket; of the file's disks only with
+    /// `strict`.
     pub fn resolve(self, environment: &Environment) -> Result<ServeConfig, ConfigError> {
         let mut file = FileConfig::default();
         if let Some(path) = &self.config {
@@ -182,14 +198,30 @@ impl ServeOptions {
             let disk = raw.check(&environment.directory).map_err(ConfigError::Option)?;
             add(&mut given, disk).map_err(ConfigError::Option)?;
         }
-        let mut disks = file.disks;
-        disks.retain(|disk| given.iter().all(|other| other.name != disk.name));
-        disks.extend(given);
-        for disk in &mut disks {
+        file.disks.retain(|disk| given.iter().all(|other| other.name != disk.name));
+        file.bad_disks.retain(|bad| given.iter().all(|other| Some(&other.name) != bad.name.as_ref()));
+        for disk in file.disks.iter_mut().chain(&mut given) {
             disk.config.socket = Some(disk.config.socket_or_default(&run_dir, &disk.name));
         }
-        check_sockets(&control, &disks)?;
-        Ok(ServeConfig { control, state_dir, run_dir, disks, take_flushed: self.take_flushed, strict: self.strict })
+        let mut sockets = Sockets::default();
+        sockets.take(None, &control).map_err(ConfigError::Place)?;
+        for disk in &given {
+            sockets.take_that_of(disk).map_err(ConfigError::Place)?;
+        }
+        // The first one of the file has it: whoever is connected there goes on.
+        let mut disks = Vec::new();
+        for disk in file.disks {
+            match sockets.take_that_of(&disk) {
+                Ok(()) => disks.push(disk),
+                Err(why) => file.bad_disks.push(BadDisk { name: Some(disk.name), why }),
+            }
+        }
+        if let Some(bad) = file.bad_disks.first().filter(|_| self.strict) {
+            return Err(ConfigError::Disk(bad.why.clone()));
+        }
+        disks.extend(given);
+        let (bad_disks, take_flushed, strict) = (file.bad_disks, self.take_flushed, self.strict);
+        Ok(ServeConfig { control, state_dir, run_dir, disks, bad_disks, take_flushed, strict })
     }
 }
 
@@ -201,27 +233,31 @@ fn add(disks: &mut Vec<DiskSpec>, disk: DiskSpec) -> Result<(), String> {
     Ok(())
 }
 
-fn check_sockets(control: &Path, disks: &[DiskSpec]) -> Result<(), ConfigError> {
-    let sockets = disks.iter().filter_map(|disk| Some((Some(&disk.name), disk.config.socket.as_deref()?)));
-    let mut seen: Vec<(Option<&Name>, &Path)> = Vec::new();
-    for (name, socket) in [(None, control)].into_iter().chain(sockets) {
+/// The sockets that are given away, each with its owner; that of the control socket has no name.
+#[derive(Default)]
+struct Sockets(Vec<(Option<Name>, PathBuf)>);
+
+impl Sockets {
+    fn take_that_of(&mut self, disk: &DiskSpec) -> Result<(), String> {
+        disk.config.socket.as_deref().map_or(Ok(()), |socket| self.take(Some(&disk.name), socket))
+    }
+
+    fn take(&mut self, name: Option<&Name>, socket: &Path) -> Result<(), String> {
         let owner = |name: Option<&Name>| name.map_or("the control socket".to_owned(), |name| format!("disk {name}"));
         let len = socket.as_os_str().len();
         if len > SOCKET_PATH_LEN_MAX {
-            let message = format!(
+            return Err(format!(
                 "socket: {} of {} has {len} bytes, a socket's path at most {SOCKET_PATH_LEN_MAX}; choose a shorter one",
                 socket.display(),
                 owner(name)
-            );
-            return Err(ConfigError::Place(message));
+            ));
         }
-        if let Some((other, _)) = seen.iter().find(|(_, path)| *path == socket) {
-            let message = format!("socket: {} and {} share {}", owner(*other), owner(name), socket.display());
-            return Err(ConfigError::Place(message));
+        if let Some((other, _)) = self.0.iter().find(|(_, path)| path == socket) {
+            return Err(format!("socket: {} and {} share {}", owner(other.as_ref()), owner(name), socket.display()));
         }
-        seen.push((name, socket));
+        self.0.push((name.cloned(), socket.to_owned()));
+        Ok(())
     }
-    Ok(())
 }
 
 /// A disk as it was written down: keys are known and given once, values have their type, nothing more is checked.
@@ -248,6 +284,15 @@ pub struct RawDisk {
 }
 
 impl RawDisk {
+    /// As a table of the file has it. A message starts with the key.
+    fn read(table: toml::Table) -> Result<RawDisk, String> {
+        for (key, value) in &table {
+            let alone = toml::Table::from_iter([(key.clone(), value.clone())]);
+            RawDisk::deserialize(alone).map_err(|e| format!("{key}: {}", e.message()))?;
+        }
+        RawDisk::deserialize(table).map_err(|e| e.message().to_owned())
+    }
+
     /// The disk, with relative paths starting at `directory` (absolute).
     ///
     /// # Errors
@@ -439,6 +484,7 @@ struct FileConfig {
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
     disks: Vec<DiskSpec>,
+    bad_disks: Vec<BadDisk>,
 }
 
 #[derive(Deserialize)]
@@ -448,7 +494,7 @@ struct RawFile {
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
     #[serde(default)]
-    disk: Vec<Spanned<RawDisk>>,
+    disk: Vec<Spanned<toml::Table>>,
 }
 
 impl FileConfig {
@@ -457,7 +503,7 @@ impl FileConfig {
         Self::parse(&text, path)
     }
 
-    /// Relative paths start at the directory of the file.
+    /// Relative paths start at the directory of the file. Each disk by itself is right or wrong.
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let wrong = |span: Option<Range<usize>>, message: &dyn fmt::Display| {
             let before = span.and_then(|span| text.get(..span.start)).unwrap_or_default();
@@ -468,14 +514,18 @@ impl FileConfig {
         let raw: RawFile = toml::from_str(text).map_err(|error| wrong(error.span(), &error.message()))?;
         let directory = path.parent().unwrap_or(Path::new("/"));
         let absolute = |path: Option<PathBuf>| path.map(|path| directory.join(path));
-        let mut disks = Vec::new();
+        let (mut disks, mut bad_disks) = (Vec::new(), Vec::new());
         for disk in raw.disk {
-            let span = disk.span();
-            let added = disk.into_inner().check(directory).and_then(|disk| add(&mut disks, disk));
-            added.map_err(|message| wrong(Some(span), &message))?;
+            let (span, table) = (disk.span(), disk.into_inner());
+            let name = table.get("name").and_then(|name| name.as_str()?.parse().ok());
+            let added =
+                RawDisk::read(table).and_then(|raw| raw.check(directory)).and_then(|disk| add(&mut disks, disk));
+            if let Err(message) = added {
+                bad_disks.push(BadDisk { name, why: wrong(Some(span), &message).to_string() });
+            }
         }
         let (control, state_dir, run_dir) = (absolute(raw.control), absolute(raw.state_dir), absolute(raw.run_dir));
-        Ok(Self { control, state_dir, run_dir, disks })
+        Ok(Self { control, state_dir, run_dir, disks, bad_disks })
     }
 }
 

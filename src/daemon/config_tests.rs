@@ -177,15 +177,8 @@ fn a_wrong_file_is_refused_with_its_line() {
     for (text, line, message) in [
         ("control = 1", 1, "invalid type"),
         ("\nstate_dir = \"/s\"", 2, "unknown field `state_dir`"),
-        ("\n\n[[disk]]\nname = \"a\"\npath = \"p\"\nsize = 4", 6, "unknown field `size`"),
         ("[[disk]]\nname = \"a\"\nname = \"b\"", 3, "duplicate key"),
-        ("\n[[disk]]\nname = \"a\"", 2, "path: is missing"),
-        ("\n[[disk]]\nname = \"a\"\npath = \"p\"\nqueues = 99", 2, "queues: 99"),
-        (
-            "[[disk]]\nname = \"a\"\npath = \"p\"\n[[disk]]\nname = \"a\"\npath = \"q\"",
-            4,
-            "name: two disks are named a",
-        ),
+        ("[disk]\nname = \"a\"", 1, "invalid type"),
         ("control = ", 1, ""),
     ] {
         let error = file(text).unwrap_err();
@@ -193,7 +186,58 @@ fn a_wrong_file_is_refused_with_its_line() {
         assert!(error.starts_with(&place) && error.contains(message), "{text:?}: {error:?}");
         assert!(!error.contains('\n'), "{error:?}");
     }
-    assert!(file("[[disk]]\nname=\"a\"\npath=\"p\"\ndirect=\"maybe\"").unwrap_err().contains("neither on nor off"));
+}
+
+/// A disk of the file that is wrong is left out, with its line and its name if it has one, and the others are not.
+#[test]
+fn a_wrong_disk_of_a_file_takes_no_other_with_it() {
+    let good = "[[disk]]\nname = \"good\"\npath = \"p\"\n";
+    for (table, name, message) in [
+        ("name = \"a\"\npath = \"p\"\nsize = 4", Some("a"), "unknown field `size`"),
+        ("name = \"a\"", Some("a"), "path: is missing"),
+        ("name = \"a\"\npath = \"p\"\nqueues = 99", Some("a"), "queues: 99"),
+        ("name = \"a\"\npath = \"p\"\nlayout = \"dense\"", Some("a"), "dense"),
+        ("name = \"a\"\npath = \"p\"\ndirect=\"maybe\"", Some("a"), "neither on nor off"),
+        ("name = \"a\"\npath = 7", Some("a"), "invalid type"),
+        ("path = \"p\"", None, "name: is missing"),
+        ("name = \"A/b\"\npath = \"p\"", None, "name: \"A/b\" is not a name"),
+        ("name = 7\npath = \"p\"", None, "invalid type"),
+        ("name = \"good\"\npath = \"q\"", Some("good"), "name: two disks are named good"),
+    ] {
+        let config = file(&format!("{good}[[disk]]\n{table}\n[[disk]]\nname = \"other\"\npath = \"q\"")).unwrap();
+        let names: Vec<_> = config.disks.iter().map(|disk| disk.name.as_str()).collect();
+        assert_eq!(names, ["good", "other"], "{table}");
+        let [bad] = &config.bad_disks[..] else { panic!("{table}: {config:?}") };
+        assert_eq!(bad.name.as_ref().map(Name::as_str), name, "{table}");
+        assert!(bad.why.starts_with("/etc/halfsilver/halfsilver.toml:4: ") && bad.why.contains(message), "{bad:?}");
+        assert!(!bad.why.contains('\n'), "{bad:?}");
+    }
+}
+
+/// Of two that share a socket the first one has it; what the command line says beats the file, and is right or refused.
+#[test]
+fn a_disk_of_a_file_without_a_socket_of_its_own_is_left_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("halfsilver.toml");
+    let table = |name: &str, rest: &str| format!("[[disk]]\nname = \"{name}\"\npath = \"/{name}.raw\"\n{rest}\n");
+    let text = [
+        table("vm1", "socket = \"/s\""),
+        table("vm2", "socket = \"/s\""),
+        table("control", ""),
+        table("vm3", "queues = 99"),
+        table(&"x".repeat(60), &format!("socket = \"/{}\"", "y".repeat(107))),
+    ];
+    fs::write(&path, text.concat()).unwrap();
+    let given = |disks: &[&str]| ServeOptions { config: Some(path.clone()), ..options(disks) };
+    let config = given(&[]).resolve(&user()).unwrap();
+    assert_eq!(config.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), ["vm1"]);
+    let bad: Vec<_> = config.bad_disks.iter().map(|bad| bad.name.as_ref().unwrap().as_str()).collect();
+    assert_eq!(bad, ["vm3", "vm2", "control", &"x".repeat(60)]);
+    assert_eq!(config.bad_disks[1].why, "socket: disk vm1 and disk vm2 share /s");
+    let config = given(&["name=vm3,path=/p", "name=vm9,path=/q,socket=/s"]).resolve(&user()).unwrap();
+    assert_eq!(config.disks.iter().map(|disk| disk.name.as_str()).collect::<Vec<_>>(), ["vm3", "vm9"]);
+    let strict = ServeOptions { strict: true, ..given(&[]) };
+    assert!(strict.resolve(&user()).unwrap_err().to_string().contains("queues: 99"));
 }
 
 #[test]

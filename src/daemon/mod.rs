@@ -93,8 +93,8 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
 }
 
 fn start(manager: &Arc<Manager>, config: &ServeConfig) -> Result<Server, ServeError> {
-    let (disks, take_flushed) = (&config.disks, &config.take_flushed);
-    manager.take_up(Given { disks, take_flushed, strict: config.strict })?;
+    let (disks, bad_disks, take_flushed) = (&config.disks, &config.bad_disks, &config.take_flushed);
+    manager.take_up(Given { disks, bad_disks, take_flushed, strict: config.strict })?;
     Ok(Server::start(&config.control, manager.clone())?)
 }
 

@@ -33,6 +33,10 @@ impl Service for Manager {
         Ok(self.all_unserved())
     }
 
+    fn problems(&self) -> Vec<String> {
+        locked(&self.problems).clone()
+    }
+
     fn list_disks(&self) -> Result<Vec<api::Disk>, ApiError> {
         let (served, unserved) = self.all_there();
         let mut disks: Vec<_> = served.iter().filter(|d| !d.is_volume()).map(|d| d.to_api(self)).collect();
@@ -75,6 +79,10 @@ impl Service for Manager {
 
     fn forget_disk(&self, disk: &Name) -> Result<(), ApiError> {
         self.forget(disk)
+    }
+
+    fn accept_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        self.accept(disk)
     }
 
     fn mirror_disk(&self, disk: &Name, path: &Path) -> Result<api::Disk, ApiError> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::control::api::DiskConfig;
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice};
-use crate::daemon::config::DiskSpec;
+use crate::daemon::config::{BadDisk, DiskSpec};
 use crate::host::receive;
 use crate::manager::entry::locked;
 use crate::manager::planned::Planned;
@@ -31,6 +31,8 @@ type LookedAt = (Planned, Option<Recovery>);
 pub struct Given<'a> {
     /// The disks of the configuration.
     pub disks: &'a [DiskSpec],
+    /// Those of the configuration file that are left out.
+    pub bad_disks: &'a [BadDisk],
     /// Those of which what was flushed last is taken.
     pub take_flushed: &'a [Name],
     /// Whether one of the configuration that cannot be served ends the start.
@@ -58,6 +60,7 @@ impl Manager {
             let (id, takes_flushed) = (self.host.new_id(), given.take_flushed.contains(&name));
             self.note_unserved(Unserved { name, id, record: None, config, why, is_new: false, takes_flushed });
         }
+        self.note_bad_disks(given, &records);
         let mut wanted = Vec::new();
         for spec in given.disks.iter().filter(|spec| given.strict || !locked(&self.unserved).contains_key(&spec.name)) {
             let record = records.iter().find(|r| r.name == spec.name.as_str()).cloned();
@@ -82,7 +85,8 @@ impl Manager {
                 log::error!("the record {:?} has no name that a disk can have; it is left as it is", record.name);
                 continue;
             };
-            if given.disks.iter().any(|spec| spec.name == name) {
+            let is_bad = given.bad_disks.iter().any(|bad| bad.name.as_ref() == Some(&name));
+            if is_bad || given.disks.iter().any(|spec| spec.name == name) {
                 continue;
             }
             match serde_json::from_value::<DiskConfig>(record.config.clone()) {
@@ -103,6 +107,23 @@ impl Manager {
         self.resume_restores(None);
         self.tidy_moments_later();
         Ok(())
+    }
+
+    /// What the configuration file says wrongly of a disk: that is unserved, also if it is remembered how it was served before.
+    fn note_bad_disks(&self, given: Given, records: &[DiskRecord]) {
+        for BadDisk { name, why } in given.bad_disks {
+            // One that is described twice is served as it is described where that is right.
+            let alone = name.clone().filter(|name| given.disks.iter().all(|spec| spec.name != *name));
+            let Some(name) = alone.filter(|name| !locked(&self.unserved).contains_key(name)) else {
+                log::error!("a disk of the configuration is left out: {why}");
+                locked(&self.problems).push(why.clone());
+                continue;
+            };
+            let record = records.iter().find(|r| r.name == name.as_str()).cloned();
+            let id = record.as_ref().map_or_else(|| self.host.new_id(), |r| r.id);
+            let (is_new, why) = (record.is_none(), format!("its configuration is wrong: {why}"));
+            self.note_unserved(Unserved { name, id, record, config: None, why, is_new, takes_flushed: false });
+        }
     }
 
     fn open_all(&self, wanted: Vec<Planned>, given: Given) -> Result<(), ApiError> {
@@ -135,7 +156,7 @@ impl Manager {
             let (planned, opened) = self.begin_to_open(one);
             if let Err(e) = receive(&*self.host, &opened, OPEN_WAIT).unwrap_or_else(|_| Err(no_answer())) {
                 self.not_served(planned, given, e.message);
-            } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure(&disk.facts())) {
+            } else if let Some(reason) = self.disk(&planned.name).ok().and_then(|disk| disk.failure()) {
                 log::error!("volume {} is broken: {reason}; what was written to it is kept", planned.name);
             }
         }

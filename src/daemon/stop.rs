@@ -85,7 +85,11 @@ impl Manager {
             }
         }
         match (hung.is_empty(), unsaved) {
-            (false, _) => Err(ServeError::Hung(format!("these did not end in time: {}", hung.join(", ")))),
+            (false, _) => Err(ServeError::Hung(format!(
+                "these did not end in time: {}; their sockets are closed, and the kernel may keep this process until their \
+                 storage answers",
+                hung.join(", ")
+            ))),
             (true, _) if threads_left > 0 => {
                 Err(ServeError::Hung(format!("{threads_left} threads did not end in time")))
             }

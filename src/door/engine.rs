@@ -11,7 +11,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::error::Error;
-use super::facts::DiskFacts;
+use super::facts::{DiskFacts, Trouble};
 use crate::engine::{
     self, Attachment, ChainEditor, ClosedDisk, DiskObserver, Epoch, EpochClock, Layer, Pair, RestoreSource, VersionId,
 };
@@ -158,6 +158,12 @@ impl Disk {
         let mut facts = DiskFacts::of(&open.disk, mirror.as_deref());
         facts.restore_waits = locked(&open.restore).as_ref().is_some_and(|pending| pending.source.is_none());
         facts
+    }
+
+    /// What makes all of it useless now.
+    #[must_use]
+    pub fn trouble(&self) -> Trouble {
+        Trouble::of(&self.open().disk)
     }
 
     /// How much storage the live version's full image takes, if that can be told. The image may keep the caller waiting.

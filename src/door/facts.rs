@@ -140,6 +140,33 @@ pub enum RestoreFacts {
     Lost(String),
 }
 
+/// What makes a disk useless as a whole: looked at often, so it costs nothing that grows with what its versions have.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Trouble {
+    /// Why pending blocks cannot be shown, if a restore lost what it goes back to.
+    pub restore_lost: Option<String>,
+    /// Why what it stands on cannot be read, if so.
+    pub base_broken: Option<String>,
+    /// The images of which a sync has failed, oldest first.
+    pub poisoned: Vec<PathBuf>,
+    /// Whether that of the live version's pivot is one of them.
+    pub is_pivot_poisoned: bool,
+}
+
+impl Trouble {
+    pub(super) fn of(disk: &Disk) -> Trouble {
+        let chain = disk.chain();
+        let images = (0..chain.links().len()).map(|index| &chain.layer(index).image);
+        let poisoned = images.filter(|image| image.is_poisoned()).map(|image| image.path().to_owned());
+        Trouble {
+            restore_lost: chain.restore_lost().map(str::to_owned),
+            base_broken: disk.base_broken(),
+            poisoned: poisoned.collect(),
+            is_pivot_poisoned: chain.layer(chain.pivot_of(chain.live())).image.is_poisoned(),
+        }
+    }
+}
+
 impl DiskFacts {
     /// What is told of a disk.
     pub(super) fn of(disk: &Disk, mirror: Option<&Pair>) -> DiskFacts {
@@ -330,12 +357,6 @@ impl DiskFacts {
             }
             _ => None,
         }
-    }
-
-    /// The first image of which a sync has failed.
-    #[must_use]
-    pub fn poisoned(&self) -> Option<&Path> {
-        self.versions.iter().find(|version| version.is_poisoned).map(|version| &*version.image)
     }
 }
 

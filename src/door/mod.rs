@@ -24,7 +24,7 @@ pub use changes::{Runs, VolumeCounts};
 pub use cut::{Cut, NewLayer, SnapshotSpec};
 pub use engine::{Disk, Engine, Event, Supervisor};
 pub use error::Error;
-pub use facts::{ChangedFacts, DiskFacts, LayerKind, MarkFacts, RestoreFacts, Stored, VersionFacts};
+pub use facts::{ChangedFacts, DiskFacts, LayerKind, MarkFacts, RestoreFacts, Stored, Trouble, VersionFacts};
 pub use legs::{bitmap_bytes, examine_mirror};
 pub use restore::{Parted, RestoreFrom};
 pub use save::{Kept, SavedDisk};

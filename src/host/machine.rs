@@ -14,8 +14,8 @@ use uuid::Uuid;
 use super::{FileKind, Host, Look, RingWork, Running};
 use crate::image::{Direct, FileImage, ImageError, ImageOptions, SharedImage};
 use crate::store::{
-    self, ExaminedRecords, Fingerprint, RecordError, RecordStore, Records, RunTableFacts, Table, TableError, TableName,
-    examine_run_table,
+    self, ExaminedRecords, Fingerprint, Identity, RecordError, RecordStore, Records, RunTableFacts, Table, TableError,
+    TableName, examine_run_table,
 };
 use crate::vhost_user::{self, ServeOptions, Server};
 
@@ -100,6 +100,10 @@ impl Host for Machine {
         Fingerprint::of(path)
     }
 
+    fn identity(&self, path: &Path) -> io::Result<Identity> {
+        Identity::of(path)
+    }
+
     fn holds_bytes(&self, path: &Path, from: u64) -> io::Result<bool> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
         let mut at = from;
@@ -119,6 +123,11 @@ impl Host for Machine {
             }
         }
         Ok(false)
+    }
+
+    fn free_bytes(&self, directory: &Path) -> io::Result<u64> {
+        let found = rustix::fs::statvfs(directory)?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 
     fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {

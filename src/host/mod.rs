@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::image::{Direct, ImageError, ImageOptions, IoQueue, SharedImage};
 use crate::store::{
-    ExaminedRecords, Fingerprint, RecordError, RecordStore, RunTableFacts, Table, TableError, TableName,
+    ExaminedRecords, Fingerprint, Identity, RecordError, RecordStore, RunTableFacts, Table, TableError, TableName,
 };
 use crate::vhost_user::{ServeOptions, Server};
 
@@ -132,11 +132,23 @@ pub trait Host: Send + Sync + 'static {
     /// When it cannot be looked at.
     fn fingerprint(&self, path: &Path) -> io::Result<Fingerprint>;
 
+    /// What tells an image from every other.
+    ///
+    /// # Errors
+    /// When it cannot be looked at.
+    fn identity(&self, path: &Path) -> io::Result<Identity>;
+
     /// Whether a file has a byte from `from` on that is not zero.
     ///
     /// # Errors
     /// When it cannot be read.
     fn holds_bytes(&self, path: &Path, from: u64) -> io::Result<bool>;
+
+    /// How many bytes can still be written to the file system of a directory.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    fn free_bytes(&self, directory: &Path) -> io::Result<u64>;
 
     /// What is in a directory. Nothing is in one that is not there.
     ///

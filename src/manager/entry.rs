@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::control::api::{self, DiskConfig, DiskState, Durability, SnapshotState};
 use crate::control::timestamp::Timestamp;
 use crate::control::{EventBus, EventKind, Name, Notice, SnapshotRef};
-use crate::door::{Disk, DiskFacts};
+use crate::door::{Disk, DiskFacts, Trouble};
 use crate::host::{Host, receive};
 use crate::manager::Manager;
 use crate::manager::legs::Mirror;
@@ -318,13 +318,13 @@ impl DiskEntry {
 
     /// Why it cannot be used: what it is restored from or stands on is lost, or a sync of its image, of a volume that of any
     /// of its logs, has failed.
-    pub(crate) fn failure(&self, facts: &DiskFacts) -> Option<String> {
+    pub(crate) fn failure(&self) -> Option<String> {
         let is_volume = self.is_volume();
-        let lost = facts.restore_lost().or(facts.base_broken.as_deref().filter(|_| is_volume));
-        lost.map(str::to_owned).or_else(|| {
+        let Trouble { restore_lost, base_broken, poisoned, is_pivot_poisoned } = self.disk.trouble();
+        restore_lost.or(base_broken.filter(|_| is_volume)).or_else(|| {
             let poisoned = match is_volume {
-                true => facts.poisoned()?.to_owned(),
-                false => facts.pivot().is_poisoned.then(|| locked(&self.path).clone())?,
+                true => poisoned.into_iter().next()?,
+                false => is_pivot_poisoned.then(|| locked(&self.path).clone())?,
             };
             let path = poisoned.display();
             Some(format!("a sync of {path} failed, so it is unknown what of the last writes is stored"))
@@ -333,7 +333,7 @@ impl DiskEntry {
 
     pub(crate) fn to_api(&self, manager: &Manager) -> api::Disk {
         let facts = self.facts();
-        let (reason, config) = (self.failure(&facts), self.config());
+        let (reason, config) = (self.failure(), self.config());
         let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager, &facts));
         let (size_bytes, block_size) = (facts.geometry.size_bytes, facts.geometry.block_bytes);
         // Not below, where locks are held until all of it is there: the image may keep it waiting.

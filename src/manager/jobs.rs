@@ -148,6 +148,13 @@ impl Manager {
         job
     }
 
+    /// Of a job that a user had stopped before this start: it waits to be resumed, and says about how much it has left. That is
+    /// counted when it runs.
+    pub(crate) fn leave_stopped(&self, job: &Arc<JobEntry>) {
+        job.pace.total_bytes.store(left_for(job), Ordering::Relaxed);
+        self.end_job(job, JobState::Stopped, None);
+    }
+
     /// Carries a job out on a thread of its own: `run`, then how it ended is told, then `after`. Of a job that somebody
     /// stopped it is remembered, by `mark_stopped` while the disk is claimed, so that no restart goes on with it.
     pub(crate) fn run_job(
@@ -284,5 +291,19 @@ impl Manager {
             (JobKind::Migrate | JobKind::Update, _) => self.go_on_with_work(&disk, job.clone())?,
         }
         Ok(job.to_api())
+    }
+}
+
+/// How many bytes a job has to do.
+fn left_for(job: &JobEntry) -> u64 {
+    let disk = job.disk.facts();
+    match job.kind {
+        JobKind::Fold | JobKind::Merge => {
+            let space = job.snapshot.as_ref().and_then(|snapshot| disk.space_of(snapshot.id));
+            space.map_or(0, |version| disk.owned_bytes(version))
+        }
+        JobKind::Restore => disk.bytes_to_bring_back(),
+        JobKind::Migrate | JobKind::Update => disk.bytes_to_fill,
+        JobKind::Mirror => disk.legs.iter().map(|leg| leg.left_bytes).sum(),
     }
 }

@@ -159,7 +159,7 @@ impl Manager {
         }
         if locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.is_stopped) {
             let job = self.new_job(JobKind::Mirror, disk, None);
-            return self.end_job(&job, JobState::Stopped, None);
+            return self.leave_stopped(&job);
         }
         self.start_resync(disk);
     }

@@ -10,6 +10,7 @@ pub(crate) mod changes;
 pub(crate) mod claims;
 pub(crate) mod entry;
 pub(crate) mod followups;
+pub(crate) mod identities;
 pub(crate) mod jobs;
 pub(crate) mod layers;
 pub(crate) mod legs;
@@ -45,6 +46,7 @@ use crate::host::{Host, Running, receive};
 use crate::image::{ImageError, ImageErrorKind};
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::{FollowUp, FollowUps};
+use crate::manager::identities::RecognisedRecords;
 use crate::manager::jobs::JobEntry;
 pub use crate::manager::places::{PlaceError, Places};
 use crate::manager::unserved::Unserved;
@@ -80,6 +82,8 @@ pub struct Manager {
     pub(crate) unserved: Mutex<BTreeMap<Name, Unserved>>,
     /// What a start that is under way has found remembered, and may have yet to open.
     pub(crate) starting: Mutex<Vec<DiskRecord>>,
+    /// What is wrong and is said of nothing that is listed.
+    pub(crate) problems: Mutex<Vec<String>>,
     pub(crate) jobs: Mutex<BTreeMap<u64, Arc<JobEntry>>>,
     /// The number that a job got last by the clock.
     pub(crate) last_by_clock: Mutex<u64>,
@@ -150,8 +154,11 @@ impl Manager {
     /// When the records are lost or cannot be opened, or the system has no room for a thread.
     pub fn open(host: Arc<dyn Host>, places: Places) -> Result<Arc<Manager>, OpenError> {
         places.refuse_lost_records(&*host)?;
-        let records = host.open_records(&places.records())?;
+        let records = RecognisedRecords::new(host.open_records(&places.records())?, host.clone(), places.tables());
         let remembered = records.disks()?;
+        let problem = records.made_anew().map(|wrong| {
+            format!("{wrong}; a new one was made from its second copy, which has {} disks", remembered.disks.len())
+        });
         let dropped = records.dropped()?;
         places.remove_orphans(&*host, &remembered, &dropped)?;
         places.clear_dead_sockets(&*host);
@@ -164,12 +171,13 @@ impl Manager {
         let manager = Arc::new_cyclic(|me| Manager {
             host,
             places,
-            records,
+            records: Box::new(records),
             engine,
             bus: Arc::new(EventBus::default()),
             disks: Mutex::default(),
             unserved: Mutex::default(),
             starting: Mutex::default(),
+            problems: Mutex::new(problem.into_iter().collect()),
             jobs: Mutex::default(),
             last_by_clock: Mutex::default(),
             claims: Mutex::default(),
@@ -311,7 +319,7 @@ impl Manager {
 
     fn tell_failures(&self) {
         for disk in self.all_disks() {
-            if let Some(reason) = disk.failure(&disk.facts())
+            if let Some(reason) = disk.failure()
                 && !disk.failure_told.swap(true, Ordering::SeqCst)
             {
                 log::error!("disk {} has failed: {reason}", disk.name);

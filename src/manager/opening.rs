@@ -60,7 +60,7 @@ impl Manager {
         let Planned { name, config, record } = &planned;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
         if let Some(why) = recovery.as_ref().and_then(Recovery::why_unserved) {
-            return Err(in_disk(unserved(why)));
+            return Err(in_disk(unserved(name.as_str(), why)));
         }
         let lock_wait = lock_wait_after_decision(record.as_ref());
         let options = ImageOptions { direct: direct_of(config), read_only: config.readonly(), lock_wait };
@@ -76,7 +76,7 @@ impl Manager {
         let (path, block_bytes) = (config.path.clone(), config.block_size);
         let unit_bytes = image.unit_bytes();
         if unit_bytes > block_bytes {
-            return Err(in_disk(unserved(&Why::Unit { path, unit_bytes, block_bytes })));
+            return Err(in_disk(unserved(name.as_str(), &Why::Unit { path, unit_bytes, block_bytes })));
         }
         let logical_block_bytes = config.logical_block_size();
         let geometry = Geometry { logical_block_bytes, ..image.geometry(block_bytes) };

@@ -209,6 +209,10 @@ impl Places {
     /// When that is so, or a directory cannot be read.
     pub fn refuse_lost_records(&self, host: &dyn Host) -> Result<(), PlaceError> {
         let records = self.records();
+        // What it had may be in its second copy. If that is not whole either, there are records then that name no disk.
+        if host.is_there(&records.with_extension("copy")) {
+            return Ok(());
+        }
         match host.fingerprint(&records) {
             Ok(look) if look.size_bytes > 0 => Ok(()),
             Ok(_) => self.refuse_kept("is empty", &self.orphans(host, &[], &BTreeSet::new())?),

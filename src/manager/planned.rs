@@ -94,7 +94,7 @@ impl Manager {
 }
 
 /// That a disk which is remembered is not served.
-pub(crate) fn unserved(why: &Why) -> ApiError {
+pub(crate) fn unserved(name: &str, why: &Why) -> ApiError {
     let put_back = "put back what is missing, and it is served again by itself; nothing has been changed";
     match why {
         Why::Image { kind, errno, text } => {
@@ -108,9 +108,21 @@ pub(crate) fn unserved(why: &Why) -> ApiError {
             };
             ApiError { message: text.clone(), ..crate::manager::image_error(error) }
         }
+        why if why.is_stranger() => {
+            let to_do = advice_on_stranger(name);
+            ApiError::new(ErrorCode::DiskFailed, format!("{why}; nothing of it is changed; {to_do}")).with_action(to_do)
+        }
         Why::Unit { unit_bytes, .. } => ApiError::new(ErrorCode::InvalidConfig, why.to_string())
             .with_action(format!("give it block-size={unit_bytes}, or direct=off")),
         Why::Mirror(_) | Why::LegSize(_) | Why::NoLeg => ApiError::new(ErrorCode::MirrorNotInSync, why.to_string()),
         _ => ApiError::new(ErrorCode::DiskFailed, why.to_string()).with_action(put_back),
     }
+}
+
+/// What to do about a disk that has other images than it had.
+pub(crate) fn advice_on_stranger(name: &str) -> String {
+    format!(
+        "put the right one back, and it is served again by itself; or say that this one is a copy of it: halfsilver disk \
+         accept {name}; or give up what is remembered of it: halfsilver disk forget {name}"
+    )
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::control::api::SnapshotState;
 use crate::control::{ApiError, ErrorCode, SnapshotRef};
 use crate::manager::Manager;
-use crate::manager::entry::{DiskEntry, SnapshotEntry};
+use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::registry::{Refusal, Registry, Wanted};
 
 /// How long a command waits for a snapshot to be quiesced. It was just taken, or its requests are slow.
@@ -54,7 +54,15 @@ impl Manager {
                     return Err(busy(&format!("is still draining{reason}"))
                         .with_action(format!("wait until it is quiesced: halfsilver snapshot show {from}")));
                 }
-                SnapshotState::Draining => {}
+                // What cannot be recorded is tried again, but who waits here for room would most likely wait in vain.
+                SnapshotState::Draining => {
+                    let cannot = locked(&entry.socket_error).clone();
+                    if let Some(what) = cannot
+                        && let Err(e) = self.refuse_without_room()
+                    {
+                        return Err(ApiError { message: format!("snapshot {from}: {what}; {}", e.message), ..e });
+                    }
+                }
             }
             drop(claim);
             self.host.pause(QUIESCE_LOOK);

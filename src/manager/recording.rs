@@ -5,6 +5,7 @@
 //!
 //! What this does not do: store them.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use uuid::Uuid;
@@ -67,6 +68,8 @@ pub(crate) fn of_disk(
         set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
+        identities: BTreeMap::new(),
+        kept_in: None,
         boot: Some(boot),
         snapshots,
         saved: None,

@@ -157,7 +157,7 @@ impl Manager {
             }
             let job = self.restore_job(&disk);
             match record.phase {
-                RestorePhase::Stopped => self.end_job(&job, JobState::Stopped, None),
+                RestorePhase::Stopped => self.leave_stopped(&job),
                 RestorePhase::Active | RestorePhase::Prepared => self.run_restore(&disk, job),
             }
         }

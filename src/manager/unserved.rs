@@ -104,6 +104,10 @@ impl Manager {
         self.is_listening.store(true, Ordering::SeqCst);
         let unserved: Vec<_> = locked(&self.unserved).values().cloned().collect();
         unserved.iter().for_each(|unserved| self.tell_unserved(unserved));
+        let wrong = locked(&self.problems).clone();
+        for why in wrong {
+            self.bus.publish(Notice::of_problem(&why));
+        }
     }
 
     /// Tries to serve what is not served. Returns whether it is not to be tried again.

@@ -52,7 +52,7 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
         phase: if relations.disabled { Phase::Disabled } else { Phase::Served },
         is_unreadable: false,
         is_readonly: disk.config().readonly(),
-        failure: disk.failure(&facts).filter(|_| !is_lost),
+        failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         is_socket_named: disk.is_socket_named(places),
         is_mirrored: locked(&disk.mirror).is_some(),

@@ -87,7 +87,7 @@ pub(crate) fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api
 impl DiskEntry {
     pub(crate) fn to_volume(&self, manager: &Manager) -> api::Volume {
         let facts = self.facts();
-        let (live, geometry, reason) = (facts.live(), &facts.geometry, self.failure(&facts));
+        let (live, geometry, reason) = (facts.live(), &facts.geometry, self.failure());
         let frontends = self.frontends.count();
         let relations = locked(&self.relations).clone();
         let from = relations.relation().map(|v| manager.name_now(v.snapshot, &v.from)).unwrap_or_default();

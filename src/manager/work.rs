@@ -64,7 +64,7 @@ impl Manager {
         let Some(record) = locked(&disk.relations).work.clone() else { return };
         let job = self.job_of(disk, &record);
         if record.stopped {
-            self.end_job(&job, JobState::Stopped, None);
+            self.leave_stopped(&job);
         } else {
             self.run_work(disk, &record.work, job);
         }

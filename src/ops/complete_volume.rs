@@ -20,7 +20,7 @@ use crate::manager::jobs::JobEntry;
 use crate::manager::recording;
 use crate::manager::{Manager, record_error};
 use crate::registry::Command;
-use crate::store::{self, WorkRecord};
+use crate::store::{self, RecordError, WorkRecord};
 
 impl Manager {
     /// Begins to make a volume independent, or goes on with it (source 004: forced migration).
@@ -89,7 +89,13 @@ impl Manager {
         relations.logical_block_bytes.get_or_insert(facts.geometry.logical_block_bytes);
         let mut record = recording::independent(disk.to_record(), oldest, &path);
         relations.put_into(&mut record);
-        self.records.put(&[&record]).map_err(|e| record_error(e).message)?;
+        if let Err(e) = self.records.put(&[&record]) {
+            // Unless they may name it, nothing does.
+            if path != old && !matches!(e, RecordError::Unknown(_)) {
+                self.remove_file(&path);
+            }
+            return Err(record_error(e).message);
+        }
         crash::point("after a volume was recorded as independent");
         if !disk.disk.make_independent(&path) {
             // A start takes it as it is recorded.

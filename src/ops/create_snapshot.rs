@@ -26,6 +26,10 @@ use crate::store::{DeletionRecord, DiskRecord, Layout, RecordError, SnapshotReco
 /// How often a thread that waits looks whether the daemon is going down.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How much room the state directory must have for a snapshot or volume to begin: for some changes of the records, each with
+/// their second copy, and for small tables.
+const ROOM_MIN_BYTES: u64 = 512 << 10;
+
 /// A snapshot that is ready for its cut.
 struct Ready {
     disk: Arc<DiskEntry>,
@@ -62,6 +66,7 @@ impl Manager {
         if let (Some(image), Some(disk)) = (&request.image, request.disks.first()) {
             self.refuse_what_others_have(disk, image, true)?;
         }
+        self.refuse_without_room()?;
         let group = self.host.new_id();
         let mut ready = Vec::new();
         for disk in &disks {
@@ -286,6 +291,21 @@ impl Manager {
         match is_taken {
             false => self.places.snapshot_image(&usual),
             true => self.places.snapshot_image(&frozen),
+        }
+    }
+
+    /// Refuses to begin what would be stuck half way: without room for the records that it takes from here to its end.
+    pub(crate) fn refuse_without_room(&self) -> Result<(), ApiError> {
+        let state_dir = self.places.state_dir();
+        match self.host.free_bytes(state_dir) {
+            Ok(free) if free < ROOM_MIN_BYTES => {
+                let message = format!("the state directory {} has only {free} bytes left", state_dir.display());
+                Err(ApiError::new(ErrorCode::NoSpace, message).with_action(format!(
+                    "make room there, at least {ROOM_MIN_BYTES} bytes: delete snapshots or volumes, or grow its file system"
+                )))
+            }
+            // What cannot be told is found out on the way.
+            _ => Ok(()),
         }
     }
 

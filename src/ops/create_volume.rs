@@ -129,6 +129,7 @@ impl Manager {
     ) -> Result<Arc<DiskEntry>, ApiError> {
         let (name, from) = (&request.name, entry.reference().to_string());
         let in_volume = |e: ApiError| ApiError { message: format!("volume {name}: {}", e.message), ..e };
+        self.refuse_without_room()?;
         let mut config = self.check_volume(request, &disk.config())?;
         config.path = PathBuf::from(&from);
         let base = disk.disk.base(entry.id, &from);

@@ -39,7 +39,7 @@ impl Manager {
         if let Some(deletion) = deletion {
             let job = self.new_deletion(disk, entry);
             if deletion.stopped {
-                self.end_job(&job, JobState::Stopped, None);
+                self.leave_stopped(&job);
             } else {
                 self.run_deletion(disk, entry, job);
             }

@@ -43,7 +43,18 @@ impl Manager {
         Ok(disk.to_api(self))
     }
 
+    /// What is made for a leg that comes to nothing goes again.
     pub(crate) fn add_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
+        let is_free = self.host.is_free(path);
+        self.attach_leg(disk, path).inspect_err(|_| {
+            let is_leg = locked(&disk.mirror).as_ref().is_some_and(|mirror| mirror.legs.iter().any(|l| l.path == path));
+            if is_free && !is_leg && self.host.is_there(path) {
+                self.remove_file(path);
+            }
+        })
+    }
+
+    fn attach_leg(&self, disk: &Arc<DiskEntry>, path: &Path) -> Result<(), ApiError> {
         // What is wrong with the image is said before anything changes for its sake.
         let mut opened = None;
         if locked(&disk.mirror).is_none() {

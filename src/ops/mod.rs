@@ -7,6 +7,7 @@
 //!
 //! What this does not do: to decide whether something may be done; HTTP.
 
+mod accept_disk;
 mod add_disk;
 mod complete_volume;
 mod create_snapshot;

@@ -152,7 +152,8 @@ impl Manager {
         self.make_outlive_power_cuts(source, record.source)?;
         disk.disk.store_live().map_err(engine_error)?;
         let id = record.id;
-        let pending = self.make_durable_table(&self.places.log_table(id), id, &geometry).map_err(table_error)?;
+        let pending = self.make_durable_table(&self.places.log_table(id), id, &geometry);
+        let pending = pending.inspect_err(|_| self.remove_restore_files(id)).map_err(table_error)?;
         *locked(&disk.restore) = Some(record);
         if let Err(e) = self.persist(std::slice::from_ref(disk)) {
             *locked(&disk.restore) = None;

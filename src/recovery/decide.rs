@@ -12,7 +12,7 @@ use super::{
     Recovery, RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
 use crate::door::LegState;
-use crate::store::{ChangedRecord, DiskRecord, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord};
+use crate::store::{ChangedRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord};
 
 /// Decides, as if whatever a volume stands on and a disk is restored from were there; [`super::settle`] looks at that.
 #[must_use]
@@ -55,6 +55,7 @@ fn size_of(recovery: &mut Recovery, evidence: &dyn Evidence) -> Result<u64, Why>
     let Some(mirror) = record.mirror.clone() else {
         // That of a volume which became independent was a log, wherever it lies.
         let image = evidence.full_image(record.logical_block_bytes.is_some())?;
+        recognise(record, &image.path, record.saved, evidence)?;
         let size_bytes = size_of_full(&image, evidence.block_bytes())?;
         let before_bytes = record.saved.map_or(0, |looks| looks.size_bytes);
         return match size_bytes < before_bytes {
@@ -65,6 +66,19 @@ fn size_of(recovery: &mut Recovery, evidence: &dyn Evidence) -> Result<u64, Why>
     let (legs, size) = decide_mirror(record, &mirror, evidence);
     recovery.mirror = Some(legs);
     size
+}
+
+/// Refuses another image than the one that was there. One that looks exactly as at the clean stop is the same somewhere else: a
+/// copy that kept the time of the last write. Where the records are a copy themselves files are copies, too, and known by nothing.
+fn recognise(record: &DiskRecord, path: &Path, saved: Option<Fingerprint>, found: &dyn Evidence) -> Result<(), Why> {
+    let (Some(was), Some(now)) = (record.identities.get(path), found.identity(path)) else { return Ok(()) };
+    let looks_the_same = saved.is_some_and(|looks| looks.modified_ns != 0) && saved == found.looks(path);
+    let is_all_copied = record.kept_in.as_ref().zip(found.kept_in()).is_some_and(|(was, now)| was.is_other(&now));
+    let is_copy = looks_the_same || (is_all_copied && was.is_file() && now.is_file());
+    match was.is_other(&now) && !is_copy {
+        true => Err(Why::Stranger { path: path.to_owned(), was: was.clone(), now }),
+        false => Ok(()),
+    }
 }
 
 fn size_of_full(image: &ImageFacts, block_bytes: u32) -> Result<u64, Why> {
@@ -99,6 +113,9 @@ fn decide_mirror(
             Ok(image) => image,
             Err(e) => return LegUse::Unused(e.into()),
         };
+        if let Err(why) = recognise(record, &leg.path, leg.saved, evidence) {
+            return LegUse::Unused(why);
+        }
         let this = size_of_full(&image, evidence.block_bytes());
         match (&size, &this) {
             (Some(Ok(size)), Ok(this)) if size != this => return LegUse::Unused(Why::LegSize(leg.path.clone())),
@@ -238,6 +255,7 @@ impl Decision<'_> {
         if self.shutdown == Shutdown::Clean && !is_as_saved {
             return Err(Why::ImageChanged(image));
         }
+        recognise(record, &image, version.saved, self.evidence)?;
         let found = self.evidence.layer_image(&image)?;
         let (block_bytes, is_packed) = (self.evidence.block_bytes(), version.layout == Layout::Packed);
         let size_bytes = match version.layout {

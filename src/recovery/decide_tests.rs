@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::fixture::{Found, SIZE, id, legs_of, logged, put, record, restored, set, split, volume};
+use super::fixture::{Found, ITSELF, OTHER, SIZE, id, legs_of, logged, put, record, restored, set, split, volume};
 use super::{
     ChangedUse, Content, JobKind, LegUse, Recovery, Role, ServedVersion, Shutdown, SnapshotFate, TableSource, Why,
     decide, settle,
@@ -56,6 +56,74 @@ fn check(rows: &[Row]) {
 }
 
 const ALL_LOST: (&str, &str) = ("whole", "bb");
+
+/// Another image is at the path of one that was recognised before.
+fn replace(found: &mut Found, record: &mut DiskRecord, path: &str) {
+    put(&mut found.strangers, path);
+    put(&mut found.changed, path);
+    record.identities.insert(path.into(), ITSELF);
+}
+
+#[test]
+fn a_stranger_is_not_taken_for_an_image_that_was() {
+    check(&[
+        (
+            "the disk's",
+            record,
+            |f, r| replace(f, r, "/vm1.raw"),
+            [("unserved", "ww"), ("unserved", "ww"), ("unserved", "ww"), ("unserved", "ww")],
+        ),
+        (
+            "the disk's, of which nothing is kept",
+            record,
+            |f, r| {
+                r.snapshots.clear();
+                replace(f, r, "/vm1.raw");
+            },
+            [("unserved", ""); 4],
+        ),
+        (
+            "the disk's, a copy that looks as it did at the stop",
+            record,
+            |f, r| {
+                replace(f, r, "/vm1.raw");
+                f.changed.clear();
+            },
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "the disk's, a copy like the records",
+            record,
+            |f, r| {
+                replace(f, r, "/vm1.raw");
+                r.kept_in = Some(OTHER);
+            },
+            [("whole", "kk"), ("whole", "kk"), ("flushed", "bb"), ALL_LOST],
+        ),
+        (
+            "a snapshot's",
+            record,
+            |f, r| replace(f, r, "/b.img"),
+            [("whole", "bb"), ("whole", "bb"), ("flushed", "bb"), ALL_LOST],
+        ),
+        ("the live log's", logged, |f, r| replace(f, r, "/live.log"), [("unserved", "www"); 4]),
+        ("the image below a log", logged, |f, r| replace(f, r, "/vm1.raw"), [("unserved", "www"); 4]),
+        ("a volume's log", volume, |f, r| replace(f, r, "/clone.log"), [("unserved", "w"); 4]),
+    ]);
+    let (mut found, mut record) =
+        (Found { legs: legs_of([LegState::InSync, LegState::InSync]), ..Found::default() }, split());
+    record.snapshots.pop();
+    record.live_splits = false;
+    replace(&mut found, &mut record, "/leg1");
+    for shutdown in [Shutdown::Killed, Shutdown::PowerCut] {
+        let recovery = decide(&record, shutdown, &found);
+        assert_eq!(content(&recovery), if shutdown == Shutdown::Killed { "whole" } else { "flushed" });
+        let leg = &recovery.mirror.unwrap().legs[1].1;
+        assert!(matches!(leg, LegUse::Unused(why) if why.is_stranger()), "{leg:?}");
+    }
+    replace(&mut found, &mut record, "/leg0");
+    assert!(decide(&record, Shutdown::Killed, &found).why_unserved().is_some());
+}
 
 #[test]
 fn what_is_saved_below_a_full_image() {

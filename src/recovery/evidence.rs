@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::door::{PairError, PairFacts};
 use crate::image::ImageError;
-use crate::store::{Believed, BlockRange, Fingerprint, MirrorRecord, RunTableFacts, TableError};
+use crate::store::{Believed, BlockRange, Fingerprint, Identity, MirrorRecord, RunTableFacts, TableError};
 
 /// The durable copies of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,12 @@ pub trait Evidence {
 
     /// How an image looks, if it is there.
     fn looks(&self, path: &Path) -> Option<Fingerprint>;
+
+    /// What tells an image from every other, if that can be told.
+    fn identity(&self, path: &Path) -> Option<Identity>;
+
+    /// What tells the directory of the records from every other, if that can be told.
+    fn kept_in(&self) -> Option<Identity>;
 
     /// Whether there is a plain file.
     fn is_file(&self, path: &Path) -> bool;

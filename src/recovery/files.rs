@@ -11,8 +11,8 @@ use crate::door::{LegImage, PairError, PairFacts, examine_mirror};
 use crate::host::{FileKind, Host};
 use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
 use crate::store::{
-    Believed, DurableTable, Fingerprint, LoadReport, MirrorRecord, Pack, RunTableFacts, Table, TableError, TableFiles,
-    TableName,
+    Believed, DurableTable, Fingerprint, Identity, LoadReport, MirrorRecord, Pack, RunTableFacts, Table, TableError,
+    TableFiles, TableName,
 };
 
 /// How a disk's images are opened.
@@ -121,6 +121,14 @@ impl Evidence for Files<'_> {
 
     fn looks(&self, path: &Path) -> Option<Fingerprint> {
         self.host.fingerprint(path).ok()
+    }
+
+    fn identity(&self, path: &Path) -> Option<Identity> {
+        self.host.identity(path).ok()
+    }
+
+    fn kept_in(&self) -> Option<Identity> {
+        self.identity(self.tables.state_dir())
     }
 
     fn is_file(&self, path: &Path) -> bool {

@@ -10,18 +10,24 @@ use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::door::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
 use crate::store::{
-    Believed, BlockIndex, BlockRange, DiskRecord, Fingerprint, LegRecord, MirrorRecord, RestorePhase, RestoreRecord,
-    RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
+    Believed, BlockIndex, BlockRange, DiskRecord, Fingerprint, Identity, LegRecord, MirrorRecord, RestorePhase,
+    RestoreRecord, RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
 };
 
 pub(super) const SIZE: u64 = 1 << 20;
 pub(super) const LOOKS: Fingerprint = Fingerprint { size_bytes: SIZE, modified_ns: 7 };
+
+/// What an image is recognised by, and what another one is.
+pub(super) const ITSELF: Identity = Identity::File { inode: Some(1), born_ns: Some(2) };
+pub(super) const OTHER: Identity = Identity::File { inode: Some(3), born_ns: Some(4) };
 
 /// Everything is there and whole, but for what is said.
 #[derive(Default)]
 pub(super) struct Found {
     pub(super) missing: BTreeSet<PathBuf>,
     pub(super) changed: BTreeSet<PathBuf>,
+    /// Other images than those that were there.
+    pub(super) strangers: BTreeSet<PathBuf>,
     pub(super) sizes: BTreeMap<PathBuf, u64>,
     pub(super) units: BTreeMap<PathBuf, u32>,
     /// Tables as they were left, saved ones and run tables.
@@ -113,6 +119,14 @@ impl Evidence for Found {
         (!self.missing.contains(path)).then_some(Fingerprint { modified_ns, ..LOOKS })
     }
 
+    fn identity(&self, path: &Path) -> Option<Identity> {
+        Some(if self.strangers.contains(path) { OTHER } else { ITSELF })
+    }
+
+    fn kept_in(&self) -> Option<Identity> {
+        Some(ITSELF)
+    }
+
     fn is_file(&self, path: &Path) -> bool {
         !self.missing.contains(path)
     }
@@ -176,7 +190,7 @@ pub(super) fn record() -> DiskRecord {
         "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
             "quiesced_ms": 2, "changed": null, "taken_for": null }],
         "mirror": null, "volume": null, "stood_on": null, "disabled": false, "own_image": false,
-        "logical_block_bytes": null, "work": null, "next_live": null, "restore": null, "former_legs": [], "boot": null,
+        "logical_block_bytes": null, "work": null, "next_live": null, "restore": null, "former_legs": [], "identities": {}, "kept_in": null, "boot": null,
         "snapshots": [snapshot(2, "a", 4), snapshot(3, "b", 8)], "saved": LOOKS, "saved_discards": null
     }))
     .unwrap()

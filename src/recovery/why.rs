@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::DurableFacts;
 use crate::door::PairError;
 use crate::image::{ImageError, ImageErrorKind};
-use crate::store::{Layout, TableError};
+use crate::store::{Identity, Layout, TableError};
 
 /// See above. The text says what is the matter; [`Why::advice`] what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +34,16 @@ pub enum Why {
     /// Somebody wrote a layer's image or a leg after a clean stop.
     #[error("its image {} was changed while the daemon was not running", _0.display())]
     ImageChanged(PathBuf),
+    /// Another image is where a full image, a layer's or a leg was.
+    #[error("its image {} is another one than it was: it is {now}, and was {was}", path.display())]
+    Stranger {
+        /// Where.
+        path: PathBuf,
+        /// What was there.
+        was: Identity,
+        /// What is.
+        now: Identity,
+    },
     /// A layer's image is not there.
     #[error("its image {} is missing or is not a file", _0.display())]
     Missing(PathBuf),
@@ -181,6 +191,16 @@ impl Why {
         match self {
             Why::PowerCut | Why::Unfinished | Why::Broke | Why::Said(_) | Why::LegFailed(_) => true,
             Why::ReadsThrough { for_good } => *for_good,
+            _ => false,
+        }
+    }
+
+    /// Whether an image would do if its user said that it is the one.
+    #[must_use]
+    pub fn is_stranger(&self) -> bool {
+        match self {
+            Why::Stranger { .. } => true,
+            Why::LiveLost(why) => why.is_stranger(),
             _ => false,
         }
     }

@@ -137,7 +137,8 @@ impl<'a> Decision<'a> {
                     Answer::Waits => plan.waits_for.push(obstacle),
                     Answer::Forced if self.command.is_forced() => {}
                     Answer::Never => {
-                        let instead = operation.instead(obstacle.kind, name);
+                        let is_volume = target.disk().is_volume();
+                        let instead = operation.instead(obstacle.kind, (name, is_volume));
                         return Err(Refusal::for_good(target.code(obstacle.kind), obstacle.what, instead));
                     }
                     Answer::Forced | Answer::Refused => {

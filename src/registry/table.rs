@@ -185,12 +185,11 @@ impl Operation {
 
     /// What to do instead of what can never be done.
     #[must_use]
-    pub fn instead(self, kind: ObstacleKind, name: &str) -> String {
+    pub fn instead(self, kind: ObstacleKind, (name, is_volume): (&str, bool)) -> String {
         match (self, kind) {
             (Operation::RemoveDisk, _) => format!("delete it as a volume: halfsilver volume delete {name}"),
-            (Operation::Forget, _) => {
-                format!("remove it: 'halfsilver disk remove {name}', or 'volume delete' a volume")
-            }
+            (Operation::Forget, _) if is_volume => format!("delete it instead: halfsilver volume delete {name}"),
+            (Operation::Forget, _) => format!("remove it instead: halfsilver disk remove {name}"),
             (Operation::Mirror | Operation::Unmirror, _) => {
                 format!(
                     "make it a disk first: 'halfsilver volume complete {name} --wait', then 'volume promote {name}'"

@@ -13,7 +13,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 use redb::backends::InMemoryBackend;
-use redb::{Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition, TableError};
+use redb::{
+    Builder, Database, ReadableDatabase, ReadableTable, StorageBackend, StorageError, TableDefinition, TableError,
+    WriteTransaction,
+};
 
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 pub(super) const DISKS: TableDefinition<&str, &[u8]> = TableDefinition::new("disks");
@@ -98,28 +101,39 @@ fn open(bytes: Vec<u8>) -> Result<Content, String> {
 /// Everything in an open database.
 pub(super) fn content_of(database: &Database) -> Result<Content, String> {
     let read = database.begin_read().map_err(|e| e.to_string())?;
-    let mut content = Content::default();
-    match read.open_table(META) {
-        Ok(meta) => {
-            content.layout = meta.get("format").map_err(|e| e.to_string())?.map(|v| v.value());
-            content.next_job = meta.get("next_job").map_err(|e| e.to_string())?.map(|v| v.value());
-        }
-        Err(TableError::TableDoesNotExist(_)) => return Ok(content),
-        Err(e) => return Err(e.to_string()),
-    }
+    let meta = match read.open_table(META) {
+        Err(TableError::TableDoesNotExist(_)) => return Ok(Content::default()),
+        meta => meta.map_err(|e| e.to_string())?,
+    };
+    let dropped = match read.open_table(DROPPED) {
+        Err(TableError::TableDoesNotExist(_)) => None,
+        dropped => Some(dropped.map_err(|e| e.to_string())?),
+    };
     let disks = read.open_table(DISKS).map_err(|e| e.to_string())?;
-    for entry in disks.iter().map_err(|e| e.to_string())? {
-        let (name, value) = entry.map_err(|e| e.to_string())?;
+    content_from(&meta, &disks, dropped.as_ref()).map_err(|e| e.to_string())
+}
+
+/// Everything as it will be when a change is committed.
+pub(super) fn content_after(change: &WriteTransaction) -> Result<Content, redb::Error> {
+    let (meta, disks, dropped) = (change.open_table(META)?, change.open_table(DISKS)?, change.open_table(DROPPED)?);
+    Ok(content_from(&meta, &disks, Some(&dropped))?)
+}
+
+fn content_from(
+    meta: &impl ReadableTable<&'static str, u64>,
+    disks: &impl ReadableTable<&'static str, &'static [u8]>,
+    dropped: Option<&impl ReadableTable<&'static str, ()>>,
+) -> Result<Content, StorageError> {
+    let number = |name| Ok::<_, StorageError>(meta.get(name)?.map(|value| value.value()));
+    let mut content = Content { layout: number("format")?, next_job: number("next_job")?, ..Content::default() };
+    for entry in disks.iter()? {
+        let (name, value) = entry?;
         content.disks.insert(name.value().to_owned(), value.value().to_vec());
     }
-    match read.open_table(DROPPED) {
-        Ok(dropped) => {
-            for entry in dropped.iter().map_err(|e| e.to_string())? {
-                content.dropped.insert(entry.map_err(|e| e.to_string())?.0.value().to_owned());
-            }
+    if let Some(dropped) = dropped {
+        for entry in dropped.iter()? {
+            content.dropped.insert(entry?.0.value().to_owned());
         }
-        Err(TableError::TableDoesNotExist(_)) => {}
-        Err(e) => return Err(e.to_string()),
     }
     Ok(content)
 }

@@ -13,9 +13,11 @@ mod durable;
 mod error;
 #[cfg(test)]
 mod flip_tests;
+mod identity;
 mod intact;
 mod pack;
 mod record;
+mod record_copy;
 mod record_store;
 mod records;
 mod run_header;
@@ -26,6 +28,7 @@ mod work;
 pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use error::TableError;
+pub use identity::Identity;
 pub use pack::{Believed, Pack};
 pub use record::{
     BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::identity::Identity;
 use super::work::WorkRecord;
 
 /// How an image looked when its tables were saved. If it looks different at the start, something else wrote it.
@@ -299,6 +300,10 @@ pub struct DiskRecord {
     pub restore: Option<RestoreRecord>,
     /// Images that once were legs and are not any more: whatever they hold, it is not this disk.
     pub former_legs: Vec<PathBuf>,
+    /// What tells each of its images from every other, by its path, as far as that could be told.
+    pub identities: BTreeMap<PathBuf, Identity>,
+    /// What tells the directory of the records from a copy of it: in one, images are copies as well.
+    pub kept_in: Option<Identity>,
     /// The boot in which the disk is served: what the run directory has is believed in that boot only.
     pub boot: Option<Uuid>,
     /// Oldest first.
@@ -324,6 +329,16 @@ impl SnapshotRecord {
 }
 
 impl DiskRecord {
+    /// Where its images are, of a mirror all legs, of a volume those of its own.
+    #[must_use]
+    pub fn images(&self) -> BTreeSet<PathBuf> {
+        // What the configuration of a volume that stands on something has for a path is no path.
+        let own = self.config.get("path").and_then(|path| path.as_str()).filter(|_| self.volume.is_none());
+        let legs = self.mirror.iter().flat_map(|mirror| &mirror.legs).map(|leg| leg.path.clone());
+        let layers = self.snapshots.iter().map(|s| s.image.clone()).chain(self.live_log.clone());
+        own.map(PathBuf::from).into_iter().chain(legs).chain(layers).collect()
+    }
+
     /// The names of everything that has files of its own in our directories: of each table its UUID, and what its images
     /// are called.
     #[must_use]

@@ -73,6 +73,11 @@ pub struct Remembered {
 /// either the old records or the new ones are found. One that is refused changes nothing, unless the error is
 /// [`RecordError::Unknown`].
 pub trait RecordStore: Send + Sync {
+    /// What was wrong with the store when it was opened, if it could not be read and was made anew from its second copy.
+    fn made_anew(&self) -> Option<String> {
+        None
+    }
+
     /// All that is remembered.
     ///
     /// # Errors

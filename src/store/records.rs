@@ -8,9 +8,12 @@
 //! - A change that is refused has not taken place: what a failed commit left in the file is taken back before anything else
 //!   is done with it, and who asked is told [`RecordError::Unknown`] while that cannot be done.
 //! - A job's number is never given twice.
+//! - There is a second copy of everything ([`record_copy`](super::record_copy)), which is not older. A store that cannot be
+//!   read is set aside, and made anew from that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -18,6 +21,7 @@ use redb::{Database, ReadableTable, WriteTransaction};
 
 use super::intact::{self, Content, DISKS, DROPPED, META};
 use super::record::{DiskRecord, name_moments, names_let_go};
+use super::record_copy::RecordCopy;
 use super::record_store::{LAYOUT, RecordError, RecordStore, Remembered, UnreadableRecord};
 use crate::crash;
 
@@ -25,7 +29,7 @@ use crate::crash;
 use self::tests::create;
 
 /// The format of the records. It grows with every field that is added or means something else.
-const FORMAT: u64 = 2;
+const FORMAT: u64 = 3;
 /// How many numbers of jobs are set aside in one transaction. Those that are left when a process ends are not used.
 const JOB_LOT: u64 = 32;
 
@@ -44,6 +48,9 @@ fn error_of(e: impl Into<redb::Error>) -> RecordError {
 /// The store of records.
 pub struct Records {
     path: PathBuf,
+    copy: RecordCopy,
+    /// What was wrong with the store when it was opened, if it was made anew.
+    made_anew: Option<String>,
     state: Mutex<State>,
     /// Numbers of jobs that were set aside and not given yet.
     job_ids: Mutex<Range<u64>>,
@@ -82,11 +89,12 @@ impl State {
     fn take(&mut self, path: &Path) -> Result<Database, RecordError> {
         let database = match self.database.take() {
             Some(database) => database,
-            None => Records::open_database(path)?,
+            None => Records::open_database(path)?.0,
         };
         if !self.owed.0.is_empty() {
             self.owed.put_back(&database)?;
             self.owed.0.clear();
+            put_copy(path, &intact::content_of(&database).map_err(RecordError::Store)?)?;
         }
         Ok(database)
     }
@@ -94,7 +102,12 @@ impl State {
     /// What is told of a change whose commit failed with `e`: nobody knows how far that came.
     fn refused(&mut self, path: &Path, before: Before, e: RecordError) -> RecordError {
         // Not there means never named by the header, which is written last.
-        if Records::read_file(path).is_ok_and(|found| found.is_some_and(|whole| before.is_in(&whole.content))) {
+        if let Ok(Some(found)) = Records::read_file(path)
+            && before.is_in(&found.content)
+        {
+            if let Err(also) = put_copy(path, &found.content) {
+                log::error!("the second copy of the records has what was refused: {also}");
+            }
             return e;
         }
         self.owed = before;
@@ -115,18 +128,24 @@ impl Records {
     /// # Errors
     /// When it cannot be opened, or was written by another version.
     pub fn open(path: &Path) -> Result<Records, RecordError> {
-        let state = State { database: Some(Self::open_database(path)?), owed: Before::default() };
-        Ok(Records { path: path.to_owned(), state: Mutex::new(state), job_ids: Mutex::new(0..0) })
+        let (database, made_anew) = Self::open_database(path)?;
+        let state = Mutex::new(State { database: Some(database), owed: Before::default() });
+        let (path, copy) = (path.to_owned(), RecordCopy::of(path));
+        Ok(Records { path, copy, made_anew, state, job_ids: Mutex::new(0..0) })
     }
 
-    fn open_database(path: &Path) -> Result<Database, RecordError> {
-        let mut found = Self::read_file(path)?;
-        if found.is_none() {
-            Self::make(path)?;
-            found = Self::read_file(path)?;
-        }
-        let found = found.map(|whole| whole.content).unwrap_or_default();
+    /// The store, and what was wrong with it if it was made anew.
+    fn open_database(path: &Path) -> Result<(Database, Option<String>), RecordError> {
+        let found = Self::find(path)?;
+        let is_made = found.as_ref().is_none_or(|found| found.wrong.is_some());
+        let Found { content: found, wrong: made_anew, .. } = found.unwrap_or_default();
         check_layout(found.layout)?;
+        if is_made {
+            Self::make(path, &found)?;
+        }
+        if let Some(wrong) = &made_anew {
+            log::error!("{wrong}; it was made anew from its second copy");
+        }
         let database = intact::guarded(|| create(path).map_err(|e| e.to_string()))
             .map_err(|e| RecordError::Store(format!("{}: {e}", path.display())))?;
         let opened = intact::content_of(&database).map_err(RecordError::Store)?;
@@ -135,21 +154,52 @@ impl Records {
             // A commit that was whole although the power went before the header named it.
             wanted.store(begin(&database)?)?;
         }
-        Ok(database)
+        let copy = RecordCopy::of(path).read();
+        if copy.as_ref().is_none_or(|copy| *copy != wanted) && !(copy.is_none() && wanted.disks.is_empty()) {
+            put_copy(path, &wanted)?;
+        }
+        Ok((database, made_anew))
     }
 
-    /// Makes an empty store. It has its name when it is complete: redb does not open what it has begun to make.
-    fn make(path: &Path) -> Result<(), RecordError> {
+    /// What is remembered: in the store, or in the second copy if that cannot be read. None when nothing is.
+    fn find(path: &Path) -> Result<Option<Found>, RecordError> {
+        let copy = || RecordCopy::of(path).read();
+        let (wrong, content) = match Self::read_file(path) {
+            Ok(Some(intact::Whole { content, is_unclean })) => {
+                return Ok(Some(Found { content, is_unclean, wrong: None }));
+            }
+            Ok(None) if path.exists() => ("is empty".to_owned(), copy().filter(|copy| !copy.disks.is_empty())),
+            Ok(None) => ("is missing".to_owned(), copy().filter(|copy| !copy.disks.is_empty())),
+            Err(RecordError::Unreadable { path, what }) => match copy() {
+                Some(copy) => (format!("is damaged: {what}"), Some(copy)),
+                None => return Err(RecordError::Unreadable { path, what }),
+            },
+            Err(e) => return Err(e),
+        };
+        let wrong = Some(format!("{} {wrong}", path.display()));
+        Ok(content.map(|content| Found { content, is_unclean: false, wrong }))
+    }
+
+    /// Makes a store with this content. It has its name when it is complete: redb does not open what it has begun to make. What
+    /// was there stays beside it.
+    fn make(path: &Path, content: &Content) -> Result<(), RecordError> {
         let beside = path.with_extension("new");
         let error = |e: std::io::Error| RecordError::Store(format!("cannot make {}: {e}", path.display()));
         match std::fs::remove_file(&beside) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(error(e)),
             _ => {}
         }
+        // Ours alone, whoever makes it.
+        let empty = std::fs::File::options().write(true).create_new(true).mode(0o600).open(&beside);
+        drop(empty.map_err(error)?);
         let database = intact::guarded(|| Database::create(&beside).map_err(|e| e.to_string()))
             .map_err(|e| RecordError::Store(format!("cannot make {}: {e}", path.display())))?;
-        Content { layout: Some(LAYOUT), ..Content::default() }.store(begin(&database)?)?;
+        Content { layout: Some(LAYOUT), ..content.clone() }.store(begin(&database)?)?;
         drop(database);
+        // Between the two renames there is none, and so the second copy counts.
+        if std::fs::metadata(path).is_ok_and(|there| there.len() > 0) {
+            std::fs::rename(path, path.with_extension("unreadable")).map_err(error)?;
+        }
         std::fs::rename(&beside, path).map_err(error)?;
         super::sync_directory_of(path).map_err(error)
     }
@@ -186,7 +236,7 @@ impl Records {
         let database = state.take(&self.path)?;
         let mut before = Before::default();
         let change = begin(&database)?;
-        if let Err(e) = work(&change, &mut before) {
+        if let Err(e) = work(&change, &mut before).and_then(|()| self.copy_first(&change)) {
             // Not committed. After an error of the system the store answers nothing more.
             if !matches!(e, RecordError::Store(_) | RecordError::NoSpace(_)) {
                 drop(change);
@@ -207,19 +257,43 @@ impl Records {
         Ok(())
     }
 
+    /// The second copy says what a change comes to before that is committed.
+    fn copy_first(&self, change: &WriteTransaction) -> Result<(), RecordError> {
+        let content = intact::content_after(change).map_err(error_of)?;
+        self.copy.put(&content).map_err(|e| error_of(redb::Error::Io(e)))
+    }
+
     /// Looks at a store without changing it. None when there is none.
     ///
     /// # Errors
-    /// When it cannot be read, is damaged as a whole, or has another layout.
+    /// When it cannot be read, is damaged as a whole and has no second copy, or has another layout.
     pub fn examine(path: &Path) -> Result<Option<ExaminedRecords>, RecordError> {
-        let Some(intact::Whole { content, is_unclean }) = Self::read_file(path)? else { return Ok(None) };
+        let Some(Found { content, is_unclean, wrong }) = Self::find(path)? else { return Ok(None) };
         check_layout(content.layout)?;
         let remembered = decode_all(&content);
-        Ok(Some(ExaminedRecords { is_unclean, remembered, dropped: content.dropped }))
+        Ok(Some(ExaminedRecords { is_unclean, wrong, remembered, dropped: content.dropped }))
     }
 }
 
+/// What was found where records are.
+#[derive(Default)]
+struct Found {
+    content: Content,
+    is_unclean: bool,
+    /// Why that is from the second copy, if it is.
+    wrong: Option<String>,
+}
+
+fn put_copy(store: &Path, content: &Content) -> Result<(), RecordError> {
+    let error = |e: std::io::Error| RecordError::Store(format!("the second copy of the records: {e}"));
+    RecordCopy::of(store).put(content).map_err(error)
+}
+
 impl RecordStore for Records {
+    fn made_anew(&self) -> Option<String> {
+        self.made_anew.clone()
+    }
+
     fn disks(&self) -> Result<Remembered, RecordError> {
         self.with(|database| Ok(decode_all(&intact::content_of(database).map_err(RecordError::Store)?)))
     }
@@ -255,6 +329,7 @@ impl RecordStore for Records {
             let change = begin(database)?;
             change.delete_table(DROPPED).map_err(error_of)?;
             change.open_table(DROPPED).map_err(error_of)?;
+            self.copy_first(&change)?;
             change.commit().map_err(error_of)
         })
     }
@@ -271,6 +346,7 @@ impl RecordStore for Records {
                     meta.insert("next_job", first + size).map_err(error_of)?;
                     first
                 };
+                self.copy_first(&change)?;
                 change.commit().map_err(error_of)?;
                 Ok(first)
             })?;
@@ -287,6 +363,8 @@ impl RecordStore for Records {
 pub struct ExaminedRecords {
     /// Whether its last writer was killed.
     pub is_unclean: bool,
+    /// What is wrong with the store, if this is from its second copy, from which a start makes it anew.
+    pub wrong: Option<String>,
     /// As [`Records::disks`].
     pub remembered: Remembered,
     /// As [`Records::dropped`].

@@ -4,7 +4,7 @@
 //! last one still in it; records that cannot be read beside others. Not checked: several flipped bits, somebody who computes new checksums.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
@@ -137,6 +137,8 @@ fn disk(name: &str) -> DiskRecord {
         set: serde_json::Value::Null,
         restore: None,
         former_legs: Vec::new(),
+        identities: BTreeMap::new(),
+        kept_in: None,
         boot: Some(Uuid::new_v4()),
         snapshots: vec![snapshot(name, "a", 3), snapshot(name, "b", 5)],
         saved: None,
@@ -261,6 +263,73 @@ fn every_flipped_bit_of_the_records_is_found_or_changes_nothing() {
 
 const HEADER_BITS: usize = 512 * 8;
 
+fn forget_copy(path: &Path) {
+    drop(std::fs::remove_file(path.with_extension("copy")));
+}
+
+/// Whatever is wrong with the store, what is gone on with is what was committed last, with every number of a job.
+#[test]
+fn a_store_that_cannot_be_read_is_made_anew_from_its_second_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("records.redb");
+    let records = Records::open(&path).unwrap();
+    let (mut vm0, vm1) = (disk("vm0"), disk("vm1"));
+    records.put(&[&vm0, &vm1]).unwrap();
+    let first = records.take_job_ids(JOB_LOT).unwrap();
+    vm0.snapshots.pop();
+    records.put(&[&vm0]).unwrap();
+    let (good, dropped) = (std::fs::read(&path).unwrap(), records.dropped().unwrap());
+    let copy = std::fs::read(path.with_extension("copy")).unwrap();
+    drop(records);
+    let damages: [(&str, &dyn Fn()); 4] = [
+        ("missing", &|| std::fs::remove_file(&path).unwrap()),
+        ("empty", &|| std::fs::write(&path, []).unwrap()),
+        ("is damaged", &|| std::fs::write(&path, &good[..4096]).unwrap()),
+        ("is damaged", &|| {
+            let flipped = |(at, byte): (usize, &u8)| if at >= 512 && at % 16 == 0 { byte ^ 4 } else { *byte };
+            std::fs::write(&path, good.iter().enumerate().map(flipped).collect::<Vec<_>>()).unwrap();
+        }),
+    ];
+    for (what, damage) in damages {
+        std::fs::write(path.with_extension("copy"), &copy).unwrap();
+        damage();
+        let bad = std::fs::read(&path).unwrap_or_default();
+        let examined = Records::examine(&path).unwrap().unwrap();
+        assert!(examined.wrong.unwrap().contains(what));
+        assert_eq!(std::fs::read(&path).unwrap_or_default(), bad, "{what}: it is only looked at");
+        let records = Records::open(&path).unwrap();
+        assert!(records.made_anew().unwrap().contains(what));
+        assert_eq!((all(&records), records.dropped().unwrap()), (vec![vm0.clone(), vm1.clone()], dropped.clone()));
+        assert!(records.take_job_ids(1).unwrap().start >= first.end);
+        drop(records);
+        if !bad.is_empty() {
+            assert_eq!(std::fs::read(path.with_extension("unreadable")).unwrap(), bad, "{what}");
+        }
+        let records = Records::open(&path).unwrap();
+        assert_eq!((all(&records), records.made_anew()), (vec![vm0.clone(), vm1.clone()], None));
+    }
+}
+
+/// One that is older than the store, or ahead of it by what was refused, is no copy of it.
+#[test]
+fn the_second_copy_says_what_the_store_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("records.redb");
+    let copied = || decode_all(&RecordCopy::of(&path).read().unwrap()).disks;
+    let records = Records::open(&path).unwrap();
+    assert!(!path.with_extension("copy").exists());
+    records.put(&[&disk("vm0")]).unwrap();
+    assert_eq!(copied(), all(&records));
+    records.rename("vm0", &DiskRecord { name: "vm1".to_owned(), ..all(&records).remove(0) }).unwrap();
+    assert_eq!(copied(), all(&records));
+    drop(records);
+    // As a kill leaves it between the copy and the commit, or whoever puts an older store back.
+    RecordCopy::of(&path).put(&Content { layout: Some(LAYOUT), ..Content::default() }).unwrap();
+    let records = Records::open(&path).unwrap();
+    assert_eq!(copied(), all(&records));
+    assert_eq!(all(&records).len(), 1);
+}
+
 #[test]
 fn a_damaged_file_is_refused_and_left_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
@@ -273,6 +342,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
         let byte = if round % 3 == 0 { rng.below(320) } else { rng.below(15 * 4096) };
         bad[byte] ^= 1 << rng.below(8);
         std::fs::write(&path, &bad).unwrap();
+        forget_copy(&path);
         match Records::open(&path) {
             Ok(records) => {
                 opened += 1;
@@ -288,6 +358,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
     assert!(refused > 20 && opened > 20, "{refused} refused, {opened} opened");
     for len in [1, 100, 4096, good.len() - 4096, good.len() - 1] {
         std::fs::write(&path, &good[..len]).unwrap();
+        forget_copy(&path);
         match Records::open(&path) {
             Ok(records) => assert_eq!(all(&records), disks, "cut to {len}"),
             Err(e) => assert!(e.to_string().contains("damaged"), "{e}"),
@@ -536,6 +607,7 @@ fn a_store_has_its_name_when_it_is_complete() {
     assert_eq!((made.is_unclean, made.remembered), (false, Remembered::default()));
     // What an older program has only begun to make is refused, and not taken for an empty one.
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    forget_copy(&path);
     assert!(Records::open(&path).is_err());
 }
 
@@ -600,6 +672,8 @@ fn what_is_refused_has_not_taken_place() {
                 }
             }
             assert_eq!(all(&records), std::slice::from_ref(&old), "after {syncs} syncs");
+            let copy = RecordCopy::of(&path).read().unwrap();
+            assert_eq!(decode_all(&copy).disks, std::slice::from_ref(&old), "the copy after {syncs} syncs");
             assert!(records.dropped().unwrap().is_disjoint(&old.names()), "after {syncs} syncs");
             let other = disk("vm2");
             records.put(&[&other]).unwrap();

@@ -170,6 +170,10 @@ impl Service for Fake {
         Ok(self.state.lock().unwrap().claims.clone())
     }
 
+    fn problems(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn list_unserved(&self) -> Result<Vec<Unserved>, ApiError> {
         let lost = self.list_disks()?.into_iter().filter(|disk| disk.state == DiskState::Unserved);
         Ok(lost.map(|d| Unserved { name: d.name, id: d.id, reason: d.reason.unwrap_or_default() }).collect())
@@ -258,6 +262,13 @@ impl Service for Fake {
             return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} is served")));
         }
         self.state.lock().unwrap().disks.retain(|(_, other)| other.name != *disk);
+        Ok(())
+    }
+
+    fn accept_disk(&self, disk: &Name) -> Result<(), ApiError> {
+        if self.get_disk(disk)?.state != DiskState::Unserved {
+            return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} is served")));
+        }
         Ok(())
     }
 

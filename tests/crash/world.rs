@@ -203,7 +203,7 @@ fn start(sim: &Arc<Sim>, specs: &[DiskSpec], opened: &RefCell<Option<Arc<Manager
     let places = Places::to_look_at(Path::new(STATE), Path::new(RUN));
     let manager = Manager::open(sim.clone(), places).map_err(|e| e.to_string())?;
     *opened.borrow_mut() = Some(manager.clone());
-    let given = Given { disks: specs, take_flushed: &[], strict: false };
+    let given = Given { disks: specs, bad_disks: &[], take_flushed: &[], strict: false };
     manager.take_up(given).map_err(|e| e.message)?;
     manager.listening();
     Ok(manager)

@@ -266,6 +266,10 @@ struct Damage {
     make: fn(&Daemon) -> Option<FileImage>,
 }
 
+fn repairable(kind: &'static str, found: &'static str, make: fn(&Daemon) -> Option<FileImage>) -> Damage {
+    Damage { repairable: true, ..damage(kind, found, make) }
+}
+
 fn damage(kind: &'static str, found: &'static str, make: fn(&Daemon) -> Option<FileImage>) -> Damage {
     Damage { kind, found, repairable: false, make }
 }
@@ -333,7 +337,7 @@ fn mode(path: &Path, mode: u32) -> Option<FileImage> {
 /// Damage of everything that both ends leave.
 fn damage_of_both() -> Vec<Damage> {
     vec![
-        damage("records: a flipped bit", "is damaged", |d| {
+        repairable("records: a flipped bit", "is damaged", |d| {
             let bytes = std::fs::read(records(d)).unwrap();
             let at = bytes.windows(10).rposition(|w| w == b"\"former_le").unwrap();
             // Of all copies of it one is in use.
@@ -343,19 +347,19 @@ fn damage_of_both() -> Vec<Damage> {
             assert!(at > 0);
             None
         }),
-        damage("records: cut short", "damaged", |d| {
+        repairable("records: cut short", "damaged", |d| {
             truncate(&records(d), 10_000);
             None
         }),
-        damage("records: something else", "damaged", |d| {
+        repairable("records: something else", "damaged", |d| {
             std::fs::write(records(d), "this is not a store").unwrap();
             None
         }),
-        damage("records: empty", "is empty", |d| {
+        repairable("records: empty", "is empty", |d| {
             truncate(&records(d), 0);
             None
         }),
-        damage("records: missing", "is missing", |d| remove(&records(d))),
+        repairable("records: missing", "is missing", |d| remove(&records(d))),
         damage("image: missing", "No such file", |d| remove(&d.image("vm0"))),
         damage("image: no multiple of a sector", "multiple", |d| {
             truncate(&d.image("vm0"), SIZE - 1);
@@ -496,7 +500,7 @@ fn every_damage_is_found(daemon: Daemon, kinds: Vec<Damage>) {
         // Whatever it repairs, nothing of the guests' or of what tells where that is.
         let now = tree(state.daemon.dir.path());
         for (path, (.., bytes)) in &before {
-            let is_records = path.ends_with("records.redb") || path.ends_with("lock");
+            let is_records = ["records.redb", "records.copy", "lock"].iter().any(|name| path.ends_with(name));
             let same = now.get(path).is_some_and(|(.., is)| is == bytes);
             assert!(is_records || same, "{kind}: {} was changed by a repair", path.display());
         }
@@ -540,6 +544,7 @@ fn a_start_without_records_refuses_while_there_is_something_to_lose() {
     let mut daemon = state.daemon.beside("d");
     for lose in [|path: &Path| std::fs::remove_file(path).unwrap(), |path: &Path| truncate(path, 0)] {
         lose(&records(&daemon));
+        std::fs::remove_file(records(&daemon).with_extension("copy")).unwrap();
         let before = tree(&daemon.state_dir());
         let said = daemon.refused_start();
         assert!(said.contains("records.redb") && said.contains("halfsilver check"), "{said}");
@@ -550,7 +555,9 @@ fn a_start_without_records_refuses_while_there_is_something_to_lose() {
         state.put_back();
     }
     // Records that name no disk are no better.
-    std::fs::remove_file(records(&daemon)).unwrap();
+    for lost in [records(&daemon), records(&daemon).with_extension("copy")] {
+        std::fs::remove_file(lost).unwrap();
+    }
     drop(halfsilver::store::Records::open(&records(&daemon)).unwrap());
     assert!(daemon.refused_start().contains("names no disk"));
     assert!(names_in(&daemon.state_dir().join("images")).len() >= 3);

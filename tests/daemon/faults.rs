@@ -228,7 +228,9 @@ fn records_removed() -> [String; 3] {
     let mut client = daemon.client("vm0");
     client.write(0..SECTORS, 1);
     daemon.snap("a");
-    std::fs::remove_file(daemon.state_dir().join("records.redb")).unwrap();
+    for file in ["records.redb", "records.copy"] {
+        std::fs::remove_file(daemon.state_dir().join(file)).unwrap();
+    }
     let done = write(&mut client, 100..200, 2);
     let state = daemon.state("vm0@a");
     drop(client);

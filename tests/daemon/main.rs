@@ -30,6 +30,8 @@ mod lifecycle;
 mod load;
 mod mirror;
 mod mirror_jobs;
+mod misconfigured;
+mod no_room;
 mod oracle;
 mod packed;
 #[cfg(feature = "planted")]
@@ -46,6 +48,7 @@ mod restore;
 mod ring;
 mod silent;
 mod stopped_jobs;
+mod strangers;
 mod strategies;
 mod survival;
 mod trouble;

@@ -53,7 +53,8 @@ fn add_files(directory: &Path, files: &mut BTreeMap<String, Option<Vec<u8>>>) {
         // The log tells of it, and pages of the records' file may be written anew with what they had.
         let has_bytes =
             kind.is_file() && !path.to_str().unwrap().ends_with(".log") || path.to_str().unwrap().contains("/images/");
-        let bytes = (has_bytes && !path.to_str().unwrap().ends_with(".redb")).then(|| std::fs::read(&path).unwrap());
+        let is_records = path.file_stem().is_some_and(|stem| stem == "records");
+        let bytes = (has_bytes && !is_records).then(|| std::fs::read(&path).unwrap());
         files.insert(path.to_str().unwrap().to_owned(), bytes);
     }
 }

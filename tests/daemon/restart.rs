@@ -368,6 +368,7 @@ fn what_is_not_a_record_is_refused_and_left_alone() {
     daemon.stop();
     let records = record_in(&daemon.state_dir(), "records.redb");
     std::fs::write(&records, "this is not a store").unwrap();
+    std::fs::remove_file(records.with_extension("copy")).unwrap();
     assert!(daemon.refused_start().contains("records"));
     assert_eq!(std::fs::read(&records).unwrap(), b"this is not a store");
 }

@@ -114,3 +114,24 @@ fn a_jobs_number_is_never_given_twice() {
         assert!(start_if_it_can(&mut daemon), "{}", daemon.log_text());
     }
 }
+
+/// What is left of it is said before it is resumed, too.
+#[test]
+fn a_stopped_job_says_after_a_restart_what_is_left() {
+    for kind in ["merge", "fold"] {
+        let mut daemon = with_two_snapshots();
+        let snapshot = if kind == "merge" { "vm0@b" } else { "vm0@log" };
+        if kind == "fold" {
+            daemon.api().create("log", &["vm0"], &json!({ "strategy": "write-logging" })).ok();
+            wait_until("the snapshot to be quiesced", || daemon.state("vm0@log") == "quiesced");
+            daemon.client("vm0").write(0..SECTORS, 3);
+            wait_until("the frontend to be gone", || daemon.show_disk("vm0")["frontends"] == 0);
+        }
+        slowed(&daemon, kind, ("DELETE", &format!("/v1/snapshots/{snapshot}"), ""), true);
+        daemon.restart();
+        let [job] = &jobs(&daemon)[..] else { panic!("{:?}", jobs(&daemon)) };
+        assert_eq!((job["kind"].as_str(), job["state"].as_str()), (Some(kind), Some("stopped")));
+        let (done, total) = (job["done_bytes"].as_u64().unwrap(), job["total_bytes"].as_u64().unwrap());
+        assert!(done < total && total <= SIZE, "{job}");
+    }
+}

@@ -33,6 +33,9 @@ pub struct Status {
     /// What is remembered and not served, and why.
     #[serde(default)]
     pub unserved: Vec<Unserved>,
+    /// What is wrong and is said of nothing that is listed: disks of the configuration file that were left out, damaged records.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }
 
 /// An operation that is under way: until it is over, others that change the same things wait or are refused.

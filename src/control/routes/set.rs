@@ -72,3 +72,12 @@ pub(super) async fn forget_disk(State(context): State<Context>, path: PathText) 
     context.call(move |service| service.forget_disk(&disk)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
+
+/// Serves a disk or volume that is not served because other images are where its own were: they are copies of those.
+#[utoipa::path(post, path = "/v1/disks/{disk}/accept", tag = "disks", params(("disk" = Name, Path)),
+    responses((status = 204, description = "It is served with the images that are there"), Refused))]
+pub(super) async fn accept_disk(State(context): State<Context>, path: PathText) -> Result<StatusCode, ApiError> {
+    let disk: Name = path?.parse()?;
+    context.call(move |service| service.accept_disk(&disk)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

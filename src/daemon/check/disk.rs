@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{CheckedBookmark, CheckedDisk, CheckedJob, CheckedSnapshot, DiskVerdict, Examination, SnapshotVerdict};
 use crate::control::api::DiskConfig;
 use crate::door::{LegState, PairFacts};
+use crate::manager::planned::advice_on_stranger;
 use crate::recovery::{
     Content, Durable, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, Shutdown, SnapshotFate, TableSource,
     TableUse, Why,
@@ -90,7 +91,11 @@ pub(super) fn tell(of: &mut Examination, config: &DiskConfig, recovery: &Recover
             (checked.reason, checked.action) = (Some(why.to_string()), Some(action.to_owned()));
         }
         Content::Unserved(why) => {
-            (checked.reason, checked.action) = (Some(why.to_string()), Some(PUT_BACK.to_owned()));
+            let action = match why.is_stranger() {
+                true => advice_on_stranger(&record.name),
+                false => PUT_BACK.to_owned(),
+            };
+            (checked.reason, checked.action) = (Some(why.to_string()), Some(action));
         }
     }
     findings(of, recovery);

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use halfsilver::host::{FileKind, Host, Look, RingWork, Running};
 use halfsilver::image::{Direct, Image, ImageError, ImageErrorKind, ImageOp, ImageOptions, IoQueue, SharedImage};
 use halfsilver::store::{
-    ExaminedRecords, Fingerprint, RecordError, RecordStore, RunTableFacts, Table, TableError, TableName,
+    ExaminedRecords, Fingerprint, Identity, RecordError, RecordStore, RunTableFacts, Table, TableError, TableName,
 };
 use halfsilver::vhost_user::{ServeOptions, Server};
 use uuid::Uuid;
@@ -477,6 +477,10 @@ impl Host for Sim {
         Ok(Fingerprint { size_bytes, modified_ns: 0 })
     }
 
+    fn identity(&self, path: &Path) -> io::Result<Identity> {
+        Ok(Identity::File { inode: Some(self.lookup(path, |file| file.number)?), born_ns: None })
+    }
+
     fn holds_bytes(&self, path: &Path, from: u64) -> io::Result<bool> {
         let from = usize::try_from(from).unwrap();
         self.lookup(path, |file| match &file.node {
@@ -484,6 +488,10 @@ impl Host for Sim {
             Node::Table(table, _) | Node::Copy(table, _) => table.count() > 0,
             Node::Note(_) => true,
         })
+    }
+
+    fn free_bytes(&self, _directory: &Path) -> io::Result<u64> {
+        Ok(u64::MAX)
     }
 
     fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
@@ -589,6 +597,7 @@ impl Host for Sim {
 
     fn examine_records(&self, _path: &Path) -> Result<Option<ExaminedRecords>, RecordError> {
         let of = |content: &Content| ExaminedRecords {
+            wrong: None,
             is_unclean: false,
             remembered: content.remembered(),
             dropped: content.dropped.clone(),
