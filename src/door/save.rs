@@ -96,6 +96,11 @@ impl Disk {
     }
 
     fn sync(&self, image: Backing) -> Result<(), String> {
-        self.engine.on_ring(async move |queue| image.sync(&queue).await).map_err(|e| e.to_string())
+        let synced = image.clone();
+        self.engine.on_ring(async move |queue| synced.sync(&queue).await).map_err(|e| e.to_string())?;
+        match image.is_in_doubt() {
+            true => Err(format!("it is not known what a failed write has left in {}", image.path().display())),
+            false => Ok(()),
+        }
     }
 }

@@ -98,6 +98,15 @@ impl Backing {
         }
     }
 
+    /// Whether nobody knows what a write has left that failed, so that what is there is not to be believed as it is.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        match self {
+            Backing::One(_) | Backing::Pair(_) | Backing::View(_) => false,
+            Backing::Packed(pack) => pack.is_in_doubt(),
+        }
+    }
+
     /// Bytes of storage in use, if the container can tell; of a mirror, on one leg.
     #[must_use]
     pub fn allocated_bytes(&self) -> Option<u64> {

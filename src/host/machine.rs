@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::SeekFrom;
 use uuid::Uuid;
 
-use super::{FileKind, Host, Look, RingWork, Running};
+use super::{FileKind, Host, Look, RingWork, Running, memory};
 use crate::image::{Direct, FileImage, ImageError, ImageOptions, SharedImage};
 use crate::store::{
     self, ExaminedRecords, Fingerprint, Identity, RecordError, RecordStore, Records, RunTableFacts, Table, TableError,
@@ -51,6 +51,10 @@ impl Host for Machine {
 
     fn new_id(&self) -> Uuid {
         Uuid::new_v4()
+    }
+
+    fn memory_left_bytes(&self) -> u64 {
+        memory::left_bytes()
     }
 
     fn start_thread(&self, name: &str, run: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Running>> {

@@ -6,6 +6,7 @@
 //! - A thread waits only by its host, so that a host decides in which order threads go on.
 
 mod machine;
+mod memory;
 mod wait;
 
 use std::future::Future;
@@ -79,6 +80,9 @@ pub trait Host: Send + Sync + 'static {
 
     /// An identifier that nothing has.
     fn new_id(&self) -> Uuid;
+
+    /// Bytes of memory that can be had without anything being killed or swapped out.
+    fn memory_left_bytes(&self) -> u64;
 
     /// Begins a thread.
     ///
@@ -265,6 +269,13 @@ impl dyn Host {
             })
         }))?;
         Ok(out.take().expect("a host runs work to its end"))
+    }
+
+    /// Bytes of memory that one pack may take: half of what is left, so that it is that disk which is not served, and not
+    /// all of them.
+    #[must_use]
+    pub fn memory_for_a_pack(&self) -> u64 {
+        self.memory_left_bytes() / 2
     }
 
     /// The name of a table of this boot.

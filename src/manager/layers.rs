@@ -13,11 +13,11 @@ use crate::control::{ApiError, ErrorCode, Name};
 use crate::crash;
 use crate::door::{Bytes, Geometry, LayerSpec};
 use crate::host::Host;
-use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
+use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, IoQueue, SharedImage};
 use crate::manager::entry::DiskEntry;
 use crate::manager::relations::in_volume;
 use crate::manager::{Manager, image_error, table_error};
-use crate::recovery::{ChangedUse, ImageUse, LayerSource, NotCarriedOut, TableSource, TableUse, Why};
+use crate::recovery::{ChangedUse, ImageUse, LayerSource, NotCarriedOut, PackUse, TableSource, TableUse, Why};
 use crate::store::{DurableTable, Layout, PAYLOAD_BYTES, Pack, Table, TableError};
 
 /// How long a start waits for the transfers of a process that was killed.
@@ -25,10 +25,7 @@ pub(crate) const OLD_TRANSFERS_WAIT: Duration = Duration::from_secs(30);
 
 impl Manager {
     /// Runs something on a ring of its own.
-    pub(crate) fn block_on<T: 'static>(
-        &self,
-        work: impl AsyncFnOnce(crate::image::IoQueue) -> T + 'static,
-    ) -> Result<T, String> {
+    pub(crate) fn block_on<T: 'static>(&self, work: impl AsyncFnOnce(IoQueue) -> T + 'static) -> Result<T, String> {
         self.host.block_on(work).map_err(|e| format!("no ring: {e}"))
     }
 
@@ -287,11 +284,13 @@ impl DiskLayers<'_> {
 
     /// The bytes of the version `id`, as it was decided.
     fn open_bytes(&self, id: Uuid, image: &ImageUse) -> Result<Bytes, NotCarriedOut> {
-        let Some(believed) = image.pack else { return Ok(Bytes::Image(self.open_whole(&image.path)?)) };
+        let Some(PackUse { believed, .. }) = image.pack else { return Ok(Bytes::Image(self.open_whole(&image.path)?)) };
         let (host, units) = (&*self.manager.host, (self.config, Pack::UNIT_BYTES));
         let opened = open_made_here(host, &image.path, units, options_of(self.config, self.lock_wait))?;
         let shape = (self.geometry.size_bytes, self.geometry.block_bytes);
-        let pack = host.block_on(async move |queue| Pack::open(opened, id, shape, believed, &queue).await)??;
+        let memory = host.memory_for_a_pack();
+        let open = async move |queue: IoQueue| Pack::open(opened, id, shape, believed, memory, &queue).await;
+        let pack = host.block_on(open)??;
         Ok(Bytes::Pack(Arc::new(pack)))
     }
 }

@@ -13,11 +13,10 @@ use crate::image::ImageError;
 use crate::image::ImageOp;
 use crate::manager::Manager;
 use crate::manager::layers::{OLD_TRANSFERS_WAIT, direct_of};
-use crate::recovery::{Files, ImageSetup, Recovery, ServedVersion, Shutdown, Why, decide, settle};
+use crate::recovery::{Files, ImageSetup, Recovery, ServedVersion, Shutdown, Why, decide, decide_flushed, settle};
 use crate::store::{DiskRecord, TableFiles};
 
-/// What a start makes of a disk. With `take_flushed` the user has said that its guests were stopped: of a log without its run
-/// table what was flushed is enough.
+/// What a start makes of a disk. With `take_flushed` the user has said that its guests were stopped ([`decide_flushed`]).
 pub(crate) fn recovery_of(
     record: &DiskRecord,
     config: &DiskConfig,
@@ -28,11 +27,8 @@ pub(crate) fn recovery_of(
     let (path, block_bytes) = (config.path.clone(), config.block_size);
     let setup = ImageSetup { path, block_bytes, direct: direct_of(config), read_only: config.readonly() };
     let evidence = Files { host, tables, boot, setup, lock_wait };
-    let shutdown = match Shutdown::of(record, &evidence, boot) {
-        Shutdown::Killed if take_flushed => Shutdown::PowerCut,
-        shutdown => shutdown,
-    };
-    decide(record, shutdown, &evidence)
+    let shutdown = Shutdown::of(record, &evidence, boot);
+    if take_flushed { decide_flushed(record, shutdown, &evidence) } else { decide(record, shutdown, &evidence) }
 }
 
 /// How long a start waits for somebody who holds a disk's images.

@@ -19,11 +19,12 @@ impl Manager {
         if self.disk(name).is_ok() {
             return Err(ApiError::new(ErrorCode::DiskBusy, format!("{name} is served: there is nothing to accept")));
         }
-        let config = locked(&self.unserved).get(name).map(|unserved| unserved.config.clone());
-        let Some(config) = config.ok_or_else(|| ApiError::disk_not_found(name))? else {
+        let known = locked(&self.unserved).get(name).map(|unserved| (unserved.config.clone(), unserved.record.clone()));
+        let (config, record) = known.ok_or_else(|| ApiError::disk_not_found(name))?;
+        let Some(config) = config else {
             return Err(ApiError::new(ErrorCode::DiskFailed, format!("nobody knows how {name} would be served")));
         };
-        let _claim = self.claim_to_add("disk accept", name, &config)?;
+        let _claim = self.claim_to_add("disk accept", name, &config, record.as_ref())?;
         let planned = self.plan(name, config.clone())?;
         let decided = self.decide_alone(&planned, false)?;
         let is_stranger = decided.and_then(|d| Some(d.why_unserved()?.is_stranger())).unwrap_or(false);

@@ -9,10 +9,12 @@ use uuid::Uuid;
 use super::record::{Remembered, contradictions, settle_pending, take_newest_segment, versions_of};
 use super::{
     ChangedUse, Content, Durable, DurableFacts, Evidence, ImageFacts, ImageUse, LayerUse, LegUse, MirrorRecovery,
-    Recovery, RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
+    PackUse, Recovery, RestoreRecovery, Role, Shutdown, TableSource, TableUse, VersionRecovery, Why,
 };
 use crate::door::LegState;
-use crate::store::{ChangedRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord};
+use crate::store::{
+    Believed, ChangedRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord, Pack, SnapshotRecord,
+};
 
 /// Decides, as if whatever a volume stands on and a disk is restored from were there; [`super::settle`] looks at that.
 #[must_use]
@@ -44,6 +46,19 @@ pub fn decide(record: &DiskRecord, shutdown: Shutdown, evidence: &dyn Evidence) 
         Err(why) => recovery.disk = Content::Unserved(why),
     }
     recovery
+}
+
+/// The same for a disk of which the user has said that its guests were stopped: what was flushed is enough, of a log without
+/// its run table, and of one that is not as it was saved.
+#[must_use]
+pub fn decide_flushed(record: &DiskRecord, shutdown: Shutdown, evidence: &dyn Evidence) -> Recovery {
+    let decided = decide(record, shutdown, evidence);
+    let is_enough = match (shutdown, decided.why_unserved()) {
+        (Shutdown::Killed, _) => true,
+        (Shutdown::Clean, Some(Why::LiveLost(why))) => matches!(**why, Why::FlushedIsWhole(_)),
+        _ => false,
+    };
+    if is_enough { decide(record, Shutdown::PowerCut, evidence) } else { decided }
 }
 
 /// How large the disk is, by its full image: its one image, its mirror, or what it stands on.
@@ -268,21 +283,25 @@ impl Decision<'_> {
         if version.owns_all {
             return Ok(LayerUse::Full(image));
         }
-        let pack = is_packed.then(|| self.shutdown.of_packs());
-        let image = ImageUse { path: image, pack };
-        // The table says whether it is asked for at all.
-        let layer = if place.is_at_or_above {
-            let table = self.log_table(version, &image.path)?;
-            LayerUse::Log(image.clone(), table)
+        // The table says whether the image is asked for at all.
+        let table = if place.is_at_or_above {
+            self.log_table(version, &image)?
         } else {
             let Role::Frozen(at) = version.role else { return Err(Why::NoFullImage) };
-            let table = self.table_of_saved(version, &record.snapshots[at])?;
-            LayerUse::Saved(image.clone(), table)
+            self.table_of_saved(version, &record.snapshots[at])?
         };
-        if let Some(believed) = image.pack {
-            self.evidence.pack(&image.path, version.id, self.size_bytes, believed)?;
+        let mut pack = None;
+        if is_packed {
+            let believed = self.shutdown.of_packs();
+            let look = |believed| self.evidence.pack(&image, version.id, self.size_bytes, believed).map_err(Why::from);
+            let facts = look(believed).map_err(|why| match place.is_at_or_above && look(Believed::Synced).is_ok() {
+                true => Why::FlushedIsWhole(Box::new(why)),
+                false => why,
+            })?;
+            pack = Some(PackUse { believed, facts });
         }
-        Ok(layer)
+        let image = ImageUse { path: image, pack };
+        Ok(if place.is_at_or_above { LayerUse::Log(image, table) } else { LayerUse::Saved(image, table) })
     }
 
     /// The table of a version as it was left, and whether it says that the version is broken.

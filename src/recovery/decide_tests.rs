@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::fixture::{Found, ITSELF, OTHER, SIZE, id, legs_of, logged, put, record, restored, set, split, volume};
 use super::{
     ChangedUse, Content, JobKind, LegUse, Recovery, Role, ServedVersion, Shutdown, SnapshotFate, TableSource, Why,
-    decide, settle,
+    decide, decide_flushed, settle,
 };
 use crate::door::LegState;
 use crate::store::{Believed, DeletionRecord, DiskRecord, Layout, Pack, RestorePhase, Work, WorkRecord};
@@ -323,26 +323,51 @@ fn packs(rows: &[PackRow]) {
 
 #[test]
 fn packs_are_believed_by_how_the_daemon_ended() {
-    use Believed::{Arrived, Synced};
+    use Believed::{Arrived, Saved, Synced};
     let (whole, flushed, unserved) = (("whole", "kkk"), ("flushed", "kkk"), ("unserved", "bbb"));
     let waits = ("unserved", "www");
     packs(&[
         ("all is there", |_, _| {}, [whole, whole, flushed, unserved]),
-        ("what had arrived is not", |f, _| f.no_packs.push((id(9), Arrived)), [waits, waits, flushed, unserved]),
+        ("what was saved is not", |f, _| f.no_packs.push((id(9), Saved)), [waits, whole, flushed, unserved]),
+        ("what had arrived is not", |f, _| f.no_packs.push((id(9), Arrived)), [whole, waits, flushed, unserved]),
         ("what was synced is not", |f, _| f.no_packs.push((id(9), Synced)), [whole, whole, waits, unserved]),
         (
-            "of what was saved, what had arrived is not",
-            |f, _| f.no_packs.push((id(3), Arrived)),
-            [("whole", "bbk"), ("whole", "bbk"), flushed, unserved],
+            "of what was saved for a snapshot, what was saved at the stop is not",
+            |f, _| f.no_packs.push((id(3), Saved)),
+            [("whole", "bbk"), whole, flushed, unserved],
         ),
         (
-            "of what was saved, what was synced is not",
+            "of what was saved for a snapshot, what had arrived is not",
+            |f, _| f.no_packs.push((id(3), Arrived)),
+            [whole, ("whole", "bbk"), flushed, unserved],
+        ),
+        (
+            "of what was saved for a snapshot, what was synced is not",
             |f, _| f.no_packs.push((id(3), Synced)),
             [whole, whole, ("flushed", "bbk"), unserved],
         ),
         ("a log of the disk's size", |f, _| set(&mut f.sizes, "/live.log", SIZE), [waits, waits, waits, unserved]),
         ("a full image", |_, r| r.snapshots[2].layout = Layout::Packed, [waits, waits, waits, waits]),
     ]);
+}
+
+#[test]
+fn a_log_that_is_not_as_it_was_left_is_had_as_it_was_flushed_if_that_is_said() {
+    use Believed::{Arrived, Saved, Synced};
+    for (shutdown, lost, expected) in [
+        (Shutdown::Clean, vec![Saved], "flushed"),
+        (Shutdown::Killed, vec![Arrived], "flushed"),
+        (Shutdown::Clean, vec![Saved, Synced], "unserved"),
+        (Shutdown::Killed, vec![Arrived, Synced], "unserved"),
+        (Shutdown::Clean, vec![], "whole"),
+    ] {
+        let mut found = Found::default();
+        let record = packed(logged(), &mut found);
+        found.no_packs = lost.iter().map(|&believed| (id(9), believed)).collect();
+        let said = decide(&record, shutdown, &found).why_unserved().map(Why::to_string).unwrap_or_default();
+        assert_eq!(said.contains("--take-flushed"), expected == "flushed", "{said}");
+        assert_eq!(content(&decide_flushed(&record, shutdown, &found)), expected, "{lost:?} after {shutdown:?}");
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::evidence::Durable;
 use super::{Shutdown, Why};
 use crate::door::{LegState, PairFacts};
-use crate::store::{Believed, DiskRecord, RestorePhase, SnapshotRecord, Work};
+use crate::store::{Believed, DiskRecord, PackFacts, RestorePhase, SnapshotRecord, Work};
 
 /// What a start makes of a disk.
 #[derive(Debug)]
@@ -93,8 +93,17 @@ pub enum LayerUse {
 pub struct ImageUse {
     /// Where it is.
     pub path: PathBuf,
-    /// If it is a pack: what is believed of it.
-    pub pack: Option<Believed>,
+    /// If it is a pack: how that is taken up.
+    pub pack: Option<PackUse>,
+}
+
+/// How a pack is taken up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackUse {
+    /// What is believed of it.
+    pub believed: Believed,
+    /// What was found of it.
+    pub facts: PackFacts,
 }
 
 /// Which copy of a table is right.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::door::{PairError, PairFacts};
 use crate::image::ImageError;
-use crate::store::{Believed, BlockRange, Fingerprint, Identity, MirrorRecord, RunTableFacts, TableError};
+use crate::store::{Believed, BlockRange, Fingerprint, Identity, MirrorRecord, PackFacts, RunTableFacts, TableError};
 
 /// The durable copies of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ pub trait Evidence {
     ///
     /// # Errors
     /// When it would not be taken up as it is believed.
-    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<(), TableError>;
+    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<PackFacts, TableError>;
 
     /// What the bitmap says of a mirror of which these legs can be used. Their size is `size_bytes`.
     ///

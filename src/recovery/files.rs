@@ -9,10 +9,10 @@ use uuid::Uuid;
 use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::door::{LegImage, PairError, PairFacts, examine_mirror};
 use crate::host::{FileKind, Host};
-use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, SharedImage};
+use crate::image::{Direct, ImageError, ImageErrorKind, ImageOptions, IoQueue, SharedImage};
 use crate::store::{
-    Believed, DurableTable, Fingerprint, Identity, LoadReport, MirrorRecord, Pack, RunTableFacts, Table, TableError,
-    TableFiles, TableName,
+    Believed, DurableTable, Fingerprint, Identity, LoadReport, MirrorRecord, Pack, PackFacts, RunTableFacts, Table,
+    TableError, TableFiles, TableName,
 };
 
 /// How a disk's images are opened.
@@ -97,11 +97,13 @@ impl Evidence for Files<'_> {
         self.probe_made_here(path, false, self.setup.block_bytes).map(|image| facts_of(&image))
     }
 
-    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<(), TableError> {
+    fn pack(&self, path: &Path, id: Uuid, size_bytes: u64, believed: Believed) -> Result<PackFacts, TableError> {
         let image = self.probe_made_here(path, false, Pack::UNIT_BYTES);
         let image = image.map_err(|e| TableError::image(path, &e))?;
         let shape = (size_bytes, self.setup.block_bytes);
-        let found = self.host.block_on(async move |queue| Pack::examine(image, id, shape, believed, &queue).await);
+        let memory = self.host.memory_for_a_pack();
+        let examine = async move |queue: IoQueue| Pack::examine(image, id, shape, believed, memory, &queue).await;
+        let found = self.host.block_on(examine);
         found.map_err(|e| TableError::io(path, &e))?
     }
 

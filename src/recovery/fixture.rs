@@ -10,8 +10,8 @@ use super::{Durable, DurableFacts, Evidence, ImageFacts};
 use crate::door::{LegState, PairError, PairFacts};
 use crate::image::{ImageError, ImageErrorKind, ImageOp};
 use crate::store::{
-    Believed, BlockIndex, BlockRange, DiskRecord, Fingerprint, Identity, LegRecord, MirrorRecord, RestorePhase,
-    RestoreRecord, RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
+    Believed, BlockIndex, BlockRange, DiskRecord, Fingerprint, Identity, LegRecord, MirrorRecord, PackFacts,
+    RestorePhase, RestoreRecord, RestoreSourceKind, RunTableFacts, SnapshotRecord, TableError, VolumeRecord,
 };
 
 pub(super) const SIZE: u64 = 1 << 20;
@@ -96,8 +96,8 @@ impl Evidence for Found {
         self.image(path)
     }
 
-    fn pack(&self, _path: &Path, id: Uuid, _size: u64, believed: Believed) -> Result<(), TableError> {
-        if self.no_packs.contains(&(id, believed)) { Err(no_table(id)) } else { Ok(()) }
+    fn pack(&self, _path: &Path, id: Uuid, _size: u64, believed: Believed) -> Result<PackFacts, TableError> {
+        if self.no_packs.contains(&(id, believed)) { Err(no_table(id)) } else { Ok(PackFacts::default()) }
     }
 
     fn mirror(&self, _mirror: &MirrorRecord, usable: &[Uuid], _size: u64) -> Result<PairFacts, PairError> {

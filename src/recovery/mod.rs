@@ -18,10 +18,10 @@ mod settle;
 mod why;
 
 pub use carry_out::{LayerSource, NotCarriedOut, Taken, carry_out};
-pub use decide::decide;
+pub use decide::{decide, decide_flushed};
 pub use decision::{
-    ChangedUse, Content, ImageUse, Job, JobKind, LayerUse, LegUse, MirrorRecovery, Recovery, RestoreRecovery, Role,
-    SnapshotFate, TableSource, TableUse, VersionRecovery,
+    ChangedUse, Content, ImageUse, Job, JobKind, LayerUse, LegUse, MirrorRecovery, PackUse, Recovery, RestoreRecovery,
+    Role, SnapshotFate, TableSource, TableUse, VersionRecovery,
 };
 pub use evidence::{Durable, DurableFacts, Evidence, ImageFacts};
 pub use files::{Files, ImageSetup};
@@ -67,7 +67,8 @@ impl Shutdown {
     #[must_use]
     pub fn of_packs(self) -> Believed {
         match self {
-            Shutdown::Clean | Shutdown::Killed => Believed::Arrived,
+            Shutdown::Clean => Believed::Saved,
+            Shutdown::Killed => Believed::Arrived,
             Shutdown::PowerCut | Shutdown::Changed => Believed::Synced,
         }
     }

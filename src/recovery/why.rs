@@ -133,6 +133,12 @@ pub enum Why {
          --take-flushed DISK, and start the guests anew"
     )]
     WithoutRunTable(Box<Why>),
+    /// A pack is not as it was left, but what was flushed of it is whole.
+    #[error(
+        "{0}; what was flushed last is whole. To go on with that stop the guests, start with --take-flushed DISK, and start \
+         the guests anew"
+    )]
+    FlushedIsWhole(Box<Why>),
     /// No version of a segment has the full image.
     #[error("its records name no full image")]
     NoFullImage,

@@ -29,7 +29,7 @@ pub use block::{BlockIndex, BlockRange};
 pub use durable::{DurableTable, LoadReport, PAYLOAD_BYTES, Payload};
 pub use error::TableError;
 pub use identity::Identity;
-pub use pack::{Believed, Pack};
+pub use pack::{Believed, Pack, PackFacts};
 pub use record::{
     BookmarkRecord, ChangedRecord, DeletionRecord, DiskRecord, Fingerprint, Layout, LegRecord, MirrorRecord,
     RestorePhase, RestoreRecord, RestoreSourceKind, SnapshotRecord, Strategy, VolumeRecord, Writers, names_let_go,

@@ -11,6 +11,7 @@
 //! What is not done here: to say which blocks count. That is a table's, as with any image.
 
 mod format;
+mod free;
 mod gather;
 mod places;
 mod replay;
@@ -20,8 +21,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use self::format::{Identity, Place, UNIT_BYTES};
+use self::free::Units;
 use self::gather::{Bytes, Gathered};
-use self::places::{Places, Syncing, Units};
+use self::places::{Doubt, Places, Syncing};
 use self::replay::replay;
 use super::TableError;
 use crate::image::{
@@ -34,10 +36,19 @@ const UNIT: u64 = UNIT_BYTES as u64;
 /// What is known of how a pack was left.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Believed {
+    /// All of it is there, and nothing was under way: what is not whole is damaged.
+    Saved,
     /// What had arrived is there: the machine has not stopped since.
     Arrived,
     /// What was synced is there.
     Synced,
+}
+
+/// What somebody who only looked knows of a pack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PackFacts {
+    /// How many writes are not believed, because not all of them had arrived: their blocks show what was there before.
+    pub torn: usize,
 }
 
 /// See the file's header.
@@ -107,21 +118,24 @@ impl Pack {
         Ok(Pack::with(image, identity, Places::new(identity.block_units(), blocks, units)))
     }
 
-    /// Takes a pack up, as it was left.
+    /// Takes a pack up, as it was left, with `memory_bytes_max` bytes of memory at most.
     ///
     /// # Errors
-    /// `Damaged` when it is not whole, or the pack of something else; `Io` when the image refuses.
+    /// `Damaged` when it is not whole, or the pack of something else; `Io` when the image refuses, or so much memory is not
+    /// enough for what was written to it.
     pub async fn open(
         image: SharedImage,
         id: Uuid,
         (size_bytes, block_bytes): (u64, u32),
         believed: Believed,
+        memory_bytes_max: u64,
         queue: &IoQueue,
     ) -> Result<Pack, TableError> {
         let path = image.path().to_owned();
-        let found = replay(&image, believed, queue).await?;
+        let mut found = replay(&image, believed, memory_bytes_max, queue).await?;
         check_identity(&image, &found.identity, id, (size_bytes, block_bytes))?;
-        // Later headers will say that everything up to them had arrived.
+        // Later headers will say that everything up to them had arrived, and what is left of a torn one may become whole by
+        // what is left of another one in its place.
         for &torn in &found.torn {
             let done = zero_range(&*image, queue, position(torn), UNIT, false).await;
             done.map_err(|e| TableError::image(&path, &e))?;
@@ -130,6 +144,7 @@ impl Pack {
             log::info!("{}: {} writes had not arrived", path.display(), found.torn.len());
         }
         sync(&*image, queue).await.map_err(|e| TableError::image(&path, &e))?;
+        found.places.was_synced();
         log::debug!("{}: {} blocks", path.display(), found.places.count());
         Ok(Pack::with(image, found.identity, found.places))
     }
@@ -143,10 +158,12 @@ impl Pack {
         id: Uuid,
         shape: (u64, u32),
         believed: Believed,
+        memory_bytes_max: u64,
         queue: &IoQueue,
-    ) -> Result<(), TableError> {
-        let found = replay(&image, believed, queue).await?;
-        check_identity(&image, &found.identity, id, shape)
+    ) -> Result<PackFacts, TableError> {
+        let found = replay(&image, believed, memory_bytes_max, queue).await?;
+        check_identity(&image, &found.identity, id, shape)?;
+        Ok(PackFacts { torn: found.torn.len() })
     }
 
     /// Whether an image is a pack in which nothing was written, whatever it is the pack of.
@@ -154,11 +171,7 @@ impl Pack {
     /// # Errors
     /// When the image refuses.
     pub async fn is_unwritten(image: SharedImage, queue: &IoQueue) -> Result<bool, TableError> {
-        match replay(&image, Believed::Synced, queue).await {
-            Ok(found) => Ok(found.is_unwritten),
-            Err(TableError::Damaged { .. }) => Ok(false),
-            Err(e) => Err(e),
-        }
+        replay::is_unwritten(&image, queue).await
     }
 
     fn with(image: SharedImage, identity: Identity, places: Places) -> Pack {
@@ -198,6 +211,24 @@ impl Pack {
     /// # Errors
     /// When the image refuses.
     pub async fn read(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
+        match buf {
+            IoBuf::Guest(guest) if !self.takes_guest(at, &guest) => {
+                let len = guest.len() as u64;
+                // Before it is known where the bytes are: who has a share may wait for a place that a read is at.
+                let _share = if guest.is_owned() { None } else { Some(queue.copies().take(len + 2 * UNIT).await) };
+                let copy = self.read_placed(queue, at, IoBuf::Owned(AlignedBuf::scratch(guest.len()))).await?;
+                if let IoBuf::Owned(copy) = copy {
+                    guest.copy_in(&copy);
+                    copy.recycle();
+                }
+                Ok(IoBuf::Guest(guest))
+            }
+            buf => self.read_placed(queue, at, buf).await,
+        }
+    }
+
+    /// As [`Pack::read`], into our own memory, or that of a guest which the image takes.
+    async fn read_placed(&self, queue: &IoQueue, at: ByteOffset, buf: IoBuf) -> Result<IoBuf, ImageError> {
         let (reading, pieces) = self.places_of(at, buf.len());
         let buf = match (&pieces[..], buf) {
             ([Piece { place: Some(from), len, .. }], buf)
@@ -234,6 +265,12 @@ impl Pack {
         };
         drop(reading);
         Ok(buf)
+    }
+
+    /// Whether the image reads these bytes into a guest's memory without a copy, wherever their blocks are.
+    fn takes_guest(&self, at: ByteOffset, guest: &GuestBuf) -> bool {
+        let alignment = self.image.alignment();
+        self.takes(at, guest.len()) && guest.is_aligned(alignment.memory_bytes, alignment.offset_bytes)
     }
 
     /// Whether the image moves these bytes without those around them.
@@ -326,11 +363,21 @@ impl Pack {
         needs_sync(&*self.image)
     }
 
+    /// Whether nobody knows what a write has left that failed, so that what is there is not to be believed as it is. A sync
+    /// settles that, if the image works again.
+    #[must_use]
+    pub fn is_in_doubt(&self) -> bool {
+        self.lock().is_in_doubt()
+    }
+
     /// Makes everything that completed before durable; units that nothing names since are free then.
     ///
     /// # Errors
     /// When the image refuses; it is failed then.
     pub async fn sync(&self, queue: &IoQueue) -> Result<(), ImageError> {
+        if let Err(e) = self.settle_doubts(queue).await {
+            log::debug!("what failed writes have left stays unknown: {e}");
+        }
         let mut syncing = SyncUnderWay { pack: self, syncing: Some(self.lock().begin_sync()) };
         sync(&*self.image, queue).await?;
         let runs = {
@@ -349,6 +396,23 @@ impl Pack {
             self.lock().put_back(units);
         }
         Ok(())
+    }
+
+    /// Makes the headers of failed writes void, so that their room can be had again.
+    async fn settle_doubts(&self, queue: &IoQueue) -> Result<(), ImageError> {
+        loop {
+            let mut settling = Settling { pack: self, doubt: self.lock().take_doubt() };
+            let Some(doubt) = &settling.doubt else { return Ok(()) };
+            let voided = zero_range(&*self.image, queue, position(doubt.header), UNIT, false).await;
+            let doubt = settling.doubt.take().expect("it was there");
+            match voided {
+                Ok(()) => self.lock().settle(doubt),
+                Err(e) => {
+                    self.lock().keep_doubt(doubt, true);
+                    return Err(e);
+                }
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Places> {
@@ -381,6 +445,20 @@ impl Drop for SyncUnderWay<'_> {
     fn drop(&mut self) {
         if let Some(syncing) = self.syncing.take() {
             self.pack.lock().abandon_sync(syncing);
+        }
+    }
+}
+
+/// A header that is made void, which may be abandoned.
+struct Settling<'a> {
+    pack: &'a Pack,
+    doubt: Option<Doubt>,
+}
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        if let Some(doubt) = self.doubt.take() {
+            self.pack.lock().keep_doubt(doubt, false);
         }
     }
 }

@@ -206,16 +206,16 @@ impl Medium {
 
     /// What a power cut leaves: each sector as stored, or as some write since made it.
     pub fn after_power_cut(&self, rng: &mut Rng) -> Medium {
-        self.after_loss(|versions| rng.below(versions + 1))
+        self.after_loss(|_, versions| rng.below(versions + 1))
     }
 
     /// The same, where `pick` says of each sector that was written since it was stored which of so many writes is there;
     /// 0 is what was stored.
-    pub fn after_loss(&self, mut pick: impl FnMut(usize) -> usize) -> Medium {
+    pub fn after_loss(&self, mut pick: impl FnMut(usize, usize) -> usize) -> Medium {
         let state = self.lock();
         let mut bytes = state.stored.clone();
         for (sector, versions) in &state.unsynced {
-            let picked = pick(versions.len());
+            let picked = pick(*sector, versions.len());
             if picked > 0 {
                 bytes.put(*sector, &versions[picked - 1].1);
             }
@@ -251,6 +251,11 @@ impl Medium {
     /// How many sectors were written and are not on stable storage.
     pub fn unsynced_sectors(&self) -> usize {
         self.lock().unsynced.len()
+    }
+
+    /// Whether what was written to a sector last is not on stable storage.
+    pub fn is_unsynced(&self, sector: usize) -> bool {
+        self.lock().unsynced.contains_key(&sector)
     }
 }
 

@@ -234,3 +234,20 @@ fn a_pack_that_is_not_whole_is_not_believed_and_check_says_so() {
         assert_eq!(shows(&daemon, "vm0@a")[..64], [0; 64]);
     }
 }
+
+#[test]
+fn a_write_that_had_not_arrived_is_told_of_by_check() {
+    let mut daemon = Daemon::with_disks(&[SIZE], "layout=packed");
+    let pack = image(&take(&daemon, "a", &json!({ "strategy": "write-logging", "wait": true })));
+    daemon.client("vm0").write(0..64, 5);
+    daemon.kill();
+    // Nothing says that the first header had arrived. Its blocks are behind it.
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[3 * 4096] ^= 1;
+    std::fs::write(&pack, &bytes).unwrap();
+    let said = daemon.check(&[]);
+    let says = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.status.success() && says.contains("a write to it had not arrived as a whole"), "{says}");
+    daemon.start();
+    assert_eq!(shows(&daemon, "vm0")[..64], [0; 64], "all of a write is there, or nothing");
+}

@@ -18,8 +18,8 @@ use crate::schedule::Rng;
 const LIVES: usize = 5;
 const STEPS: usize = 150;
 const SEEDS: u64 = 400;
-const ID: Uuid = Uuid::from_u128(7);
-const KEY: Uuid = Uuid::from_u128(99);
+pub const ID: Uuid = Uuid::from_u128(7);
+pub const KEY: Uuid = Uuid::from_u128(99);
 
 /// What was written to a block, in order; 0 is zeros.
 #[derive(Clone)]
@@ -61,7 +61,7 @@ struct Life {
     world: Rc<RefCell<World>>,
 }
 
-fn filled(len: usize, tags: &[(u64, usize)]) -> AlignedBuf {
+pub fn filled(len: usize, tags: &[(u64, usize)]) -> AlignedBuf {
     let mut bytes = AlignedBuf::zeroed(len);
     let mut at = 0;
     for &(tag, len) in tags {
@@ -240,9 +240,9 @@ impl Life {
         let before = left.bytes();
         let looked = left.clone();
         let (pack, bytes) = media::run(&mut self.rng, async move {
-            Pack::examine(image.clone(), ID, shape, believed, &queue).await.unwrap();
+            Pack::examine(image.clone(), ID, shape, believed, u64::MAX, &queue).await.unwrap();
             assert!(looked.bytes() == before, "who only looks changes nothing");
-            let pack = Pack::open(image, ID, shape, believed, &queue).await.unwrap();
+            let pack = Pack::open(image, ID, shape, believed, u64::MAX, &queue).await.unwrap();
             let all = pack.read(&queue, ByteOffset(0), IoBuf::Owned(AlignedBuf::zeroed(size))).await.unwrap();
             let IoBuf::Owned(bytes) = all else { panic!("another buffer") };
             (pack, bytes)
@@ -272,7 +272,7 @@ impl Life {
     }
 }
 
-fn tag_of(bytes: &[u8]) -> Option<u64> {
+pub fn tag_of(bytes: &[u8]) -> Option<u64> {
     let mut words = bytes.chunks(8).map(|w| u64::from_le_bytes(w.try_into().unwrap()));
     let first = words.next()?;
     words.all(|w| w == first).then_some(first)
@@ -323,7 +323,8 @@ fn a_pack_is_recognised_and_its_damage_found() {
     let (image, queue): (Arc<dyn Image>, _) = (Arc::new(medium.clone()), IoQueue::simulated());
     media::run(&mut rng, async move {
         drop(Pack::create(image.clone(), (ID, KEY), shape, &queue).await.unwrap());
-        let open = async |id, shape| Pack::open(image.clone(), id, shape, Believed::Synced, &queue).await.map(drop);
+        let open =
+            async |id, shape| Pack::open(image.clone(), id, shape, Believed::Synced, u64::MAX, &queue).await.map(drop);
         open(ID, shape).await.unwrap();
         assert!(open(Uuid::from_u128(8), shape).await.unwrap_err().to_string().contains("something else"));
         assert!(open(ID, (shape.0 - 512, 4096)).await.is_err());
@@ -351,7 +352,7 @@ fn a_sector_that_cannot_be_read_takes_nothing_else_with_it() {
         drop(pack);
         // The first block lies behind the first header.
         medium.rot(2 * 8 + 3);
-        let pack = Pack::open(image.clone(), ID, shape, Believed::Synced, &queue).await.unwrap();
+        let pack = Pack::open(image.clone(), ID, shape, Believed::Synced, u64::MAX, &queue).await.unwrap();
         for block in 0..BLOCKS {
             let into = IoBuf::Owned(AlignedBuf::zeroed(4096));
             let read = pack.read(&queue, ByteOffset((block * 4096) as u64), into).await;
@@ -361,7 +362,7 @@ fn a_sector_that_cannot_be_read_takes_nothing_else_with_it() {
             }
         }
         medium.rot(3 * 8);
-        let opened = Pack::open(image, ID, shape, Believed::Synced, &queue).await;
+        let opened = Pack::open(image, ID, shape, Believed::Synced, u64::MAX, &queue).await;
         assert!(opened.is_err(), "where a header can be, nobody knows what it said");
     });
 }

@@ -3,10 +3,13 @@
 
 #![allow(clippy::unwrap_used, unreachable_pub, missing_docs, reason = "a test that cannot go on panics")]
 
+mod ends;
+mod faults;
 mod lives;
 #[path = "../common/media.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod media;
+mod one;
 #[path = "../common/schedule.rs"]
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod schedule;

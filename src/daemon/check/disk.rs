@@ -181,6 +181,11 @@ fn findings(of: &mut Examination, recovery: &Recovery) {
             Ok(LayerUse::Saved(image, table)) => (image, table, false),
             Ok(LayerUse::Base | LayerUse::Full(_)) | Err(_) => continue,
         };
+        if let Some(torn) = image.pack.map(|pack| pack.facts.torn).filter(|&torn| torn > 0) {
+            let writes = if torn == 1 { "a write".to_owned() } else { format!("{torn} writes") };
+            let what = format!("{writes} to it had not arrived as a whole: their blocks show what was there before");
+            of.note(&image.path, what, "nothing, unless its storage is known to lose what was flushed");
+        }
         if let Some(damage) = &table.mended {
             of.problem(&place_of(version.id, table), damage.to_string(), MENDED);
         }

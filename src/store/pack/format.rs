@@ -121,11 +121,18 @@ impl Header {
         out[HEADER_CRC_AT..ENTRIES_AT].copy_from_slice(&crc.to_le_bytes());
     }
 
+    /// Whether a header of this pack was written at `place`, be it whole or not.
+    pub(super) fn is_begun(key: Uuid, place: Place, found: &[u8]) -> bool {
+        found[..8] == HEADER_MAGIC && found[8..24] == *key.as_bytes() && u32_at(found, 24) == place.0
+    }
+
     /// The header that is at `place`; None if there is none of this pack, or it is not whole.
     pub(super) fn decode(key: Uuid, place: Place, found: &[u8]) -> Option<Header> {
-        let is_one = found[..8] == HEADER_MAGIC && found[8..24] == *key.as_bytes() && u32_at(found, 24) == place.0;
         let count = usize::try_from(u32_at(found, 56)).ok()?;
-        if !is_one || count > ENTRIES_MAX || u32_at(found, HEADER_CRC_AT) != header_checksum(found) {
+        if !Header::is_begun(key, place, found)
+            || count > ENTRIES_MAX
+            || u32_at(found, HEADER_CRC_AT) != header_checksum(found)
+        {
             return None;
         }
         let entries = found[ENTRIES_AT..].chunks_exact(ENTRY_BYTES).take(count).map(|entry| {

@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use super::format::{ENTRIES_MAX, Entry, Header, Place, UNIT_BYTES};
-use super::places::{Grant, Relief};
-use super::{Pack, Units, bytes_of, position};
+use super::free::Units;
+use super::places::{Grant, Left, Relief};
+use super::{Pack, bytes_of, position};
 use crate::crash;
 use crate::image::{
     AlignedBuf, ByteOffset, ImageError, ImageErrorKind, ImageOp, IoBuf, IoQueue, join_all, write_all_at, zero_range,
@@ -189,7 +190,8 @@ impl Pack {
                 // What may have arrived of the header must not count some day.
                 let at = position(grant.header);
                 let voided = zero_range(&*self.image, queue, at, UNIT_BYTES as u64, true).await;
-                self.lock().fail(grant, entries, voided.is_ok());
+                let left = if voided.is_ok() { Left::Nothing } else { Left::Header };
+                self.lock().fail(grant, entries, left);
             }
         }
         granted.is_over = true;
@@ -215,6 +217,7 @@ impl Pack {
             match granted.await {
                 Ok(grant) => return Ok(grant),
                 Err(Relief::Sync | Relief::Wait) => self.sync(queue).await?,
+                Err(Relief::Void) => self.settle_doubts(queue).await?,
                 Err(Relief::Never) => {
                     let what = "there is no room in the pack";
                     let mut error = ImageError::new(ImageErrorKind::Io, ImageOp::Write, self.image.path(), what);
@@ -302,7 +305,7 @@ struct Granted<'a> {
 impl Drop for Granted<'_> {
     fn drop(&mut self) {
         if !self.is_over {
-            self.pack.lock().fail(&self.grant, &self.entries, false);
+            self.pack.lock().fail(&self.grant, &self.entries, Left::Anything);
         }
     }
 }

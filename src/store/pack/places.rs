@@ -12,18 +12,12 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::task::Waker;
 
 use super::format::{Entry, Place};
+use super::free::{FreeRuns, UnitSet, Units};
 
 /// Free units that are kept to be written again; others are given back to the file system, if that can be done.
 const KEPT_UNITS_MAX: u32 = 4096;
-/// Runs of units that one sync gives back at most, and that are looked at for one that is long enough.
+/// Runs of units that one sync gives back at most.
 const RUNS_MAX: usize = 64;
-
-/// A run of units.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Units {
-    pub(super) start: u32,
-    pub(super) count: u32,
-}
 
 /// Spreads numbers of blocks that follow each other.
 #[derive(Default)]
@@ -87,81 +81,36 @@ pub(super) struct Syncing {
     freed: Freed,
 }
 
+/// What is left of a write that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Left {
+    /// Nothing counts: its header is void.
+    Nothing,
+    /// Perhaps a header, which can be made void: nothing arrives any more.
+    Header,
+    /// Nobody knows, and it may still be under way.
+    Anything,
+}
+
+/// A write that failed, whose header is to be made void.
+pub(super) struct Doubt {
+    slot: u32,
+    pub(super) header: Place,
+    sequence: u64,
+    units: Vec<Units>,
+}
+
 /// What can be done when there is no room.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Relief {
     /// A sync makes units free.
     Sync,
+    /// Headers of failed writes are made void.
+    Void,
     /// Units become free when what others do ends.
     Wait,
     /// There is none.
     Never,
-}
-
-/// Runs of free units.
-struct FreeRuns {
-    block_units: u32,
-    runs: BTreeMap<u32, u32>,
-    units: u32,
-    /// Those of them that blocks can have: a block lies in one run.
-    usable: u32,
-}
-
-impl FreeRuns {
-    fn whole(&self, count: u32) -> u32 {
-        count / self.block_units * self.block_units
-    }
-
-    fn remove(&mut self, start: u32) -> Option<u32> {
-        let count = self.runs.remove(&start)?;
-        self.units -= count;
-        self.usable -= self.whole(count);
-        Some(count)
-    }
-
-    /// Adds a run, which is joined with its neighbours.
-    fn add(&mut self, units: Units) {
-        let Units { mut start, mut count } = units;
-        if let Some((&before, &len)) = self.runs.range(..start).next_back()
-            && before + len == start
-        {
-            self.remove(before);
-            (start, count) = (before, len + count);
-        }
-        count += self.remove(start + count).unwrap_or(0);
-        self.runs.insert(start, count);
-        self.units += count;
-        self.usable += self.whole(count);
-    }
-
-    /// Takes the beginning of a run.
-    fn split(&mut self, start: u32, used: u32) -> Units {
-        let count = self.remove(start).expect("it was found");
-        if used < count {
-            self.add(Units { start: start + used, count: count - used });
-        }
-        Units { start, count: used }
-    }
-
-    /// So many units in one run, if one of the first ones is long enough.
-    fn take_one(&mut self, need: u32) -> Option<Units> {
-        let start = self.runs.iter().take(RUNS_MAX).find(|(_, count)| **count >= need).map(|(&start, _)| start)?;
-        Some(self.split(start, need))
-    }
-
-    /// As many units as can be had, `need` at most.
-    fn take_pieces(&mut self, need: u32) -> Vec<Units> {
-        let (mut left, mut taken, mut from) = (need, Vec::new(), 0);
-        while left > 0
-            && let Some((&start, &count)) = self.runs.range(from..).find(|(_, count)| **count >= self.block_units)
-        {
-            let used = self.whole(count).min(left);
-            taken.push(self.split(start, used));
-            left -= used;
-            from = start + used;
-        }
-        taken
-    }
 }
 
 /// The places of a pack.
@@ -182,9 +131,13 @@ pub(super) struct Places {
     releasing: u32,
     next_sequence: u64,
     in_flight: BTreeSet<u64>,
-    /// Those of which nobody knows what has arrived, and blocks that one of them names: it may count some day.
-    unknown: BTreeSet<u64>,
-    unknown_blocks: BTreeSet<u32>,
+    /// Those of which nobody knows what has arrived, with the blocks that they name, and how many name a block: each may
+    /// count some day.
+    unknown: BTreeMap<u64, Vec<u32>>,
+    unknown_blocks: ByBlock<u32>,
+    /// Those of them that can be made void, and how many are just being made.
+    doubts: Vec<Doubt>,
+    voiding: u32,
     synced: u64,
     /// Syncs that are under way.
     syncing: u32,
@@ -210,13 +163,15 @@ impl Places {
             blocks: HashMap::default(),
             slots: Vec::new(),
             free_slots: Vec::new(),
-            free: FreeRuns { block_units, runs: BTreeMap::new(), units: 0, usable: 0 },
+            free: FreeRuns::of(block_units),
             holes: Vec::new(),
             releasing: 0,
             next_sequence: 1,
             in_flight: BTreeSet::new(),
-            unknown: BTreeSet::new(),
-            unknown_blocks: BTreeSet::new(),
+            unknown: BTreeMap::new(),
+            unknown_blocks: HashMap::default(),
+            doubts: Vec::new(),
+            voiding: 0,
             synced: 0,
             syncing: 0,
             superseded: Freed::default(),
@@ -262,30 +217,38 @@ impl Places {
     #[must_use]
     pub(super) fn taken_up(&mut self, end: u32) -> bool {
         self.high = self.high.max(end.min(self.units));
-        let mut used: Vec<(u32, u32, u32)> = self.slots.iter().map(|slot| (slot.place, 1, slot.span)).collect();
+        let (mut used, mut led_over) = (UnitSet::none_of(self.high), UnitSet::none_of(self.high));
+        used.add(0);
         let held = self.blocks.values().filter(|held| held.place > 0);
-        used.extend(held.map(|held| (held.place, self.block_units, self.block_units)));
-        used.sort_unstable();
+        let of_blocks = held.flat_map(|held| held.place..held.place + self.block_units);
+        if !self.slots.iter().map(|slot| slot.place).chain(of_blocks).all(|unit| used.add(unit)) {
+            return false;
+        }
+        for unit in self.slots.iter().flat_map(|slot| slot.place + 1..slot.place + slot.span) {
+            led_over.add(unit);
+        }
         let dead = (0u32..).zip(&self.slots).filter(|(_, slot)| slot.live == 0).map(|(at, _)| at);
         let dead: Vec<u32> = dead.collect();
         dead.into_iter().for_each(|slot| self.supersede_slot(slot));
-        let (mut next, mut covered) = (1, 1);
-        for (start, count, span) in used {
-            if start < next {
-                return false;
-            }
-            self.take_up_gap(next, start, covered);
-            next = start + count;
-            covered = covered.max(start + span);
+        let (mut at, high) = (1, self.high);
+        while at < high {
+            let end = (at..high).find(|&unit| used.has(unit)).unwrap_or(high);
+            let covered = (at..end).find(|&unit| !led_over.has(unit)).unwrap_or(end);
+            self.take_up_gap(at, end, covered);
+            at = (end..high).find(|&unit| !used.has(unit)).unwrap_or(high);
         }
-        self.take_up_gap(next, self.high, covered);
         true
     }
 
-    /// Units that nothing is in. Behind `covered` no header's span leads over them, so that headers can be there again: as
+    /// All that was taken up is on stable storage.
+    pub(super) fn was_synced(&mut self) {
+        self.synced = self.next_sequence - 1;
+    }
+
+    /// Units that nothing is in. From `covered` on no header's span leads over them, so that headers can be there again: as
     /// many as a header for each block takes, or each power cut would leave fewer places for headers.
     fn take_up_gap(&mut self, start: u32, end: u32, covered: u32) {
-        let mut from = covered.clamp(start, end);
+        let mut from = covered;
         let (open, wanted) = (end - from, self.disk_blocks + self.slack() / 2);
         let missing = wanted.saturating_sub(self.slots_len());
         let headers = open.div_ceil(self.block_units + 1).min(missing);
@@ -295,10 +258,19 @@ impl Places {
             self.supersede_slot(slot);
             from += 1;
         }
-        for (start, end) in [(start, covered.clamp(start, end)), (from, end)] {
+        for (start, end) in [(start, covered), (from, end)] {
             if end > start {
                 self.supersede(Units { start, count: end - start });
             }
+        }
+    }
+
+    /// Takes those out in which a block is that counts. `units` are in order.
+    pub(super) fn without_held(&self, units: &mut Vec<Place>) {
+        for held in self.blocks.values().filter(|held| held.place > 0) {
+            let first = units.partition_point(|unit| unit.0 < held.place);
+            let count = units[first..].iter().take_while(|unit| unit.0 < held.place + self.block_units).count();
+            units.drain(first..first + count);
         }
     }
 
@@ -310,7 +282,7 @@ impl Places {
     /// Whether a block is zeros, and is found as zeros by whoever takes the pack up.
     pub(super) fn is_zeros(&self, block: u64) -> bool {
         let block = number(block);
-        self.blocks.get(&block).is_none_or(|held| held.place == 0) && !self.unknown_blocks.contains(&block)
+        self.blocks.get(&block).is_none_or(|held| held.place == 0) && !self.unknown_blocks.contains_key(&block)
     }
 
     /// How many blocks it has, zeros too.
@@ -355,7 +327,8 @@ impl Places {
 
     /// The highest sequence of which all up to it have arrived.
     fn arrived(&self) -> u64 {
-        let open = [self.in_flight.first(), self.unknown.first()].into_iter().flatten().min();
+        let unknown = self.unknown.first_key_value().map(|(first, _)| first);
+        let open = [self.in_flight.first(), unknown].into_iter().flatten().min();
         open.map_or(self.next_sequence, |first| *first) - 1
     }
 
@@ -472,17 +445,60 @@ impl Places {
         self.superseded.slots.push(slot);
     }
 
-    /// What was granted has failed. With `is_void`, what may have arrived of the header is gone; otherwise nobody knows
-    /// what is there, and it is never given out again, nor do headers say that all have arrived.
-    pub(super) fn fail(&mut self, grant: &Grant, entries: &[Entry], is_void: bool) {
+    /// What was granted has failed. While nobody knows what is there it is not given out again, nor do headers say that all
+    /// have arrived.
+    pub(super) fn fail(&mut self, grant: &Grant, entries: &[Entry], left: Left) {
         self.in_flight.remove(&grant.sequence);
-        if is_void {
-            grant.units.iter().for_each(|&units| self.supersede(units));
-            self.supersede_slot(grant.slot);
+        let &Grant { slot, header, sequence, ref units, .. } = grant;
+        let doubt = Doubt { slot, header, sequence, units: units.clone() };
+        if left == Left::Nothing {
+            self.give_back(doubt);
         } else {
-            self.unknown.insert(grant.sequence);
-            self.unknown_blocks.extend(entries.iter().map(|entry| number(entry.block)));
+            let blocks: Vec<u32> = entries.iter().map(|entry| number(entry.block)).collect();
+            blocks.iter().for_each(|block| *self.unknown_blocks.entry(*block).or_default() += 1);
+            self.unknown.insert(sequence, blocks);
+            self.doubts.extend(Some(doubt).filter(|_| left == Left::Header));
         }
+        self.wake();
+    }
+
+    /// Nothing that counts is there: it is free once that is synced.
+    fn give_back(&mut self, doubt: Doubt) {
+        doubt.units.into_iter().for_each(|units| self.supersede(units));
+        self.supersede_slot(doubt.slot);
+    }
+
+    /// Whether nobody knows what is there of some write that failed.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        !self.unknown.is_empty()
+    }
+
+    /// Takes one out whose header is to be made void, until it is said what came of that.
+    pub(super) fn take_doubt(&mut self) -> Option<Doubt> {
+        let doubt = self.doubts.pop()?;
+        self.voiding += 1;
+        Some(doubt)
+    }
+
+    /// Its header is void.
+    pub(super) fn settle(&mut self, doubt: Doubt) {
+        self.voiding -= 1;
+        for block in self.unknown.remove(&doubt.sequence).into_iter().flatten() {
+            if let hash_map::Entry::Occupied(mut count) = self.unknown_blocks.entry(block) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
+        self.give_back(doubt);
+        self.wake();
+    }
+
+    /// Its header is not void. With `may_try` that can be tried again, otherwise the last try may still be under way.
+    pub(super) fn keep_doubt(&mut self, doubt: Doubt, may_try: bool) {
+        self.voiding -= 1;
+        self.doubts.extend(Some(doubt).filter(|_| may_try));
         self.wake();
     }
 
@@ -493,12 +509,13 @@ impl Places {
 
     /// What can be done when there is no room.
     pub(super) fn relief(&self) -> Relief {
-        if self.syncing > 0 || self.releasing > 0 || !self.in_flight.is_empty() {
+        if self.syncing > 0 || self.releasing > 0 || self.voiding > 0 || !self.in_flight.is_empty() {
             return Relief::Wait;
         }
         match (self.superseded_units > 0, self.leaving.is_empty()) {
             (true, _) => Relief::Sync,
             (false, false) => Relief::Wait,
+            (false, true) if !self.doubts.is_empty() => Relief::Void,
             (false, true) => Relief::Never,
         }
     }

@@ -123,7 +123,7 @@ impl Model {
         assert!(starts.next().is_none(), "no more than was asked for");
         self.check(&grant);
         if self.rng.below(8) == 0 {
-            self.places.fail(&grant, &entries, true);
+            self.places.fail(&grant, &entries, Left::Nothing);
             self.headers.remove(&grant.header.0);
         } else {
             let (span, sequence) = (grant.span, grant.sequence);
@@ -214,11 +214,36 @@ fn what_may_come_back_is_not_zeros_and_holds_nobody_up() {
     let mut places = Places::new(1, 16, 16 * 2 + 64);
     let grant = places.grant(1).unwrap();
     assert!(places.is_zeros(3));
-    places.fail(&grant, &[Entry { block: 3, bytes: Some((Place(grant.units[0].start), 7)) }], false);
+    places.fail(&grant, &[Entry { block: 3, bytes: Some((Place(grant.units[0].start), 7)) }], Left::Anything);
     assert!(!places.is_zeros(3) && places.is_zeros(4));
     assert_eq!(places.relief(), Relief::Never, "nobody waits for it");
     let later = places.grant(1).unwrap();
     assert!(later.arrived < grant.sequence, "no header says that it had arrived");
+}
+
+#[test]
+fn what_could_not_be_made_void_is_free_when_it_was() {
+    let mut places = Places::new(1, 16, 16 * 2 + 64);
+    let of = |grant: &Grant| [Entry { block: 3, bytes: Some((Place(grant.units[0].start), 7)) }];
+    let failed: Vec<Grant> = (0..2).map(|_| places.grant(1).unwrap()).collect();
+    failed.iter().for_each(|grant| places.fail(grant, &of(grant), Left::Header));
+    assert_eq!(places.relief(), Relief::Void);
+    let doubt = places.take_doubt().unwrap();
+    assert_eq!(places.relief(), Relief::Wait, "until it is void");
+    places.keep_doubt(doubt, true);
+    for left in [1, 0] {
+        assert!(places.is_in_doubt() && !places.is_zeros(3));
+        let doubt = places.take_doubt().unwrap();
+        places.settle(doubt);
+        assert_eq!(places.is_in_doubt(), left > 0);
+    }
+    assert!(places.is_zeros(3) && places.take_doubt().is_none());
+    assert_eq!(places.relief(), Relief::Sync);
+    let syncing = places.begin_sync();
+    places.end_sync(syncing);
+    assert_eq!((places.free.units, places.free_slots.len()), (2, 2));
+    let later = places.grant(1).unwrap();
+    assert_eq!(later.arrived, failed[1].sequence);
 }
 
 #[test]

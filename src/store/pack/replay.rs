@@ -1,23 +1,32 @@
 //! What is found of a pack: its headers one by one, those that are whole, and what is not there.
 //!
 //! What always holds:
-//! - A header counts, with all its blocks, if it is known that everything up to it had arrived; otherwise only if the bytes
-//!   of each block that no higher header names are what its checksum says. So the highest is looked at first: a place is
+//! - A header counts, with all its blocks, if it is known that everything up to it is there; otherwise only if the bytes of
+//!   each block that no higher header names are what its checksum says. So the highest is looked at first: a place is
 //!   written again only when a header that supersedes it is durable ([`super::places`]).
+//! - What nothing but damage explains is an error: a header that had arrived and is not whole although the machine has not
+//!   stopped since, or any that is not whole where all was saved.
 //! - The order of positions means nothing, and a torn header hides no other one: they are independent of each other.
-//! - Nothing is changed here. Headers that do not count are named, so that they can be taken away before later ones say
-//!   that everything up to them had arrived.
+//! - Nothing is changed here. Headers that do not count are named, be they torn beyond recognition, so that they can be taken
+//!   away before later ones say that everything up to them had arrived.
 
-use super::format::{Header, Identity, Place, UNIT_BYTES};
+use std::cmp::Reverse;
+
+use super::format::{Entry, Header, Identity, Place, UNIT_BYTES};
 use super::places::Places;
 use super::{Believed, units_of};
 use crate::image::{AlignedBuf, ByteOffset, IoBuf, IoQueue, SharedImage, read_exact_at};
 use crate::store::TableError;
 
-/// Units that are read at once where headers are close to each other.
+/// Units that are read at once where what is wanted is close to each other.
 const WINDOW_UNITS: u32 = 256;
 /// A header after which another one is not expected that close.
 const LONG_SPAN: u32 = 32;
+
+/// What the taking up takes for each header, and for each block that is named, at most: vectors and maps that grow have room
+/// for twice as much as is in them, and are there twice while they do.
+const HEADER_MEMORY_BYTES: u64 = 96;
+const BLOCK_MEMORY_BYTES: u64 = 48;
 
 /// What was found.
 pub(super) struct Found {
@@ -25,13 +34,50 @@ pub(super) struct Found {
     pub(super) places: Places,
     /// Headers that do not count.
     pub(super) torn: Vec<Place>,
-    /// Whether there is nothing behind its first unit.
-    pub(super) is_unwritten: bool,
 }
 
-/// Reads a pack.
-pub(super) async fn replay(image: &SharedImage, believed: Believed, queue: &IoQueue) -> Result<Found, TableError> {
+/// A header that was met on the way. Its entries are read again when its turn comes: what guests wrote decides how many
+/// headers there are.
+#[derive(Clone, Copy)]
+struct Met {
+    place: Place,
+    span: u32,
+    sequence: u64,
+}
+
+/// What is met on the way from the first unit to the last one.
+struct Walk {
+    headers: Vec<Met>,
+    /// Where one of ours is that is torn, so that nobody knows what it said.
+    unreadable: Vec<Place>,
+    /// The highest sequences that headers say had arrived, and were synced.
+    arrived: u64,
+    synced: u64,
+    /// From here on nothing was ever written.
+    end: u32,
+}
+
+/// Whether there is nothing behind the first unit of a pack. False for what is none.
+pub(super) async fn is_unwritten(image: &SharedImage, queue: &IoQueue) -> Result<bool, TableError> {
     let mut reader = Reader { image, queue, window: None };
+    let units = match first_unit(&mut reader).await {
+        Ok((_, units)) => units,
+        Err(TableError::Damaged { .. }) => return Ok(false),
+        Err(e) => return Err(e),
+    };
+    let mut at = 1;
+    while at < units {
+        if reader.unit(at, WINDOW_UNITS).await?.iter().any(|&byte| byte != 0) {
+            return Ok(false);
+        }
+        at = (at + 1).max(reader.next_data(at + 1).unwrap_or(units));
+    }
+    Ok(true)
+}
+
+/// What a pack is, and how many units it has.
+async fn first_unit(reader: &mut Reader<'_>) -> Result<(Identity, u32), TableError> {
+    let image = reader.image;
     let damaged = |what: &str| TableError::Damaged { path: image.path().to_owned(), what: what.to_owned() };
     if image.size_bytes() < UNIT_BYTES as u64 {
         return Err(damaged("it is cut short"));
@@ -40,39 +86,69 @@ pub(super) async fn replay(image: &SharedImage, believed: Believed, queue: &IoQu
     let Some(units) = units_of(identity.size_bytes, identity.block_bytes) else {
         return Err(damaged("it is larger than a pack can be"));
     };
-    if image.size_bytes() != u64::from(units) * UNIT_BYTES as u64 {
-        return Err(damaged("it does not have the size of such a pack"));
+    match image.size_bytes() == u64::from(units) * UNIT_BYTES as u64 {
+        true => Ok((identity, units)),
+        false => Err(damaged("it does not have the size of such a pack")),
     }
-    let (headers, end) = walk(&mut reader, &identity, units).await?;
-    let trusted = headers.iter().map(|(_, header)| match believed {
-        Believed::Arrived => header.arrived,
-        Believed::Synced => header.synced,
-    });
-    let trusted = trusted.max().unwrap_or(0);
-    let mut in_order = headers;
-    in_order.sort_unstable_by_key(|(_, header)| std::cmp::Reverse(header.sequence));
+}
+
+/// Reads a pack, with so many bytes of memory at most.
+pub(super) async fn replay(
+    image: &SharedImage,
+    believed: Believed,
+    memory_bytes_max: u64,
+    queue: &IoQueue,
+) -> Result<Found, TableError> {
+    let mut reader = Reader { image, queue, window: None };
+    let damaged = |what: &str| TableError::Damaged { path: image.path().to_owned(), what: what.to_owned() };
+    let (identity, units) = first_unit(&mut reader).await?;
+    let walked = walk(&mut reader, &identity, units, memory_bytes_max).await?;
+    let Walk { mut headers, mut unreadable, arrived, synced, end } = walked;
+    // Up to where headers count unread, and from where they may be torn.
+    let (trusted, torn_from) = match believed {
+        Believed::Saved => (arrived, u64::MAX),
+        // A sync that failed may have taken pages with it that had arrived.
+        Believed::Arrived => (synced, arrived + 1),
+        Believed::Synced => (synced, synced + 1),
+    };
+    headers.sort_unstable_by_key(|met| Reverse(met.sequence));
     let (blocks, block_units) = (identity.blocks(), identity.block_units());
     let disk_blocks = u32::try_from(blocks).expect("fewer than units");
     let (mut places, mut torn) = (Places::new(block_units, disk_blocks, units), Vec::new());
-    for (place, header) in in_order {
+    let mut data = Reader { image, queue, window: None };
+    for (at, &Met { place, span, sequence }) in headers.iter().enumerate() {
+        reader.read_ahead(&headers[at..]).await;
+        let header = Header::decode(identity.key, place, reader.unit(place.0, 1).await?);
+        let Some(header) = header.filter(|header| (header.span, header.sequence) == (span, sequence)) else {
+            return Err(damaged("a header was changed while it was read"));
+        };
         let fits = header.entries.iter().all(|entry| {
             let end = entry.bytes.map_or(0, |(place, _)| u64::from(place.0) + u64::from(block_units));
             entry.block < blocks && end <= u64::from(units)
         });
-        if !fits || u64::from(place.0) + u64::from(header.span) > u64::from(units) || header.span == 0 {
+        if !fits || u64::from(place.0) + u64::from(span) > u64::from(units) || span == 0 {
             return Err(damaged("a header names what is not in it"));
         }
-        if header.sequence > trusted && !is_whole(&mut reader, &places, &header, block_units).await? {
+        if sequence > trusted && !is_whole(&mut data, &places, &header, block_units).await {
+            if sequence < torn_from {
+                return Err(damaged("a block that had arrived does not match its checksum"));
+            }
             torn.push(place);
-            places.take_up_place(place, header.span);
+            places.take_up_place(place, span);
             continue;
         }
-        places.take_up(place, header.span, header.sequence, &header.entries);
+        places.take_up(place, span, sequence, &header.entries);
     }
+    drop(headers);
+    places.without_held(&mut unreadable);
+    if !unreadable.is_empty() && believed == Believed::Saved {
+        return Err(damaged("a header does not match its checksum"));
+    }
+    torn.append(&mut unreadable);
     if !places.taken_up(end) {
         return Err(damaged("two blocks are said to be in the same place"));
     }
-    Ok(Found { identity, places, torn, is_unwritten: end == 1 })
+    Ok(Found { identity, places, torn })
 }
 
 /// All headers, and where nothing was ever written.
@@ -80,52 +156,76 @@ async fn walk(
     reader: &mut Reader<'_>,
     identity: &Identity,
     units: u32,
-) -> Result<(Vec<(Place, Header)>, u32), TableError> {
-    let (mut headers, mut at, mut end, mut window) = (Vec::new(), 1, 1, WINDOW_UNITS);
+    memory_bytes_max: u64,
+) -> Result<Walk, TableError> {
+    let mut found = Walk { headers: Vec::new(), unreadable: Vec::new(), arrived: 0, synced: 0, end: 1 };
+    let (mut at, mut window, mut entries) = (1, WINDOW_UNITS, 0);
     while at < units {
         let unit = reader.unit(at, window).await?;
-        let is_empty = unit.iter().all(|&byte| byte == 0);
-        match Header::decode(identity.key, Place(at), unit) {
-            Some(header) => {
-                let span = header.span.max(1);
-                window = if span < LONG_SPAN { WINDOW_UNITS } else { 1 };
-                headers.push((Place(at), header));
-                at = at.saturating_add(span);
-                end = at;
+        if let Some(header) = Header::decode(identity.key, Place(at), unit) {
+            let span = header.span.max(1);
+            window = if span < LONG_SPAN { WINDOW_UNITS } else { 1 };
+            found.headers.push(Met { place: Place(at), span: header.span, sequence: header.sequence });
+            found.arrived = found.arrived.max(header.arrived);
+            found.synced = found.synced.max(header.synced);
+            entries += header.entries.len() as u64;
+            let blocks = entries.min(identity.blocks());
+            let memory_bytes = found.headers.len() as u64 * HEADER_MEMORY_BYTES + blocks * BLOCK_MEMORY_BYTES;
+            if memory_bytes > memory_bytes_max {
+                let message = format!(
+                    "what was written to it may take more than {} MiB of memory to take up, and no more can be had for it",
+                    memory_bytes_max >> 20
+                );
+                return Err(TableError::Io { path: reader.image.path().to_owned(), message });
             }
-            None => {
-                at += 1;
-                window = WINDOW_UNITS;
-                if !is_empty {
-                    end = at;
-                } else {
-                    at = at.max(reader.next_data(at).unwrap_or(units).min(units));
+            at = at.saturating_add(span);
+            found.end = at;
+            continue;
+        }
+        let is_empty = unit.iter().all(|&byte| byte == 0);
+        if Header::is_begun(identity.key, Place(at), unit) {
+            found.unreadable.push(Place(at));
+        }
+        at += 1;
+        window = WINDOW_UNITS;
+        if is_empty {
+            at = at.max(reader.next_data(at).unwrap_or(units).min(units));
+        } else {
+            found.end = at;
+        }
+    }
+    Ok(found)
+}
+
+/// Whether the bytes are there of all blocks that nothing higher names. Those that cannot be read are taken to be: who reads
+/// them is told.
+async fn is_whole(data: &mut Reader<'_>, places: &Places, header: &Header, block_units: u32) -> bool {
+    let mut seen = std::collections::BTreeSet::new();
+    let counts = |entry: &&Entry| !places.knows(entry.block) && seen.insert(entry.block);
+    let named = header.entries.iter().rev().filter(counts).filter_map(|entry| entry.bytes);
+    let mut named: Vec<(Place, u32)> = named.collect();
+    named.sort_unstable();
+    let block_bytes = block_units as usize * UNIT_BYTES;
+    for run in named.chunk_by(|(before, _), (next, _)| before.0 + block_units == next.0) {
+        for run in run.chunks((WINDOW_UNITS / block_units).max(1) as usize) {
+            let (first, blocks) = (run[0].0.0, u32::try_from(run.len()).expect("few"));
+            if let Ok(bytes) = data.read(first, blocks * block_units).await {
+                let pairs = bytes.chunks_exact(block_bytes).zip(run);
+                if pairs.into_iter().any(|(bytes, (_, checksum))| crc32fast::hash(bytes) != *checksum) {
+                    return false;
+                }
+                continue;
+            }
+            for (place, checksum) in run {
+                match data.read(place.0, block_units).await {
+                    Ok(bytes) if crc32fast::hash(bytes) != *checksum => return false,
+                    Ok(_) => {}
+                    Err(e) => log::warn!("a block is taken to be there that cannot be read: {e}"),
                 }
             }
         }
     }
-    Ok((headers, end))
-}
-
-/// Whether the bytes are there of all blocks that nothing higher names.
-async fn is_whole(
-    reader: &mut Reader<'_>,
-    places: &Places,
-    header: &Header,
-    block_units: u32,
-) -> Result<bool, TableError> {
-    let mut seen = std::collections::BTreeSet::new();
-    for entry in header.entries.iter().rev() {
-        if places.knows(entry.block) || !seen.insert(entry.block) {
-            continue;
-        }
-        if let Some((place, checksum)) = entry.bytes
-            && crc32fast::hash(reader.read(place.0, block_units).await?) != checksum
-        {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    true
 }
 
 /// Reads units, some ahead.
@@ -136,14 +236,33 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
+    /// Reads ahead what the next headers are in, if they are close to each other and the first is not there yet.
+    async fn read_ahead(&mut self, next: &[Met]) {
+        let Some(first) = next.first().filter(|met| !self.has(met.place.0)) else { return };
+        let (mut from, mut end) = (first.place.0, first.place.0 + 1);
+        for met in &next[1..] {
+            let wider = (from.min(met.place.0), end.max(met.place.0 + 1));
+            if wider.1 - wider.0 > WINDOW_UNITS {
+                break;
+            }
+            (from, end) = wider;
+        }
+        if end - from > 1 && self.load(from, end - from).await.is_err() {
+            self.window = None; // Who asks for one of them is told.
+        }
+    }
+
+    fn has(&self, at: u32) -> bool {
+        self.window.as_ref().is_some_and(|(from, bytes)| {
+            let count = u32::try_from(bytes.len() / UNIT_BYTES).expect("a window is small");
+            (*from..from + count).contains(&at)
+        })
+    }
+
     /// One unit, and so many with it if they are not there yet.
     async fn unit(&mut self, at: u32, ahead: u32) -> Result<&[u8], TableError> {
         let units = u32::try_from(self.image.size_bytes() / UNIT_BYTES as u64).unwrap_or(u32::MAX);
-        let is_there = self.window.as_ref().is_some_and(|(from, bytes)| {
-            let count = u32::try_from(bytes.len() / UNIT_BYTES).expect("a window is small");
-            (*from..from + count).contains(&at)
-        });
-        if !is_there {
+        if !self.has(at) {
             let count = ahead.min(units - at).max(1);
             match self.load(at, count).await {
                 // Something behind it that nobody asked for, perhaps.

@@ -201,7 +201,7 @@ impl Node {
         if !is_sized && medium.syncs() == 0 && loses(rng) {
             return Node::Image(Medium::new("cut short", 0), true);
         }
-        let left = medium.after_loss(|versions| match loss {
+        let left = medium.after_loss(|_, versions| match loss {
             Loss::Mixed => rng.below(versions + 1),
             _ if loses(rng) => 0,
             _ => versions,

@@ -375,6 +375,9 @@ impl Host for Sim {
         left.ids += 1;
         Uuid::from_u128(left.ids)
     }
+    fn memory_left_bytes(&self) -> u64 {
+        u64::MAX
+    }
 
     fn start_thread(&self, name: &str, run: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Running>> {
         let ended = Arc::new(AtomicBool::new(false));
