@@ -18,6 +18,7 @@ mod enable_volume;
 mod mirror_disk;
 mod remove;
 mod rename;
+mod resize;
 mod restore_disk;
 mod set;
 mod update_volume;

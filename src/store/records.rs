@@ -25,7 +25,7 @@ use crate::crash;
 use self::tests::create;
 
 /// The format of the records. It grows with every field that is added or means something else.
-const FORMAT: u64 = 2;
+const FORMAT: u64 = 3;
 /// How many numbers of jobs are set aside in one transaction. Those that are left when a process ends are not used.
 const JOB_LOT: u64 = 32;
 

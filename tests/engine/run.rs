@@ -1,6 +1,7 @@
 //! One random run of the engine: requests, snapshots, deletions, cutovers, in an order that a seed decides, each held
 //! against the specification.
 
+mod growing;
 mod noted;
 mod stored;
 
@@ -503,8 +504,12 @@ impl Run {
             return;
         }
         let (key, version) = quiesced[self.rng.below(quiesced.len())].clone();
-        let range = if self.rng.chance(20) { 0..self.sectors } else { self.range() };
-        self.spawn_frozen_read(key, version, range);
+        let sectors = self.world.borrow().size_of(key);
+        let range = if self.rng.chance(20) { 0..sectors } else { self.range() };
+        match range.end <= sectors {
+            true => self.spawn_frozen_read(key, version, range),
+            false => self.refuses_behind_its_end(version, range),
+        }
     }
 
     fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
@@ -623,6 +628,7 @@ impl Run {
             60..62 => self.delete(),
             62..64 => self.connect_or_leave(),
             64 => self.cut_over(),
+            67 => self.grow(),
             65..67 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
@@ -670,7 +676,8 @@ impl Run {
         let frozen: Vec<(u64, Arc<Version>)> =
             self.world.borrow().arrays.iter().filter_map(|a| Some((a.key, a.version.clone()?))).collect();
         for (key, version) in frozen {
-            self.spawn_frozen_read(key, version, 0..self.sectors);
+            let sectors = self.world.borrow().size_of(key);
+            self.spawn_frozen_read(key, version, 0..sectors);
         }
         self.settle()?;
         // What they have shown is settled now, of discards too.

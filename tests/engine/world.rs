@@ -96,6 +96,10 @@ pub struct Counts {
     pub marks_forgotten: u64,
     pub by_connection: u64,
     pub moved: u64,
+    pub growths: u64,
+    pub growths_under_snapshots: u64,
+    pub reads_behind_the_end: u64,
+    pub comparisons_across_sizes: u64,
 }
 
 impl Counts {
@@ -126,6 +130,10 @@ impl Counts {
         self.marks_forgotten += other.marks_forgotten;
         self.by_connection += other.by_connection;
         self.moved += other.moved;
+        self.growths += other.growths;
+        self.growths_under_snapshots += other.growths_under_snapshots;
+        self.reads_behind_the_end += other.reads_behind_the_end;
+        self.comparisons_across_sizes += other.comparisons_across_sizes;
     }
 }
 
@@ -144,6 +152,11 @@ pub struct World {
 }
 
 impl World {
+    /// How many sectors a version has.
+    pub fn size_of(&self, key: u64) -> usize {
+        self.arrays.iter().find(|array| array.key == key).map_or(0, |array| array.sectors.len())
+    }
+
     pub fn fail(&mut self, what: String) {
         self.failure.get_or_insert(what);
     }
