@@ -28,7 +28,7 @@ impl Manager {
     pub(crate) fn resize_plain_disk(&self, name: &Name, size_bytes: u64) -> Result<api::Disk, ApiError> {
         let deadline = self.host.now() + DRAIN_WAIT;
         loop {
-            let _claim = self.claim(&Command::Resize { disk: name.clone(), size_bytes })?;
+            let claim = self.claim(&Command::Resize { disk: name.clone(), size_bytes })?;
             let disk = self.plain_disk(name)?;
             match disk.disk.can_grow(size_bytes) {
                 Err(GrowError::Draining) if self.host.now() < deadline => {}
@@ -39,7 +39,7 @@ impl Manager {
                     return Ok(disk.to_api(self));
                 }
             }
-            drop(_claim);
+            drop(claim);
             self.host.pause(DRAIN_LOOK);
         }
     }

@@ -132,7 +132,8 @@ impl Manager {
         let size_bytes = source.facts().version(record.source).map_or(0, |version| version.size_bytes);
         if size_bytes != geometry.size_bytes {
             let has = geometry.size_bytes;
-            let message = format!("{} has {size_bytes} bytes and disk {} has {has}, which it keeps", record.from, disk.name);
+            let message =
+                format!("{} has {size_bytes} bytes and disk {} has {has}, which it keeps", record.from, disk.name);
             return Err(ApiError::new(ErrorCode::InvalidRequest, message)
                 .with_action(format!("make a volume off it: halfsilver volume create NAME --from {}", record.from)));
         }
