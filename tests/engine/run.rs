@@ -3,6 +3,7 @@
 
 mod growing;
 mod noted;
+mod reading;
 mod stored;
 
 use std::cell::RefCell;
@@ -489,50 +490,6 @@ impl Run {
         if self.cuts.is_empty() && self.lacks_leg && self.rng.chance(20) {
             self.add_leg();
         }
-    }
-
-    fn read_frozen(&mut self) {
-        let quiesced: Vec<(u64, Arc<Version>)> = self
-            .world
-            .borrow()
-            .arrays
-            .iter()
-            .filter_map(|a| Some((a.key, a.version.clone()?)))
-            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
-            .collect();
-        if quiesced.is_empty() {
-            return;
-        }
-        let (key, version) = quiesced[self.rng.below(quiesced.len())].clone();
-        let sectors = self.world.borrow().size_of(key);
-        let range = if self.rng.chance(20) { 0..sectors } else { self.range() };
-        match range.end <= sectors {
-            true => self.spawn_frozen_read(key, version, range),
-            false => self.refuses_behind_its_end(version, range),
-        }
-    }
-
-    fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
-        let ticket = self.lane.enter();
-        let (world, queue) = (self.world.clone(), self.queue.clone());
-        let attachment = self.disk.attach_frozen(version.id);
-        let id = world.borrow_mut().begin_read(vec![key], range.clone());
-        self.scheduler.spawn(async move {
-            let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(range.len() * SECTOR));
-            let at = ByteOffset((range.start * SECTOR) as u64);
-            let done = attachment.execute(&queue, &ticket, Request::Read { at, into }).await;
-            let mut world = world.borrow_mut();
-            world.counts.frozen_reads += 1;
-            match done {
-                Ok(()) => world.end_read(id, &memory.to_vec(), &format!("read of version {key}")),
-                Err(RequestError::Broken(_)) if version.broken().is_some() || version.is_retiring() => {
-                    world.watches.retain(|w| w.id != id);
-                    world.counts.refused_reads += 1;
-                }
-                Err(e) => world.fail(format!("read of version {key} failed: {e}")),
-            }
-            drop(ticket);
-        });
     }
 
     /// Lets a quiesced version go, as the daemon's job does.

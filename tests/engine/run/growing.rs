@@ -1,10 +1,7 @@
 //! The disk of a run grows, now and then: its versions have arrays of different sizes from then on.
 
-use std::ops::Range;
-use std::sync::Arc;
-
-use halfsilver::engine::{GrowError, Request, RequestError, SizedTables, Version};
-use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image};
+use halfsilver::engine::{GrowError, SizedTables};
+use halfsilver::image::Image;
 
 use super::Run;
 use crate::sim::SECTOR;
@@ -49,20 +46,5 @@ impl Run {
         live.sectors.resize(sectors, Tags::from([0]));
         world.counts.growths += 1;
         world.counts.growths_under_snapshots += u64::from(world.arrays.len() > 1);
-    }
-
-    /// A read of a frozen version that leaves it is an error, although its disk goes on there.
-    pub(super) fn refuses_behind_its_end(&mut self, version: Arc<Version>, range: Range<usize>) {
-        let (ticket, queue, world) = (self.lane.enter(), self.queue.clone(), self.world.clone());
-        let attachment = self.disk.attach_frozen(version.id);
-        world.borrow_mut().counts.reads_behind_the_end += 1;
-        self.scheduler.spawn(async move {
-            let (into, _memory) = GuestBuf::from_owned(AlignedBuf::zeroed(range.len() * SECTOR));
-            let at = ByteOffset((range.start * SECTOR) as u64);
-            match attachment.execute(&queue, &ticket, Request::Read { at, into }).await {
-                Err(RequestError::OutOfRange { .. } | RequestError::Broken(_)) => {}
-                other => world.borrow_mut().fail(format!("a read behind the end of a version: {other:?}")),
-            }
-        });
     }
 }
