@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::net::UnixStream;
 
 use serde_json::{Value, json};
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 
@@ -202,7 +203,7 @@ fn an_image_that_grew_while_nobody_served_it_is_taken_up() {
 
 #[test]
 fn a_growth_outlives_a_power_cut_with_what_is_saved_before_it() {
-    let mut daemon = Daemon::with_disks(&[SIZE], ",durability=power");
+    let mut daemon = Daemon::with_disks(&[SIZE], "durability=power");
     let mut client = daemon.client("vm0");
     client.write(0..SECTORS, 1);
     client.flush();

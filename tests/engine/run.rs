@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState,
-    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
+    NewLayer, Pair, PreparedSnapshot, Request, RetireError, Ticket, Version, Writers,
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
