@@ -18,7 +18,7 @@ use crate::control::api::{
 use crate::control::{Name, SnapshotRef};
 use crate::daemon::config::RawDisk;
 
-pub(super) use values::{MomentArg, PaceArgs, PageArgs, SetArgs, WaitLimit};
+pub(super) use values::{MomentArg, PaceArgs, PageArgs, SetArgs, SizeArg, WaitLimit};
 use values::{block_size, one_of, span, switch};
 
 /// Serves disks to virtual machines over vhost-user and freezes them into snapshots without a pause.
@@ -161,6 +161,16 @@ pub(super) enum DiskCommand {
         /// Let guests only read
         #[arg(long, value_name = "on|off", value_parser = switch)]
         readonly: Option<bool>,
+    },
+    /// Make a disk larger under its guest, which is told; snapshots and bookmarks keep their size
+    ///
+    /// Its image file grows with it; a block device has to have the new size already. Ask for the whole size, or for what it
+    /// gets in addition. In the guest, partition and file system are grown after that.
+    Resize {
+        disk: Name,
+        /// The new size in bytes, or with K, M, G or T, such as 200G; with a +, what is added
+        #[arg(long, value_name = "200G|+50G", allow_hyphen_values = true)]
+        size: SizeArg,
     },
     /// Give a disk another name; its snapshots, bookmarks, volumes, jobs and guests stay with it
     Rename {

@@ -16,7 +16,7 @@ use super::lists;
 use super::output::{Output, Spinner};
 use super::pages::{disk_fields, disk_table, event_line, job_fields, job_table, status_page};
 use super::wait::{Patience, Wait};
-use crate::control::api::{Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, Status};
+use crate::control::api::{Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, ResizeRequest, Status};
 use crate::daemon::config::{DiskSpec, RawDisk};
 
 /// How often `status --watch` looks.
@@ -56,6 +56,13 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
             let patch = set.patch(readonly);
             let disk: Disk = send_patch(&format!("/v1/disks/{disk}"), &patch, client)?;
             output.show(&disk, |disk| disk_fields(disk) + &counts_later(&patch, disk.frontends))
+        }
+        DiskCommand::Resize { disk, size } => {
+            let path = format!("/v1/disks/{disk}");
+            let now: Disk = client.get(&path)?;
+            let request = ResizeRequest { size_bytes: size.of(now.size_bytes) };
+            let disk: Disk = client.put(Method::PUT, &format!("{path}/size"), &request)?.json()?;
+            output.show(&disk, disk_fields)
         }
         DiskCommand::Rename { disk, to, force } => {
             let request = RenameRequest { name: to.to_string(), force };

@@ -28,7 +28,7 @@ use super::words::words;
 
 pub use changes::{Bookmark, BookmarkState, ByteRange, DiffQuery, DiffSource, VolumeMap, VolumeStatus};
 pub use deletion::{DeleteGroupOptions, DeleteQuery, DeleteSnapshotOptions, DeletionState, GroupDeletion};
-pub use disk::{Disk, DiskConfig, DiskPatch, Leg, LegQuery, MirrorRequest, RenameRequest};
+pub use disk::{Disk, DiskConfig, DiskPatch, Leg, LegQuery, MirrorRequest, RenameRequest, ResizeRequest};
 pub use list::{BookmarkList, DiskList, Glob, JobList, ListQuery, SnapshotList, VolumeList};
 pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
 pub use status::{Claim, Status, Unserved};

@@ -28,6 +28,8 @@ words! {
         DiskRemoved = "DISK_REMOVED",
         /// How a disk or volume is served was changed.
         DiskChanged = "DISK_CHANGED",
+        /// A disk has another size; the reason says which, and which it had.
+        DiskResized = "DISK_RESIZED",
         /// A disk or volume has another name; the reason says which one it had.
         DiskRenamed = "DISK_RENAMED",
         /// A disk stopped working; see the reason.

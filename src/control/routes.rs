@@ -19,7 +19,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -80,6 +80,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/disks/{disk}", get(get_disk).put(put_disk).patch(set::set_disk).delete(delete_disk))
         .route("/v1/disks/{disk}/mirror", post(mirror_disk).delete(unmirror_disk))
         .route("/v1/disks/{disk}/restore", post(restore::restore_disk))
+        .route("/v1/disks/{disk}/size", put(set::resize_disk))
         .route("/v1/disks/{disk}/rename", post(set::rename_disk))
         .route("/v1/disks/{disk}/forget", post(set::forget_disk))
         .route("/v1/disks/{disk}/accept", post(set::accept_disk))
@@ -484,6 +485,7 @@ async fn openapi() -> Json<utoipa::openapi::OpenApi> {
         set::forget_disk,
         set::accept_disk,
         set::rename_disk,
+        set::resize_disk,
         mirror_disk,
         unmirror_disk,
         restore::restore_disk,

@@ -103,6 +103,14 @@ pub trait Service: Send + Sync + 'static {
     /// `volume-not-found`, `volume-busy` if it is broken, `unsupported`, `io-error`.
     fn set_volume(&self, volume: &Name, patch: &DiskPatch) -> Result<Volume, ApiError>;
 
+    /// Makes a disk larger, with its image, and tells its guests. Snapshots and bookmarks keep their size.
+    ///
+    /// # Errors
+    /// `invalid-request` if it would become smaller, `invalid-config` if its image cannot have that size, `disk-not-found`,
+    /// `disk-busy`, `snapshot-busy` if one does not drain, `unsupported` if it has a mirror, a log or is a volume,
+    /// `disk-failed`, `no-space`, `io-error`.
+    fn resize_disk(&self, disk: &Name, size_bytes: u64) -> Result<Disk, ApiError>;
+
     /// Gives a disk another name. All that belongs to it goes by its id and stays as it is: snapshots, bookmarks, volumes
     /// that stand on it, jobs, restores, guests. A socket that is called after the disk is called after the new name; with
     /// `force` also while a frontend is connected to it, which stays connected.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::control::api::{ByteRange, DiffSource, VolumeMap, VolumeStatus};
 use crate::control::changes::{Diff, FoundMap};
 use crate::control::{ApiError, ErrorCode, Name, SnapshotRef};
-use crate::door::{ChangeSource, NoChanges, Runs};
+use crate::door::{ChangeSource, Geometry, NoChanges, Runs};
 use crate::manager::Manager;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::store::{BlockRange, VolumeRecord};
@@ -126,7 +126,9 @@ fn diff(
             format!("everything may have changed between {from} and {until}: {why}"),
         ),
     })?;
-    let geometry = facts.geometry;
+    let sized = |id| facts.version(id).map(|v| v.size_bytes).or_else(|| facts.mark(id).map(|m| m.size_bytes));
+    let size_bytes = last.and_then(sized).unwrap_or(facts.geometry.size_bytes);
+    let geometry = Geometry { size_bytes, ..facts.geometry };
     let source = match source {
         ChangeSource::Changed => DiffSource::ChangedTables,
         ChangeSource::Owned => DiffSource::OwnedTables,

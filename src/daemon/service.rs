@@ -69,6 +69,10 @@ impl Service for Manager {
         self.set_served_volume(volume, patch)
     }
 
+    fn resize_disk(&self, disk: &Name, size_bytes: u64) -> Result<api::Disk, ApiError> {
+        self.resize_plain_disk(disk, size_bytes)
+    }
+
     fn rename_disk(&self, disk: &Name, to: &Name, force: bool) -> Result<api::Disk, ApiError> {
         self.rename_plain_disk(disk, to, force)
     }

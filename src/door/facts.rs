@@ -9,7 +9,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::engine::{
-    Backing, Changed, Disk, Epoch, Geometry, Layer, LegStatus, Pair, Segment, VersionId, VersionIn, VersionIndex,
+    Backing, Changed, Disk, Epoch, Geometry, Layer, LegStatus, Mark, Pair, Segment, VersionId, VersionIn, VersionIndex,
     VersionSource,
 };
 use crate::store::Layout;
@@ -54,6 +54,8 @@ pub struct VersionFacts {
     pub id: VersionId,
     /// The epoch in which it began.
     pub began: Epoch,
+    /// Its size in bytes.
+    pub size_bytes: u64,
     /// Whether the mirror was split when it began.
     pub splits: bool,
     /// The versions that share bytes with it.
@@ -122,6 +124,8 @@ pub struct ChangedFacts {
 pub struct MarkFacts {
     /// The name of the version that it was.
     pub id: VersionId,
+    /// Its size in bytes.
+    pub size_bytes: u64,
     /// What is known of the changes up to it; None where nothing was noted.
     pub changed: Option<ChangedFacts>,
 }
@@ -181,6 +185,7 @@ impl DiskFacts {
         };
         let version = |index| {
             let mut facts = VersionFacts::of(chain.at(index));
+            facts.size_bytes = chain.version(index).size_within(disk.geometry().size_bytes);
             facts.outlives_power_cut = disk.shown_outlives_power_cut(chain.at(index));
             // Who is quiesced has nobody left.
             if let Some(next) = chain.links().get(index + 1).filter(|_| !facts.is_quiesced) {
@@ -189,10 +194,10 @@ impl DiskFacts {
             facts
         };
         DiskFacts {
-            geometry: disk.geometry().clone(),
+            geometry: disk.geometry(),
             is_read_only: disk.is_read_only(),
             versions: (0..chain.links().len()).map(version).collect(),
-            marks: marks.iter().map(|m| MarkFacts { id: m.id, changed: changed_of(m.changed.as_ref()) }).collect(),
+            marks: marks.iter().map(|m| MarkFacts::of(m, disk)).collect(),
             base_broken: disk.base_broken(),
             depth: VersionSource::base(disk).map_or(0, |view| view.depth()),
             unit_bytes: full.alignment().offset_bytes,
@@ -278,7 +283,7 @@ impl DiskFacts {
     /// How many bytes a version has itself.
     #[must_use]
     pub fn owned_bytes(&self, version: &VersionFacts) -> u64 {
-        version.owned_blocks.map_or(self.geometry.size_bytes, |blocks| self.bytes_of(blocks))
+        version.owned_blocks.map_or(version.size_bytes, |blocks| self.bytes_of(blocks).min(version.size_bytes))
     }
 
     fn bytes_of(&self, blocks: u64) -> u64 {
@@ -360,6 +365,13 @@ impl DiskFacts {
     }
 }
 
+impl MarkFacts {
+    fn of(mark: &Mark, disk: &Disk) -> MarkFacts {
+        let size_bytes = mark.size_bytes.min(disk.geometry().size_bytes);
+        MarkFacts { id: mark.id, size_bytes, changed: changed_of(mark.changed.as_ref()) }
+    }
+}
+
 impl VersionFacts {
     fn of(of: VersionIn<'_>) -> VersionFacts {
         use std::sync::atomic::Ordering::Relaxed;
@@ -367,6 +379,7 @@ impl VersionFacts {
         VersionFacts {
             id: version.id,
             began: version.began,
+            size_bytes: version.size_within(u64::MAX),
             splits: of.chain.links()[of.index].splits,
             segment: of.segment(),
             layer: kind_of(layer),
@@ -427,6 +440,7 @@ mod tests {
         let version = |at: usize| VersionFacts {
             id: id(at),
             began: Epoch(at as u64),
+            size_bytes: 10_240,
             splits: false,
             segment: Segment { first: 0, last: count - 1, pivot },
             layer: if at == pivot { LayerKind::Full } else { LayerKind::Log },

@@ -12,6 +12,7 @@ mod cut;
 mod engine;
 mod error;
 mod facts;
+mod grow;
 mod legs;
 mod open;
 mod restore;
@@ -25,6 +26,7 @@ pub use cut::{Cut, NewLayer, SnapshotSpec};
 pub use engine::{Disk, Engine, Event, Supervisor};
 pub use error::Error;
 pub use facts::{ChangedFacts, DiskFacts, LayerKind, MarkFacts, RestoreFacts, Stored, Trouble, VersionFacts};
+pub use grow::Extend;
 pub use legs::{bitmap_bytes, examine_mirror};
 pub use restore::{Parted, RestoreFrom};
 pub use save::{Kept, SavedDisk};
@@ -33,7 +35,7 @@ pub use work::{Retired, Work};
 
 // Values of the rooms behind it.
 pub use crate::engine::{
-    Attachment, ChangeSource, Changed, Epoch, Geometry, LegImage, LegState, LegStatus, Mark, NoChanges, PairError,
-    PairFacts, RetireError, VOLUMES_DEEP_MAX, VersionId, WINDOW_BYTES, Writers,
+    Attachment, ChangeSource, Changed, Epoch, Geometry, GrowError, LegImage, LegState, LegStatus, Mark, NoChanges,
+    PairError, PairFacts, RetireError, VOLUMES_DEEP_MAX, VersionId, WINDOW_BYTES, Writers,
 };
 pub use crate::job::{Outcome, Pace};

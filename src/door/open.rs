@@ -7,7 +7,7 @@ use super::error::Error;
 use super::legs;
 use super::spec::{BaseSpec, DiskSpec, ImageSpec, LayerSpec, RestoreSpec};
 use crate::engine::{
-    self, Backing, DiskOptions, Layer, Link, Log, RestoreSource, Restoring, Saved, Version, VersionId, View,
+    self, Backing, DiskOptions, Geometry, Layer, Link, Log, RestoreSource, Restoring, Saved, Version, VersionId, View,
 };
 use crate::store::DurableTable;
 
@@ -22,6 +22,7 @@ impl Engine {
     pub fn open(self: &Arc<Engine>, spec: DiskSpec) -> Result<Disk, Error> {
         let image = self.backing(spec.image, spec.block_bytes)?;
         let newest = spec.versions.len().saturating_sub(1);
+        let size_bytes = spec.versions.last().map(|live| live.size_bytes);
         let mut links = Vec::new();
         for (at, version) in spec.versions.into_iter().enumerate() {
             let layer = self.layer_on(version.id, version.layer, || image.clone());
@@ -29,6 +30,7 @@ impl Engine {
             if at < newest {
                 // Also what a volume stands on: nobody is left who could change it.
                 opened.set_quiesced();
+                opened.keep_size(Geometry { size_bytes: version.size_bytes, ..Geometry::of(&image, spec.block_bytes) });
             }
             if let Some(reason) = version.broken {
                 opened.set_broken(reason);
@@ -42,6 +44,7 @@ impl Engine {
         let (block_bytes, read_only) = (spec.block_bytes, spec.read_only);
         let options = DiskOptions { image, block_bytes, read_only, discards: spec.discards };
         let disk = engine::Disk::announcing(spec.logical_block_bytes, self.clock.clone(), options, links);
+        size_bytes.into_iter().for_each(|bytes| disk.begin_with_size(bytes));
         disk.background().set_window(spec.window_bytes);
         disk.observe(Arc::new(Watch { id: spec.id, supervisor: self.supervisor.clone() }));
         disk.remember_marks(spec.marks);

@@ -76,6 +76,8 @@ pub struct VersionSpec {
     pub id: VersionId,
     /// The epoch in which it began.
     pub began: Epoch,
+    /// Its size in bytes. That of the live one is the disk's.
+    pub size_bytes: u64,
     /// Whether the mirror was split when it began.
     pub splits: bool,
     /// Its layer.

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::engine::{Disk, locked};
 use super::error::Error;
 use super::spec::{BaseSpec, LayerSpec};
-use crate::engine::{Backing, Changed, Geometry, Layer, Log, VersionId};
+use crate::engine::{Backing, Changed, Layer, Log, VersionId};
 use crate::store::{DurableTable, Table};
 
 impl Disk {
@@ -16,7 +16,8 @@ impl Disk {
     #[must_use]
     pub fn base(&self, version: VersionId, name: &str) -> BaseSpec {
         let open = self.open();
-        let Geometry { size_bytes, logical_block_bytes, .. } = *open.disk.geometry();
+        let logical_block_bytes = open.disk.geometry().logical_block_bytes;
+        let size_bytes = open.disk.size_of(version);
         BaseSpec { disk: Ok(self.id), version, name: name.to_owned(), size_bytes, logical_block_bytes }
     }
 

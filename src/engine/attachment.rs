@@ -39,10 +39,14 @@ impl Attachment {
         &self.disk
     }
 
-    /// Size and block sizes.
+    /// Size and block sizes of what is served, at this moment: the live version may grow.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.disk.geometry
+    pub fn geometry(&self) -> Geometry {
+        let whole = self.disk.geometry();
+        match self.target {
+            Target::Live => whole,
+            Target::Frozen(version) => Geometry { size_bytes: self.disk.size_of(version), ..whole },
+        }
     }
 
     /// Whether writes are refused.
@@ -129,7 +133,7 @@ impl Attachment {
     }
 
     fn check(&self, at: ByteOffset, len: u64) -> Result<(), RequestError> {
-        let size = self.disk.geometry.size_bytes;
+        let size = self.geometry().size_bytes;
         let fits = at.0.checked_add(len).is_some_and(|end| end <= size);
         if fits && at.0.is_multiple_of(512) && len.is_multiple_of(512) {
             Ok(())

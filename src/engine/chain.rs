@@ -332,7 +332,8 @@ impl<'a> VersionIn<'a> {
             return None; // Older versions walk towards the pivot, away from here.
         }
         for at in (segment.first..self.index).rev() {
-            if self.chain.layer(at).owns(block) {
+            // What came behind its end, and behind those of all before it, is newer than they are.
+            if self.chain.layer(at).owns(block) || !self.chain.version(at).reaches(block) {
                 return None;
             }
             if self.chain.version(at).keeps_blocks() {
@@ -346,8 +347,9 @@ impl<'a> VersionIn<'a> {
     /// nothing older than this one owns the block.
     #[must_use]
     pub fn is_read_through(self, block: BlockIndex) -> bool {
-        let segment = self.segment();
-        self.index <= segment.pivot && self.index > segment.first && !self.chain.layer(self.index - 1).owns(block)
+        let (segment, Some(older)) = (self.segment(), self.index.checked_sub(1)) else { return false };
+        let reads = || self.chain.version(older).reaches(block) && !self.chain.layer(older).owns(block);
+        self.index <= segment.pivot && self.index > segment.first && reads()
     }
 
     /// What the live version is restored to, if this is the live one and the block still shows that.

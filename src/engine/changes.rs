@@ -14,7 +14,9 @@
 use std::sync::Arc;
 
 use super::restoring::Restore;
-use super::{Backing, Chain, ChainEditor, Changed, Disk, Epoch, Link, Mark, VersionId, VersionIn, VersionIndex};
+use super::{
+    Backing, Chain, ChainEditor, Changed, Disk, Epoch, Geometry, Link, Mark, VersionId, VersionIn, VersionIndex,
+};
 use crate::store::{BlockIndex, BlockRange, Table};
 
 const NOT_NOTED: &str = "nothing was noted of its changes";
@@ -52,9 +54,12 @@ pub enum ChangeSource {
 #[derive(Clone)]
 pub struct Changes {
     blocks: u64,
-    tables: Vec<Arc<Table>>,
+    tables: Tables,
     /// Of the block maps' blocks only those count that the two versions have in different layers.
-    ends: Option<(Arc<Chain>, VersionIndex, VersionIndex)>,
+    ends: Option<Ends>,
+    /// The first block that the older moment does not have, or not all of: its disk was smaller. The same as `blocks` if it
+    /// was not.
+    grown_from: u64,
 }
 
 impl Changes {
@@ -64,7 +69,7 @@ impl Changes {
         if self.ends.is_some() { ChangeSource::Owned } else { ChangeSource::Changed }
     }
 
-    /// How many blocks the disk has.
+    /// How many blocks the later moment has.
     #[must_use]
     pub fn blocks(&self) -> u64 {
         self.blocks
@@ -79,7 +84,8 @@ impl Changes {
     /// The bits of blocks `index` × 64 and on.
     #[must_use]
     pub fn word(&self, index: u64) -> u64 {
-        let mut bits = self.tables.iter().fold(0, |bits, table| bits | table.word_at(index));
+        let (before, within) = (bits_below(index, self.grown_from), bits_below(index, self.blocks));
+        let mut bits = self.tables.iter().fold(0, |bits, table| bits | table.word_at(index)) & within;
         if let Some((chain, from, to)) = self.ends.as_ref().filter(|_| bits != 0) {
             let differs = |bit: &u32| {
                 let block = BlockIndex(index * 64 + u64::from(*bit));
@@ -89,13 +95,15 @@ impl Changes {
             };
             bits = (0..64).filter(|bit| bits & (1 << bit) != 0).filter(differs).fold(0, |all, bit| all | 1 << bit);
         }
-        bits
+        bits | within & !before
     }
 
     /// The first word at or after `index` that may have bits.
     #[must_use]
     pub fn next_word(&self, index: u64) -> Option<u64> {
-        self.tables.iter().filter_map(|table| table.next_word(index)).min().filter(|&at| at * 64 < self.blocks)
+        let grown = (self.grown_from < self.blocks).then(|| index.max(self.grown_from / 64));
+        let noted = self.tables.iter().filter_map(|table| table.next_word(index));
+        noted.chain(grown).min().filter(|&at| at * 64 < self.blocks)
     }
 
     /// The first run of such blocks at or after `from`.
@@ -151,6 +159,14 @@ impl Changes {
     pub fn count(&self) -> u64 {
         let words = std::iter::successors(self.next_word(0), |word| self.next_word(word + 1));
         words.map(|word| u64::from(self.word(word).count_ones())).sum()
+    }
+}
+
+/// The bits of the blocks of a word that come before `end`.
+fn bits_below(word: u64, end: u64) -> u64 {
+    match end.saturating_sub(word * 64) {
+        some @ 0..64 => !(u64::MAX << some),
+        _ => u64::MAX,
     }
 }
 
@@ -236,7 +252,8 @@ impl ChainEditor {
     pub(super) fn keep_changes(disk: &Disk, gone: VersionIn<'_>, links: &[Link]) {
         let (version, marks) = (gone.version(), disk.marks.load_full());
         if version.leaves_mark() {
-            let mark = Mark { id: version.id, began: version.began, changed: version.changed().cloned() };
+            let (id, began, changed) = (version.id, version.began, version.changed().cloned());
+            let mark = Mark { id, began, size_bytes: version.size_within(disk.geometry().size_bytes), changed };
             let mut more = marks.to_vec();
             more.push(Arc::new(mark));
             more.sort_by_key(|mark| mark.began);
@@ -278,7 +295,8 @@ impl Disk {
             return None;
         }
         let tables = chain.links().iter().filter_map(|link| link.layer.table().cloned()).collect();
-        Some(Changes { blocks: self.geometry.blocks(), tables, ends: Some((chain.clone(), 0, chain.live())) })
+        let (blocks, ends) = (self.geometry().blocks(), Some((chain.clone(), 0, chain.live())));
+        Some(Changes { blocks, tables, ends, grown_from: blocks })
     }
 
     /// The blocks that may differ between the moment `from`, a frozen version or a mark, and the later one `to`, or the
@@ -290,9 +308,10 @@ impl Disk {
         // In this order: what leaves the chain is a mark, or merged, before.
         let chain = self.chain();
         let marks = self.marks.load_full();
-        let (first, start) = find(&chain, &marks, from)?;
-        let (last, end) = match to {
-            None => (chain.version(chain.live()).began, Some(chain.live())),
+        let now = self.geometry();
+        let (first, start, from_bytes) = find(&chain, &marks, from)?;
+        let (last, end, to_bytes) = match to {
+            None => (chain.version(chain.live()).began, Some(chain.live()), now.size_bytes),
             Some(to) => find(&chain, &marks, to)?,
         };
         if first > last {
@@ -306,31 +325,40 @@ impl Disk {
         };
         let (tables, unknown): (Vec<_>, Vec<_>) = between.map(known).partition(Result::is_ok);
         let tables = tables.into_iter().flatten().collect();
-        let blocks = self.geometry.blocks();
+        let (from_bytes, to_bytes) = (from_bytes.min(now.size_bytes), to_bytes.min(now.size_bytes));
+        let blocks = Geometry { size_bytes: to_bytes, ..now }.blocks();
+        let grown_from = if from_bytes < to_bytes { from_bytes / u64::from(now.block_bytes) } else { blocks };
         match unknown.into_iter().find_map(Result::err) {
-            None => Ok(Changes { blocks, tables, ends: None }),
-            Some(why) => by_owners(blocks, &chain, start, end).ok_or(NoChanges::Unknown(why)),
+            None => Ok(Changes { blocks, tables, ends: None, grown_from }),
+            Some(why) => {
+                let (tables, ends) = by_owners(&chain, start, end).ok_or(NoChanges::Unknown(why))?;
+                Ok(Changes { blocks, tables, ends: Some(ends), grown_from })
+            }
         }
     }
 }
 
-/// When a moment began, and where its version is. It must be settled what it shows.
-fn find(chain: &Chain, marks: &[Arc<Mark>], id: VersionId) -> Result<(Epoch, Option<VersionIndex>), NoChanges> {
+/// When a moment began, where its version is, and how large it is. It must be settled what it shows.
+fn find(chain: &Chain, marks: &[Arc<Mark>], id: VersionId) -> Result<(Epoch, Option<VersionIndex>, u64), NoChanges> {
     if let Some(mark) = marks.iter().find(|mark| mark.id == id) {
-        return Ok((mark.began, None));
+        return Ok((mark.began, None, mark.size_bytes));
     }
     let index = chain.position(id).filter(|&index| index < chain.live()).ok_or(NoChanges::Gone)?;
     let version = chain.version(index);
     match version.broken() {
         Some(reason) => Err(NoChanges::Broken(reason.to_owned())),
         None if !version.is_quiesced() => Err(NoChanges::Draining),
-        None => Ok((version.began, Some(index))),
+        None => Ok((version.began, Some(index), version.size_within(u64::MAX))),
     }
 }
 
+type Tables = Vec<Arc<Table>>;
+/// A chain, and two versions in it.
+type Ends = (Arc<Chain>, VersionIndex, VersionIndex);
+
 /// By where the two versions have their bytes: a block that both have in one layer is equal. Only within a segment, and
 /// only while everything is kept for both.
-fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Option<VersionIndex>) -> Option<Changes> {
+fn by_owners(chain: &Arc<Chain>, from: Option<VersionIndex>, to: Option<VersionIndex>) -> Option<(Tables, Ends)> {
     let (from, to) = (from?, to?);
     // While a disk is being restored its live version shows another one's blocks.
     if to == chain.live() && !matches!(chain.restore(), Restore::None) {
@@ -341,5 +369,5 @@ fn by_owners(blocks: u64, chain: &Arc<Chain>, from: Option<VersionIndex>, to: Op
         return None;
     }
     let tables = chain.links()[segment.first..=segment.last].iter().filter_map(|link| link.layer.table().cloned());
-    Some(Changes { blocks, tables: tables.collect(), ends: Some((chain.clone(), from, to)) })
+    Some((tables.collect(), (chain.clone(), from, to)))
 }

@@ -49,26 +49,27 @@ impl Disk {
     /// Takes over blocks that are holes below and in the log, as far as that can be told, without moving a byte. None if the
     /// first one is none, or somebody is at work on one: nobody is made to wait for so many.
     fn fill_zeros(&self, first: BlockIndex) -> Option<Copied> {
-        let end = self.geometry.blocks().min(first.0 + BLOCKS_PER_PART_MAX);
-        let (at, len) = self.geometry.bytes(BlockRange { start: first, end: BlockIndex(end) });
+        let end = self.geometry().blocks().min(first.0 + BLOCKS_PER_PART_MAX);
+        let (at, len) = self.geometry().bytes(BlockRange { start: first, end: BlockIndex(end) });
         let run = self.whole_blocks(first, self.chain().layer(ORIGIN).image.known_zeros(at, len))?;
         let _guard = self.locks.try_exclusive(run)?;
         let chain = self.chain();
         let table = table_to_fill(&chain).ok()??;
         // What the guest wrote meanwhile is in the log, and so is what was there of an entry that is gone.
-        let zeros = chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry.bytes(run).1);
+        let zeros = chain.layer(OLDEST_LOG).image.known_zeros(at, self.geometry().bytes(run).1);
         let run = self.whole_blocks(first, zeros)?;
         table.prepare(run).ok()?;
         chain.at(OLDEST_LOG).enter(run);
-        Some(Copied { next: run.end, bytes: self.geometry.bytes(run).1 })
+        Some(Copied { next: run.end, bytes: self.geometry().bytes(run).1 })
     }
 
     /// The blocks from `first` on that so many bytes cover; None if they do not cover one.
     pub(super) fn whole_blocks(&self, first: BlockIndex, bytes: u64) -> Option<BlockRange> {
-        let (at, _) = self.geometry.bytes(BlockRange::one(first));
-        let end = match at.0 + bytes == self.geometry.size_bytes {
-            true => self.geometry.blocks(),
-            false => (at.0 + bytes) / u64::from(self.geometry.block_bytes),
+        let geometry = self.geometry();
+        let (at, _) = geometry.bytes(BlockRange::one(first));
+        let end = match at.0 + bytes == geometry.size_bytes {
+            true => geometry.blocks(),
+            false => (at.0 + bytes) / u64::from(geometry.block_bytes),
         };
         (end > first.0).then_some(BlockRange { start: first, end: BlockIndex(end) })
     }
@@ -95,14 +96,14 @@ impl Disk {
     pub fn blocks_to_fill(&self) -> Option<u64> {
         let chain = self.chain();
         let (_, table) = oldest_log(&chain)?;
-        Some(self.geometry.blocks() - table.count().min(self.geometry.blocks()))
+        Some(self.geometry().blocks().saturating_sub(table.count()))
     }
 
     /// How many bytes those are.
     #[must_use]
     pub fn bytes_to_fill(&self) -> u64 {
-        let bytes = self.blocks_to_fill().unwrap_or(0) * u64::from(self.geometry.block_bytes);
-        bytes.min(self.geometry.size_bytes)
+        let bytes = self.blocks_to_fill().unwrap_or(0) * u64::from(self.geometry().block_bytes);
+        bytes.min(self.geometry().size_bytes)
     }
 
     /// The oldest log of a volume that stands on something: its version and its image.
@@ -159,7 +160,12 @@ impl ChainEditor {
         let Some(chain) = whole.without_origin() else { return false };
         // What was written since the volume was made is still asked for.
         let origin = whole.version(ORIGIN);
-        disk.remember_marks(vec![Mark { id: origin.id, began: origin.began, changed: None }]);
+        disk.remember_marks(vec![Mark {
+            id: origin.id,
+            began: origin.began,
+            size_bytes: origin.size_within(disk.geometry().size_bytes),
+            changed: None,
+        }]);
         disk.chain.store(Arc::new(chain));
         if let Some(base) = disk.base.get() {
             base.store(None);

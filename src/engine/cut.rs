@@ -71,6 +71,11 @@ impl PreparedSnapshot {
         assert!(matches!(self.disk.chain().restore(), Restore::None), "a disk is frozen while it is restored");
         let moves = !matches!(self.layer, NewLayer::Live { .. });
         assert!(!moves || self.disk.can_move_pivot(), "the full image is moved or split while a log lies above it");
+        let blocks = self.disk.geometry().blocks();
+        assert!(
+            self.changed.as_ref().is_none_or(|table| table.blocks() >= blocks),
+            "the disk has grown since it was made"
+        );
     }
 }
 
@@ -152,6 +157,7 @@ impl Disk {
         let mut links = chain.links().to_vec();
         let last = links.last_mut().expect("a chain is never empty");
         let frozen = last.version.clone();
+        frozen.keep_size(self.geometry());
         let (layer, splits) = match prepared.layer {
             NewLayer::Frozen { layer } => {
                 layer.places().begin_empty();

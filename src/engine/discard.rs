@@ -32,11 +32,12 @@ impl Disk {
         at: ByteOffset,
         len: u64,
     ) -> Result<(), RequestError> {
-        let block = u64::from(self.geometry.block_bytes);
+        let geometry = self.geometry();
+        let block = u64::from(geometry.block_bytes);
         let end = at.0 + len;
         // Only whole blocks (the disk's last one may be short); the rest of the range is not worth anything.
         let first = at.0.div_ceil(block);
-        let last = if end == self.geometry.size_bytes { self.geometry.blocks() } else { end / block };
+        let last = if end == geometry.size_bytes { geometry.blocks() } else { end / block };
         let (mut next, mut looked_until) = (BlockIndex(first), first);
         while next.0 < last {
             if next.0 >= looked_until {
@@ -47,7 +48,7 @@ impl Disk {
                     continue;
                 }
             }
-            let until = BlockIndex(looked_until.min(next.0 + self.geometry.blocks_per_discard()));
+            let until = BlockIndex(looked_until.min(next.0 + geometry.blocks_per_discard()));
             self.discard_part(queue, epoch, BlockRange { start: next, end: until }).await?;
             next = until;
         }
@@ -60,7 +61,7 @@ impl Disk {
         let chain = self.chain.load();
         let writer = chain.at(chain.at_epoch(epoch));
         let home = chain.layer(writer.segment().pivot.max(writer.index));
-        let (at, len) = self.geometry.bytes(blocks);
+        let (at, len) = self.geometry().bytes(blocks);
         self.whole_blocks(blocks.start, home.image.known_zeros(at, len))
     }
 
@@ -86,7 +87,7 @@ impl Disk {
         for (run, (fate, home)) in fates(writer, blocks) {
             match fate {
                 Fate::Now => {
-                    let (at, len) = self.geometry.bytes(run);
+                    let (at, len) = self.geometry().bytes(run);
                     writer.note(run);
                     chain.layer(home).image.release(queue, at, len).await?;
                     self.discards.clear(run);
@@ -117,8 +118,8 @@ impl Disk {
         most: usize,
     ) -> Result<Option<BlockIndex>, RequestError> {
         let Some(first) = self.discards.next_set(from) else { return Ok(None) };
-        let end = self.discards.next_clear(first).map_or(self.geometry.blocks(), |end| end.0);
-        let most = self.geometry.blocks_per_run().min(most.max(1) as u64);
+        let end = self.discards.next_clear(first).map_or(self.geometry().blocks(), |end| end.0);
+        let most = self.geometry().blocks_per_run().min(most.max(1) as u64);
         let run = BlockRange { start: first, end: BlockIndex(end.min(first.0 + most)) };
         self.copy_runs([run], |run| self.give_back(queue, ticket, run)).await?;
         Ok(Some(run.end))
@@ -137,7 +138,7 @@ impl Disk {
         }
         let is_due = |block| self.discards.get(block) && fate(writer, block) == (Fate::Now, pivot);
         for run in those(blocks, is_due) {
-            let (at, len) = self.geometry.bytes(run);
+            let (at, len) = self.geometry().bytes(run);
             writer.note(run);
             chain.layer(pivot).image.release(queue, at, len).await?;
             self.discards.clear(run);

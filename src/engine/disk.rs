@@ -7,7 +7,7 @@
 //!
 //! What is not done here: requests ([`super::attachment`], [`super::read`], [`super::write`]) and changes of the chain.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -46,7 +46,10 @@ pub struct DiskOptions {
 /// A disk and all its versions.
 pub struct Disk {
     pub(super) clock: EpochClock,
-    pub(super) geometry: Geometry,
+    /// The size of the live version. It only grows ([`super::grow`]).
+    pub(super) size_bytes: AtomicU64,
+    logical_block_bytes: u32,
+    block_bytes: u32,
     pub(super) chain: ArcSwap<Chain>,
     pub(super) locks: BlockLocks,
     /// Who is connected to the live version, and who of them stays with an older one.
@@ -115,7 +118,9 @@ impl Disk {
         Arc::new(Disk {
             connections: Connections::new(clock.clone()),
             clock,
-            geometry,
+            size_bytes: AtomicU64::new(geometry.size_bytes),
+            logical_block_bytes: geometry.logical_block_bytes,
+            block_bytes: geometry.block_bytes,
             chain: ArcSwap::from_pointee(Chain::new(links)),
             locks: BlockLocks::new(),
             marks: ArcSwap::default(),
@@ -196,10 +201,21 @@ impl Disk {
         &self.clock
     }
 
-    /// Size and block sizes.
+    /// Size and block sizes of the live version, at this moment.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    pub fn geometry(&self) -> Geometry {
+        Geometry {
+            size_bytes: self.size_bytes.load(Ordering::SeqCst),
+            logical_block_bytes: self.logical_block_bytes,
+            block_bytes: self.block_bytes,
+        }
+    }
+
+    /// The size of a version in bytes: what it was when it was frozen, or that of the live one.
+    #[must_use]
+    pub fn size_of(&self, version: VersionId) -> u64 {
+        let (chain, live) = (self.chain(), self.geometry().size_bytes);
+        chain.position(version).map_or(live, |index| chain.version(index).size_within(live))
     }
 
     /// Whether all changes are refused.

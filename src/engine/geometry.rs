@@ -21,7 +21,7 @@ pub(super) const BLOCKS_PER_PART_MAX: u64 = 1024;
 pub(super) const LOGICAL_BLOCK_BYTES: u32 = 512;
 
 /// What frontends see of a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Size in bytes; a multiple of 512.
     pub size_bytes: u64,

@@ -12,7 +12,7 @@
 //!   has forgotten it; the room comes back with the log's end.
 
 use super::runs::alike;
-use super::{Chain, Disk, Log, Mode, VersionIn, VersionIndex};
+use super::{Backing, Chain, Disk, Log, Mode, VersionIn, VersionIndex};
 use crate::image::{ByteOffset, ImageError, IoQueue};
 use crate::store::{BlockIndex, BlockRange};
 
@@ -80,6 +80,12 @@ impl<'a> VersionIn<'a> {
 }
 
 impl Disk {
+    /// The bytes of blocks as far as an image has them: that of a version which was frozen before its disk grew ends earlier.
+    pub(super) fn bytes_in(&self, image: &Backing, blocks: BlockRange) -> (ByteOffset, u64) {
+        let (at, len) = self.geometry().bytes(blocks);
+        (at, len.min(image.size_bytes().saturating_sub(at.0)))
+    }
+
     /// Deletes entries that home has superseded and gives their space back (sources 002 [0077], [0083], [0095]; figures
     /// 16 and 23). The sources delete first; here home has the bytes first, so that no reader sees older ones.
     ///
@@ -101,7 +107,7 @@ impl Disk {
             }
             return;
         }
-        let (at, len) = self.geometry.bytes(blocks);
+        let (at, len) = self.bytes_in(&layer.image, blocks);
         let done = match of.is_below_pivot() {
             // What is saved there later may be zeros, which are not written.
             true => layer.image.zero(queue, at, len, true).await,
@@ -132,8 +138,9 @@ impl Disk {
             if !is_same || is_held {
                 continue;
             }
-            let (at, len) = self.geometry.bytes(run);
-            if let Err(e) = chain.layer(place.index).image.release(queue, at, len).await {
+            let image = &chain.layer(place.index).image;
+            let (at, len) = self.bytes_in(image, run);
+            if let Err(e) = image.release(queue, at, len).await {
                 log::warn!("the space of superseded blocks is not given back: {e}");
             }
         }

@@ -71,12 +71,13 @@ impl Disk {
         at: ByteOffset,
         into: GuestBuf,
     ) -> Result<(), RequestError> {
-        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
+        let geometry = self.geometry();
+        let part_bytes = geometry.blocks_per_part() * u64::from(geometry.block_bytes);
         let (mut done, len) = (0, into.len() as u64);
         while done < len {
             let here = at.add(done);
             // Parts end at block boundaries, so that no block is resolved twice.
-            let part = (part_bytes - here.0 % u64::from(self.geometry.block_bytes)).min(len - done);
+            let part = (part_bytes - here.0 % u64::from(geometry.block_bytes)).min(len - done);
             let range = usize_of(done)..usize_of(done + part);
             self.read_part(queue, target, epoch, here, &into.slice(range)).await?;
             done += part;
@@ -92,7 +93,7 @@ impl Disk {
         at: ByteOffset,
         into: &GuestBuf,
     ) -> Result<(), RequestError> {
-        let blocks = self.geometry.covering(at, into.len() as u64);
+        let blocks = self.geometry().covering(at, into.len() as u64);
         if target == Target::Live {
             self.wait_to_read().await;
         }
@@ -100,7 +101,7 @@ impl Disk {
         let mut extents = self.extents(target, epoch, blocks)?;
         loop {
             let reads = extents.iter().map(|extent| {
-                let (from, len) = self.geometry.bytes(extent.blocks);
+                let (from, len) = self.geometry().bytes(extent.blocks);
                 let (from, to) = (from.max(at), (from.0 + len).min(at.0 + into.len() as u64));
                 let piece = into.slice(usize_of(from.0 - at.0)..usize_of(to - at.0));
                 extent.image.read(queue, from, IoBuf::Guest(piece))
@@ -122,12 +123,12 @@ impl Disk {
     /// How many of the bytes from `at` on a version shows as zeros, as far as its images can tell at once. As a read, it is
     /// resolved again afterwards.
     pub(super) fn known_zeros(&self, target: Target, at: ByteOffset, len: u64) -> u64 {
-        let blocks = self.geometry.covering(at, len);
+        let blocks = self.geometry().covering(at, len);
         let generation = self.locks.generation(blocks);
         let Ok(extents) = self.extents(target, Epoch(0), blocks) else { return 0 };
         let mut end = at.0;
         for extent in &extents {
-            let (from, bytes) = self.geometry.bytes(extent.blocks);
+            let (from, bytes) = self.geometry().bytes(extent.blocks);
             let (from, to) = (from.max(at), (from.0 + bytes).min(at.0 + len));
             let zeros = extent.image.known_zeros(from, to - from.0);
             end = from.0 + zeros;
@@ -180,8 +181,8 @@ fn is_same(now: &[Extent], before: &[Extent]) -> bool {
 }
 
 impl VersionSource for Disk {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
+    fn geometry_of(&self, version: VersionId) -> Geometry {
+        Geometry { size_bytes: self.size_of(version), ..self.geometry() }
     }
 
     fn clock(&self) -> &EpochClock {
@@ -243,7 +244,7 @@ impl VersionSource for Disk {
         let chain = self.chain();
         let index = chain.position(version)?;
         let is_volume = self.base.get().is_some_and(|base| base.load().is_some()) && chain.pivot_of(index) == 0;
-        if !is_volume || self.geometry.block_bytes != block_bytes {
+        if !is_volume || self.geometry().block_bytes != block_bytes {
             return None;
         }
         Some((1..=index).filter_map(|i| chain.layer(i).table().cloned()).collect())

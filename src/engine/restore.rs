@@ -116,7 +116,7 @@ impl Disk {
 
     /// Waits until every change that was decided before this call is carried out. Newer ones are not waited for.
     pub async fn changes_passed(&self) {
-        self.locks.passed(self.geometry.blocks()).await;
+        self.locks.passed(self.geometry().blocks()).await;
     }
 
     /// Sets in `pending` each block that the live version has in another place than what is to be restored: the others
@@ -150,7 +150,7 @@ impl Disk {
         }
         let mut next = pending.next_set(BlockIndex(0));
         while let Some(start) = next {
-            let end = pending.next_clear(start).unwrap_or(BlockIndex(self.geometry.blocks()));
+            let end = pending.next_clear(start).unwrap_or(BlockIndex(self.geometry().blocks()));
             chain.at(chain.live()).note(BlockRange { start, end });
             next = pending.next_set(end);
         }
@@ -173,7 +173,7 @@ impl Disk {
                 version = Some(id);
                 break;
             }
-            let Some(tables) = disk.owned_above_base(id, self.geometry.block_bytes) else { break };
+            let Some(tables) = disk.owned_above_base(id, self.geometry().block_bytes) else { break };
             tables.iter().try_for_each(|table| pending.merge(table))?;
             above = disk.base();
         }
@@ -230,7 +230,7 @@ impl Disk {
         let copies = sources.into_iter().map(|(part, source)| {
             let chain = &chain;
             async move {
-                let (at, len) = self.geometry.bytes(part);
+                let (at, len) = self.geometry().bytes(part);
                 let into = IoBuf::Owned(AlignedBuf::zeroed(usize_of(len)));
                 let IoBuf::Owned(bytes) = source.read(queue, at, into).await? else {
                     unreachable!("a transfer gives back the buffer it was given")
@@ -251,12 +251,12 @@ impl Disk {
 }
 
 fn all_of(disk: &Disk) -> BlockRange {
-    BlockRange { start: BlockIndex(0), end: BlockIndex(disk.geometry.blocks()) }
+    BlockRange { start: BlockIndex(0), end: BlockIndex(disk.geometry().blocks()) }
 }
 
 fn add_all(disk: &Disk, pending: &Table) -> std::io::Result<()> {
     // Nobody else changes it, so the count says it.
-    if pending.count() < disk.geometry.blocks() { pending.add(all_of(disk)) } else { Ok(()) }
+    if pending.count() < disk.geometry().blocks() { pending.add(all_of(disk)) } else { Ok(()) }
 }
 
 /// Adds the blocks that a version has itself.

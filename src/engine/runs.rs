@@ -31,7 +31,7 @@ impl Disk {
         most: usize,
         next: impl Fn(BlockIndex) -> Option<BlockIndex>,
     ) -> Vec<BlockRange> {
-        let blocks_max = self.geometry.blocks_per_run();
+        let blocks_max = self.geometry().blocks_per_run();
         let after = |block: &BlockIndex| next(BlockIndex(block.0 + 1));
         let mut runs: Vec<BlockRange> = Vec::new();
         for block in std::iter::successors(next(from), after).take(most.max(1)) {
@@ -57,7 +57,7 @@ impl Disk {
     ) -> Result<Option<Copied>, E> {
         let runs = self.next_runs(from, most, next);
         let Some(next) = runs.last().map(|last| last.end) else { return Ok(None) };
-        let bytes = runs.iter().map(|&run| self.geometry.bytes(run).1).sum();
+        let bytes = runs.iter().map(|&run| self.geometry().bytes(run).1).sum();
         self.copy_runs(runs, copy).await?;
         Ok(Some(Copied { next, bytes }))
     }

@@ -47,7 +47,7 @@ impl Disk {
             Ok(theirs) => Some(theirs),
             Err(e) => return Err(format!("it is not known what changed in its source since it was made: {e}")),
         };
-        let (chain, blocks) = (self.chain(), self.geometry.blocks());
+        let (chain, blocks) = (self.chain(), self.geometry().blocks());
         let kept = Table::in_memory(blocks).map_err(|e| e.to_string())?;
         let no_room = |e: std::io::Error| format!("there is no memory for what it keeps: {e}");
         for word in 0..blocks.div_ceil(64) {
@@ -60,8 +60,8 @@ impl Disk {
         }
         // Its blocks may have another size.
         for run in theirs.iter().flat_map(super::Changes::runs) {
-            let (at, len) = source.geometry.bytes(run);
-            let here = self.geometry.covering(at, len);
+            let (at, len) = source.geometry().bytes(run);
+            let here = self.geometry().covering(at, len);
             kept.clear(BlockRange { start: here.start, end: BlockIndex(here.end.0.min(blocks)) });
         }
         Ok(kept)
@@ -93,7 +93,7 @@ impl ChainEditor {
         let live = Link { version: Version::noting(live, began, Some(changed)), layer, splits: false };
         // What it was before is no moment of it any more.
         disk.marks.store(Arc::default());
-        disk.discards.clear(BlockRange { start: BlockIndex(0), end: BlockIndex(disk.geometry.blocks()) });
+        disk.discards.clear(BlockRange { start: BlockIndex(0), end: BlockIndex(disk.geometry().blocks()) });
         disk.base.get_or_init(ArcSwapOption::empty).store(Some(view));
         disk.chain.store(Arc::new(Chain::new(vec![origin, live])));
     }

@@ -5,7 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use uuid::Uuid;
 
-use super::{Changed, Epoch};
+use super::{Changed, Epoch, Geometry};
+use crate::store::BlockIndex;
 
 /// The stable name of a version.
 pub type VersionId = Uuid;
@@ -24,6 +25,10 @@ pub struct Version {
     retiring: AtomicBool,
     leaves_mark: AtomicBool,
     broken: OnceLock<String>,
+    /// How large its disk was when it was frozen, in bytes and in blocks. `u64::MAX` for the live one, which is as large as its
+    /// disk.
+    size_bytes: AtomicU64,
+    blocks: AtomicU64,
     /// Blocks copied into this version before they were overwritten.
     pub preserved_blocks: AtomicU64,
     /// The bytes of those copies that were not holes.
@@ -49,9 +54,28 @@ impl Version {
             quiesced: AtomicBool::new(false),
             retiring: AtomicBool::new(false),
             broken: OnceLock::new(),
+            size_bytes: AtomicU64::new(u64::MAX),
+            blocks: AtomicU64::new(u64::MAX),
             preserved_blocks: AtomicU64::new(0),
             preserved_bytes: AtomicU64::new(0),
         })
+    }
+
+    /// Its size in bytes, when its disk has `disk_bytes` now.
+    #[must_use]
+    pub fn size_within(&self, disk_bytes: u64) -> u64 {
+        self.size_bytes.load(Ordering::SeqCst).min(disk_bytes)
+    }
+
+    /// It keeps the size that its disk has now, whatever becomes of that.
+    pub fn keep_size(&self, of: Geometry) {
+        self.size_bytes.store(of.size_bytes, Ordering::SeqCst);
+        self.blocks.store(of.blocks(), Ordering::SeqCst);
+    }
+
+    /// Whether it has any of a block.
+    pub(super) fn reaches(&self, block: BlockIndex) -> bool {
+        block.0 < self.blocks.load(Ordering::SeqCst)
     }
 
     /// Whether it never changes again.
@@ -126,6 +150,8 @@ pub struct Mark {
     pub id: VersionId,
     /// The epoch in which that began.
     pub began: Epoch,
+    /// Its size in bytes; `u64::MAX` if it is not known to have been less than its disk's now.
+    pub size_bytes: u64,
     /// What was written from the marker before it on.
     pub changed: Option<Changed>,
 }

@@ -23,8 +23,8 @@ const SECTOR_BYTES: u32 = 512;
 
 /// The disk that has a view's version, as the view knows it.
 pub trait VersionSource: Send + Sync {
-    /// Its size and block sizes.
-    fn geometry(&self) -> &Geometry;
+    /// The size of a version, and the block sizes.
+    fn geometry_of(&self, version: VersionId) -> Geometry;
 
     /// Why a version cannot be read for a reason of its own, if so.
     fn why_unreadable(&self, version: VersionId) -> Option<String>;
@@ -73,7 +73,7 @@ impl View {
     /// A quiesced version of a disk; `name` is for messages.
     #[must_use]
     pub fn of(disk: Arc<dyn VersionSource>, version: VersionId, name: &str) -> Arc<View> {
-        let Geometry { size_bytes, logical_block_bytes, .. } = *disk.geometry();
+        let Geometry { size_bytes, logical_block_bytes, .. } = disk.geometry_of(version);
         Arc::new(View { source: Ok(disk), version, name: name.into(), size_bytes, logical_block_bytes })
     }
 

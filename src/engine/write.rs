@@ -84,12 +84,13 @@ impl Disk {
         mut data: Data,
         durable: bool,
     ) -> Result<(), RequestError> {
-        let part_bytes = self.geometry.blocks_per_part() * u64::from(self.geometry.block_bytes);
+        let geometry = self.geometry();
+        let part_bytes = geometry.blocks_per_part() * u64::from(geometry.block_bytes);
         let (mut done, len) = (0, data.len());
         while done < len {
             let here = at.add(done);
-            let part_len = (part_bytes - here.0 % u64::from(self.geometry.block_bytes)).min(len - done);
-            let part = Part { at: here, len: part_len, blocks: self.geometry.covering(here, part_len), durable };
+            let part_len = (part_bytes - here.0 % u64::from(geometry.block_bytes)).min(len - done);
+            let part = Part { at: here, len: part_len, blocks: geometry.covering(here, part_len), durable };
             let of_part = if part_len == len { data.take() } else { data.part(done, part_len) };
             self.write_part(queue, ticket.epoch(), part, of_part).await?;
             done += part_len;
@@ -147,8 +148,9 @@ impl Disk {
         data: Data,
         mut share: Option<Share>,
     ) -> Result<(), RequestError> {
+        let geometry = self.geometry();
         let is_whole = |block| {
-            let (at, len) = self.geometry.bytes(BlockRange::one(block));
+            let (at, len) = geometry.bytes(BlockRange::one(block));
             part.at <= at && at.0 + len <= part.at.0 + part.len
         };
         let decide = |chain: &Chain| WritePlan::decide(chain.at(chain.at_epoch(epoch)), part.blocks, is_whole);
@@ -205,7 +207,7 @@ impl Disk {
     /// The memory that a part may take while it is carried out: a copy of its bytes, what is saved of its blocks, and what
     /// fills them.
     fn copied_by(&self, part: &Part) -> u64 {
-        3 * part.blocks.count() * u64::from(self.geometry.block_bytes)
+        3 * part.blocks.count() * u64::from(self.geometry().block_bytes)
     }
 
     /// Carries out a plan that was decided under the part's locks; `again` decides it anew when a version was given up.
@@ -236,15 +238,15 @@ impl Disk {
         blocks: BlockRange,
         bytes: AlignedBuf,
     ) -> Result<(), RequestError> {
-        let pieces = pieces(&bytes, self.geometry.block_bytes as usize);
-        let (at, bytes) = (self.geometry.bytes(blocks).0, GuestBuf::from_owned(bytes).0);
+        let pieces = pieces(&bytes, self.geometry().block_bytes as usize);
+        let (at, bytes) = (self.geometry().bytes(blocks).0, GuestBuf::from_owned(bytes).0);
         let writes = pieces.into_iter().map(|(piece, is_zero)| {
             let (at, len) = (at.add(piece.start as u64), piece.len() as u64);
             let data = match is_zero {
                 true => Data::Zeros { len, unmap: true },
                 false => Data::Guest(bytes.slice(piece)),
             };
-            let part = Part { at, len, blocks: self.geometry.covering(at, len), durable: false };
+            let part = Part { at, len, blocks: self.geometry().covering(at, len), durable: false };
             async move {
                 let decide = || WritePlan::decide(chain.at(chain.live()), part.blocks, |_| true);
                 self.write_planned(queue, chain, decide(), decide, part, data).await
@@ -284,8 +286,10 @@ impl Disk {
         blocks: BlockRange,
         copy: Copy,
     ) -> Result<Unheld<'a>, String> {
-        let (at, len) = self.geometry.bytes(blocks);
         let (from, to) = (&chain.layer(copy.from).image, chain.at(copy.to));
+        // As far as both reach: of a version that is smaller, nothing behind its end is asked for.
+        let ((at, has), (_, room)) = (self.bytes_in(from, blocks), self.bytes_in(&to.layer().image, blocks));
+        let len = has.min(room);
         if let Some(table) = to.layer().table() {
             table.prepare(blocks).map_err(|e| format!("its table cannot grow: {e}"))?;
         }
@@ -294,7 +298,7 @@ impl Disk {
         let IoBuf::Owned(old) = old else { unreachable!("a transfer gives back the buffer it was given") };
         let old = Arc::new(old);
         let unheld = to.unheld(blocks);
-        let pieces = pieces(&old, self.geometry.block_bytes as usize);
+        let pieces = pieces(&old, self.geometry().block_bytes as usize);
         let copied: usize = pieces.iter().filter(|(_, is_zero)| !is_zero).map(|(piece, _)| piece.len()).sum();
         let writes = pieces.into_iter().map(|(piece, is_zero)| {
             let (here, old) = (at.add(piece.start as u64), old.clone());
@@ -328,7 +332,7 @@ impl Disk {
         for run in plan.runs.iter().filter(|run| run.plan.adopts) {
             if let Some(table) = chain.layer(run.plan.home).table() {
                 let image = &chain.layer(run.plan.home).image;
-                let at = self.geometry.bytes(run.blocks).0;
+                let at = self.geometry().bytes(run.blocks).0;
                 let full = |e| ImageError::from_io(ImageOp::Write, image.path(), Some(at), &e);
                 table.prepare(run.blocks).map_err(full)?;
             }
@@ -427,7 +431,7 @@ impl Disk {
         stable: &Stable,
     ) -> Result<(), ImageError> {
         let (chain, image) = (target.chain, &target.layer().image);
-        let (run_at, run_len) = self.geometry.bytes(run.blocks);
+        let (run_at, run_len) = self.geometry().bytes(run.blocks);
         let from = run_at.max(part.at);
         let to = (run_at.0 + run_len).min(part.at.0 + part.len);
         if let Some(source) = run.plan.fill_from.filter(|_| target.index == run.plan.home) {

@@ -173,6 +173,14 @@ impl Host for Machine {
         Ok(Arc::new(Table::open(path, blocks, name)?))
     }
 
+    fn extend_table(&self, table: &Table, path: &Path, blocks: u64) -> Result<(), TableError> {
+        table.reserve(Some(path), blocks)
+    }
+
+    fn grow_image(&self, image: &SharedImage, size_bytes: u64) -> Result<(), ImageError> {
+        image.grow(size_bytes)
+    }
+
     fn examine_table(&self, path: &Path, blocks: u64, name: TableName) -> Result<RunTableFacts, TableError> {
         examine_run_table(path, blocks, name)
     }

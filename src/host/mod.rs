@@ -208,6 +208,18 @@ pub trait Host: Send + Sync + 'static {
     /// When it is missing, or is not the one.
     fn open_table(&self, path: &Path, blocks: u64, name: TableName) -> Result<Arc<Table>, TableError>;
 
+    /// [`Table::reserve`] of the table at a path.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn extend_table(&self, table: &Table, path: &Path, blocks: u64) -> Result<(), TableError>;
+
+    /// [`crate::image::Image::grow`].
+    ///
+    /// # Errors
+    /// When it cannot have that size.
+    fn grow_image(&self, image: &SharedImage, size_bytes: u64) -> Result<(), ImageError>;
+
     /// What [`Host::open_table`] would find. It changes nothing.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,9 @@ pub struct FileImage {
     path: PathBuf,
     /// Its name since it was renamed.
     moved: OnceLock<PathBuf>,
-    size_bytes: u64,
+    /// It only grows.
+    size_bytes: AtomicU64,
+    is_block: bool,
     alignment: Alignment,
     // Small transfers need no ring.
     is_in_memory: bool,
@@ -174,7 +176,8 @@ impl FileImage {
             file: Arc::new(file),
             path: path.to_owned(),
             moved: OnceLock::new(),
-            size_bytes,
+            size_bytes: AtomicU64::new(size_bytes),
+            is_block,
             alignment,
             is_in_memory,
             poisoned,
@@ -185,7 +188,28 @@ impl FileImage {
 
 impl Image for FileImage {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    fn grow(&self, size_bytes: u64) -> Result<(), ImageError> {
+        let refused = |e: &io::Error| ImageError::from_io(ImageOp::Open, self.path(), None, e);
+        let has_bytes = size_of_container(&self.file, self.is_block).map_err(|e| refused(&e))?;
+        let unit_bytes = u64::from(self.alignment.offset_bytes);
+        let unsuitable =
+            |what: String| Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, self.path(), what));
+        if !size_bytes.is_multiple_of(unit_bytes.max(SECTOR_BYTES)) {
+            return unsuitable(format!("its size must be a multiple of {} bytes", unit_bytes.max(SECTOR_BYTES)));
+        }
+        if has_bytes > size_bytes || self.is_block && has_bytes != size_bytes {
+            let first = if has_bytes < size_bytes { "let it grow first, then " } else { "" };
+            return unsuitable(format!("it has {has_bytes} bytes; {first}ask for the size that it has"));
+        }
+        if has_bytes < size_bytes {
+            self.file.set_len(size_bytes).map_err(|e| refused(&e))?;
+        }
+        self.file.sync_all().map_err(|e| refused(&e))?;
+        self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
+        Ok(())
     }
 
     fn alignment(&self) -> Alignment {
@@ -207,7 +231,7 @@ impl Image for FileImage {
         // Nothing goes by the position of the descriptor that this moves.
         match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(from.0)) {
             Ok(at) => Some(ByteOffset(at)),
-            Err(rustix::io::Errno::NXIO) => Some(ByteOffset(self.size_bytes)),
+            Err(rustix::io::Errno::NXIO) => Some(ByteOffset(self.size_bytes())),
             Err(_) => None,
         }
     }

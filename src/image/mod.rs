@@ -97,6 +97,15 @@ pub trait Image: Send + Sync + 'static {
         None
     }
 
+    /// Makes it at least `size_bytes` large, durably; what is new reads as zeros, or on a block device, which must have grown
+    /// already, as what is there. Blocks the thread.
+    ///
+    /// # Errors
+    /// When it cannot have exactly that size, or the system refuses.
+    fn grow(&self, _size_bytes: u64) -> Result<(), ImageError> {
+        Err(ImageError::new(ImageErrorKind::Unsuitable, ImageOp::Open, self.path(), "it cannot grow"))
+    }
+
     /// Says that the file has another name now. It can be said once.
     fn moved(&self, _path: &Path) {}
 

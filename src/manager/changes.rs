@@ -121,7 +121,7 @@ impl DiskEntry {
             reason: lost,
             epoch: record.ended,
             block_size: geometry.block_bytes,
-            size_bytes: geometry.size_bytes,
+            size_bytes: record.size_bytes,
             created_at: Timestamp::from_unix_ms(record.created_ms),
             quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
         })

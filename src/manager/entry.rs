@@ -173,7 +173,7 @@ impl SnapshotEntry {
             },
             block_size: geometry.block_bytes,
             owned_bytes: version.map_or(0, |version| facts.owned_bytes(version)),
-            size_bytes: geometry.size_bytes,
+            size_bytes: record.size_bytes,
             created_at: Timestamp::from_unix_ms(record.created_ms),
             quiesced_at: record.quiesced_ms.map(Timestamp::from_unix_ms),
             old_frontends,

@@ -211,15 +211,22 @@ impl Manager {
 }
 
 /// The layers of one disk, in our directories.
+#[derive(Clone, Copy)]
 pub(crate) struct DiskLayers<'a> {
     pub(crate) manager: &'a Manager,
     pub(crate) config: &'a DiskConfig,
-    pub(crate) geometry: &'a Geometry,
+    /// Of the live version.
+    pub(crate) geometry: Geometry,
     /// After a kill the old process's last transfers may still run; nothing is read or written before they are done.
     pub(crate) lock_wait: Duration,
 }
 
-impl DiskLayers<'_> {
+impl<'a> DiskLayers<'a> {
+    /// The same for versions of this size.
+    fn of_size(self, size_bytes: u64) -> DiskLayers<'a> {
+        DiskLayers { geometry: Geometry { size_bytes, ..self.geometry }, ..self }
+    }
+
     /// The durable table that goes by this name, as it was decided.
     pub(crate) fn open_table(&self, id: Uuid, how: &TableUse) -> Result<DurableTable, NotCarriedOut> {
         let which = how.durable.ok_or_else(|| NotCarriedOut(format!("table {id} is not durable")))?;
@@ -242,7 +249,7 @@ impl DiskLayers<'_> {
         let (places, host) = (&self.manager.places, &self.manager.host);
         let table = match how.source {
             TableSource::Saved(seal) => {
-                let table = self.manager.make_run_table(id, self.geometry)?;
+                let table = self.manager.make_run_table(id, &self.geometry)?;
                 host.load_table(&table, &places.durable_table(id), seal)?;
                 table
             }
@@ -296,16 +303,23 @@ impl DiskLayers<'_> {
 }
 
 impl LayerSource for DiskLayers<'_> {
-    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut> {
-        self.open_whole(image)
+    fn open_full(&self, image: &Path, size_bytes: u64) -> Result<SharedImage, NotCarriedOut> {
+        self.of_size(size_bytes).open_whole(image)
     }
 
-    fn open_saved(&self, id: Uuid, image: &ImageUse, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
-        let image = self.open_bytes(id, image)?;
+    fn open_saved(
+        &self,
+        id: Uuid,
+        size_bytes: u64,
+        image: &ImageUse,
+        how: &TableUse,
+    ) -> Result<LayerSpec, NotCarriedOut> {
+        let of = self.of_size(size_bytes);
+        let image = of.open_bytes(id, image)?;
         if how.durable.is_none() {
-            return Ok(LayerSpec::Table(image, self.left_table(id, how)?));
+            return Ok(LayerSpec::Table(image, of.left_table(id, how)?));
         }
-        let table = self.open_table(id, how)?;
+        let table = of.open_table(id, how)?;
         // Writes go by its entries from now on, and those that were made just before a kill, or that a deletion handed
         // over, may not be durable yet.
         let bytes = image.clone();
@@ -316,21 +330,29 @@ impl LayerSource for DiskLayers<'_> {
         Ok(LayerSpec::Saved(image, committed))
     }
 
-    fn open_log(&self, id: Uuid, image: &ImageUse, how: &TableUse) -> Result<LayerSpec, NotCarriedOut> {
-        let table = self.open_table(id, how)?;
-        Ok(LayerSpec::log(self.open_bytes(id, image)?, table)?)
+    fn open_log(
+        &self,
+        id: Uuid,
+        size_bytes: u64,
+        image: &ImageUse,
+        how: &TableUse,
+    ) -> Result<LayerSpec, NotCarriedOut> {
+        let of = self.of_size(size_bytes);
+        let table = of.open_table(id, how)?;
+        Ok(LayerSpec::log(of.open_bytes(id, image)?, table)?)
     }
 
-    fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
+    fn open_changed(&self, id: Uuid, size_bytes: u64, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut> {
+        let of = self.of_size(size_bytes);
         let (places, host) = (&self.manager.places, &self.manager.host);
         match from {
             ChangedUse::Saved(seal) => {
-                let table = self.manager.make_changed_table(id, self.geometry)?;
+                let table = self.manager.make_changed_table(id, &of.geometry)?;
                 host.load_table(&table, &places.saved_changes(id), seal)?;
                 Ok(table)
             }
             ChangedUse::Run => {
-                Ok(host.open_table(&places.changed_table(id), self.geometry.blocks(), host.table_name(id)?)?)
+                Ok(host.open_table(&places.changed_table(id), of.geometry.blocks(), host.table_name(id)?)?)
             }
         }
     }

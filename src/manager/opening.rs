@@ -79,7 +79,9 @@ impl Manager {
             return Err(in_disk(unserved(name.as_str(), &Why::Unit { path, unit_bytes, block_bytes })));
         }
         let logical_block_bytes = config.logical_block_size();
-        let geometry = Geometry { logical_block_bytes, ..image.geometry(block_bytes) };
+        let room = image.geometry(block_bytes);
+        let size_bytes = recovery.as_ref().and_then(|r| r.size_bytes).unwrap_or(room.size_bytes);
+        let geometry = Geometry { logical_block_bytes, size_bytes, ..room };
         let id = record.as_ref().map(|r| r.id).or(new).unwrap_or_default();
         let boot = self.host.boot().map_err(table_error)?;
         let discards = self.make_run_table(id, &geometry).map_err(table_error)?;
@@ -92,9 +94,9 @@ impl Manager {
             Some(Err(why)) => log::warn!("disk {name}: discards that were put off are forgotten: {why}"),
             None => {}
         }
-        let layers = DiskLayers { manager: self, config, geometry: &geometry, lock_wait };
+        let layers = DiskLayers { manager: self, config, geometry, lock_wait };
         let taken = match &recovery {
-            None => Taken::of_new_disk(self.host.new_id()),
+            None => Taken::of_new_disk(self.host.new_id(), size_bytes),
             Some(recovery) => carry_out(recovery, self.host.unix_ms(), &layers)
                 .map_err(|e| in_disk(ApiError::new(ErrorCode::DiskFailed, e.to_string())))?,
         };
@@ -115,6 +117,9 @@ impl Manager {
             restore: begun,
         };
         let disk = self.engine.open(spec).map_err(engine_error).map_err(in_disk)?;
+        if let Some(grows_to) = recovery.as_ref().and_then(|r| r.grows_to) {
+            self.take_up_growth(name, &disk, grows_to).map_err(in_disk)?;
+        }
         let mut bookmarks = record.as_ref().map(|r| r.bookmarks.clone()).unwrap_or_default();
         if restore.is_some() && mirror.is_none() && config.mirror.is_some() {
             let message = format!("disk {name}: it is being restored, and gets no second leg meanwhile");
@@ -202,6 +207,25 @@ impl Manager {
             self.resume_snapshot(&entry, &snapshot);
         }
         Ok(entry)
+    }
+
+    /// Lets a disk grow into an image that became larger than the records say: by a growth that was cut off, or by somebody
+    /// else. Before it is recorded and served.
+    fn take_up_growth(&self, name: &Name, disk: &Disk, size_bytes: u64) -> Result<(), ApiError> {
+        let before = disk.facts().geometry.size_bytes;
+        match disk.can_grow(size_bytes) {
+            Err(e) => {
+                let advice = format!("halfsilver disk resize {name} --size {size_bytes}");
+                log::warn!("disk {name}: its image has {size_bytes} bytes, and it has {before}: {e}; later: {advice}");
+                Ok(())
+            }
+            Ok(()) => {
+                self.make_room(disk, size_bytes)?;
+                disk.grow(size_bytes).map_err(|e| ApiError::new(ErrorCode::DiskFailed, e.to_string()))?;
+                log::info!("disk {name}: it has {size_bytes} bytes now, as its image has, after {before}");
+                Ok(())
+            }
+        }
     }
 
     /// Records that a disk is served, and serves it.

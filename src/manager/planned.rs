@@ -80,7 +80,7 @@ impl Manager {
             let version = |entry: std::sync::Arc<crate::manager::entry::SnapshotEntry>| {
                 let is_going = facts.version(entry.id).map_or(!entry.is_lost, |version| version.is_retiring);
                 let why = entry.unreadable(&facts).map(Why::Said);
-                let size_bytes = facts.geometry.size_bytes;
+                let size_bytes = facts.version(entry.id).map_or(0, |version| version.size_bytes);
                 ServedVersion { id: entry.id, size_bytes, broken: why.or(is_going.then_some(Why::Deleting)) }
             };
             disk.snapshots().into_iter().map(version).collect::<Vec<_>>()

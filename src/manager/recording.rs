@@ -47,6 +47,7 @@ pub(crate) fn of_disk(
     DiskRecord {
         id,
         name: name.to_owned(),
+        size_bytes: facts.geometry.size_bytes,
         config,
         live: live.id,
         live_began: live.began.0,
@@ -172,6 +173,7 @@ pub(crate) fn of_bookmark(record: &SnapshotRecord, mark: &MarkFacts) -> Bookmark
         name: record.name.clone(),
         began: record.began,
         ended: record.ended,
+        size_bytes: mark.size_bytes,
         created_ms: record.created_ms,
         quiesced_ms: record.quiesced_ms,
         changed: of_changed(mark.changed.as_ref()),

@@ -43,8 +43,10 @@ impl Manager {
         match found {
             None => lost("its disk is not served"),
             Some((disk, entry)) if entry.is_lost => lost(&entry.broken(&disk.facts()).unwrap_or_default()),
-            Some((disk, _)) if disk.facts().geometry.size_bytes != volume.size_bytes => {
-                lost("its disk has another size now")
+            Some((disk, entry))
+                if disk.facts().version(entry.id).is_some_and(|v| v.size_bytes != volume.size_bytes) =>
+            {
+                lost("it has another size now")
             }
             Some((disk, _)) => disk.disk.base(volume.snapshot, &from),
         }

@@ -210,6 +210,7 @@ impl Manager {
             writers: request.writers.into(),
             began: live.began.0,
             ended: 0,
+            size_bytes: facts.geometry.size_bytes,
             image: made.clone(),
             layout: Layout::Sparse,
             owns_all: false,

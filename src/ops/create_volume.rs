@@ -161,8 +161,16 @@ impl Manager {
             size_bytes: geometry.size_bytes,
             created_ms: self.host.unix_ms(),
         };
-        let version =
-            |id, began, layer, changed| VersionSpec { id, began, splits: false, layer, broken: None, changed };
+        let size_bytes = geometry.size_bytes;
+        let version = |id, began, layer, changed| VersionSpec {
+            id,
+            began,
+            size_bytes,
+            splits: false,
+            layer,
+            broken: None,
+            changed,
+        };
         let spec = DiskSpec {
             id,
             image,

@@ -19,6 +19,7 @@ mod enable_volume;
 mod mirror_disk;
 mod remove;
 mod rename;
+mod resize;
 mod restore_disk;
 mod set;
 mod update_volume;

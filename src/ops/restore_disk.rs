@@ -145,9 +145,13 @@ impl Manager {
         command: &Command,
     ) -> Result<Arc<JobEntry>, ApiError> {
         let geometry = disk.facts().geometry;
-        if source.facts().geometry.size_bytes != geometry.size_bytes {
-            let message = format!("{} has another size than disk {}", record.from, disk.name);
-            return Err(ApiError::new(ErrorCode::InvalidRequest, message));
+        let size_bytes = source.facts().version(record.source).map_or(0, |version| version.size_bytes);
+        if size_bytes != geometry.size_bytes {
+            let has = geometry.size_bytes;
+            let message =
+                format!("{} has {size_bytes} bytes and disk {} has {has}, which it keeps", record.from, disk.name);
+            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
+                .with_action(format!("make a volume off it: halfsilver volume create NAME --from {}", record.from)));
         }
         self.make_outlive_power_cuts(source, record.source)?;
         disk.disk.store_live().map_err(engine_error)?;

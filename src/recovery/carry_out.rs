@@ -42,31 +42,43 @@ impl From<std::io::Error> for NotCarriedOut {
     }
 }
 
-/// Opens layers as it was decided.
+/// Opens layers as it was decided, each of a version of the given size.
 pub trait LayerSource {
     /// A full image beside the disk's own.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_full(&self, image: &Path) -> Result<SharedImage, NotCarriedOut>;
+    fn open_full(&self, image: &Path, size_bytes: u64) -> Result<SharedImage, NotCarriedOut>;
 
     /// What is saved for a frozen version.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_saved(&self, id: Uuid, image: &ImageUse, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
+    fn open_saved(
+        &self,
+        id: Uuid,
+        size_bytes: u64,
+        image: &ImageUse,
+        table: &TableUse,
+    ) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The log of a version.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_log(&self, id: Uuid, image: &ImageUse, table: &TableUse) -> Result<LayerSpec, NotCarriedOut>;
+    fn open_log(
+        &self,
+        id: Uuid,
+        size_bytes: u64,
+        image: &ImageUse,
+        table: &TableUse,
+    ) -> Result<LayerSpec, NotCarriedOut>;
 
     /// The dirty bitmap of a version or bookmark.
     ///
     /// # Errors
     /// When it cannot be opened.
-    fn open_changed(&self, id: Uuid, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut>;
+    fn open_changed(&self, id: Uuid, size_bytes: u64, from: ChangedUse) -> Result<Arc<Table>, NotCarriedOut>;
 }
 
 /// What is taken up of a disk.
@@ -82,9 +94,9 @@ pub struct Taken {
 impl Taken {
     /// A disk of which nothing is remembered; `live` becomes the name of its live version.
     #[must_use]
-    pub fn of_new_disk(live: Uuid) -> Taken {
+    pub fn of_new_disk(live: Uuid, size_bytes: u64) -> Taken {
         let (layer, began) = (LayerSpec::Base, Epoch(0));
-        let live = VersionSpec { id: live, began, splits: false, layer, broken: None, changed: None };
+        let live = VersionSpec { id: live, began, size_bytes, splits: false, layer, broken: None, changed: None };
         Taken { versions: vec![live], snapshots: Vec::new(), marks: Vec::new() }
     }
 }
@@ -100,14 +112,19 @@ pub fn carry_out(recovery: &Recovery, now_ms: u64, source: &dyn LayerSource) -> 
     }
     let record = &recovery.record;
     // An independent volume still knows what was written since it was made.
-    let origin = record.stood_on.as_ref().map(|volume| Mark { id: volume.origin, began: Epoch(0), changed: None });
+    let origin = record.stood_on.as_ref().map(|volume| {
+        let (id, size_bytes) = (volume.origin, volume.size_bytes);
+        Mark { id, began: Epoch(0), size_bytes, changed: None }
+    });
     let mut taken = Taken { versions: Vec::new(), snapshots: Vec::new(), marks: origin.into_iter().collect() };
     for (bookmark, changed) in record.bookmarks.iter().zip(&recovery.bookmarks) {
-        let changed = open_changed(bookmark.id, changed.as_ref(), source)?;
-        taken.marks.push(Mark { id: bookmark.id, began: Epoch(bookmark.began), changed });
+        let changed = open_changed(bookmark.id, bookmark.size_bytes, changed.as_ref(), source)?;
+        let (id, began, size_bytes) = (bookmark.id, Epoch(bookmark.began), bookmark.size_bytes);
+        taken.marks.push(Mark { id, began, size_bytes, changed });
     }
     for version in &recovery.versions {
-        let changed = open_changed(version.id, version.changed.as_ref(), source)?;
+        let (id, began, size_bytes) = (version.id, Epoch(version.began), version.size_bytes);
+        let changed = open_changed(id, size_bytes, version.changed.as_ref(), source)?;
         let mut snapshot = match version.role {
             Role::Frozen(at) => Some(record.snapshots[at].clone()),
             Role::Origin | Role::Live => None,
@@ -117,7 +134,7 @@ pub fn carry_out(recovery: &Recovery, now_ms: u64, source: &dyn LayerSource) -> 
             let why = version.broken.as_ref().or(version.layer.as_ref().err());
             snapshot.broken = why.map(Why::in_record);
             snapshot.splits = version.splits;
-            taken.marks.push(Mark { id: version.id, began: Epoch(version.began), changed });
+            taken.marks.push(Mark { id, began, size_bytes, changed });
             taken.snapshots.push((snapshot, false));
             continue;
         };
@@ -127,8 +144,7 @@ pub fn carry_out(recovery: &Recovery, now_ms: u64, source: &dyn LayerSource) -> 
             snapshot.broken = version.broken.as_ref().map(Why::in_record);
         }
         let broken = snapshot.as_ref().and_then(|snapshot| snapshot.broken.clone());
-        let (id, began, splits) = (version.id, Epoch(version.began), version.splits);
-        taken.versions.push(VersionSpec { id, began, splits, layer, broken, changed });
+        taken.versions.push(VersionSpec { id, began, size_bytes, splits: version.splits, layer, broken, changed });
         taken.snapshots.extend(snapshot.map(|snapshot| (snapshot, true)));
     }
     Ok(taken)
@@ -139,22 +155,24 @@ fn open_layer(
     layer: &LayerUse,
     source: &dyn LayerSource,
 ) -> Result<LayerSpec, NotCarriedOut> {
+    let size_bytes = version.size_bytes;
     match layer {
         LayerUse::Base => Ok(LayerSpec::Base),
-        LayerUse::Full(image) => Ok(LayerSpec::Full(source.open_full(image)?)),
-        LayerUse::Log(image, table) => source.open_log(version.id, image, table),
-        LayerUse::Saved(image, table) => source.open_saved(version.id, image, table),
+        LayerUse::Full(image) => Ok(LayerSpec::Full(source.open_full(image, size_bytes)?)),
+        LayerUse::Log(image, table) => source.open_log(version.id, size_bytes, image, table),
+        LayerUse::Saved(image, table) => source.open_saved(version.id, size_bytes, image, table),
     }
 }
 
 fn open_changed(
     id: Uuid,
+    size_bytes: u64,
     changed: Option<&Result<ChangedUse, Why>>,
     source: &dyn LayerSource,
 ) -> Result<Option<Changed>, NotCarriedOut> {
     Ok(match changed {
         None => None,
-        Some(Ok(from)) => Some(Changed::Noted(source.open_changed(id, *from)?)),
+        Some(Ok(from)) => Some(Changed::Noted(source.open_changed(id, size_bytes, *from)?)),
         Some(Err(why)) => {
             log::warn!("version {id}: everything counts as changed: {why}");
             Some(Changed::unknown(&why.to_string()))

@@ -31,6 +31,7 @@ pub fn decide(record: &DiskRecord, shutdown: Shutdown, evidence: &dyn Evidence) 
         discards: None,
         restore: None,
         size_bytes: None,
+        grows_to: None,
         record,
     };
     if let Some(what) = contradiction {
@@ -40,8 +41,7 @@ pub fn decide(record: &DiskRecord, shutdown: Shutdown, evidence: &dyn Evidence) 
     match size_of(&mut recovery, evidence) {
         Ok(size_bytes) => {
             recovery.size_bytes = Some(size_bytes);
-            let blocks = size_bytes.div_ceil(u64::from(evidence.block_bytes()));
-            Decision { shutdown, evidence, size_bytes, blocks }.fill(&mut recovery);
+            Decision { shutdown, evidence, size_bytes }.fill(&mut recovery);
         }
         Err(why) => recovery.disk = Content::Unserved(why),
     }
@@ -61,7 +61,8 @@ pub fn decide_flushed(record: &DiskRecord, shutdown: Shutdown, evidence: &dyn Ev
     if is_enough { decide(record, Shutdown::PowerCut, evidence) } else { decided }
 }
 
-/// How large the disk is, by its full image: its one image, its mirror, or what it stands on.
+/// How large the disk is: as it was when it was served last, if its full image has room for that; by its mirror, or by what it
+/// stands on.
 fn size_of(recovery: &mut Recovery, evidence: &dyn Evidence) -> Result<u64, Why> {
     let record = &recovery.record;
     if let Some(volume) = &record.volume {
@@ -72,10 +73,11 @@ fn size_of(recovery: &mut Recovery, evidence: &dyn Evidence) -> Result<u64, Why>
         let image = evidence.full_image(record.logical_block_bytes.is_some())?;
         recognise(record, &image.path, record.saved, evidence)?;
         let size_bytes = size_of_full(&image, evidence.block_bytes())?;
-        let before_bytes = record.saved.map_or(0, |looks| looks.size_bytes);
+        let before_bytes = record.size_bytes;
+        recovery.grows_to = (size_bytes > before_bytes).then_some(size_bytes);
         return match size_bytes < before_bytes {
             true => Err(Why::Shrunk { path: image.path, size_bytes, before_bytes }),
-            false => Ok(size_bytes),
+            false => Ok(before_bytes),
         };
     };
     let (legs, size) = decide_mirror(record, &mirror, evidence);
@@ -178,8 +180,8 @@ fn decide_mirror(
 struct Decision<'a> {
     shutdown: Shutdown,
     evidence: &'a dyn Evidence,
+    /// Of the live version.
     size_bytes: u64,
-    blocks: u64,
 }
 
 /// Where a version lies in its segment.
@@ -192,13 +194,19 @@ struct Place {
 }
 
 impl Decision<'_> {
+    /// How many blocks so many bytes take.
+    fn blocks(&self, size_bytes: u64) -> u64 {
+        size_bytes.div_ceil(u64::from(self.evidence.block_bytes()))
+    }
+
     fn fill(&self, recovery: &mut Recovery) {
         let record = recovery.record.clone();
         if let (Shutdown::Clean, Some(seal)) = (self.shutdown, record.saved_discards) {
-            let found = self.evidence.saved_table(record.id, self.blocks, seal);
+            let found = self.evidence.saved_table(record.id, self.blocks(self.size_bytes), seal);
             recovery.discards = Some(found.map(|()| seal).map_err(Why::from));
         }
-        recovery.bookmarks = record.bookmarks.iter().map(|b| self.changed(b.id, b.changed.as_ref())).collect();
+        recovery.bookmarks =
+            record.bookmarks.iter().map(|b| self.changed(b.id, b.size_bytes, b.changed.as_ref())).collect();
         let mut left = versions_of(&record);
         let mut is_newest = true;
         // From the newest segment to the oldest.
@@ -246,11 +254,11 @@ impl Decision<'_> {
                 Ok(_) => {}
             }
             let broken = self.broken(record, &version, &layer, recovery.mirror.as_ref());
-            let changed = self.changed(version.id, version.changed.as_ref());
-            let Remembered { id, role, began, .. } = version;
+            let changed = self.changed(version.id, version.size_bytes, version.changed.as_ref());
+            let Remembered { id, role, began, size_bytes, .. } = version;
             // One that is lost is by itself: when it is deleted, the others must not be taken for the segment before.
             let splits = if layer.is_ok() { version.splits } else { splits };
-            recovery.versions.push(VersionRecovery { id, began, role, splits, layer, broken, changed });
+            recovery.versions.push(VersionRecovery { id, began, size_bytes, role, splits, layer, broken, changed });
         }
         // When the version that began with the split is lost, the next one begins with it.
         if let Some(oldest) = recovery.versions[known..].iter_mut().rev().find(|v| v.layer.is_ok()) {
@@ -274,8 +282,8 @@ impl Decision<'_> {
         let found = self.evidence.layer_image(&image)?;
         let (block_bytes, is_packed) = (self.evidence.block_bytes(), version.layout == Layout::Packed);
         let size_bytes = match version.layout {
-            Layout::Sparse => Some(self.size_bytes),
-            Layout::Packed => Pack::image_bytes(self.size_bytes, block_bytes),
+            Layout::Sparse => Some(version.size_bytes),
+            Layout::Packed => Pack::image_bytes(version.size_bytes, block_bytes),
         };
         if Some(found.size_bytes) != size_bytes {
             return Err(Why::Size { path: image, size_bytes: found.size_bytes, layout: version.layout });
@@ -293,7 +301,8 @@ impl Decision<'_> {
         let mut pack = None;
         if is_packed {
             let believed = self.shutdown.of_packs();
-            let look = |believed| self.evidence.pack(&image, version.id, self.size_bytes, believed).map_err(Why::from);
+            let look =
+                |believed| self.evidence.pack(&image, version.id, version.size_bytes, believed).map_err(Why::from);
             let facts = look(believed).map_err(|why| match place.is_at_or_above && look(Believed::Synced).is_ok() {
                 true => Why::FlushedIsWhole(Box::new(why)),
                 false => why,
@@ -305,15 +314,15 @@ impl Decision<'_> {
     }
 
     /// The table of a version as it was left, and whether it says that the version is broken.
-    fn left(&self, id: Uuid, seal: Option<Uuid>) -> Result<(TableSource, bool), Why> {
+    fn left(&self, id: Uuid, size_bytes: u64, seal: Option<Uuid>) -> Result<(TableSource, bool), Why> {
         match self.shutdown {
             Shutdown::Clean => {
                 let seal = seal.ok_or(Why::NotSaved)?;
-                self.evidence.saved_table(id, self.blocks, seal)?;
+                self.evidence.saved_table(id, self.blocks(size_bytes), seal)?;
                 Ok((TableSource::Saved(seal), false))
             }
             Shutdown::Killed => {
-                let facts = self.evidence.run_table(id, self.blocks)?;
+                let facts = self.evidence.run_table(id, self.blocks(size_bytes))?;
                 Ok((TableSource::Run, facts.is_broken))
             }
             Shutdown::PowerCut => Err(Why::NotStored),
@@ -324,11 +333,11 @@ impl Decision<'_> {
     /// A table that has a durable copy: as it was left, or else as it was committed last.
     fn durable(
         &self,
-        (id, image): (Uuid, Option<&Path>),
+        (id, size_bytes, image): (Uuid, u64, Option<&Path>),
         durable: Durable,
         left: Result<(TableSource, bool), Why>,
     ) -> Result<TableUse, Why> {
-        let facts = self.evidence.durable_table(durable, id, self.blocks)?;
+        let facts = self.evidence.durable_table(durable, id, self.blocks(size_bytes))?;
         let damage = Why::damage(&facts, image.unwrap_or(&facts.place));
         let (durable, mut is_broken) = (Some(durable), false);
         match (left, damage) {
@@ -345,12 +354,12 @@ impl Decision<'_> {
     }
 
     fn log_table(&self, version: &Remembered, image: &Path) -> Result<TableUse, Why> {
-        let left = self.left(version.id, version.saved_table);
+        let left = self.left(version.id, version.size_bytes, version.saved_table);
         if let (Shutdown::Killed, Err(why)) = (self.shutdown, &left) {
             // The guest may go on: what it was told is written must not be gone without a word.
             return Err(Why::WithoutRunTable(Box::new(why.clone())));
         }
-        self.durable((version.id, Some(image)), Durable::Log, left)
+        self.durable((version.id, version.size_bytes, Some(image)), Durable::Log, left)
     }
 
     /// The table of what is saved for a frozen version.
@@ -358,7 +367,7 @@ impl Decision<'_> {
         if self.shutdown == Shutdown::PowerCut && !record.durable {
             return Err(Why::PowerCut);
         }
-        let left = self.left(version.id, version.saved_table);
+        let left = self.left(version.id, version.size_bytes, version.saved_table);
         if !record.durable {
             let (source, is_broken) = left?;
             return Ok(TableUse { source, durable: None, mended: None, is_broken });
@@ -368,7 +377,7 @@ impl Decision<'_> {
         let durable = if is_given_up { Durable::GivenUp } else { Durable::Saved };
         // Requests that drain take entries of newer versions away in memory only.
         let is_unknown = left.is_err() && self.shutdown == Shutdown::Killed && record.quiesced_ms.is_none();
-        let mut table = self.durable((version.id, Some(&record.image)), durable, left)?;
+        let mut table = self.durable((version.id, version.size_bytes, Some(&record.image)), durable, left)?;
         table.is_broken |= is_given_up || is_unknown;
         Ok(table)
     }
@@ -406,7 +415,7 @@ impl Decision<'_> {
     }
 
     /// What is known of the changes of a version or bookmark.
-    fn changed(&self, id: Uuid, record: Option<&ChangedRecord>) -> Option<Result<ChangedUse, Why>> {
+    fn changed(&self, id: Uuid, size_bytes: u64, record: Option<&ChangedRecord>) -> Option<Result<ChangedUse, Why>> {
         let record = record?;
         if let Some(lost) = &record.lost {
             return Some(Err(Why::Said(lost.clone())));
@@ -417,11 +426,11 @@ impl Decision<'_> {
             Shutdown::Clean => match record.saved {
                 None => Err(Why::ChangesNotSaved),
                 Some(seal) => {
-                    let found = self.evidence.saved_changes(id, self.blocks, seal);
+                    let found = self.evidence.saved_changes(id, self.blocks(size_bytes), seal);
                     found.map(|()| ChangedUse::Saved(seal)).map_err(Why::from)
                 }
             },
-            Shutdown::Killed => match self.evidence.run_changes(id, self.blocks) {
+            Shutdown::Killed => match self.evidence.run_changes(id, self.blocks(size_bytes)) {
                 Ok(facts) if facts.is_broken => Err(Why::ChangesIncomplete),
                 Ok(_) => Ok(ChangedUse::Run),
                 Err(e) => Err(e.into()),
@@ -435,7 +444,7 @@ impl Decision<'_> {
         // All is brought back, durably: only the record does not say so yet. Nothing is needed of the source, which may be gone.
         let is_over = |facts: DurableFacts| facts.ones == 0 && facts.damaged.is_empty();
         if self.shutdown != Shutdown::Changed
-            && self.evidence.durable_table(Durable::Log, restore.id, self.blocks).is_ok_and(is_over)
+            && self.evidence.durable_table(Durable::Log, restore.id, self.blocks(self.size_bytes)).is_ok_and(is_over)
         {
             recovery.record.restore = None;
             return;
@@ -459,14 +468,16 @@ impl Decision<'_> {
     fn pending(&self, id: Uuid) -> Result<TableUse, Why> {
         let left = match self.shutdown {
             Shutdown::Changed => return Err(Why::DiskChanged),
-            Shutdown::Killed => self.left(id, None).map_err(|why| Why::WithoutRunTable(Box::new(why)))?,
+            Shutdown::Killed => {
+                self.left(id, self.size_bytes, None).map_err(|why| Why::WithoutRunTable(Box::new(why)))?
+            }
             // A clean stop commits it.
             Shutdown::Clean | Shutdown::PowerCut => {
-                let table = self.durable((id, None), Durable::Log, Err(Why::NotStored))?;
+                let table = self.durable((id, self.size_bytes, None), Durable::Log, Err(Why::NotStored))?;
                 return Ok(TableUse { source: TableSource::Committed(None), ..table });
             }
         };
-        self.durable((id, None), Durable::Log, Ok(left))
+        self.durable((id, self.size_bytes, None), Durable::Log, Ok(left))
     }
 }
 

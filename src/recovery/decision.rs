@@ -20,6 +20,8 @@ pub struct Recovery {
     pub disk: Content,
     /// Its size, as far as its full image can be looked at.
     pub size_bytes: Option<u64>,
+    /// The size of its full image, if that has room for more: the disk grows into it.
+    pub grows_to: Option<u64>,
     /// Its mirror, if it has one that can be looked at.
     pub mirror: Option<MirrorRecovery>,
     /// Oldest first; the last one is live, and the first one of a volume shows what it stands on.
@@ -63,6 +65,8 @@ pub struct VersionRecovery {
     pub id: Uuid,
     /// Its first epoch.
     pub began: u64,
+    /// Its size in bytes.
+    pub size_bytes: u64,
     /// Where it stands.
     pub role: Role,
     /// Whether the mirror was split when it began; of one whose elders in its segment are lost, when they began.

@@ -173,7 +173,7 @@ pub(super) fn id(n: u128) -> Uuid {
 pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
     serde_json::from_value(json!({
         "id": id(n), "group": id(n), "name": name, "strategy": "copy-on-write", "writers": "request", "began": began,
-        "ended": began + 1, "image": format!("/{name}.img"), "layout": "sparse", "owns_all": false, "splits": false, "durable": false,
+        "ended": began + 1, "size_bytes": SIZE, "image": format!("/{name}.img"), "layout": "sparse", "owns_all": false, "splits": false, "durable": false,
         "socket": "/s", "created_ms": 3, "quiesced_ms": 4, "broken": null, "deletion": null,
         "saved": LOOKS, "saved_table": id(99), "changed": { "saved": id(99), "lost": null },
         "taken_for": null,
@@ -184,10 +184,10 @@ pub(super) fn snapshot(n: u128, name: &str, began: u64) -> SnapshotRecord {
 /// A disk with the bookmark 1, the copy-on-write snapshots 2 and 3, and the live version 9.
 pub(super) fn record() -> DiskRecord {
     serde_json::from_value(json!({
-        "id": id(100), "name": "vm1", "config": {}, "set": null, "live": id(9), "live_began": 20, "live_log": null,
+        "id": id(100), "name": "vm1", "size_bytes": SIZE, "config": {}, "set": null, "live": id(9), "live_began": 20, "live_log": null,
         "live_layout": "sparse", "live_saved_table": null, "live_saved": null, "live_splits": false,
         "live_changed": { "saved": id(99), "lost": null },
-        "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "created_ms": 1,
+        "bookmarks": [{ "id": id(1), "group": id(1), "name": "mark", "began": 1, "ended": 3, "size_bytes": SIZE, "created_ms": 1,
             "quiesced_ms": 2, "changed": null, "taken_for": null }],
         "mirror": null, "volume": null, "stood_on": null, "disabled": false, "own_image": false,
         "logical_block_bytes": null, "work": null, "next_live": null, "restore": null, "former_legs": [], "identities": {}, "kept_in": null, "boot": null,

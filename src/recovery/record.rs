@@ -12,6 +12,8 @@ pub(super) struct Remembered {
     pub(super) id: Uuid,
     pub(super) role: Role,
     pub(super) began: u64,
+    /// Its size in bytes.
+    pub(super) size_bytes: u64,
     /// Where its layer is; nowhere if that is the disk's full image.
     pub(super) image: Option<PathBuf>,
     pub(super) layout: Layout,
@@ -30,6 +32,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         id: record.live,
         role: Role::Live,
         began: record.live_began,
+        size_bytes: record.size_bytes,
         owns_all: record.live_log.is_none(),
         image: record.live_log.clone(),
         layout: record.live_layout,
@@ -42,6 +45,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         id: s.id,
         role: Role::Frozen(at),
         began: s.began,
+        size_bytes: s.size_bytes,
         image: Some(s.image.clone()),
         layout: s.layout,
         owns_all: s.owns_all,
@@ -55,6 +59,7 @@ pub(super) fn versions_of(record: &DiskRecord) -> Vec<Remembered> {
         id: volume.origin,
         role: Role::Origin,
         began: 0,
+        size_bytes: volume.size_bytes,
         image: None,
         layout: Layout::Sparse,
         owns_all: true,
@@ -117,6 +122,10 @@ pub(super) fn contradictions(record: &DiskRecord) -> Vec<String> {
             wrong.push(format!("snapshot {name} began in epoch {}, before the one below it ended", snapshot.began));
         }
         last_ended = Some(snapshot.ended);
+        let newer_bytes = record.snapshots.get(i + 1).map_or(record.size_bytes, |newer| newer.size_bytes);
+        if snapshot.size_bytes > newer_bytes {
+            wrong.push(format!("snapshot {name} is larger than what came after it"));
+        }
     }
     if last_ended.is_some_and(|ended| record.live_began <= ended && ended != 0) {
         wrong.push("the live version began before its newest snapshot ended".to_owned());

@@ -13,7 +13,7 @@ use crate::store::DiskRecord;
 pub struct ServedVersion {
     /// Its stable name.
     pub id: Uuid,
-    /// The size of its disk.
+    /// Its size in bytes.
     pub size_bytes: u64,
     /// Why it cannot be read, if so.
     pub broken: Option<Why>,
@@ -52,8 +52,8 @@ fn lost_need(at: usize, recoveries: &[Recovery], served: &[ServedVersion]) -> Op
 
 fn look_for(version: Uuid, size_bytes: u64, recoveries: &[Recovery], served: &[ServedVersion]) -> Result<(), Why> {
     let found = recoveries.iter().find_map(|recovery| {
-        let (_, fate) = recovery.snapshots().find(|(s, _)| s.id == version)?;
-        Some((fate, recovery.size_bytes))
+        let (snapshot, fate) = recovery.snapshots().find(|(s, _)| s.id == version)?;
+        Some((fate, recovery.size_bytes.map(|_| snapshot.size_bytes)))
     });
     let (broken, size) = match found {
         Some((SnapshotFate::Kept, size)) => (None, size),

@@ -61,7 +61,7 @@ pub enum Why {
         layout: Layout,
     },
     /// A full image has become smaller: what was behind its end is gone, or it is another one.
-    #[error("its image {} has {size_bytes} bytes, and had {before_bytes} when the daemon was stopped", path.display())]
+    #[error("its image {} has {size_bytes} bytes, and the disk has {before_bytes}", path.display())]
     Shrunk {
         /// The image.
         path: PathBuf,

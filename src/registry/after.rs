@@ -77,6 +77,7 @@ impl Registry {
             Command::WaitForJob { job } => self.end_job(*job),
             Command::CreateSnapshot { .. }
             | Command::Rename { .. }
+            | Command::Resize { .. }
             | Command::Mirror { .. }
             | Command::Restore { .. }
             | Command::RestoreToNow { .. }

@@ -52,6 +52,13 @@ pub enum Command {
         /// Whether nobody may write it, if that is said.
         readonly: Option<bool>,
     },
+    /// Makes a disk larger.
+    Resize {
+        /// Which.
+        disk: Name,
+        /// Its new size in bytes.
+        size_bytes: u64,
+    },
     /// Gives a disk or volume another name.
     Rename {
         /// Which.
@@ -213,6 +220,7 @@ impl fmt::Display for Command {
             Command::Rename { disk, to, is_volume, .. } => {
                 write!(f, "{} rename {disk} {to}{force}", if *is_volume { "volume" } else { "disk" })
             }
+            Command::Resize { disk, size_bytes } => write!(f, "disk resize {disk} --size {size_bytes}"),
             Command::Mirror { disk } => write!(f, "disk mirror {disk}"),
             Command::Unmirror { disk } => write!(f, "disk unmirror {disk}"),
             Command::Restore { disk, from, .. } => write!(f, "disk restore {disk} --from {from}{force}"),

@@ -218,6 +218,7 @@ impl<'a> Decision<'a> {
             Command::Rename { disk, .. } => on_disk(Op::Rename, disk),
             Command::Mirror { disk } => on_disk(Op::Mirror, disk),
             Command::Unmirror { disk } => on_disk(Op::Unmirror, disk),
+            Command::Resize { disk, .. } => on_disk(Op::Resize, disk),
             Command::Restore { disk, from, .. } => {
                 let (source, snapshot) = self.snapshot(from)?;
                 let first =

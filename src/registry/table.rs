@@ -59,6 +59,8 @@ operations! {
     Mirror,
     /// It loses a leg.
     Unmirror,
+    /// It becomes larger.
+    Resize,
     /// It is taken back to a snapshot.
     Restore,
     /// It and what was written to it goes.
@@ -93,45 +95,45 @@ const COLUMNS: usize = Operation::ALL.len();
 /// A row for each obstacle; a column for each operation, in the order of their declarations.
 #[rustfmt::skip]
 const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
-    //                   freeze      cut over    forget      rename      restore       promote       fresh
-    //                      delete snap.   del. bookmark set      mirror        delete volume disable   read through
-    //                         use snapshot   remove disk  set read-only unmirror    complete     enable      bookmark stays
-    //                                                                                  update
-    (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, R, o, R, R, R, R, R, R, R, o]),
-    (Unreadable,        [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
-    (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o]),
-    (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
-    (IsVolume,          [o, o, o, o, o, N, o, o, N, o, N, N, N, o, o, o, o, o, o, o, o, o]),
-    (OnSnapshot,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
-    (Independent,       [o, o, o, o, o, o, o, o, o, o, o, o, o, o, N, o, o, o, o, N, o, o]),
-    (Failed,            [R, o, R, o, o, o, o, o, o, o, R, o, R, o, R, o, o, o, o, R, o, o]),
-    (ReadOnly,          [o, o, o, o, o, o, o, o, o, o, R, o, R, o, o, o, o, o, o, o, o, o]),
-    (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (MayBeNeeded,       [o, F, o, o, o, F, R, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
-    (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
-    (RestoreLost,       [R, R, R, o, o, F, o, R, R, o, R, R, R, o, o, R, o, o, o, o, o, o]),
-    (Restoring,         [R, R, o, o, o, R, o, o, R, o, R, R, R, o, o, R, o, o, o, o, o, o]),
-    (Working,           [o, R, o, o, o, R, o, o, R, o, o, o, R, R, o, R, o, o, o, R, o, o]),
-    (WorkLeft,          [o, o, o, o, o, o, o, o, R, o, o, o, R, o, o, o, o, o, o, o, o, o]),
-    (Syncing,           [o, o, o, o, o, R, o, o, R, o, o, o, o, R, o, o, o, o, o, o, o, o]),
-    (GivingBack,        [o, o, o, o, o, R, o, o, R, o, o, o, R, R, o, R, o, o, o, o, o, o]),
-    (Going,             [o, o, N, N, o, R, o, o, R, o, o, o, R, R, R, R, o, o, o, R, R, o]),
-    (GoingStopped,      [o, o, N, N, o, o, o, o, R, o, o, o, R, o, R, R, o, o, o, R, R, o]),
-    (OldFrontends,      [o, F, R, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o]),
-    (Draining,          [o, W, W, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o]),
-    (Broken,            [o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
-    (ReadBy,            [o, F, o, o, o, F, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
-    (Attached,          [o, o, o, o, o, F, o, o, o, o, o, o, F, F, o, F, o, F, o, o, o, o]),
-    (NamedSocket,       [o, o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o, o, o, o, o]),
-    (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
-    (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
-    (LeftBookmarks,     [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, R, o, o]),
-    (InLog,             [o, o, o, o, o, R, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
-    (Mirrored,          [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
-    (GiveBackLeft,      [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o]),
-    (LeavesNone,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
+    //                   freeze      cut over    forget      rename      resize         update         enable
+    //                      delete snap.   del. bookmark set      mirror    restore        promote        fresh
+    //                         use snapshot   remove disk  set read-only unmirror delete volume disable      read through
+    //                                                                                 complete                    bookmark stays
+    (Unserved,          [R, R, R, R, R, o, o, R, R, R, R, R, R, R, o, R, R, R, R, R, R, R, o]),
+    (Unreadable,        [o, o, o, o, o, F, o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (Served,            [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o]),
+    (Disabled,          [o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
+    (IsVolume,          [o, o, o, o, o, N, o, o, N, o, N, N, N, N, o, o, o, o, o, o, o, o, o]),
+    (OnSnapshot,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o]),
+    (Independent,       [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N, o, o, o, o, N, o, o]),
+    (Failed,            [R, o, R, o, o, o, o, o, o, o, R, o, R, R, o, R, o, o, o, o, R, o, o]),
+    (ReadOnly,          [o, o, o, o, o, o, o, o, o, o, R, o, R, R, o, o, o, o, o, o, o, o, o]),
+    (StoodOn,           [o, R, o, o, o, R, R, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (MayBeNeeded,       [o, F, o, o, o, F, R, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (RestoredFrom,      [o, R, o, o, o, R, R, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (RestoredThrough,   [o, R, o, o, o, R, R, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o]),
+    (RestoreWaits,      [o, R, o, o, o, F, N, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (RestoreLost,       [R, R, R, o, o, F, o, R, R, o, R, R, R, R, o, o, R, o, o, o, o, o, o]),
+    (Restoring,         [R, R, o, o, o, R, o, o, R, o, R, R, R, R, o, o, R, o, o, o, o, o, o]),
+    (Working,           [o, R, o, o, o, R, o, o, R, o, o, o, o, R, R, o, R, o, o, o, R, o, o]),
+    (WorkLeft,          [o, o, o, o, o, o, o, o, R, o, o, o, o, R, o, o, o, o, o, o, o, o, o]),
+    (Syncing,           [o, o, o, o, o, R, o, o, R, o, o, o, R, o, R, o, o, o, o, o, o, o, o]),
+    (GivingBack,        [o, o, o, o, o, R, o, o, R, o, o, o, o, R, R, o, R, o, o, o, o, o, o]),
+    (Going,             [o, o, N, N, o, R, o, o, R, o, o, o, o, R, R, R, R, o, o, o, R, R, o]),
+    (GoingStopped,      [o, o, N, N, o, o, o, o, R, o, o, o, o, R, o, R, R, o, o, o, R, R, o]),
+    (OldFrontends,      [o, F, R, o, o, o, o, o, o, o, o, o, R, R, o, o, o, o, o, o, o, o, o]),
+    (Draining,          [o, W, W, o, o, o, o, o, o, o, o, o, W, R, o, o, o, o, o, o, o, o, o]),
+    (Broken,            [o, o, N, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
+    (ReadBy,            [o, F, o, o, o, F, o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o]),
+    (Attached,          [o, o, o, o, o, F, o, o, o, o, o, o, o, F, F, o, F, o, F, o, o, o, o]),
+    (NamedSocket,       [o, o, o, o, o, o, o, o, o, F, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (HasSnapshots,      [o, o, o, o, o, F, o, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
+    (HasBookmarks,      [o, o, o, o, o, F, o, o, o, o, o, o, o, o, F, o, R, o, o, o, R, o, o]),
+    (LeftBookmarks,     [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, R, o, o, o, R, o, o]),
+    (InLog,             [o, o, o, o, o, R, o, o, R, o, o, o, R, o, o, o, o, o, o, o, o, o, o]),
+    (Mirrored,          [o, o, o, o, o, o, o, o, R, o, o, o, R, o, o, o, o, o, o, o, o, o, o]),
+    (GiveBackLeft,      [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (LeavesNone,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
 ];
 
 /// The rows stand where their obstacles do.
@@ -156,6 +158,7 @@ impl Operation {
         match (self, kind) {
             (_, Unserved | Failed | RestoreLost) if self != Operation::DeleteVolume => ErrorCode::DiskFailed,
             (_, Broken) => ErrorCode::SnapshotBroken,
+            (Operation::Resize, Mirrored | InLog) => ErrorCode::Unsupported,
             (_, ReadOnly | Mirrored) => ErrorCode::InvalidConfig,
             (Operation::RemoveDisk, IsVolume) => ErrorCode::DiskNotFound,
             (_, IsVolume) | (Operation::EnableFresh, Independent) => ErrorCode::Unsupported,
@@ -190,7 +193,7 @@ impl Operation {
             (Operation::RemoveDisk, _) => format!("delete it as a volume: halfsilver volume delete {name}"),
             (Operation::Forget, _) if is_volume => format!("delete it instead: halfsilver volume delete {name}"),
             (Operation::Forget, _) => format!("remove it instead: halfsilver disk remove {name}"),
-            (Operation::Mirror | Operation::Unmirror, _) => {
+            (Operation::Mirror | Operation::Unmirror | Operation::Resize, _) => {
                 format!(
                     "make it a disk first: 'halfsilver volume complete {name} --wait', then 'volume promote {name}'"
                 )

@@ -72,6 +72,8 @@ pub struct SnapshotRecord {
     pub began: u64,
     /// The last epoch that belongs to it; 0 while the cut is being prepared.
     pub ended: u64,
+    /// Its size in bytes: what the disk had when it was taken.
+    pub size_bytes: u64,
     /// The image of its layer.
     pub image: PathBuf,
     /// How blocks lie in that image.
@@ -139,6 +141,8 @@ pub struct BookmarkRecord {
     pub began: u64,
     /// The last epoch that belongs to it.
     pub ended: u64,
+    /// Its size in bytes: what the disk had at that moment.
+    pub size_bytes: u64,
     /// When the cut was, in milliseconds since 1970.
     pub created_ms: u64,
     /// When it was quiesced.
@@ -257,6 +261,8 @@ pub struct DiskRecord {
     pub id: Uuid,
     /// The name that the user gave.
     pub name: String,
+    /// Its size in bytes. Its full image may have room for more: then it grows when it is served next.
+    pub size_bytes: u64,
     /// How it is served; for this room only text.
     pub config: serde_json::Value,
     /// What was set of its configuration while it was served; for this room only text.

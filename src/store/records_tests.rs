@@ -78,6 +78,7 @@ fn snapshot(disk: &str, name: &str, ended: u64) -> SnapshotRecord {
         writers: Writers::Request,
         began: ended,
         ended,
+        size_bytes: 1 << 20,
         image: format!("/images/{disk}@{name}.img").into(),
         layout: Layout::Packed,
         owns_all: false,
@@ -105,6 +106,7 @@ fn bookmark(name: &str) -> BookmarkRecord {
         name,
         began: 1,
         ended: 2,
+        size_bytes: 1 << 20,
         created_ms: 3,
         quiesced_ms: Some(4),
         changed,
@@ -116,6 +118,7 @@ fn disk(name: &str) -> DiskRecord {
     DiskRecord {
         id: Uuid::new_v4(),
         name: name.into(),
+        size_bytes: 1 << 20,
         config: serde_json::json!({ "path": format!("/{name}.raw"), "queues": 2 }),
         live: Uuid::new_v4(),
         live_began: 7,

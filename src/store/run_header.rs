@@ -80,7 +80,7 @@ impl RunHeader {
             Err("the header does not match its checksum")
         } else if differs(8..16) {
             Err("it has a format that this program does not know")
-        } else if differs(16..24) {
+        } else if blocks_of(found) < self.blocks {
             Err("it is for a disk of another size")
         } else if differs(24..40) {
             Err("it is another table")
@@ -94,6 +94,59 @@ impl RunHeader {
             Ok(())
         }
     }
+}
+
+/// For how many blocks the table has room.
+fn blocks_of(page: &[u8; PAGE_BYTES]) -> u64 {
+    u64::from_le_bytes(page[16..24].try_into().expect("eight bytes"))
+}
+
+/// What the header of a run table says beyond what it must.
+pub(super) struct Found {
+    /// How many pages of bits it has. A disk that was about to grow may have made room for more than it has blocks.
+    pub(super) room_pages: usize,
+    pub(super) is_broken: bool,
+}
+
+/// Whether a file is the run table with this header, and what it has.
+pub(super) fn check(file: &File, path: &Path, header: &RunHeader) -> Result<Found, TableError> {
+    let error = |e: io::Error| TableError::io(path, &e);
+    let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
+    let (meta, bytes) = (file.metadata().map_err(error)?, PAGE_BYTES as u64);
+    if !meta.is_file() || meta.len() < 2 * bytes || !meta.len().is_multiple_of(bytes) {
+        return Err(damaged("it does not have the size of such a table"));
+    }
+    let mut page = [0; PAGE_BYTES];
+    file.read_exact_at(&mut page, 0).map_err(error)?;
+    header.check(&page).map_err(damaged)?;
+    let (pages, room) = (pages_for(blocks_of(&page)), meta.len() / bytes - 1);
+    // It gets longer before its header says so.
+    if room < pages {
+        return Err(damaged("it does not have the size of such a table"));
+    }
+    let flags = u64::from_ne_bytes(page[FLAGS_WORD * 8..FLAGS_WORD * 8 + 8].try_into().expect("eight bytes"));
+    let room_pages = usize::try_from(room).expect("tables fit the address space");
+    Ok(Found { room_pages, is_broken: flags & BROKEN != 0 })
+}
+
+/// Says in the header of a run table in use that it has room for at least so many blocks. In one write, which no kill
+/// divides; the flags behind it stay as they are.
+pub(super) fn say_blocks(file: &File, path: &Path, blocks: u64) -> Result<(), TableError> {
+    let error = |e: io::Error| TableError::io(path, &e);
+    let mut start = [0; FLAGS_WORD * 8 - 4];
+    file.read_exact_at(&mut start, 0).map_err(error)?;
+    if u64::from_le_bytes(start[16..24].try_into().expect("eight bytes")) >= blocks {
+        return Ok(());
+    }
+    start[16..24].copy_from_slice(&blocks.to_le_bytes());
+    let crc = crc32fast::hash(&start[..56]);
+    start[56..60].copy_from_slice(&crc.to_le_bytes());
+    file.write_all_at(&start, 0).map_err(error)
+}
+
+/// How many pages the bits of so many blocks take.
+pub(super) fn pages_for(blocks: u64) -> u64 {
+    blocks.div_ceil(PAGE_BYTES as u64 * 8).max(1)
 }
 
 /// The pages of bits that a run table's file has something in, by their numbers, in order.
@@ -134,18 +187,10 @@ pub fn examine_run_table(path: &Path, blocks: u64, name: TableName) -> Result<Ru
     let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
     let file =
         OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(error)?;
-    let pages = blocks.div_ceil(PAGE_BYTES as u64 * 8).max(1);
-    let meta = file.metadata().map_err(error)?;
-    if !meta.is_file() || meta.len() != (pages + 1) * PAGE_BYTES as u64 {
-        return Err(damaged("it does not have the size of such a table"));
-    }
+    let found = check(&file, path, &RunHeader { blocks, name })?;
+    let mut facts = RunTableFacts { ones: 0, is_broken: found.is_broken };
     let mut page = [0; PAGE_BYTES];
-    file.read_exact_at(&mut page, 0).map_err(error)?;
-    RunHeader { blocks, name }.check(&page).map_err(damaged)?;
-    let flags = u64::from_ne_bytes(page[FLAGS_WORD * 8..FLAGS_WORD * 8 + 8].try_into().expect("eight bytes"));
-    let mut facts = RunTableFacts { ones: 0, is_broken: flags & BROKEN != 0 };
-    let pages = usize::try_from(pages).expect("tables fit the address space");
-    for number in pages_with_data(&file, pages).map_err(error)?.into_iter().flatten() {
+    for number in pages_with_data(&file, found.room_pages).map_err(error)?.into_iter().flatten() {
         file.read_exact_at(&mut page, (number as u64 + 1) * PAGE_BYTES as u64).map_err(error)?;
         for (word, bytes) in (number as u64 * 512..).zip(page.chunks_exact(8)) {
             let bits = u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));

@@ -9,19 +9,18 @@
 //! whole copy from another time or of another table would show wrong bytes, so it is not believed.
 
 mod note;
+mod pages;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::mm::{MapFlags, ProtFlags};
-
 use uuid::Uuid;
 
+use self::pages::{Mapping, Pages, Words};
 use super::error::TableError;
 use super::run_header::{self, BROKEN, FLAGS_WORD, PAGE_BYTES, RunHeader, TableName};
 use super::{BlockIndex, BlockRange};
@@ -37,13 +36,12 @@ const HEADER_BYTES: usize = 44;
 
 /// One bit a block, shared by all workers.
 pub struct Table {
-    // The first word of the header page; the pages of bits follow it.
-    base: NonNull<AtomicU64>,
-    pages: usize,
-    blocks: u64,
-    // One bit a page: has it been faulted in? Pages that have not are all zeros and are not touched.
-    present: Box<[AtomicU64]>,
+    pages: Pages,
+    /// How many blocks it is for, and how many there is room for: those of a disk that is about to grow.
+    blocks: AtomicU64,
+    room: AtomicU64,
     ones: AtomicU64,
+    flags: AtomicU64,
     changes: OnceLock<Changes>,
 }
 
@@ -51,15 +49,10 @@ pub struct Table {
 struct Changes {
     group_blocks: u64,
     // One bit a group.
-    groups: Box<[AtomicU64]>,
+    groups: Words,
     // Whether some group may have changed since somebody last began to ask.
     any: AtomicBool,
 }
-
-// SAFETY: the mapping is owned by the table and accessed only through atomics.
-unsafe impl Send for Table {}
-// SAFETY: as for Send.
-unsafe impl Sync for Table {}
 
 impl Table {
     /// An empty table for `blocks` blocks, in memory only.
@@ -67,17 +60,8 @@ impl Table {
     /// # Errors
     /// When address space runs out.
     pub fn in_memory(blocks: u64) -> Result<Table, TableError> {
-        let len = Self::mapping_bytes(blocks);
-        // SAFETY: a new private mapping at an address of the kernel's choice.
-        let raw = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        };
-        Ok(Self::from_mapping(raw.map_err(|e| TableError::io(Path::new("(memory)"), &e.into()))?, blocks))
+        let mapping = Mapping::of_nothing(Self::pages_for(blocks));
+        Ok(Self::of(Pages::of(mapping.map_err(|e| TableError::io(Path::new("(memory)"), &e))?, 0, 0), blocks))
     }
 
     /// An empty table for `blocks` blocks, mapped from a new file at `path` (mode 0600; an old one is replaced).
@@ -96,11 +80,11 @@ impl Table {
         crash::point("before a table's file has its header");
         // Last: a file that was not finished is not believed.
         file.write_all_at(&RunHeader { blocks, name }.page(), 0).map_err(error)?;
-        Self::map(path, &file, blocks)
+        Self::map(path, &file, blocks, Self::pages_for(blocks))
     }
 
     /// The table that an earlier process of this boot left at `path`, with all its bits: those who could write it have
-    /// ended. It must be the one of this name and this number of blocks.
+    /// ended. It must be the one of this name, for this number of blocks; it may have room for more.
     ///
     /// # Errors
     /// `Damaged` when it is another one or anything about it does not fit; `Io` when it is missing or cannot be mapped.
@@ -109,37 +93,30 @@ impl Table {
         let damaged = |what: &str| TableError::Damaged { path: path.to_owned(), what: what.to_owned() };
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(error)?;
-        let meta = file.metadata().map_err(error)?;
-        if !meta.is_file() || meta.len() != Self::mapping_bytes(blocks) as u64 {
-            return Err(damaged("it does not have the size of such a table"));
-        }
-        let mut page = [0; PAGE_BYTES];
-        file.read_exact_at(&mut page, 0).map_err(error)?;
-        RunHeader { blocks, name }.check(&page).map_err(damaged)?;
-        let table = Self::map(path, &file, blocks)?;
-        for pages in run_header::pages_with_data(&file, table.pages).map_err(error)? {
-            table.populate(pages.start, pages.len()).map_err(error)?;
+        let room = run_header::check(&file, path, &RunHeader { blocks, name })?.room_pages;
+        let table = Self::map(path, &file, blocks, room)?;
+        for pages in run_header::pages_with_data(&file, table.pages.end()).map_err(error)? {
+            table.pages.populate(pages.start, pages.len()).map_err(error)?;
             let words = pages.flat_map(|page| (0..PAGE_WORDS).map(move |word| (page, word)));
-            let ones = words.map(|(page, word)| table.word(page, word).load(Ordering::SeqCst).count_ones());
+            let ones = words.map(|(page, word)| table.pages.word(page, word).load(Ordering::SeqCst).count_ones());
             table.ones.fetch_add(ones.map(u64::from).sum(), Ordering::Relaxed);
         }
-        // Behind the last block there is less than a page.
-        let behind = blocks / 64 + 1..table.pages as u64 * PAGE_WORDS as u64;
-        if table.word_at(blocks / 64) >> (blocks % 64) != 0 || behind.into_iter().any(|word| table.word_at(word) != 0) {
+        // What a growth that was cut off has made room for has nothing.
+        let behind = std::iter::successors(table.next_word(blocks / 64), |word| table.next_word(word + 1));
+        let bits =
+            |word: u64| if word == blocks / 64 { table.word_at(word) >> (blocks % 64) } else { table.word_at(word) };
+        if behind.into_iter().any(|word| bits(word) != 0) {
             return Err(damaged("it has bits of blocks that the disk does not have"));
         }
         Ok(table)
     }
 
-    fn map(path: &Path, file: &File, blocks: u64) -> Result<Table, TableError> {
-        let error = |e: rustix::io::Errno| TableError::io(path, &e.into());
-        let (len, access) = (Self::mapping_bytes(blocks), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: a new shared mapping at an address of the kernel's choice, of a file that has that length.
-        // The run directory is ours alone (mode 0700), so nobody shortens the file.
-        let raw = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, 0) };
-        let table = Self::from_mapping(raw.map_err(error)?, blocks);
+    fn map(path: &Path, file: &File, blocks: u64, pages: usize) -> Result<Table, TableError> {
+        let error = |e: io::Error| TableError::io(path, &e);
+        let mapping = Mapping::of_file(file, 0, pages + 1).map_err(error)?;
+        let table = Self::of(Pages::of(mapping, 1, 0), blocks);
         // The flags are stored without a system call and must find their page.
-        table.populate_at(0, 1).map_err(|e| TableError::io(path, &e))?;
+        table.pages.populate_header().map_err(error)?;
         Ok(table)
     }
 
@@ -149,37 +126,77 @@ impl Table {
     }
 
     fn pages_for(blocks: u64) -> usize {
-        usize::try_from(blocks.div_ceil(PAGE_BITS).max(1)).expect("tables fit the address space")
+        usize::try_from(run_header::pages_for(blocks)).expect("tables fit the address space")
     }
 
-    fn from_mapping(raw: *mut std::ffi::c_void, blocks: u64) -> Table {
-        let pages = Self::pages_for(blocks);
-        Table {
-            base: NonNull::new(raw.cast()).expect("mmap never returns null"),
-            pages,
-            blocks,
-            present: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-            ones: AtomicU64::new(0),
-            changes: OnceLock::new(),
+    fn of(pages: Pages, blocks: u64) -> Table {
+        let [blocks, room] = [blocks, blocks].map(AtomicU64::new);
+        Table { pages, blocks, room, ones: AtomicU64::new(0), flags: AtomicU64::new(0), changes: OnceLock::new() }
+    }
+
+    /// Makes room for the bits of `blocks` blocks, in its file too if it has one. For how many blocks the table is stays as it
+    /// is ([`Table::grow`]), and nobody who uses it meanwhile notices. One caller at a time.
+    ///
+    /// # Errors
+    /// When there is no room. What was made of it stays, and is used by the next call.
+    pub fn reserve(&self, file: Option<&Path>, blocks: u64) -> Result<(), TableError> {
+        let (have, pages) = (self.pages.end(), Self::pages_for(blocks));
+        let more = pages.saturating_sub(have);
+        let extend = |mapping| (more > 0).then(|| self.pages.extend(Pages::of(mapping, 0, have)));
+        if let Some(path) = file {
+            let error = |e: io::Error| TableError::io(path, &e);
+            let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path);
+            let file = file.map_err(error)?;
+            if more > 0 {
+                let bytes = Self::mapping_bytes(blocks) as u64;
+                if file.metadata().map_err(error)?.len() < bytes {
+                    file.set_len(bytes).map_err(error)?;
+                }
+                extend(Mapping::of_file(&file, have + 1, more).map_err(error)?);
+            }
+            crash::point("before the header of a table says that it has grown");
+            run_header::say_blocks(&file, path, blocks)?;
+        } else if more > 0 {
+            extend(Mapping::of_nothing(more).map_err(|e| TableError::io(Path::new("(memory)"), &e))?);
         }
+        if let Some(changes) = self.changes.get() {
+            changes.groups.extend(Self::words_of_groups(blocks, changes.group_blocks));
+        }
+        self.room.fetch_max(blocks, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// From now on it is for so many blocks, for which there is room. Their bits are clear.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn grow(&self, blocks: u64) {
+        assert!((self.blocks()..=self.room()).contains(&blocks), "a table grows into its room");
+        self.blocks.store(blocks, Ordering::SeqCst);
     }
 
     /// Says in the table itself that it cannot be vouched for. An atomic store in the mapping, no system call: it is
     /// made before the overwrite goes on that the table cannot follow, so whoever opens the table after a kill knows.
     pub fn mark_broken(&self) {
-        self.header_word(FLAGS_WORD).fetch_or(BROKEN, Ordering::SeqCst);
+        self.flags().fetch_or(BROKEN, Ordering::SeqCst);
     }
 
     /// Whether [`Table::mark_broken`] was called, in this process or an earlier one.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        self.header_word(FLAGS_WORD).load(Ordering::SeqCst) & BROKEN != 0
+        self.flags().load(Ordering::SeqCst) & BROKEN != 0
     }
 
     /// How many blocks the table is for.
     #[must_use]
     pub fn blocks(&self) -> u64 {
-        self.blocks
+        self.blocks.load(Ordering::SeqCst)
+    }
+
+    /// For how many blocks there is room ([`Table::reserve`]).
+    #[must_use]
+    pub fn room(&self) -> u64 {
+        self.room.load(Ordering::SeqCst)
     }
 
     /// How many bits are set. It follows the bits: whether there is one at all is what [`Table::next_set`] says.
@@ -187,14 +204,14 @@ impl Table {
     pub fn count(&self) -> u64 {
         let ones = self.ones.load(Ordering::Relaxed);
         // Who clears a bit may be faster than who has just set it, and is still to count it.
-        if ones > self.blocks { 0 } else { ones }
+        if ones > self.blocks() { 0 } else { ones }
     }
 
     /// Whether the block's bit is set.
     #[must_use]
     pub fn get(&self, block: BlockIndex) -> bool {
         let (page, word, bit) = Self::place(block);
-        self.is_present(page) && self.word(page, word).load(Ordering::SeqCst) & bit != 0
+        self.pages.is_present(page) && self.pages.word(page, word).load(Ordering::SeqCst) & bit != 0
     }
 
     /// Whether the block's bit is set, and for how many blocks from it on that is the same, as far as its word says.
@@ -218,32 +235,13 @@ impl Table {
         let (last, ..) = Self::place(BlockIndex(range.end.0 - 1));
         let mut page = first;
         while page <= last {
-            let is_present = self.is_present(page);
-            let alike = (page..=last).take_while(|&page| self.is_present(page) == is_present).count();
+            let is_present = self.pages.is_present(page);
+            let alike = (page..=last).take_while(|&page| self.pages.is_present(page) == is_present).count();
             if !is_present {
-                self.populate(page, alike)?;
+                self.pages.populate(page, alike)?;
             }
             page += alike;
         }
-        Ok(())
-    }
-
-    /// Faults in pages of bits, to be written.
-    fn populate(&self, first: usize, count: usize) -> io::Result<()> {
-        self.populate_at(first + 1, count)?;
-        for page in first..first + count {
-            self.present[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
-        }
-        Ok(())
-    }
-
-    /// Faults in pages of the mapping, counted from the header's.
-    fn populate_at(&self, first: usize, count: usize) -> io::Result<()> {
-        assert!(first + count <= self.pages + 1);
-        let address = self.base.as_ptr().wrapping_add(first * PAGE_WORDS);
-        // SAFETY: the pages lie inside the mapping that self owns; populating changes no content.
-        unsafe { rustix::mm::madvise(address.cast(), count * PAGE_BYTES, rustix::mm::Advice::LinuxPopulateWrite) }
-            .map_err(|e| if e == rustix::io::Errno::FAULT { rustix::io::Errno::NOSPC } else { e })?;
         Ok(())
     }
 
@@ -257,8 +255,8 @@ impl Table {
         let mut before = 0;
         for (index, bits) in words_of(range) {
             let (page, word, _) = Self::place(BlockIndex(index * 64));
-            assert!(self.is_present(page), "bits are set only after Table::prepare");
-            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            assert!(self.pages.is_present(page), "bits are set only after Table::prepare");
+            let old = self.pages.word(page, word).fetch_or(bits, Ordering::SeqCst);
             before += u64::from((bits & old).count_ones());
         }
         if before > 0 {
@@ -275,7 +273,7 @@ impl Table {
             let end = ((at / PAGE_BITS + 1) * PAGE_BITS).min(range.end.0);
             for (index, bits) in words_of(BlockRange { start: BlockIndex(at), end: BlockIndex(end) }) {
                 let (page, word, _) = Self::place(BlockIndex(index * 64));
-                let word = self.word(page, word);
+                let word = self.pages.word(page, word);
                 if word.load(Ordering::SeqCst) & bits != 0 {
                     let old = word.fetch_and(!bits, Ordering::SeqCst);
                     self.ones.fetch_sub(u64::from((bits & old).count_ones()), Ordering::Relaxed);
@@ -288,9 +286,12 @@ impl Table {
 
     /// From now on remembers which groups of `group_blocks` blocks change. The first call counts.
     pub(super) fn track(&self, group_blocks: u64) {
-        let words = usize::try_from(self.blocks.div_ceil(group_blocks).div_ceil(64)).expect("far fewer than the bits");
-        let groups = || (0..words).map(|_| AtomicU64::new(0)).collect();
+        let groups = || Words::zeros(Self::words_of_groups(self.blocks(), group_blocks));
         self.changes.get_or_init(|| Changes { group_blocks, groups: groups(), any: AtomicBool::new(false) });
+    }
+
+    fn words_of_groups(blocks: u64, group_blocks: u64) -> usize {
+        usize::try_from(blocks.div_ceil(group_blocks).div_ceil(64)).expect("far fewer than the bits")
     }
 
     /// Remembers a change of `range`, if changes are remembered: also of bits that had their value already, because
@@ -303,7 +304,7 @@ impl Table {
         let (first, last) = (range.start.0 / changes.group_blocks, (range.end.0 - 1) / changes.group_blocks);
         for (word, groups) in words_of(BlockRange { start: BlockIndex(first), end: BlockIndex(last + 1) }) {
             let word = usize::try_from(word).expect("far fewer than the bits");
-            changes.groups[word].fetch_or(groups, Ordering::SeqCst);
+            changes.groups.get(word).expect("a group of the table").fetch_or(groups, Ordering::SeqCst);
         }
         // After the groups: who does not see it yet need not know of them.
         if !changes.any.load(Ordering::SeqCst) {
@@ -328,8 +329,7 @@ impl Table {
     pub(super) fn take_changes(&self, from: &mut usize, enough: usize) -> Vec<u64> {
         let mut taken = Vec::new();
         let Some(changes) = self.changes.get() else { return taken };
-        while *from < changes.groups.len() && taken.len() < enough {
-            let word = &changes.groups[*from];
+        while let Some(word) = changes.groups.get(*from).filter(|_| taken.len() < enough) {
             if word.load(Ordering::SeqCst) != 0 {
                 let bits = word.swap(0, Ordering::SeqCst);
                 taken.extend((0..64).filter(|bit| bits & (1 << bit) != 0).map(|bit| *from as u64 * 64 + bit));
@@ -343,13 +343,13 @@ impl Table {
     #[must_use]
     pub fn next_set(&self, from: BlockIndex) -> Option<BlockIndex> {
         let mut at = from.0;
-        while at < self.blocks {
+        while at < self.blocks() {
             at = at.max(self.next_word(at / 64)? * 64);
             // Bits below `at` in its word are not asked for.
             let rest = self.word_at(at / 64) & (u64::MAX << (at % 64));
             if rest != 0 {
                 let found = at / 64 * 64 + u64::from(rest.trailing_zeros());
-                return (found < self.blocks).then_some(BlockIndex(found));
+                return (found < self.blocks()).then_some(BlockIndex(found));
             }
             at = (at / 64 + 1) * 64;
         }
@@ -360,16 +360,16 @@ impl Table {
     #[must_use]
     pub fn next_clear(&self, from: BlockIndex) -> Option<BlockIndex> {
         let mut at = from.0;
-        while at < self.blocks {
+        while at < self.blocks() {
             let (page, word, bit) = Self::place(BlockIndex(at));
-            if !self.is_present(page) {
+            if !self.pages.is_present(page) {
                 return Some(BlockIndex(at));
             }
             // Bits below `at` in its word are not asked for.
-            let rest = !self.word(page, word).load(Ordering::SeqCst) & !(bit - 1);
+            let rest = !self.pages.word(page, word).load(Ordering::SeqCst) & !(bit - 1);
             if rest != 0 {
                 let found = at / 64 * 64 + u64::from(rest.trailing_zeros());
-                return (found < self.blocks).then_some(BlockIndex(found));
+                return (found < self.blocks()).then_some(BlockIndex(found));
             }
             at = (at / 64 + 1) * 64;
         }
@@ -396,10 +396,11 @@ impl Table {
             .open(&beside)
             .map_err(error)?;
         let mut out = BufWriter::new(file);
-        let pages: Vec<usize> = (0..self.pages).filter(|&p| self.is_present(p)).collect();
+        let pages: Vec<usize> =
+            std::iter::successors(self.pages.next_present(0), |&p| self.pages.next_present(p + 1)).collect();
         let mut header = Vec::with_capacity(HEADER_BYTES);
         header.extend_from_slice(&MAGIC);
-        header.extend_from_slice(&self.blocks.to_le_bytes());
+        header.extend_from_slice(&self.blocks().to_le_bytes());
         header.extend_from_slice(&(pages.len() as u64).to_le_bytes());
         header.extend_from_slice(seal.as_bytes());
         header.extend_from_slice(&crc32fast::hash(&header).to_le_bytes());
@@ -409,7 +410,7 @@ impl Table {
             let mut bytes = Vec::with_capacity(8 + PAGE_BYTES + 4);
             bytes.extend_from_slice(&(page as u64).to_le_bytes());
             for word in 0..PAGE_WORDS {
-                bytes.extend_from_slice(&self.word(page, word).load(Ordering::SeqCst).to_le_bytes());
+                bytes.extend_from_slice(&self.pages.word(page, word).load(Ordering::SeqCst).to_le_bytes());
             }
             bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
             out.write_all(&bytes).map_err(error)?;
@@ -441,7 +442,7 @@ impl Table {
         if crc != crc32fast::hash(body).to_le_bytes() || !body.starts_with(&MAGIC) {
             return Err(damaged("the header does not match its checksum"));
         }
-        if u64_at(body, 8) != self.blocks {
+        if u64_at(body, 8) != self.blocks() {
             return Err(damaged("it is for a disk of another size"));
         }
         if body[24..40] != *seal.as_bytes() {
@@ -454,14 +455,14 @@ impl Table {
             if crc != crc32fast::hash(body).to_le_bytes() {
                 return Err(damaged("a page does not match its checksum"));
             }
-            let page = usize::try_from(u64_at(body, 0)).ok().filter(|&p| p < self.pages);
+            let page = usize::try_from(u64_at(body, 0)).ok().filter(|&p| p < self.pages.end());
             let page = page.ok_or_else(|| damaged("a page lies outside the table"))?;
             let start = page as u64 * PAGE_BITS;
             let blocks = BlockRange { start: BlockIndex(start), end: BlockIndex(start + 1) };
             self.prepare(blocks).map_err(error)?;
             for word in 0..PAGE_WORDS {
                 let value = u64_at(body, 8 + word * 8);
-                let old = self.word(page, word).swap(value, Ordering::SeqCst);
+                let old = self.pages.word(page, word).swap(value, Ordering::SeqCst);
                 if old != 0 {
                     return Err(damaged("a page is there twice"));
                 }
@@ -481,35 +482,14 @@ impl Table {
         (page, word, 1 << (block.0 % 64))
     }
 
-    fn is_present(&self, page: usize) -> bool {
-        self.present[page / 64].load(Ordering::SeqCst) & (1 << (page % 64)) != 0
-    }
-
-    fn word(&self, page: usize, word: usize) -> &AtomicU64 {
-        assert!(page < self.pages && word < PAGE_WORDS);
-        // SAFETY: the index is inside the mapping, which self owns and which is aligned to a page.
-        unsafe { self.base.add((page + 1) * PAGE_WORDS + word).as_ref() }
-    }
-
-    fn header_word(&self, word: usize) -> &AtomicU64 {
-        assert!(word < PAGE_WORDS);
-        // SAFETY: the header page is the first of the mapping, which self owns and which is aligned to a page.
-        unsafe { self.base.add(word).as_ref() }
-    }
-}
-
-impl Drop for Table {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nothing borrowed from self is left.
-        if let Err(e) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), (self.pages + 1) * PAGE_BYTES) } {
-            log::error!("cannot unmap a table: {e}");
-        }
+    fn flags(&self) -> &AtomicU64 {
+        self.pages.header_word(FLAGS_WORD).unwrap_or(&self.flags)
     }
 }
 
 impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Table({} of {} blocks)", self.count(), self.blocks)
+        write!(f, "Table({} of {} blocks)", self.count(), self.blocks())
     }
 }
 

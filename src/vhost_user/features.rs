@@ -154,6 +154,16 @@ impl ConfigSpace {
         Some(space[from..to].to_vec())
     }
 
+    /// The size that it says, in bytes.
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        u64::from_le(self.config.capacity) * SECTOR_BYTES
+    }
+
+    /// The disk has this size now.
+    pub(super) fn set_capacity(&mut self, bytes: u64) {
+        self.config.capacity = (bytes / SECTOR_BYTES).to_le();
+    }
+
     /// Writes the writeback byte. False for any other place or value.
     pub(super) fn write(&mut self, offset: u32, bytes: &[u8]) -> bool {
         match bytes {

@@ -316,11 +316,15 @@ impl Backchannel {
         }
     }
 
-    /// Says that the config space has changed. Waits for nothing, not even for an acknowledgement.
-    ///
-    /// # Errors
-    /// When the frontend does not take it.
-    pub(super) fn config_changed(&self) -> io::Result<()> {
+    /// Says that the config space has changed. Waits for nothing, not even for an acknowledgement: a frontend that has left so
+    /// many of these unread that there is no room for another one will find it changed by those.
+    pub(super) fn tell_of_change(&self) {
+        if let Err(e) = self.config_changed() {
+            log::debug!("a frontend is not told of a change of its disk: {e}");
+        }
+    }
+
+    fn config_changed(&self) -> io::Result<()> {
         let bytes = packed(BackendReq::CONFIG_CHANGE_MSG as u32, VERSION, &[]);
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         match rustix::net::send(self.socket.as_fd(), &bytes, flags)? {

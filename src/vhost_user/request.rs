@@ -63,7 +63,7 @@ const _: () = assert!(
         && Status::Unsupported as u32 == blk::VIRTIO_BLK_S_UNSUPP
 );
 
-/// What requests are held against; fixed while a ring runs, but for `durable`.
+/// What requests are held against; fixed while a ring runs, but for `durable` and the capacity, which only grows.
 #[derive(Clone, Debug)]
 pub(super) struct Rules {
     pub(super) capacity_bytes: u64,

@@ -228,6 +228,13 @@ impl Seat {
         }
     }
 
+    /// Tells the frontend, if it can be told, that the config space has changed.
+    pub(super) fn tell_of_change(&self) {
+        let connected = self.shared.connected();
+        let mut own = connected.iter().filter(|f| f.connection == self.id);
+        own.find_map(|f| f.backchannel.as_ref()).into_iter().for_each(Backchannel::tell_of_change);
+    }
+
     /// Offers no more segments than these to the frontends that come next.
     pub(super) fn offer_segments(&self, segments: u16) {
         let hints = &mut self.shared.offer.lock().unwrap_or_else(PoisonError::into_inner).hints;

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use super::Observer;
 use super::features::{Hints, QUEUES_MAX};
 use super::limits::Limits;
+use super::message::Backchannel;
 use super::places::has_hung_up;
 use super::request::SERIAL_BYTES;
 use super::seat::{Offer, Seat, SessionContext, Shared};
@@ -271,11 +272,8 @@ impl Server for ServerHandle {
     }
 
     fn config_changed(&self) {
-        for backchannel in self.shared.connected().iter().filter_map(|frontend| frontend.backchannel.as_ref()) {
-            if let Err(e) = backchannel.config_changed() {
-                log::debug!("a frontend is not told of a change of its disk: {e}");
-            }
-        }
+        let connected = self.shared.connected();
+        connected.iter().filter_map(|frontend| frontend.backchannel.as_ref()).for_each(Backchannel::tell_of_change);
     }
 
     fn stats(&self) -> QueueStats {

@@ -121,6 +121,8 @@ struct Session {
     closer: Arc<Closer>,
     features: u64,
     config: ConfigSpace,
+    /// The size that the frontend has read here.
+    told_bytes: Option<u64>,
     durable: Arc<AtomicBool>,
     memory: Arc<MemoryMap>,
     inflight: Option<Arc<InflightRegion>>,
@@ -151,7 +153,8 @@ impl Session {
         let read_only = context.is_read_only();
         let queues_offered = u16::try_from(queues).unwrap_or(features::QUEUES_MAX);
         Session {
-            config: ConfigSpace::new(context.attachment.geometry(), read_only, queues_offered, context.hints),
+            config: ConfigSpace::new(&context.attachment.geometry(), read_only, queues_offered, context.hints),
+            told_bytes: None,
             context,
             closer,
             features: 0,
@@ -279,6 +282,10 @@ impl Session {
         // Whoever has running queues at a cut may stay with the version of before. It ends with the session.
         self.context.attachment = self.context.attachment.connect();
         self.empty_until = Some(Instant::now() + EMPTY_FOR);
+        // It may have connected again without another look, and have grown since the first one.
+        if self.told_bytes != Some(self.context.attachment.geometry().size_bytes) {
+            seat.tell_of_change();
+        }
         if self.inflight.is_none() && !self.context.is_read_only() {
             self.context.limits.complain(format_args!(
                 "{}: the frontend keeps no inflight region: if the daemon is killed, requests in flight are lost",
@@ -558,6 +565,8 @@ impl Session {
     /// What leaves the config space is answered with no bytes, as the protocol has it.
     fn get_config(&mut self, message: &Message) -> Result<Answer> {
         let ([offset, size, flags], room) = config_part(message)?;
+        self.config.set_capacity(self.context.attachment.geometry().size_bytes);
+        self.told_bytes = Some(self.config.capacity_bytes());
         let Some(mut bytes) = self.config.read(offset, size) else {
             return Ok(Answer::Bytes(bytes_of(&[offset, 0, flags])));
         };

@@ -379,6 +379,7 @@ impl Loop {
                 return false;
             }
             self.rules.durable = self.context.durable.load(Ordering::Acquire);
+            self.rules.capacity_bytes = self.context.attachment.geometry().size_bytes;
             if !self.begin_unanswered() {
                 return false;
             }

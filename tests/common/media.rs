@@ -349,6 +349,13 @@ impl Image for Medium {
     fn alignment(&self) -> Alignment {
         Alignment { offset_bytes: self.unit, memory_bytes: 1 }
     }
+    fn grow(&self, size_bytes: u64) -> Result<(), halfsilver::image::ImageError> {
+        let size = usize::try_from(size_bytes).unwrap();
+        let mut state = self.lock();
+        count_change();
+        (state.now.size, state.stored.size) = (size, size);
+        Ok(())
+    }
     fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
         let (data, len) = match ticket.kind() {
             OpKind::Write { .. } => (ticket.copy_out(), ticket.len()),

@@ -48,6 +48,24 @@ fn settings_are_changed_one_by_one() {
 }
 
 #[test]
+fn a_disk_grows() {
+    let rig = Rig::with_snapshot("copy-on-write");
+    let size = rig.get("/v1/disks/vm1").json()["size_bytes"].as_u64().unwrap();
+    let mut stream = listen(&rig.path);
+    let body = |bytes: u64| json!({ "size_bytes": bytes }).to_string();
+    let grown = rig.send("PUT", "/v1/disks/vm1/size", &body(size + 512));
+    assert_eq!((grown.status, &grown.json()["size_bytes"]), (200, &json!(size + 512)));
+    assert_eq!(read_until(&mut stream, "event:"), "event: DISK_RESIZED");
+    for (bytes, what) in [(0, "sector"), (size + 513, "multiple of 512"), (size, "shrink")] {
+        let refused = rig.refused("PUT", "/v1/disks/vm1/size", &body(bytes));
+        assert_eq!(refused["code"], "invalid-request");
+        assert!(refused["detail"].as_str().unwrap().contains(what), "{refused}");
+    }
+    assert_eq!(rig.refused("PUT", "/v1/disks/vm1/size", "{}")["code"], "invalid-request");
+    assert_eq!(rig.refused("PUT", "/v1/disks/web/size", &body(size))["code"], "disk-not-found");
+}
+
+#[test]
 fn a_disk_gets_another_name() {
     let rig = Rig::with_snapshot("copy-on-write");
     let id = rig.get("/v1/disks/vm1").json()["id"].clone();

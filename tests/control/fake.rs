@@ -233,6 +233,19 @@ impl Service for Fake {
         Ok(found.clone())
     }
 
+    fn resize_disk(&self, disk: &Name, size_bytes: u64) -> Result<Disk, ApiError> {
+        let mut state = self.state.lock().unwrap();
+        let found = state.disks.iter_mut().find(|(_, other)| other.name == *disk);
+        let (_, found) = found.ok_or_else(|| ApiError::disk_not_found(disk))?;
+        if size_bytes < found.size_bytes {
+            return Err(ApiError::new(ErrorCode::InvalidRequest, format!("disk {disk} does not shrink")));
+        }
+        let why = format!("it has {size_bytes} bytes, and had {}", found.size_bytes);
+        found.size_bytes = size_bytes;
+        self.bus.publish(Notice::of_disk(EventKind::DiskResized, disk).because(why));
+        Ok(found.clone())
+    }
+
     fn rename_disk(&self, disk: &Name, to: &Name, force: bool) -> Result<Disk, ApiError> {
         if self.get_disk(disk)?.connected && !force {
             return Err(ApiError::new(ErrorCode::DiskBusy, format!("disk {disk} has a frontend connected")));

@@ -54,6 +54,7 @@ fn every_operation_describes_its_refusals() {
         "DiskConfig",
         "DiskPatch",
         "RenameRequest",
+        "ResizeRequest",
         "GroupDeletion",
         "Claim",
         "Unserved",

@@ -20,6 +20,7 @@ mod durability;
 mod faults;
 mod forms;
 mod golden;
+mod growth;
 mod guards;
 mod harness;
 mod hung;

@@ -112,6 +112,10 @@ fn random_runs_match_one_array_a_version() {
         ("marks that were forgotten", total.marks_forgotten),
         ("cuts by connection", total.by_connection),
         ("connections cut over", total.moved),
+        ("growths", total.growths),
+        ("growths under snapshots", total.growths_under_snapshots),
+        ("reads behind the end of a version", total.reads_behind_the_end),
+        ("moments of different sizes that were compared", total.comparisons_across_sizes),
     ] {
         assert!(count > 0 || seeds < 100, "no run reached: {what}");
     }

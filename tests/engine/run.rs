@@ -1,7 +1,9 @@
 //! One random run of the engine: requests, snapshots, deletions, cutovers, in an order that a seed decides, each held
 //! against the specification.
 
+mod growing;
 mod noted;
+mod reading;
 mod stored;
 
 use std::cell::RefCell;
@@ -12,7 +14,7 @@ use std::time::Duration;
 
 use halfsilver::engine::{
     Attachment, Backing, ChainEditor, Disk, DiskOptions, Epoch, EpochClock, EpochLane, Layer, LegImage, LegState,
-    NewLayer, Pair, PreparedSnapshot, Request, RequestError, RetireError, Ticket, Version, Writers,
+    NewLayer, Pair, PreparedSnapshot, Request, RetireError, Ticket, Version, Writers,
 };
 use halfsilver::image::{AlignedBuf, ByteOffset, GuestBuf, Image, IoQueue};
 use halfsilver::job::{self, Outcome, Pace};
@@ -490,46 +492,6 @@ impl Run {
         }
     }
 
-    fn read_frozen(&mut self) {
-        let quiesced: Vec<(u64, Arc<Version>)> = self
-            .world
-            .borrow()
-            .arrays
-            .iter()
-            .filter_map(|a| Some((a.key, a.version.clone()?)))
-            .filter(|(_, v)| v.is_quiesced() && !v.is_retiring())
-            .collect();
-        if quiesced.is_empty() {
-            return;
-        }
-        let (key, version) = quiesced[self.rng.below(quiesced.len())].clone();
-        let range = if self.rng.chance(20) { 0..self.sectors } else { self.range() };
-        self.spawn_frozen_read(key, version, range);
-    }
-
-    fn spawn_frozen_read(&mut self, key: u64, version: Arc<Version>, range: Range<usize>) {
-        let ticket = self.lane.enter();
-        let (world, queue) = (self.world.clone(), self.queue.clone());
-        let attachment = self.disk.attach_frozen(version.id);
-        let id = world.borrow_mut().begin_read(vec![key], range.clone());
-        self.scheduler.spawn(async move {
-            let (into, memory) = GuestBuf::from_owned(AlignedBuf::zeroed(range.len() * SECTOR));
-            let at = ByteOffset((range.start * SECTOR) as u64);
-            let done = attachment.execute(&queue, &ticket, Request::Read { at, into }).await;
-            let mut world = world.borrow_mut();
-            world.counts.frozen_reads += 1;
-            match done {
-                Ok(()) => world.end_read(id, &memory.to_vec(), &format!("read of version {key}")),
-                Err(RequestError::Broken(_)) if version.broken().is_some() || version.is_retiring() => {
-                    world.watches.retain(|w| w.id != id);
-                    world.counts.refused_reads += 1;
-                }
-                Err(e) => world.fail(format!("read of version {key} failed: {e}")),
-            }
-            drop(ticket);
-        });
-    }
-
     /// Lets a quiesced version go, as the daemon's job does.
     fn delete(&mut self) {
         let candidates: Vec<(usize, Arc<Version>)> = self
@@ -623,6 +585,7 @@ impl Run {
             60..62 => self.delete(),
             62..64 => self.connect_or_leave(),
             64 => self.cut_over(),
+            67 => self.grow(),
             65..67 if !self.held.is_empty() => drop(self.held.swap_remove(self.rng.below(self.held.len()))),
             _ => {}
         }
@@ -670,7 +633,8 @@ impl Run {
         let frozen: Vec<(u64, Arc<Version>)> =
             self.world.borrow().arrays.iter().filter_map(|a| Some((a.key, a.version.clone()?))).collect();
         for (key, version) in frozen {
-            self.spawn_frozen_read(key, version, 0..self.sectors);
+            let sectors = self.world.borrow().size_of(key);
+            self.spawn_frozen_read(key, version, 0..sectors);
         }
         self.settle()?;
         // What they have shown is settled now, of discards too.

@@ -232,6 +232,13 @@ impl Image for SimImage {
     fn alignment(&self) -> Alignment {
         Alignment { offset_bytes: self.state.alignment, memory_bytes: 1 }
     }
+    fn grow(&self, size_bytes: u64) -> Result<(), halfsilver::image::ImageError> {
+        let mut bytes = self.state.bytes.lock().unwrap();
+        let (before, size) = (bytes.len() / SECTOR, usize::try_from(size_bytes).unwrap());
+        bytes.resize(size, 0);
+        self.state.holes.lock().unwrap().extend((before..size / SECTOR).map(|sector| (sector, ())));
+        Ok(())
+    }
     fn start(&self, _queue: &IoQueue, ticket: OpTicket) {
         if let Some(what) = AT_NEXT_START.take() {
             what();

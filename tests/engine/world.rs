@@ -29,6 +29,15 @@ impl Array {
     pub fn sees(&self, epoch: Epoch) -> bool {
         self.ended.is_none_or(|ended| epoch <= ended)
     }
+
+    /// Those of some sectors that it has. Only requests of a version that broke, which go on with a newer one, reach behind
+    /// its end.
+    pub fn has_of(&self, sectors: &Range<usize>) -> Range<usize> {
+        let (end, len) = (sectors.end, self.sectors.len());
+        let is_broken = || self.version.as_ref().is_some_and(|version| version.broken().is_some());
+        assert!(end <= len || is_broken(), "a request behind the end of its version");
+        sectors.start.min(len)..end.min(len)
+    }
 }
 
 /// A frozen version that was deleted, of which the engine keeps a mark.
@@ -96,6 +105,10 @@ pub struct Counts {
     pub marks_forgotten: u64,
     pub by_connection: u64,
     pub moved: u64,
+    pub growths: u64,
+    pub growths_under_snapshots: u64,
+    pub reads_behind_the_end: u64,
+    pub comparisons_across_sizes: u64,
 }
 
 impl Counts {
@@ -126,6 +139,10 @@ impl Counts {
         self.marks_forgotten += other.marks_forgotten;
         self.by_connection += other.by_connection;
         self.moved += other.moved;
+        self.growths += other.growths;
+        self.growths_under_snapshots += other.growths_under_snapshots;
+        self.reads_behind_the_end += other.reads_behind_the_end;
+        self.comparisons_across_sizes += other.comparisons_across_sizes;
     }
 }
 
@@ -144,6 +161,11 @@ pub struct World {
 }
 
 impl World {
+    /// How many sectors a version has.
+    pub fn size_of(&self, key: u64) -> usize {
+        self.arrays.iter().find(|array| array.key == key).map_or(0, |array| array.sectors.len())
+    }
+
     pub fn fail(&mut self, what: String) {
         self.failure.get_or_insert(what);
     }
@@ -161,7 +183,7 @@ impl World {
             }
         }
         for array in self.arrays.iter_mut().filter(|a| a.sees(epoch)) {
-            for s in sectors.clone() {
+            for s in array.has_of(&sectors) {
                 array.sectors[s].insert(tag);
             }
             for watch in self.watches.iter_mut().filter(|w| w.keys.contains(&array.key)) {
@@ -188,7 +210,7 @@ impl World {
             return;
         }
         for array in self.arrays.iter_mut().filter(|a| a.sees(change.epoch)) {
-            for s in change.sectors.clone().filter(|s| !change.contested.contains(s)) {
+            for s in array.has_of(&change.sectors).filter(|s| !change.contested.contains(s)) {
                 array.sectors[s] = Tags::from([change.tag]);
             }
         }
@@ -198,7 +220,7 @@ impl World {
         self.next += 1;
         let mut allowed = vec![Tags::new(); sectors.len()];
         for array in self.arrays.iter().filter(|a| keys.contains(&a.key)) {
-            for (set, s) in allowed.iter_mut().zip(sectors.clone()) {
+            for (set, s) in allowed.iter_mut().zip(array.has_of(&sectors)) {
                 set.extend(&array.sectors[s]);
             }
         }

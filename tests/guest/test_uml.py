@@ -25,6 +25,13 @@ FILE_SYSTEMS = {
     "xfs": (("mkfs.xfs", "-q", "-f"), "xfs_repair -n"),
     "btrfs": (("mkfs.btrfs", "-q", "-f"), "btrfs check --readonly"),
 }
+# How each is made as large as its disk, while it is mounted.
+GROWN_BY = {
+    "ext4": "resize2fs /dev/vda",
+    "xfs": "xfs_growfs /mnt/xfs",
+    "btrfs": "btrfs filesystem resize max /mnt/btrfs",
+}
+MORE_MIB = 300
 
 
 class Uml:
@@ -211,4 +218,41 @@ class UserMode(test_guests.GuestTest):
         require("I/O error" not in uml.run("dmesg"), "the guest saw I/O errors")
         uml.kill()
         print(f"  {({name: sum(mark.files.values()) for name, mark in marks.items()})} files", flush=True)
+        daemon.stop()
+
+    def test_three_file_systems_grow_under_load(self):
+        """The guest sees the new size without looking for it, its file systems take it up, and a snapshot keeps the old one."""
+        disks = list(self.disks())
+        daemon = self.daemon(*disks, needs="makes_volumes")
+        uml = Uml(self.workspace, "uml", [daemon.socket(disk) for disk in disks])
+        self.mount_all(uml)
+        for name in FILE_SYSTEMS:
+            uml.start_load(name, f"/mnt/{name}")
+        uml.require_progress(files=20)
+        finished = uml.marks()
+        names = [word for disk in disks for word in ("--disk", disk.name)]
+        daemon.ask("snapshot", "create", "smaller", *names, "--wait")
+        for letter, disk in zip("abc", disks):
+            shown = daemon.ask("disk", "resize", disk.name, "--size", f"+{MORE_MIB}M", "--json").stdout
+            size = json.loads(shown)["size_bytes"]
+            require(size == (DISK_MIB + MORE_MIB) << 20, f"{disk.name} has {size} bytes")
+            kit.eventually(f"the guest sees it of {disk.name}",
+                           lambda: int(uml.run(f"cat /sys/block/vd{letter}/size")) * 512 == size)
+        uml.require_progress(files=5)
+        for name, grow in GROWN_BY.items():
+            uml.run(grow)
+            # More than the disk had before: some of it lies in what is new.
+            uml.run(f"dd if=/dev/urandom of=/mnt/{name}/large bs=1M count={DISK_MIB} 2>/dev/null && sync -f /mnt/{name}")
+            uml.run(f"sha256sum /mnt/{name}/large >/mnt/{name}/large.sum")
+        uml.require_progress(files=5)
+        self.judge(daemon, "smaller", finished)
+        for name in FILE_SYSTEMS:
+            uml.stop_load(name)
+        marks = uml.marks()
+        for letter, name in zip("abc", FILE_SYSTEMS):
+            uml.run(f"umount /mnt/{name} && mount -t {name} /dev/vd{letter} /mnt/{name} && sha256sum -c /mnt/{name}/large.sum")
+            uml.verify(f"/mnt/{name}", marks[name])
+        self.unmount_and_check(uml)
+        require("I/O error" not in uml.run("dmesg"), "the guest saw I/O errors")
+        uml.kill()
         daemon.stop()

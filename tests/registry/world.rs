@@ -189,7 +189,7 @@ impl World {
         let snapshot = snapshot.unwrap_or_else(|| SnapshotRef { disk: disk.clone(), name: name("none") });
         let job = rng.pick(&self.jobs).map_or(77, |job| job.id);
         let fresh = format!("n{}", self.next + 1);
-        match rng.below(27) {
+        match rng.below(28) {
             0..5 => Command::CreateSnapshot { disks: vec![disk], name: name(&format!("s{}", rng.below(12))) },
             5 => Command::DeleteSnapshot { snapshot, force, keep_bookmark: rng.chance(50) },
             6 => Command::RemoveDisk { disk, force },
@@ -218,6 +218,7 @@ impl World {
             23 => Command::Unmirror { disk },
             24 => self.some_bookmark(rng).unwrap_or(Command::Update { volume, force }),
             25 => Command::Update { volume, force },
+            26 => Command::Resize { disk, size_bytes: 1 << 30 },
             _ => Command::Rename { disk, to: name(&fresh), is_volume: false, force },
         }
     }

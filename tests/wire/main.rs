@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, clippy::cast_sign_loss, missing_docs, unreachable_pub)]
 
 mod blkio_client;
+mod config;
 mod events;
 mod forms;
 mod hostile_memory;

@@ -59,6 +59,40 @@ impl PaceArgs {
     }
 }
 
+/// How large a disk is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum SizeArg {
+    /// So many bytes.
+    Whole(u64),
+    /// So many bytes more.
+    More(u64),
+}
+
+impl FromStr for SizeArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!("{text:?} is no size; use bytes, or a number with K, M, G or T: 200G, or +50G for that much more")
+        };
+        match text.strip_prefix('+') {
+            Some(more) => rate(more).map(SizeArg::More),
+            None => rate(text).map(SizeArg::Whole),
+        }
+        .map_err(|_| wrong())
+    }
+}
+
+impl SizeArg {
+    /// The size that a disk of `bytes` is to have.
+    pub(in crate::cli) fn of(self, bytes: u64) -> u64 {
+        match self {
+            SizeArg::Whole(size) => size,
+            SizeArg::More(more) => bytes.saturating_add(more),
+        }
+    }
+}
+
 /// A snapshot or bookmark by its name or its id.
 #[derive(Clone, Debug)]
 pub(in crate::cli) enum MomentArg {

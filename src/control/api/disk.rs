@@ -12,7 +12,7 @@ use super::{
     BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, Layout, LegState, QUEUES_MAX, RestoreStatus, SERIAL_LEN_MAX,
     check_absolute, check_socket, invalid,
 };
-use crate::control::error::ApiError;
+use crate::control::error::{ApiError, ErrorCode};
 use crate::control::name::Name;
 
 /// [`DiskConfig::background_bytes`] when nothing is said.
@@ -411,6 +411,30 @@ impl DiskPatch {
             return Err(invalid(message.to_owned()));
         }
         self.check()
+    }
+}
+
+/// The body of `PUT /v1/disks/{disk}/size`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// The new size in bytes, a multiple of 512. It is not less than what the disk has.
+    pub size_bytes: u64,
+}
+
+impl ResizeRequest {
+    /// The new size, if it is one.
+    ///
+    /// # Errors
+    /// `invalid-request`.
+    pub fn validate(&self) -> Result<u64, ApiError> {
+        match self.size_bytes {
+            0 => Err(ApiError::new(ErrorCode::InvalidRequest, "size_bytes: a disk has at least one sector")),
+            bytes if !bytes.is_multiple_of(512) => {
+                Err(ApiError::new(ErrorCode::InvalidRequest, format!("size_bytes: {bytes} is no multiple of 512")))
+            }
+            bytes => Ok(bytes),
+        }
     }
 }
 

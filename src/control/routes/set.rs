@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 
 use super::{Context, PathText, Refused, Reply};
-use crate::control::api::{Disk, DiskPatch, RenameRequest, Volume};
+use crate::control::api::{Disk, DiskPatch, RenameRequest, ResizeRequest, Volume};
 use crate::control::error::ApiError;
 use crate::control::extract::JsonBody;
 use crate::control::name::Name;
@@ -49,6 +49,20 @@ pub(super) async fn rename_disk(
 ) -> Reply<Disk> {
     let (disk, to): (Name, Name) = (path?.parse()?, request.validate()?);
     context.call(move |service| service.rename_disk(&disk, &to, request.force)).await.map(Json)
+}
+
+/// Makes a disk larger under its guest, which is told. Its image grows with it, but for a block device, which has to have that
+/// size already; snapshots and bookmarks keep theirs. The size that it has changes nothing.
+#[utoipa::path(put, path = "/v1/disks/{disk}/size", tag = "disks", params(("disk" = Name, Path)),
+    request_body = ResizeRequest,
+    responses((status = 200, description = "The disk with its new size", body = Disk), Refused))]
+pub(super) async fn resize_disk(
+    State(context): State<Context>,
+    path: PathText,
+    JsonBody(request): JsonBody<ResizeRequest>,
+) -> Reply<Disk> {
+    let (disk, size_bytes): (Name, u64) = (path?.parse()?, request.validate()?);
+    context.call(move |service| service.resize_disk(&disk, size_bytes)).await.map(Json)
 }
 
 /// Gives a volume another name; its snapshots, bookmarks, volumes, jobs and guests stay with it.

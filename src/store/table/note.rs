@@ -23,7 +23,7 @@ impl Table {
         let (page, word, _) = Self::place(block);
         if bits & !self.word_at(index) != 0 {
             self.prepare(BlockRange::one(block))?;
-            let old = self.word(page, word).fetch_or(bits, Ordering::SeqCst);
+            let old = self.pages.word(page, word).fetch_or(bits, Ordering::SeqCst);
             self.ones.fetch_add(u64::from((bits & !old).count_ones()), Ordering::Relaxed);
         }
         Ok(())
@@ -51,7 +51,7 @@ impl Table {
     /// # Errors
     /// When no page can be had. Some of the bits may be set then, and some are not.
     pub fn merge(&self, other: &Table) -> io::Result<()> {
-        debug_assert!(other.blocks <= self.blocks, "it has room for all of them");
+        debug_assert!(other.blocks() <= self.blocks(), "it has room for all of them");
         let mut next = other.next_word(0);
         while let Some(index) = next {
             self.add_word(index, other.word_at(index))?;
@@ -65,9 +65,7 @@ impl Table {
     pub fn word_at(&self, index: u64) -> u64 {
         let (page, word) = (index / PAGE_WORDS as u64, index % PAGE_WORDS as u64);
         match (usize::try_from(page), usize::try_from(word)) {
-            (Ok(page), Ok(word)) if page < self.pages && self.is_present(page) => {
-                self.word(page, word).load(Ordering::SeqCst)
-            }
+            (Ok(page), Ok(word)) if self.pages.is_present(page) => self.pages.word(page, word).load(Ordering::SeqCst),
             _ => 0,
         }
     }
@@ -76,19 +74,8 @@ impl Table {
     #[must_use]
     pub fn next_word(&self, index: u64) -> Option<u64> {
         let first = usize::try_from(index / PAGE_WORDS as u64).ok()?;
-        if first < self.pages && self.is_present(first) {
-            return Some(index);
-        }
-        let mut page = first + 1;
-        while page < self.pages {
-            let rest = self.present[page / 64].load(Ordering::SeqCst) >> (page % 64);
-            if rest != 0 {
-                let found = page + rest.trailing_zeros() as usize;
-                return (found < self.pages).then_some((found * PAGE_WORDS) as u64);
-            }
-            page = (page / 64 + 1) * 64;
-        }
-        None
+        let found = self.pages.next_present(first)?;
+        Some(if found == first { index } else { (found * PAGE_WORDS) as u64 })
     }
 }
 

@@ -73,7 +73,7 @@ fn a_table_comes_back_to_the_next_process_with_all_its_bits() {
     let back = Table::open(&path, blocks, name).unwrap();
     assert_eq!(back.count(), 8);
     assert!(back.get(BlockIndex(8)) && back.get(BlockIndex(blocks - 1)) && !back.get(BlockIndex(9)));
-    assert!(!back.is_present(1) && !back.is_present(4), "pages that were never used stay so");
+    assert!(!back.pages.is_present(1) && !back.pages.is_present(4), "pages that were never used stay so");
     assert!(!back.is_broken());
     back.mark_broken();
     drop(back);
@@ -153,6 +153,86 @@ fn a_table_of_a_huge_disk_costs_what_is_used() {
     table.prepare(range(1 << 31, (1 << 31) + 1)).unwrap();
     table.set(range(1 << 31, (1 << 31) + 1));
     assert_eq!(table.next_set(BlockIndex(0)), Some(BlockIndex(1 << 31)));
-    let present: u32 = table.present.iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
-    assert_eq!(present, 1);
+    let page = table.pages.next_present(0).unwrap();
+    assert_eq!((page as u64, table.pages.next_present(page + 1)), ((1 << 31) / PAGE_BITS, None));
+}
+
+fn one(block: u64) -> BlockRange {
+    range(block, block + 1)
+}
+
+fn all_set(table: &Table) -> Vec<u64> {
+    let next = |from: u64| table.next_set(BlockIndex(from)).map(|block| block.0);
+    std::iter::successors(next(0), |block| next(block + 1)).collect()
+}
+
+/// Bits that were there stay where they are, in every way of looking at them, and new ones come behind them.
+#[test]
+fn a_table_grows_and_keeps_its_bits() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, name) = (directory.path().join("t.bits"), TableName::of_this_boot(Uuid::new_v4()).unwrap());
+    for file in [None, Some(path.as_path())] {
+        let table = match file {
+            Some(path) => Table::create(path, 5, name).unwrap(),
+            None => Table::in_memory(5).unwrap(),
+        };
+        table.track(100);
+        let mut expected = Vec::new();
+        let mut blocks = 5;
+        for more in [1, 60, PAGE_BITS, 3, 5 * PAGE_BITS + 7, 70 * PAGE_BITS] {
+            expected.push(blocks - 1);
+            table.note(one(blocks - 1)).unwrap();
+            let grown = blocks + more;
+            table.reserve(file, grown).unwrap();
+            assert_eq!((table.blocks(), table.room(), all_set(&table)), (blocks, grown, expected.clone()));
+            assert_eq!(table.next_clear(BlockIndex(blocks - 1)), None, "what there is room for is not asked for");
+            table.grow(grown);
+            assert_eq!((table.blocks(), table.next_clear(BlockIndex(blocks - 1))), (grown, Some(BlockIndex(blocks))));
+            blocks = grown;
+        }
+        let across = range(5 * PAGE_BITS - 3, 8 * PAGE_BITS + 3);
+        table.prepare(across).unwrap();
+        table.set(across);
+        expected.extend(across.iter().map(|block| block.0));
+        expected.sort_unstable();
+        expected.dedup();
+        assert_eq!((all_set(&table), table.count()), (expected.clone(), expected.len() as u64));
+        assert!(table.take_changes(&mut 0, usize::MAX).contains(&(8 * PAGE_BITS / 100)));
+        if let Some(path) = file {
+            drop(table);
+            let again = Table::open(path, blocks, name).unwrap();
+            assert_eq!(all_set(&again), expected);
+            assert_eq!(
+                crate::store::run_header::examine_run_table(path, blocks, name).unwrap().ones,
+                expected.len() as u64
+            );
+        }
+    }
+}
+
+/// A growth that a kill cut off before it was recorded leaves room, and the table is still that of the smaller disk.
+#[test]
+fn room_that_nothing_came_of_is_no_harm() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, name) = (directory.path().join("t.bits"), TableName::of_this_boot(Uuid::new_v4()).unwrap());
+    let table = Table::create(&path, 1000, name).unwrap();
+    table.note(one(999)).unwrap();
+    table.mark_broken();
+    table.reserve(Some(&path), 3 * PAGE_BITS).unwrap();
+    drop(table);
+    let facts = crate::store::run_header::examine_run_table(&path, 1000, name).unwrap();
+    assert_eq!((facts.ones, facts.is_broken), (1, true), "flags stay as they are");
+    let table = Table::open(&path, 1000, name).unwrap();
+    assert_eq!((table.blocks(), all_set(&table)), (1000, vec![999]));
+    table.save(&directory.path().join("t.table")).unwrap();
+    drop(table);
+    // As a start opens it that finds the larger size in its record.
+    let table = Table::open(&path, 3 * PAGE_BITS, name).unwrap();
+    table.note(one(2 * PAGE_BITS)).unwrap();
+    drop(table);
+    for (blocks, what) in [(1000, "bits of blocks"), (3 * PAGE_BITS + 1, "another size")] {
+        let found = crate::store::run_header::examine_run_table(&path, blocks, name).unwrap_err().to_string();
+        assert!(found.contains(what), "{found}");
+        assert_eq!(Table::open(&path, blocks, name).unwrap_err().to_string(), found);
+    }
 }

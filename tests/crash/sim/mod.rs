@@ -333,7 +333,9 @@ impl Sim {
 
     fn table_at(&self, path: &Path, blocks: u64, name: TableName) -> Result<Arc<Table>, TableError> {
         let found = self.lookup(path, |file| match &file.node {
-            Node::Table(table, its) if *its == name && table.blocks() == blocks => Some(table.clone()),
+            Node::Table(table, its) if *its == name && (table.blocks()..=table.room()).contains(&blocks) => {
+                Some(table.clone())
+            }
             _ => None,
         });
         let damaged = || TableError::Damaged { path: path.to_owned(), what: "it is another one".to_owned() };
@@ -564,7 +566,17 @@ impl Host for Sim {
 
     fn open_table(&self, path: &Path, blocks: u64, name: TableName) -> Result<Arc<Table>, TableError> {
         self.step().map_err(|e| in_table(path, &e))?;
-        self.table_at(path, blocks, name)
+        self.table_at(path, blocks, name).inspect(|table| table.grow(blocks))
+    }
+
+    fn extend_table(&self, table: &Table, path: &Path, blocks: u64) -> Result<(), TableError> {
+        self.step().map_err(|e| in_table(path, &e))?;
+        table.reserve(None, blocks)
+    }
+
+    fn grow_image(&self, image: &SharedImage, size_bytes: u64) -> Result<(), ImageError> {
+        self.step().map_err(|e| ImageError::from_io(ImageOp::Open, image.path(), None, &e))?;
+        image.grow(size_bytes)
     }
 
     fn examine_table(&self, path: &Path, blocks: u64, name: TableName) -> Result<RunTableFacts, TableError> {

@@ -119,9 +119,22 @@ impl Run {
         world.counts.comparisons_of_marks += u64::from(is_mark);
         world.counts.comparisons_by_owners += u64::from(changes.source() == ChangeSource::Owned);
         let block_sectors = self.shape.block / SECTOR;
-        for block in 0..self.sectors.div_ceil(block_sectors) {
-            let sectors = block * block_sectors..((block + 1) * block_sectors).min(self.sectors);
+        let (before, after) = (from.moment.sectors.len(), to.moment.sectors.len());
+        if changes.blocks() != after.div_ceil(block_sectors) as u64 {
+            return world.fail(format!("{what}: of {} blocks, and {after} sectors", changes.blocks()));
+        }
+        world.counts.comparisons_across_sizes += u64::from(before < after);
+        for block in 0..after.div_ceil(block_sectors) {
+            let sectors = block * block_sectors..((block + 1) * block_sectors).min(after);
             let is_in = changes.contains(BlockIndex(block as u64));
+            // What the older one does not have is other content, whatever it is.
+            let is_new = sectors.end > before && before < after;
+            if is_new && !is_in {
+                return world.fail(format!("{what}: block {block} is new, and is not among them"));
+            }
+            if is_new {
+                continue;
+            }
             let differs = |s: &usize| from.moment.sectors[*s].is_disjoint(&to.moment.sectors[*s]);
             if let Some(sector) = sectors.clone().find(differs).filter(|_| !is_in) {
                 let (was, is) = (&from.moment.sectors[sector], &to.moment.sectors[sector]);
