@@ -387,6 +387,7 @@ fn what_is_forgotten_takes_no_image_along_that_is_waited_for() {
     std::fs::rename(&aside, &image).unwrap();
     std::os::unix::fs::symlink(&image, &aside).unwrap();
     std::fs::write(&taken, "somebody else's").unwrap();
+    std::fs::write(daemon.socket("n"), "somebody else's").unwrap();
     daemon.start();
     assert_ne!(daemon.show_disk("n")["state"], "serving");
     let refused = daemon.send("POST", "/v1/disks/v/forget", "");
