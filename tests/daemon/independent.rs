@@ -369,7 +369,7 @@ fn the_command_line_completes_and_promotes() {
         serde_json::from_str(&run(&["volume", "complete", "clone", "--limit", "64K", "--json"])).unwrap();
     assert_eq!(begun["bytes_per_second"], 64 << 10);
     let id = begun["id"].to_string();
-    assert!(run(&["job", "set", &id, "--limit", "0"]).contains("limit    -\n"));
+    assert!(run(&["job", "set", &id, "--limit", "0"]).contains("limit      -\n"));
     run(&["job", "wait", &id]);
     assert!(run(&["volume", "show", "clone"]).contains("independent  yes\n"));
     assert!(run(&["volume", "promote", "clone"]).contains("clone"));

@@ -369,7 +369,8 @@ fn a_read_only_disk_and_one_of_another_family_are_refused() {
     daemon.make_image("vm2", SIZE);
     let fixed = format!(r#"{{"path":"{}","readonly":true}}"#, daemon.image("vm2").display());
     daemon.send("PUT", "/v1/disks/vm2", &fixed).ok();
-    let read_only = daemon.send("POST", "/v1/disks/vm2/restore", r#"{"from":"vm0@daily"}"#);
+    daemon.api().create("own", &["vm2"], &json!({ "wait": true })).ok();
+    let read_only = daemon.send("POST", "/v1/disks/vm2/restore", r#"{"from":"vm2@own"}"#);
     assert_eq!(read_only.refused(), "invalid-config");
     assert!(read_only.body.contains("read-only"), "{}", read_only.body);
     let refused = ask(&daemon, "vm1@other", false, 0);
