@@ -375,7 +375,7 @@ fn the_command_line_completes_and_promotes() {
     assert!(run(&["volume", "promote", "clone"]).contains("clone"));
     assert!(run(&["disk", "list"]).contains("clone"));
     run(&["volume", "create", "other", "--from", "vm0@daily"]);
-    assert!(run(&["volume", "complete", "other", "--wait"]).contains("state    done\n"));
+    assert!(run(&["volume", "complete", "other", "--wait"]).contains("state      done\n"));
     for args in
         [&["job", "set", &id][..], &["job", "set", &id, "--limit", "12Q"], &["volume", "complete", "a", "--limit", "x"]]
     {

@@ -338,12 +338,13 @@ fn what_does_not_go_with_a_restore_is_refused() {
         ("POST", "/v1/snapshots", r#"{"name":"next","disks":["vm0"]}"#, "disk-busy"),
         ("DELETE", "/v1/snapshots/vm0@daily?force=true", "", "snapshot-busy"),
         ("POST", "/v1/disks/vm0/mirror", r#"{"path":"/tmp/halfsilver-leg.raw"}"#, "disk-busy"),
-        ("DELETE", "/v1/disks/vm0/mirror", "", "disk-busy"),
     ] {
         let answer = daemon.send(method, path, body);
         assert_eq!(answer.refused(), code, "{method} {path}: {}", answer.body);
         named(&answer);
     }
+    // What it has not it cannot lose, restored or not.
+    assert_eq!(daemon.send("DELETE", "/v1/disks/vm0/mirror", "").refused(), "no-second-leg");
     wait_until("the volume to go", || daemon.send("DELETE", "/v1/volumes/clone", "").status == 204);
     let removed = daemon.send("DELETE", "/v1/disks/vm0?force=true", "");
     assert_eq!(removed.refused(), "disk-busy");
