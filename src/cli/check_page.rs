@@ -73,6 +73,8 @@ fn disk_lines(page: &mut String, disk: &CheckedDisk) {
         let verdict = match snapshot.verdict {
             SnapshotVerdict::Kept => "would be kept",
             SnapshotVerdict::Deleting if snapshot.leaves_bookmark => "its deletion would go on, and leave a bookmark",
+            SnapshotVerdict::Tidied if snapshot.leaves_bookmark => "would be deleted, and leave a bookmark",
+            SnapshotVerdict::Tidied => "would be deleted",
             SnapshotVerdict::Deleting => "its deletion would go on",
             SnapshotVerdict::Broken => "is broken",
             SnapshotVerdict::Waits => "stays as it is until its disk is served",

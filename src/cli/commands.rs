@@ -16,7 +16,9 @@ use super::lists;
 use super::output::{Output, Spinner};
 use super::pages::{disk_fields, disk_table, event_line, job_fields, job_table, status_page};
 use super::wait::{Patience, Wait};
-use crate::control::api::{Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, ResizeRequest, Status};
+use crate::control::api::{
+    Difference, Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, ResizeRequest, Status,
+};
 use crate::daemon::config::{DiskSpec, RawDisk};
 
 /// How often `status --watch` looks.
@@ -105,11 +107,14 @@ fn disk(command: DiskCommand, client: &Client, output: &Output, directory: &Path
 
 /// Sends what is to be set.
 pub(super) fn send_patch<T: DeserializeOwned>(path: &str, patch: &DiskPatch, client: &Client) -> Result<T, CliError> {
-    let nothing = "give --durability, --layout, --background, --queues, --serial or --readonly";
-    patch.check_change().map_err(|error| match *patch == DiskPatch::default() {
-        true => CliError::Usage(nothing.to_owned()),
-        false => CliError::Usage(error.to_string()),
-    })?;
+    if *patch == DiskPatch::default() {
+        // Volumes are there to be written.
+        let can_be_set = |key: &&&str| **key != "readonly" || !path.starts_with("/v1/volumes/");
+        let options = DiskPatch::KEYS.iter().filter(can_be_set).map(|key| format!("--{}", Difference::option(key)));
+        let options: Vec<String> = options.collect();
+        return Err(CliError::Usage(format!("nothing is to be set; give one or more of {}", options.join(", "))));
+    }
+    patch.check().map_err(CliError::of_arguments)?;
     client.put(Method::PATCH, path, patch)?.json()
 }
 
@@ -176,7 +181,9 @@ fn job(command: JobCommand, client: &Client, output: &Output) -> Result<(), CliE
         }
         JobCommand::Set { id, pace } => {
             let patch = pace.patch();
-            patch.check_change().map_err(|_| CliError::Usage("give --delay-ms, --limit or both".to_owned()))?;
+            patch.check_change().map_err(|_| {
+                CliError::Usage("nothing is to be set; give one or more of --delay-ms, --limit".to_owned())
+            })?;
             let job: Job = client.put(Method::PATCH, &format!("/v1/jobs/{id}"), &patch)?.json()?;
             output.show(&job, job_fields)
         }

@@ -25,9 +25,10 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use crate::daemon;
+use crate::control::ApiError;
 use crate::daemon::check::{CheckOptions, check};
 use crate::daemon::config::{ConfigError, Environment, ServeOptions};
+use crate::daemon::{self, ServeError};
 use args::{CheckArgs, Cli, Command, ServeArgs};
 use output::Output;
 
@@ -40,6 +41,14 @@ enum CliError {
     Failed(String),
     /// Nobody reads our output any more: status 0, in silence.
     OutputClosed,
+}
+
+impl CliError {
+    /// Of arguments that the daemon would refuse whatever it serves. What it advises to those who write JSON is left out.
+    fn of_arguments(error: ApiError) -> Self {
+        let is_general = error.action == error.code.action();
+        Self::Usage(if is_general { error.message } else { error.to_string() })
+    }
 }
 
 impl From<io::Error> for CliError {
@@ -69,13 +78,25 @@ pub fn run() -> ExitCode {
     };
     match dispatch(cli) {
         Ok(()) | Err(CliError::OutputClosed) => ExitCode::SUCCESS,
-        Err(CliError::Usage(message)) => usage(&Cli::command().error(ErrorKind::ArgumentConflict, message)),
+        Err(CliError::Usage(message)) => usage(&named_command().error(ErrorKind::ArgumentConflict, message)),
         Err(CliError::Failed(message)) => {
             let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
             writeln!(io::stderr(), "halfsilver: {}", output::text(Some(line))).ok();
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command that this process was asked for: its usage is what is shown.
+fn named_command() -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    for word in std::env::args().skip(1) {
+        if let Some(next) = command.find_subcommand(&word) {
+            command = next.clone();
+        }
+    }
+    command
 }
 
 /// Shows help on stdout or a usage error on stderr; 0 or 2.
@@ -108,7 +129,10 @@ fn serve(args: ServeArgs, control: Option<PathBuf>, environment: &Environment) -
     let options = ServeOptions { config, control, state_dir, run_dir, disks, take_flushed, strict };
     let config = options.resolve(environment)?;
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
-    daemon::serve(config).map_err(|error| CliError::Failed(error.to_string()))
+    daemon::serve(config).map_err(|error| match error {
+        ServeError::Option(error) => CliError::Usage(error.to_string()),
+        error => CliError::Failed(error.to_string()),
+    })
 }
 
 fn examine(args: CheckArgs, output: &Output, environment: &Environment) -> Result<(), CliError> {

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::output::{duration, fields, size, table, text};
 use crate::control::Event;
-use crate::control::api::{Claim, Disk, Job, Leg, LegState, RestoreStatus, Snapshot, Status, Unserved, Volume};
+use crate::control::api::{
+    Claim, Disk, Job, Leg, LegState, RestoreStatus, Settings, Snapshot, Status, Unserved, Volume,
+};
 
 pub(super) fn status_page(status: &Status) -> String {
     let Status { state, version, pid, started_at, disks, snapshots, volumes, jobs, claims, unserved, problems } =
@@ -47,7 +49,7 @@ pub(super) fn status_page(status: &Status) -> String {
             [operation, entities, claim.since.to_string(), text(claim.waits_for.as_ref())]
         };
         page.push('\n');
-        page.push_str(&table(["UNDER WAY", "HOLDS", "SINCE", "WAITS FOR"], claims.iter().map(row).collect()));
+        page.push_str(&table(["UNDER WAY", "ON", "SINCE", "WAITS FOR"], claims.iter().map(row).collect()));
     }
     page
 }
@@ -69,8 +71,23 @@ pub(super) fn disk_table(disks: &[Disk]) -> String {
     table(["DISK", "STATE", "SIZE", "FRONTENDS", "SNAPSHOTS", "SOCKET"], disks.iter().map(row).collect())
 }
 
+/// How guests see a disk or volume, and how its snapshots are taken.
+fn setting_rows(settings: &Settings) -> [(&'static str, String); 8] {
+    let Settings { discard_granularity, discard_max, background_bytes, .. } = *settings;
+    [
+        ("sectors", format!("{} bytes", settings.logical_block_size)),
+        ("segments", settings.segments_max.to_string()),
+        ("discards", format!("{} or more, up to {}", size(discard_granularity.into()), size(discard_max))),
+        ("queues", settings.queues.to_string()),
+        ("serial", text(Some(&settings.serial))),
+        ("durability", settings.durability.to_string()),
+        ("layout", settings.layout.to_string()),
+        ("background", if background_bytes == 0 { "off".to_owned() } else { size(background_bytes.into()) }),
+    ]
+}
+
 pub(super) fn disk_fields(disk: &Disk) -> String {
-    let mut page = fields(&[
+    let mut rows = vec![
         ("disk", disk.name.to_string()),
         ("id", text(disk.id.map(|id| id.to_string()))),
         ("state", disk.state.to_string()),
@@ -80,21 +97,15 @@ pub(super) fn disk_fields(disk: &Disk) -> String {
         ("size", size(disk.size_bytes)),
         ("allocated", size(disk.allocated_bytes)),
         ("block size", size(disk.block_size.into())),
-        ("sectors", format!("{} bytes", disk.logical_block_size)),
-        ("segments", disk.segments_max.to_string()),
-        ("discards", format!("{} or more, up to {}", size(disk.discard_granularity.into()), size(disk.discard_max))),
-        ("queues", disk.queues.to_string()),
         ("direct", disk.direct.to_string()),
         ("readonly", disk.readonly.to_string()),
         ("shared", disk.shared.to_string()),
-        ("durability", disk.durability.to_string()),
-        ("layout", disk.layout.to_string()),
-        ("background", if disk.background_bytes == 0 { "off".to_owned() } else { size(disk.background_bytes.into()) }),
-        ("serial", text(Some(&disk.serial))),
         ("frontends", frontends_text(disk)),
         ("epoch", disk.epoch.to_string()),
         ("snapshots", disk.snapshots.to_string()),
-    ]);
+    ];
+    rows.extend(setting_rows(&disk.settings));
+    let mut page = fields(&rows);
     if let Some(RestoreStatus { from, remaining_bytes }) = &disk.restoring {
         let rows = vec![[from.clone(), size(*remaining_bytes)]];
         page.push('\n');
@@ -167,7 +178,7 @@ pub(super) fn volume_table(volumes: &[Volume]) -> String {
 }
 
 pub(super) fn volume_fields(volume: &Volume) -> String {
-    fields(&[
+    let mut rows = vec![
         ("volume", volume.name.to_string()),
         ("id", volume.id.to_string()),
         ("from", volume.from.clone()),
@@ -180,11 +191,12 @@ pub(super) fn volume_fields(volume: &Volume) -> String {
         ("size", size(volume.size_bytes)),
         ("owned", size(volume.owned_bytes)),
         ("block size", size(volume.block_size.into())),
-        ("queues", volume.queues.to_string()),
         ("frontends", volume.frontends.to_string()),
         ("snapshots", volume.snapshots.to_string()),
         ("created", volume.created_at.to_string()),
-    ])
+    ];
+    rows.extend(setting_rows(&volume.settings));
+    fields(&rows)
 }
 
 pub(super) fn job_table(jobs: &[Job]) -> String {
@@ -208,6 +220,7 @@ pub(super) fn job_fields(job: &Job) -> String {
         ("done", size(job.done_bytes)),
         ("total", size(job.total_bytes)),
         ("percent", format!("{}%", job.percent)),
+        ("waits for", text(job.waits_for.as_ref())),
         ("left", text(job.estimated_seconds.map(duration))),
         ("delay", format!("{} ms", job.delay_ms)),
         ("limit", limit_text(job)),

@@ -76,7 +76,7 @@ fn create(args: SnapshotCreateArgs, client: &Client, output: &Output, directory:
         wait_timeout_ms: None,
     };
     // The daemon would refuse the same; what is wrong with the arguments alone is a usage error.
-    request.validate().map_err(|error| CliError::Usage(error.to_string()))?;
+    request.validate().map_err(CliError::of_arguments)?;
 
     let see = "halfsilver snapshot list --state draining".to_owned();
     let wait = Wait::begin(format!("snapshot {name}"), see, patience, client);

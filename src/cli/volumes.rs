@@ -25,7 +25,7 @@ pub(super) fn run(command: VolumeCommand, client: &Client, output: &Output, dire
             let (socket, image) = (absolute(socket), absolute(image));
             let request = CreateVolume { name: name.to_string(), from: from.to_string(), socket, image, block_size };
             // The daemon would refuse the same; what is wrong with the arguments alone is a usage error.
-            request.validate().map_err(|error| CliError::Usage(error.to_string()))?;
+            request.validate().map_err(CliError::of_arguments)?;
             let spinner = Spinner::start(format!("making volume {name}"));
             let volume: Volume = client.put(Method::POST, "/v1/volumes", &request)?.json()?;
             drop(spinner);

@@ -10,6 +10,7 @@ mod deletion;
 mod disk;
 mod list;
 mod restore;
+mod settings;
 mod status;
 mod volume;
 
@@ -31,6 +32,7 @@ pub use deletion::{DeleteGroupOptions, DeleteQuery, DeleteSnapshotOptions, Delet
 pub use disk::{Disk, DiskConfig, DiskPatch, Leg, LegQuery, MirrorRequest, RenameRequest, ResizeRequest};
 pub use list::{BookmarkList, DiskList, Glob, JobList, ListQuery, SnapshotList, VolumeList};
 pub use restore::{RestoreDisk, RestoreRequest, RestoreStatus};
+pub use settings::{Difference, Settings};
 pub use status::{Claim, Status, Unserved};
 pub use volume::{CreateVolume, EnableQuery, ForceQuery, UpdateQuery, Volume, VolumeRequest, VolumeSource};
 
@@ -397,6 +399,9 @@ pub struct Job {
     pub delay_ms: u32,
     /// The most bytes that it does in a second; 0 for as many as it can.
     pub bytes_per_second: u64,
+    /// Who or what keeps it from going on, if anything does.
+    #[serde(default)]
+    pub waits_for: Option<String>,
     /// When it began.
     pub started_at: Timestamp,
     /// How long it will take from now on at the rate so far; absent when unknown or when it does not run.

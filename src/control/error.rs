@@ -77,9 +77,9 @@ error_codes! {
     /// The disk has failed and cannot do this.
     DiskFailed = "disk-failed", 409, "Disk failed", "repair what its reason names, then remove the disk and add it again";
     /// The disk has one image only, and this needs two.
-    NoSecondLeg = "no-second-leg", 409, "No second leg", "add one: halfsilver disk mirror DISK PATH";
+    NoSecondLeg = "no-second-leg", 409, "No second leg", "'halfsilver disk mirror' adds one";
     /// A leg that this needs is failed, split or still being synchronised.
-    MirrorNotInSync = "mirror-not-in-sync", 409, "Mirror not in sync", "wait until 'halfsilver disk show DISK' shows both legs in-sync";
+    MirrorNotInSync = "mirror-not-in-sync", 409, "Mirror not in sync", "wait until 'halfsilver disk show' shows both legs in-sync";
     /// A snapshot of that name exists.
     SnapshotExists = "snapshot-exists", 409, "Snapshot exists", "delete it first, or use another name";
     /// The snapshot is being read, or not in a state that allows this.
@@ -126,12 +126,14 @@ pub struct ApiError {
     pub message: String,
     /// What to do about it. No full stop at the end.
     pub action: String,
+    /// The commands that clear what stands in the way, in their order.
+    pub commands: Vec<String>,
 }
 
 impl ApiError {
     /// An error with the usual advice for its code.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), action: code.action().to_owned() }
+        Self { code, message: message.into(), action: code.action().to_owned(), commands: Vec::new() }
     }
 
     /// The same error with better advice.
@@ -149,9 +151,13 @@ impl ApiError {
         Self::new(ErrorCode::SnapshotNotFound, format!("there is no snapshot {snapshot}"))
     }
 
-    /// There is no such volume.
-    pub fn volume_not_found(volume: impl fmt::Display) -> Self {
-        Self::new(ErrorCode::VolumeNotFound, format!("there is no volume {volume}"))
+    /// There is no such volume, but perhaps a disk of that name.
+    pub fn volume_not_found(volume: impl fmt::Display, is_disk: bool) -> Self {
+        match is_disk {
+            false => Self::new(ErrorCode::VolumeNotFound, format!("there is no volume {volume}")),
+            true => Self::new(ErrorCode::VolumeNotFound, format!("{volume} is a disk, not a volume"))
+                .with_action(format!("see 'halfsilver disk show {volume}'")),
+        }
     }
 
     /// There is no such job.
@@ -162,7 +168,7 @@ impl ApiError {
     /// The disk has one image only, and this needs two.
     pub fn no_second_leg(disk: impl fmt::Display) -> Self {
         Self::new(ErrorCode::NoSecondLeg, format!("disk {disk} has no second leg"))
-            .with_action(format!("add one: halfsilver disk mirror {disk} PATH"))
+            .with_action(format!("add one: halfsilver disk mirror {disk} PATH --wait"))
     }
 
     /// A stopped job is all that is left of work that was begun, so it stays.
@@ -186,6 +192,7 @@ impl ApiError {
             detail: self.message.clone(),
             code: self.code.as_str().to_owned(),
             action: self.action.clone(),
+            commands: self.commands.clone(),
         }
     }
 }
@@ -212,6 +219,10 @@ pub struct Problem {
     pub code: String,
     /// What to do about it.
     pub action: String,
+    /// Those steps of it that are commands, in their order; carried out, with the others between them, they make the refused
+    /// one succeed. A PATH in one is for the user to name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<String>,
 }
 
 #[cfg(test)]

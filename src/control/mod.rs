@@ -17,6 +17,7 @@ pub mod server;
 pub mod service;
 pub mod socket;
 mod stop;
+mod strict;
 pub mod timestamp;
 mod words;
 

@@ -37,6 +37,7 @@ use super::metrics::OPENMETRICS_TEXT;
 use super::name::{Name, SnapshotRef};
 use super::service::{Deletion, JobDeletion, PutOutcome, Service};
 use super::stop::Stop;
+use super::strict::refuse_unknown;
 use super::timestamp::Timestamp;
 
 /// How often a silent event stream shows that it is alive.
@@ -109,6 +110,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(refuse_unknown))
         .layer(middleware::from_fn_with_state(Arc::new(Semaphore::new(COMMANDS_MAX)), bound_commands))
         .layer(middleware::from_fn(log_request))
         .with_state(context)
@@ -468,7 +470,12 @@ async fn metrics(State(context): State<Context>) -> Result<impl IntoResponse, Ap
 #[utoipa::path(get, path = "/v1/openapi.json", tag = "daemon",
     responses((status = 200, description = "This document", body = Object), Refused))]
 async fn openapi() -> Json<utoipa::openapi::OpenApi> {
-    Json(Document::openapi())
+    Json(document())
+}
+
+/// What describes all routes.
+pub(super) fn document() -> utoipa::openapi::OpenApi {
+    Document::openapi()
 }
 
 #[derive(OpenApi)]

@@ -23,7 +23,7 @@ use crate::daemon::ServeError;
 use crate::host::{Host, Machine, SYSCTL, probe_ring};
 use crate::manager::places::{self, PlaceError, Places};
 use crate::manager::planned::recovery_of;
-use crate::recovery::{Recovery, duplicates, settle};
+use crate::recovery::{Need, Recovery, duplicates, settle};
 use crate::store::{DiskRecord, ExaminedRecords, RecordStore, Records};
 
 /// What to examine.
@@ -74,6 +74,8 @@ pub enum SnapshotVerdict {
     Kept,
     /// Its deletion goes on.
     Deleting,
+    /// It was taken for the update of a volume that does not stand on it, and is deleted.
+    Tidied,
     /// It cannot be vouched for.
     Broken,
     /// It stays as it is until its disk is served.
@@ -112,7 +114,7 @@ pub struct CheckedDisk {
 /// A job that is there again after a start.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckedJob {
-    /// `restore`, `migrate`, `update` or `mirror`, as in the list of jobs, or `delete` for a merge or fold.
+    /// `restore`, `migrate`, `update`, `mirror`, `merge` or `fold`, as in the list of jobs.
     pub kind: &'static str,
     /// The snapshot that is deleted.
     pub snapshot: Option<String>,
@@ -399,6 +401,26 @@ impl<'a> Examination<'a> {
                 None => disk::not_understood(record),
             };
             self.disks.push(checked);
+        }
+        self.look_at_moments(records);
+    }
+
+    /// Snapshots that a start tidies away, because they were taken for updates and are not needed any more.
+    fn look_at_moments(&mut self, records: &[DiskRecord]) {
+        // Nobody knows what one needs that cannot be read.
+        if self.disks.len() > records.len() {
+            return;
+        }
+        for (record, checked) in records.iter().zip(&mut self.disks) {
+            for (snapshot, checked) in record.snapshots.iter().zip(&mut checked.snapshots) {
+                let need = snapshot.taken_for.map(|volume| Need::of(records, volume, snapshot.id));
+                let Some(need) = need.filter(|need| *need != Need::Snapshot) else { continue };
+                if checked.verdict == SnapshotVerdict::Kept {
+                    checked.verdict = SnapshotVerdict::Tidied;
+                    checked.leaves_bookmark = need == Need::Bookmark;
+                    checked.reason = Some("it was taken for an update, and nothing stands on it".to_owned());
+                }
+            }
         }
     }
 

@@ -37,9 +37,9 @@ impl Manager {
     fn served_volume(&self, name: &Name) -> Result<(Arc<DiskEntry>, VolumeRecord), ApiError> {
         let name = &self.disk_name(name);
         self.refuse_unserved(name).map_err(|e| ApiError { code: ErrorCode::Conflict, ..e })?;
-        let disk = self.disk(name).map_err(|_| ApiError::volume_not_found(name))?;
+        let disk = self.disk(name).map_err(|_| self.no_volume(name))?;
         let volume = locked(&disk.relations).relation().cloned();
-        let volume = volume.ok_or_else(|| ApiError::volume_not_found(name))?;
+        let volume = volume.ok_or_else(|| self.no_volume(name))?;
         Ok((disk, volume))
     }
 

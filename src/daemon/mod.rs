@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use config::ServeConfig;
 
-use crate::control::{ApiError, Server, ServerError};
+use crate::control::{ApiError, ErrorCode, Server, ServerError};
 use crate::host::{Machine, probe_ring};
 use crate::manager::{Manager, OpenError, PlaceError, Places};
 use crate::store::RecordError;
@@ -32,6 +32,9 @@ pub enum ServeError {
     /// What is remembered cannot be gone on with.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// An option names what is not there.
+    #[error("{0}")]
+    Option(ApiError),
     /// A disk cannot be served.
     #[error(transparent)]
     Disk(#[from] ApiError),
@@ -94,7 +97,12 @@ pub fn serve(config: ServeConfig) -> Result<(), ServeError> {
 
 fn start(manager: &Arc<Manager>, config: &ServeConfig) -> Result<Server, ServeError> {
     let (disks, bad_disks, take_flushed) = (&config.disks, &config.bad_disks, &config.take_flushed);
-    manager.take_up(Given { disks, bad_disks, take_flushed, strict: config.strict })?;
+    let given = Given { disks, bad_disks, take_flushed, strict: config.strict };
+    manager.refuse_unknown(given).map_err(|e| match e.code {
+        ErrorCode::DiskNotFound => ServeError::Option(e),
+        _ => ServeError::Disk(e),
+    })?;
+    manager.take_up(given)?;
     Ok(Server::start(&config.control, manager.clone())?)
 }
 

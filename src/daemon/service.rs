@@ -147,7 +147,7 @@ impl Service for Manager {
         let volumes = self.all_volumes();
         let by_name = volumes.iter().find(|v| v.name == *volume);
         let found = by_name.or_else(|| volumes.iter().find(|v| is_id(volume, v.id)));
-        found.cloned().ok_or_else(|| ApiError::volume_not_found(volume))
+        found.cloned().ok_or_else(|| self.no_volume(volume))
     }
 
     fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError> {
@@ -207,11 +207,12 @@ impl Service for Manager {
     }
 
     fn list_jobs(&self) -> Result<Vec<Job>, ApiError> {
-        Ok(locked(&self.jobs).values().map(|j| j.to_api()).collect())
+        let jobs: Vec<_> = locked(&self.jobs).values().cloned().collect();
+        Ok(jobs.iter().map(|job| self.job_to_api(job)).collect())
     }
 
     fn get_job(&self, id: u64) -> Result<Job, ApiError> {
-        Ok(self.job(id)?.to_api())
+        Ok(self.job_to_api(&*self.job(id)?))
     }
 
     fn patch_job(&self, id: u64, patch: JobPatch) -> Result<Job, ApiError> {

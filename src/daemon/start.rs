@@ -40,14 +40,30 @@ pub struct Given<'a> {
 }
 
 impl Manager {
+    /// Refuses a name of which it is said that what was flushed is to be taken, if nothing is called so.
+    ///
+    /// # Errors
+    /// `disk-not-found`, or why the records cannot be read.
+    pub fn refuse_unknown(&self, given: Given) -> Result<(), ApiError> {
+        let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
+        let configured = given.disks.iter().map(|s| s.name.as_str());
+        let remembered = records.iter().map(|r| r.name.as_str()).chain(unreadable.keys().map(String::as_str));
+        let known: BTreeSet<&str> = configured.chain(remembered).collect();
+        let Some(name) = given.take_flushed.iter().find(|name| !known.contains(name.as_str())) else { return Ok(()) };
+        let error = ApiError::new(ErrorCode::DiskNotFound, format!("--take-flushed: there is no disk {name}"));
+        let known: Vec<&str> = known.into_iter().collect();
+        Err(match known.is_empty() {
+            true => error.with_action("leave it out: nothing is configured or remembered"),
+            false => error.with_action(format!("name one of: {}", known.join(", "))),
+        })
+    }
+
     /// Serves all that can be served.
     ///
     /// # Errors
-    /// When the records cannot be read, or a name is given that nothing has; with `strict` also when a disk of the
-    /// configuration cannot be served.
+    /// When the records cannot be read; with `strict` also when a disk of the configuration cannot be served.
     pub fn take_up(&self, given: Given) -> Result<(), ApiError> {
         let Remembered { disks: records, unreadable } = self.records.disks().map_err(record_error)?;
-        refuse_unknown(given, &records, unreadable.keys())?;
         // Jobs of what is opened first may end before the last one is: what that needs is needed.
         locked(&self.starting).clone_from(&records);
         for (name, why) in unreadable {
@@ -255,22 +271,6 @@ fn has_image(record: &DiskRecord, path: &Path) -> bool {
     let own = record.config.get("path").and_then(|path| path.as_str()).map(Path::new);
     let legs = record.mirror.iter().flat_map(|m| &m.legs).map(|leg| leg.path.as_path());
     own.into_iter().chain(legs).any(|its| its == path)
-}
-
-/// A name that is given to take what was flushed must be that of something.
-fn refuse_unknown<'a>(
-    given: Given<'a>,
-    records: &'a [DiskRecord],
-    unreadable: impl Iterator<Item = &'a String>,
-) -> Result<(), ApiError> {
-    let (configured, remembered) =
-        (given.disks.iter().map(|s| s.name.as_str()), records.iter().map(|r| r.name.as_str()));
-    let known: BTreeSet<&str> = configured.chain(remembered).chain(unreadable.map(String::as_str)).collect();
-    match given.take_flushed.iter().find(|name| !known.contains(name.as_str())) {
-        None => Ok(()),
-        Some(name) => Err(ApiError::new(ErrorCode::DiskNotFound, format!("--take-flushed: there is no disk {name}"))
-            .with_action(format!("name one of: {}", known.into_iter().collect::<Vec<_>>().join(", ")))),
-    }
 }
 
 /// Volumes, each after those that it stands on.

@@ -67,8 +67,7 @@ pub(super) struct Open {
     /// The leg that a version has alone which is about to leave the chain, or has.
     pub(super) left_leg: Mutex<Option<SharedImage>>,
     pub(super) restore: Mutex<Option<Pending>>,
-    /// The log that a volume gets with its next base, from [`Disk::prepare_update`] until [`Disk::move_base`] takes it, or it
-    /// is given up.
+    /// The log that a volume gets with its next base, as long as there is a [`super::NextLog`] for it.
     pub(super) next_log: Mutex<Option<Layer>>,
 }
 

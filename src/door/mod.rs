@@ -31,6 +31,7 @@ pub use legs::{bitmap_bytes, examine_mirror};
 pub use restore::{Parted, RestoreFrom};
 pub use save::{Kept, SavedDisk};
 pub use spec::{BaseSpec, Bytes, DiskSpec, ImageSpec, LayerSpec, RestoreSpec, VersionSpec};
+pub use volume::NextLog;
 pub use work::{Retired, Work};
 
 // Values of the rooms behind it.

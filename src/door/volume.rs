@@ -5,11 +5,25 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::engine::{Disk, locked};
+use super::engine::{Disk, Engine, locked};
 use super::error::Error;
 use super::spec::{BaseSpec, LayerSpec};
 use crate::engine::{Backing, Changed, Layer, Log, VersionId};
 use crate::store::{DurableTable, Table};
+
+/// The log that a volume gets with its next base: closed when this is dropped, unless [`Disk::move_base`] has taken it.
+pub struct NextLog {
+    engine: Arc<Engine>,
+    disk: Uuid,
+}
+
+impl Drop for NextLog {
+    fn drop(&mut self) {
+        if let Some(open) = self.engine.find(self.disk) {
+            *locked(&open.next_log) = None;
+        }
+    }
+}
 
 impl Disk {
     /// A frozen version of this disk, for a volume to stand on; `name` is for messages.
@@ -47,7 +61,7 @@ impl Disk {
 
     /// Fills the table of the log that a volume gets with its next base, on the image that it has: with the blocks that it
     /// need not copy again when it is put on the second of two versions of `source`, having stood on the first one; it began
-    /// as its version `origin` shows. What it says is durable when this returns. Returns why nothing is kept, if so.
+    /// as its version `origin` shows. What it says is durable when this returns. Returns why nothing is kept, if so, beside it.
     ///
     /// # Errors
     /// When its content is in more than one image, or something cannot be stored.
@@ -57,7 +71,7 @@ impl Disk {
         source: Uuid,
         (old, new): (VersionId, VersionId),
         table: DurableTable,
-    ) -> Result<Option<String>, Error> {
+    ) -> Result<(NextLog, Option<String>), Error> {
         let open = self.open();
         let image = open.disk.only_image().ok_or_else(|| "its content is in more than one image".to_owned())?;
         let kept = match (open.disk.base_broken(), self.engine.find(source)) {
@@ -74,21 +88,23 @@ impl Disk {
             .on_ring(async move |queue| crate::job::store_kept(&queue, &table, &bytes).await.map(|()| table))?;
         let log = Log { freed: Table::in_memory(table.table().blocks())?, table };
         *locked(&open.next_log) = Some(Layer::logged(Backing::One(image), Arc::new(log)));
-        Ok(kept.err())
-    }
-
-    /// Closes the log of an update that does not come to be.
-    pub fn give_update_up(&self) {
-        *locked(&self.open().next_log) = None;
+        Ok((NextLog { engine: self.engine.clone(), disk: self.id }, kept.err()))
     }
 
     /// Puts a volume on another version, with the log that is prepared ([`Disk::prepare_update`]), and its image at `path`
     /// now. Nobody may be at work on it.
     ///
     /// # Panics
-    /// When it has snapshots, or nothing is prepared.
-    pub fn move_base(&self, base: &BaseSpec, (origin, live): (VersionId, VersionId), changed: Arc<Table>, path: &Path) {
+    /// When it has snapshots, or the log is another volume's.
+    pub fn move_base(
+        &self,
+        base: &BaseSpec,
+        (origin, live): (VersionId, VersionId),
+        (log, changed): (NextLog, Arc<Table>),
+        path: &Path,
+    ) {
         let open = self.open();
+        assert_eq!(log.disk, self.id, "the log of another volume");
         let log = locked(&open.next_log).take().expect("an update is prepared");
         let image = open.disk.only_image();
         let view = self.engine.view(base);

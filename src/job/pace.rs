@@ -53,6 +53,18 @@ impl Pace {
         self.stop.load(Ordering::SeqCst)
     }
 
+    /// Whether it waits for what may hang.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Whether it was told to go slowly.
+    #[must_use]
+    pub fn is_slowed(&self) -> bool {
+        self.delay_ms.load(Ordering::Relaxed) > 0 || self.bytes_per_second.load(Ordering::Relaxed) > 0
+    }
+
     /// Counts a step of `bytes`, pauses as long as asked for, and says whether to go on.
     pub(super) async fn step(&self, queue: &IoQueue, bytes: u64) -> bool {
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);

@@ -5,13 +5,14 @@
 //! - A command is decided about and gets its claim in one step, so what it was decided by stays true until it lets go.
 //! - A command waits for another one's claim for [`CLAIM_WAIT`] at most; a job waits until the daemon goes down.
 
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::control::api;
 use crate::control::timestamp::Timestamp;
 use crate::control::{ApiError, ErrorCode, Name};
 use crate::manager::Manager;
-use crate::manager::entry::locked;
+use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::jobs::JobEntry;
 use crate::registry::{self, ClaimKey, Command, Plan, Refusal, Registry, Wanted, decide};
 
@@ -51,17 +52,23 @@ pub(crate) struct Held<'a> {
     id: u64,
 }
 
-impl Held<'_> {
-    /// Says what its holder waits for.
-    pub(crate) fn waits_for(&self, what: Option<String>) {
-        locked(&self.manager.claims).note(self.id, what);
-    }
-}
-
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         locked(&self.manager.claims).release(self.id);
         self.manager.released.notify_all();
+    }
+}
+
+/// That the holder of a claim waits for something, until this is dropped.
+pub(crate) struct Waits<'a> {
+    manager: &'a Manager,
+    id: Option<u64>,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut claims = locked(&self.manager.claims);
+        self.id.into_iter().for_each(|id| claims.note(id, None));
     }
 }
 
@@ -115,39 +122,84 @@ impl Manager {
     ) -> Result<(Held<'_>, T), ApiError> {
         let (since, deadline) = (self.host.now(), self.host.now() + CLAIM_WAIT);
         let mut claims = locked(&self.claims);
-        loop {
-            self.refuse_when_stopping()?;
+        let mut waiting = None;
+        let ended = loop {
+            if let Err(e) = self.refuse_when_stopping() {
+                break Err(e);
+            }
             let (wanted, names, decided) = match decide() {
                 Ok(decided) => decided,
                 Err(Denied { may_pass: true, .. }) if self.host.now() - since < HANG_UP_WAIT => {
                     claims = self.host.wait(&self.released, &self.claims, claims, HANG_UP_LOOK);
                     continue;
                 }
-                Err(denied) => return Err(denied.error),
+                Err(denied) => break Err(denied.error),
             };
             let claim = registry::Claim { operation: operation.to_owned(), names, wanted, since, waits_for: None };
-            let refused = match claims.take(claim) {
-                Ok(id) => return Ok((Held { manager: self, id }, decided)),
-                Err(held) => claimed(held, self.host.now()),
+            let (refused, by) = match claims.take(claim.clone()) {
+                Ok(id) => break Ok((Held { manager: self, id }, decided)),
+                Err(held) => (claimed(held, self.host.now()), spoken_of(held)),
             };
-            let Some(left) = deadline.checked_duration_since(self.host.now()) else { return Err(refused) };
+            let Some(left) = deadline.checked_duration_since(self.host.now()) else { break Err(refused) };
+            let id = *waiting.get_or_insert_with(|| claims.wait(claim));
+            claims.note(id, Some(by));
             claims = self.host.wait(&self.released, &self.claims, claims, left);
-        }
+        };
+        waiting.into_iter().for_each(|id| claims.release(id));
+        ended
+    }
+
+    /// Says that a command waits for something without having claimed anything, until this is dropped.
+    pub(crate) fn announce(&self, operation: &str, name: &str, waits_for: String) -> Held<'_> {
+        let (operation, names, since) = (operation.to_owned(), vec![name.to_owned()], self.host.now());
+        let claim = registry::Claim { operation, names, wanted: Wanted::default(), since, waits_for: Some(waits_for) };
+        Held { manager: self, id: locked(&self.claims).wait(claim) }
+    }
+
+    /// Says what the command waits for that has claimed a disk, until this is dropped.
+    pub(crate) fn waiting_for(&self, disk: &DiskEntry, what: String) -> Waits<'_> {
+        let mut claims = locked(&self.claims);
+        let id = claims.of(&ClaimKey::Entity(disk.id));
+        id.into_iter().for_each(|id| claims.note(id, Some(what.clone())));
+        Waits { manager: self, id }
+    }
+
+    /// The requests in flight that a disk waits for, by their disks: its own, and those of what reads it or is read by it.
+    pub(crate) fn requests_of(&self, disk: &DiskEntry) -> String {
+        let registry = self.registry();
+        let Some(own) = registry.disk(disk.id) else { return format!("requests in flight of {}", disk.name) };
+        let is_family = |other: &&registry::Disk| {
+            !other.is_unserved() && (registry.comes_from(other, own) || registry.comes_from(own, other))
+        };
+        let names: Vec<&str> = registry.disks().filter(is_family).map(|disk| disk.name.as_str()).collect();
+        format!("requests in flight of {}", names.join(", "))
     }
 
     /// Claims what a job works on, however long that takes. None when the daemon goes down.
     pub(crate) fn claim_for_job(&self, job: &JobEntry) -> Option<Held<'_>> {
         let operation = format!("{} (job {})", job.kind, job.id);
-        self.claim_patiently(&operation, job.disk.name.get().as_str(), ClaimKey::Entity(job.disk.id))
+        self.claim_noting(&operation, job.disk.name.get().as_str(), ClaimKey::Entity(job.disk.id), &job.waits_for)
     }
 
     /// Claims one thing, however long that takes. None when the daemon goes down.
     pub(crate) fn claim_patiently(&self, operation: &str, name: &str, key: ClaimKey) -> Option<Held<'_>> {
+        self.claim_noting(operation, name, key, &Mutex::new(None))
+    }
+
+    /// The same, and notes who is waited for.
+    fn claim_noting(
+        &self,
+        operation: &str,
+        name: &str,
+        key: ClaimKey,
+        waits_for: &Mutex<Option<String>>,
+    ) -> Option<Held<'_>> {
         let (since, names) = (self.host.now(), vec![name.to_owned()]);
         let mut claims = locked(&self.claims);
-        loop {
+        let mut waiting = None;
+        let claimed = loop {
             if self.is_stopping() {
-                return None;
+                break None;
             }
             let wanted = Wanted::changing([key.clone()]);
             let claim = registry::Claim {
@@ -157,11 +209,18 @@ impl Manager {
                 since,
                 waits_for: None,
             };
-            if let Ok(id) = claims.take(claim) {
-                return Some(Held { manager: self, id });
-            }
+            let by = match claims.take(claim.clone()) {
+                Ok(id) => break Some(Held { manager: self, id }),
+                Err(held) => spoken_of(held),
+            };
+            let id = *waiting.get_or_insert_with(|| claims.wait(claim));
+            claims.note(id, Some(by.clone()));
+            *locked(waits_for) = Some(by);
             claims = self.host.wait(&self.released, &self.claims, claims, LOOK);
-        }
+        };
+        waiting.into_iter().for_each(|id| claims.release(id));
+        *locked(waits_for) = None;
+        claimed
     }
 
     /// Waits until nothing is claimed any more, at most for `timeout`. Returns what is still claimed then.
@@ -209,15 +268,18 @@ impl Manager {
         }
     }
 
-    /// Everything that is claimed, the oldest first.
+    /// Everything that is claimed, the oldest first, and then what is waited for.
     pub(crate) fn claims_to_api(&self) -> Vec<api::Claim> {
-        let to_api = |claim: &registry::Claim| api::Claim {
+        let to_api = |claim: &registry::Claim, held| api::Claim {
+            held,
             operation: claim.operation.clone(),
             entities: claim.names.clone(),
             since: Timestamp::ago(self.host.now() - claim.since),
             waits_for: claim.waits_for.clone(),
         };
-        locked(&self.claims).held().map(to_api).collect()
+        let claims = locked(&self.claims);
+        let held = claims.held().map(|claim| to_api(claim, true));
+        held.chain(claims.waiting().map(|claim| to_api(claim, false))).collect()
     }
 }
 
@@ -229,6 +291,11 @@ fn names_of(registry: &Registry, wanted: &Wanted) -> Vec<String> {
         ClaimKey::Path(_) => None,
     };
     wanted.changes.iter().filter_map(named).collect()
+}
+
+/// Who has it.
+fn spoken_of(by: &registry::Claim) -> String {
+    format!("'{}' on {}", by.operation, by.names.join(", "))
 }
 
 /// Who has it, and since when.

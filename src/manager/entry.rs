@@ -234,6 +234,35 @@ pub(crate) struct DiskEntry {
     pub(crate) allocated: Allocated,
 }
 
+/// What the record of a disk says beyond its configuration and its versions, at one moment.
+pub(crate) struct Recorded {
+    relations: Relations,
+    path: PathBuf,
+    mirror: Option<Mirror>,
+    former_legs: Vec<PathBuf>,
+    restore: Option<RestoreRecord>,
+}
+
+impl Recorded {
+    pub(crate) fn of(disk: &DiskEntry) -> Recorded {
+        Recorded {
+            relations: locked(&disk.relations).clone(),
+            path: locked(&disk.path).clone(),
+            mirror: locked(&disk.mirror).clone(),
+            former_legs: locked(&disk.former_legs).clone(),
+            restore: locked(&disk.restore).clone(),
+        }
+    }
+
+    pub(crate) fn put_back(self, disk: &DiskEntry) {
+        *locked(&disk.relations) = self.relations;
+        *locked(&disk.path) = self.path;
+        *locked(&disk.mirror) = self.mirror;
+        *locked(&disk.former_legs) = self.former_legs;
+        *locked(&disk.restore) = self.restore;
+    }
+}
+
 /// How much storage an image takes, looked at by a thread of its own: one that does not answer holds up nobody.
 #[derive(Default)]
 pub(crate) struct Allocated(Arc<Looked>);
@@ -331,11 +360,18 @@ impl DiskEntry {
         })
     }
 
+    /// How guests see it: the size of its sectors is what they have always seen.
+    pub(crate) fn settings(&self, facts: &DiskFacts) -> api::Settings {
+        let logical_block_size = facts.geometry.logical_block_bytes;
+        api::Settings { logical_block_size, ..api::Settings::of(&self.config()) }
+    }
+
     pub(crate) fn to_api(&self, manager: &Manager) -> api::Disk {
         let facts = self.facts();
         let (reason, config) = (self.failure(), self.config());
         let (frontends, restoring) = (self.frontends.count(), self.restore_status(manager, &facts));
         let (size_bytes, block_size) = (facts.geometry.size_bytes, facts.geometry.block_bytes);
+        let settings = self.settings(&facts);
         // Not below, where locks are held until all of it is there: the image may keep it waiting.
         let allocated_bytes = self.allocated.look(&*manager.host, &self.disk).unwrap_or(size_bytes);
         api::Disk {
@@ -345,14 +381,9 @@ impl DiskEntry {
             socket: config.socket.clone(),
             size_bytes,
             block_size,
-            logical_block_size: facts.geometry.logical_block_bytes,
-            segments_max: config.segments_max(),
-            discard_granularity: config.discard_granularity(),
-            discard_max: config.discard_max(),
-            queues: config.queues(),
+            settings,
             direct: config.direct,
             readonly: config.readonly(),
-            serial: config.serial.clone().unwrap_or_default(),
             state: if reason.is_some() { DiskState::Failed } else { DiskState::Serving },
             reason,
             connected: frontends > 0,
@@ -362,9 +393,6 @@ impl DiskEntry {
             snapshots: u32::try_from(self.snapshots().len()).unwrap_or(u32::MAX),
             allocated_bytes,
             shared: config.shared,
-            durability: config.durability(),
-            background_bytes: config.background_bytes(),
-            layout: config.layout(),
             legs: locked(&self.mirror).as_ref().map(|m| m.legs_to_api(&facts)).unwrap_or_default(),
             restoring,
         }

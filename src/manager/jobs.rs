@@ -33,6 +33,8 @@ pub(crate) struct JobEntry {
     running_since: Mutex<(Instant, u64)>,
     state: Mutex<(JobState, Option<String>)>,
     ended: Condvar,
+    /// Who or what keeps it from going on, if anything does.
+    pub(crate) waits_for: Mutex<Option<String>>,
     /// Whether what it works on goes: then nothing is remembered of its stop.
     is_abandoned: AtomicBool,
 }
@@ -55,6 +57,7 @@ impl JobEntry {
             delay_ms: self.pace.delay_ms.load(Ordering::Relaxed),
             bytes_per_second: self.pace.bytes_per_second.load(Ordering::Relaxed),
             started_at: self.started_at,
+            waits_for: locked(&self.waits_for).clone(),
             estimated_seconds: (state == JobState::Running).then(|| self.estimate(done)).flatten(),
         }
     }
@@ -132,6 +135,7 @@ impl Manager {
             running_since: Mutex::new((self.host.now(), 0)),
             state: Mutex::new((JobState::Running, None)),
             ended: Condvar::new(),
+            waits_for: Mutex::new(None),
             is_abandoned: AtomicBool::new(false),
         });
         let mut jobs = locked(&self.jobs);
@@ -207,6 +211,13 @@ impl Manager {
             Some(reason) => notice.because(reason),
             None => notice,
         });
+    }
+
+    /// A job, and what it waits for in the engine.
+    pub(crate) fn job_to_api(&self, job: &JobEntry) -> api::Job {
+        let shown = job.to_api();
+        let requests = job.pace.is_waiting().then(|| self.requests_of(&job.disk));
+        api::Job { waits_for: shown.waits_for.or(requests), ..shown }
     }
 
     pub(crate) fn job(&self, id: u64) -> Result<Arc<JobEntry>, ApiError> {

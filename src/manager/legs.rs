@@ -205,15 +205,10 @@ impl Manager {
 
     /// Goes on with a synchronisation that was stopped or failed.
     pub(crate) fn resume_resync(&self, disk: &Arc<DiskEntry>, job: Arc<JobEntry>) -> Result<(), ApiError> {
-        let set_stopped = |is_stopped| {
-            let mut mirror = locked(&disk.mirror);
-            mirror.as_mut().map(|mirror| std::mem::replace(&mut mirror.is_stopped, is_stopped))
-        };
-        let was_stopped = set_stopped(false).ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            set_stopped(was_stopped);
-            return Err(e);
+        if locked(&disk.mirror).is_none() {
+            return Err(ApiError::no_second_leg(&disk.name));
         }
+        self.change(disk, || locked(&disk.mirror).iter_mut().for_each(|mirror| mirror.is_stopped = false))?;
         job.begin_again();
         self.bus.publish(Notice::of_disk(EventKind::JobStarted, &disk.name.get()).with_job(job.id));
         self.run_resync(disk, job);

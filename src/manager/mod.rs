@@ -44,7 +44,7 @@ use crate::crash;
 use crate::door::{Attachment, Engine, Epoch, Event, Supervisor, VersionId};
 use crate::host::{Host, Running, receive};
 use crate::image::{ImageError, ImageErrorKind};
-use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
+use crate::manager::entry::{DiskEntry, Recorded, SnapshotEntry, locked};
 use crate::manager::followups::{FollowUp, FollowUps};
 use crate::manager::identities::RecognisedRecords;
 use crate::manager::jobs::JobEntry;
@@ -282,6 +282,13 @@ impl Manager {
     pub(crate) fn persist(&self, disks: &[Arc<DiskEntry>]) -> Result<(), ApiError> {
         let records: Vec<DiskRecord> = disks.iter().map(|d| d.to_record()).collect();
         self.records.put(&records.iter().collect::<Vec<_>>()).map_err(record_error)
+    }
+
+    /// Changes what is recorded of a claimed disk, and records it. What cannot be recorded is taken back.
+    pub(crate) fn change(&self, disk: &Arc<DiskEntry>, change: impl FnOnce()) -> Result<(), ApiError> {
+        let before = Recorded::of(disk);
+        change();
+        self.persist(std::slice::from_ref(disk)).inspect_err(|_| before.put_back(disk))
     }
 
     /// Stores what the record of a claimed disk should say, now or when the records take it.

@@ -26,6 +26,7 @@ impl Manager {
     ) -> Result<T, ApiError> {
         let deadline = self.host.now() + QUIESCE_WAIT;
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
+        let mut announced = None;
         loop {
             let claim = self.claim_decided(operation, &decide)?;
             let disk = self.disk(&from.disk)?;
@@ -64,6 +65,10 @@ impl Manager {
                     }
                 }
             }
+            announced.get_or_insert_with(|| {
+                let what = format!("snapshot {from} to be quiesced: {}", self.requests_of(&disk));
+                self.announce(operation, from.disk.as_str(), what)
+            });
             drop(claim);
             self.host.pause(QUIESCE_LOOK);
         }

@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use crate::control::Name;
-use crate::door::DiskFacts;
+use crate::door::{self, DiskFacts};
 use crate::manager::Manager;
 use crate::manager::Places;
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::unserved::Unserved;
-use crate::registry::{Bookmark, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
-use crate::store::{BookmarkRecord, DiskRecord, SnapshotRecord};
+use crate::registry::{
+    Bookmark, Disk, Job, Kind, Leg, LegState, Phase, Registry, Restore, Snapshot, SnapshotPhase, Source,
+};
+use crate::store::{BookmarkRecord, DiskRecord, LegRecord, SnapshotRecord, VolumeRecord};
 
 impl Manager {
     /// What there is. Only memory is read for it.
@@ -24,6 +26,7 @@ impl Manager {
             disk: job.disk.id,
             snapshot: job.snapshot.as_ref().map(|s| s.id),
             state: job.state(),
+            is_paced: job.pace.is_slowed(),
         };
         let jobs: Vec<Job> = locked(&self.jobs).values().map(job).collect();
         // What is served is what counts.
@@ -39,7 +42,6 @@ impl Manager {
 
 fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     let relations = locked(&disk.relations).clone();
-    let (volume, stood_on) = (relations.volume.map(|v| v.snapshot), relations.stood_on.map(|v| v.snapshot));
     let facts = disk.facts();
     let is_lost = facts.restore_lost().is_some();
     // One that is only prepared is its command's, which has claimed what it needs.
@@ -48,17 +50,21 @@ fn disk_of(disk: &DiskEntry, places: &Places) -> Disk {
     Disk {
         id: disk.id,
         name: disk.name.get(),
-        kind: kind_of(volume, stood_on),
+        kind: kind_of(relations.volume.as_ref(), relations.stood_on.as_ref()),
         phase: if relations.disabled { Phase::Disabled } else { Phase::Served },
         is_unreadable: false,
         is_readonly: disk.config().readonly(),
         failure: disk.failure().filter(|_| !is_lost),
         frontends: disk.frontends.count(),
         is_socket_named: disk.is_socket_named(places),
-        is_mirrored: locked(&disk.mirror).is_some(),
+        legs: locked(&disk.mirror)
+            .iter()
+            .flat_map(|mirror| &mirror.legs)
+            .map(|leg| leg_of(disk, leg, &facts))
+            .collect(),
         restore,
         has_work: relations.work.is_some(),
-        is_in_log: volume.is_none() && !facts.can_move_pivot(),
+        is_in_log: relations.volume.is_none() && !facts.can_move_pivot(),
         snapshots: disk.snapshots().iter().map(|s| snapshot_of(disk, s, (&facts, places))).collect(),
         bookmarks: disk.bookmarks(&facts).iter().filter_map(bookmark_of).collect(),
     }
@@ -68,12 +74,25 @@ fn bookmark_of(record: &BookmarkRecord) -> Option<Bookmark> {
     Some(Bookmark { id: record.id, name: record.name.parse().ok()?, taken_for: record.taken_for })
 }
 
-fn kind_of(volume: Option<uuid::Uuid>, stood_on: Option<uuid::Uuid>) -> Kind {
+fn kind_of(volume: Option<&VolumeRecord>, stood_on: Option<&VolumeRecord>) -> Kind {
+    let source = |record: &VolumeRecord| Source { snapshot: record.snapshot, disk: record.source };
     match (volume, stood_on) {
-        (Some(on), _) => Kind::Volume { on },
-        (None, Some(from)) => Kind::Independent { from },
+        (Some(volume), _) => Kind::Volume(source(volume)),
+        (None, Some(was)) => Kind::Independent(source(was)),
         (None, None) => Kind::Disk,
     }
+}
+
+fn leg_of(disk: &DiskEntry, record: &LegRecord, facts: &DiskFacts) -> Leg {
+    let holder = || disk.snapshots().into_iter().find(|s| locked(&s.record).image == record.path);
+    let state = match facts.leg(record.id).map(|leg| &leg.state) {
+        Some(door::LegState::InSync) => LegState::InSync,
+        Some(door::LegState::Resynchronising) => LegState::Syncing,
+        // One that nobody holds comes back by itself.
+        Some(door::LegState::Split) => holder().map_or(LegState::Syncing, |s| LegState::Held { by: s.id }),
+        Some(door::LegState::Failed(_)) | None => LegState::Failed,
+    };
+    Leg { path: record.path.clone(), state }
 }
 
 fn snapshot_of(disk: &DiskEntry, entry: &SnapshotEntry, (facts, places): (&DiskFacts, &Places)) -> Snapshot {
@@ -129,7 +148,7 @@ fn remembered(unserved: &Unserved) -> Disk {
         failure: None,
         frontends: 0,
         is_socket_named: false,
-        is_mirrored: false,
+        legs: Vec::new(),
         restore: None,
         has_work: false,
         is_in_log: false,
@@ -137,7 +156,6 @@ fn remembered(unserved: &Unserved) -> Disk {
         bookmarks: Vec::new(),
     };
     let Some(record) = &unserved.record else { return nothing };
-    let (volume, stood_on) = (record.volume.as_ref().map(|v| v.snapshot), record.stood_on.as_ref().map(|v| v.snapshot));
     let restore = record.restore.as_ref().filter(|r| r.is_shown());
     let name = |name: &str| name.parse::<Name>().ok();
     let snapshot = |(at, s): (usize, &SnapshotRecord)| {
@@ -156,10 +174,16 @@ fn remembered(unserved: &Unserved) -> Disk {
         })
     };
     Disk {
-        kind: kind_of(volume, stood_on),
+        kind: kind_of(record.volume.as_ref(), record.stood_on.as_ref()),
         restore: restore.map(|r| Restore { source: r.source, through: Vec::new(), is_lost: false }),
         has_work: record.work.is_some(),
-        is_mirrored: record.mirror.is_some(),
+        // How far they are is found when it is served.
+        legs: record
+            .mirror
+            .iter()
+            .flat_map(|mirror| &mirror.legs)
+            .map(|leg| Leg { path: leg.path.clone(), state: LegState::InSync })
+            .collect(),
         is_in_log: record.live_log.is_some() && record.volume.is_none(),
         snapshots: record.snapshots.iter().enumerate().filter_map(snapshot).collect(),
         bookmarks: record.bookmarks.iter().filter_map(bookmark_of).collect(),

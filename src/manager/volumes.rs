@@ -26,7 +26,12 @@ impl Manager {
     pub(crate) fn volume(&self, name: &Name) -> Result<Arc<DiskEntry>, ApiError> {
         self.refuse_unserved(name)?;
         let entry = self.disk(name).ok().filter(|d| d.is_volume());
-        entry.ok_or_else(|| ApiError::volume_not_found(name))
+        entry.ok_or_else(|| self.no_volume(name))
+    }
+
+    /// There is no such volume; but there may be a disk of that name.
+    pub(crate) fn no_volume(&self, name: &Name) -> ApiError {
+        ApiError::volume_not_found(name, self.registry().named(name).is_some_and(|disk| !disk.is_volume()))
     }
 
     /// What a volume stands on, as it is now. One that is lost, by what was decided too, says why at each request.
@@ -78,7 +83,7 @@ pub(crate) fn of_lost(name: &Name, record: &DiskRecord, why: &str) -> Option<api
         size_bytes: volume.size_bytes,
         block_size: config.block_size,
         owned_bytes: 0,
-        queues: config.queues(),
+        settings: api::Settings::of(&config),
         connected: false,
         frontends: 0,
         snapshots: u32::try_from(record.snapshots.len()).unwrap_or(u32::MAX),
@@ -107,7 +112,7 @@ impl DiskEntry {
             size_bytes: geometry.size_bytes,
             block_size: geometry.block_bytes,
             owned_bytes: facts.owned_bytes(live),
-            queues: self.config().queues(),
+            settings: self.settings(&facts),
             connected: frontends > 0,
             frontends,
             snapshots: u32::try_from(self.snapshots().len()).unwrap_or(u32::MAX),

@@ -49,11 +49,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Conflict, format!("{}: job {} is not done", disk.name, job.id))
                 .with_action(format!("wait for it: halfsilver job wait {}", job.id)));
         }
-        locked(&disk.relations).work = Some(record.clone());
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            locked(&disk.relations).work = None;
-            return Err(e);
-        }
+        self.change(disk, || locked(&disk.relations).work = Some(record.clone()))?;
         let job = self.job_of(disk, &record);
         self.run_work(disk, &record.work, job.clone());
         Ok(job)

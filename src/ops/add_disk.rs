@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::control::api::DiskConfig;
+use crate::control::api::{Difference, DiskConfig};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, PutOutcome};
 use crate::host::{Host, receive};
 use crate::manager::Manager;
@@ -19,7 +19,7 @@ use crate::manager::planned::Planned;
 use crate::manager::relations::set_of;
 use crate::manager::sockets::serial_of;
 use crate::manager::unserved::{Unserved, images_of};
-use crate::registry::{ClaimKey, Wanted};
+use crate::registry::{ClaimKey, Command, Wanted, cleared_by};
 use crate::store::DiskRecord;
 
 impl Manager {
@@ -34,16 +34,44 @@ impl Manager {
             if old.config() == config {
                 return Ok(PutOutcome::Unchanged(old.to_api(self)));
             }
-            let message = format!("disk {name} exists and is configured differently");
-            return Err(ApiError::new(ErrorCode::DiskExists, message).with_action(format!(
-                "change what can be changed while it is served (halfsilver disk set {name}), or remove it first: \
-                 halfsilver disk remove {name}"
-            )));
+            return Err(self.configured_differently(name, &old.config(), &config));
         }
-        let entry = self.add_now(name, config)?;
+        let places: Vec<PathBuf> =
+            [Some(&config.path), config.mirror.as_ref()].into_iter().flatten().cloned().collect();
+        let entry = self.add_now(name, config).map_err(|e| self.named_user(name, &places, e))?;
         self.hurry_unserved();
         self.bus.publish(Notice::of_disk(EventKind::DiskAdded, name));
         Ok(PutOutcome::Created(entry.to_api(self)))
+    }
+
+    /// A disk of that name is served otherwise. What can be set is set; for the rest it has to go first.
+    fn configured_differently(&self, name: &Name, is: &DiskConfig, wanted: &DiskConfig) -> ApiError {
+        let differences = is.differences(wanted);
+        let what: Vec<String> = differences.iter().map(Difference::to_string).collect();
+        let message = format!("disk {name} exists and is configured differently: {}", what.join("; "));
+        let error = ApiError::new(ErrorCode::DiskExists, message);
+        let (disk, registry) = (name.clone(), self.registry());
+        if !differences.iter().all(|d| d.can_be_set) {
+            let remove = Command::RemoveDisk { disk, force: false };
+            return cleared_by(error, registry.steps_to([remove]), Some("use another name"));
+        }
+        let readonly = differences.iter().any(|d| d.key == "readonly").then(|| wanted.readonly());
+        let set: Vec<String> = differences.iter().map(|d| format!("--{} {}", d.key, d.wanted)).collect();
+        let set = format!("halfsilver disk set {name} {}", set.join(" "));
+        let cleared = cleared_by(error, registry.steps_for(&Command::Set { disk, readonly }), None);
+        let before = if cleared.commands.is_empty() { String::new() } else { format!("{}; then ", cleared.action) };
+        let commands = cleared.commands.iter().cloned().chain([set.clone()]).collect();
+        ApiError { action: format!("{before}{set}"), commands, ..cleared }
+    }
+
+    /// Says who uses an image that cannot be had, where that is known here.
+    pub(crate) fn named_user(&self, name: &Name, places: &[PathBuf], error: ApiError) -> ApiError {
+        let records = || self.all_disks().into_iter().filter(|disk| disk.name.get() != *name).map(|d| d.to_record());
+        let used = || records().flat_map(|r| images_of(&r)).find(|(path, _)| places.contains(path));
+        match (error.code == ErrorCode::Conflict).then(used).flatten() {
+            None => error,
+            Some((path, whose)) => in_use(name, &path, &whose),
+        }
     }
 
     /// What must be nobody else's while a disk is added of which this may be remembered, and the disks of what it reads
@@ -170,10 +198,7 @@ impl Manager {
 
     /// An image that something has which is not served is not served as another disk's: nobody else keeps it from that.
     pub(crate) fn refuse_what_others_have(&self, name: &Name, path: &Path, is_new: bool) -> Result<(), ApiError> {
-        let refuse = |whose: String| {
-            let message = format!("{name}: {}: it is in use as {whose}", path.display());
-            Err(ApiError::new(ErrorCode::Conflict, message).with_action("name another image"))
-        };
+        let refuse = |whose: String| Err(in_use(name, path, &whose));
         let unserved: Vec<Unserved> = locked(&self.unserved).values().cloned().collect();
         let others = unserved.iter().filter(|u| u.name != *name).filter_map(|u| u.record.as_ref());
         let theirs: Vec<(PathBuf, String)> = others.flat_map(images_of).collect();
@@ -199,6 +224,11 @@ impl Manager {
 fn sources_of(record: &DiskRecord) -> Vec<Uuid> {
     let restored = record.restore.as_ref().filter(|r| r.is_shown()).map(|r| r.source);
     record.volume.as_ref().map(|volume| volume.snapshot).into_iter().chain(restored).collect()
+}
+
+fn in_use(name: &Name, path: &Path, whose: &str) -> ApiError {
+    let message = format!("{name}: {}: it is in use as {whose}", path.display());
+    ApiError::new(ErrorCode::Conflict, message).with_action("name another image")
 }
 
 /// How long names may take to be resolved.
@@ -242,6 +272,5 @@ fn what_is_kept(record: &DiskRecord) -> Vec<String> {
 
 /// The name belongs to a volume.
 pub(crate) fn not_a_disk(name: &Name) -> ApiError {
-    ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a volume"))
-        .with_action("use another name, or delete the volume first")
+    ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a volume")).with_action("use another name")
 }

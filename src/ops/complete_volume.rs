@@ -136,14 +136,10 @@ impl Manager {
     pub(crate) fn promote(&self, name: &Name) -> Result<api::Disk, ApiError> {
         let _claim = self.claim(&Command::Promote { volume: name.clone() })?;
         let disk = self.volume(name)?;
-        let old = locked(&disk.relations).clone();
-        locked(&disk.relations).stood_on = None;
-        if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
-            *locked(&disk.relations) = old;
-            return Err(e);
-        }
+        let stood_on = locked(&disk.relations).stood_on.clone();
+        self.change(&disk, || locked(&disk.relations).stood_on = None)?;
         crash::point("after a volume was promoted");
-        if let Some(volume) = &old.stood_on {
+        if let Some(volume) = &stood_on {
             disk.disk.forget_mark(volume.origin);
             // It may have forgotten its own table with that. The records first: while they name it, it must be there.
             match self.persist(std::slice::from_ref(&disk)) {

@@ -59,7 +59,8 @@ impl Manager {
         request: &SnapshotRequest,
         volume: Option<Uuid>,
     ) -> Result<Vec<api::Snapshot>, ApiError> {
-        let command = Command::CreateSnapshot { disks: request.disks.clone(), name: request.name.clone() };
+        let splits = request.strategy == Some(api::Strategy::WriteMirroring);
+        let command = Command::CreateSnapshot { disks: request.disks.clone(), name: request.name.clone(), splits };
         let places = [&request.socket, &request.image].into_iter().flatten();
         let _claim = self.claim_with(&command, places.map(|path| ClaimKey::Path(path.clone())))?;
         let disks = request.disks.iter().map(|d| self.disk(d)).collect::<Result<Vec<_>, _>>()?;
@@ -313,10 +314,12 @@ impl Manager {
     /// Whether a snapshot's socket can be made there later on, as far as that can be told before the cut.
     pub(crate) fn check_place(&self, socket: &Path) -> Result<(), ApiError> {
         let len = socket.as_os_str().len();
-        let bad = |what: String| {
+        let refuse = |code, what: String| {
             let message = format!("its socket {} cannot be made: {what}", socket.display());
-            Err(ApiError::new(ErrorCode::InvalidRequest, message).with_action("name another one with --socket"))
+            Err(ApiError::new(code, message).with_action("name another one with --socket"))
         };
+        let bad = |what: String| refuse(ErrorCode::InvalidRequest, what);
+        let taken = |what: String| refuse(ErrorCode::Conflict, what);
         if len > SOCKET_PATH_LEN_MAX {
             return bad(format!("a socket's path has at most {SOCKET_PATH_LEN_MAX} bytes, this one {len}"));
         }
@@ -324,15 +327,16 @@ impl Manager {
             return bad("its directory does not exist".to_owned());
         }
         if self.host.look(socket).is_ok_and(|look| look.kind != FileKind::Socket) {
-            return bad("something else is there".to_owned());
+            return taken("something else is there".to_owned());
         }
         for disk in self.all_disks() {
             let of_snapshot = disk.snapshots().into_iter().find(|s| locked(&s.record).socket == socket);
             if disk.socket() == socket {
-                return bad(format!("disk {} has it", disk.name));
+                let what = if disk.is_volume() { "volume" } else { "disk" };
+                return taken(format!("{what} {} has it", disk.name));
             }
             if let Some(snapshot) = of_snapshot {
-                return bad(format!("snapshot {} has it", snapshot.reference()));
+                return taken(format!("snapshot {} has it", snapshot.reference()));
             }
         }
         Ok(())

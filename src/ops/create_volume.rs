@@ -47,6 +47,8 @@ impl Manager {
 
     /// Takes the snapshot that a volume is to stand on.
     fn snapshot_for(&self, disk: &Name, request: &VolumeRequest) -> Result<(SnapshotRef, Uuid), ApiError> {
+        let command = Command::CreateVolumeOfNow { name: request.name.clone(), of: disk.clone() };
+        decide(&self.registry(), &command)?;
         self.check_volume(request, &self.disk(disk)?.config())?;
         let (name, disks) = (request.name.clone(), vec![disk.clone()]);
         let snapshot = SnapshotRequest {
@@ -80,14 +82,6 @@ impl Manager {
     /// Whether a volume of that name can be made at that place, as far as that can be told.
     fn check_volume(&self, request: &VolumeRequest, like: &DiskConfig) -> Result<DiskConfig, ApiError> {
         let name = &request.name;
-        if let Some(other) = self.registry().named(name) {
-            return Err(match other.is_volume() {
-                true => ApiError::new(ErrorCode::VolumeExists, format!("volume {name} exists"))
-                    .with_action(format!("delete it first: halfsilver volume delete {name}; or use another name")),
-                false => ApiError::new(ErrorCode::DiskExists, format!("{name} is the name of a disk"))
-                    .with_action("use another name"),
-            });
-        }
         let mut config = DiskConfig {
             mirror: None,
             socket: request.socket.clone(),

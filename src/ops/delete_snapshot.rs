@@ -4,8 +4,8 @@
 //! that; a job that is stopped, killed or fails has moved whole blocks only and is begun again from where it is.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -79,6 +79,7 @@ impl Manager {
         let deadline =
             self.host.now() + wait_timeout_ms.map_or(DELETION_WAIT, |ms| DELETION_WAIT.min(Duration::from_millis(ms)));
         let mut waits_for: Option<Arc<SnapshotEntry>> = None;
+        let mut announced = None;
         let job = loop {
             let command = Command::DeleteSnapshot { snapshot: reference.clone(), force, keep_bookmark };
             let (claim, _) = self.claim(&command)?;
@@ -139,9 +140,14 @@ impl Manager {
                     )?;
                 }
             }
+            announced.get_or_insert_with(|| {
+                let what = format!("snapshot {reference} to be quiesced: {}", self.requests_of(&disk));
+                self.announce(&format!("snapshot delete {reference}"), reference.disk.as_str(), what)
+            });
             drop(claim);
             self.host.pause(Duration::from_millis(10));
         };
+        drop(announced);
         if !job.wait(deadline.saturating_duration_since(self.host.now())) {
             let left = job.snapshot.as_ref().filter(|entry| self.is_there(&job.disk, entry));
             if let Some(entry) = left {
@@ -242,6 +248,8 @@ impl Manager {
         job: &JobEntry,
     ) -> Result<Option<(Epoch, RetireTurn<'a>)>, String> {
         let leaves_bookmark = locked(&entry.record).leaves_bookmark();
+        let _waits = Noted(&job.waits_for);
+        let mut waits_for = None;
         loop {
             let turn = RetireTurn::take(&disk.retires);
             match turn.as_ref().map(|_| disk.disk.begin_retire(entry.id, leaves_bookmark)) {
@@ -256,7 +264,14 @@ impl Manager {
             if job.pace.is_stopped() {
                 return Ok(None);
             }
+            let is_its_turn = turn.is_some();
             drop(turn);
+            if waits_for.replace(is_its_turn) != Some(is_its_turn) {
+                *locked(&job.waits_for) = Some(match is_its_turn {
+                    false => format!("the deletion of another snapshot of {}", disk.name),
+                    true => self.requests_of(disk),
+                });
+            }
             self.host.pause(RETIRE_LOOK);
         }
     }
@@ -392,4 +407,13 @@ fn refuse_if_read_through(disk: &DiskEntry, entry: &SnapshotEntry) -> Result<(),
     let message =
         format!("the image of snapshot {} cannot be kept: snapshot {older} reads through it", entry.reference());
     Err(ApiError::new(ErrorCode::SnapshotBusy, message).with_action(format!("delete {older} first")))
+}
+
+/// That a job waits for something, until this is dropped.
+struct Noted<'a>(&'a Mutex<Option<String>>);
+
+impl Drop for Noted<'_> {
+    fn drop(&mut self) {
+        *locked(self.0) = None;
+    }
 }

@@ -21,16 +21,16 @@ use crate::store::{ChangedRecord, Layout, RecordError};
 impl Manager {
     pub(crate) fn disable(&self, name: &Name, force: bool) -> Result<api::Volume, ApiError> {
         let command = Command::Disable { volume: name.clone(), force };
-        let (claim, _) = self.claim(&command)?;
+        let _claim = self.claim(&command)?;
         let disk = self.volume(name)?;
         if locked(&disk.relations).disabled {
             return Ok(disk.to_volume(self));
         }
+        let _waits = self.waiting_for(&disk, self.requests_of(&disk));
         let server = locked(&disk.server).clone();
         self.stop_servers(&disk, server.as_slice(), &command, || {
             self.record_disabled(&disk, true)?;
             crash::point("after a volume was recorded as disabled");
-            claim.waits_for(Some("its requests in flight".to_owned()));
             Ok(())
         })?;
         *locked(&disk.server) = None;
@@ -67,8 +67,7 @@ impl Manager {
     }
 
     fn record_disabled(&self, disk: &Arc<DiskEntry>, disabled: bool) -> Result<(), ApiError> {
-        locked(&disk.relations).disabled = disabled;
-        self.persist(std::slice::from_ref(disk)).inspect_err(|_| locked(&disk.relations).disabled = !disabled)
+        self.change(disk, || locked(&disk.relations).disabled = disabled)
     }
 
     /// Drops what was written to a disabled volume. It is claimed.

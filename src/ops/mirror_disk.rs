@@ -13,6 +13,7 @@ use crate::control::{ApiError, ErrorCode, Name};
 use crate::door::{self, LegImage, bitmap_bytes};
 use crate::image::{Direct, SharedImage};
 use crate::manager::entry::{DiskEntry, locked};
+use crate::manager::jobs::JobEntry;
 use crate::manager::{Manager, engine_error, image_error, table_error};
 use crate::registry::{ClaimKey, Command};
 use crate::store::LegRecord;
@@ -35,11 +36,12 @@ impl Manager {
     /// Gives a disk a second leg, or puts one in the place of a failed one.
     pub(crate) fn mirror(&self, name: &Name, path: &Path) -> Result<api::Disk, ApiError> {
         let place = ClaimKey::Path(path.to_owned());
-        let _claim = self.claim_with(&Command::Mirror { disk: name.clone() }, [place])?;
+        let _claim = self.claim_with(&Command::Mirror { disk: name.clone(), path: path.to_owned() }, [place])?;
         let disk = self.disk(name)?;
         self.refuse_what_others_have(name, path, true)?;
         let in_disk = |e: ApiError| ApiError { message: format!("disk {name}: {}", e.message), ..e };
-        self.add_leg(&disk, path).map_err(in_disk)?;
+        let named = |e: ApiError| self.named_user(name, &[path.to_owned()], e);
+        self.add_leg(&disk, path).map_err(|e| named(in_disk(e)))?;
         Ok(disk.to_api(self))
     }
 
@@ -64,7 +66,6 @@ impl Manager {
             self.make_mirror(disk)?;
         }
         self.take_unheld_leg_back(disk)?;
-        let job = self.job_on(disk, |job| job.kind == JobKind::Mirror);
         let facts = disk.facts();
         let (failed, again) = {
             let mirror = locked(&disk.mirror);
@@ -77,28 +78,17 @@ impl Manager {
                     (Some(door::LegState::Resynchronising), true) => again = true,
                     (Some(door::LegState::Split), _) => {
                         let message = format!("its leg {} is held by a snapshot", leg.path.display());
-                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message)
-                            .with_action("delete that snapshot first; its leg then comes back by itself"));
+                        return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
                     }
-                    (Some(door::LegState::Resynchronising), false) => match &job {
-                        Some(job) if job.state() == JobState::Running => {
-                            let message =
-                                format!("its leg {} is being synchronised by job {}", leg.path.display(), job.id);
-                            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message).with_action(format!(
-                                "wait for it: halfsilver job wait {0}; or: halfsilver job stop {0}",
-                                job.id
-                            )));
-                        }
-                        // One that nobody goes on with gives way.
-                        _ => failed = Some(leg.clone()),
-                    },
-                    (Some(door::LegState::Failed(_)) | None, _) => failed = Some(leg.clone()),
+                    // One that nobody goes on with gives way: that was decided.
+                    (Some(door::LegState::Resynchronising | door::LegState::Failed(_)) | None, _) => {
+                        failed = Some(leg.clone());
+                    }
                     (Some(door::LegState::InSync), false) => {}
                 }
             }
             if failed.is_none() && !again && mirror.legs.len() > 1 {
-                return Err(ApiError::new(ErrorCode::Conflict, "it has two good legs")
-                    .with_action(format!("let one go first: halfsilver disk unmirror {}", disk.name)));
+                return Err(ApiError::new(ErrorCode::Conflict, "it has two good legs"));
             }
             (failed, again)
         };
@@ -116,7 +106,9 @@ impl Manager {
             self.let_leg_go(disk, &failed)?;
         }
         // Also when it was tried before: a leg that is added must miss no write.
+        let waits = self.waiting_for(disk, self.requests_of(disk));
         disk.disk.write_by_mirror(DRAIN_WAIT).map_err(engine_error)?;
+        drop(waits);
         let leg = LegRecord { id: self.host.new_id(), path: path.to_owned(), saved: None };
         let image = match opened {
             Some(image) => image,
@@ -159,34 +151,34 @@ impl Manager {
 
     pub(crate) fn let_leg_go(&self, disk: &Arc<DiskEntry>, leg: &LegRecord) -> Result<(), ApiError> {
         let is_in_use = disk.facts().leg(leg.id).is_some_and(|leg| leg.state == door::LegState::Resynchronising);
-        let (legs, path) = {
-            let mut mirror = locked(&disk.mirror);
-            let mirror = mirror.as_mut().ok_or_else(|| ApiError::no_second_leg(&disk.name))?;
-            let (legs, path) = (mirror.legs.clone(), locked(&disk.path).clone());
-            mirror.legs.retain(|l| l.id != leg.id);
-            if let Some(stays) = mirror.legs.first()
-                && *locked(&disk.path) == leg.path
-            {
-                locked(&disk.path).clone_from(&stays.path); // The disk is known by the leg that is left.
-            }
-            (legs, path)
-        };
-        locked(&disk.former_legs).push(leg.path.clone());
-        // Remembered as no leg any more before the pair forgets that it was one.
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            if let Some(mirror) = locked(&disk.mirror).as_mut() {
-                mirror.legs = legs;
-            }
-            *locked(&disk.path) = path;
-            locked(&disk.former_legs).pop();
-            return Err(e);
+        if locked(&disk.mirror).is_none() {
+            return Err(ApiError::no_second_leg(&disk.name));
         }
+        // Remembered as no leg any more before the pair forgets that it was one.
+        self.change(disk, || {
+            let mut mirror = locked(&disk.mirror);
+            let legs = mirror.as_mut().map(|mirror| &mut mirror.legs);
+            let stays = legs.and_then(|legs| {
+                legs.retain(|l| l.id != leg.id);
+                legs.first()
+            });
+            let mut path = locked(&disk.path);
+            if let Some(stays) = stays.filter(|_| *path == leg.path) {
+                path.clone_from(&stays.path); // The disk is known by the leg that is left.
+            }
+            locked(&disk.former_legs).push(leg.path.clone());
+        })?;
         disk.disk.forget_leg(leg.id, is_in_use).map_err(engine_error)
+    }
+
+    fn abandon(&self, disk: &DiskEntry, job: &JobEntry) -> bool {
+        let _waits = self.waiting_for(disk, format!("job {} of {} to stop", job.id, disk.name));
+        job.abandon(DRAIN_WAIT)
     }
 
     /// Lets a leg go; its file stays.
     pub(crate) fn unmirror(&self, name: &Name, path: Option<&Path>) -> Result<api::Disk, ApiError> {
-        let _claim = self.claim(&Command::Unmirror { disk: name.clone() })?;
+        let _claim = self.claim(&Command::Unmirror { disk: name.clone(), leg: path.map(Path::to_owned) })?;
         let disk = self.disk(name)?;
         let (goes, stays) = {
             let mirror = locked(&disk.mirror);
@@ -196,7 +188,10 @@ impl Manager {
                 // One that has a single leg is no mirror afterwards, either.
                 None => legs.len() - 1,
                 Some(path) => legs.iter().position(|leg| leg.path == path).ok_or_else(|| {
-                    ApiError::new(ErrorCode::InvalidRequest, format!("disk {name} has no leg {}", path.display()))
+                    let message = format!("disk {name} has no leg {}", path.display());
+                    let all: Vec<String> = legs.iter().map(|leg| leg.path.display().to_string()).collect();
+                    ApiError::new(ErrorCode::InvalidRequest, message)
+                        .with_action(format!("name one of its legs: {}", all.join(", ")))
                 })?,
             };
             let goes = (legs.len() > 1).then(|| legs.remove(goes));
@@ -205,23 +200,13 @@ impl Manager {
         self.take_unheld_leg_back(&disk)?;
         let facts = disk.facts();
         let is = |leg: &LegRecord, state| facts.leg(leg.id).is_some_and(|leg| leg.state == state);
-        if let Some(goes) = goes.as_ref().filter(|goes| is(goes, door::LegState::Split)) {
-            let holder = disk.snapshots().into_iter().find(|s| locked(&s.record).image == goes.path);
-            let holder = holder.map_or_else(|| format!("{name}@NAME"), |s| s.reference().to_string());
-            let message = format!("disk {name}: {} is held by snapshot {holder}", goes.path.display());
-            return Err(ApiError::new(ErrorCode::DiskBusy, message).with_action(format!(
-                "delete that one, and its image stays as it is: halfsilver snapshot delete {holder} --keep-image"
-            )));
-        }
-        if !is(&stays, door::LegState::InSync) {
-            let message = match &goes {
-                Some(goes) => format!("disk {name}: {} is its only good leg", goes.path.display()),
-                None => format!("disk {name}: {} is its only leg, and not good", stays.path.display()),
-            };
-            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message));
+        // As it was decided; but a leg may have failed since.
+        if goes.as_ref().is_some_and(|goes| is(goes, door::LegState::Split)) || !is(&stays, door::LegState::InSync) {
+            let message = format!("disk {name}: its legs have changed meanwhile");
+            return Err(ApiError::new(ErrorCode::MirrorNotInSync, message).with_action("ask again"));
         }
         if let Some(job) = self.job_on(&disk, |j| j.kind == JobKind::Mirror && j.state() == JobState::Running)
-            && !job.abandon(DRAIN_WAIT)
+            && !self.abandon(&disk, &job)
         {
             let message = format!("job {} does not stop: it waits for a block", job.id);
             return Err(ApiError::new(ErrorCode::Unavailable, message).with_action(format!(
@@ -233,21 +218,19 @@ impl Manager {
         // If this is refused from here on, the leg that goes is one that has failed: this can be asked for again, and so can
         // a mirror.
         let goes_id = goes.as_ref().map(|goes| goes.id);
+        let waits = self.waiting_for(&disk, self.requests_of(&disk));
         disk.disk.write_by_leg(stays.id, goes_id, DRAIN_WAIT).map_err(engine_error)?;
+        drop(waits);
         // From here on only the leg that stays is the disk.
-        let old = locked(&disk.mirror).take();
-        let former = locked(&disk.former_legs).clone();
-        locked(&disk.former_legs).extend(goes.map(|goes| goes.path));
-        let path = std::mem::replace(&mut *locked(&disk.path), stays.path);
-        if let Err(e) = self.persist(std::slice::from_ref(&disk)) {
-            *locked(&disk.mirror) = old;
-            *locked(&disk.path) = path;
-            *locked(&disk.former_legs) = former;
-            return Err(e);
-        }
+        let bitmap = locked(&disk.mirror).as_ref().map(|mirror| mirror.bitmap);
+        self.change(&disk, || {
+            *locked(&disk.mirror) = None;
+            locked(&disk.former_legs).extend(goes.map(|goes| goes.path));
+            *locked(&disk.path) = stays.path;
+        })?;
         disk.disk.forget_mirror();
-        if let Some(old) = old {
-            self.remove_file(&self.bitmap_path(old.bitmap));
+        if let Some(bitmap) = bitmap {
+            self.remove_file(&self.bitmap_path(bitmap));
         }
         self.forget_resyncs_of(&disk);
         Ok(disk.to_api(self))

@@ -15,7 +15,6 @@ use crate::crash;
 use crate::host::{Host, receive};
 use crate::image::{Direct, ImageErrorKind, ImageOptions};
 use crate::manager::changes::ids_of_changes;
-use crate::manager::claims::Held;
 use crate::manager::entry::{DiskEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::sockets::serve_live;
@@ -33,8 +32,8 @@ impl Manager {
     /// Stops serving a disk, or forgets one that is not served; its image stays.
     pub(crate) fn remove_disk(&self, name: &Name, force: bool) -> Result<(), ApiError> {
         let command = Command::RemoveDisk { disk: name.clone(), force };
-        let (held, _) = self.claim(&command)?;
-        self.let_go(name, &command, &held)?;
+        let _claim = self.claim(&command)?;
+        self.let_go(name, &command)?;
         self.bus.publish(Notice::of_disk(EventKind::DiskRemoved, name));
         log::info!("disk {name}: no longer served");
         Ok(())
@@ -43,8 +42,8 @@ impl Manager {
     /// Deletes a volume and what was written to it.
     pub(crate) fn remove_volume(&self, name: &Name, force: bool) -> Result<(), ApiError> {
         let command = Command::DeleteVolume { volume: name.clone(), force };
-        let (held, _) = self.claim(&command)?;
-        self.let_go(name, &command, &held)?;
+        let _claim = self.claim(&command)?;
+        self.let_go(name, &command)?;
         self.bus.publish(Notice::of_disk(EventKind::VolumeDeleted, name));
         log::info!("volume {name}: deleted");
         self.tidy_moments_later();
@@ -54,19 +53,19 @@ impl Manager {
     /// Forgets a disk or volume that is not served, and all that is remembered of it.
     pub(crate) fn forget(&self, name: &Name) -> Result<(), ApiError> {
         let command = Command::Forget { disk: name.clone() };
-        let (held, _) = self.claim(&command)?;
+        let _claim = self.claim(&command)?;
         let kind = match locked(&self.unserved).get(name).is_some_and(crate::manager::unserved::Unserved::is_volume) {
             true => EventKind::VolumeDeleted,
             false => EventKind::DiskRemoved,
         };
-        self.let_go(name, &command, &held)?;
+        self.let_go(name, &command)?;
         self.bus.publish(Notice::of_disk(kind, name));
         log::info!("{name}: forgotten");
         self.tidy_moments_later();
         Ok(())
     }
 
-    fn let_go(&self, name: &Name, command: &Command, held: &Held) -> Result<(), ApiError> {
+    fn let_go(&self, name: &Name, command: &Command) -> Result<(), ApiError> {
         let unserved = locked(&self.unserved).get(name).cloned();
         let is_served = locked(&self.disks).contains_key(name);
         if let Some(unserved) = unserved.filter(|_| !is_served) {
@@ -85,10 +84,10 @@ impl Manager {
         let snapshots = entry.snapshots();
         let places = || std::iter::once(&entry.server).chain(snapshots.iter().map(|snapshot| &snapshot.server));
         let servers: Vec<_> = places().filter_map(|server| locked(server).clone()).collect();
-        held.waits_for(Some("its requests in flight".to_owned()));
+        let waits = self.waiting_for(&entry, self.requests_of(&entry));
         self.stop_servers(&entry, &servers, command, || Ok(()))?;
         entry.stop_abandoned();
-        held.waits_for(None);
+        drop(waits);
         places().for_each(|server| *locked(server) = None);
         let record = entry.to_record();
         match self.records.remove(name.as_str()) {

@@ -21,9 +21,7 @@ use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
 use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::registry::{ClaimKey, Command, Registry, Wanted, decide};
-use crate::store::{
-    DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind, TableError, VolumeRecord,
-};
+use crate::store::{DiskRecord, DurableTable, RecordError, RestorePhase, RestoreRecord, RestoreSourceKind, TableError};
 
 fn io_error(what: impl std::fmt::Display) -> ApiError {
     ApiError::new(ErrorCode::Io, what.to_string())
@@ -63,12 +61,6 @@ impl Manager {
     fn snapshot_to_restore(&self, name: &Name, volume: &Name) -> Result<(Uuid, SnapshotRef, Uuid), ApiError> {
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(self.host.new_id())).parse()? };
-        let (disk, source) = (self.disk(name)?, self.disk(volume).map_err(|_| ApiError::volume_not_found(volume))?);
-        if self.relation_of(&disk, &source)? {
-            let message = format!("disk {name} cannot be restored from itself");
-            return Err(ApiError::new(ErrorCode::InvalidRequest, message)
-                .with_action(format!("name a snapshot of it, such as {name}@NAME, or a volume")));
-        }
         let snapshot = SnapshotRequest {
             name: reference.name.clone(),
             disks: vec![volume.clone()],
@@ -80,28 +72,6 @@ impl Manager {
         };
         let id = self.create_for(&snapshot, Some(disk.id))?.first().map(|s| s.id);
         Ok((disk.id, reference, id.unwrap_or_default()))
-    }
-
-    /// Whether what is restored is the disk's own, or else a volume that stands on the disk.
-    fn relation_of(&self, disk: &Arc<DiskEntry>, source: &Arc<DiskEntry>) -> Result<bool, ApiError> {
-        let mut at = source.clone();
-        loop {
-            if Arc::ptr_eq(&at, disk) {
-                return Ok(Arc::ptr_eq(source, disk));
-            }
-            let relations = locked(&at.relations).clone();
-            // An independent volume has all of the disk as it was, and what was written to it since.
-            let is_of_disk = |was: VolumeRecord| was.source == disk.id;
-            if relations.stood_on.is_some_and(is_of_disk) {
-                return Ok(false);
-            }
-            let Some((below, _)) = relations.volume.and_then(|v| self.holder_of(v.snapshot)) else {
-                let message = format!("{} does not stand on disk {}, and has nothing of it", source.name, disk.name);
-                return Err(ApiError::new(ErrorCode::InvalidRequest, message)
-                    .with_action(format!("name a snapshot of {0}, or a volume that was made off one", disk.name)));
-            };
-            at = below;
-        }
     }
 
     /// `claimed` is the disk if the caller has claimed it, and taken what it is restored from.
@@ -124,7 +94,7 @@ impl Manager {
                 id: self.host.new_id(),
                 source: entry.id,
                 from: from.to_string(),
-                source_kind: match (self.relation_of(&disk, source)?, claimed.is_some()) {
+                source_kind: match (Arc::ptr_eq(&disk, source), claimed.is_some()) {
                     (true, _) => RestoreSourceKind::Disk,
                     (false, true) => RestoreSourceKind::VolumeNow,
                     (false, false) => RestoreSourceKind::Volume,
@@ -158,12 +128,8 @@ impl Manager {
         let id = record.id;
         let pending = self.make_durable_table(&self.places.log_table(id), id, &geometry);
         let pending = pending.inspect_err(|_| self.remove_restore_files(id)).map_err(table_error)?;
-        *locked(&disk.restore) = Some(record);
-        if let Err(e) = self.persist(std::slice::from_ref(disk)) {
-            *locked(&disk.restore) = None;
-            self.remove_restore_files(id);
-            return Err(e);
-        }
+        let prepared = self.change(disk, || *locked(&disk.restore) = Some(record));
+        prepared.inspect_err(|_| self.remove_restore_files(id))?;
         let activated = {
             // A guest that comes from here on finds what is restored, or keeps the disk from being restored.
             let server = locked(&disk.server).clone();

@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::control::api::{self, DeleteSnapshotOptions, JobKind, JobPatch, JobState, SnapshotRequest, Writers};
 use crate::control::{ApiError, ErrorCode, EventKind, Name, Notice, SnapshotRef};
 use crate::crash;
-use crate::door::{BaseSpec, VOLUMES_DEEP_MAX};
+use crate::door::{BaseSpec, NextLog, VOLUMES_DEEP_MAX};
 use crate::manager::entry::{DiskEntry, SnapshotEntry, locked};
 use crate::manager::followups::FollowUp;
 use crate::manager::jobs::JobEntry;
@@ -26,6 +26,7 @@ use crate::manager::recording;
 use crate::manager::relations::in_volume;
 use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, engine_error, record_error, table_error};
+use crate::recovery::Need;
 use crate::registry::{ClaimKey, Command, Registry, Wanted};
 use crate::store::{DiskRecord, RecordError, Table, VolumeRecord, Work, WorkRecord};
 
@@ -35,6 +36,7 @@ struct Next {
     volume: VolumeRecord,
     live: Uuid,
     path: PathBuf,
+    log: NextLog,
     changed: Arc<Table>,
     /// Why nothing is kept, if so.
     copies_all: Option<String>,
@@ -52,7 +54,7 @@ impl Manager {
     fn update_with_snapshot(&self, name: &Name, force: bool, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
         let command = Command::Update { volume: name.clone(), force };
         // Until it is over, what is taken for it stays.
-        let (claim, _) = self.claim(&command)?;
+        let _claim = self.claim(&command)?;
         let disk = self.volume_to_update(name)?;
         let source = self.source_of(&disk)?;
         let reference = SnapshotRef { name: name_for(name, &source)?, disk: source.name.get() };
@@ -67,7 +69,7 @@ impl Manager {
         };
         let in_update = |e: ApiError| ApiError { message: in_volume(name, &e.message), ..e };
         self.create_for(&request, Some(disk.id)).map_err(in_update)?;
-        claim.waits_for(Some(format!("{reference} to be quiesced")));
+        let _waits = self.waiting_for(&disk, format!("snapshot {reference} to be quiesced"));
         let needs = |_: &Registry| {
             let keys = [ClaimKey::Entity(source.id)].into_iter().collect();
             Ok(Wanted { changes: Default::default(), needs: keys })
@@ -98,7 +100,7 @@ impl Manager {
     fn source_of(&self, volume: &DiskEntry) -> Result<Arc<DiskEntry>, ApiError> {
         let name = &volume.name.get();
         let Some(of) = locked(&volume.relations).relation().cloned() else {
-            return Err(ApiError::volume_not_found(name));
+            return Err(self.no_volume(name));
         };
         let served = self.all_disks().into_iter().find(|d| d.id == of.source);
         let disk = match &served {
@@ -203,10 +205,10 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Internal, "its content is in more than one image"));
         };
         let Some(was) = locked(&disk.relations).relation().cloned() else {
-            return Err(ApiError::volume_not_found(&disk.name));
+            return Err(self.no_volume(&disk.name.get()));
         };
         let undo = |e: ApiError| {
-            self.remove_next(disk, live);
+            self.remove_next(live);
             e
         };
         let geometry = &facts.geometry;
@@ -215,7 +217,7 @@ impl Manager {
             let update = disk.disk.prepare_update(was.origin, source.id, (was.snapshot, entry.id), table);
             update.map_err(engine_error)
         });
-        let copies_all = prepared.map_err(undo)?;
+        let (log, copies_all) = prepared.map_err(undo)?;
         let changed = self.make_changed_table(live, geometry).map_err(table_error).map_err(undo)?;
         let path = match old == self.places.log_image(facts.live().id) {
             true => self.link_own_image(disk, &old).map_err(|e| {
@@ -231,12 +233,11 @@ impl Manager {
             size_bytes: was.size_bytes,
             created_ms: was.created_ms,
         };
-        Ok(Next { base, volume, live, path, changed, copies_all })
+        Ok(Next { base, volume, live, path, log, changed, copies_all })
     }
 
     /// The files of a live version that never came to be.
-    fn remove_next(&self, disk: &DiskEntry, live: Uuid) {
-        disk.disk.give_update_up();
+    fn remove_next(&self, live: Uuid) {
         for table in [self.places.log_table(live), self.places.run_table(live)] {
             self.remove_file(&table);
         }
@@ -244,7 +245,7 @@ impl Manager {
     }
 
     fn put_in_place(&self, disk: &Arc<DiskEntry>, next: Next, pacing: JobPatch) -> Result<Arc<JobEntry>, ApiError> {
-        let Next { base, volume, live, path, changed, copies_all } = next;
+        let Next { base, volume, live, path, log, changed, copies_all } = next;
         let facts = disk.facts();
         let (old_live, old_path) = (facts.live().id, facts.live().image.clone());
         let (origin, from) = (volume.origin, volume.from.clone());
@@ -266,7 +267,7 @@ impl Manager {
             return Err(self.after_refused_record(disk, live, (path != old_path).then_some(&path), e));
         }
         crash::point("after a volume was recorded as updated");
-        disk.disk.move_base(&base, (origin, live), changed, &path);
+        disk.disk.move_base(&base, (origin, live), (log, changed), &path);
         let work = relations.work.clone();
         *locked(&disk.relations) = relations;
         *locked(&disk.path) = PathBuf::from(&from);
@@ -302,11 +303,10 @@ impl Manager {
         let e = record_error(e);
         if is_unknown {
             log::error!("volume {}: it is disabled until its record can be stored", disk.name);
-            disk.disk.give_update_up();
             locked(&disk.relations).disabled = true;
             return e.with_action(format!("make room, then: halfsilver volume enable {}", disk.name));
         }
-        self.remove_next(disk, live);
+        self.remove_next(live);
         second_name.into_iter().for_each(|path| self.remove_file(path));
         e
     }
@@ -361,13 +361,6 @@ impl Manager {
             }
         };
         let is_done = Cell::new(true);
-        // What a volume goes by: what it stands on, or stood on. And what a disk is restored from.
-        let needs = |whose: Uuid, moment: Uuid| {
-            let of = records.iter().find(|r| r.id == whose);
-            let is = |of: &Option<VolumeRecord>| of.as_ref().is_some_and(|v| v.snapshot == moment);
-            let is_restored = |r: &DiskRecord| r.restore.as_ref().is_some_and(|restore| restore.source == moment);
-            (of.is_some_and(|r| is(&r.volume) || is_restored(r)), of.is_some_and(|r| is(&r.stood_on)))
-        };
         for disk in self.all_disks() {
             // What an update or a restore that is under way has taken is not needed by any record yet.
             let is_settled = |whose: &Uuid| {
@@ -383,10 +376,10 @@ impl Manager {
             let facts = disk.facts();
             for snapshot in disk.snapshots() {
                 let taken_for = locked(&snapshot.record).taken_for;
-                let Some(whose) = taken_for.filter(is_settled) else { continue };
-                let (is_needed, stood) = needs(whose, snapshot.id);
-                if !is_needed {
-                    let keep_bookmark = stood && snapshot.unreadable(&facts).is_none();
+                let Some(volume) = taken_for.filter(is_settled) else { continue };
+                let need = Need::of(&records, volume, snapshot.id);
+                if need != Need::Snapshot {
+                    let keep_bookmark = need == Need::Bookmark && snapshot.unreadable(&facts).is_none();
                     let options = DeleteSnapshotOptions { keep_bookmark, ..DeleteSnapshotOptions::default() };
                     let_go(&snapshot.reference(), self.delete_by_id(snapshot.id, options).err());
                 }
@@ -395,7 +388,7 @@ impl Manager {
                 let Some(volume) = bookmark.taken_for.filter(is_settled) else { continue };
                 let is_there = disk.snapshots().iter().any(|s| s.id == bookmark.id);
                 let Ok(name) = bookmark.name.parse() else { continue };
-                if !is_there && needs(volume, bookmark.id) == (false, false) {
+                if !is_there && Need::of(&records, volume, bookmark.id) == Need::Nothing {
                     let reference = SnapshotRef { disk: disk.name.get(), name };
                     let_go(&reference, self.remove_bookmark(&reference).err());
                 }

@@ -623,7 +623,7 @@ fn discards_are_advice() {
 #[test]
 fn jobs_that_go_on() {
     let jobs = |recovery: &Recovery| recovery.jobs().into_iter().map(|j| (j.kind, j.is_stopped)).collect::<Vec<_>>();
-    let deletion = || JobKind::Deletion("b".to_owned());
+    let deletion = || JobKind::Deletion { name: "b".to_owned(), folds: false };
     for is_stopped in [false, true] {
         let mut record = restored(record(), id(2), true);
         record.restore.as_mut().unwrap().phase = if is_stopped { RestorePhase::Stopped } else { RestorePhase::Active };

@@ -200,8 +200,13 @@ pub struct Job {
 /// What a job does that goes on after a start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobKind {
-    /// It deletes the snapshot of this name.
-    Deletion(String),
+    /// It deletes a snapshot.
+    Deletion {
+        /// The snapshot's name.
+        name: String,
+        /// Whether a log is folded into what it has; otherwise others take over what they need of it.
+        folds: bool,
+    },
     /// It copies back what is restored.
     Restore,
     /// It completes or updates a volume.
@@ -219,8 +224,12 @@ impl Recovery {
         }
         let job = |kind, is_stopped| Job { kind, is_stopped };
         let deleted = self.snapshots().filter(|(_, fate)| *fate == SnapshotFate::Deleting);
-        let deletions =
-            deleted.map(|(s, _)| job(JobKind::Deletion(s.name.clone()), s.deletion.is_some_and(|d| d.stopped)));
+        let deletions = deleted.map(|(s, _)| {
+            job(
+                JobKind::Deletion { name: s.name.clone(), folds: self.folds(s.id) },
+                s.deletion.is_some_and(|d| d.stopped),
+            )
+        });
         // What is pending is not there while the source is lost.
         let restores = self.restore.is_some() && !matches!(self.disk, Content::Hollow(Why::RestoreLost { .. }));
         let restore = self
@@ -233,6 +242,13 @@ impl Recovery {
         let is_stopped = self.record.mirror.as_ref().is_some_and(|mirror| mirror.stopped);
         let resync = self.mirror.iter().filter(|m| m.is_behind()).map(|_| job(JobKind::Resync, is_stopped));
         deletions.chain(restore).chain(work).chain(resync).collect()
+    }
+
+    /// Whether a version has the full image of its segment, and a log lies above it.
+    fn folds(&self, id: Uuid) -> bool {
+        let at = self.versions.iter().position(|v| v.id == id);
+        let has_all = |v: &VersionRecovery| matches!(v.layer, Ok(LayerUse::Base | LayerUse::Full(_)));
+        at.is_some_and(|at| has_all(&self.versions[at]) && self.versions.get(at + 1).is_some_and(|next| !next.splits))
     }
 
     /// The snapshots as they are remembered, oldest first, each with what becomes of it.

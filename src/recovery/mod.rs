@@ -15,6 +15,7 @@ mod evidence;
 mod files;
 mod record;
 mod settle;
+mod updates;
 mod why;
 
 pub use carry_out::{LayerSource, NotCarriedOut, Taken, carry_out};
@@ -26,6 +27,7 @@ pub use decision::{
 pub use evidence::{Durable, DurableFacts, Evidence, ImageFacts};
 pub use files::{Files, ImageSetup};
 pub use settle::{ServedVersion, duplicates, settle};
+pub use updates::Need;
 pub use why::Why;
 
 use uuid::Uuid;

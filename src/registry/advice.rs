@@ -28,6 +28,8 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            // What comes after it finds it gone.
+            Step::Run(command @ Command::DeleteSnapshot { .. }) => write!(f, "{command} --wait"),
             Step::Run(command) => command.fmt(f),
             Step::Disconnect(disk) => write!(f, "disconnect the guest of {disk}"),
             Step::DisconnectReaders(snapshot) => write!(f, "disconnect what reads {snapshot}"),
@@ -45,13 +47,41 @@ const STEPS_MAX: usize = 4096;
 const DEPTH_MAX: usize = 80;
 
 impl Registry {
-    /// What makes a command succeed that is refused now. Empty if nothing does.
+    /// What makes a command succeed that is refused now. Empty if nothing is known to do that.
     #[must_use]
     pub fn steps_for(&self, command: &Command) -> Vec<Step> {
         let mut world = self.clone();
         let mut steps = Vec::new();
         world.clear(command, &mut steps, 0);
+        // What is cleared may take along what the command is about.
+        let is_cut_short = steps.len() >= STEPS_MAX;
+        let is_cleared = is_cut_short || decide_only(&world, command).is_ok() || world.is_gone(command);
+        if is_cleared { steps } else { Vec::new() }
+    }
+
+    /// The commands themselves, each with what makes it succeed before it. Empty if nothing is known to do that.
+    #[must_use]
+    pub fn steps_to(&self, commands: impl IntoIterator<Item = Command>) -> Vec<Step> {
+        let mut world = self.clone();
+        let mut steps = Vec::new();
+        for command in commands {
+            world.clear(&command, &mut steps, 0);
+            if decide_only(&world, &command).is_err() {
+                return Vec::new();
+            }
+            let step = Step::Run(command);
+            world.carry_out(&step);
+            steps.push(step);
+        }
         steps
+    }
+
+    /// Whether what a command deletes has gone by itself.
+    fn is_gone(&self, command: &Command) -> bool {
+        match command {
+            Command::DeleteSnapshot { snapshot, .. } => self.snapshot_named(snapshot).is_none(),
+            _ => false,
+        }
     }
 
     /// Carries out what clears the way for `command`, and notes it.

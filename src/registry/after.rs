@@ -2,11 +2,13 @@
 //!
 //! Only what advice names is here: it clears things. What a real command does is in the room of the operations.
 
+use std::path::PathBuf;
+
 use uuid::Uuid;
 
 use super::advice::Step;
 use super::command::Command;
-use super::entity::{Bookmark, Kind, Phase, Registry, SnapshotPhase};
+use super::entity::{Bookmark, Disk, Kind, Leg, LegState, Phase, Registry, SnapshotPhase};
 use crate::control::api::{JobKind, JobState};
 use crate::control::{Name, SnapshotRef};
 
@@ -23,6 +25,8 @@ impl Registry {
                     disk.phase = Phase::Served;
                 }
                 (disk.failure, disk.is_unreadable) = (None, false);
+                let out = disk.legs.iter_mut().filter(|leg| !matches!(leg.state, LegState::Held { .. }));
+                out.for_each(|leg| leg.state = LegState::InSync);
                 disk.restore.iter_mut().for_each(|restore| restore.is_lost = false);
             }),
         }
@@ -52,16 +56,35 @@ impl Registry {
                 let Some(id) = self.named(name).map(|disk| disk.id) else { return };
                 self.disks_mut().remove(&id);
                 self.jobs_mut().retain(|_, job| job.disk != id);
+                // What was taken for its updates goes with it, if nothing else needs that.
+                let is_needed = |snapshot: Uuid| self.edges().any(|edge| edge.needed == snapshot);
+                let of = |disk: &Disk| disk.snapshots.clone();
+                let taken = self.disks().flat_map(of).filter(|s| s.taken_for == Some(id) && !is_needed(s.id));
+                let taken: Vec<Uuid> = taken.map(|s| s.id).collect();
+                taken.into_iter().for_each(|id| self.forget_snapshot(id));
             }
             Command::Set { disk, readonly } => {
                 if let Some(readonly) = *readonly {
                     self.change(disk, |disk| disk.is_readonly = readonly);
                 }
             }
-            Command::Unmirror { disk: name } => {
+            Command::Mirror { disk: name, path } => {
                 let Some(id) = self.named(name).map(|disk| disk.id) else { return };
                 self.jobs_mut().retain(|_, job| job.disk != id || job.kind != JobKind::Mirror);
-                self.change(name, |disk| disk.is_mirrored = false);
+                let leg = Leg { path: path.clone(), state: LegState::InSync };
+                self.change(name, |disk| {
+                    if disk.legs.is_empty() {
+                        // Its own image, wherever that is.
+                        disk.legs.push(Leg { path: PathBuf::new(), state: LegState::InSync });
+                    }
+                    disk.legs.retain(|leg| leg.state == LegState::InSync && leg.path != *path);
+                    disk.legs.push(leg);
+                });
+            }
+            Command::Unmirror { disk: name, .. } => {
+                let Some(id) = self.named(name).map(|disk| disk.id) else { return };
+                self.jobs_mut().retain(|_, job| job.disk != id || job.kind != JobKind::Mirror);
+                self.change(name, |disk| disk.legs.clear());
             }
             Command::Complete { volume } => {
                 if let Some(id) = self.named(volume).map(|disk| disk.id) {
@@ -74,20 +97,23 @@ impl Registry {
             Command::Enable { volume, .. } => self.change(volume, |disk| disk.phase = Phase::Served),
             Command::StopJob { job } => self.change_job(*job, JobState::Stopped),
             Command::ResumeJob { job } => self.change_job(*job, JobState::Running),
+            Command::HurryJob { job } => {
+                self.jobs_mut().get_mut(job).into_iter().for_each(|job| job.is_paced = false);
+            }
             Command::WaitForJob { job } => self.end_job(*job),
             Command::CreateSnapshot { .. }
             | Command::Rename { .. }
             | Command::Resize { .. }
-            | Command::Mirror { .. }
             | Command::Restore { .. }
             | Command::RestoreToNow { .. }
             | Command::CreateVolume { .. }
+            | Command::CreateVolumeOfNow { .. }
             | Command::Update { .. }
             | Command::Promote { .. } => {}
         }
     }
 
-    fn change(&mut self, name: &Name, change: impl FnOnce(&mut super::entity::Disk)) {
+    fn change(&mut self, name: &Name, change: impl FnOnce(&mut Disk)) {
         if let Some(disk) = self.disks_mut().values_mut().find(|disk| disk.name == *name) {
             change(disk);
         }
@@ -117,7 +143,8 @@ impl Registry {
         for (kind, snapshot) in wanted {
             if self.job_on(id, |job| job.snapshot == snapshot && (snapshot.is_some() || job.kind == kind)).is_none() {
                 let job = self.jobs().next_back().map_or(1, |last| last.id + 1);
-                let new = super::entity::Job { id: job, kind, disk: id, snapshot, state: JobState::Running };
+                let new =
+                    super::entity::Job { id: job, kind, disk: id, snapshot, state: JobState::Running, is_paced: false };
                 self.jobs_mut().insert(job, new);
             }
         }
@@ -133,7 +160,12 @@ impl Registry {
                     disk.restore = None;
                 }
             }
-            JobKind::Mirror => {}
+            JobKind::Mirror => {
+                if let Some(disk) = self.disks_mut().get_mut(&job.disk) {
+                    let syncing = disk.legs.iter_mut().filter(|leg| leg.state == LegState::Syncing);
+                    syncing.for_each(|leg| leg.state = LegState::InSync);
+                }
+            }
         }
     }
 
@@ -142,8 +174,8 @@ impl Registry {
         if let Some(disk) = self.disks_mut().get_mut(&id) {
             disk.has_work = false;
             disk.is_in_log &= !disk.snapshots.is_empty();
-            if let Kind::Volume { on } = disk.kind {
-                disk.kind = Kind::Independent { from: on };
+            if let Kind::Volume(source) = disk.kind {
+                disk.kind = Kind::Independent(source);
             }
         }
     }
@@ -156,7 +188,13 @@ impl Registry {
             let left = going.map(|s| Bookmark { id, name: s.name.clone(), taken_for: s.taken_for });
             // What it becomes may be there before it is gone.
             disk.bookmarks.extend(left.filter(|_| !disk.bookmarks.iter().any(|b| b.id == id)));
+            // An older one that reads through it takes its image over; else its leg comes back.
+            if disk.snapshots.iter().any(|s| s.id != id && s.through.contains(&id)) {
+                disk.legs.retain(|leg| leg.state != LegState::Held { by: id });
+            }
             disk.snapshots.retain(|s| s.id != id);
+            let held = disk.legs.iter_mut().filter(|leg| leg.state == LegState::Held { by: id });
+            held.for_each(|leg| leg.state = LegState::Syncing);
             disk.snapshots.iter_mut().for_each(|s| s.through.retain(|newer| *newer != id));
             // The last log is folded with the last snapshot.
             disk.is_in_log &= disk.snapshots.len() == before || !disk.snapshots.is_empty();

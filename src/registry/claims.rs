@@ -65,6 +65,7 @@ pub struct Claim {
 #[derive(Debug, Default)]
 pub struct Claims {
     held: BTreeMap<u64, Claim>,
+    waiting: BTreeMap<u64, Claim>,
     next: u64,
 }
 
@@ -83,21 +84,39 @@ impl Claims {
         Ok(self.next)
     }
 
-    /// Lets a claim go.
-    pub fn release(&mut self, id: u64) {
-        self.held.remove(&id);
+    /// Notes what would be claimed and is waited for. It keeps nobody from anything.
+    pub fn wait(&mut self, claim: Claim) -> u64 {
+        self.next += 1;
+        self.waiting.insert(self.next, claim);
+        self.next
     }
 
-    /// Says what a claim's holder waits for.
+    /// Lets a claim go, or waits no more.
+    pub fn release(&mut self, id: u64) {
+        self.held.remove(&id);
+        self.waiting.remove(&id);
+    }
+
+    /// Says what somebody waits for who has claimed something or would like to.
     pub fn note(&mut self, id: u64, waits_for: Option<String>) {
-        if let Some(claim) = self.held.get_mut(&id) {
+        if let Some(claim) = self.held.get_mut(&id).or_else(|| self.waiting.get_mut(&id)) {
             claim.waits_for = waits_for;
         }
+    }
+
+    /// The claim of something.
+    pub fn of(&self, key: &ClaimKey) -> Option<u64> {
+        self.held.iter().find(|(_, claim)| claim.wanted.changes.contains(key)).map(|(id, _)| *id)
     }
 
     /// The oldest first.
     pub fn held(&self) -> impl Iterator<Item = &Claim> {
         self.held.values()
+    }
+
+    /// Those who have claimed nothing yet, in the order in which they came.
+    pub fn waiting(&self) -> impl Iterator<Item = &Claim> {
+        self.waiting.values()
     }
 }
 
@@ -124,5 +143,18 @@ mod tests {
         claims.take(claim(&[1], &[2])).unwrap();
         claims.release(second);
         claims.take(claim(&[4, 3], &[])).unwrap();
+    }
+
+    #[test]
+    fn who_waits_keeps_nobody_from_anything() {
+        let mut claims = Claims::default();
+        let waiting = claims.wait(claim(&[1], &[]));
+        let held = claims.take(claim(&[1], &[])).unwrap();
+        assert_eq!((claims.held().count(), claims.waiting().count()), (1, 1));
+        claims.note(waiting, Some("the other one".to_owned()));
+        assert_eq!(claims.waiting().next().unwrap().waits_for.as_deref(), Some("the other one"));
+        assert_eq!(claims.of(&ClaimKey::Entity(Uuid::from_u128(1))), Some(held));
+        claims.release(waiting);
+        assert_eq!((claims.held().count(), claims.waiting().count()), (1, 0));
     }
 }

@@ -1,6 +1,7 @@
 //! What can be asked for, as a value, and as it is written on the command line.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 
 use crate::control::{Name, SnapshotRef};
 
@@ -13,6 +14,8 @@ pub enum Command {
         disks: Vec<Name>,
         /// The name of each snapshot.
         name: Name,
+        /// Whether each takes a leg of its disk's mirror.
+        splits: bool,
     },
     /// Moves the frontends that still write a snapshot over to the live version.
     CutOver {
@@ -74,11 +77,15 @@ pub enum Command {
     Mirror {
         /// Which.
         disk: Name,
+        /// The image that becomes the leg.
+        path: PathBuf,
     },
     /// Lets a leg of a disk go.
     Unmirror {
         /// Which.
         disk: Name,
+        /// Which of its legs, if that is said; the last one otherwise.
+        leg: Option<PathBuf>,
     },
     /// Takes a disk back to a snapshot.
     Restore {
@@ -104,6 +111,13 @@ pub enum Command {
         name: Name,
         /// What it stands on.
         from: SnapshotRef,
+    },
+    /// Makes a volume off a snapshot of this moment, which is taken for that and has the volume's name.
+    CreateVolumeOfNow {
+        /// The volume's name.
+        name: Name,
+        /// The disk or volume of which it is taken.
+        of: Name,
     },
     /// Deletes a volume and what was written to it.
     DeleteVolume {
@@ -150,6 +164,11 @@ pub enum Command {
     },
     /// Goes on with a stopped or failed job.
     ResumeJob {
+        /// Which.
+        job: u64,
+    },
+    /// Lets a job go as fast as it can.
+    HurryJob {
         /// Which.
         job: u64,
     },
@@ -201,9 +220,10 @@ impl fmt::Display for Command {
         let force = if self.is_forced() { " --force" } else { "" };
         write!(f, "halfsilver ")?;
         match self {
-            Command::CreateSnapshot { disks, name } => {
+            Command::CreateSnapshot { disks, name, splits } => {
                 write!(f, "snapshot create {name}")?;
-                disks.iter().try_for_each(|disk| write!(f, " --disk {disk}"))
+                disks.iter().try_for_each(|disk| write!(f, " --disk {disk}"))?;
+                f.write_str(if *splits { " --strategy write-mirroring" } else { "" })
             }
             Command::CutOver { snapshot } => write!(f, "snapshot cutover {snapshot} --wait"),
             Command::DeleteSnapshot { snapshot, keep_bookmark, .. } => {
@@ -221,11 +241,13 @@ impl fmt::Display for Command {
                 write!(f, "{} rename {disk} {to}{force}", if *is_volume { "volume" } else { "disk" })
             }
             Command::Resize { disk, size_bytes } => write!(f, "disk resize {disk} --size {size_bytes}"),
-            Command::Mirror { disk } => write!(f, "disk mirror {disk}"),
-            Command::Unmirror { disk } => write!(f, "disk unmirror {disk}"),
+            Command::Mirror { disk, path } => write!(f, "disk mirror {disk} {} --wait", quoted(path)),
+            Command::Unmirror { disk, leg: None } => write!(f, "disk unmirror {disk}"),
+            Command::Unmirror { disk, leg: Some(leg) } => write!(f, "disk unmirror {disk} --leg {}", quoted(leg)),
             Command::Restore { disk, from, .. } => write!(f, "disk restore {disk} --from {from}{force}"),
             Command::RestoreToNow { disk, volume, .. } => write!(f, "disk restore {disk} --from {volume}{force}"),
             Command::CreateVolume { name, from } => write!(f, "volume create {name} --from {from}"),
+            Command::CreateVolumeOfNow { name, of } => write!(f, "volume create {name} --from {of}"),
             Command::DeleteVolume { volume, .. } => write!(f, "volume delete {volume}{force}"),
             Command::Complete { volume } => write!(f, "volume complete {volume} --wait"),
             Command::Update { volume, .. } => write!(f, "volume update {volume}{force}"),
@@ -236,7 +258,15 @@ impl fmt::Display for Command {
             }
             Command::StopJob { job } => write!(f, "job stop {job}"),
             Command::ResumeJob { job } => write!(f, "job resume {job}"),
+            Command::HurryJob { job } => write!(f, "job set {job} --delay-ms 0 --limit 0"),
             Command::WaitForJob { job } => write!(f, "job wait {job}"),
         }
     }
+}
+
+/// A path as a shell takes it.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/-._~@+,:%".contains(c);
+    if text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }

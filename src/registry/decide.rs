@@ -38,6 +38,8 @@ pub struct Refusal {
     pub steps: Vec<Step>,
     /// What to do where no command helps.
     pub instead: Option<String>,
+    /// What can be done besides, so that the command is another one.
+    pub besides: Option<&'static str>,
     /// Whether all that stands in the way are connections: one of them may just be hanging up.
     pub may_pass: bool,
     /// The same command as it would not be refused, if force is enough.
@@ -62,6 +64,7 @@ impl Refusal {
             what: vec![what.into()],
             steps: Vec::new(),
             instead: Some(instead.into()),
+            besides: None,
             may_pass: false,
             forced: None,
         }
@@ -77,17 +80,28 @@ impl Refusal {
         if self.steps.len() > STEPS_SHOWN_MAX {
             shown.push(format!("ask again, for {} more", self.steps.len() - STEPS_SHOWN_MAX));
         }
-        let advice = if shown.is_empty() { self.code.action().to_owned() } else { shown.join("; then ") };
-        match &self.forced {
-            Some(forced) => format!("{advice}; or force it: {forced}"),
-            None => advice,
-        }
+        let steps = (!shown.is_empty()).then(|| shown.join("; then "));
+        let forced = self.forced.as_ref().map(|forced| format!("force it: {forced}"));
+        let ways: Vec<String> = [self.besides.map(str::to_owned), steps, forced].into_iter().flatten().collect();
+        if ways.is_empty() { self.code.action().to_owned() } else { ways.join("; or ") }
     }
+}
+
+/// An error that these steps clear; or something else, which makes the command another one.
+#[must_use]
+pub fn cleared_by(error: ApiError, steps: Vec<Step>, besides: Option<&'static str>) -> ApiError {
+    if steps.is_empty() && besides.is_none() {
+        return error;
+    }
+    let (code, what) = (error.code, vec![error.message]);
+    Refusal { code, what, steps, instead: None, besides, may_pass: false, forced: None }.into()
 }
 
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> ApiError {
-        ApiError::new(refusal.code, refusal.to_string()).with_action(refusal.advice())
+        let commands = refusal.steps.iter().filter(|step| matches!(step, Step::Run(_))).map(Step::to_string).collect();
+        let error = ApiError::new(refusal.code, refusal.to_string()).with_action(refusal.advice());
+        ApiError { commands, ..error }
     }
 }
 
@@ -126,12 +140,27 @@ enum Target<'a> {
 impl<'a> Decision<'a> {
     fn run(&self) -> Result<Plan, Refusal> {
         let targets = self.targets()?;
-        self.refuse_taken_names(&targets)?;
+        self.refuse_unrelated(&targets)?;
+        match self.taken_name(&targets) {
+            None => {}
+            Some(Err(refusal)) => return Err(refusal),
+            Some(Ok((code, taken))) => {
+                return Err(Refusal {
+                    code,
+                    what: vec![taken.what],
+                    steps: Vec::new(),
+                    instead: None,
+                    besides: Some("use another name"),
+                    may_pass: false,
+                    forced: None,
+                });
+            }
+        }
         let mut plan = self.wanted(&targets);
         let mut refused: Option<Refusal> = None;
         for target in &targets {
             let (operation, name) = (target.operation(), target.disk().name.as_str());
-            for obstacle in target.obstacles(self.registry) {
+            for obstacle in target.obstacles(self.registry, self.command) {
                 match operation.about(obstacle.kind) {
                     Answer::Fine => {}
                     Answer::Waits => plan.waits_for.push(obstacle),
@@ -147,11 +176,15 @@ impl<'a> Decision<'a> {
                             what: Vec::new(),
                             steps: Vec::new(),
                             instead: None,
+                            besides: None,
                             may_pass: true,
                             forced: self.command.forced().map(Box::new),
                         });
                         if operation.about(obstacle.kind) == Answer::Refused {
                             refusal.forced = None;
+                        }
+                        if operation.besides(obstacle.kind).is_some() {
+                            refusal.besides = operation.besides(obstacle.kind);
                         }
                         refusal.may_pass &= matches!(
                             obstacle.kind,
@@ -177,12 +210,13 @@ impl<'a> Decision<'a> {
         };
         let of = |target: &Target| {
             let operation = target.operation();
-            let all = target.obstacles(self.registry).into_iter();
+            let all = target.obstacles(self.registry, self.command).into_iter();
             all.filter(|obstacle| refuses(operation, obstacle)).collect::<Vec<_>>()
         };
         let mut found: Vec<Obstacle> = targets.iter().flat_map(of).collect();
         found.sort_by_key(|obstacle| obstacle.kind);
-        found
+        let taken = self.taken_name(&targets).and_then(Result::ok).map(|(_, taken)| taken);
+        taken.into_iter().chain(found).collect()
     }
 
     fn targets(&self) -> Result<Vec<Target<'a>>, Refusal> {
@@ -216,8 +250,8 @@ impl<'a> Decision<'a> {
             }
             Command::Rename { disk, is_volume: true, .. } => on_volume(Op::Rename, disk),
             Command::Rename { disk, .. } => on_disk(Op::Rename, disk),
-            Command::Mirror { disk } => on_disk(Op::Mirror, disk),
-            Command::Unmirror { disk } => on_disk(Op::Unmirror, disk),
+            Command::Mirror { disk, .. } => on_disk(Op::Mirror, disk),
+            Command::Unmirror { disk, .. } => on_disk(Op::Unmirror, disk),
             Command::Resize { disk, .. } => on_disk(Op::Resize, disk),
             Command::Restore { disk, from, .. } => {
                 let (source, snapshot) = self.snapshot(from)?;
@@ -232,10 +266,11 @@ impl<'a> Decision<'a> {
             }
             Command::RestoreToNow { disk, volume, .. } => {
                 let disk = self.disk(disk)?;
-                let source = self.registry.named(volume).ok_or_else(|| no_volume(volume))?;
+                let source = self.registry.named(volume).ok_or_else(|| self.no_volume(volume))?;
                 Ok(vec![Target::Disk(Op::Restore, disk), Target::Disk(Op::Freeze, source)])
             }
             Command::CreateVolume { from, .. } => on_snapshot(Op::UseSnapshot, from),
+            Command::CreateVolumeOfNow { of, .. } => on_disk(Op::Freeze, of),
             Command::DeleteVolume { volume, .. } => on_volume(Op::DeleteVolume, volume),
             Command::Complete { volume } => on_volume(Op::Complete, volume),
             Command::Update { volume, .. } => on_volume(Op::Update, volume),
@@ -249,6 +284,7 @@ impl<'a> Decision<'a> {
                 let disk = job.and_then(|job| self.registry.disk(job.disk));
                 Ok(disk.map(|disk| Target::Disk(Op::Complete, disk)).into_iter().collect())
             }
+            Command::HurryJob { job } => self.job(*job, |_| true),
             Command::WaitForJob { job } => self.job(*job, |state| state == JobState::Running),
         }
     }
@@ -269,7 +305,12 @@ impl<'a> Decision<'a> {
 
     fn volume(&self, name: &Name) -> Result<&'a Disk, Refusal> {
         let volume = self.registry.named(name).filter(|disk| disk.is_volume());
-        volume.ok_or_else(|| no_volume(name))
+        volume.ok_or_else(|| self.no_volume(name))
+    }
+
+    fn no_volume(&self, name: &Name) -> Refusal {
+        let error = ApiError::volume_not_found(name, self.registry.named(name).is_some());
+        Refusal::for_good(error.code, error.message, error.action)
     }
 
     fn no_bookmark(&self, reference: &SnapshotRef) -> Refusal {
@@ -300,50 +341,57 @@ impl<'a> Decision<'a> {
         })
     }
 
-    /// New things need names that nothing has.
-    fn refuse_taken_names(&self, targets: &[Target]) -> Result<(), Refusal> {
-        let taken = |code, what: String, delete: &Command| {
-            Err(Refusal::for_good(code, what, format!("use another name, or delete that one first: {delete}")))
+    /// A disk is taken back to what it was, or to what has grown from that.
+    fn refuse_unrelated(&self, targets: &[Target]) -> Result<(), Refusal> {
+        let [Target::Disk(Operation::Restore, disk), of, ..] = targets else { return Ok(()) };
+        if disk.is_volume() {
+            return Ok(()); // That is refused as such.
+        }
+        let (source, name) = (of.disk(), &disk.name);
+        let is_now = matches!(self.command, Command::RestoreToNow { .. });
+        let refuse = |what: String| {
+            let instead = format!("name a snapshot of {name}, or a volume that was made off one");
+            Err(Refusal::for_good(ErrorCode::InvalidRequest, what, instead))
+        };
+        match self.registry.comes_from(source, disk) {
+            true if is_now && source.id == disk.id => refuse(format!("disk {name} cannot be restored from itself")),
+            true => Ok(()),
+            false => refuse(format!("{} does not stand on disk {name}, and has nothing of it", source.name)),
+        }
+    }
+
+    /// New things need names that nothing has. What has the name, or a refusal if nothing clears that.
+    fn taken_name(&self, targets: &[Target]) -> Option<Result<(ErrorCode, Obstacle), Refusal>> {
+        let taken = |code, what: String, delete: Command| {
+            let cleared_by = vec![Step::Run(delete)];
+            Some(Ok((code, Obstacle { kind: ObstacleKind::NameTaken, what, cleared_by })))
         };
         match self.command {
-            Command::CreateSnapshot { name, .. } => {
-                for disk in targets.iter().map(Target::disk) {
-                    let (title, reference) = (disk.title(), disk.reference(name));
-                    if disk.snapshot(name).is_some() {
-                        let delete = delete_snapshot(reference);
-                        return taken(
-                            ErrorCode::SnapshotExists,
-                            format!("{title} has a snapshot {name} already"),
-                            &delete,
-                        );
-                    }
-                    if disk.bookmarks.iter().any(|b| b.name == *name) {
-                        let delete = Command::DeleteBookmark { bookmark: reference };
-                        return taken(
-                            ErrorCode::SnapshotExists,
-                            format!("{title} has a bookmark {name} already"),
-                            &delete,
-                        );
-                    }
+            Command::CreateSnapshot { name, .. } => targets.iter().map(Target::disk).find_map(|disk| {
+                let (title, reference) = (disk.title(), disk.reference(name));
+                if disk.snapshot(name).is_some() {
+                    let what = format!("{title} has a snapshot {name} already");
+                    return taken(ErrorCode::SnapshotExists, what, delete_snapshot(reference));
                 }
-                Ok(())
-            }
-            Command::CreateVolume { name, .. } | Command::Rename { to: name, .. } => {
-                let is_itself =
-                    |other: &Disk| targets.iter().any(|t| matches!(t, Target::Disk(_, disk) if disk.id == other.id));
-                match self.registry.named(name).filter(|other| !is_itself(other)) {
-                    None => Ok(()),
-                    Some(other) if other.is_volume() => {
-                        let delete = Command::DeleteVolume { volume: name.clone(), force: false };
-                        taken(ErrorCode::VolumeExists, format!("volume {name} exists"), &delete)
-                    }
-                    Some(_) => {
-                        let what = format!("{name} is the name of a disk");
-                        Err(Refusal::for_good(ErrorCode::DiskExists, what, "use another name"))
-                    }
+                disk.bookmark(name)?;
+                let delete = Command::DeleteBookmark { bookmark: reference };
+                taken(ErrorCode::SnapshotExists, format!("{title} has a bookmark {name} already"), delete)
+            }),
+            Command::CreateVolume { name, .. }
+            | Command::CreateVolumeOfNow { name, .. }
+            | Command::Rename { to: name, .. } => {
+                let is_itself = |other: &Disk| {
+                    targets.iter().any(|t| matches!(t, Target::Disk(Operation::Rename, disk) if disk.id == other.id))
+                };
+                let other = self.registry.named(name).filter(|other| !is_itself(other))?;
+                if other.is_volume() {
+                    let delete = Command::DeleteVolume { volume: name.clone(), force: false };
+                    return taken(ErrorCode::VolumeExists, format!("volume {name} exists"), delete);
                 }
+                let what = format!("{name} is the name of a disk");
+                Some(Err(Refusal::for_good(ErrorCode::DiskExists, what, "use another name")))
             }
-            _ => Ok(()),
+            _ => None,
         }
     }
 
@@ -398,10 +446,6 @@ impl<'a> Decision<'a> {
     }
 }
 
-fn no_volume(name: &Name) -> Refusal {
-    missing(ErrorCode::VolumeNotFound, format!("there is no volume {name}"))
-}
-
 fn missing(code: ErrorCode, what: String) -> Refusal {
     Refusal::for_good(code, what, code.action())
 }
@@ -427,9 +471,11 @@ impl<'a> Target<'a> {
         }
     }
 
-    fn obstacles(&self, registry: &Registry) -> Vec<Obstacle> {
+    fn obstacles(&self, registry: &Registry, command: &Command) -> Vec<Obstacle> {
         match self {
-            Target::Disk(_, disk) => registry.of_disk(disk),
+            Target::Disk(_, disk) => {
+                registry.of_disk(disk).into_iter().chain(registry.of_legs(command, disk)).collect()
+            }
             Target::Snapshot(_, disk, snapshot) => registry.of_snapshot(disk, snapshot),
         }
     }

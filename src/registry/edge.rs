@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::entity::{Kind, Registry};
+use super::entity::{Disk, Kind, Registry};
 
 /// Why something is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,8 +32,8 @@ impl Registry {
         self.disks().flat_map(|disk| {
             let edge = |kind| move |needed| Edge { needer: disk.id, needed, kind };
             let stands = match disk.kind {
-                Kind::Volume { on } => Some(on),
-                Kind::Disk | Kind::Independent { .. } => None,
+                Kind::Volume(source) => Some(source.snapshot),
+                Kind::Disk | Kind::Independent(_) => None,
             };
             // What is lost needs nothing: it waits, and can be given up.
             let restore = disk.restore.as_ref().filter(|restore| !restore.is_lost);
@@ -55,11 +55,32 @@ impl Registry {
             found.extend(&snapshot.through);
             at = match disk.kind {
                 // Nothing stands on itself, but a record might say so.
-                Kind::Volume { on } if !found.contains(&on) => Some(on),
+                Kind::Volume(source) if !found.contains(&source.snapshot) => Some(source.snapshot),
                 _ => None,
             };
             found.extend(at);
         }
         found
+    }
+
+    /// Whether a disk's content has something of another one's: it is the same, or a volume that stands on it, or did.
+    #[must_use]
+    pub fn comes_from(&self, disk: &Disk, other: &Disk) -> bool {
+        let (mut at, mut seen) = (disk, Vec::new());
+        loop {
+            if at.id == other.id {
+                return true;
+            }
+            seen.push(at.id);
+            let below = match at.kind {
+                Kind::Volume(source) => self.snapshot(source.snapshot).map(|(disk, _)| disk),
+                // It has all of that one as it was, and what was written to it since; of what lies below, nobody knows.
+                Kind::Independent(source) => return source.disk == other.id,
+                Kind::Disk => None,
+            };
+            // Nothing stands on itself, but a record might say so.
+            let Some(below) = below.filter(|below| !seen.contains(&below.id)) else { return false };
+            at = below;
+        }
     }
 }

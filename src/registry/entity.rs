@@ -1,6 +1,7 @@
 //! The entities: disks and volumes, their snapshots and bookmarks, and jobs.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use uuid::Uuid;
 
@@ -35,8 +36,8 @@ pub struct Disk {
     pub frontends: u32,
     /// Whether its socket is called after it.
     pub is_socket_named: bool,
-    /// Whether it has two legs.
-    pub is_mirrored: bool,
+    /// The legs of its mirror; none if it has no mirror.
+    pub legs: Vec<Leg>,
     /// Its restore in place, if one is under way.
     pub restore: Option<Restore>,
     /// Whether a copy that makes it independent was begun and is not done.
@@ -49,21 +50,49 @@ pub struct Disk {
     pub bookmarks: Vec<Bookmark>,
 }
 
+/// One image of a mirror.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leg {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How far it has what the disk has.
+    pub state: LegState,
+}
+
+/// How far a leg has what its disk has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LegState {
+    /// It has everything.
+    InSync,
+    /// What it lacks is copied to it, or will be.
+    Syncing,
+    /// A snapshot holds it, and it comes back when that goes.
+    Held {
+        /// The snapshot's identifier.
+        by: Uuid,
+    },
+    /// It is left out.
+    Failed,
+}
+
 /// What a disk has to do with others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// It is a disk, and stands on nothing.
     Disk,
-    /// It is a volume that reads through this snapshot.
-    Volume {
-        /// The snapshot's identifier.
-        on: Uuid,
-    },
-    /// It is a volume that stood on this snapshot, and has everything itself now.
-    Independent {
-        /// The snapshot's identifier; it may be gone.
-        from: Uuid,
-    },
+    /// It is a volume that reads through a snapshot.
+    Volume(Source),
+    /// It is a volume that stood on a snapshot, and has everything itself now.
+    Independent(Source),
+}
+
+/// What a volume was made off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The snapshot's identifier; of what an independent volume stood on, it may be gone.
+    pub snapshot: Uuid,
+    /// The identifier of the disk or volume that it is, or was, a snapshot of.
+    pub disk: Uuid,
 }
 
 /// Whether a disk is served.
@@ -155,6 +184,8 @@ pub struct Job {
     pub snapshot: Option<Uuid>,
     /// How far it is.
     pub state: JobState,
+    /// Whether it was told to go slowly.
+    pub is_paced: bool,
 }
 
 impl Registry {

@@ -16,14 +16,15 @@ mod command;
 mod decide;
 mod edge;
 mod entity;
+mod legs;
 mod obstacle;
 mod table;
 
 pub use advice::Step;
 pub use claims::{Claim, ClaimKey, Claims, Wanted};
 pub use command::Command;
-pub use decide::{Plan, Refusal, decide};
+pub use decide::{Plan, Refusal, cleared_by, decide};
 pub use edge::{Edge, EdgeKind};
-pub use entity::{Bookmark, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase};
+pub use entity::{Bookmark, Disk, Job, Kind, Leg, LegState, Phase, Registry, Restore, Snapshot, SnapshotPhase, Source};
 pub use obstacle::{Obstacle, ObstacleKind};
 pub use table::{Answer, Operation};

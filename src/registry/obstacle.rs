@@ -83,11 +83,21 @@ pub enum ObstacleKind {
     GiveBackLeft,
     /// It is being deleted, and leaves no bookmark.
     LeavesNone,
+    /// It has no second leg.
+    NoSecondLeg,
+    /// A snapshot holds a leg that is needed.
+    LegHeld,
+    /// A leg that is needed is not in sync.
+    LegNotInSync,
+    /// It has as many legs as a mirror has.
+    LegsTaken,
+    /// Something else has the name that is wanted.
+    NameTaken,
 }
 
 impl ObstacleKind {
     /// All of them, in order.
-    pub const ALL: [ObstacleKind; 35] = {
+    pub const ALL: [ObstacleKind; 40] = {
         use ObstacleKind::*;
         [
             Unserved,
@@ -125,6 +135,11 @@ impl ObstacleKind {
             Mirrored,
             GiveBackLeft,
             LeavesNone,
+            NoSecondLeg,
+            LegHeld,
+            LegNotInSync,
+            LegsTaken,
+            NameTaken,
         ]
     };
 }
@@ -195,8 +210,8 @@ impl Registry {
             let what = format!("the newest content of {title} is in a log, which is folded when its snapshots go");
             found.push(obstacle(ObstacleKind::InLog, what, deletions));
         }
-        if disk.is_mirrored {
-            let unmirror = Step::Run(Command::Unmirror { disk: disk.name.clone() });
+        if !disk.legs.is_empty() {
+            let unmirror = Step::Run(Command::Unmirror { disk: disk.name.clone(), leg: None });
             found.push(obstacle(ObstacleKind::Mirrored, format!("{title} has a mirror"), vec![unmirror]));
         }
         found.sort_by_key(|o| o.kind);
@@ -246,12 +261,12 @@ impl Registry {
         }
         match disk.kind {
             Kind::Disk => {}
-            Kind::Volume { .. } => {
+            Kind::Volume(_) => {
                 add(ObstacleKind::IsVolume, format!("{name} is a volume"), Vec::new());
                 let complete = Command::Complete { volume: name.clone() };
                 add(ObstacleKind::OnSnapshot, format!("{title} stands on a snapshot"), vec![Step::Run(complete)]);
             }
-            Kind::Independent { .. } => {
+            Kind::Independent(_) => {
                 add(ObstacleKind::IsVolume, format!("{name} is a volume"), Vec::new());
                 add(ObstacleKind::Independent, format!("{title} is independent already"), Vec::new());
             }
@@ -285,7 +300,7 @@ impl Registry {
         let gives_back = |j: &Job| j.snapshot.is_some_and(|id| !is_there(id));
         if let Some(job) = job(&|j| j.state == JobState::Running && gives_back(j)) {
             let what = format!("{title}: job {} gives back what a deleted snapshot had", job.id);
-            found.push(obstacle(ObstacleKind::GivingBack, what, vec![Step::Run(Command::WaitForJob { job: job.id })]));
+            found.push(obstacle(ObstacleKind::GivingBack, what, go_on_with(job)));
         }
         if let Some(job) = job(&|j| j.state != JobState::Running && gives_back(j)) {
             let what =
@@ -294,7 +309,7 @@ impl Registry {
         }
         if let Some(job) = job(&|j| j.kind == JobKind::Mirror && j.state == JobState::Running) {
             let what = format!("{title}: job {} synchronises one of its legs", job.id);
-            found.push(obstacle(ObstacleKind::Syncing, what, vec![Step::Run(Command::WaitForJob { job: job.id })]));
+            found.push(obstacle(ObstacleKind::Syncing, what, go_on_with(job)));
         }
         found
     }
@@ -423,9 +438,9 @@ impl Registry {
 
 /// What brings a job to its end.
 fn go_on_with(job: &Job) -> Vec<Step> {
-    let wait = Step::Run(Command::WaitForJob { job: job.id });
-    match job.state {
-        JobState::Stopped | JobState::Failed => vec![Step::Run(Command::ResumeJob { job: job.id }), wait],
-        JobState::Running | JobState::Done => vec![wait],
-    }
+    let id = job.id;
+    // One that was told to go slowly may take years.
+    let hurry = job.is_paced.then_some(Command::HurryJob { job: id });
+    let resume = matches!(job.state, JobState::Stopped | JobState::Failed).then_some(Command::ResumeJob { job: id });
+    hurry.into_iter().chain(resume).chain([Command::WaitForJob { job: id }]).map(Step::Run).collect()
 }

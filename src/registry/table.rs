@@ -134,6 +134,11 @@ const TABLE: [(ObstacleKind, [Answer; COLUMNS]); ObstacleKind::ALL.len()] = [
     (Mirrored,          [o, o, o, o, o, o, o, o, R, o, o, o, R, o, o, o, o, o, o, o, o, o, o]),
     (GiveBackLeft,      [o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o, o, o]),
     (LeavesNone,        [o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, o, N]),
+    (NoSecondLeg,        [R, o, o, o, o, o, o, o, o, o, o, N, o, o, o, o, o, o, o, o, o, o, o]),
+    (LegHeld,            [R, o, o, o, o, o, o, o, o, o, R, R, o, o, o, o, o, o, o, o, o, o, o]),
+    (LegNotInSync,       [R, o, o, o, o, o, o, o, o, o, R, R, o, o, o, o, o, o, o, o, o, o, o]),
+    (LegsTaken,          [o, o, o, o, o, o, o, o, o, o, R, o, o, o, o, o, o, o, o, o, o, o, o]),
+    (NameTaken,          [R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R, R]),
 ];
 
 /// The rows stand where their obstacles do.
@@ -160,6 +165,9 @@ impl Operation {
             (_, Broken) => ErrorCode::SnapshotBroken,
             (Operation::Resize, Mirrored | InLog) => ErrorCode::Unsupported,
             (_, ReadOnly | Mirrored) => ErrorCode::InvalidConfig,
+            (_, NoSecondLeg) => ErrorCode::NoSecondLeg,
+            (Operation::Freeze | Operation::Mirror, LegHeld) | (_, LegNotInSync) => ErrorCode::MirrorNotInSync,
+            (_, LegsTaken) => ErrorCode::Conflict,
             (Operation::RemoveDisk, IsVolume) => ErrorCode::DiskNotFound,
             (_, IsVolume) | (Operation::EnableFresh, Independent) => ErrorCode::Unsupported,
             (Operation::Complete, Independent) => ErrorCode::Conflict,
@@ -186,6 +194,13 @@ impl Operation {
         }
     }
 
+    /// What can be done besides clearing such an obstacle.
+    #[must_use]
+    pub fn besides(self, kind: ObstacleKind) -> Option<&'static str> {
+        let is_of_split = self == Operation::Freeze && matches!(kind, NoSecondLeg | LegHeld | LegNotInSync);
+        is_of_split.then_some("take it with another strategy")
+    }
+
     /// What to do instead of what can never be done.
     #[must_use]
     pub fn instead(self, kind: ObstacleKind, (name, is_volume): (&str, bool)) -> String {
@@ -193,6 +208,7 @@ impl Operation {
             (Operation::RemoveDisk, _) => format!("delete it as a volume: halfsilver volume delete {name}"),
             (Operation::Forget, _) if is_volume => format!("delete it instead: halfsilver volume delete {name}"),
             (Operation::Forget, _) => format!("remove it instead: halfsilver disk remove {name}"),
+            (Operation::Unmirror, NoSecondLeg) => format!("nothing is to be done: see 'halfsilver disk show {name}'"),
             (Operation::Mirror | Operation::Unmirror | Operation::Resize, _) => {
                 format!(
                     "make it a disk first: 'halfsilver volume complete {name} --wait', then 'volume promote {name}'"

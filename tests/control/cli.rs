@@ -119,7 +119,7 @@ fn people_see_aligned_tables() {
     assert_eq!(lines.next(), Some("vm1   serving  1.0 GiB  0          0          /run/fake/vm1.sock"));
     assert!(rig.done("job list").contains("1.0 MiB  12.3 MiB  8%       1 min 30 s  5 ms"));
     let job = rig.done("job show 1");
-    assert!(job.contains("percent  8%\n") && job.contains("left     1 min 30 s\n"), "{job}");
+    assert!(job.contains("percent    8%\n") && job.contains("left       1 min 30 s\n"), "{job}");
     assert!(rig.done("snapshot list").contains("vm1@daily  draining  copy-on-write"));
     assert!(rig.done("snapshot show vm1@daily").contains("quiesced       -\n"));
     assert!(rig.done("snapshot show vm1@daily").contains("old frontends  0\n"));
@@ -179,6 +179,28 @@ fn refusals_are_one_line_and_status_1() {
         let stderr = rig.fails(line);
         assert!(stderr.contains(text), "{line}: {stderr}");
     }
+}
+
+/// Whoever finds out, the form is one: what is wrong, and the usage of the command that was asked for.
+#[test]
+fn usage_errors_have_one_form() {
+    let rig = Rig::with_disks();
+    for (line, command, text) in [
+        ("disk show", "disk show", "required arguments"),
+        ("disk set vm1", "disk set", "give one or more of --durability, --layout, "),
+        ("volume set clone", "volume set", "give one or more of --durability, --layout, "),
+        ("job set 1", "job set", "give one or more of --delay-ms, --limit"),
+        ("snapshot create daily --disk vm1 --disk vm1", "snapshot create", "vm1 is named twice"),
+        ("disk set vm1 --queues 2 --serial 123456789012345678901", "disk set", "is not 1 to 20 characters long"),
+    ] {
+        let output = rig.run(line);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{line}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(text), "{line}: {stderr}");
+        assert!(stderr.contains(&format!("Usage: halfsilver {command} ")), "{line}: {stderr}");
+        assert!(!stderr.contains("/v1/"), "it speaks of HTTP: {line}: {stderr}");
+    }
+    assert!(!String::from_utf8(rig.run("volume set clone").stderr).unwrap().contains("--readonly"));
 }
 
 #[test]
@@ -514,7 +536,7 @@ fn volumes_are_shown_and_refused_in_one_line() {
         (&job["kind"], &job["delay_ms"], &job["bytes_per_second"]),
         (&json!("migrate"), &json!(7), &json!(2 << 20))
     );
-    assert!(rig.done("job set 11 --limit 0").contains("limit    -\n"));
+    assert!(rig.done("job set 11 --limit 0").contains("limit      -\n"));
     assert_eq!(rig.done("volume delete clone"), "clone deleted\n");
     for line in [
         "volume create clone",

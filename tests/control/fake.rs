@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use halfsilver::control::api::{
     Bookmark, BookmarkState, ByteRange, Claim, DeleteSnapshotOptions, DeletionState, DiffSource, Disk, DiskConfig,
     DiskPatch, DiskState, GroupDeletion, Job, JobKind, JobPatch, JobState, Leg, LegState, RestoreRequest,
-    RestoreStatus, Snapshot, SnapshotRequest, SnapshotState, Strategy, Unserved, UpdateQuery, VersionInfo, Volume,
-    VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
+    RestoreStatus, Settings, Snapshot, SnapshotRequest, SnapshotState, Strategy, Unserved, UpdateQuery, VersionInfo,
+    Volume, VolumeMap, VolumeRequest, VolumeSource, VolumeState, VolumeStatus, Writers,
 };
 use halfsilver::control::changes::{Diff, FoundMap};
 use halfsilver::control::metrics::{DiskMetrics, MetricsSnapshot, SnapshotMetrics};
@@ -81,6 +81,7 @@ impl Fake {
     /// Says that something is under way.
     pub(crate) fn claim(&self, operation: &str, entity: &str, waits_for: Option<&str>) {
         self.state.lock().unwrap().claims.push(Claim {
+            held: true,
             operation: operation.to_owned(),
             entities: vec![entity.to_owned()],
             since: Timestamp::now(),
@@ -109,6 +110,7 @@ impl Fake {
 
     fn begin_job(&self, id: u64, kind: JobKind, disk: &Name, snapshot: Option<Name>) {
         let job = Job {
+            waits_for: None,
             id,
             kind,
             disk: disk.clone(),
@@ -159,6 +161,12 @@ fn leg(path: &Path, state: LegState, remaining_bytes: u64) -> Leg {
     Leg { path: path.to_owned(), state, reason: None, remaining_bytes }
 }
 
+/// The settings of a configuration, with the disk's name for a serial.
+fn named(config: &DiskConfig, disk: &Name) -> Settings {
+    let serial = config.serial.clone().unwrap_or_else(|| disk.to_string());
+    Settings { serial, ..Settings::of(config) }
+}
+
 impl Service for Fake {
     fn version(&self) -> VersionInfo {
         let mut strategies = Strategy::ALL.to_vec();
@@ -199,11 +207,11 @@ impl Service for Fake {
             id: Some(Uuid::new_v4()),
             socket: Some(config.socket_or_default(Path::new("/run/fake"), disk)),
             size_bytes: 1 << 30,
-            serial: config.serial.clone().unwrap_or_else(|| disk.to_string()),
             state: DiskState::Serving,
             reason: None,
             epoch: 1,
             legs: config.mirror.iter().flat_map(|mirror| [&config.path, mirror]).map(in_sync).collect(),
+            settings: named(config, disk),
             ..Disk::unserved(disk.clone(), String::new()).with_config(config)
         };
         state.disks.push((config.clone(), served.clone()));
@@ -216,8 +224,7 @@ impl Service for Fake {
         let found = state.disks.iter_mut().find(|(_, other)| other.name == *disk);
         let (config, set) = found.ok_or_else(|| ApiError::disk_not_found(disk))?;
         *config = config.patched(patch);
-        let (socket, serial) = (set.socket.clone(), patch.serial.clone().unwrap_or_else(|| set.serial.clone()));
-        *set = Disk { socket, serial, ..set.clone().with_config(config) };
+        *set = Disk { socket: set.socket.clone(), settings: named(config, disk), ..set.clone().with_config(config) };
         self.bus.publish(Notice::of_disk(EventKind::DiskChanged, disk));
         Ok(set.clone())
     }
@@ -229,7 +236,7 @@ impl Service for Fake {
         }
         let mut state = self.state.lock().unwrap();
         let found = state.volumes.iter_mut().find(|v| v.name == *volume).unwrap();
-        found.queues = patch.queues.unwrap_or(found.queues);
+        found.settings.queues = patch.queues.unwrap_or(found.settings.queues);
         Ok(found.clone())
     }
 
@@ -379,14 +386,14 @@ impl Service for Fake {
                 disk: disk.clone(),
                 name: request.name.clone(),
                 strategy,
-                durability: served.durability,
+                durability: served.settings.durability,
                 writers: request.writers,
                 state: SnapshotState::Draining,
                 reason: None,
                 epoch: 1,
                 socket: request.socket.clone().unwrap_or_else(|| format!("/run/fake/{reference}.sock").into()),
                 image: request.image.clone(),
-                layout: request.layout.unwrap_or(served.layout),
+                layout: request.layout.unwrap_or(served.settings.layout),
                 block_size: 4096,
                 owned_bytes: 0,
                 size_bytes: served.size_bytes,
@@ -570,7 +577,7 @@ impl Service for Fake {
             size_bytes,
             block_size: block_size.unwrap_or(4096),
             owned_bytes: 0,
-            queues: 1,
+            settings: Settings { queues: 1, ..Settings::default() },
             connected: false,
             frontends: 0,
             snapshots: 0,
@@ -587,7 +594,7 @@ impl Service for Fake {
 
     fn get_volume(&self, volume: &Name) -> Result<Volume, ApiError> {
         let volumes = self.list_volumes()?;
-        volumes.into_iter().find(|other| other.name == *volume).ok_or_else(|| ApiError::volume_not_found(volume))
+        volumes.into_iter().find(|other| other.name == *volume).ok_or_else(|| ApiError::volume_not_found(volume, false))
     }
 
     fn delete_volume(&self, volume: &Name, force: bool) -> Result<(), ApiError> {

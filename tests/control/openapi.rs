@@ -35,6 +35,41 @@ fn every_route_and_no_other_is_described() {
     }
 }
 
+/// What a route does not describe it does not take: query keys, a body, methods.
+#[test]
+fn every_route_refuses_what_it_does_not_describe() {
+    let rig = Rig::with_disks();
+    let document = rig.get("/v1/openapi.json").json();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        let target = path.replace("{disk}", "vm1").replace("{id}", "1").replace("{volume}", "vm1");
+        let target = target.replace("{snapshot}", "vm1@x").replace("{bookmark}", "vm1@x");
+        for (method, operation) in operations.as_object().unwrap() {
+            let method = method.to_uppercase();
+            let body = if operation["requestBody"].is_object() { "{}" } else { "" };
+            let problem = rig.refused(&method, &format!("{target}?bogus=1"), body);
+            assert_eq!(problem["code"], "invalid-request", "{method} {path}");
+            assert!(problem["detail"].as_str().unwrap().contains("\"bogus\""), "{method} {path}: {problem}");
+            if body.is_empty() {
+                let problem = rig.refused(&method, &target, "{}");
+                assert_eq!(problem["code"], "invalid-request", "{method} {path}");
+                assert!(problem["detail"].as_str().unwrap().ends_with("takes no body"), "{method} {path}: {problem}");
+            } else {
+                let problem = rig.refused(&method, &target, r#"{"bogus":1}"#);
+                assert!(problem["detail"].as_str().unwrap().contains("`bogus`"), "{method} {path}: {problem}");
+            }
+        }
+        let described = |method: &str| operations.get(method.to_lowercase()).is_some();
+        for method in ["GET", "PUT", "POST", "PATCH", "DELETE", "BREW"].into_iter().filter(|m| !described(m)) {
+            let answer = rig.send(method, &target, "");
+            assert_eq!(answer.status, 405, "{method} {path}");
+            let allowed: BTreeSet<&str> = answer.header("allow").unwrap().split(',').map(str::trim).collect();
+            let methods: BTreeSet<String> = operations.as_object().unwrap().keys().map(|m| m.to_uppercase()).collect();
+            assert!(methods.iter().all(|m| allowed.contains(m.as_str())), "{method} {path}: {allowed:?}");
+            assert!(!allowed.contains(method), "{method} {path}: {allowed:?}");
+        }
+    }
+}
+
 #[test]
 fn every_operation_describes_its_refusals() {
     let document = Rig::new().get("/v1/openapi.json").json();
@@ -71,8 +106,11 @@ fn every_operation_describes_its_refusals() {
         "Event",
         "Status",
         "Problem",
+        "Settings",
     ] {
-        assert!(document["components"]["schemas"][schema]["properties"].is_object(), "{schema}");
+        let schema_of = &document["components"]["schemas"][schema];
+        let parts = schema_of["allOf"].as_array().cloned().unwrap_or_else(|| vec![schema_of.clone()]);
+        assert!(parts.iter().any(|part| part["properties"].is_object()), "{schema}");
     }
     let words = &document["components"]["schemas"]["SnapshotState"]["enum"];
     assert_eq!(words, &serde_json::json!(["draining", "quiesced", "folding", "deleting", "broken"]));

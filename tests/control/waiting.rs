@@ -216,7 +216,7 @@ fn what_is_not_served_is_shown_and_forgotten() {
     rig.fake.claim("snapshot create", "vm2", Some("its log"));
     let status = rig.done("status");
     assert!(status.contains("NOT SERVED  REASON\nvm1         cannot open\\n/images/vm1.raw\n"), "{status}");
-    assert!(status.contains("UNDER WAY        HOLDS  ") && status.contains("snapshot create  vm2    "), "{status}");
+    assert!(status.contains("UNDER WAY        ON   ") && status.contains("snapshot create  vm2  "), "{status}");
     assert!(rig.done("disk show vm1").contains("state       unserved\n"));
     assert_eq!(rig.json("disk list --state unserved --json")[0]["name"], "vm1");
     assert_eq!(rig.json("disk forget vm1 --json"), json!({ "name": "vm1", "state": "forgotten" }));

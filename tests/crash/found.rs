@@ -174,10 +174,12 @@ fn is_as_said(said: &CheckReport, listed: &Listed, world: &World) -> Result<(), 
             let found = snapshots.remove(&snapshot.snapshot);
             let state = found.map(|s| s.state);
             let agrees = match snapshot.verdict {
-                // One that the daemon took for itself goes when it is not needed.
+                // One that the daemon took for itself goes when its volume has copied the rest.
                 SnapshotVerdict::Kept => {
                     matches!(state, Some(SnapshotState::Quiesced)) || is_daemons(&snapshot.snapshot)
                 }
+                // That is begun when the rest is served.
+                SnapshotVerdict::Tidied => state.is_none_or(|state| state != SnapshotState::Broken),
                 // It may be over by now.
                 SnapshotVerdict::Deleting => {
                     matches!(state, None | Some(SnapshotState::Deleting | SnapshotState::Folding))

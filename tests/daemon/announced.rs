@@ -113,12 +113,8 @@ fn a_misspelt_disk_to_take_flushed_is_refused() {
     daemon.arg("--take-flushed");
     daemon.arg("vm00");
     daemon.spawn();
-    let deadline = Instant::now() + *PATIENCE;
-    while !daemon.is_up() && daemon.ended().is_none() {
-        assert!(Instant::now() < deadline, "it neither serves nor ends");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    assert!(!daemon.is_running(), "the start goes on, and takes nothing of what was meant");
+    let status = daemon.wait_exit();
+    assert_eq!(status.code(), Some(2), "it is the argument that is wrong");
     let log = daemon.log_text();
     let told = log.lines().rfind(|line| line.contains("vm00")).unwrap_or_else(|| panic!("vm00 is not named: {log}"));
     assert!(told.contains("take-flushed") || told.contains("no disk"), "{told}");

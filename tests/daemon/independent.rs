@@ -369,13 +369,13 @@ fn the_command_line_completes_and_promotes() {
         serde_json::from_str(&run(&["volume", "complete", "clone", "--limit", "64K", "--json"])).unwrap();
     assert_eq!(begun["bytes_per_second"], 64 << 10);
     let id = begun["id"].to_string();
-    assert!(run(&["job", "set", &id, "--limit", "0"]).contains("limit    -\n"));
+    assert!(run(&["job", "set", &id, "--limit", "0"]).contains("limit      -\n"));
     run(&["job", "wait", &id]);
     assert!(run(&["volume", "show", "clone"]).contains("independent  yes\n"));
     assert!(run(&["volume", "promote", "clone"]).contains("clone"));
     assert!(run(&["disk", "list"]).contains("clone"));
     run(&["volume", "create", "other", "--from", "vm0@daily"]);
-    assert!(run(&["volume", "complete", "other", "--wait"]).contains("state    done\n"));
+    assert!(run(&["volume", "complete", "other", "--wait"]).contains("state      done\n"));
     for args in
         [&["job", "set", &id][..], &["job", "set", &id, "--limit", "12Q"], &["volume", "complete", "a", "--limit", "x"]]
     {

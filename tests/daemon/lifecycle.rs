@@ -196,7 +196,7 @@ fn what_is_in_a_sockets_place_is_left_alone() {
     let path = daemon.path("in-the-way");
     std::fs::write(&path, "mine").unwrap();
     let create = |daemon: &Daemon| daemon.api().create("a", &["vm0"], &json!({ "socket": path }));
-    assert_eq!(create(&daemon).refused(), "invalid-request");
+    assert_eq!(create(&daemon).refused(), "conflict");
     assert_eq!(std::fs::read(&path).unwrap(), b"mine");
     std::fs::remove_file(&path).unwrap();
     create(&daemon).ok();

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, also in its helpers")]
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the sizes in these tests are small")]
 
+mod advice;
 mod announced;
 mod api;
 mod asking;

@@ -183,19 +183,13 @@ const IN_USE: &[Row] = &[
     ("POST", "/v1/snapshots", r#"{"name":"old","disks":["vm1","vm0"]}"#, "snapshot-exists", "vm0@old"),
     ("POST", "/v1/snapshots", r#"{"name":"s","disks":["vm0","clone"]}"#, "snapshot-exists", "clone has a snapshot s"),
     ("POST", "/v1/snapshots", r#"{"name":"new","disks":["vm0","none"]}"#, "disk-not-found", "none"),
-    (
-        "POST",
-        "/v1/volumes",
-        r#"{"name":"new","from":"vm0","socket":"$RUN/vm1.sock"}"#,
-        "invalid-request",
-        "disk vm1 has it",
-    ),
+    ("POST", "/v1/volumes", r#"{"name":"new","from":"vm0","socket":"$RUN/vm1.sock"}"#, "conflict", "disk vm1 has it"),
     (
         "POST",
         "/v1/volumes",
         r#"{"name":"new","from":"vm0","socket":"$RUN/seat.sock"}"#,
-        "invalid-request",
-        "disk seat has it",
+        "conflict",
+        "volume seat has it",
     ),
     (
         "POST",
@@ -208,7 +202,7 @@ const IN_USE: &[Row] = &[
         "POST",
         "/v1/volumes",
         r#"{"name":"new","from":"vm0","socket":"$DIR/there"}"#,
-        "invalid-request",
+        "conflict",
         "something else is there",
     ),
     (

@@ -338,12 +338,13 @@ fn what_does_not_go_with_a_restore_is_refused() {
         ("POST", "/v1/snapshots", r#"{"name":"next","disks":["vm0"]}"#, "disk-busy"),
         ("DELETE", "/v1/snapshots/vm0@daily?force=true", "", "snapshot-busy"),
         ("POST", "/v1/disks/vm0/mirror", r#"{"path":"/tmp/halfsilver-leg.raw"}"#, "disk-busy"),
-        ("DELETE", "/v1/disks/vm0/mirror", "", "disk-busy"),
     ] {
         let answer = daemon.send(method, path, body);
         assert_eq!(answer.refused(), code, "{method} {path}: {}", answer.body);
         named(&answer);
     }
+    // What it has not it cannot lose, restored or not.
+    assert_eq!(daemon.send("DELETE", "/v1/disks/vm0/mirror", "").refused(), "no-second-leg");
     wait_until("the volume to go", || daemon.send("DELETE", "/v1/volumes/clone", "").status == 204);
     let removed = daemon.send("DELETE", "/v1/disks/vm0?force=true", "");
     assert_eq!(removed.refused(), "disk-busy");
@@ -369,7 +370,8 @@ fn a_read_only_disk_and_one_of_another_family_are_refused() {
     daemon.make_image("vm2", SIZE);
     let fixed = format!(r#"{{"path":"{}","readonly":true}}"#, daemon.image("vm2").display());
     daemon.send("PUT", "/v1/disks/vm2", &fixed).ok();
-    let read_only = daemon.send("POST", "/v1/disks/vm2/restore", r#"{"from":"vm0@daily"}"#);
+    daemon.api().create("own", &["vm2"], &json!({ "wait": true })).ok();
+    let read_only = daemon.send("POST", "/v1/disks/vm2/restore", r#"{"from":"vm2@own"}"#);
     assert_eq!(read_only.refused(), "invalid-config");
     assert!(read_only.body.contains("read-only"), "{}", read_only.body);
     let refused = ask(&daemon, "vm1@other", false, 0);

@@ -264,7 +264,7 @@ fn volumes_of_volumes_and_disabled_ones_are_updated() {
     wait_until("the guests to leave", || show(&daemon, "two")["connected"] == false);
     let output = daemon.cli(&["volume", "update", "two", "--wait"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(String::from_utf8(output.stdout).unwrap().contains("state    done\n"));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("state      done\n"));
     assert_eq!(shows(&daemon, "two"), expect(&[(0..8, 3), (40..48, 5), (80..88, 6)]));
     wait_moments(&daemon, &["two", "two-update-2", "daily"], &[]);
     assert_eq!(post(&daemon, "one/update").refused(), "volume-busy", "another one stands on it");

@@ -523,17 +523,14 @@ class Marks:
         return sum(self.files.values())
 
 
-class Load:
-    """The records of `hs-guest load` in a guest, and its controls; qemu/guest/hs-guest.c says what they promise."""
+class LoadRecords:
+    """What `hs-guest load` has told, line by line; qemu/guest/hs-guest.c says what each promises."""
 
-    def __init__(self, guest):
-        self.guest, self.port = guest, guest.load_port
+    def __init__(self):
         self.files, self.blocks, self.phases, self.errors = {}, 0, {}, []
         self.began = self.ended = False
-        with self.port.changed:
-            self.port.listeners[:] = [self._take]
 
-    def _take(self, line):
+    def take(self, line):
         kind, _, rest = line.partition(" ")
         fields = dict(word.split("=", 1) for word in rest.split() if "=" in word)
         if kind == "file":
@@ -551,8 +548,22 @@ class Load:
             self.errors.append(line)
 
     def marks(self):
+        """To be asked when no line is being taken."""
+        return Marks(dict(self.files), self.blocks)
+
+
+class Load(LoadRecords):
+    """The records of `hs-guest load` in a guest, and its controls."""
+
+    def __init__(self, guest):
+        super().__init__()
+        self.guest, self.port = guest, guest.load_port
         with self.port.changed:
-            return Marks(dict(self.files), self.blocks)
+            self.port.listeners[:] = [self.take]
+
+    def marks(self):
+        with self.port.changed:
+            return super().marks()
 
     def require_progress(self, files=10, block_writes=32, seconds=COMMAND_SECONDS_MAX):
         """Waits until every thread has gone on: a load that stands still is a hung disk."""

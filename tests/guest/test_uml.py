@@ -92,7 +92,7 @@ class Uml:
 
     def start_load(self, name, directory):
         """Files and blocks that are written until `stop_load`; what is finished is told on the console."""
-        load = self.loads[name] = Load()
+        load = self.loads[name] = kit.LoadRecords()
         stop = f"/run/halfsilver-{name}"
         self.run(f"rm -f {stop}; (while [ ! -e {stop} ]; do sleep 0.1; done; echo stop; sleep 5) | "
                  f"{kit.KIT}/hs-guest load {directory} {SEED} {THREADS} 2>&1 | sed -u 's/^/load:{name} /' &")
@@ -123,28 +123,6 @@ class Uml:
         with kit.contextlib.suppress(ProcessLookupError):
             kit.os.killpg(self.process.pid, kit.signal.SIGKILL)
         self.process.wait(10)
-
-
-class Load:
-    """What a load has told."""
-
-    def __init__(self):
-        self.files, self.blocks, self.errors, self.ended = {}, 0, [], False
-
-    def take(self, line):
-        kind, _, rest = line.partition(" ")
-        fields = dict(word.split("=", 1) for word in rest.split() if "=" in word)
-        if kind == "file":
-            self.files[int(fields["thread"])] = int(fields["number"])
-        elif kind == "block":
-            self.blocks = int(fields["number"])
-        elif kind == "load-ended":
-            self.ended = True
-        elif kind not in ("load-began", "phase"):
-            self.errors.append(line)
-
-    def marks(self):
-        return kit.Marks(dict(self.files), self.blocks)
 
 
 class UserMode(test_guests.GuestTest):

@@ -3,7 +3,7 @@
 use halfsilver::control::api::{JobKind, JobState};
 use halfsilver::control::{Name, SnapshotRef};
 use halfsilver::registry::{
-    Bookmark, Command, Disk, Job, Kind, Phase, Registry, Restore, Snapshot, SnapshotPhase, Step,
+    Bookmark, Command, Disk, Job, Kind, Leg, LegState, Phase, Registry, Restore, Snapshot, SnapshotPhase, Source, Step,
 };
 use uuid::Uuid;
 
@@ -41,6 +41,13 @@ pub(crate) struct World {
     next_job: u64,
 }
 
+/// Where legs are; the first is a disk's own image.
+const LEGS: [&str; 3] = ["/own", "/other", "/third"];
+
+fn two_legs() -> Vec<Leg> {
+    LEGS[..2].iter().map(|path| Leg { path: path.into(), state: LegState::InSync }).collect()
+}
+
 fn name(text: &str) -> Name {
     text.parse().unwrap()
 }
@@ -66,7 +73,14 @@ impl World {
 
     fn add_job(&mut self, kind: JobKind, disk: Uuid, snapshot: Option<Uuid>) {
         self.next_job += 1;
-        self.jobs.push(Job { id: self.next_job, kind, disk, snapshot, state: JobState::Running });
+        self.jobs.push(Job {
+            id: self.next_job,
+            kind,
+            disk,
+            snapshot,
+            state: JobState::Running,
+            is_paced: self.next_job.is_multiple_of(3),
+        });
     }
 
     fn add_disk(&mut self, kind: Kind) -> Uuid {
@@ -81,7 +95,7 @@ impl World {
             failure: None,
             frontends: 0,
             is_socket_named: !self.next.is_multiple_of(3),
-            is_mirrored: kind == Kind::Disk && self.next.is_multiple_of(4),
+            legs: if kind == Kind::Disk && self.next.is_multiple_of(4) { two_legs() } else { Vec::new() },
             restore: None,
             has_work: false,
             is_in_log: kind != Kind::Disk,
@@ -119,6 +133,11 @@ impl World {
         match rng.below(10) {
             0 => disk.frontends = u32::from(disk.frontends == 0 && disk.phase == Phase::Served),
             1 if job_kind == 0 && disk.kind == Kind::Disk => disk.is_readonly = disk.restore.is_none(),
+            1 if job_kind == 1 => {
+                let states = [LegState::InSync, LegState::Syncing, LegState::Failed];
+                let held = |leg: &&mut Leg| !matches!(leg.state, LegState::Held { .. });
+                disk.legs.iter_mut().filter(held).for_each(|leg| leg.state = *rng.pick(&states).unwrap());
+            }
             2 => {
                 if let Some(snapshot) = disk.snapshots.last_mut() {
                     snapshot.readers = u32::from(snapshot.phase == SnapshotPhase::Quiesced);
@@ -188,13 +207,18 @@ impl World {
         let snapshot = self.some_snapshot(rng).map(|(disk, s)| disk.reference(&s.name));
         let snapshot = snapshot.unwrap_or_else(|| SnapshotRef { disk: disk.clone(), name: name("none") });
         let job = rng.pick(&self.jobs).map_or(77, |job| job.id);
-        let fresh = format!("n{}", self.next + 1);
+        let fresh = name(&format!("n{}", self.next + 1));
+        let to = self.some_disk(rng).filter(|_| rng.chance(20)).map_or(fresh, |disk| disk.name);
         match rng.below(28) {
-            0..5 => Command::CreateSnapshot { disks: vec![disk], name: name(&format!("s{}", rng.below(12))) },
+            0..5 => {
+                let to = name(&format!("s{}", rng.below(12)));
+                Command::CreateSnapshot { disks: vec![disk], name: to, splits: rng.chance(20) }
+            }
             5 => Command::DeleteSnapshot { snapshot, force, keep_bookmark: rng.chance(50) },
             6 => Command::RemoveDisk { disk, force },
             7 => Command::DeleteVolume { volume, force },
-            8..11 => Command::CreateVolume { name: name(&fresh), from: snapshot },
+            8 => Command::CreateVolumeOfNow { name: to, of: disk },
+            9..11 => Command::CreateVolume { name: to, from: snapshot },
             11 => Command::Restore { disk, from: snapshot, force },
             12 => {
                 // One that has something to do with the disk.
@@ -206,7 +230,7 @@ impl World {
             14 => Command::Promote { volume },
             15 => Command::Disable { volume, force },
             16 => Command::Enable { volume, fresh: force },
-            17 => Command::Mirror { disk },
+            17 => Command::Mirror { disk, path: rng.pick(&LEGS).unwrap().into() },
             18 => Command::Forget { disk },
             19 => Command::StopJob { job },
             20 => Command::ResumeJob { job },
@@ -215,11 +239,11 @@ impl World {
                 readonly: [None, Some(true), Some(false)][usize::from(force) + usize::from(rng.chance(50))],
             },
             22 => Command::RestoreToNow { disk, volume, force },
-            23 => Command::Unmirror { disk },
+            23 => Command::Unmirror { disk, leg: rng.chance(50).then(|| rng.pick(&LEGS).unwrap().into()) },
             24 => self.some_bookmark(rng).unwrap_or(Command::Update { volume, force }),
             25 => Command::Update { volume, force },
             26 => Command::Resize { disk, size_bytes: 1 << 30 },
-            _ => Command::Rename { disk, to: name(&fresh), is_volume: false, force },
+            _ => Command::Rename { disk, to, is_volume: false, force },
         }
     }
 
@@ -233,8 +257,8 @@ impl World {
     fn lowest<'a>(&'a self, disk: &'a Disk) -> Option<&'a Disk> {
         match disk.kind {
             Kind::Disk => Some(disk),
-            Kind::Volume { on } | Kind::Independent { from: on } => {
-                let below = self.disks.iter().find(|d| d.snapshots.iter().any(|s| s.id == on))?;
+            Kind::Volume(source) | Kind::Independent(source) => {
+                let below = self.disks.iter().find(|d| d.id == source.disk)?;
                 self.lowest(below)
             }
         }
@@ -250,7 +274,7 @@ impl World {
     pub(crate) fn carry_out(&mut self, command: &Command) {
         let registry = self.registry();
         match command {
-            Command::CreateSnapshot { disks, name } => {
+            Command::CreateSnapshot { disks, name, splits } => {
                 let (group, ids) = (self.id(), disks.iter().map(|_| self.id()).collect::<Vec<_>>());
                 for (named, id) in disks.iter().zip(ids) {
                     let disk = self.disks.iter_mut().find(|d| d.name == *named).unwrap();
@@ -269,13 +293,16 @@ impl World {
                         keeps_bookmark: false,
                         through: Vec::new(),
                     });
+                    if *splits {
+                        disk.legs[1].state = LegState::Held { by: id };
+                    }
                     // Some write logs.
                     disk.is_in_log |= id.as_u128().is_multiple_of(5);
                 }
             }
             Command::CreateVolume { name, from } => {
-                let on = registry.snapshot_named(from).unwrap().1.id;
-                let id = self.add_disk(Kind::Volume { on });
+                let (of, on) = registry.snapshot_named(from).unwrap();
+                let id = self.add_disk(Kind::Volume(Source { snapshot: on.id, disk: of.id }));
                 self.disk(id).unwrap().name = name.clone();
             }
             Command::Restore { disk, from, .. } => {
@@ -322,12 +349,22 @@ impl World {
                 let disk = self.disk(id).unwrap();
                 (disk.phase, disk.has_work) = (Phase::Served, false);
             }
-            Command::Mirror { disk } => {
+            Command::Mirror { disk, path } => {
                 let id = registry.named(disk).unwrap().id;
-                self.disk(id).unwrap().is_mirrored = true;
+                let legs = &mut self.disk(id).unwrap().legs;
+                let is_it = |leg: &Leg| leg.path == *path && matches!(leg.state, LegState::InSync | LegState::Syncing);
+                if legs.iter().any(is_it) || legs.is_empty() && path.as_os_str() == LEGS[0] {
+                    return;
+                }
+                if legs.is_empty() {
+                    legs.push(Leg { path: LEGS[0].into(), state: LegState::InSync });
+                }
+                legs.retain(|leg| leg.state == LegState::InSync);
+                legs.push(Leg { path: path.clone(), state: LegState::Syncing });
+                self.jobs.retain(|job| job.disk != id || job.kind != JobKind::Mirror);
                 self.add_job(JobKind::Mirror, id, None);
             }
-            Command::Update { .. } | Command::RestoreToNow { .. } => {}
+            Command::Update { .. } | Command::RestoreToNow { .. } | Command::CreateVolumeOfNow { .. } => {}
             other => self.step(&Step::Run(other.clone())),
         }
     }

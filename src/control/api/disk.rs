@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
+use super::settings::Settings;
 use super::{
     BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, DiskState, Durability, Layout, LegState, QUEUES_MAX, RestoreStatus, SERIAL_LEN_MAX,
     check_absolute, check_socket, invalid,
@@ -112,10 +113,6 @@ pub(super) fn check_block_size(key: &str, size: u32) -> Result<(), ApiError> {
     }
 }
 
-fn background_bytes() -> u32 {
-    BACKGROUND_BYTES
-}
-
 impl DiskConfig {
     /// The configuration with nothing but the image given.
     pub fn new(path: impl Into<PathBuf>) -> Self {
@@ -203,43 +200,14 @@ impl DiskConfig {
 
     /// What is said here; where nothing is, what was set.
     #[must_use]
-    pub fn or_set(mut self, set: &DiskPatch) -> Self {
-        self.queues = self.queues.or(set.queues);
-        self.readonly = self.readonly.or(set.readonly);
-        self.serial = self.serial.or_else(|| set.serial.clone());
-        self.durability = self.durability.or(set.durability);
-        self.background_bytes = self.background_bytes.or(set.background_bytes);
-        self.segments_max = self.segments_max.or(set.segments_max);
-        self.discard_granularity = self.discard_granularity.or(set.discard_granularity);
-        self.discard_max = self.discard_max.or(set.discard_max);
-        self.layout = self.layout.or(set.layout);
-        self
+    pub fn or_set(self, set: &DiskPatch) -> Self {
+        set.clone().with(&DiskPatch::of(&self)).put_into(self)
     }
 
     /// With what a patch says in the place of what is said here.
     #[must_use]
     pub fn patched(&self, patch: &DiskPatch) -> Self {
-        let Self { path, mirror, socket, direct, block_size, logical_block_size, shared, .. } = self.clone();
-        let said = patch.clone();
-        let said = Self {
-            path,
-            mirror,
-            socket,
-            direct,
-            block_size,
-            logical_block_size,
-            shared,
-            segments_max: said.segments_max,
-            discard_granularity: said.discard_granularity,
-            discard_max: said.discard_max,
-            queues: said.queues,
-            readonly: said.readonly,
-            serial: said.serial,
-            durability: said.durability,
-            background_bytes: said.background_bytes,
-            layout: said.layout,
-        };
-        said.or_set(&DiskPatch::of(self))
+        DiskPatch::of(self).with(patch).put_into(self.clone())
     }
 
     /// Whether every value is one that could be served.
@@ -273,6 +241,38 @@ impl DiskConfig {
     pub fn socket_or_default(&self, run_dir: &Path, disk: &Name) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| run_dir.join(format!("{disk}.sock")))
     }
+}
+
+/// What is done to each key that can be set, written down once.
+macro_rules! settings {
+    ($($key:ident),* $(,)?) => {
+        impl DiskPatch {
+            /// The keys, as JSON has them.
+            pub const KEYS: &[&str] = &[$(stringify!($key)),*];
+
+            /// What a configuration says of what can be changed.
+            pub fn of(config: &DiskConfig) -> Self {
+                Self { $($key: config.$key.clone()),* }
+            }
+
+            /// A configuration that says this.
+            fn put_into(self, config: DiskConfig) -> DiskConfig {
+                DiskConfig { $($key: self.$key,)* ..config }
+            }
+
+            /// What was set before and what is set now.
+            #[must_use]
+            pub fn with(self, newer: &Self) -> Self {
+                Self { $($key: newer.$key.clone().or(self.$key)),* }
+            }
+
+            /// What of it a configuration has as well: what it says otherwise was said later, and is set no more.
+            #[must_use]
+            pub fn still_in(self, config: &DiskConfig) -> Self {
+                Self { $($key: self.$key.filter(|set| Some(set) == config.$key.as_ref())),* }
+            }
+        }
+    };
 }
 
 /// What of a disk or volume can be changed while it is served: the body of `PATCH /v1/disks/{disk}`. What is left out stays.
@@ -312,59 +312,19 @@ pub struct DiskPatch {
     pub layout: Option<Layout>,
 }
 
+settings!(
+    durability,
+    layout,
+    background_bytes,
+    queues,
+    readonly,
+    serial,
+    segments_max,
+    discard_granularity,
+    discard_max
+);
+
 impl DiskPatch {
-    /// What a configuration says of what can be changed.
-    pub fn of(config: &DiskConfig) -> Self {
-        let DiskConfig { durability, background_bytes, queues, readonly, layout, ref serial, .. } = *config;
-        let DiskConfig { segments_max, discard_granularity, discard_max, .. } = *config;
-        let serial = serial.clone();
-        Self {
-            durability,
-            background_bytes,
-            queues,
-            readonly,
-            serial,
-            segments_max,
-            discard_granularity,
-            discard_max,
-            layout,
-        }
-    }
-
-    /// What was set before and what is set now.
-    #[must_use]
-    pub fn with(self, newer: &Self) -> Self {
-        Self {
-            durability: newer.durability.or(self.durability),
-            background_bytes: newer.background_bytes.or(self.background_bytes),
-            queues: newer.queues.or(self.queues),
-            readonly: newer.readonly.or(self.readonly),
-            serial: newer.serial.clone().or(self.serial),
-            segments_max: newer.segments_max.or(self.segments_max),
-            discard_granularity: newer.discard_granularity.or(self.discard_granularity),
-            discard_max: newer.discard_max.or(self.discard_max),
-            layout: newer.layout.or(self.layout),
-        }
-    }
-
-    /// What of it a configuration has as well: what it says otherwise was said later, and is set no more.
-    #[must_use]
-    pub fn still_in(self, config: &DiskConfig) -> Self {
-        Self {
-            durability: self.durability.filter(|_| self.durability == config.durability),
-            background_bytes: self.background_bytes.filter(|_| self.background_bytes == config.background_bytes),
-            queues: self.queues.filter(|_| self.queues == config.queues),
-            readonly: self.readonly.filter(|_| self.readonly == config.readonly),
-            serial: self.serial.filter(|serial| Some(serial) == config.serial.as_ref()),
-            segments_max: self.segments_max.filter(|_| self.segments_max == config.segments_max),
-            discard_granularity: self
-                .discard_granularity
-                .filter(|_| self.discard_granularity == config.discard_granularity),
-            discard_max: self.discard_max.filter(|_| self.discard_max == config.discard_max),
-            layout: self.layout.filter(|_| self.layout == config.layout),
-        }
-    }
-
     /// Whether every value is one that could be served.
     ///
     /// # Errors
@@ -406,9 +366,7 @@ impl DiskPatch {
     /// `invalid-request`.
     pub fn check_change(&self) -> Result<(), ApiError> {
         if *self == Self::default() {
-            let message = "none of durability, layout, background_bytes, queues, readonly, serial, segments_max, \
-                           discard_granularity and discard_max is there";
-            return Err(invalid(message.to_owned()));
+            return Err(invalid(format!("none of {} is there", Self::KEYS.join(", "))));
         }
         self.check()
     }
@@ -479,26 +437,13 @@ pub struct Disk {
     pub size_bytes: u64,
     /// The size of the blocks that tables count in.
     pub block_size: u32,
-    /// The size of the sectors that guests see.
-    #[serde(default)]
-    pub logical_block_size: u32,
-    /// How many data segments a request may have that suits the disk.
-    #[serde(default)]
-    pub segments_max: u16,
-    /// What guests' discards are best multiples of.
-    #[serde(default)]
-    pub discard_granularity: u32,
-    /// The most bytes of one range of a discard that suits the disk.
-    #[serde(default)]
-    pub discard_max: u64,
-    /// The most virtqueues a frontend may use.
-    pub queues: u16,
+    /// How guests see it, and how its snapshots are taken.
+    #[serde(flatten)]
+    pub settings: Settings,
     /// Whether the image is opened with O_DIRECT.
     pub direct: bool,
     /// Whether guests may only read.
     pub readonly: bool,
-    /// What the guest sees as the serial.
-    pub serial: String,
     /// Whether it can be used.
     pub state: DiskState,
     /// Why it failed, or is not served.
@@ -518,13 +463,6 @@ pub struct Disk {
     pub allocated_bytes: u64,
     /// Whether several frontends may be connected at the same time.
     pub shared: bool,
-    /// What snapshots outlive that are taken from now on.
-    pub durability: Durability,
-    /// The most bytes that backups and jobs have in flight while the guest is at work; 0 for no limit.
-    #[serde(default = "background_bytes")]
-    pub background_bytes: u32,
-    /// How the blocks of snapshots lie that are taken from now on.
-    pub layout: Layout,
     /// The images that are kept equal; empty when the disk has no mirror.
     pub legs: Vec<Leg>,
     /// The restore in place that is under way.
@@ -542,14 +480,9 @@ impl Disk {
             socket: None,
             size_bytes: 0,
             block_size: 0,
-            logical_block_size: 0,
-            segments_max: 0,
-            discard_granularity: 0,
-            discard_max: 0,
-            queues: 0,
+            settings: Settings::default(),
             direct: false,
             readonly: false,
-            serial: String::new(),
             state: DiskState::Unserved,
             reason: Some(reason),
             connected: false,
@@ -559,9 +492,6 @@ impl Disk {
             snapshots: 0,
             allocated_bytes: 0,
             shared: false,
-            durability: Durability::Process,
-            background_bytes: 0,
-            layout: Layout::Auto,
             legs: Vec::new(),
             restoring: None,
         }
@@ -574,18 +504,10 @@ impl Disk {
             path: Some(config.path.clone()),
             socket: config.socket.clone(),
             block_size: config.block_size,
-            logical_block_size: config.logical_block_size(),
-            segments_max: config.segments_max(),
-            discard_granularity: config.discard_granularity(),
-            discard_max: config.discard_max(),
-            queues: config.queues(),
+            settings: Settings::of(config),
             direct: config.direct,
             readonly: config.readonly(),
-            serial: config.serial.clone().unwrap_or_default(),
             shared: config.shared,
-            durability: config.durability(),
-            background_bytes: config.background_bytes(),
-            layout: config.layout(),
             ..self
         }
     }

@@ -38,7 +38,7 @@ pub struct Status {
     pub problems: Vec<String>,
 }
 
-/// An operation that is under way: until it is over, others that change the same things wait or are refused.
+/// An operation that is under way. Until one that holds something is over, others that change the same wait or are refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Claim {
     /// What it does, in words: `snapshot delete`.
@@ -47,7 +47,10 @@ pub struct Claim {
     pub entities: Vec<String>,
     /// Since when.
     pub since: Timestamp,
-    /// What it waits for, if it does.
+    /// Whether it holds them; false of one that waits until it can.
+    #[serde(default)]
+    pub held: bool,
+    /// Who or what it waits for, if it does.
     pub waits_for: Option<String>,
 }
 

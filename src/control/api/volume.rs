@@ -11,6 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::disk::check_block_size;
+use super::settings::Settings;
 use super::{JobPatch, VolumeState, check_absolute, check_socket};
 use crate::control::error::ApiError;
 use crate::control::name::{Name, NameError, SnapshotRef};
@@ -47,8 +48,9 @@ pub struct Volume {
     pub block_size: u32,
     /// How much of its content is in that image.
     pub owned_bytes: u64,
-    /// The most virtqueues a frontend may use.
-    pub queues: u16,
+    /// How guests see it, and how its snapshots are taken.
+    #[serde(flatten)]
+    pub settings: Settings,
     /// Whether any frontend is connected.
     pub connected: bool,
     /// How many frontends are connected.

@@ -69,9 +69,24 @@ pub(super) fn not_understood(record: &DiskRecord) -> CheckedDisk {
 pub(super) fn tell(of: &mut Examination, config: &DiskConfig, recovery: &Recovery) -> CheckedDisk {
     let record = &recovery.record;
     let mut checked = unsaid(record, Some(config));
-    ended(recovery.shutdown).clone_into(&mut checked.ended);
     let is_unserved = recovery.why_unserved().is_some();
-    checked.snapshots = recovery.snapshots().map(|(s, fate)| snapshot(record, &s.name, fate, is_unserved)).collect();
+    // Of an image that is not there nobody knows whether it was changed.
+    let is_there = of.host.look(&config.path).is_ok();
+    let shutdown = match recovery.shutdown {
+        Shutdown::Changed if is_unserved && !is_there => Shutdown::Clean,
+        shutdown => shutdown,
+    };
+    ended(shutdown).clone_into(&mut checked.ended);
+    checked.snapshots = recovery
+        .snapshots()
+        .map(|(s, fate)| {
+            let fate = match fate {
+                SnapshotFate::Broken(Why::DiskChanged) if shutdown == Shutdown::Clean => SnapshotFate::Waits,
+                fate => fate,
+            };
+            snapshot(record, &s.name, fate, is_unserved)
+        })
+        .collect();
     checked.bookmarks = bookmarks(recovery);
     checked.jobs = recovery.jobs().into_iter().map(|job| to_job(&record.name, job)).collect();
     match &recovery.disk {
@@ -132,7 +147,7 @@ fn snapshot(disk: &DiskRecord, name: &str, fate: SnapshotFate, is_unserved: bool
 
 fn to_job(disk: &str, Job { kind, is_stopped }: Job) -> CheckedJob {
     let (kind, snapshot) = match kind {
-        JobKind::Deletion(name) => ("delete", Some(format!("{disk}@{name}"))),
+        JobKind::Deletion { name, folds } => (if folds { "fold" } else { "merge" }, Some(format!("{disk}@{name}"))),
         JobKind::Restore => ("restore", None),
         JobKind::Work(Work::Complete) => ("migrate", None),
         JobKind::Work(Work::Update) => ("update", None),
