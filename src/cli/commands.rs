@@ -16,9 +16,7 @@ use super::lists;
 use super::output::{Output, Spinner};
 use super::pages::{disk_fields, disk_table, event_line, job_fields, job_table, status_page};
 use super::wait::{Patience, Wait};
-use crate::control::api::{
-    Difference, Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, ResizeRequest, Status,
-};
+use crate::control::api::{Difference, Disk, DiskList, DiskPatch, Job, JobList, RenameRequest, ResizeRequest, Status};
 use crate::daemon::config::{DiskSpec, RawDisk};
 
 /// How often `status --watch` looks.

@@ -46,19 +46,20 @@ impl Manager {
             decide(registry, &command)?;
             Ok(Wanted::changing(registry.named(name).map(|disk| ClaimKey::Entity(disk.id))))
         })?;
-        let (disk, from, taken) = self.snapshot_to_restore(name, volume)?;
-        held.waits_for(Some(format!("{from} to be quiesced")));
-        let begun = self.restore_when_quiesced(name, &from, request, Some(disk));
-        drop(held);
+        let disk = self.disk(name)?;
+        let (from, taken) = self.snapshot_to_restore(&disk, volume)?;
+        let waits = self.waiting_for(&disk, format!("{from} to be quiesced"));
+        let begun = self.restore_when_quiesced(name, &from, request, Some(disk.id));
+        drop((waits, held));
         if begun.is_err() {
             self.let_snapshot_go(taken);
         }
         begun
     }
 
-    /// Takes the snapshot of a volume that a disk, which is claimed, is restored to. Returns the disk's identifier, what the
-    /// snapshot is called, and its own.
-    fn snapshot_to_restore(&self, name: &Name, volume: &Name) -> Result<(Uuid, SnapshotRef, Uuid), ApiError> {
+    /// Takes the snapshot of a volume that a disk, which is claimed, is restored to. Returns what it is called, and its
+    /// identifier.
+    fn snapshot_to_restore(&self, disk: &DiskEntry, volume: &Name) -> Result<(SnapshotRef, Uuid), ApiError> {
         let reference =
             SnapshotRef { disk: volume.clone(), name: format!("restore-{}", short(self.host.new_id())).parse()? };
         let snapshot = SnapshotRequest {
@@ -71,7 +72,7 @@ impl Manager {
             image: None,
         };
         let id = self.create_for(&snapshot, Some(disk.id))?.first().map(|s| s.id);
-        Ok((disk.id, reference, id.unwrap_or_default()))
+        Ok((reference, id.unwrap_or_default()))
     }
 
     /// `claimed` is the disk if the caller has claimed it, and taken what it is restored from.

@@ -28,7 +28,7 @@ use crate::manager::sockets::serve_live;
 use crate::manager::{Manager, engine_error, record_error, table_error};
 use crate::recovery::Need;
 use crate::registry::{ClaimKey, Command, Registry, Wanted};
-use crate::store::{DiskRecord, RecordError, Table, VolumeRecord, Work, WorkRecord};
+use crate::store::{RecordError, Table, VolumeRecord, Work, WorkRecord};
 
 /// What a volume is about to become.
 struct Next {

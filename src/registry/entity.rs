@@ -278,8 +278,8 @@ impl Disk {
     /// The snapshots that it stands on and is restored from.
     pub fn sources(&self) -> impl Iterator<Item = Uuid> {
         let on = match self.kind {
-            Kind::Volume { on } => Some(on),
-            Kind::Disk | Kind::Independent { .. } => None,
+            Kind::Volume(on) => Some(on.snapshot),
+            Kind::Disk | Kind::Independent(_) => None,
         };
         on.into_iter().chain(self.restore.as_ref().map(|restore| restore.source))
     }
