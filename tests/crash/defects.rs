@@ -18,8 +18,11 @@ use crate::world::Shape;
 /// Seeds to try before one counts as unnoticed.
 const SEEDS: u64 = 1000;
 
+/// What a seed's run is made of.
+type ShapeOf = fn(u64) -> Shape;
+
 /// The first failure of some seeds, on as many threads as the other tests have.
-fn noticed(seeds: Range<u64>, shape: fn(u64) -> Shape) -> Option<(u64, String)> {
+fn noticed(seeds: Range<u64>, shape: ShapeOf) -> Option<(u64, String)> {
     let (next, found) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
     let failure_of = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -63,7 +66,7 @@ fn score(found: &[(String, Option<(u64, String)>)]) {
 fn every_defect_is_noticed() {
     /// Each with where it is looked for: the rare ones where they are likely, and first at the seed that noticed it when
     /// this was last looked up. Whatever changes what a seed does makes that a seed like any other.
-    const DEFECTS: [(Defect, fn(u64) -> Shape, u64); 43] = [
+    const DEFECTS: [(Defect, ShapeOf, u64); 43] = [
         (Defect::IndependentBeforeStored, Shape::of_volumes, 0),
         (Defect::KeptBeforeBytes, Shape::of_volumes, 111),
         (Defect::SettledBeforeSync, Shape::of_restores, 19),
