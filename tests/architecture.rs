@@ -20,7 +20,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/image/inline.rs",
     "src/image/queue.rs",
     "src/engine/write.rs",
-    "src/store/table.rs",
+    "src/store/table/pages.rs",
     "src/vhost_user/features.rs",
     "src/vhost_user/inflight.rs",
     "src/vhost_user/mapping.rs",

@@ -2,8 +2,8 @@
 //! noticed at the next start.
 //!
 //! What always holds: an image is looked at when a record names it for the first time, which is when it was made or opened.
-//! What is found then is not looked up again while its disk is remembered by this process: what comes into its place is not
-//! the image that is open.
+//! What is found then is not looked up again while stored records go on naming it: what comes into its place is not the image
+//! that is open. What a record names that was refused goes again, and another one may be made in its place.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -40,8 +40,8 @@ impl RecognisedRecords {
         RecognisedRecords { records, host, kept_in, known: Mutex::default() }
     }
 
-    /// The record as it is stored. What it says itself counts.
-    fn complete(&self, record: &DiskRecord) -> DiskRecord {
+    /// The record as it is stored, and what is known when it is. What it says itself counts.
+    fn complete(&self, record: &DiskRecord) -> (DiskRecord, Known) {
         let known = locked(&self.known).get(&record.id).cloned().unwrap_or_default();
         let look = |path: PathBuf| {
             let said = record.identities.get(&path).cloned().map(Some);
@@ -54,8 +54,12 @@ impl RecognisedRecords {
         let told = images.iter().filter_map(|(path, identity)| Some((path.clone(), identity.clone()?)));
         let kept_in = record.kept_in.clone().or_else(|| self.kept_in.clone());
         let completed = DiskRecord { identities: told.collect(), kept_in, ..record.clone() };
-        locked(&self.known).insert(record.id, Known { name: record.name.clone(), images });
-        completed
+        (completed, Known { name: record.name.clone(), images })
+    }
+
+    fn know(&self, disks: impl IntoIterator<Item = (DiskRecord, Known)>) {
+        let disks = disks.into_iter().map(|(record, known)| (record.id, known));
+        locked(&self.known).extend(disks);
     }
 }
 
@@ -69,12 +73,17 @@ impl RecordStore for RecognisedRecords {
     }
 
     fn put(&self, disks: &[&DiskRecord]) -> Result<(), RecordError> {
-        let disks: Vec<DiskRecord> = disks.iter().map(|disk| self.complete(disk)).collect();
-        self.records.put(&disks.iter().collect::<Vec<_>>())
+        let disks: Vec<(DiskRecord, Known)> = disks.iter().map(|disk| self.complete(disk)).collect();
+        self.records.put(&disks.iter().map(|(record, _)| record).collect::<Vec<_>>())?;
+        self.know(disks);
+        Ok(())
     }
 
     fn rename(&self, from: &str, disk: &DiskRecord) -> Result<(), RecordError> {
-        self.records.rename(from, &self.complete(disk))
+        let disk = self.complete(disk);
+        self.records.rename(from, &disk.0)?;
+        self.know([disk]);
+        Ok(())
     }
 
     fn remove(&self, name: &str) -> Result<(), RecordError> {

@@ -123,6 +123,9 @@ fn decide_mirror(
         if split_off.iter().any(|s| s.owns_all && s.image == leg.path) {
             return LegUse::Held;
         }
+        if let Err(why) = recognise(record, &leg.path, leg.saved, evidence) {
+            return LegUse::Unused(why);
+        }
         if record.saved.is_some() && leg.saved != evidence.looks(&leg.path) {
             return LegUse::Unused(Why::ImageChanged(leg.path.clone()));
         }
@@ -130,9 +133,6 @@ fn decide_mirror(
             Ok(image) => image,
             Err(e) => return LegUse::Unused(e.into()),
         };
-        if let Err(why) = recognise(record, &leg.path, leg.saved, evidence) {
-            return LegUse::Unused(why);
-        }
         let this = size_of_full(&image, evidence.block_bytes());
         match (&size, &this) {
             (Some(Ok(size)), Ok(this)) if size != this => return LegUse::Unused(Why::LegSize(leg.path.clone())),
