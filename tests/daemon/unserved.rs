@@ -428,7 +428,7 @@ fn an_image_that_comes_back_in_pieces_is_served_when_all_of_it_is_there() {
     daemon.start();
     let shown = daemon.get("/v1/disks/vm0").json();
     assert_ne!(shown["state"], "serving", "{shown}");
-    assert!(shown["reason"].as_str().unwrap().contains("bytes, and had"), "{shown}");
+    assert!(shown["reason"].as_str().unwrap().contains("bytes, and the disk has"), "{shown}");
     std::fs::write(&image, &whole).unwrap();
     std::fs::File::options().write(true).open(&image).unwrap().set_modified(looked).unwrap();
     wait_until("it to be served", || daemon.get("/v1/disks/vm0").json()["state"] == "serving");
