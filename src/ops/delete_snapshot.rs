@@ -252,9 +252,11 @@ impl Manager {
         let mut waits_for = None;
         loop {
             let turn = RetireTurn::take(&disk.retires);
+            let mut by_another = true;
             match turn.as_ref().map(|_| disk.disk.begin_retire(entry.id, leaves_bookmark)) {
                 Some(Ok(grace)) => return Ok(turn.map(|turn| (grace, turn))),
-                None | Some(Err(RetireError::TooManyDraining(_))) => {}
+                None => {}
+                Some(Err(RetireError::TooManyDraining(_))) => by_another = false,
                 Some(Err(RetireError::Busy)) => {
                     if let Some((other, what)) = self.deletion_in_the_way(disk, entry.id) {
                         return Err(format!("the deletion of another snapshot, job {other}, {what}"));
@@ -264,12 +266,11 @@ impl Manager {
             if job.pace.is_stopped() {
                 return Ok(None);
             }
-            let is_its_turn = turn.is_some();
             drop(turn);
-            if waits_for.replace(is_its_turn) != Some(is_its_turn) {
-                *locked(&job.waits_for) = Some(match is_its_turn {
-                    false => format!("the deletion of another snapshot of {}", disk.name),
-                    true => self.requests_of(disk),
+            if waits_for.replace(by_another) != Some(by_another) {
+                *locked(&job.waits_for) = Some(match by_another {
+                    true => format!("the deletion of another snapshot of {}", disk.name),
+                    false => self.requests_of(disk),
                 });
             }
             self.host.pause(RETIRE_LOOK);

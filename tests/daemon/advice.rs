@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use crate::asking::{cli_within, jobs, slowed};
+use crate::asking::{cli_within, slowed};
 use crate::harness::{Answer, Daemon, PATIENCE, wait_until};
 use crate::mirror::{in_sync, legs, mirrored};
 
@@ -184,32 +184,4 @@ fn a_disk_is_not_taken_for_a_volume_and_a_socket_has_one_owner() {
         let answer = daemon.api().create("b", &["vm0"], &json!({ "socket": socket }));
         assert_eq!(answer.refused(), "conflict");
     }
-}
-
-#[test]
-fn a_job_and_a_command_say_whom_they_wait_for() {
-    let daemon = Daemon::with_disks(&[64 << 20], "");
-    // One that is over before it is slowed is no use.
-    let held = (0..20).find_map(|round| {
-        for name in ["a", "b", "c"] {
-            daemon.client("vm0").write(0..131_072, 1);
-            daemon.snap(&format!("{name}{round}"));
-        }
-        daemon.client("vm0").write(0..131_072, 2);
-        let path = format!("/v1/snapshots/vm0@c{round}?wait_timeout_ms=1");
-        let slow = slowed(&daemon, "merge", ("DELETE", &path, ""), false);
-        let runs = |job: &Value| job["id"] == slow && job["state"] == "running";
-        jobs(&daemon).iter().any(runs).then_some((round, slow))
-    });
-    let (round, slow) = held.expect("a deletion that is slowed in time");
-    // The second one has blocks that the first one needs.
-    let api = daemon.api();
-    let path = format!("/v1/snapshots/vm0@b{round}?wait_timeout_ms=1");
-    let other = std::thread::spawn(move || api.send("DELETE", &path, ""));
-    let waits = |job: &Value| job["id"] != slow && job["waits_for"] == "the deletion of another snapshot of vm0";
-    wait_until("the second deletion to say that it waits", || jobs(&daemon).iter().any(waits));
-    other.join().unwrap();
-    daemon.send("PATCH", &format!("/v1/jobs/{slow}"), r#"{"delay_ms":0}"#).ok();
-    let gone = |name: &str| daemon.snapshots().iter().all(|s| s["name"] != format!("{name}{round}"));
-    wait_until("both to be gone", || gone("b") && gone("c"));
 }
